@@ -1,0 +1,237 @@
+"""The words of the library as types: Batch, Outputs, Term, Objective, Network, Teacher.
+
+Everything else is functions between these. All of them are pytrees or plain callables,
+so they pass through ``jit``, ``vmap``, ``scan`` and ``pmap`` as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+__all__ = [
+  "Batch",
+  "Network",
+  "Objective",
+  "ObjectiveFunction",
+  "Outputs",
+  "Teacher",
+  "Term",
+  "as_objective",
+  "make_batch",
+]
+
+# A pytree of arrays: parameters, statistics, an objective's state.
+PyTree = Any
+
+
+@flax.struct.dataclass
+class Outputs:
+  """What a network puts out for a batch.
+
+  Attributes:
+    logits: ``[B, K]``, or ``[B, L, K]`` for tokens; None when ``hidden`` and ``head`` stand for them.
+    features: intermediates by name, each with the batch axis first.
+    hidden: ``[B, L, D]``, the input of the last linear map, for language models.
+    head: the last linear map's parameters, so that nobody has to build ``[tokens, vocabulary]``.
+  """
+
+  logits: Any = None
+  features: dict[str, Any] = flax.struct.field(default_factory=dict)
+  hidden: Any = None
+  head: Any = None
+
+
+@flax.struct.dataclass
+class Batch:
+  """Examples side by side; every leaf has the batch axis ``[B]`` first.
+
+  Attributes:
+    inputs: what the networks see: an array ``[B, ...]`` or a pytree of such arrays.
+    labels: ``[B]`` integers (0 where there is none), or ``[B, K]`` distributions.
+    weight: ``[B]``, or ``[B, L]`` for tokens; 0 for padding.
+    labelled: ``[B]``, 1 where the label is known and may be used, else 0.
+    index: ``[B]``, which example of the data set this is.
+    view: ``[B]``, which augmentation of it.
+    teacher: the teacher's outputs, when a stream brings them along.
+  """
+
+  inputs: Any
+  labels: Any
+  weight: Any
+  labelled: Any
+  index: Any
+  view: Any
+  teacher: Outputs | None = None
+
+
+@flax.struct.dataclass
+class Term:
+  """One term of an objective, not averaged yet.
+
+  The step reduces it to ``weight * sum(where * values) / sum(where)`` over the global batch; a
+  term with nothing in its mask is 0.
+
+  Attributes:
+    values: ``[B]`` or ``[B, L]`` when ``axis`` is ``"batch"``, else any shape.
+    weight: a number or a scalar array; may follow a schedule.
+    where: a mask of the shape of ``values`` (or ``[B]`` for ``[B, L]`` values); it must depend on
+      the batch alone, never on what the networks put out. None counts everything.
+    axis: what the values run over. ``"batch"``: examples or tokens, and the step multiplies the
+      mask by ``batch.weight``. Any other word (``"classes"``, ``"pairs"``, ``"parameters"``) names
+      what it is and is averaged as it stands.
+  """
+
+  values: Any
+  weight: Any = 1.0
+  where: Any = None
+  axis: str = flax.struct.field(pytree_node=False, default="batch")
+
+
+class ObjectiveFunction(Protocol):
+  """A bare objective: ``(student, teacher, batch, *, <hyper>) -> {name: Term}``."""
+
+  def __call__(
+    self, student: Outputs, teacher: Outputs | None, batch: Batch, **hyper: Any
+  ) -> dict[str, Term]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """An objective that learns or remembers something: a pair of functions, as in optax.
+
+  Attributes:
+    init: ``(key, student, teacher) -> (params, state)``. The outputs are shapes
+      (``jax.ShapeDtypeStruct`` leaves), so nobody types a width in by hand. ``teacher`` is None
+      when there is no teacher.
+    apply: ``(params, state, student, teacher, batch, *, key, **hyper) -> ({name: Term}, state)``.
+    hyper: the names of the keywords that ``apply`` takes beside ``key``, with their defaults.
+  """
+
+  init: Callable[..., tuple[PyTree, PyTree]]
+  apply: Callable[..., tuple[dict[str, Term], PyTree]]
+  hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def as_objective(objective: Objective | ObjectiveFunction) -> Objective:
+  """Promotes a bare objective function to the pair; an `Objective` passes through.
+
+  The function's keyword-only arguments become the objective's ``hyper``. A keyword named ``key``
+  receives the step's random key and is not one of them.
+
+  Args:
+    objective: an `Objective`, or a function ``(student, teacher, batch, *, ...) -> {name: Term}``.
+
+  Returns:
+    An `Objective` whose params and state are empty for a bare function.
+
+  Raises:
+    TypeError: ``objective`` is neither.
+  """
+  if isinstance(objective, Objective):
+    return objective
+  if not callable(objective):
+    raise TypeError(
+      "objective must be an Objective or a function (student, teacher, batch, *, ...) -> "
+      f"{{name: Term}}, got {objective!r}."
+    )
+  parameters = inspect.signature(objective).parameters.values()
+  keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+  wants_key = "key" in keywords
+  keywords.pop("key", None)
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    del key, student, teacher
+    return {}, {}
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **hyper: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    del params
+    extra = {"key": key} if wants_key else {}
+    return objective(student, teacher, batch, **extra, **hyper), state
+
+  return Objective(init=init, apply=apply, hyper=keywords)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A pure apply function and how to make its variables.
+
+  Built by `jaxdistill.capture.linen` (or another adapter), never by hand in a training script.
+
+  Attributes:
+    init: ``(key, inputs) -> variables``: ``{"params": ..., "batch_stats": ..., ...}``.
+    apply: ``(variables, inputs, *, train, key) -> (Outputs, state)``. ``state`` holds the
+      collections that the call updated (empty when ``train`` is False). ``key`` is for dropout and
+      may be None when ``train`` is False.
+    name: for reports and error messages.
+  """
+
+  init: Callable[..., dict[str, Any]]
+  apply: Callable[..., tuple[Outputs, dict[str, Any]]]
+  name: str = "network"
+
+
+class Teacher(Protocol):
+  """``(variables, batch) -> Outputs``, with gradients stopped inside."""
+
+  def __call__(self, variables: PyTree, batch: Batch) -> Outputs: ...
+
+
+def make_batch(
+  inputs: Any,
+  labels: Any = None,
+  *,
+  weight: Any = None,
+  labelled: Any = None,
+  index: Any = None,
+  view: Any = None,
+  teacher: Outputs | None = None,
+) -> Batch:
+  """Makes a `Batch` from what there is; the rest gets its neutral value.
+
+  Args:
+    inputs: an array ``[B, ...]`` or a pytree of them.
+    labels: ``[B]`` or ``[B, K]``; None means that no example is labelled.
+    weight: ``[B]``; ones by default.
+    labelled: ``[B]``; by default ones when there are labels and zeros when not.
+    index: ``[B]``; ``0 .. B-1`` by default.
+    view: ``[B]``; zeros by default.
+    teacher: the teacher's outputs, if they come along.
+
+  Returns:
+    The batch, with float32 weights and int32 indices.
+
+  >>> batch = make_batch(jnp.zeros((2, 3)), jnp.array([1, 0]))
+  >>> batch.weight.tolist(), batch.labelled.tolist(), batch.index.tolist()
+  ([1.0, 1.0], [1.0, 1.0], [0, 1])
+  """
+  size = jax.tree.leaves(inputs)[0].shape[0]
+  known = labels is not None
+
+  def default(value: Any, fill: Any, dtype: Any) -> Any:
+    return jnp.asarray(fill, dtype) if value is None else value
+
+  return Batch(
+    inputs=inputs,
+    labels=default(labels, jnp.zeros(size), jnp.int32),
+    weight=default(weight, jnp.ones(size), jnp.float32),
+    labelled=default(labelled, jnp.full(size, float(known)), jnp.float32),
+    index=default(index, jnp.arange(size), jnp.int32),
+    view=default(view, jnp.zeros(size), jnp.int32),
+    teacher=teacher,
+  )

@@ -1,0 +1,37 @@
+"""How every test runs: two fake devices, shapes checked, rank promotion and warnings as errors."""
+
+import os
+import pathlib
+
+flags = os.environ.get("XLA_FLAGS", "")
+if "host_platform_device_count" not in flags:
+  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Annotated shapes are checked at every call, in the tests only.
+install_import_hook("jaxdistill", "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHARED_TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "tfds"))
+
+
+@pytest.fixture
+def strict_promotion():
+  """Strict dtype promotion; not global, since optax and Flax's norms break under it."""
+  with jax.numpy_dtype_promotion("strict"):
+    yield
+
+
+@pytest.fixture(scope="session")
+def tfds_dir():
+  """A folder with prepared TFDS sets (CIFAR-100 among them), which cannot be made here."""
+  if not (SHARED_TFDS / "cifar100").is_dir():
+    pytest.skip(f"no prepared CIFAR-100 under {SHARED_TFDS} (set TFDS_DATA_DIR)")
+  return SHARED_TFDS
