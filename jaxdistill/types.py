@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import flax.struct
 import jax
@@ -36,7 +36,8 @@ class Outputs:
   """What a network puts out for a batch.
 
   Attributes:
-    logits: ``[B, K]``, or ``[B, L, K]`` for tokens; None when ``hidden`` and ``head`` stand for them.
+    logits: ``[B, K]``, or ``[B, L, K]`` for tokens; None when ``hidden`` and ``head``
+      stand for them.
     features: intermediates by name, each with the batch axis first.
     hidden: ``[B, L, D]``, the input of the last linear map, for language models.
     head: the last linear map's parameters, so that nobody has to build ``[tokens, vocabulary]``.
@@ -94,12 +95,8 @@ class Term:
   axis: str = flax.struct.field(pytree_node=False, default="batch")
 
 
-class ObjectiveFunction(Protocol):
-  """A bare objective: ``(student, teacher, batch, *, <hyper>) -> {name: Term}``."""
-
-  def __call__(
-    self, student: Outputs, teacher: Outputs | None, batch: Batch, **hyper: Any
-  ) -> dict[str, Term]: ...
+# A bare objective: ``(student, teacher, batch, *, <hyper>) -> {name: Term}``.
+ObjectiveFunction = Callable[..., dict[str, Term]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,10 +183,8 @@ class Network:
   name: str = "network"
 
 
-class Teacher(Protocol):
-  """``(variables, batch) -> Outputs``, with gradients stopped inside."""
-
-  def __call__(self, variables: PyTree, batch: Batch) -> Outputs: ...
+# ``(variables, batch) -> Outputs``, with gradients stopped inside.
+Teacher = Callable[[PyTree, Batch], Outputs]
 
 
 def make_batch(
