@@ -24,6 +24,7 @@ __all__ = [
   "Teacher",
   "Term",
   "as_objective",
+  "compute_dtype",
   "make_batch",
 ]
 
@@ -116,7 +117,7 @@ class Objective:
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def as_objective(objective: Objective | ObjectiveFunction) -> Objective:
+def as_objective(objective: Any) -> Objective:
   """Promotes a bare objective function to the pair; an `Objective` passes through.
 
   The function's keyword-only arguments become the objective's ``hyper``. A keyword named ``key``
@@ -185,6 +186,17 @@ class Network:
 
 # ``(variables, batch) -> Outputs``, with gradients stopped inside.
 Teacher = Callable[[PyTree, Batch], Outputs]
+
+
+def compute_dtype(*arrays: Any) -> Any:
+  """The dtype that sums over these are taken in: float64 if one of them is, else float32.
+
+  Explicit, so that it holds under strict dtype promotion too.
+
+  >>> compute_dtype(jnp.ones(2, jnp.bfloat16)).__name__
+  'float32'
+  """
+  return jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32
 
 
 def make_batch(

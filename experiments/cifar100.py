@@ -1,0 +1,234 @@
+"""CIFAR-100: a deep residual network into a shallow one, by the field's protocol.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, under the protocol of
+Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020 (RepDistiller): 240 epochs,
+batch 64, SGD 0.05 with momentum 0.9 and weight decay 5e-4, a tenth of the rate after epochs 150,
+180 and 210, crop and flip; temperature 4, soft weight 0.9, hard weight 0.1; the last epoch.
+
+Command:   python experiments/cifar100.py --published --out runs/cifar100
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Literal
+
+import jax
+import tyro
+
+from jaxdistill import capture, data, evaluate, mesh, models, recipes, report, run, teachers, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  teacher: str = "resnet56"
+  """A factory of jaxdistill.models."""
+  student: str = "resnet20"
+  teachers: int = 1
+  seeds: int = 5
+  published: bool = False
+  """Train on all of train, as most papers do; otherwise a tenth is held out for validation."""
+  epochs: int = 240
+  teacher_epochs: int = 240
+  fraction: int = 100
+  """Percent of the training split that is used."""
+  batch_size: int = 64
+  learning_rate: float = 0.05
+  weight_decay: float = 5e-4
+  temperature: float = 4.0
+  soft_weight: float = 0.9
+  hard_weight: float = 0.1
+  hint_weight: float = 0.0
+  """Above 0: match `hint_layer` too, through a projector where the widths differ."""
+  hint_layer: str = "stage3"
+
+
+# A setting that a laptop's CPU finishes in minutes; far from the published accuracy.
+SHORT = Config(
+  teacher="resnet14",
+  student="resnet8",
+  seeds=3,
+  epochs=3,
+  teacher_epochs=6,
+  fraction=20,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/cifar100")
+  """Folder of the run; a run that was stopped goes on there."""
+  evaluate: pathlib.Path | None = None
+  """Evaluate the run in this folder again instead of training."""
+  split: Literal["train", "validation", "test"] = "test"
+  """The split to evaluate on."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+  short: bool = False
+  """Start from the short setting for a CPU instead of the published one."""
+  dispatch: Literal["jit", "pmap"] = "jit"
+  """How the step is compiled."""
+  seeds_by: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
+  """Seeds side by side or one after another, in one program either way."""
+  tensorboard: bool = False
+  """Also write TensorBoard event files."""
+
+
+def networks(config: Config, axis_name: str | None = None):
+  def build(name: str):
+    there = [n for n in models.__all__ if n.startswith(("resnet", "wrn"))]
+    if name not in there:
+      raise SystemExit(f"{name!r} is no CIFAR network; there are {', '.join(there)}.")
+    module = getattr(models, name)(num_classes=100, axis_name=axis_name)
+    return capture.linen(module, features=[config.hint_layer], name=name)
+
+  return build(config.teacher), build(config.student)
+
+
+def ensemble(config: Config):
+  teacher, _ = networks(config)
+  return teachers.ensemble([teacher] * config.teachers)
+
+
+def split_of(config: Config, name: str, data_dir: str | None) -> str:
+  chosen = data.splits("cifar100", published=config.published, data_dir=data_dir)[name]
+  if chosen is None:
+    raise SystemExit("--published trains on all of train: there is no validation split.")
+  if name == "train" and config.fraction < 100:
+    share = config.fraction if config.published else config.fraction * 9 // 10
+    return f"train[:{share}%]"
+  return chosen
+
+
+def train_all(config: Config, options: Options) -> None:
+  folder = run.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
+  # BatchNorm is given the axis, so that it sees the whole batch under pmap as it does under jit.
+  mapped = options.dispatch == "pmap"
+  dispatch = mesh.with_pmap() if mapped else mesh.with_jit()
+  examples = data.load(
+    "cifar100", split_of(config, "train", options.data_dir), data_dir=options.data_dir
+  )
+  validation = None
+  if not config.published:
+    held_out = data.load(
+      "cifar100", split_of(config, "validation", options.data_dir), data_dir=options.data_dir
+    )
+    validation = data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
+
+  def fit(name, network, plain, objective, seeds, epochs, **teacher):
+    sources = [
+      data.on_device(
+        examples,
+        batch_size=config.batch_size,
+        data_seed=seed,
+        augmentation=data.crop_flip(padding=4),
+        normalize=data.CIFAR,
+      )
+      for seed in seeds
+    ]
+    steps = epochs * sources[0].steps_per_epoch
+    return train.fit(
+      network,
+      objective,
+      data=sources,
+      optimizer=train.sgd(config.learning_rate, steps=steps, weight_decay=config.weight_decay),
+      steps=steps,
+      seed=seeds,
+      dispatch=dispatch,
+      validate=None if validation is None else evaluate.validator(plain, validation, stacked=True),
+      folder=folder / name,
+      config={"experiment": f"cifar100/{name}"},
+      seeds_by=options.seeds_by,
+      progress=name,
+      tensorboard=options.tensorboard,
+      **teacher,
+    )
+
+  plain_teacher, plain_student = networks(config)
+  teacher, student = networks(config, axis_name=mesh.AXIS if mapped else None)
+  # Teachers get seeds of their own, so that no student shares its data order with one.
+  own = range(100, 100 + config.teachers)
+  members = fit("teacher", teacher, plain_teacher, recipes.labels(), own, config.teacher_epochs)
+  seeds = range(config.seeds)
+  fit("baseline", student, plain_student, recipes.labels(), seeds, config.epochs)
+  objective = recipes.kd(
+    temperature=config.temperature,
+    soft_weight=config.soft_weight,
+    hard_weight=config.hard_weight,
+  )
+  if config.hint_weight > 0:
+    layer = config.hint_layer
+    hint = recipes.hint(layer, f"0/{layer}", hint_weight=config.hint_weight)
+    objective = recipes.combine(objective, hint)
+  fit(
+    "student",
+    student,
+    plain_student,
+    objective,
+    seeds,
+    config.epochs,
+    teacher=ensemble(config),
+    teacher_variables=teachers.unstack(members.variables),
+  )
+
+
+def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
+  split = split_of(config, options.split, options.data_dir)
+  examples = data.load("cifar100", split, data_dir=options.data_dir)
+  batches = data.evaluation_batches(examples, batch_size=200, normalize=data.CIFAR)
+  _, network = networks(config)
+  reference = (
+    evaluate.teacher_predictor(ensemble(config)),
+    teachers.unstack(teachers.restore(folder / "teacher")),
+  )
+
+  def student(name: str, description: str) -> report.Measured:
+    return report.measure(
+      evaluate.predictor(network),
+      teachers.restore(folder / name),
+      batches,
+      reference=reference,
+      stacked=True,
+      description=f"{config.student}, {description}, {config.epochs} epochs",
+    )
+
+  result = report.build(
+    dataset=f"CIFAR-100 {examples.version}",
+    split=options.split,
+    examples=len(examples),
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    teacher=report.measure(
+      *reference,
+      batches,
+      description=f"{config.teachers} {config.teacher}, {config.teacher_epochs} epochs",
+    ),
+    baseline=student("baseline", "trained on labels alone"),
+    student=student("student", f"distilled at temperature {config.temperature:g}"),
+    commands=[f"python experiments/cifar100.py --evaluate {folder} --split {options.split}"],
+  )
+  path = report.write(folder, result)
+  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  if options.evaluate is not None:
+    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+  else:
+    train_all(config, options)
+    measure(config, options, options.out)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+  default = SHORT if "--short" in sys.argv[1:] else Config()
+  main(*tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], default=(default, Options())))

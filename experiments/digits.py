@@ -1,0 +1,179 @@
+"""Handwritten digits: three large teachers into one small student, measured.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, with one matched
+intermediate layer as in Romero et al., "FitNets", 2015. The data are the real 8x8 digits that ship
+inside scikit-learn (Alpaydin, Kaynak, 1998), so nothing is downloaded.
+
+Command:   python experiments/digits.py --out runs/digits
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from typing import Literal
+
+import jax
+import optax
+import tyro
+
+from jaxdistill import capture, data, evaluate, mesh, models, recipes, report, run, teachers, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  teachers: int = 3
+  seeds: int = 5
+  epochs: int = 30
+  batch_size: int = 64
+  learning_rate: float = 1e-3
+  temperature: float = 4.0
+  soft_weight: float = 0.9
+  hard_weight: float = 0.1
+  hint_weight: float = 1.0
+  rule: Literal["mean_logits", "log_mean_probability", "mean_log_probability"] = "mean_logits"
+  teacher_channels: tuple[int, ...] = (32, 64, 64)
+  teacher_dense: int = 256
+  student_channels: tuple[int, ...] = (8, 16, 16)
+  student_dense: int = 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number."""
+
+  out: pathlib.Path = pathlib.Path("runs/digits")
+  """Folder of the run; a run that was stopped goes on there."""
+  evaluate: pathlib.Path | None = None
+  """Evaluate the run in this folder again instead of training."""
+  split: Literal["train", "validation", "test"] = "test"
+  """The split to evaluate on."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+  dispatch: Literal["jit", "pmap"] = "jit"
+  """How the step is compiled."""
+  tensorboard: bool = False
+  """Also write TensorBoard event files."""
+
+
+def networks(config: Config):
+  teacher = models.ConvNet(channels=config.teacher_channels, dense=config.teacher_dense)
+  student = models.ConvNet(channels=config.student_channels, dense=config.student_dense)
+  return (
+    capture.linen(teacher, features=["hidden"], name="teacher"),
+    capture.linen(student, features=["hidden"], name="student"),
+  )
+
+
+def ensemble(config: Config):
+  network, _ = networks(config)
+  return teachers.ensemble([network] * config.teachers, rule=config.rule)
+
+
+def train_all(config: Config, options: Options) -> None:
+  folder = run.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
+  dispatch = mesh.with_jit() if options.dispatch == "jit" else mesh.with_pmap()
+  names = data.splits("digits")
+  examples = data.load("digits", names["train"], data_dir=options.data_dir)
+  held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
+  validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
+
+  def fit(name, network, objective, seeds, **teacher):
+    sources = [
+      data.on_device(examples, batch_size=config.batch_size, data_seed=seed, normalize=data.DIGITS)
+      for seed in seeds
+    ]
+    steps = config.epochs * sources[0].steps_per_epoch
+    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
+    return train.fit(
+      network,
+      objective,
+      data=sources,
+      optimizer=optax.adam(schedule),
+      steps=steps,
+      seed=seeds,
+      dispatch=dispatch,
+      validate=evaluate.validator(network, validation, stacked=True),
+      folder=folder / name,
+      config={"experiment": f"digits/{name}"},
+      progress=name,
+      tensorboard=options.tensorboard,
+      **teacher,
+    )
+
+  teacher, student = networks(config)
+  # Teachers get seeds of their own, so that no student shares its data order with one.
+  members = fit("teacher", teacher, recipes.labels(), range(100, 100 + config.teachers))
+  seeds = range(config.seeds)
+  fit("baseline", student, recipes.labels(), seeds)
+  objective = recipes.combine(
+    recipes.kd(
+      temperature=config.temperature,
+      soft_weight=config.soft_weight,
+      hard_weight=config.hard_weight,
+    ),
+    recipes.hint("hidden", "0/hidden", hint_weight=config.hint_weight),
+  )
+  fit(
+    "student",
+    student,
+    objective,
+    seeds,
+    teacher=ensemble(config),
+    teacher_variables=teachers.unstack(members.variables),
+  )
+
+
+def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
+  examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
+  batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
+  _, network = networks(config)
+  reference = (
+    evaluate.teacher_predictor(ensemble(config)),
+    teachers.unstack(teachers.restore(folder / "teacher")),
+  )
+  predict = evaluate.predictor(network)
+
+  def student(name: str, description: str) -> report.Measured:
+    return report.measure(
+      predict,
+      teachers.restore(folder / name),
+      batches,
+      reference=reference,
+      stacked=True,
+      description=f"ConvNet {config.student_channels}, {description}",
+    )
+
+  result = report.build(
+    dataset=f"digits {examples.version}",
+    split=options.split,
+    examples=len(examples),
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    teacher=report.measure(
+      *reference, batches, description=f"{config.teachers} ConvNets {config.teacher_channels}"
+    ),
+    baseline=student("baseline", "trained on labels alone"),
+    student=student("student", "soft targets, labels and one matched layer"),
+    commands=[f"python experiments/digits.py --evaluate {folder} --split {options.split}"],
+  )
+  path = report.write(folder, result)
+  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  if options.evaluate is not None:
+    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+  else:
+    train_all(config, options)
+    measure(config, options, options.out)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+  main(*tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]]))

@@ -1,0 +1,145 @@
+"""Evaluation on held-out data: exact averages, fidelity to the teacher, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import cost, metrics
+from jaxdistill.types import Batch, Network, Teacher
+
+__all__ = ["Predict", "costs", "evaluate", "predictor", "teacher_predictor", "validator"]
+
+PyTree = Any
+
+# ``(variables, batch) -> logits [B, K]`` in inference mode.
+Predict = Callable[[PyTree, Batch], jax.Array]
+
+
+def predictor(network: Network) -> Predict:
+  """A network as what is deployed: its logits in inference mode, and nothing else."""
+
+  def predict(variables: PyTree, batch: Batch) -> jax.Array:
+    outputs, _ = network.apply(variables, batch.inputs, train=False, key=None)
+    return outputs.logits
+
+  return predict
+
+
+def teacher_predictor(teacher: Teacher) -> Predict:
+  """A teacher (an ensemble, say) as something to evaluate."""
+  return lambda variables, batch: teacher(variables, batch).logits
+
+
+def evaluate(
+  predict: Predict,
+  variables: PyTree,
+  batches: Batch,
+  *,
+  reference: tuple[Predict, PyTree] | None = None,
+  stacked: bool = False,
+) -> dict[str, np.ndarray]:
+  """Evaluates a model on a whole split, padded rows excluded exactly.
+
+  Args:
+    predict: ``(variables, batch) -> logits [B, K]``.
+    variables: the model's variables; leaves ``[S, ...]`` when ``stacked``.
+    batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+    reference: the teacher, as ``(predict, variables)``, to measure agreement with.
+    stacked: whether the variables are those of S seeds.
+
+  Returns:
+    ``accuracy``, ``top5``, ``nll`` (nats), ``ece`` (15 bins), ``brier``, ``examples``, and with a
+    reference ``agreement``, ``kl`` (nats, teacher to student) and
+    ``accuracy_where_teacher_wrong``; each of shape ``[S]`` when ``stacked``, else ``[]``. NaN
+    where a number is undefined.
+  """
+  sums = _compile(predict, reference[0] if reference else None, stacked)(
+    variables, reference[1] if reference else None, batches
+  )
+  return metrics.finish(jax.device_get(sums))
+
+
+def _compile(
+  predict: Predict, reference: Predict | None, stacked: bool
+) -> Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]]:
+  """One program over all batches: a scan that adds sums up."""
+
+  def batch_sums(variables: PyTree, taught: Any, batch: Batch) -> dict[str, jax.Array]:
+    logits = predict(variables, batch)
+    where = batch.weight * batch.labelled
+    sums = metrics.classification_sums(logits, batch.labels, where)
+    if taught is not None:
+      sums |= metrics.fidelity_sums(logits, taught, batch.labels, where)
+    return sums
+
+  over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
+
+  def run(variables: PyTree, reference_variables: PyTree, batches: Batch) -> dict[str, jax.Array]:
+    def body(sums: dict[str, jax.Array] | None, batch: Batch) -> Any:
+      # The reference is run once a batch, whatever the number of seeds.
+      taught = None if reference is None else reference(reference_variables, batch)
+      new = over_models(variables, taught, batch)
+      return (new if sums is None else metrics.add_sums(sums, new)), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    rest = jax.tree.map(lambda leaf: leaf[1:], batches)
+    sums, _ = body(None, first)
+    return jax.lax.scan(body, sums, rest)[0]
+
+  return jax.jit(run)
+
+
+def validator(
+  network: Network, batches: Batch, *, stacked: bool = False
+) -> Callable[[PyTree], dict[str, np.ndarray]]:
+  """What `jaxdistill.train.fit` takes as ``validate``: compiled once, called often.
+
+  Args:
+    network: the network that is trained.
+    batches: the validation split, from `jaxdistill.data.evaluation_batches`.
+    stacked: whether several seeds are trained at once.
+
+  Returns:
+    ``variables -> {"accuracy", "nll", "ece"}``.
+  """
+  compiled = _compile(predictor(network), None, stacked)
+
+  def validate(variables: PyTree) -> dict[str, np.ndarray]:
+    numbers = metrics.finish(jax.device_get(compiled(variables, None, batches)))
+    return {name: numbers[name] for name in ("accuracy", "nll", "ece")}
+
+  return validate
+
+
+def costs(
+  predict: Predict, variables: PyTree, batches: Batch, *, seconds: float = 1.0
+) -> dict[str, Any]:
+  """What a deployed model costs, on this machine.
+
+  Args:
+    predict: ``(variables, batch) -> logits``.
+    variables: one model's variables.
+    batches: leaves ``[N, B, ...]``; the first examples are what is timed.
+    seconds: how long to time, for latency and for throughput each.
+
+  Returns:
+    ``parameters``, ``bytes`` (of all variables), ``flops`` of one example (by walking the jaxpr, a
+    multiply-add being two), ``xla_flops`` (the compiler's own figure, or None), ``latency_ms`` at
+    batch 1 as ``{"median", "p95"}``, and ``throughput`` in examples a second at batch B.
+  """
+  batch = jax.tree.map(lambda leaf: leaf[0], batches)
+  one = jax.tree.map(lambda leaf: leaf[:1], batch)
+  size = int(batch.weight.shape[0])
+  return {
+    "parameters": cost.parameters(variables),
+    "bytes": cost.size_bytes(variables),
+    "flops": cost.flops(predict, variables, one),
+    "xla_flops": cost.xla_flops(predict, variables, one),
+    "latency_ms": cost.latency(predict, variables, one, seconds=seconds),
+    "throughput": cost.throughput(predict, variables, batch, examples=size, seconds=seconds),
+    "throughput_batch": size,
+  }

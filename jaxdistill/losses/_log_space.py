@@ -1,0 +1,175 @@
+"""What the losses on logits are made of: one dtype, masked classes, log-probabilities.
+
+Private to `jaxdistill.losses`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Num
+
+__all__ = [
+  "MASKED",
+  "AnyArray",
+  "Scalar",
+  "check_positive",
+  "check_share",
+  "distribution",
+  "float_arrays",
+  "is_masked",
+  "kl",
+  "log_mixture",
+  "log_probabilities",
+  "one_hot",
+  "pair",
+  "soften",
+]
+
+AnyArray = Array | np.ndarray
+# A hyper-parameter: a number, or a scalar array (of a schedule, or of a sweep under vmap).
+Scalar = float | int | np.number | Num[AnyArray, ""]
+
+# Stands for −inf where a class is masked. Its exponential is 0 and, being finite, its difference
+# from itself is 0, so that values and gradients need no second mask. Whatever is below it counts as
+# masked too: the lowest float, as some networks mask with, would be −inf after the temperature.
+MASKED = -1e30
+
+
+def check_positive(name: str, value: Scalar) -> None:
+  """Refuses a number that is not positive; arrays may be traced and pass unread.
+
+  >>> check_positive("temperature", 4.0)
+  """
+  if isinstance(value, float | int | np.number) and not value > 0:
+    raise ValueError(f"{name} must be positive, got {value}.")
+
+
+def check_share(name: str, value: Scalar) -> None:
+  """Refuses a number outside [0, 1]; arrays may be traced and pass unread.
+
+  >>> check_share("beta", 0.5)
+  """
+  if isinstance(value, float | int | np.number) and not 0 <= value <= 1:
+    raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def float_arrays(*arrays: Any) -> list[Array]:
+  """The arrays in one dtype, explicitly: float64 if any of them is that, else float32.
+
+  >>> [x.dtype.name for x in float_arrays(jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.float16))]
+  ['float32', 'float32']
+  """
+  present = [jnp.asarray(array) for array in arrays]
+  dtype = jnp.float64 if any(array.dtype == jnp.float64 for array in present) else jnp.float32
+  return [array.astype(dtype) for array in present]
+
+
+def pair(student_logits: Any, teacher_logits: Any) -> list[Array]:
+  """Both networks' logits in one dtype, after a look at their shapes.
+
+  >>> [x.dtype.name for x in pair(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 3)))]
+  ['float32', 'float32']
+  """
+  if np.shape(student_logits) != np.shape(teacher_logits):
+    raise ValueError(
+      f"student_logits {np.shape(student_logits)} and teacher_logits {np.shape(teacher_logits)} "
+      "must have one shape: select or pad the classes of one of them first."
+    )
+  return float_arrays(student_logits, teacher_logits)
+
+
+def distribution(labels: Any, logits: Array) -> Array:
+  """Labels as ``[..., K]`` distributions in the dtype of the logits.
+
+  >>> distribution(jnp.array([1]), jnp.zeros((1, 2))).tolist()
+  [[0.0, 1.0]]
+  """
+  labels = jnp.asarray(labels)
+  if labels.shape == logits.shape:
+    return labels.astype(logits.dtype)
+  return one_hot(labels, logits, f" or distributions of shape {logits.shape}").astype(logits.dtype)
+
+
+def one_hot(labels: Any, logits: Array, alternative: str = "") -> Array:
+  """Where in ``[..., K]`` the labels' classes are, as booleans.
+
+  >>> one_hot(jnp.array([1]), jnp.zeros((1, 2))).tolist()
+  [[False, True]]
+  """
+  labels = jnp.asarray(labels)
+  if labels.shape != logits.shape[:-1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+    raise ValueError(
+      f"labels must be integers of shape {logits.shape[:-1]}{alternative} beside logits of shape "
+      f"{logits.shape}, got {labels.dtype} of shape {labels.shape}."
+    )
+  # In int32, since one_hot counts the classes in the labels' dtype and a uint8 would wrap.
+  return jax.nn.one_hot(labels.astype(jnp.int32), logits.shape[-1], dtype=bool)
+
+
+def is_masked(logits: Array) -> Array:
+  """Which classes are masked; NaN is not.
+
+  >>> is_masked(jnp.array([0.0, -1e4, -jnp.inf, jnp.nan])).tolist()
+  [False, False, True, False]
+  """
+  return logits < MASKED
+
+
+def soften(logits: Array, temperature: Array | float) -> Array:
+  """Logits over temperature, with `MASKED` where they are −inf or nearly.
+
+  >>> softened = soften(jnp.array([2.0, -jnp.inf]), 2.0)
+  >>> softened[0].item(), softened[1].item() < -1e29
+  (1.0, True)
+  """
+  masked = is_masked(logits)
+  # Masked before the division too: −inf would make the temperature's gradient NaN.
+  return jnp.where(masked, MASKED, jnp.where(masked, 0.0, logits) / temperature)
+
+
+def log_probabilities(
+  student_logits: Any, teacher_logits: Any, temperature: Scalar
+) -> tuple[Array, Array, Array]:
+  """Returns (log q, log p, temperature²), all in one dtype.
+
+  >>> log_q, _, squared = log_probabilities(jnp.zeros(2), jnp.ones(2), 3.0)
+  >>> round(log_q[0].item(), 4), squared.item()
+  (-0.6931, 9.0)
+  """
+  check_positive("temperature", temperature)
+  student, teacher = pair(student_logits, teacher_logits)
+  scale = jnp.asarray(temperature, student.dtype)
+  log_q = jax.nn.log_softmax(soften(student, scale), axis=-1)
+  log_p = jax.nn.log_softmax(soften(teacher, scale), axis=-1)
+  return log_q, log_p, jnp.square(scale)
+
+
+def kl(log_a: Array, log_b: Array) -> Array:
+  """KL(a‖b) over the last axis, from logarithms.
+
+  >>> round(kl(jnp.array([0.0, -2e4]), jnp.log(jnp.array([0.5, 0.5]))).item(), 4)
+  0.6931
+  """
+  return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+
+
+def log_mixture(log_a: Array, log_b: Array, share: Scalar) -> Array:
+  """Logarithm of share · a + (1 − share) · b, without leaving log space.
+
+  At a share of exactly 0 or 1 the value is exact and the gradients of a and b are too, but the
+  share's own leaves out the absent part, whose slope can be infinite.
+
+  >>> log_mixture(jnp.array([0.0]), jnp.array([-2e4]), 0.0).tolist()
+  [-20000.0]
+  """
+  share = jnp.asarray(share, log_a.dtype)
+  return jnp.logaddexp(log_a + _log_share(share), log_b + _log_share(1 - share))
+
+
+def _log_share(share: Array) -> Array:
+  """Logarithm of a share: −inf at 0, with a gradient of 0 there."""
+  return jnp.where(share > 0, jnp.log(jnp.where(share > 0, share, 1.0)), -jnp.inf)

@@ -1,0 +1,252 @@
+"""Losses on logits ``[..., K]``: one value per example, the leading axes are kept.
+
+Student first, teacher second, labels third. Inputs are computed in float32 (float64 stays float64),
+nothing is averaged over the batch, and no gradient is ever stopped: freezing the teacher is the
+business of the teacher's forward pass.
+
+The divergences, from `cross_entropy` to `decoupled_kd`, are written in `divergences` and take
+classes masked to −inf; the functions written here do not.
+
+Throughout, p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature)
+and logarithms are natural.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Shaped
+
+from jaxdistill.losses._log_space import (
+  AnyArray,
+  Scalar,
+  check_positive,
+  float_arrays,
+  log_probabilities,
+  one_hot,
+  pair,
+)
+from jaxdistill.losses.divergences import (
+  cross_entropy,
+  decoupled_kd,
+  generalized_jsd,
+  reverse_kl,
+  skew_kl,
+  skew_reverse_kl,
+  soft_target_kl,
+  total_variation,
+)
+
+__all__ = [
+  "cross_entropy",
+  "decoupled_kd",
+  "generalized_jsd",
+  "inter_class_correlation",
+  "intra_class_correlation",
+  "logit_l2",
+  "one_for_all",
+  "reverse_kl",
+  "skew_kl",
+  "skew_reverse_kl",
+  "soft_target_kl",
+  "standardize_logits",
+  "total_variation",
+]
+
+
+def logit_l2(
+  student_logits: Float[AnyArray, "*batch K"], teacher_logits: Float[AnyArray, "*batch K"]
+) -> Float[Array, "*batch"]:
+  """Logit regression (L2, mean squared error of logits).
+
+  mean_k (student_logits_k − teacher_logits_k)².
+
+  Args:
+    student_logits: ``[..., K]``, no class masked to −inf.
+    teacher_logits: ``[..., K]``, likewise.
+
+  Returns:
+    ``[...]``. The mean over classes is PyTorch's ``MSELoss``; the paper has half of the sum.
+
+  Raises:
+    ValueError: the shapes differ.
+
+  Source: Ba, Caruana, Do Deep Nets Really Need to be Deep?, 2014.
+
+  >>> logit_l2(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]])).tolist()
+  [2.0]
+  """
+  student, teacher = pair(student_logits, teacher_logits)
+  return jnp.mean(jnp.square(student - teacher), axis=-1)
+
+
+def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*batch K"]:
+  """Logit standardisation (LSKD): z-scores over the classes, for use in front of any loss.
+
+  (z − mean_k z) / (1e-7 + std_k z), z = logits, std with K − 1 as PyTorch has it (NumPy's and
+  JAX's default is K). Apply it to both networks' logits; the temperature then multiplies
+  standard deviations. The gradient flows through mean and std, as in the published code.
+
+  Args:
+    logits: ``[..., K]``, no class masked to −inf. A row of equal logits gives zeros, with a
+      gradient of the order of 1e7.
+
+  Returns:
+    ``[..., K]``, float32 (or float64).
+
+  Source: Sun, Ren, Li, Wang, Cao, Logit Standardization in Knowledge Distillation, 2024.
+
+  >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0]])).round(3).tolist()
+  [[-1.0, 0.0, 1.0]]
+  """
+  (z,) = float_arrays(logits)
+  # From the first class on, so that rounding in the mean cannot show in a row of equal logits.
+  z = z - z[..., :1]
+  z = z - jnp.mean(z, axis=-1, keepdims=True)
+  spread = _norm(z, axis=-1) / max(z.shape[-1] - 1, 1) ** 0.5
+  return z / (1e-7 + spread)
+
+
+def inter_class_correlation(
+  student_logits: Float[AnyArray, "*batch K"],
+  teacher_logits: Float[AnyArray, "*batch K"],
+  *,
+  temperature: Scalar = 4.0,
+) -> Float[Array, "*batch"]:
+  """Inter-class relation of DIST: how an example's classes rank and spread.
+
+  temperature² · (1 − ρ_k(q, p)), ρ = Pearson's correlation over the classes,
+  a·b / (‖a‖‖b‖ + 1e-8) with a = q − mean_k q and b = p − mean_k p.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits; no class masked to −inf.
+    teacher_logits: ``[..., K]``, p's logits; likewise.
+    temperature: softens both, > 0. 4 is the published code's for CIFAR-100 (1 for ImageNet).
+
+  Returns:
+    ``[...]``, in [0, 2 · temperature²]; temperature² where either is uniform. The factor
+    temperature² is the published code's, absent from the paper's; torchdistill clamps ‖a‖‖b‖ where
+    this one, like the published code, adds 1e-8 to it.
+
+  Raises:
+    ValueError: the shapes differ or ``temperature`` is not positive.
+
+  Source: Huang, You, Wang, Qian, Xu, Knowledge Distillation from A Stronger Teacher, 2022.
+
+  >>> logits = jnp.array([[2.0, 1.0]])
+  >>> inter_class_correlation(logits, -logits, temperature=1.0).round(3).tolist()
+  [2.0]
+  """
+  log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  q, p = jnp.exp(log_q), jnp.exp(log_p)
+  a, b = q - jnp.mean(q, axis=-1, keepdims=True), p - jnp.mean(p, axis=-1, keepdims=True)
+  return squared * (1 - _cosine(a, b, axis=-1))
+
+
+def intra_class_correlation(
+  student_logits: Float[AnyArray, "*batch K"],
+  teacher_logits: Float[AnyArray, "*batch K"],
+  *,
+  temperature: Scalar = 4.0,
+  where: Shaped[AnyArray, "*batch"] | None = None,
+) -> Float[Array, " K"]:
+  """Intra-class relation of DIST: how a class ranks the examples. One value per **class**.
+
+  temperature² · (1 − ρ_b(q, p)), ρ = Pearson's correlation over the batch (all leading axes),
+  a·b / (‖a‖‖b‖ + 1e-8) with a = q − mean_b q and b = p − mean_b p.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits; no class masked to −inf.
+    teacher_logits: ``[..., K]``, p's logits; likewise.
+    temperature: softens both, > 0. 4 is the published code's for CIFAR-100 (1 for ImageNet).
+    where: ``[...]``, which examples count (not 0); the others may hold anything. None counts all.
+
+  Returns:
+    ``[K]``, in [0, 2 · temperature²]; all 0 where fewer than two examples count. The published
+    code's number is their mean. It depends on who is in the batch: under ``pmap`` or gradient
+    accumulation that is the device's share or the micro-batch.
+
+  Raises:
+    ValueError: the shapes differ or ``temperature`` is not positive.
+
+  Source: Huang, You, Wang, Qian, Xu, Knowledge Distillation from A Stronger Teacher, 2022;
+  temperature² and 1e-8 as in the published code (see `inter_class_correlation`).
+
+  >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [1.0, 0.0]])
+  >>> intra_class_correlation(student, teacher, temperature=1.0).round(3).tolist()
+  [2.0, 2.0]
+  """
+  student, teacher = pair(student_logits, teacher_logits)
+  counted = jnp.ones(student.shape[:-1], bool) if where is None else jnp.asarray(where) != 0
+  if counted.shape != student.shape[:-1]:
+    raise ValueError(f"where must have shape {student.shape[:-1]}, got {counted.shape}.")
+  counted = counted[..., None]
+  # Before the softmax as well as after it: a value that is masked only later can still leak NaN.
+  student, teacher = jnp.where(counted, student, 0.0), jnp.where(counted, teacher, 0.0)
+  log_q, log_p, squared = log_probabilities(student, teacher, temperature)
+  axes = tuple(range(student.ndim - 1))
+  count = jnp.sum(counted, axis=axes, keepdims=True).astype(student.dtype)
+
+  def centre(x: Array) -> Array:
+    mean = jnp.sum(jnp.where(counted, x, 0.0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.where(counted, x - mean, 0.0)
+
+  cosine = _cosine(centre(jnp.exp(log_q)), centre(jnp.exp(log_p)), axis=axes)
+  return jnp.where(count.reshape(1) > 1, squared * (1 - cosine), 0.0)
+
+
+def one_for_all(
+  student_logits: Float[AnyArray, "*batch K"],
+  teacher_logits: Float[AnyArray, "*batch K"],
+  labels: Integer[AnyArray, "*batch"],
+  *,
+  power: Scalar = 1.0,
+  temperature: Scalar = 1.0,
+) -> Float[Array, "*batch"]:
+  """One-for-all distillation (OFA-KD): the label's class is enhanced by a power.
+
+  −Σ_k [(p_k + y_k)^power − y_k] log q_k, y one-hot of labels. At power = 1 it is the
+  cross-entropy with the teacher's probabilities.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits (of an exit head, or the last); no class masked to
+      −inf.
+    teacher_logits: ``[..., K]``, p's logits; likewise.
+    labels: ``[...]`` integers. One outside ``0 .. K-1`` enhances no class.
+    power: > 0. 1 is the published code's for CIFAR-100 (1.5 for ImageNet); larger trusts the
+      label more.
+    temperature: softens both, > 0. 1 is the published code's. No factor temperature², as there.
+
+  Returns:
+    ``[...]``, in nats. The published code takes the logarithm of a softmax; here it is a
+    log-softmax, which stays finite.
+
+  Raises:
+    ValueError: the shapes differ, or ``temperature`` or ``power`` is not positive.
+
+  Source: Hao et al., One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
+  Distillation, 2023.
+
+  >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
+  >>> round(one_for_all(student, teacher, jnp.array(0), power=2.0).item(), 4)  # 2.125 · log 2
+  1.4729
+  """
+  check_positive("power", power)
+  log_q, log_p, _ = log_probabilities(student_logits, teacher_logits, temperature)
+  exponent = jnp.asarray(power, log_q.dtype)
+  # p^power as an exponential: its gradient is finite where p is 0, whatever the power.
+  enhanced = jnp.expm1(exponent * jnp.log1p(jnp.exp(log_p)))
+  targets = jnp.where(one_hot(labels, log_q), enhanced, jnp.exp(exponent * log_p))
+  return -jnp.sum(targets * log_q, axis=-1)
+
+
+def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
+  """Euclidean norm, axes kept, with a gradient of 0 at 0."""
+  squared = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
+  positive = squared > 0
+  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+
+
+def _cosine(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
+  """Cosine of two arrays over axes, with DIST's 1e-8 in the denominator."""
+  dot = jnp.sum(a * b, axis=axis, keepdims=True)
+  return jnp.squeeze(dot / (_norm(a, axis) * _norm(b, axis) + 1e-8), axis=axis)

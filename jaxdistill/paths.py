@@ -1,0 +1,213 @@
+"""Paths to features: which of the values that a network sowed or captured is meant.
+
+Linen keeps such values in a nested dict, by submodule and name, as tuples with one entry for each
+call; a submodule's output is kept under the name of its method. The adapters of
+`jaxdistill.capture` find features there with these functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = ["Path", "describe", "find", "is_array", "names", "parse", "pick"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """Where a feature comes from, when a string does not say enough.
+
+  Attributes:
+    path: a sown name (``"mid"``, ``"encoder/mid"``) or a submodule's path (``"encoder/Dense_0"``).
+    call: which of several calls, counted from 0 (-1 is the last); needed when there are several.
+    element: which part of an output that is a tuple, a dict or a dataclass; a tuple of such
+      indices for a nested output.
+    layer: which entry of the first axis. Under ``nn.scan`` and ``nn.vmap`` the values of all layers
+      come stacked along it; without ``layer`` they stay so, and the batch axis is not first.
+    method: the submodule's method whose output is meant.
+
+  >>> Path("shared", call=1)
+  Path(path='shared', call=1, element=None, layer=None, method='__call__')
+  """
+
+  path: str
+  call: int | None = None
+  element: int | str | tuple[int | str, ...] | None = None
+  layer: int | None = None
+  method: str = "__call__"
+
+
+def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]:
+  """Reads what a user gives as features.
+
+  Args:
+    features: paths, which are then the features' names too; or names mapped to paths. A string
+      ending in ``":1"`` means the second of several calls.
+
+  Returns:
+    A `Path` for each name.
+
+  Raises:
+    ValueError: a path is empty or comes twice, or ``features`` is one string.
+
+  >>> parse(["encoder/shared:1"])["encoder/shared:1"].call
+  1
+  """
+  if isinstance(features, str):
+    raise ValueError(f"features={features!r} must be a sequence of paths: features=[{features!r}].")
+  if not isinstance(features, Mapping):
+    twice = sorted({f for f in features if list(features).count(f) > 1})
+    if twice:
+      raise ValueError(f"features has {twice} more than once; name each one time.")
+    features = {f: f for f in features}
+  found = {}
+  for name, place in features.items():
+    path = Path(place) if isinstance(place, str) else place
+    parts = re.fullmatch(r"(.*):(\d+)", path.path)
+    if parts and path.call is None:
+      path = dataclasses.replace(path, path=parts[1], call=int(parts[2]))
+    path = dataclasses.replace(path, path=path.path.strip("/"))
+    if not name or not path.path:
+      raise ValueError(
+        f"features has an empty name or path ({name!r}: {place!r}); name what is sown, or a "
+        "submodule."
+      )
+    found[name] = path
+  return found
+
+
+def find(sown: Any, path: Path) -> Any:
+  """Finds what was sown at a path, or else what the submodule there put out.
+
+  Args:
+    sown: the collection of sown and captured values.
+    path: where to look.
+
+  Returns:
+    The value as Linen keeps it, or None.
+
+  >>> find({"encoder": {"mid": (1.0,)}}, Path("encoder/mid"))
+  (1.0,)
+  """
+  node = sown
+  for part in path.path.split("/"):
+    if not isinstance(node, Mapping) or part not in node:
+      return None
+    node = node[part]
+  return node.get(path.method) if isinstance(node, Mapping) else node
+
+
+def pick(sown: Any, path: Path, label: str) -> Any:
+  """Takes the one array that a path means.
+
+  Args:
+    sown: the collection of sown and captured values.
+    path: where to look; `find` must find something there.
+    label: what to call the feature in messages.
+
+  Returns:
+    An array.
+
+  Raises:
+    ValueError: there are several values and the path does not say which, or there is no such call,
+      element or layer, or the value is no array.
+
+  >>> pick({"mid": (np.zeros(2), np.ones(2))}, Path("mid", call=1), "mid").tolist()
+  [1.0, 1.0]
+  """
+  calls = _calls(find(sown, path))
+  if path.call is None and len(calls) > 1:
+    options = ", ".join(repr(f"{path.path}:{i}") for i in range(len(calls)))
+    raise ValueError(f"{label} has {len(calls)} values in one call; say which: {options}.")
+  call = path.call or 0
+  if not -len(calls) <= call < len(calls):
+    raise ValueError(
+      f"{label} has {len(calls)} value(s), and call={call} is none of them; calls count from 0."
+    )
+  value = calls[call]
+  element = path.element
+  for part in () if element is None else element if isinstance(element, tuple) else (element,):
+    value = _element(value, part, label)
+  if not is_array(value):
+    raise ValueError(
+      f"{label} is a {type(value).__name__} of {describe(value)}, not an array; say which part "
+      f"with Path({path.path!r}, element=...)."
+    )
+  if path.layer is None:
+    return value
+  layers = value.shape[0] if value.ndim else 0
+  if not -layers <= path.layer < layers:
+    raise ValueError(
+      f"{label} has the shape {value.shape}, and layer={path.layer} is not on its first axis."
+    )
+  return value[path.layer]
+
+
+def names(sown: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Lists a collection by the names that `parse` understands.
+
+  Args:
+    sown: the collection of sown and captured values.
+    prefix: the path of the module that it belongs to.
+
+  Returns:
+    ``{name: shape}``, or a pytree of shapes (``jax.ShapeDtypeStruct``) for a tuple or a dict.
+
+  >>> names({"encoder": {"__call__": (np.zeros(2), np.zeros(3))}, "mid": (np.zeros(1),)}).keys()
+  dict_keys(['encoder:0', 'encoder:1', 'mid'])
+  """
+  found = {}
+  for name, value in sown.items():
+    here = prefix if name == "__call__" else f"{prefix}/{name}".lstrip("/")
+    if isinstance(value, Mapping):
+      found.update(names(value, here))
+      continue
+    calls = _calls(value)
+    for i, entry in enumerate(calls):
+      found[here if len(calls) == 1 else f"{here}:{i}"] = jax.tree.map(_shape, entry)
+  return found
+
+
+def is_array(value: Any) -> bool:
+  """Whether a value is an array, or stands for one while a program is traced.
+
+  >>> is_array(np.zeros(2)), is_array([0.0, 0.0])
+  (True, False)
+  """
+  return isinstance(value, jax.Array | np.ndarray)
+
+
+def describe(value: Any) -> str:
+  """A value's shapes, for a message.
+
+  >>> describe({"c": np.zeros((2, 3)), "h": np.zeros(2)})
+  "{'c': (2, 3), 'h': (2,)}"
+  """
+  return str(jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value))
+
+
+def _calls(value: Any) -> tuple[Any, ...]:
+  # Sow makes a tuple with an entry for each call, unless it is given another way to reduce.
+  return value if type(value) is tuple else (value,)
+
+
+def _element(value: Any, part: int | str, label: str) -> Any:
+  if isinstance(part, str) and not isinstance(value, Mapping) and hasattr(value, part):
+    return getattr(value, part)
+  try:
+    if is_array(value):
+      raise TypeError("an array has no elements of this kind; its first axis is the batch")
+    return value[part]
+  except (KeyError, IndexError, TypeError) as error:
+    raise ValueError(
+      f"{label} is a {type(value).__name__} of {describe(value)}; it has no element {part!r}."
+    ) from error
+
+
+def _shape(leaf: Any) -> Any:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)

@@ -1,0 +1,262 @@
+"""Methods as objectives: what to compare, and with what weight.
+
+A recipe returns an objective. `combine` adds objectives up, so that a method is put together from
+parts: ``combine(kd(), hint("hidden", "0/hidden"))``. A method of your own needs none of this: a
+function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from jaxdistill import losses, projectors
+from jaxdistill.types import (
+  Batch,
+  Objective,
+  ObjectiveFunction,
+  Outputs,
+  Term,
+  as_objective,
+)
+
+__all__ = ["combine", "fitnet", "hint", "kd", "labels"]
+
+PyTree = Any
+
+
+def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> ObjectiveFunction:
+  """Cross-entropy on the labels alone: the baseline that distillation has to beat.
+
+  Args:
+    hard_weight: the term's weight; a keyword of the objective.
+    label_smoothing: how much of the target is spread evenly over the classes.
+
+  Returns:
+    An objective function with the one term ``labels``. It needs no teacher.
+  """
+  default = hard_weight
+
+  def objective(
+    student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = default
+  ) -> dict[str, Term]:
+    del teacher
+    values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
+    return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
+
+  return objective
+
+
+def kd(
+  *, temperature: float = 4.0, soft_weight: float = 0.9, hard_weight: float = 0.1
+) -> ObjectiveFunction:
+  """Soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015.
+
+  ``hard_weight * cross_entropy + soft_weight * soft_target_kl`` (the latter carries
+  ``temperature ** 2``). Unlabelled examples take part in the soft term only.
+
+  Args:
+    temperature: default 4 and weights 0.9 and 0.1 as in RepDistiller and mdistiller's CIFAR-100
+      protocol; all three are keywords of the objective and may follow a schedule.
+    soft_weight: weight of the soft targets.
+    hard_weight: weight of the labels.
+
+  Returns:
+    An objective function with the terms ``labels`` and ``soft``.
+  """
+  defaults = (temperature, soft_weight, hard_weight)
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    temperature: Any = defaults[0],
+    soft_weight: Any = defaults[1],
+    hard_weight: Any = defaults[2],
+  ) -> dict[str, Term]:
+    if teacher is None:
+      raise ValueError("kd compares with a teacher, and teacher is None; give fit a teacher.")
+    hard = losses.cross_entropy(student.logits, batch.labels)
+    soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
+    return {
+      "labels": Term(hard, weight=hard_weight, where=batch.labelled),
+      "soft": Term(soft, weight=soft_weight),
+    }
+
+  return objective
+
+
+def hint(
+  student_layer: str,
+  teacher_layer: str,
+  *,
+  hint_weight: float = 1.0,
+  loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.hint_l2,
+  projector: Callable[[Any, Any], nn.Module] = projectors.between,
+  name: str = "hint",
+) -> Objective:
+  """Matches one intermediate layer, through a projector where the widths differ.
+
+  Romero et al., "FitNets: Hints for Thin Deep Nets", 2015. The projector is trained with the
+  student and is no part of the deployed network.
+
+  Args:
+    student_layer: a feature's name in the student's `Outputs`.
+    teacher_layer: a feature's name in the teacher's; ``"0/hidden"`` for an ensemble's member 0.
+    hint_weight: the term's weight; the objective's keyword for it is ``"<name>_weight"``.
+    loss: ``(student, teacher) -> [B]``.
+    projector: ``(student, teacher) -> module`` from the two features' shapes; it is left out when
+      the shapes are equal.
+    name: the term's name.
+
+  Returns:
+    An `Objective` with the one term ``name``.
+
+  Raises:
+    ValueError: when it is initialised and a layer is not among the features, or the two layers
+      can't be matched.
+  """
+  keyword = f"{name}_weight"
+
+  def module_for(student: Outputs, teacher: Outputs | None) -> nn.Module | None:
+    ours = _feature(student, student_layer, "student_layer")
+    theirs = _feature(teacher, teacher_layer, "teacher_layer")
+    return None if ours.shape[1:] == theirs.shape[1:] else projector(ours, theirs)
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    module = module_for(student, teacher)
+    if module is None:
+      return {}, {}
+    shape = student.features[student_layer]
+    variables = dict(module.init(key, jax.numpy.zeros(shape.shape, shape.dtype), train=True))
+    return variables.pop("params", {}), variables
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **hyper: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    del batch, key
+    module = module_for(student, teacher)
+    assert teacher is not None  # module_for has raised otherwise
+    ours = student.features[student_layer]
+    if module is not None:
+      ours, updated = module.apply(
+        {"params": params, **state}, ours, train=True, mutable=list(state)
+      )
+      state = {**state, **updated}
+    values = loss(ours, teacher.features[teacher_layer])
+    return {name: Term(values, weight=hyper.get(keyword, hint_weight))}, state
+
+  return Objective(init=init, apply=apply, hyper={keyword: hint_weight})
+
+
+def _feature(outputs: Outputs | None, name: str, argument: str) -> Any:
+  side = argument.split("_")[0]
+  if outputs is None:
+    raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
+  if name not in outputs.features:
+    there = {n: tuple(f.shape) for n, f in sorted(outputs.features.items())}
+    raise ValueError(
+      f"{argument}={name!r} is not among the {side}'s features {there}; name it in "
+      "capture.linen(module, features=[...])."
+    )
+  return outputs.features[name]
+
+
+def fitnet(
+  student_layer: str = "stage2",
+  teacher_layer: str = "stage2",
+  *,
+  hint_weight: float = 100.0,
+  hard_weight: float = 1.0,
+  projector: Callable[[Any, Any], nn.Module] = projectors.between,
+) -> Objective:
+  """FitNets in one stage, as RepDistiller and mdistiller run it: labels and one matched map.
+
+  Romero et al., "FitNets: Hints for Thin Deep Nets", 2015 (the paper trains the hint first).
+
+  Args:
+    student_layer: the guided layer; the second stage in the published code.
+    teacher_layer: the hint layer.
+    hint_weight: 100 in the published code.
+    hard_weight: 1 in the published code.
+    projector: see `hint`.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``hint``.
+  """
+  return combine(
+    labels(hard_weight=hard_weight),
+    hint(student_layer, teacher_layer, hint_weight=hint_weight, projector=projector),
+  )
+
+
+def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
+  """Adds objectives up: the union of their terms, each with parameters and state of its own.
+
+  Args:
+    *objectives: pairs or bare functions. A keyword that several of them take goes to all of them.
+
+  Returns:
+    One `Objective`.
+
+  Raises:
+    ValueError: there is none; or, at trace time, two of them name a term alike.
+
+  >>> sorted(combine(kd(), hint("pooled", "pooled")).hyper)
+  ['hard_weight', 'hint_weight', 'soft_weight', 'temperature']
+  """
+  if not objectives:
+    raise ValueError("combine needs at least one objective.")
+  parts = [as_objective(o) for o in objectives]
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    keys = jax.random.split(key, len(parts))
+    pairs = [part.init(k, student, teacher) for part, k in zip(parts, keys, strict=True)]
+    return (
+      {str(i): params for i, (params, _) in enumerate(pairs)},
+      {str(i): state for i, (_, state) in enumerate(pairs)},
+    )
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **hyper: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    terms: dict[str, Term] = {}
+    states = {}
+    for i, part in enumerate(parts):
+      keywords = {name: value for name, value in hyper.items() if name in part.hyper}
+      found, states[str(i)] = part.apply(
+        params[str(i)],
+        state[str(i)],
+        student,
+        teacher,
+        batch,
+        key=jax.random.fold_in(key, i),
+        **keywords,
+      )
+      twice = sorted(set(found) & set(terms))
+      if twice:
+        raise ValueError(f"two objectives name a term {twice}; give one another name (name=...).")
+      terms.update(found)
+    return terms, states
+
+  # An earlier objective's default is the one that is shown; each part keeps its own.
+  hyper = {name: value for part in reversed(parts) for name, value in part.hyper.items()}
+  return Objective(init=init, apply=apply, hyper=hyper)

@@ -1,0 +1,178 @@
+"""A run's folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, TensorBoard when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Metrics", "claim", "read_config", "restore_config", "to_json", "write_json"]
+
+
+def to_json(value: Any) -> Any:
+  """Turns arrays, paths and numbers that JSON does not know into ones that it does.
+
+  NaN and infinity become None: JSON has neither.
+
+  >>> to_json({"a": np.array([1.0, np.nan]), "b": pathlib.PurePosixPath("x")})
+  {'a': [1.0, None], 'b': 'x'}
+  """
+  if isinstance(value, Mapping):
+    return {str(k): to_json(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [to_json(v) for v in value]
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+    return to_json(np.asarray(value).tolist())
+  return str(value)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that the file is never seen half written."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+  os.replace(temporary, path)
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads a run's configuration.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{os.fspath(folder)!r} is not a run's folder: it has no config.json.")
+  return json.loads(path.read_text())
+
+
+def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
+  """Reads a run's configuration back into the dataclass that it was written from.
+
+  Args:
+    folder: the run's folder.
+    kind: the dataclass; entries that are no fields of it are left out.
+
+  Returns:
+    An instance of ``kind``.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: the configuration lacks a field.
+  """
+  saved = read_config(folder)
+  names = [field.name for field in dataclasses.fields(kind)]
+  missing = [name for name in names if name not in saved]
+  if missing:
+    raise ValueError(
+      f"{os.fspath(folder)!r} is a run of another experiment: its config.json has no {missing}."
+    )
+  # JSON has lists where the dataclass has tuples.
+  values = {n: tuple(saved[n]) if isinstance(saved[n], list) else saved[n] for n in names}
+  return kind(**values)
+
+
+def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:
+  """Makes a run's folder, or goes on in one that holds the same configuration.
+
+  Args:
+    folder: the run's folder.
+    config: what defines the run; anything that JSON can hold.
+
+  Returns:
+    The folder.
+
+  Raises:
+    ValueError: the folder holds a run of another configuration; the message names what differs.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  wanted = to_json(config)
+  if (folder / "config.json").exists():
+    there = read_config(folder)
+    differing = sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))
+    if differing:
+      lines = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+      raise ValueError(
+        f"{folder} holds a run of another configuration ({lines}). Take another folder, or the "
+        "same settings to go on with that run."
+      )
+  else:
+    write_json(folder / "config.json", wanted)
+  return folder
+
+
+class Metrics:
+  """Appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked."""
+
+  def __init__(
+    self, folder: pathlib.Path | None, *, resumed_from: int = 0, tensorboard: bool = False
+  ) -> None:
+    """Opens the file and drops what a killed run wrote after its last checkpoint.
+
+    Args:
+      folder: the run's folder; None keeps the history in memory alone.
+      resumed_from: the step of the checkpoint that the run goes on from.
+      tensorboard: also write TensorBoard event files, under ``tensorboard/``.
+    """
+    self.history: list[dict[str, Any]] = []
+    self._path = None if folder is None else folder / "metrics.jsonl"
+    self._board = _board(folder, resumed_from) if tensorboard else None
+    if self._path is not None and self._path.exists():
+      self.history = [r for r in _lines(self._path) if r["step"] <= resumed_from]
+      kept = "".join(json.dumps(r) + "\n" for r in self.history)
+      temporary = self._path.with_name(self._path.name + ".tmp")
+      temporary.write_text(kept)
+      os.replace(temporary, self._path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one line; a value may have a leading axis over seeds."""
+    record = {"step": step, **to_json(values)}
+    self.history.append(record)
+    if self._path is not None:
+      with self._path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    if self._board is not None:
+      for name, value in values.items():
+        mean = float(np.mean(np.asarray(value, np.float64)))
+        self._board.add_scalar(name, mean, step)
+
+  def close(self) -> None:
+    """Flushes TensorBoard's file."""
+    if self._board is not None:
+      self._board.close()
+
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the whole lines; a kill can leave the last one torn."""
+  records = []
+  for line in path.read_text().splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
+  if folder is None:
+    raise ValueError("tensorboard=True writes into the run's folder, and folder is None.")
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise ImportError(
+      "tensorboard=True needs tensorboardX: pip install 'jaxdistill[tensorboard]'."
+    ) from error
+  # Scalars after the purge step were written by a run that was killed; TensorBoard hides them.
+  return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_from + 1)

@@ -1,0 +1,29 @@
+"""Small networks that the tests share."""
+
+import flax.linen as nn
+
+from jaxdistill import capture
+
+
+class Dense(nn.Module):
+  """Dense layers with an optional BatchNorm; sows ``mid``."""
+
+  width: int
+  classes: int = 3
+  norm: bool = False
+  axis_name: str | None = None
+  dropout: float = 0.0
+
+  @nn.compact
+  def __call__(self, x, *, train: bool = False):
+    x = nn.Dense(self.width)(x.reshape(x.shape[0], -1))
+    if self.norm:
+      x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+    x = nn.relu(x)
+    self.sow("intermediates", "mid", x)
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    return nn.Dense(self.classes)(x)
+
+
+def dense(width, **fields):
+  return capture.linen(Dense(width, **fields), features=["mid"])
