@@ -38,12 +38,12 @@ class Options:
 
 def pairs():
   """A small convolutional pair and a small attention pair, at CIFAR's size, widths differing."""
-  vit = dict(patch_size=4, num_classes=100)
+  vit = {"patch_size": 4, "num_classes": 100}
   return {
     "convolutional (ResNet-20 to ResNet-8, half as wide)": (
       capture.linen(models.ResNet(depth=20, num_classes=100), features=["stage3"]),
       capture.linen(
-        models.ResNet(depth=8, num_classes=100, widths=(8, 8, 16, 32)), features=["stage3"]
+        models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)), features=["stage3"]
       ),
       "stage3",
     ),

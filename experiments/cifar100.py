@@ -123,17 +123,15 @@ def train_all(config: Config, options: Options) -> None:
     validation = data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
 
   def fit(name, network, plain, objective, seeds, epochs, **teacher):
-    sources = [
-      data.on_device(
-        examples,
-        batch_size=config.batch_size,
-        data_seed=seed,
-        augmentation=data.crop_flip(padding=4),
-        normalize=data.CIFAR,
-      )
-      for seed in seeds
-    ]
-    steps = epochs * sources[0].steps_per_epoch
+    source = data.on_device(
+      examples,
+      batch_size=config.batch_size,
+      data_seed=0,
+      augmentation=data.crop_flip(padding=4),
+      normalize=data.CIFAR,
+    )
+    sources = [dataclasses.replace(source, data_seed=seed) for seed in seeds]
+    steps = epochs * source.steps_per_epoch
     return train.fit(
       network,
       objective,

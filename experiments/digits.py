@@ -27,17 +27,21 @@ class Config:
 
   teachers: int = 3
   seeds: int = 5
-  epochs: int = 30
   batch_size: int = 64
-  learning_rate: float = 1e-3
-  temperature: float = 4.0
+  teacher_epochs: int = 60
+  teacher_rate: float = 2e-3
+  teacher_shift: int = 1
+  """Pixels by which the teachers' images are shifted."""
+  epochs: int = 100
+  rate: float = 6e-3
+  temperature: float = 2.0
   soft_weight: float = 0.9
   hard_weight: float = 0.1
-  hint_weight: float = 1.0
+  hint_weight: float = 0.3
   rule: Literal["mean_logits", "log_mean_probability", "mean_log_probability"] = "mean_logits"
-  teacher_channels: tuple[int, ...] = (32, 64, 64)
+  teacher_channels: tuple[int, ...] = (16, 32)
   teacher_dense: int = 256
-  student_channels: tuple[int, ...] = (8, 16, 16)
+  student_channels: tuple[int, ...] = (8, 8)
   student_dense: int = 48
 
 
@@ -60,8 +64,12 @@ class Options:
 
 
 def networks(config: Config):
-  teacher = models.ConvNet(channels=config.teacher_channels, dense=config.teacher_dense)
-  student = models.ConvNet(channels=config.student_channels, dense=config.student_dense)
+  def build(channels: tuple[int, ...], dense: int):
+    strides = (1, 2, *[1] * (len(channels) - 2))
+    return models.ConvNet(channels=channels, strides=strides, dense=dense)
+
+  teacher = build(config.teacher_channels, config.teacher_dense)
+  student = build(config.student_channels, config.student_dense)
   return (
     capture.linen(teacher, features=["hidden"], name="teacher"),
     capture.linen(student, features=["hidden"], name="student"),
@@ -81,13 +89,17 @@ def train_all(config: Config, options: Options) -> None:
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
 
-  def fit(name, network, objective, seeds, **teacher):
-    sources = [
-      data.on_device(examples, batch_size=config.batch_size, data_seed=seed, normalize=data.DIGITS)
-      for seed in seeds
-    ]
-    steps = config.epochs * sources[0].steps_per_epoch
-    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
+  def fit(name, network, objective, seeds, epochs, rate, shift=0, **teacher):
+    source = data.on_device(
+      examples,
+      batch_size=config.batch_size,
+      data_seed=0,
+      augmentation=data.crop(shift),
+      normalize=data.DIGITS,
+    )
+    sources = [dataclasses.replace(source, data_seed=seed) for seed in seeds]
+    steps = epochs * source.steps_per_epoch
+    schedule = optax.cosine_decay_schedule(rate, steps)
     return train.fit(
       network,
       objective,
@@ -97,6 +109,7 @@ def train_all(config: Config, options: Options) -> None:
       seed=seeds,
       dispatch=dispatch,
       validate=evaluate.validator(network, validation, stacked=True),
+      validate_every=10 * source.steps_per_epoch,
       folder=folder / name,
       config={"experiment": f"digits/{name}"},
       progress=name,
@@ -106,9 +119,17 @@ def train_all(config: Config, options: Options) -> None:
 
   teacher, student = networks(config)
   # Teachers get seeds of their own, so that no student shares its data order with one.
-  members = fit("teacher", teacher, recipes.labels(), range(100, 100 + config.teachers))
+  members = fit(
+    "teacher",
+    teacher,
+    recipes.labels(),
+    range(100, 100 + config.teachers),
+    config.teacher_epochs,
+    config.teacher_rate,
+    config.teacher_shift,
+  )
   seeds = range(config.seeds)
-  fit("baseline", student, recipes.labels(), seeds)
+  fit("baseline", student, recipes.labels(), seeds, config.epochs, config.rate)
   objective = recipes.combine(
     recipes.kd(
       temperature=config.temperature,
@@ -122,6 +143,8 @@ def train_all(config: Config, options: Options) -> None:
     student,
     objective,
     seeds,
+    config.epochs,
+    config.rate,
     teacher=ensemble(config),
     teacher_variables=teachers.unstack(members.variables),
   )

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill.manifest import some
 
-__all__ = ["check_like", "from_outline", "named", "place", "snapshot"]
+__all__ = ["check_like", "from_outline", "named", "outline", "place", "snapshot"]
 
 PyTree = Any
 

@@ -264,6 +264,8 @@ def make_step(
     if axis_name is not None:
       grads, loss = jax.lax.psum((grads, loss), axis_name)
       model_state, objective_state = _mean_over(axis_name, (model_state, objective_state))
+    model_state = _keep_dtypes(model_state, state.model_state)
+    objective_state = _keep_dtypes(objective_state, state.objective_state)
     updates, opt_state = optimizer.update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
     sums = _add_progress({"loss": (loss, jnp.ones_like(loss)), **sums}, logits, batch, axis_name)
@@ -279,6 +281,11 @@ def make_step(
     return new_state, sums
 
   return step
+
+
+def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
+  """State keeps its dtype: Flax's BatchNorm starts in float32 and takes on its inputs' dtype."""
+  return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
 
 
 def _mean_over(axis_name: str, tree: PyTree) -> PyTree:

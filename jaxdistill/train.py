@@ -11,10 +11,9 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm.auto as tqdm
@@ -23,7 +22,8 @@ from jaxdistill import mesh as mesh_lib
 from jaxdistill import run as run_lib
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.data import Source
-from jaxdistill.step import State, init_state, make_step, student_variables
+from jaxdistill.program import Program, build
+from jaxdistill.step import State, student_variables
 from jaxdistill.types import Network, Objective, ObjectiveFunction, Teacher, as_objective
 
 __all__ = ["Fitted", "fingerprint", "fit", "sgd"]
@@ -119,7 +119,7 @@ def fit(
   config: Mapping[str, Any] | None = None,
   checkpoint_every: int | None = None,
   keep_last: int = 2,
-  seeds_by: Literal["vmap", "map"] = "vmap",
+  seeds_by: str = "vmap",
   progress: str | None = "train",
   tensorboard: bool = False,
   callback: Callable[[int, Mapping[str, Any]], None] | None = None,
@@ -166,7 +166,7 @@ def fit(
   """
   dispatch = mesh_lib.with_jit() if dispatch is None else dispatch
   hyper = dict(hyper or {})
-  program = _build(
+  program = build(
     student,
     as_objective(objective),
     data,
@@ -217,90 +217,6 @@ def fit(
   return Fitted(variables=student_variables(final), state=final, history=log.history)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  """What is compiled: made from the arguments of `fit`, abstractly checked, not run yet."""
-
-  source: Source
-  data_seeds: list[int]
-  examples_per_step: int
-  shapes: State
-  initial: Callable[[], State]
-  items: Callable[[int, int], PyTree]
-  chunk: Callable[[State, PyTree], tuple[State, PyTree]]
-  collect: Callable[[PyTree], PyTree]
-
-
-def _build(
-  student: Network,
-  objective: Objective,
-  data: Source | Sequence[Source],
-  optimizer: optax.GradientTransformation,
-  seed: int | Sequence[int],
-  teacher: Teacher | None,
-  teacher_variables: PyTree,
-  hyper: Mapping[str, Any],
-  dispatch: mesh_lib.Dispatch,
-  seeds_by: str,
-) -> _Program:
-  seeds, sources = _pair(seed, data)
-  stacked, source = not isinstance(seed, int), sources[0]
-  step = make_step(
-    student, teacher, objective, optimizer, hyper=hyper, axis_name=dispatch.axis_name
-  )
-
-  def initial(key: Any, variables: PyTree, shared: PyTree, item: PyTree) -> State:
-    batch = source.cut(shared, item)
-    return init_state(
-      key, student, objective, optimizer, batch, teacher=teacher, teacher_variables=variables
-    )
-
-  def chunk(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
-    def body(state: State, item: PyTree) -> tuple[State, Any]:
-      return step(state, variables, dispatch.constrain(source.cut(shared, item)))
-
-    return jax.lax.scan(body, state, items)
-
-  def items(at: int, count: int) -> PyTree:
-    pieces = [s.items(at, count) for s in sources]
-    joined = jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
-    return dispatch.split(joined, source.batch_size, 2 if stacked else 1)
-
-  items(0, 1)  # a batch that does not divide by the devices says so here
-  keys = jnp.stack([jax.random.key(s) for s in seeds])
-  first = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
-  arguments = (keys if stacked else keys[0], teacher_variables, source.shared, first)
-  if stacked:
-    initial = jax.vmap(initial, in_axes=(0, None, None, None))
-    chunk = _over_seeds(chunk, seeds_by)
-  # Abstract first: what does not fit together says so before anything is compiled.
-  shapes = jax.eval_shape(initial, *arguments)
-  compiled = dispatch.compile(chunk)
-  fixed = (dispatch.place(teacher_variables), dispatch.place(source.shared))
-  return _Program(
-    source=source,
-    data_seeds=[s.data_seed for s in sources],
-    examples_per_step=source.batch_size * len(seeds),
-    shapes=shapes,
-    initial=lambda: jax.jit(initial)(*arguments),
-    items=items,
-    chunk=lambda state, items: compiled(state, *fixed, items),
-    collect=dispatch.collect,
-  )
-
-
-def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:
-  if seeds_by == "vmap":
-    return jax.vmap(chunk, in_axes=(0, None, None, 0))
-  if seeds_by == "map":
-
-    def one_after_another(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
-      return jax.lax.map(lambda pair: chunk(pair[0], variables, shared, pair[1]), (state, items))
-
-    return one_after_another
-  raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'map'.")
-
-
 @dataclasses.dataclass
 class _Intervals:
   """At which steps the loop stops to log, to validate, to save."""
@@ -344,7 +260,7 @@ class _Log:
   def __init__(
     self,
     folder: Any,
-    program: _Program,
+    program: Program,
     steps: int,
     at: int,
     hyper: Mapping[str, Any],
@@ -390,28 +306,11 @@ class _Log:
     self._metrics.close()
 
 
-def _start(program: _Program, saved: Checkpoints | None) -> tuple[State, int]:
+def _start(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
   latest = None if saved is None else saved.latest()
   if saved is None or latest is None:
     return program.initial(), 0
   return _restore(saved, latest, program.shapes), latest
-
-
-def _pair(
-  seed: int | Sequence[int], data: Source | Sequence[Source]
-) -> tuple[list[int], list[Source]]:
-  seeds = [seed] if isinstance(seed, int) else [int(s) for s in seed]
-  sources = list(data) if isinstance(data, Sequence) else [data]
-  if not seeds:
-    raise ValueError("seed is an empty sequence; give at least one seed.")
-  if len(sources) == 1:
-    sources = sources * len(seeds)
-  if len(sources) != len(seeds):
-    raise ValueError(
-      f"data has {len(sources)} sources for {len(seeds)} seeds; give one for each seed, or one "
-      "for all of them (which then see the same order)."
-    )
-  return seeds, sources
 
 
 def _items(state: State) -> dict[str, PyTree]:

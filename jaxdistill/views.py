@@ -23,6 +23,7 @@ __all__ = [
   "augment",
   "check_seed",
   "choice",
+  "crop",
   "crop_flip",
   "divide_by",
   "epoch_order",
@@ -187,22 +188,24 @@ class Augmentation:
 identity = Augmentation(lambda inputs, number: inputs, choices=1)
 
 
-def crop_flip(padding: int = 4) -> Augmentation:
-  """Random crops of a padded image and their mirror images, all numbered.
+def crop(padding: int) -> Augmentation:
+  """Random crops of a padded image, all numbered: shifts by up to ``padding`` pixels.
 
-  The image is framed by ``padding`` black pixels (before normalisation); a crop of the old size is
-  taken out of it and mirrored or not: ``2 * (2 * padding + 1)**2`` choices, 162 for padding 4.
-  Choice c is the crop at row ``c // 2 // n`` and column ``c // 2 % n``, ``n = 2 * padding + 1``,
-  mirrored where c is odd; the image itself is ``c = 4 * padding * (padding + 1)``.
+  The image is framed by ``padding`` black pixels (before normalisation) and a crop of the old size
+  is taken out of it: ``(2 * padding + 1)**2`` choices. Choice c is the crop at row ``c // n`` and
+  column ``c % n``, with ``n = 2 * padding + 1``; the middle one is the image itself.
 
   Args:
-    padding: in pixels; 4 is what CIFAR is trained with (He et al., Deep Residual Learning, 2016).
+    padding: in pixels, not negative.
 
   Returns:
     An augmentation of images ``[H, W, C]``.
 
   Raises:
     ValueError: ``padding`` is negative.
+
+  >>> crop(1).apply(jnp.arange(4).reshape(2, 2, 1), jnp.int32(0))[..., 0].tolist()
+  [[0, 0], [0, 0]]
   """
   if padding < 0:
     raise ValueError(f"padding must be at least 0, got {padding}.")
@@ -210,14 +213,35 @@ def crop_flip(padding: int = 4) -> Augmentation:
 
   def apply(image: Any, number: Any) -> Array:
     if image.ndim != 3:
-      raise ValueError(f"crop_flip needs images [H, W, C], got inputs of shape {image.shape}.")
+      raise ValueError(f"crops are of images [H, W, C], got inputs of shape {image.shape}.")
     framed = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    where = number // jnp.int32(2)
-    start = (where // jnp.int32(positions), where % jnp.int32(positions), jnp.int32(0))
-    crop = jax.lax.dynamic_slice(framed, start, image.shape)
-    return jnp.where(number % jnp.int32(2) == 1, crop[:, ::-1], crop)
+    start = (number // jnp.int32(positions), number % jnp.int32(positions), jnp.int32(0))
+    return jax.lax.dynamic_slice(framed, start, image.shape)
 
-  return Augmentation(apply, choices=2 * positions**2)
+  return Augmentation(apply, choices=positions**2)
+
+
+def crop_flip(padding: int = 4) -> Augmentation:
+  """Random crops and their mirror images, all numbered: what CIFAR is trained with.
+
+  Choice c is `crop`'s choice ``c // 2``, mirrored where c is odd: 162 choices for padding 4.
+
+  Args:
+    padding: in pixels; 4 as in He et al., Deep Residual Learning, 2016.
+
+  Returns:
+    An augmentation of images ``[H, W, C]``.
+
+  Raises:
+    ValueError: ``padding`` is negative.
+  """
+  crops = crop(padding)
+
+  def apply(image: Any, number: Any) -> Array:
+    cropped = crops.apply(image, number // jnp.int32(2))
+    return jnp.where(number % jnp.int32(2) == 1, cropped[:, ::-1], cropped)
+
+  return Augmentation(apply, choices=2 * (crops.choices or 1))
 
 
 def augment(

@@ -3,9 +3,16 @@
 import os
 import pathlib
 
+# The tests compile much and compute little, so the compiler is told not to try hard.
 flags = os.environ.get("XLA_FLAGS", "")
-if "host_platform_device_count" not in flags:
-  os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=2".strip()
+for flag, value in (
+  ("--xla_force_host_platform_device_count", "2"),
+  ("--xla_backend_optimization_level", "0"),
+  ("--xla_llvm_disable_expensive_passes", "true"),
+):
+  if flag not in flags:
+    flags += f" {flag}={value}"
+os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 

@@ -1,6 +1,9 @@
 """Small networks that the tests share."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax.numpy as jnp
 
 from jaxdistill import capture
 
@@ -13,16 +16,22 @@ class Dense(nn.Module):
   norm: bool = False
   axis_name: str | None = None
   dropout: float = 0.0
+  param_dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x, *, train: bool = False):
-    x = nn.Dense(self.width)(x.reshape(x.shape[0], -1))
+    x = nn.Dense(self.width, param_dtype=self.param_dtype)(x.reshape(x.shape[0], -1))
     if self.norm:
-      x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name)(x)
+      x = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        axis_name=self.axis_name,
+        param_dtype=self.param_dtype,
+      )(x)
     x = nn.relu(x)
     self.sow("intermediates", "mid", x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
-    return nn.Dense(self.classes)(x)
+    return nn.Dense(self.classes, param_dtype=self.param_dtype)(x)
 
 
 def dense(width, **fields):

@@ -22,7 +22,8 @@ FLOORS = [
   ["checkpoint", "capture", "mesh", "run", "tfds_data"],
   ["data"],
   ["recipes", "teachers", "step"],
-  ["train", "evaluate"],
+  ["program", "evaluate"],
+  ["train"],
   ["report"],
 ]
 ONE_FILE = {

@@ -111,11 +111,9 @@ def test_the_limit_of_pmap_batchnorm_sees_its_share_unless_it_has_the_axis():
 
 
 def test_the_limit_of_pmap_relations_see_their_share():
-  run = lambda dispatch: (
-    distil(  # noqa: E731
-      objective=relational, dispatch=dispatch, optimizer=optax.sgd(0.1)
-    ).variables
-  )
+  def run(dispatch):
+    return distil(objective=relational, dispatch=dispatch, optimizer=optax.sgd(0.1)).variables
+
   assert differ(run(mesh.with_jit()), run(mesh.with_pmap()), tolerance=1e-3)
 
 
@@ -136,14 +134,14 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, dispatch):
   options = {"student": student, "dispatch": dispatch(), "log_every": 3, "validate_every": 4}
   whole = distil(folder=tmp_path / "whole", **options)
 
-  class Killed(Exception):
+  class KilledError(Exception):
     pass
 
   def kill(step, record):
     if step == 6:
-      raise Killed
+      raise KilledError
 
-  with pytest.raises(Killed):
+  with pytest.raises(KilledError):
     distil(folder=tmp_path / "killed", callback=kill, **options)
   with Checkpoints(tmp_path / "killed" / "checkpoints") as saved:
     assert saved.latest() == 4

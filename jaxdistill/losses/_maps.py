@@ -118,7 +118,7 @@ def rows(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array]:
   if not shapes[0] or shapes[0][:1] != shapes[1][:1]:
     raise ValueError(f"student {shapes[0]} and teacher {shapes[1]} must hold the same examples.")
   size = shapes[0][0]
-  valid = jnp.ones(size, bool) if where is None else jnp.asarray(where) != 0
+  valid = jnp.ones(size, bool) if where is None else jnp.asarray(where).astype(bool)
   if valid.shape != (size,):
     raise ValueError(f"where must have shape {(size,)}, got {valid.shape}.")
   # Before anything is computed as well as after it: a value masked only later can still leak NaN.

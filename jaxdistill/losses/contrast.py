@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
 from jaxdistill.losses._log_space import MASKED, AnyArray, Scalar, check_positive, check_share
-from jaxdistill.losses._maps import product, rows, same_width, unit
+from jaxdistill.losses._maps import norm, product, rows, same_width, unit
 
 __all__ = ["Banks", "contrastive", "contrastive_bank", "init_banks"]
 
@@ -151,7 +151,8 @@ def contrastive_bank(
     teacher: ``[B, D]``, likewise.
     labels: ``[B]``, the examples' classes.
     index: ``[B]``, which rows of the banks the examples are; no two of one batch the same.
-    banks: from `init_banks`, or from the call before.
+    banks: from `init_banks`, or from the call before. Under ``pmap`` each device would remember its
+      own share only: use ``jit``.
     key: a random key. An example's draw depends on it and on the example's index alone.
     negatives: m, drawn without replacement from the examples of other classes; where there are
       fewer, all of them with more weight. 16384 is the paper's.
@@ -237,8 +238,9 @@ def _log_normalizer(scores: Array, own: Array, drawn: Array, valid: Array, negat
   others = jax.nn.logsumexp(jnp.where(drawn, scores, MASKED), axis=1)
   others = others + jnp.log(_repeats(drawn, negatives, scores.dtype))
   total = jax.nn.logsumexp(jnp.where(valid, jnp.logaddexp(own, others), MASKED))
-  count = jnp.where(valid, 1 + negatives * jnp.any(drawn, axis=1), 0).astype(scores.dtype)
-  return total - jnp.log(jnp.maximum(jnp.sum(count), 1)) + math.log(scores.shape[1])
+  each = jnp.where(jnp.any(drawn, axis=1), 1.0 + negatives, 1.0)
+  count = jnp.sum(jnp.where(valid, each, 0.0)).astype(scores.dtype)
+  return total - jnp.log(jnp.maximum(count, 1)) + math.log(scores.shape[1])
 
 
 # Its parts are as large as the scores, and cheaper to compute again than to keep.
@@ -258,5 +260,6 @@ def _remember(bank: Array, vectors: Array, index: Array, valid: Array, momentum:
   old = bank[index]
   keep = jnp.asarray(momentum, bank.dtype)
   mixed = keep * old + (1 - keep) * jax.lax.stop_gradient(vectors).astype(bank.dtype)
-  mixed = jnp.where(jnp.any(mixed != 0, axis=1, keepdims=True), unit(mixed), old)
+  # Opposite vectors leave a rounding, and a rounding's direction means nothing.
+  mixed = jnp.where(norm(mixed, -1) > 1e-6, unit(mixed), old)
   return bank.at[jnp.where(valid, index, len(bank))].set(mixed, mode="drop")

@@ -176,7 +176,7 @@ def intra_class_correlation(
   [2.0, 2.0]
   """
   student, teacher = pair(student_logits, teacher_logits)
-  counted = jnp.ones(student.shape[:-1], bool) if where is None else jnp.asarray(where) != 0
+  counted = jnp.ones(student.shape[:-1], bool) if where is None else jnp.asarray(where).astype(bool)
   if counted.shape != student.shape[:-1]:
     raise ValueError(f"where must have shape {student.shape[:-1]}, got {counted.shape}.")
   counted = counted[..., None]

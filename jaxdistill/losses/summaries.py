@@ -239,7 +239,7 @@ def attention_relation(
         "number, or use a projector."
       )
   student, teacher = float_arrays(student, teacher)
-  valid = jnp.ones(shapes[0][:2], bool) if where is None else jnp.asarray(where) != 0
+  valid = jnp.ones(shapes[0][:2], bool) if where is None else jnp.asarray(where).astype(bool)
   if valid.shape != shapes[0][:2]:
     raise ValueError(f"where must have shape {shapes[0][:2]}, got {valid.shape}.")
 

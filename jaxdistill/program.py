@@ -1,0 +1,142 @@
+"""The program of a training run: a step, a source and a dispatch made into one compiled call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdistill.data import Source
+from jaxdistill.mesh import Dispatch
+from jaxdistill.step import State, init_state, make_step
+from jaxdistill.types import Network, Objective, Teacher
+
+__all__ = ["Program", "build"]
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run calls: put together and checked abstractly, compiled at the first call.
+
+  Attributes:
+    source: the first source, for what all of them share.
+    data_seeds: one for each source.
+    examples_per_step: over all seeds.
+    shapes: the state's shapes and dtypes.
+    initial: makes the state at step 0.
+    items: ``(step, count)``: what the next ``count`` steps need, on the devices.
+    chunk: ``(state, items) -> (state, sums)``; donates the state. Sums have a step axis last.
+    collect: one copy of a tree that `chunk` returned.
+  """
+
+  source: Source
+  data_seeds: list[int]
+  examples_per_step: int
+  shapes: State
+  initial: Callable[[], State]
+  items: Callable[[int, int], PyTree]
+  chunk: Callable[[State, PyTree], tuple[State, PyTree]]
+  collect: Callable[[PyTree], PyTree]
+
+
+def build(
+  student: Network,
+  objective: Objective,
+  data: Source | Sequence[Source],
+  optimizer: optax.GradientTransformation,
+  seed: int | Sequence[int],
+  teacher: Teacher | None,
+  teacher_variables: PyTree,
+  hyper: Mapping[str, Any],
+  dispatch: Dispatch,
+  seeds_by: str,
+) -> Program:
+  """Builds a run's program; the arguments are those of `jaxdistill.train.fit`.
+
+  Returns:
+    The program.
+
+  Raises:
+    ValueError: sources and seeds do not pair up, a batch does not divide by the devices, or the
+      networks, the objective and the data do not fit together.
+  """
+  seeds, sources = _pair(seed, data)
+  stacked, source = np.ndim(seed) > 0, sources[0]
+  step = make_step(
+    student, teacher, objective, optimizer, hyper=hyper, axis_name=dispatch.axis_name
+  )
+
+  def initial(key: Any, variables: PyTree, shared: PyTree, item: PyTree) -> State:
+    batch = source.cut(shared, item)
+    return init_state(
+      key, student, objective, optimizer, batch, teacher=teacher, teacher_variables=variables
+    )
+
+  def chunk(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
+    def body(state: State, item: PyTree) -> tuple[State, Any]:
+      return step(state, variables, dispatch.constrain(source.cut(shared, item)))
+
+    return jax.lax.scan(body, state, items)
+
+  def items(at: int, count: int) -> PyTree:
+    pieces = [s.items(at, count) for s in sources]
+    joined = jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
+    return dispatch.split(joined, source.batch_size, 2 if stacked else 1)
+
+  items(0, 1)  # a batch that does not divide by the devices says so here
+  keys = jnp.stack([jax.random.key(s) for s in seeds])
+  first = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
+  arguments = (keys if stacked else keys[0], teacher_variables, source.shared, first)
+  if stacked:
+    initial = jax.vmap(initial, in_axes=(0, None, None, None))
+    chunk = _over_seeds(chunk, seeds_by)
+  # Abstract first: what does not fit together says so before anything is compiled.
+  shapes = jax.eval_shape(initial, *arguments)
+  compiled = dispatch.compile(chunk)
+  fixed = (dispatch.place(teacher_variables), dispatch.place(source.shared))
+  return Program(
+    source=source,
+    data_seeds=[s.data_seed for s in sources],
+    examples_per_step=source.batch_size * len(seeds),
+    shapes=shapes,
+    initial=lambda: jax.jit(initial)(*arguments),
+    items=items,
+    chunk=lambda state, items: compiled(state, *fixed, items),
+    collect=dispatch.collect,
+  )
+
+
+def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:
+  if seeds_by == "vmap":
+    return jax.vmap(chunk, in_axes=(0, None, None, 0))
+  if seeds_by == "map":
+
+    def one_after_another(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
+      return jax.lax.map(lambda pair: chunk(pair[0], variables, shared, pair[1]), (state, items))
+
+    return one_after_another
+  raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'map'.")
+
+
+def _pair(
+  seed: int | Sequence[int], data: Source | Sequence[Source]
+) -> tuple[list[int], list[Source]]:
+  seeds = [int(s) for s in np.atleast_1d(np.asarray(seed, np.int64))]
+  sources = list(data) if isinstance(data, Sequence) else [data]
+  if not seeds:
+    raise ValueError("seed is an empty sequence; give at least one seed.")
+  if len(sources) == 1:
+    sources = sources * len(seeds)
+  if len(sources) != len(seeds):
+    raise ValueError(
+      f"data has {len(sources)} sources for {len(seeds)} seeds; give one for each seed, or one "
+      "for all of them (which then see the same order)."
+    )
+  return seeds, sources
