@@ -102,8 +102,7 @@ def split_of(config: Config, name: str, data_dir: str | None) -> str:
   if chosen is None:
     raise SystemExit("--published trains on all of train: there is no validation split.")
   if name == "train" and config.fraction < 100:
-    share = config.fraction if config.published else config.fraction * 9 // 10
-    return f"train[:{share}%]"
+    return f"train[:{config.fraction * (500 if config.published else 450)}]"
   return chosen
 
 
@@ -210,7 +209,10 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     ),
     baseline=student("baseline", "trained on labels alone"),
     student=student("student", f"distilled at temperature {config.temperature:g}"),
-    commands=[f"python experiments/cifar100.py --evaluate {folder} --split {options.split}"],
+    commands=[
+      run.command("experiments/cifar100.py", config, out=folder),
+      f"python experiments/cifar100.py --evaluate {folder} --split {options.split}",
+    ],
   )
   path = report.write(folder, result)
   print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")

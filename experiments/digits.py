@@ -29,10 +29,10 @@ class Config:
   seeds: int = 5
   batch_size: int = 64
   teacher_epochs: int = 60
-  teacher_rate: float = 2e-3
+  teacher_rate: float = 3e-3
   teacher_shift: int = 1
   """Pixels by which the teachers' images are shifted."""
-  epochs: int = 100
+  epochs: int = 200
   rate: float = 6e-3
   temperature: float = 2.0
   soft_weight: float = 0.9
@@ -40,9 +40,9 @@ class Config:
   hint_weight: float = 0.3
   rule: Literal["mean_logits", "log_mean_probability", "mean_log_probability"] = "mean_logits"
   teacher_channels: tuple[int, ...] = (16, 32)
-  teacher_dense: int = 256
+  teacher_dense: int = 128
   student_channels: tuple[int, ...] = (8, 8)
-  student_dense: int = 48
+  student_dense: int = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,11 +177,16 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     seeds=range(config.seeds),
     varied="initialisation and data order",
     teacher=report.measure(
-      *reference, batches, description=f"{config.teachers} ConvNets {config.teacher_channels}"
+      *reference,
+      batches,
+      description=f"{config.teachers} ConvNets {config.teacher_channels}, images shifted",
     ),
     baseline=student("baseline", "trained on labels alone"),
     student=student("student", "soft targets, labels and one matched layer"),
-    commands=[f"python experiments/digits.py --evaluate {folder} --split {options.split}"],
+    commands=[
+      run.command("experiments/digits.py", config, out=folder),
+      f"python experiments/digits.py --evaluate {folder} --split {options.split}",
+    ],
   )
   path = report.write(folder, result)
   print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")

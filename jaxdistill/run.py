@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Metrics", "claim", "read_config", "restore_config", "to_json", "write_json"]
+__all__ = ["Metrics", "claim", "command", "read_config", "restore_config", "to_json", "write_json"]
 
 
 def to_json(value: Any) -> Any:
@@ -81,6 +81,26 @@ def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
   # JSON has lists where the dataclass has tuples.
   values = {n: tuple(saved[n]) if isinstance(saved[n], list) else saved[n] for n in names}
   return kind(**values)
+
+
+def command(script: str, config: Any, *, out: str | os.PathLike[str]) -> str:
+  """The command that repeats a run: the settings that differ from the dataclass's defaults.
+
+  >>> Config = dataclasses.make_dataclass("Config", [("rate", float, 0.1), ("on", bool, False)])
+  >>> command("train.py", Config(rate=0.5, on=True), out="runs/a")
+  'python train.py --rate 0.5 --on --out runs/a'
+  """
+  words = ["python", script]
+  for field in dataclasses.fields(config):
+    value, flag = getattr(config, field.name), field.name.replace("_", "-")
+    if value == field.default:
+      continue
+    if isinstance(value, bool):
+      words.append(f"--{flag}" if value else f"--no-{flag}")
+    else:
+      parts = value if isinstance(value, list | tuple) else [value]
+      words += [f"--{flag}", *map(str, parts)]
+  return " ".join([*words, "--out", os.fspath(out)])
 
 
 def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:

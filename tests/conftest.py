@@ -21,7 +21,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Annotated shapes are checked at every call, in the tests only.
-install_import_hook("jaxdistill", "beartype.beartype")
+install_import_hook("jaxdistill", "typecheck.check")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -1,0 +1,111 @@
+"""Every notebook as a newcomer runs it: from top to bottom, in a kernel of its own."""
+
+import base64
+import os
+import pathlib
+import re
+
+import matplotlib
+import nbclient
+import nbformat
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+
+
+def execute(path, folder):
+  """Runs a notebook in the running interpreter and returns it with its outputs."""
+  notebook = nbformat.read(path, as_version=4)
+  # Without folders to look in, "python3" is this interpreter, whatever kernels the machine knows.
+  specs = KernelSpecManager(kernel_dirs=[])
+  manager = AsyncKernelManager(
+    kernel_name="python3",
+    kernel_spec_manager=specs,
+    connection_file=str(folder / "connection.json"),
+  )
+  client = nbclient.NotebookClient(
+    notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}}
+  )
+  # The compiler's flags come along; what a notebook writes outside its folder goes there too.
+  environment = {
+    **os.environ,
+    "TFDS_DATA_DIR": str(folder / "tfds"),
+    "IPYTHONDIR": str(folder / "ipython"),
+    "MPLCONFIGDIR": matplotlib.get_cachedir(),  # with the list of fonts, which takes long to make
+    "PYTHONPATH": str(ROOT),
+  }
+  environment.pop("MPLBACKEND", None)  # pictures belong into the notebook
+  client.execute(env=environment, cleanup_kc=True)  # the kernel ends with the notebook
+  return notebook
+
+
+def outputs(notebook, kind):
+  """The outputs of one MIME type, or of a stream, in order."""
+  found = []
+  for cell in notebook.cells:
+    for output in cell.get("outputs", []):
+      if output.output_type == "stream" and kind == output.name:
+        found.append(output.text)
+      elif kind in output.get("data", {}):
+        found.append(output.data[kind])
+  return found
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+  """Notebooks by name, each run once."""
+  done = {}
+
+  def get(path):
+    if path not in done:
+      done[path] = execute(path, tmp_path_factory.mktemp(path.stem))
+    return done[path]
+
+  return get
+
+
+def rows_of(table):
+  """A Markdown table as ``{label: [cells]}``."""
+  lines = [line for line in table.splitlines() if line.startswith("|")]
+  cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+  return {row[0]: row[1:] for row in cells}
+
+
+def test_there_are_notebooks():
+  assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_stored_without_outputs(path):
+  notebook = nbformat.read(path, as_version=4)
+  nbformat.validate(notebook)
+  assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+  for cell in notebook.cells:
+    if cell.cell_type == "code":
+      assert cell.outputs == []
+      assert cell.execution_count is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(path, executed):
+  notebook = executed(path)  # a cell that raises, raises here, with its traceback
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+  for picture in outputs(notebook, "image/png"):
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+
+
+def test_quickstart_shows_its_pictures_and_the_table(executed):
+  notebook = executed(ROOT / "colabs" / "quickstart.ipynb")
+  assert len(outputs(notebook, "image/png")) == 3  # the digits, the soft targets, the accuracies
+  tables = [text for text in outputs(notebook, "stdout") if "| accuracy, %" in text]
+  rows = rows_of(tables[-1])
+  assert rows[""] == ["teacher", "baseline", "student"]
+  accuracies = [float(re.match(r"[\d.]+", cell)[0]) for cell in rows["accuracy, %"]]
+  # Always naming one class is right for a tenth; networks that learned are far from that.
+  assert all(80 < accuracy <= 100 for accuracy in accuracies)
+  teacher, baseline, student = (int(cell.replace(",", "")) for cell in rows["parameters"])
+  assert baseline == student < teacher
