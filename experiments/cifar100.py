@@ -52,10 +52,10 @@ class Config:
 SHORT = Config(
   teacher="resnet14",
   student="resnet8",
-  seeds=3,
-  epochs=3,
-  teacher_epochs=6,
-  fraction=20,
+  seeds=2,
+  epochs=6,
+  teacher_epochs=8,
+  fraction=10,
 )
 
 
@@ -75,8 +75,10 @@ class Options:
   """Start from the short setting for a CPU instead of the published one."""
   dispatch: Literal["jit", "pmap"] = "jit"
   """How the step is compiled."""
-  seeds_by: Literal["vmap", "map"] = "map" if jax.default_backend() == "cpu" else "vmap"
+  seeds_by: Literal["vmap", "unroll"] = "unroll" if jax.default_backend() == "cpu" else "vmap"
   """Seeds side by side or one after another, in one program either way."""
+  scan: bool = jax.default_backend() != "cpu"
+  """Many steps in one dispatch; slow for convolutions on a CPU."""
   tensorboard: bool = False
   """Also write TensorBoard event files."""
 
@@ -143,6 +145,7 @@ def train_all(config: Config, options: Options) -> None:
       folder=folder / name,
       config={"experiment": f"cifar100/{name}"},
       seeds_by=options.seeds_by,
+      scan=options.scan,
       progress=name,
       tensorboard=options.tensorboard,
       **teacher,

@@ -31,9 +31,9 @@ class Program:
     examples_per_step: over all seeds.
     shapes: the state's shapes and dtypes.
     initial: makes the state at step 0.
-    items: ``(step, count)``: what the next ``count`` steps need, on the devices.
-    chunk: ``(state, items) -> (state, sums)``; donates the state. Sums have a step axis last.
-    collect: one copy of a tree that `chunk` returned.
+    run: ``(state, step, count) -> (state, sums)``: the next ``count`` steps; donates the state.
+      Sums have a step axis last.
+    collect: one copy of a tree that `run` returned.
   """
 
   source: Source
@@ -41,8 +41,7 @@ class Program:
   examples_per_step: int
   shapes: State
   initial: Callable[[], State]
-  items: Callable[[int, int], PyTree]
-  chunk: Callable[[State, PyTree], tuple[State, PyTree]]
+  run: Callable[[State, int, int], tuple[State, PyTree]]
   collect: Callable[[PyTree], PyTree]
 
 
@@ -57,6 +56,7 @@ def build(
   hyper: Mapping[str, Any],
   dispatch: Dispatch,
   seeds_by: str,
+  scan: bool,
 ) -> Program:
   """Builds a run's program; the arguments are those of `jaxdistill.train.fit`.
 
@@ -83,7 +83,10 @@ def build(
     def body(state: State, item: PyTree) -> tuple[State, Any]:
       return step(state, variables, dispatch.constrain(source.cut(shared, item)))
 
-    return jax.lax.scan(body, state, items)
+    if scan:
+      return jax.lax.scan(body, state, items)
+    state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))
+    return state, jax.tree.map(lambda leaf: leaf[None], sums)
 
   def items(at: int, count: int) -> PyTree:
     pieces = [s.items(at, count) for s in sources]
@@ -101,14 +104,23 @@ def build(
   shapes = jax.eval_shape(initial, *arguments)
   compiled = dispatch.compile(chunk)
   fixed = (dispatch.place(teacher_variables), dispatch.place(source.shared))
+
+  def run(state: State, at: int, count: int) -> tuple[State, PyTree]:
+    if scan:
+      return compiled(state, *fixed, items(at, count))
+    each = []
+    for step in range(at, at + count):
+      state, sums = compiled(state, *fixed, items(step, 1))
+      each.append(sums)
+    return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
+
   return Program(
     source=source,
     data_seeds=[s.data_seed for s in sources],
     examples_per_step=source.batch_size * len(seeds),
     shapes=shapes,
     initial=lambda: jax.jit(initial)(*arguments),
-    items=items,
-    chunk=lambda state, items: compiled(state, *fixed, items),
+    run=run,
     collect=dispatch.collect,
   )
 
@@ -116,13 +128,18 @@ def build(
 def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:
   if seeds_by == "vmap":
     return jax.vmap(chunk, in_axes=(0, None, None, 0))
-  if seeds_by == "map":
+  if seeds_by != "unroll":
+    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
 
-    def one_after_another(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
-      return jax.lax.map(lambda pair: chunk(pair[0], variables, shared, pair[1]), (state, items))
+  def one_after_another(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
+    count = jax.tree.leaves(items)[0].shape[0]
+    each = []
+    for i in range(count):
+      mine, its = jax.tree.map(lambda leaf, i=i: leaf[i], (state, items))
+      each.append(chunk(mine, variables, shared, its))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
-    return one_after_another
-  raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'map'.")
+  return one_after_another
 
 
 def _pair(

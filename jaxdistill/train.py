@@ -120,6 +120,7 @@ def fit(
   checkpoint_every: int | None = None,
   keep_last: int = 2,
   seeds_by: str = "vmap",
+  scan: bool = True,
   progress: str | None = "train",
   tensorboard: bool = False,
   callback: Callable[[int, Mapping[str, Any]], None] | None = None,
@@ -150,8 +151,10 @@ def fit(
       teacher's fingerprint, and has to be the same when the run goes on.
     checkpoint_every: steps between checkpoints; as often as validation by default.
     keep_last: how many of the last checkpoints are kept, beside the best one.
-    seeds_by: whether several seeds are trained side by side (``vmap``) or one after another inside
-      the program (``map``), which is faster for convolutions on a CPU and takes less memory.
+    seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
+      inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
+    scan: whether a chunk is one dispatch, by ``lax.scan``. Without, its steps are dispatched one by
+      one: XLA computes convolutions inside a loop twenty times slower on a CPU.
     progress: the progress bar's label; None for silence.
     tensorboard: also write TensorBoard event files into the folder.
     callback: ``(step, record)`` after every line.
@@ -177,6 +180,7 @@ def fit(
     hyper,
     dispatch,
     seeds_by,
+    scan,
   )
   every = _Intervals(steps, program.source.steps_per_epoch, log_every, validate_every)
   every.check(checkpoint_every)
@@ -191,7 +195,7 @@ def fit(
   try:
     while at < steps:
       end = every.next_stop(at)
-      state, sums = program.chunk(state, program.items(at, end - at))
+      state, sums = program.run(state, at, end - at)
       if pending is not None:
         log.write(**pending)
       pending, at = {"sums": sums, "begin": at, "end": end}, end

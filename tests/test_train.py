@@ -117,10 +117,10 @@ def test_the_limit_of_pmap_relations_see_their_share():
   assert differ(run(mesh.with_jit()), run(mesh.with_pmap()), tolerance=1e-3)
 
 
-@pytest.mark.parametrize("seeds_by", ["vmap", "map"])
-def test_every_seed_of_one_program_is_the_run_alone(seeds_by):
+@pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
+def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
   seeds = (3, 11)
-  together = distil(seed=seeds, data=[source(s) for s in seeds], seeds_by=seeds_by)
+  together = distil(seed=seeds, data=[source(s) for s in seeds], seeds_by=seeds_by, scan=scan)
   for i, seed in enumerate(seeds):
     alone = distil(seed=seed, data=source(seed))
     mine = jax.tree.map(lambda leaf, i=i: leaf[i], together.variables)

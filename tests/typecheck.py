@@ -1,4 +1,4 @@
-"""The checker behind jaxtyping in the tests; an int is fine where a float is annotated (PEP 484)."""
+"""The checker behind jaxtyping in tests; an int passes for a float, as PEP 484 has it."""
 
 from beartype import BeartypeConf, beartype
 
