@@ -51,8 +51,8 @@ def parameters(variables: PyTree) -> int:
   """Counts parameters: the elements of ``variables["params"]``, or of any other pytree.
 
   Args:
-    variables: a network's variables, whose other collections (``batch_stats``) do not count, or a
-      pytree of arrays or shapes.
+    variables: a network's variables, whose other collections (``batch_stats``) do not count; a
+      sequence of such, for an ensemble; or a pytree of arrays or shapes.
 
   Returns:
     The number of elements.
@@ -60,6 +60,8 @@ def parameters(variables: PyTree) -> int:
   >>> parameters({"params": {"kernel": np.zeros((3, 2))}, "batch_stats": {"mean": np.zeros(2)}})
   6
   """
+  if isinstance(variables, list | tuple):
+    return sum(parameters(member) for member in variables)
   if isinstance(variables, Mapping) and "params" in variables:
     variables = variables["params"]
   return sum(math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(variables))

@@ -136,8 +136,9 @@ def costs(
 
   Returns:
     ``parameters``, ``bytes`` (of all variables), ``flops`` of one example (by walking the jaxpr, a
-    multiply-add being two), ``xla_flops`` (the compiler's own figure, or None), ``latency_ms`` at
-    batch 1 as ``{"median", "p95"}``, and ``throughput`` in examples a second at batch B.
+    multiply-add being two; None where an operation's cost is unknown), ``xla_flops`` (the
+    compiler's own figure, or None), ``latency_ms`` at batch 1 as ``{"median", "p95"}``, and
+    ``throughput`` in examples a second at batch B, ``throughput_batch``.
   """
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
@@ -145,9 +146,16 @@ def costs(
   return {
     "parameters": cost.parameters(variables),
     "bytes": cost.size_bytes(variables),
-    "flops": cost.flops(predict, variables, one),
+    "flops": _flops(predict, variables, one),
     "xla_flops": cost.xla_flops(predict, variables, one),
     "latency_ms": cost.latency(predict, variables, one, seconds=seconds),
     "throughput": cost.throughput(predict, variables, batch, examples=size, seconds=seconds),
     "throughput_batch": size,
   }
+
+
+def _flops(predict: Predict, variables: PyTree, one: Batch) -> int | None:
+  try:
+    return cost.flops(predict, variables, one)
+  except ValueError:  # an operation that a jaxpr does not tell the cost of
+    return None

@@ -119,10 +119,17 @@ def build(
     data_seeds=[s.data_seed for s in sources],
     examples_per_step=source.batch_size * len(seeds),
     shapes=shapes,
-    initial=lambda: jax.jit(initial)(*arguments),
+    initial=lambda: jax.jit(initial, compiler_options=_quick())(*arguments),
     run=run,
     collect=dispatch.collect,
   )
+
+
+def _quick() -> dict[str, Any] | None:
+  """Options for a program that runs once: on a CPU, random initialisers compile for long."""
+  if jax.default_backend() != "cpu":
+    return None
+  return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:

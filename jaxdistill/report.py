@@ -193,10 +193,14 @@ def _verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any]) -> str
     word = "higher" if student > baseline else "lower or equal"
     return f"One seed: the distilled student's accuracy is {change} {word} {where}; no error known."
   margin = f"standard error of the difference {100 * error:.2f}"
-  if student - baseline > error:
-    return f"Distillation helps: {change} over labels alone {where}, {margin}."
-  if baseline - student > error:
-    return f"Distillation hurts: {change} under labels alone {where}, {margin}."
+  beyond = abs(student - baseline) / error if error else float("inf")
+  if beyond > 1 and student != baseline:
+    sure = beyond > 2
+    if student > baseline:
+      word = "helps" if sure else "seems to help"
+      return f"Distillation {word}: {change} over labels alone {where}, {margin}."
+    word = "hurts" if sure else "seems to hurt"
+    return f"Distillation {word}: {change} under labels alone {where}, {margin}."
   return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
 
 
@@ -214,7 +218,9 @@ def _number(spread: Mapping[str, Any]) -> str:
   return mean if spread["std"] is None else f"{mean} ± {spread['std']:.4f}"
 
 
-def _count(value: float) -> str:
+def _count(value: float | None) -> str:
+  if value is None:
+    return "–"
   for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
     if value >= unit:
       return f"{value / unit:.3g} {name}"
@@ -258,6 +264,7 @@ def table(report: Mapping[str, Any]) -> str:
   add("parameters", lambda m: f"{m['parameters']:,}")
   add("bytes", lambda m: f"{m['bytes']:,}")
   add("FLOPs an example", lambda m: _count(m["flops"]))
+  add("FLOPs by XLA's count", lambda m: _count(m["xla_flops"]))
   add("latency, ms", lambda m: f"{m['latency_ms']['median']:.3f}")
   add("latency, 95th pct, ms", lambda m: f"{m['latency_ms']['p95']:.3f}")
   add("examples a second", lambda m: _count(m["throughput"]))
@@ -339,12 +346,12 @@ def picture(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
     mean = 100 * model["accuracy"]["mean"]
     axes.errorbar(position, mean, yerr=deviation, fmt="D", color=colours[name], capsize=5, ms=7)
     axes.annotate(
-      f"{mean:.2f}%", (position, mean), xytext=(14, 0), textcoords="offset points", va="center"
+      f"{mean:.2f}%", (position, mean), xytext=(30, 0), textcoords="offset points", va="center"
     )
   axes.set_xticks(
     range(len(MODELS)), [f"{labels[n]}\n{models[n]['parameters']:,} parameters" for n in MODELS]
   )
-  axes.set_xlim(-0.5, len(MODELS) - 0.3)
+  axes.set_xlim(-0.5, len(MODELS) - 0.2)
   axes.set_ylabel(f"accuracy on the {report['split']} split, %")
   axes.set_title(f"{report['dataset']}: {len(report['seeds'])} seeds, mean ± std", fontsize=10)
   axes.spines[["top", "right"]].set_visible(False)

@@ -420,5 +420,5 @@ def test_other_mistakes_are_explained(few):
   flat = data.from_arrays(np.zeros((4, 6), np.float32), [0, 1, 0, 1])
   source = data.on_device(flat, batch_size=2, data_seed=0, augmentation=data.crop_flip(1))
   item = pick(source.items(0, 1), 0)
-  with pytest.raises(ValueError, match=r"crop_flip needs images \[H, W, C\]"):
+  with pytest.raises(ValueError, match=r"crops are of images \[H, W, C\]"):
     jax.eval_shape(source.cut, source.shared, item)
