@@ -5,6 +5,18 @@ intermediate layer as in Romero et al., "FitNets", 2015. The data are the real 8
 inside scikit-learn (Alpaydin, Kaynak, 1998), so nothing is downloaded.
 
 Command:   python experiments/digits.py --out runs/digits
+Hardware:  two cores of an AMD EPYC, no accelerator (Python 3.11, jax 0.10.2)
+Time:      70 seconds, compilation included
+Expected:  the student above the same network on labels alone by about a point
+Got:       teacher 98.57, labels alone 96.70 ± 0.48, distilled 98.11 ± 0.29 % on the 697 test
+           images; mean ± std over five seeds, initialisation and data order both varied
+
+The teachers see their images shifted by up to a pixel, the students do not. That is where the gain
+comes from, and it is a choice: in a search with ten seeds, labels alone gave 96.5 % on validation
+and 96.9 % on test with shifted images (95.0 and 97.0 without), distillation at temperature 2 gave
+96.0 and 96.7 % with them (96.7 and 97.6 without). So with shifted images the student learns from
+labels what the teacher could have told it, and nothing is gained. Validation has 110 images; the
+search printed test accuracies too, so the numbers above are not blind.
 """
 
 from __future__ import annotations
@@ -27,6 +39,7 @@ class Config:
 
   teachers: int = 3
   seeds: int = 5
+  first_seed: int = 0
   batch_size: int = 64
   teacher_epochs: int = 60
   teacher_rate: float = 3e-3
@@ -128,7 +141,7 @@ def train_all(config: Config, options: Options) -> None:
     config.teacher_rate,
     config.teacher_shift,
   )
-  seeds = range(config.seeds)
+  seeds = range(config.first_seed, config.first_seed + config.seeds)
   fit("baseline", student, recipes.labels(), seeds, config.epochs, config.rate)
   objective = recipes.combine(
     recipes.kd(
@@ -174,7 +187,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     dataset=f"digits {examples.version}",
     split=options.split,
     examples=len(examples),
-    seeds=range(config.seeds),
+    seeds=range(config.first_seed, config.first_seed + config.seeds),
     varied="initialisation and data order",
     teacher=report.measure(
       *reference,
