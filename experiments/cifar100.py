@@ -11,6 +11,7 @@ Command:   python experiments/cifar100.py --published --out runs/cifar100
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -19,7 +20,21 @@ from typing import Literal
 import jax
 import tyro
 
-from jaxdistill import capture, data, evaluate, mesh, models, recipes, report, run, teachers, train
+from jaxdistill import (
+  capture,
+  data,
+  evaluate,
+  mesh,
+  models,
+  projectors,
+  recipes,
+  report,
+  run,
+  teachers,
+  train,
+)
+
+SCRIPT = "experiments/cifar100.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +68,8 @@ SHORT = Config(
   teacher="resnet14",
   student="resnet8",
   seeds=2,
-  epochs=6,
-  teacher_epochs=8,
+  epochs=4,
+  teacher_epochs=5,
   fraction=10,
 )
 
@@ -109,7 +124,6 @@ def split_of(config: Config, name: str, data_dir: str | None) -> str:
 
 
 def train_all(config: Config, options: Options) -> None:
-  folder = run.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
   # BatchNorm is given the axis, so that it sees the whole batch under pmap as it does under jit.
   mapped = options.dispatch == "pmap"
   dispatch = mesh.with_pmap() if mapped else mesh.with_jit()
@@ -122,6 +136,9 @@ def train_all(config: Config, options: Options) -> None:
       "cifar100", split_of(config, "validation", options.data_dir), data_dir=options.data_dir
     )
     validation = data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
+
+  networks(config)  # a wrong name says so before the folder is claimed
+  folder = run.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
 
   def fit(name, network, plain, objective, seeds, epochs, **teacher):
     source = data.on_device(
@@ -165,7 +182,9 @@ def train_all(config: Config, options: Options) -> None:
   )
   if config.hint_weight > 0:
     layer = config.hint_layer
-    hint = recipes.hint(layer, f"0/{layer}", hint_weight=config.hint_weight)
+    projector = functools.partial(projectors.between, axis_name=mesh.AXIS if mapped else None)
+    weight = config.hint_weight
+    hint = recipes.hint(layer, f"0/{layer}", hint_weight=weight, projector=projector)
     objective = recipes.combine(objective, hint)
   fit(
     "student",
@@ -213,8 +232,8 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     baseline=student("baseline", "trained on labels alone"),
     student=student("student", f"distilled at temperature {config.temperature:g}"),
     commands=[
-      run.command("experiments/cifar100.py", config, out=folder),
-      f"python experiments/cifar100.py --evaluate {folder} --split {options.split}",
+      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
+      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
     ],
   )
   path = report.write(folder, result)
@@ -232,6 +251,10 @@ def main(config: Config, options: Options) -> None:
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 
+def parse(args: list[str]) -> tuple[Config, Options]:
+  default = (SHORT if "--short" in args else Config(), Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
 if __name__ == "__main__":
-  default = SHORT if "--short" in sys.argv[1:] else Config()
-  main(*tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], default=(default, Options())))
+  main(*parse(sys.argv[1:]))

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 import time
 from typing import Literal
 
@@ -31,6 +32,8 @@ import optax
 import tyro
 
 from jaxdistill import capture, data, evaluate, mesh, models, recipes, report, run, teachers, train
+
+SCRIPT = "experiments/digits.py"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """How a run is carried out; changes no number."""
+  """How a run is carried out; changes no number beyond rounding."""
 
   out: pathlib.Path = pathlib.Path("runs/digits")
   """Folder of the run; a run that was stopped goes on there."""
@@ -95,12 +98,14 @@ def ensemble(config: Config):
 
 
 def train_all(config: Config, options: Options) -> None:
-  folder = run.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
   dispatch = mesh.with_jit() if options.dispatch == "jit" else mesh.with_pmap()
   names = data.splits("digits")
   examples = data.load("digits", names["train"], data_dir=options.data_dir)
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
+
+  networks(config)  # a wrong name says so before the folder is claimed
+  folder = run.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
 
   def fit(name, network, objective, seeds, epochs, rate, shift=0, **teacher):
     source = data.on_device(
@@ -197,8 +202,8 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     baseline=student("baseline", "trained on labels alone"),
     student=student("student", "soft targets, labels and one matched layer"),
     commands=[
-      run.command("experiments/digits.py", config, out=folder),
-      f"python experiments/digits.py --evaluate {folder} --split {options.split}",
+      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
+      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
     ],
   )
   path = report.write(folder, result)
@@ -216,5 +221,10 @@ def main(config: Config, options: Options) -> None:
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 
+def parse(args: list[str]) -> tuple[Config, Options]:
+  default = (Config(), Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
 if __name__ == "__main__":
-  main(*tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]]))
+  main(*parse(sys.argv[1:]))

@@ -27,6 +27,8 @@ class Program:
 
   Attributes:
     source: the first source, for what all of them share.
+    student: the student's name.
+    objective: the objective.
     data_seeds: one for each source.
     examples_per_step: over all seeds.
     shapes: the state's shapes and dtypes.
@@ -37,12 +39,32 @@ class Program:
   """
 
   source: Source
+  student: str
+  objective: Objective
   data_seeds: list[int]
   examples_per_step: int
   shapes: State
   initial: Callable[[], State]
   run: Callable[[State, int, int], tuple[State, PyTree]]
   collect: Callable[[PyTree], PyTree]
+
+  def describe(self) -> dict[str, Any]:
+    """What of the arguments a run folder has to hold, so that another run is not taken for it."""
+    source, shapes = self.source, jax.tree_util.tree_leaves_with_path(self.shapes.params)
+    return {
+      "data_seed": self.data_seeds,
+      "data": {
+        "name": source.name,
+        "size": source.size,
+        "batch_size": source.batch_size,
+        "views": source.views,
+      },
+      "student": {
+        "name": self.student,
+        "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
+      },
+      "objective": dict(self.objective.hyper),
+    }
 
 
 def build(
@@ -89,7 +111,9 @@ def build(
     return state, jax.tree.map(lambda leaf: leaf[None], sums)
 
   def items(at: int, count: int) -> PyTree:
-    pieces = [s.items(at, count) for s in sources]
+    # One source for several seeds is read once.
+    read = {id(s): s.items(at, count) for s in {id(s): s for s in sources}.values()}
+    pieces = [read[id(s)] for s in sources]
     joined = jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
     return dispatch.split(joined, source.batch_size, 2 if stacked else 1)
 
@@ -116,6 +140,8 @@ def build(
 
   return Program(
     source=source,
+    student=student.name,
+    objective=objective,
     data_seeds=[s.data_seed for s in sources],
     examples_per_step=source.batch_size * len(seeds),
     shapes=shapes,

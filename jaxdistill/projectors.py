@@ -172,7 +172,7 @@ class Conv(nn.Module):
     return jax.nn.relu(y) if self.use_relu else y
 
 
-def between(student: Any, teacher: Any) -> nn.Module:
+def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.Module:
   """Chooses a projector from a student's feature to a teacher's by their shapes.
 
   `Linear` for vectors ``[B, D]`` and tokens ``[B, L, D]``, `Conv` for maps ``[B, H, W, C]``.
@@ -180,6 +180,7 @@ def between(student: Any, teacher: Any) -> nn.Module:
   Args:
     student: the student's feature, or its shape (``jax.ShapeDtypeStruct``).
     teacher: the teacher's.
+    axis_name: for `Conv`'s BatchNorm, under ``pmap``.
 
   Returns:
     A module ``(x, *, train=False)``.
@@ -207,7 +208,7 @@ def between(student: Any, teacher: Any) -> nn.Module:
   if len(ours) < 4:
     return Linear(features=theirs[-1])
   _convolution(ours, theirs)
-  return Conv(features=theirs[-1], spatial=theirs[1:3])
+  return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
 
 
 def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:

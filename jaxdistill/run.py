@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -83,24 +84,34 @@ def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
   return kind(**values)
 
 
-def command(script: str, config: Any, *, out: str | os.PathLike[str]) -> str:
+def command(script: str, config: Any = None, **options: Any) -> str:
   """The command that repeats a run: the settings that differ from the dataclass's defaults.
+
+  Args:
+    script: the script's path.
+    config: a dataclass of settings; None for none.
+    **options: further flags; one that is None is left out.
+
+  Returns:
+    A line for a shell.
 
   >>> Config = dataclasses.make_dataclass("Config", [("rate", float, 0.1), ("on", bool, False)])
   >>> command("train.py", Config(rate=0.5, on=True), out="runs/a")
   'python train.py --rate 0.5 --on --out runs/a'
   """
   words = ["python", script]
-  for field in dataclasses.fields(config):
-    value, flag = getattr(config, field.name), field.name.replace("_", "-")
-    if value == field.default:
-      continue
+  fields = [] if config is None else dataclasses.fields(config)
+  settings = {
+    f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default
+  }
+  for name, value in {**settings, **options}.items():
+    flag = name.replace("_", "-")
     if isinstance(value, bool):
       words.append(f"--{flag}" if value else f"--no-{flag}")
-    else:
+    elif value is not None:
       parts = value if isinstance(value, list | tuple) else [value]
       words += [f"--{flag}", *map(str, parts)]
-  return " ".join([*words, "--out", os.fspath(out)])
+  return shlex.join(words)
 
 
 def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:

@@ -254,6 +254,9 @@ def make_step(
         key=objective_key,
         **keywords,
       )
+      reserved = sorted({"loss", "accuracy"} & set(terms))
+      if reserved:
+        raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
       loss, sums = reduce_terms(terms, batch, axis_name=axis_name)
       return loss, ({**state.model_state, **model_state}, objective_state, sums, outputs.logits)
 

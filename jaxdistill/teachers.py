@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import checkpoint
+from jaxdistill import run as run_lib
 from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
 
 __all__ = ["RULES", "combine_logits", "ensemble", "frozen", "restore", "unstack"]
@@ -163,6 +164,8 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
 
   Raises:
     FileNotFoundError: there is no usable checkpoint.
+    ValueError: the run is not finished (its last usable checkpoint is not of its last step), and
+      ``step`` does not ask for an earlier one.
   """
   folder = pathlib.Path(run) / "checkpoints"
   if not folder.is_dir():
@@ -171,6 +174,12 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
     chosen = saved.latest() if step is None else step
     if chosen is None:
       raise FileNotFoundError(f"{folder} holds no checkpoint that verifies.")
+    steps = run_lib.read_config(run)["steps"]
+    if step is None and chosen != steps:
+      raise ValueError(
+        f"the run {os.fspath(run)!r} stands at step {chosen} of {steps}; start it again to finish "
+        f"it, or pass step={chosen} to take it as it is."
+      )
     if like is not None:
       return saved.restore(chosen, {"student": like})["student"]
     return saved.restore(chosen)["student"]

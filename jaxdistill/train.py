@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tqdm.auto as tqdm
@@ -143,12 +144,14 @@ def fit(
     dispatch: `mesh.with_jit` (the default, over all devices) or `mesh.with_pmap`.
     log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
       or 100 steps by default, whichever is less.
-    validate: ``variables -> {name: number}``, see `jaxdistill.evaluate.validator`.
+    validate: ``variables -> {name: number}``, see `jaxdistill.evaluate.validator`. The variables
+      are those that the next step overwrites: copy what is to be kept.
     validate_every: steps between validations; an epoch by default. The last step is always one.
     select: the validation metric, higher is better, by which the best checkpoint is kept.
     folder: the run's folder; nothing is written without one.
-    config: what else defines the run; goes into ``config.json`` beside seeds, steps and the
-      teacher's fingerprint, and has to be the same when the run goes on.
+    config: what else defines the run, the optimiser's settings above all; goes into ``config.json``
+      beside seeds, steps, data, the student's shapes, the objective's keywords and the teacher's
+      fingerprint, and has to be the same when the run goes on.
     checkpoint_every: steps between checkpoints; as often as validation by default.
     keep_last: how many of the last checkpoints are kept, beside the best one.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
@@ -184,7 +187,8 @@ def fit(
   )
   every = _Intervals(steps, program.source.steps_per_epoch, log_every, validate_every)
   every.check(checkpoint_every)
-  settings = {**(config or {}), "steps": steps, "seed": seed, "data_seed": program.data_seeds}
+  settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
+  settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
   settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
   path = None if folder is None else run_lib.claim(folder, settings)
   saved = None if path is None else Checkpoints(path / "checkpoints", keep_last=keep_last)
@@ -206,8 +210,14 @@ def fit(
       # Nothing is validated or saved before its numbers have been looked at.
       now, extra = dispatch.collect(state), {}
       _check_finite(dispatch.collect(sums), pending["begin"])
+      _check_state(now, at)
       if validate is not None and validating:
         extra = {name: np.asarray(v) for name, v in validate(student_variables(now)).items()}
+        if saved is not None and select not in extra:
+          raise ValueError(
+            f"select={select!r} is not among what validate returns, {sorted(extra)}; name one of "
+            "these, higher being better."
+          )
       log.write(**pending, validation=extra)
       pending = None
       if saved is not None and saving:
@@ -248,8 +258,12 @@ class _Intervals:
 
   def next_stop(self, at: int) -> int:
     """The next step at which something is due; the same grid whatever step a run goes on from."""
-    intervals = [i for i in (self.log, self.validate, self.save) if i]
-    return min(self.steps, *(i * (at // i + 1) for i in intervals))
+    log, validate, save = (i or self.steps for i in (self.log, self.validate, self.save))
+    # The log's grid starts anew at each validation, so that chunks have two or three lengths, each
+    # of which is compiled once, and not as many as two grids that drift apart have gaps.
+    base = at - at % validate
+    nearest = (base + log * ((at - base) // log + 1), validate * (at // validate + 1))
+    return min(self.steps, *nearest, save * (at // save + 1))
 
   def validates(self, at: int) -> bool:
     return at == self.steps or (bool(self.validate) and at % (self.validate or 1) == 0)
@@ -349,6 +363,27 @@ def _means(sums: PyTree, begin: int) -> dict[str, Any]:
     summed = np.asarray(count, np.float64).sum(axis=-1)
     means[name] = np.asarray(total, np.float64).sum(axis=-1) / np.where(summed == 0, 1, summed)
   return means
+
+
+def _shown(value: Any, steps: int) -> Any:
+  """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
+  return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
+
+
+@jax.jit
+def _finite(tree: PyTree) -> Any:
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
+
+
+def _check_state(state: State, at: int) -> None:
+  """A gradient can be NaN where the loss is finite: nothing of that is validated or saved."""
+  for name in ("params", "model_state", "objective_params", "objective_state"):
+    if not _finite(getattr(state, name)):
+      raise FloatingPointError(
+        f"{name} is not finite after step {at}, though the loss was: a gradient is not. The last "
+        "good checkpoint is kept; look for a square root, a norm or a division at 0 in the loss."
+      )
 
 
 def _check_finite(sums: PyTree, begin: int) -> None:

@@ -29,16 +29,8 @@ def scripts():
 
 def run(name, arguments):
   """Runs an experiment's main in this process, so that compiled programs are shared."""
-  import tyro
-
   script = importlib.import_module(name)
-  default = (script.Config(), script.Options())
-  parsed = tyro.cli(
-    tyro.conf.OmitArgPrefixes[tuple[script.Config, script.Options]],
-    args=[str(a) for a in arguments],
-    default=default,
-  )
-  script.main(*parsed)
+  script.main(*script.parse([str(a) for a in arguments]))
 
 
 def read(folder, name="report.json"):
@@ -133,6 +125,19 @@ def test_cifar100_trains_and_reports(tfds_dir, tmp_path, monkeypatch):
   assert found["examples"] == 100
   assert found["models"]["student"]["parameters"] == 83_892
   assert found["models"]["teacher"]["parameters"] == 181_108
+
+
+def test_short_starts_from_the_short_setting():
+  script = importlib.import_module("cifar100")
+  config, _ = script.parse(["--short", "--epochs", "1"])
+  assert (config.epochs, config.fraction) == (1, script.SHORT.fraction)
+  assert script.parse([])[0] == script.Config()
+
+
+def test_a_wrong_network_claims_no_folder(tfds_dir, tmp_path):
+  with pytest.raises(SystemExit, match="'resnet57' is no CIFAR network.*resnet56"):
+    run("cifar100", ["--short", "--teacher", "resnet57", "--out", tmp_path, "--data-dir", tfds_dir])
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar100"])

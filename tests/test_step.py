@@ -239,3 +239,12 @@ def test_objectives_run_under_strict_promotion(strict_promotion):
   terms, _ = objective.apply(params, state, outputs, outputs, batch, key=jax.random.key(0))
   loss, _ = step.reduce_terms(terms, batch)
   assert np.isfinite(loss)
+
+
+def test_the_logs_own_names_are_reserved():
+  def objective(student, teacher, batch):
+    return {"loss": Term(jnp.sum(student.logits, axis=-1))}
+
+  state, variables, batch, run = build(objective)
+  with pytest.raises(ValueError, match=r"named \['loss'\]"):
+    run(state, variables, batch)

@@ -138,7 +138,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, dispatch):
     pass
 
   def kill(step, record):
-    if step == 6:
+    if step == 7:
       raise KilledError
 
   with pytest.raises(KilledError):
@@ -151,7 +151,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, dispatch):
     jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, resumed.state),
   )
   lines = [json.loads(t) for t in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-  assert [line["step"] for line in lines] == [3, 4, 6, 8]
+  assert [line["step"] for line in lines] == [3, 4, 7, 8]
   for line, other in zip(lines, whole.history, strict=True):
     assert line["loss"] == other["loss"]
   # A run that is complete is not trained again.
@@ -299,3 +299,63 @@ def test_evaluation_over_seeds_is_each_alone():
     alone = evaluate.evaluate(predict, variables, batches)
     assert together["nll"][i] == pytest.approx(float(alone["nll"]), rel=1e-6)
   assert dataclasses.is_dataclass(batches)
+
+
+def test_chunks_have_few_lengths():
+  """Each length compiles once: a log grid that drifts against the epochs makes a hundred."""
+  for epoch in (703, 781):
+    every = train._Intervals(240 * epoch, epoch, None, None)
+    every.check(None)
+    at, lengths = 0, set()
+    while at < every.steps:
+      end = every.next_stop(at)
+      lengths.add(end - at)
+      at = end
+    assert len(lengths) == 2
+
+
+def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
+  def kink(student, teacher, batch, *, on=0.0):
+    # sqrt's gradient at 0 is infinite, and 0 * inf is NaN, while the value is finite.
+    trouble = jnp.sqrt(jnp.where(on > 3, 0.0, 1.0) * (1 + jnp.sum(student.logits**2, axis=-1)))
+    return {"labels": Term(losses.cross_entropy(student.logits, batch.labels) + trouble)}
+
+  options = {"objective": kink, "hyper": {"on": lambda step: step * 1.0}, "folder": tmp_path}
+  with pytest.raises(FloatingPointError, match="params is not finite after step 5"):
+    distil(checkpoint_every=1, **options)
+  with Checkpoints(tmp_path / "checkpoints") as saved:
+    assert saved.latest() == 4
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"data": lambda: source(batch_size=4)}, "data: .*'batch_size': 8"),
+    ({"student": lambda: networks.dense(6)}, "student: "),
+    ({"hyper": lambda: {"temperature": 2.0}}, "hyper: "),
+  ],
+)
+def test_another_run_is_not_taken_for_this_one(tmp_path, changed, message):
+  distil(folder=tmp_path, steps=2)
+  with pytest.raises(ValueError, match=message):
+    distil(folder=tmp_path, steps=2, **{name: make() for name, make in changed.items()})
+
+
+def test_an_unfinished_run_is_no_teacher(tmp_path):
+  class KilledError(Exception):
+    pass
+
+  def kill(step, record):
+    if step == 4:
+      raise KilledError
+
+  with pytest.raises(KilledError):
+    distil(folder=tmp_path, log_every=2, validate_every=2, callback=kill)
+  with pytest.raises(ValueError, match="stands at step 2 of 8.*step=2"):
+    teachers.restore(tmp_path)
+  assert "params" in teachers.restore(tmp_path, step=2)
+
+
+def test_a_selection_that_validation_does_not_return_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"select='accuracy' is not among .*\['acc'\]"):
+    distil(folder=tmp_path, validate=lambda variables: {"acc": 1.0})
