@@ -68,8 +68,8 @@ SHORT = Config(
   teacher="resnet14",
   student="resnet8",
   seeds=2,
-  epochs=4,
-  teacher_epochs=5,
+  epochs=3,
+  teacher_epochs=4,
   fraction=10,
 )
 
@@ -208,13 +208,19 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
 
+  predict = evaluate.predictor(network)
+  # Baseline and student are the same network, so they share what it costs.
+  one = teachers.unstack(teachers.restore(folder / "student"))[0]
+  costs = evaluate.costs(predict, one, batches)
+
   def student(name: str, description: str) -> report.Measured:
     return report.measure(
-      evaluate.predictor(network),
+      predict,
       teachers.restore(folder / name),
       batches,
       reference=reference,
       stacked=True,
+      costs=costs,
       description=f"{config.student}, {description}, {config.epochs} epochs",
     )
 

@@ -177,6 +177,9 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
   predict = evaluate.predictor(network)
+  # Baseline and student are the same network, so they share what it costs.
+  one = teachers.unstack(teachers.restore(folder / "student"))[0]
+  costs = evaluate.costs(predict, one, batches)
 
   def student(name: str, description: str) -> report.Measured:
     return report.measure(
@@ -185,6 +188,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
       batches,
       reference=reference,
       stacked=True,
+      costs=costs,
       description=f"ConvNet {config.student_channels}, {description}",
     )
 

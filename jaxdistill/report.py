@@ -61,6 +61,7 @@ def measure(
   *,
   reference: tuple[evaluate.Predict, Any] | None = None,
   stacked: bool = False,
+  costs: Mapping[str, Any] | None = None,
   description: str = "",
 ) -> Measured:
   """Evaluates a model and what it costs.
@@ -71,6 +72,8 @@ def measure(
     batches: the split, from `jaxdistill.data.evaluation_batches`.
     reference: the teacher as ``(predict, variables)``.
     stacked: whether the variables are those of S seeds; costs are those of one.
+    costs: from `evaluate.costs`, where another model of the same network was measured already:
+      timing it twice would show the clock's noise as a difference.
     description: what it is, in a few words.
 
   Returns:
@@ -79,7 +82,7 @@ def measure(
   one = jax.tree.map(lambda leaf: leaf[0], variables) if stacked else variables
   return Measured(
     quality=evaluate.evaluate(predict, variables, batches, reference=reference, stacked=stacked),
-    costs=evaluate.costs(predict, one, batches),
+    costs=evaluate.costs(predict, one, batches) if costs is None else costs,
     description=description,
   )
 
