@@ -23,6 +23,7 @@ import optax
 import tyro
 
 from jaxdistill import capture, data, losses, mesh, models, recipes, report, step, teachers
+from jaxdistill.state import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,7 @@ def sides(teacher, student, layer, options):
     lambda state, v, shared, item: take(state, v, dispatch.constrain(source.cut(shared, item)))
   )
   ours_state = [
-    step.init_state(
+    init_state(
       jax.random.key(0),
       student,
       objective,

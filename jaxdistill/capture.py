@@ -26,9 +26,6 @@ PyTree = Any
 _Filter = Callable[[nn.Module, str], bool]
 
 _SOWN = "intermediates"
-# Names by which published modules ask whether they train, and by which they ask the opposite.
-_TRAIN = ("train", "training", "is_training")
-_NOT_TRAIN = ("deterministic", "use_running_average", "eval_mode", "inference")
 
 
 def linen(
@@ -85,7 +82,7 @@ def linen(
   """
   if isinstance(rngs, str):
     raise ValueError(f"rngs={rngs!r} must be a sequence of names: rngs=({rngs!r},).")
-  signature = _signature(module, method)
+  signature = paths.signature(module, method)
   adapter = _Adapter(
     module=module,
     wanted=paths.parse(features),
@@ -191,28 +188,9 @@ class _Adapter:
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
   def bind(self, inputs: Any, train: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    given = (inputs,) if self.arguments is None else self.arguments(inputs)
-    if not isinstance(given, tuple | Mapping):
-      raise ValueError(
-        f"{self.name}: arguments returned a {type(given).__name__}; it must return a tuple "
-        "(positional) or a dict (keywords)."
-      )
-    args, keywords = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
     told = {n: (argument, train != inverted) for n, (argument, inverted) in self.flags.items()}
-    twice = sorted(set(keywords) & set(told))
-    if twice:
-      raise ValueError(
-        f"{self.name}: arguments returned {twice}, which train_flag sets; leave them out of it, or "
-        "give train_flag=None."
-      )
-    keywords.update({name: value for name, (argument, value) in told.items() if argument})
-    try:
-      self.signature.bind(None, *args, **keywords)
-    except TypeError as error:
-      raise ValueError(
-        f"{self.name} takes {self.signature}, which does not fit: {error}. Say how to call it with "
-        "arguments=lambda inputs: ..., which returns a tuple or a dict."
-      ) from error
+    flags = {name: value for name, (argument, value) in told.items() if argument}
+    args, keywords = paths.bind(self.signature, inputs, self.arguments, flags, self.name)
     attributes: dict[str, Any] = {n: value for n, (argument, value) in told.items() if not argument}
     return self.module.clone(**attributes) if attributes else self.module, args, keywords
 
@@ -247,14 +225,7 @@ class _Adapter:
       name: paths.pick(sown, path, f"{self.name}: feature {name!r}")
       for name, path in self.wanted.items()
     }
-    logits = _logits(out) if self.logits is None else self.logits(out)
-    if not paths.is_array(logits):
-      how = "no logits were recognised in it" if self.logits is None else "logits= found no array"
-      raise ValueError(
-        f"{self.name} puts out a {type(out).__name__} of {paths.describe(out)}, and {how}; say "
-        "where its logits are with logits=lambda out: ..., which must return an array."
-      )
-    return Outputs(logits=logits, features=features)
+    return Outputs(logits=paths.logits(out, self.logits, self.name), features=features)
 
   def survey(self, call: _Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, str]]:
     """Runs the module abstractly and captures every submodule's output.
@@ -336,15 +307,6 @@ class _Adapter:
     )
 
 
-def _signature(module: nn.Module, method: str | Callable[..., Any] | None) -> inspect.Signature:
-  if callable(method):
-    return inspect.signature(method)
-  chosen = getattr(type(module), method or "__call__", None)
-  if not callable(chosen):
-    raise ValueError(f"method={method!r} is no method of {type(module).__name__}.")
-  return inspect.signature(chosen)
-
-
 def _flags(
   module: nn.Module, signature: inspect.Signature, train_flag: str | None
 ) -> dict[str, tuple[bool, bool]]:
@@ -354,13 +316,12 @@ def _flags(
   if train_flag is None:
     return {}
   if train_flag == "auto":
-    known = {**dict.fromkeys(_TRAIN, False), **dict.fromkeys(_NOT_TRAIN, True)}
+    known = paths.TRAIN_FLAGS
     arguments = {n: (True, inverted) for n, inverted in known.items() if n in taken}
     # An attribute of such a name may be something else than a flag.
     switches = [n for n in attributes if isinstance(getattr(module, n), bool | None)]
     return arguments or {n: (False, i) for n, i in known.items() if n in switches}
-  name = train_flag.removeprefix("not ").strip()
-  inverted = name in _NOT_TRAIN or train_flag.startswith("not ")
+  name, inverted = paths.parse_flag(train_flag)
   if name in taken or (anything and name not in attributes):
     return {name: (True, inverted)}
   if name in attributes:
@@ -369,12 +330,6 @@ def _flags(
     f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
     f"method takes {taken}, its attributes are {attributes}."
   )
-
-
-def _logits(out: Any) -> Any:
-  if paths.is_array(out):
-    return out
-  return out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
 
 
 def _inside(path: str, outer: str) -> bool:

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 import jax
-from orbax.checkpoint import v1 as ocp
 
+from jaxdistill import orbax_io
 from jaxdistill.leaves import check_like, from_outline, named, place, snapshot
 from jaxdistill.manifest import (
   MANIFEST,
@@ -55,8 +55,6 @@ __all__ = [
 PyTree = Any
 
 _VARIABLES = "variables"
-# Orbax numbers its operations in a global counter that two threads must not share.
-_ORBAX = threading.Lock()
 
 
 class CheckpointWarning(UserWarning):
@@ -347,8 +345,7 @@ def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[
   writing = target.with_name(target.name + WRITING)
   target.parent.mkdir(parents=True, exist_ok=True)
   if arrays:
-    with _ORBAX:
-      ocp.save_checkpointables(writing, arrays)
+    orbax_io.write(writing, arrays)
   else:
     writing.mkdir()
   write_manifest(writing, body)
@@ -372,8 +369,7 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
   verify(folder, list(wanted))
   stored = [item for item in wanted if (folder / item).is_dir()]
   try:
-    with _ORBAX:
-      loaded = ocp.load_checkpointables(folder, dict.fromkeys(stored)) if stored else {}
+    loaded = orbax_io.read(folder, stored) if stored else {}
   except Exception as error:
     raise damaged(folder, some(stored), f"cannot be read by Orbax ({error})") from error
   result = {}

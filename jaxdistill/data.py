@@ -1,27 +1,39 @@
-"""From examples to batches, on the device or streamed by Grain.
+"""From examples to batches: the one door to data sets, sources, order and augmentation.
 
-A `Source` hands out items (which rows, which view) and one pure function, ``cut``, that makes a
-`Batch` of an item inside the compiled program. Sources on the device and streamed ones differ in
-where the rows come from and in nothing else, so their batches are equal bit by bit.
-
-What a training script needs beside it can be had from here too: `load` and `splits` by name
-(`jaxdistill.tfds_data`), arrays (`jaxdistill.examples`), order and augmentation
-(`jaxdistill.views`).
+- `load` and `splits` by name (`jaxdistill.tfds_data`), `from_arrays`, `from_dicts`,
+  `from_sequence` of one's own: examples.
+- `on_device`, `streamed` (`jaxdistill.sources`), and here `iterated` and `mixed`: sources of
+  training batches. `evaluation_batches`: all examples, once.
+- `some_labels` (`jaxdistill.labels`): which labels may be used.
+- `crop_flip`, `normalizer` and the like (`jaxdistill.views`): what a batch shows of an example.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.dicts import check_classes, from_dicts, from_sequence, row_reader
 from jaxdistill.examples import Examples, Records, from_arrays
+from jaxdistill.labels import label_mask, some_labels
+from jaxdistill.sources import (
+  Part,
+  Source,
+  check_in_memory,
+  cutter,
+  example_shapes,
+  on_device,
+  resumable,
+  streamed,
+  view_numbers,
+)
 from jaxdistill.tfds_data import Digits, load, records, splits
 from jaxdistill.types import Batch, PyTree
 from jaxdistill.views import (
@@ -30,7 +42,6 @@ from jaxdistill.views import (
   Augmentation,
   Normalize,
   augment,
-  check_seed,
   choice,
   crop,
   crop_flip,
@@ -49,6 +60,7 @@ __all__ = [
   "Normalize",
   "Records",
   "Source",
+  "augment",
   "choice",
   "crop",
   "crop_flip",
@@ -56,208 +68,19 @@ __all__ = [
   "epoch_order",
   "evaluation_batches",
   "from_arrays",
+  "from_dicts",
+  "from_sequence",
   "identity",
+  "iterated",
   "load",
+  "mixed",
   "normalizer",
   "on_device",
   "records",
+  "some_labels",
   "splits",
   "streamed",
 ]
-
-# For streams, where several threads ask for the same epoch.
-_remembered_order = functools.lru_cache(maxsize=4)(epoch_order)
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-  """Where training batches come from, from the first step to the last.
-
-  Batches are never padded: an epoch has ``size // batch_size`` steps, and what is left over at its
-  end is not shown in that epoch. Another seed is ``dataclasses.replace(source, data_seed=...)``,
-  which shares the arrays and the function: the items of several seeds may be stacked and cut under
-  ``vmap``, since an item carries its seed.
-
-  Attributes:
-    shared: arrays on the device, an argument of the compiled program; None for streams.
-    cut: ``(shared, item) -> Batch``: pure; augments and normalises.
-    read: ``(data_seed, step, count) -> items``; call `items` instead.
-    size: the number of examples.
-    batch_size: B.
-    data_seed: decides order and views.
-    num_classes: K.
-    views: V; epoch e shows view e mod V of every example. None: every epoch shows a new one.
-    name: of the data, for reports.
-  """
-
-  shared: PyTree
-  cut: Callable[[PyTree, PyTree], Batch]
-  read: Callable[[int, int, int], PyTree]
-  size: int
-  batch_size: int
-  data_seed: int
-  num_classes: int
-  views: int | None = None
-  name: str = "data"
-
-  def __post_init__(self) -> None:
-    check_seed(self.data_seed)
-    if not 1 <= self.batch_size <= self.size:
-      raise ValueError(
-        f"batch_size={self.batch_size} must lie in 1 .. {self.size}, the size of {self.name!r}: "
-        "training batches are never padded."
-      )
-    if self.views is not None and self.views < 1:
-      raise ValueError(f"views must be at least 1, or None, got {self.views}.")
-
-  @property
-  def steps_per_epoch(self) -> int:
-    """How many whole batches an epoch has."""
-    return self.size // self.batch_size
-
-  def items(self, step: int, count: int) -> PyTree:
-    """What steps ``step .. step+count-1`` need, stacked: leaves ``[count, ...]``.
-
-    Any step may be asked for, and ``count`` may cross the end of an epoch. Streams are fast where
-    every call goes on from the last.
-    """
-    if step < 0 or count < 1:
-      raise ValueError(f"items needs step >= 0 and count >= 1, got {step} and {count}.")
-    return self.read(self.data_seed, step, count)
-
-
-def on_device(
-  examples: Examples,
-  *,
-  batch_size: int,
-  data_seed: int,
-  augmentation: Augmentation = identity,
-  views: int | None = None,
-  normalize: Normalize = None,
-  labelled: Any = None,
-) -> Source:
-  """Keeps all examples on the device; an item is a row of indices.
-
-  Args:
-    examples: from `load` or `from_arrays`.
-    batch_size: B, at most the number of examples.
-    data_seed: decides order and views, ``0 .. 2**32 - 1``.
-    augmentation: applied to the inputs as stored.
-    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
-      set has no labels). A label that may not be used does not reach the batch.
-
-  Returns:
-    The source.
-
-  Raises:
-    ValueError: ``batch_size``, ``views``, ``data_seed`` or ``labelled`` does not fit.
-    TypeError: the inputs cannot lie on a device.
-
-  >>> examples = from_arrays(np.arange(6, dtype=np.float32)[:, None], [0, 1, 0, 1, 0, 1])
-  >>> source = on_device(examples, batch_size=2, data_seed=0)
-  >>> items = source.items(step=0, count=3)
-  >>> batch = source.cut(source.shared, jax.tree.map(lambda leaf: leaf[1], items))
-  >>> source.steps_per_epoch, items["index"].shape, batch.inputs.shape
-  (3, (3, 2), (2, 1))
-  """
-  if not isinstance(examples, Examples) or examples.inputs.dtype == object:
-    raise TypeError(
-      "on_device needs Examples with numeric inputs (from load or from_arrays), got "
-      f"{type(examples).__name__} {getattr(getattr(examples, 'inputs', None), 'dtype', '')}: "
-      "use streamed for Records, and tokenize text first."
-    )
-  known = _known(examples, labelled)
-  steps = len(examples) // batch_size if batch_size > 0 else 0
-  latest: dict[int, tuple[int, np.ndarray]] = {}
-
-  def order(seed: int, epoch: int) -> np.ndarray:
-    if seed not in latest or latest[seed][0] != epoch:
-      latest[seed] = epoch, epoch_order(seed, epoch, len(examples))
-    return latest[seed][1]
-
-  def read(seed: int, step: int, count: int) -> PyTree:
-    numbers = np.arange(step, step + count)
-    rows = [_rows(order(seed, n // steps), n % steps, batch_size) for n in numbers.tolist()]
-    return {"index": np.stack(rows), **_numbers(seed, numbers // steps, views)}
-
-  return Source(
-    shared={
-      "inputs": jnp.asarray(examples.inputs),
-      "labels": jnp.asarray(np.where(known > 0, examples.labels, 0)),
-      "labelled": jnp.asarray(known),
-    },
-    cut=_cutter(augmentation, normalize),
-    read=read,
-    size=len(examples),
-    batch_size=batch_size,
-    data_seed=data_seed,
-    num_classes=examples.num_classes,
-    views=views,
-    name=examples.name,
-  )
-
-
-def streamed(
-  examples: Examples | Records,
-  *,
-  batch_size: int,
-  data_seed: int,
-  augmentation: Augmentation = identity,
-  views: int | None = None,
-  normalize: Normalize = None,
-  labelled: Any = None,
-  prefetch: int = 4,
-  workers: int = 0,
-) -> Source:
-  """Reads batches through Grain; an item carries the rows themselves.
-
-  Args:
-    examples: arrays, or `Records` for what memory does not hold.
-    batch_size: B, at most the number of examples.
-    data_seed: decides order and views, ``0 .. 2**32 - 1``.
-    augmentation: applied on the device to the inputs as read.
-    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, whether an example's label may be used, as in `on_device`.
-    prefetch: how many batches are read ahead, by as many threads.
-    workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
-      Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
-
-  Returns:
-    The source; the same batches in the same order as `on_device`.
-
-  Raises:
-    ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
-      does not fit.
-  """
-  if prefetch < 1 or workers < 0:
-    raise ValueError(f"prefetch must be >= 1 and workers >= 0, got {prefetch} and {workers}.")
-  fetch = functools.partial(_fetch, examples, _known(examples, labelled), batch_size, views)
-  open_streams: dict[int, tuple[int, Iterator[PyTree]]] = {}
-
-  def read(seed: int, step: int, count: int) -> PyTree:
-    at, stream = open_streams.pop(seed, (-1, iter(())))
-    if at != step:
-      stream = _stream(functools.partial(fetch, seed), step, prefetch, workers)
-    pieces = [next(stream) for _ in range(count)]
-    open_streams[seed] = step + count, stream
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces)
-
-  # Also at exit: Grain's threads and processes must end before the modules that end them.
-  weakref.finalize(read, open_streams.clear)
-  return Source(
-    shared=None,
-    cut=_cutter(augmentation, normalize),
-    read=read,
-    size=len(examples),
-    batch_size=batch_size,
-    data_seed=data_seed,
-    num_classes=examples.num_classes,
-    views=views,
-    name=examples.name,
-  )
 
 
 def evaluation_batches(
@@ -269,7 +92,7 @@ def evaluation_batches(
   nothing and is still an input that a network can take.
 
   Args:
-    examples: from `load` or `from_arrays`.
+    examples: from `load`, `from_arrays` or `from_dicts`.
     batch_size: B; may exceed the number of examples.
     normalize: see `normalizer`.
     labelled: ``[N]``, as in `on_device`.
@@ -279,6 +102,7 @@ def evaluation_batches(
 
   Raises:
     ValueError: ``batch_size`` or ``labelled`` does not fit.
+    TypeError: the inputs cannot lie on a device.
 
   >>> examples = from_arrays(np.ones((3, 1), np.float32), [0, 1, 1])
   >>> batches = evaluation_batches(examples, batch_size=2)
@@ -287,15 +111,17 @@ def evaluation_batches(
   """
   if batch_size < 1:
     raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-  known = _known(examples, labelled)
+  check_in_memory("evaluation_batches", examples)
+  known = label_mask(examples, labelled)
   size = len(examples)
   count = -(-size // batch_size)
   rows = np.arange(count * batch_size, dtype=np.int32)
   real = rows < size
   rows = np.where(real, rows, 0).astype(np.int32)
-  inputs = jax.jit(normalizer(normalize))(jnp.asarray(examples.inputs[rows]))
+  stored = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), examples.inputs)
+  inputs = jax.jit(normalizer(normalize))(stored)
 
-  def batched(leaf: Any) -> Array:
+  def batched(leaf: Any) -> Any:
     return jnp.reshape(jnp.asarray(leaf), (count, batch_size, *leaf.shape[1:]))
 
   return Batch(
@@ -308,87 +134,242 @@ def evaluation_batches(
   )
 
 
-def _cutter(augmentation: Augmentation, normalize: Normalize) -> Callable[[PyTree, PyTree], Batch]:
-  """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
+def iterated(
+  open: Callable[[int], Iterable[Mapping[str, Any]]],
+  *,
+  size: int,
+  batch_size: int,
+  data_seed: int,
+  inputs: str | tuple[str, ...] = "image",
+  labels: str | None = "label",
+  transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None = None,
+  label_names: Sequence[str] = (),
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  name: str = "stream",
+) -> Source:
+  """Batches of a stream that can only be iterated, in the stream's own order.
+
+  To go on from a step, the stream is opened at that step's epoch and read up to the step: a resumed
+  run waits for the rows that it skips, though none is made an array. Rows are read by whoever asks
+  for them, not ahead: a stream that is slow to read should read ahead itself. A resumed run is
+  exact where ``open`` gives the same rows for the same epoch.
+
+  Args:
+    open: ``epoch -> iterable of dicts``, anew at every call, e.g. ``lambda epoch: rows``; where
+      Hugging Face shuffles a stream, ``lambda epoch: rows.set_epoch(epoch) or rows``.
+    size: how many rows an epoch has. Rows beyond it are not shown.
+    batch_size: B, at most ``size``.
+    data_seed: decides what views show; the order is the stream's own.
+    inputs: as in `from_dicts`.
+    labels: as in `from_dicts`.
+    transform: as in `from_dicts`; each process makes only its own rows of a batch.
+    num_classes: K; may be left out where there are names or no labels.
+    label_names: as in `from_dicts`.
+    augmentation: applied on the device to the inputs as read.
+    views: V, as in `on_device`. A batch's ``index`` is a row's place in its epoch, so a view comes
+      back only where every epoch has the same order.
+    normalize: see `normalizer`.
+    name: for reports.
+
+  Returns:
+    The source; the first row has been read once, to see what it holds.
+
+  Raises:
+    TypeError: ``open`` does not take an epoch, or gives no iterable of dicts.
+    ValueError: a number is out of range, a row does not fit, or ``open`` gives an iterator that it
+      gave before.
+    RuntimeError: an epoch ended before its last batch; when that is asked for.
+
+  >>> rows = [{"image": [float(row)], "label": row % 2} for row in range(5)]
+  >>> source = iterated(lambda epoch: rows, size=5, batch_size=2, data_seed=0, num_classes=2)
+  >>> source.items(1, 2)["inputs"][..., 0].tolist()
+  [[2.0, 3.0], [0.0, 1.0]]
+  """
+  again = _opened(open, 0, name)
+  if isinstance(again, Iterator) and _opened(open, 0, name) is again:
+    raise ValueError(
+      f"open of {name!r} gives the same iterator at every call, which is used up after one epoch: "
+      "make a new one at every call, e.g. open=lambda epoch: read_rows()."
+    )
+  reader = row_reader(
+    again,
+    inputs=inputs,
+    labels=labels,
+    transform=transform,
+    num_classes=num_classes,
+    label_names=label_names,
+    name=name,
+  )
+  check_classes("iterated", reader)
+  first, _ = reader.stack(itertools.islice(again, 1))
+
+  def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
+    epoch, done = divmod(step, size // batch)
+    while True:
+      rows = iter(_opened(open, epoch, name))
+      seen = sum(1 for _ in itertools.islice(rows, done * batch))
+      for begin in range(done * batch, size - batch + 1, batch):
+        low = begin + part[0] * batch // part[1]
+        index = np.arange(low, low + batch // part[1], dtype=np.int32)
+        mine = []
+        # Every process reads all of a batch, so that all notice where an epoch is too short.
+        for row in itertools.islice(rows, batch):
+          if index[0] <= seen <= index[-1]:
+            mine.append(row)
+          seen += 1
+        if seen < begin + batch:
+          raise RuntimeError(
+            f"Epoch {epoch} of {name!r} ended after {seen} rows, but size={size} and batches of "
+            f"{batch} need {size // batch * batch}: set size to what an epoch has, and let open "
+            "start anew at every call."
+          )
+        made, numbers = reader.stack(mine, index)
+        known = np.full(index.shape, float(labels is not None), np.float32)
+        yield {
+          "index": index,
+          "inputs": made,
+          "labels": numbers,
+          "labelled": known,
+          **view_numbers(seed, np.asarray(epoch), views),
+        }
+      epoch, done = epoch + 1, 0
+
   finish = normalizer(normalize)
+  return Source(
+    shared=None,
+    cut=cutter(augmentation, finish),
+    read=resumable(start),
+    size=size,
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=reader.num_classes,
+    normalize=finish,
+    stored=example_shapes(first, name),
+    views=views,
+    name=name,
+  )
+
+
+def mixed(source: Source, transfer: Source, *, share: float) -> Source:
+  """Mixes unlabelled transfer data into every batch, at a fixed share of it.
+
+  A batch keeps ``source.batch_size`` rows: first those of ``source``, then ``round(share * B)`` of
+  ``transfer``, whose labels, if it has any, do not reach the batch. Epochs are counted by
+  ``source``; ``transfer`` runs through epochs of its own, in an order of its own that the mix's
+  ``data_seed`` decides (whatever ``data_seed`` and ``batch_size`` it had itself).
+
+  Args:
+    source: where the labelled rows come from.
+    transfer: any other source: in memory, streamed or iterated.
+    share: the part of each batch that is transfer data, between 0 and 1.
+
+  Returns:
+    The source. Its ``index`` counts on from ``source.size`` for transfer rows; ``normalize`` and
+    ``stored`` are those of ``source``.
+
+  Raises:
+    TypeError: one of the two is no `Source`.
+    ValueError: one of them is a mix, one of them would have no row in a batch, or their inputs
+      differ in structure, shape or dtype once normalised.
+
+  >>> def make(value, size):
+  ...   examples = from_arrays(np.full((size, 2), value, np.float32), np.ones(size, np.int32))
+  ...   return on_device(examples, batch_size=4, data_seed=0)
+  >>> mix = mixed(make(0.0, 6), make(5.0, 8), share=0.25)
+  >>> batch = mix.cut(mix.shared, jax.tree.map(lambda leaf: leaf[0], mix.items(0, 1)))
+  >>> batch.inputs[:, 0].tolist(), batch.labelled.tolist(), mix.steps_per_epoch
+  ([0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 0.0], 2)
+  """
+  for argument, one in (("source", source), ("transfer", transfer)):
+    if not isinstance(one, Source):
+      raise TypeError(
+        f"{argument} must be a Source (from on_device, streamed or iterated), got "
+        f"{type(one).__name__}."
+      )
+    if one.share:
+      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
+  if not 0 < share < 1:
+    raise ValueError(
+      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
+      "out, for nothing else train on the transfer source with labelled all 0."
+    )
+  seen = [_normalised(one) for one in (source, transfer)]
+  if seen[0] != seen[1]:
+    raise ValueError(
+      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
+      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
+    )
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    more = round(share * batch)
+    if more > transfer.size:
+      raise ValueError(
+        f"share={share} of batch_size={batch} is {more} rows of transfer data, but "
+        f"{transfer.name!r} has {transfer.size}: lower share or batch_size."
+      )
+    # An odd factor and an even, fixed-point-free shift: seeds stay apart, and none maps to itself.
+    other = (seed * 2654435761 + 0x7472616E) % 2**32
+    return {
+      "source": source.read(seed, batch - more, step, count, part),
+      "transfer": transfer.read(other, more, step, count, part),
+    }
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
-    index = item["index"]
-    rows = (
-      item if shared is None else {k: jnp.take(v, index, 0, mode="clip") for k, v in shared.items()}
+    mine = source.cut(shared[0], item["source"])
+    more = transfer.cut(shared[1], item["transfer"])
+    more = dataclasses.replace(
+      more,
+      labels=jnp.zeros_like(mine.labels, shape=more.labels.shape),
+      labelled=jnp.zeros_like(more.labelled),
+      index=more.index + jnp.int32(source.size),
     )
-    inputs = augment(augmentation, rows["inputs"], item["data_seed"], index, item["view"])
-    return Batch(
-      inputs=finish(inputs),
-      labels=rows["labels"],
-      weight=jnp.ones(index.shape, jnp.float32),
-      labelled=rows["labelled"],
-      index=index,
-      view=jnp.broadcast_to(item["view"], index.shape),
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), mine, more)
+
+  return Source(
+    shared=(source.shared, transfer.shared),
+    cut=cut,
+    read=read,
+    size=source.size,
+    batch_size=source.batch_size,
+    data_seed=source.data_seed,
+    num_classes=source.num_classes,
+    normalize=source.normalize,
+    stored=source.stored,
+    views=source.views,
+    name=f"{source.name} with {share:g} of {transfer.name}",
+    share=share,
+  )
+
+
+def _opened(open: Any, epoch: int, name: str) -> Any:
+  """What ``open`` gives for an epoch, checked."""
+  if not callable(open):
+    raise TypeError(
+      f"open of {name!r} must be a function of the epoch that starts anew, e.g. "
+      f"open=lambda epoch: rows, got {type(open).__name__}."
     )
-
-  return cut
-
-
-def _rows(order: np.ndarray, step: int, batch_size: int) -> np.ndarray:
-  """The rows of one step of an epoch."""
-  return order[step * batch_size : (step + 1) * batch_size]
-
-
-def _numbers(seed: int, epochs: np.ndarray, views: int | None) -> dict[str, np.ndarray]:
-  """The part of an item that has no batch axis: the view and the seed."""
-  view = epochs if views is None else epochs % views
-  return {"view": np.asarray(view, np.int32), "data_seed": np.full(view.shape, seed, np.uint32)}
-
-
-def _fetch(
-  examples: Examples | Records,
-  known: np.ndarray,
-  batch_size: int,
-  views: int | None,
-  seed: int,
-  step: int,
-) -> dict[str, np.ndarray]:
-  """The item of one step of a stream. NumPy only: it runs in threads and in other processes."""
-  epoch, first = divmod(step, len(examples) // batch_size)
-  index = _rows(_remembered_order(seed, epoch, len(examples)), first, batch_size)
-  inputs, labels = examples.read(index)
-  return {
-    "index": index,
-    "inputs": inputs,
-    "labels": np.where(known[index] > 0, labels, 0).astype(np.int32),
-    "labelled": known[index],
-    **_numbers(seed, np.asarray(epoch), views),
-  }
-
-
-def _stream(
-  fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
-) -> Iterator[PyTree]:
-  """The items of all steps from ``step`` on, read ahead by Grain."""
-  import grain  # a second to import, and only streams need it
-
-  steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
-  stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
-  if workers:
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which a plain script never parses
-      flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(stream)
-
-
-def _known(examples: Examples | Records, labelled: Any) -> np.ndarray:
-  """The mask of labels that may be used, ``[N]`` float32."""
-  if labelled is None:
-    return np.full(len(examples), float(examples.num_classes > 0), np.float32)
-  mask = np.asarray(labelled)
-  if mask.shape != (len(examples),) or not np.isin(mask, (0, 1)).all():
-    raise ValueError(
-      f"labelled must be {len(examples)} zeros and ones, one for each example of "
-      f"{examples.name!r}, got {mask.dtype} of shape {mask.shape}."
+  try:
+    inspect.signature(open).bind(epoch)
+  except TypeError as error:
+    raise TypeError(
+      f"open of {name!r} must take one argument, the epoch's number ({error}): "
+      "open=lambda epoch: rows."
+    ) from error
+  except ValueError:
+    pass  # builtins without a signature
+  rows = open(epoch)
+  if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
+    raise TypeError(
+      f"open({epoch}) of {name!r} must give an iterable of dicts, got {type(rows).__name__}."
     )
-  if examples.num_classes == 0 and mask.any():
-    raise ValueError(f"labelled must be all 0: {examples.name!r} has no labels.")
-  return mask.astype(np.float32)
+  return rows
+
+
+def _normalised(source: Source) -> str:
+  """A source's inputs as networks see them: structure, shapes and dtypes, as text."""
+  batch = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
+  made = jax.eval_shape(source.normalize, batch)
+  return str(jax.tree.map(lambda one: f"{one.dtype}{list(one.shape[1:])}", made))

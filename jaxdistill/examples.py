@@ -1,11 +1,18 @@
-"""Examples of a data set before they are batches: arrays in memory, or records on disk."""
+"""Examples of a data set before they are batches: arrays in memory, or records read one by one.
+
+Inputs are one array, or a dict of arrays where a network takes several (tokens and a mask, say).
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 __all__ = ["Examples", "Records", "from_arrays"]
@@ -16,7 +23,8 @@ class Examples:
   """A split in memory, as stored: not normalised, not augmented.
 
   Attributes:
-    inputs: ``[N, ...]``: uint8 images, floats, or bytes (an object array) for text.
+    inputs: ``[N, ...]``: uint8 images, floats, or bytes (an object array) for text; or a dict of
+      such arrays.
     labels: ``[N]`` int32; zeros where the set has none.
     ids: ``[N]`` strings, unique within the set.
     num_classes: K; labels are 0 .. K-1. 0 where the set has no labels.
@@ -26,7 +34,7 @@ class Examples:
     label_names: what the classes are called; empty where nobody said.
   """
 
-  inputs: np.ndarray
+  inputs: Any
   labels: np.ndarray
   ids: np.ndarray
   num_classes: int
@@ -38,29 +46,32 @@ class Examples:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
     """The inputs and labels of these rows, in this order."""
-    return self.inputs[rows], self.labels[rows]
+    return jax.tree.map(lambda leaf: leaf[rows], self.inputs), self.labels[rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-  """A split on disk: random access, decoded when read. For sets that memory does not hold.
+  """Random access to dicts of features, decoded when read. For sets that memory does not hold.
 
   Attributes:
-    source: TFDS's data source: ``source.__getitems__(rows)`` gives dicts of features.
-    inputs: the feature that is the input.
+    source: ``source.__getitems__(rows)``, or ``source[row]`` where there is no such method, gives
+      dicts of features.
+    inputs: the feature that is the input, or a tuple of features that become a dict of inputs; None
+      where ``transform`` makes the inputs of the whole dict.
     labels: the feature that is the label, or None.
     num_classes: K; 0 where the set has no labels.
-    transform: applied to each input when it is read, and must give one shape for all.
     name: of the data set, for reports.
     version: of the data set, for reports.
     split: TFDS's words for the part that was read.
-    label_names: what the classes are called.
+    label_names: what the classes are called; labels that are such names become their numbers.
+    transform: applied to each input when it is read, and must give one shape for all.
+    prepared: whether TFDS wrote the files, so that what cannot be read is damaged.
   """
 
   source: Any  # not Sequence: whoever checks the type would read a record
-  inputs: str
+  inputs: str | tuple[str, ...] | None
   labels: str | None
   num_classes: int
   name: str
@@ -68,6 +79,7 @@ class Records:
   split: str = ""
   label_names: tuple[str, ...] = ()
   transform: Callable[[Any], Any] | None = None
+  prepared: bool = True
 
   def __len__(self) -> int:
     return len(self.source)
@@ -75,51 +87,218 @@ class Records:
   def features(self, rows: np.ndarray) -> list[dict[str, Any]]:
     """The decoded features of these rows, one dict each."""
     problem = "some of its records are empty"  # so reads a file cut off at a block's border
+    wanted = [int(row) for row in rows]
     try:
-      examples = self.source.__getitems__([int(row) for row in rows])
-    except (RuntimeError, OSError, IndexError, TypeError, ValueError) as error:
+      many = getattr(self.source, "__getitems__", None)
+      examples = many(wanted) if many else [self.source[row] for row in wanted]
+    except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:
+      if not self.prepared:
+        raise RuntimeError(
+          f"Rows {wanted[:5]} of {self.name!r} cannot be read ({type(error).__name__}: {error})."
+        ) from error
       examples, problem = [], str(error)
-    if not examples or any(example[self.inputs] is None for example in examples):
+    if not self.prepared and len(examples) != len(wanted):
+      raise RuntimeError(
+        f"{len(wanted)} rows of {self.name!r} were asked for, but __getitems__ of "
+        f"{type(self.source).__name__} gave {len(examples)}."
+      )
+    empty = self.prepared and any(example[self.inputs] is None for example in examples)
+    if not examples or empty:
       raise RuntimeError(
         f"Split {self.split!r} of {self.name!r} cannot be read, its files are damaged ({problem}): "
         "delete the prepared data set and prepare it again."
       )
     return examples
 
-  def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
     """The inputs and labels of these rows, in this order."""
-    return self.stack(self.features(rows))
+    return self.stack(self.features(rows), rows)
 
-  def stack(self, examples: list[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Decoded features as arrays of inputs and labels."""
-    values = [example[self.inputs] for example in examples]
-    if self.transform is not None:
-      values = [self.transform(value) for value in values]
-    shapes = {np.shape(value) for value in values}
-    if len(shapes) > 1:
+  def stack(
+    self, examples: Iterable[Any], rows: Iterable[int] | np.ndarray | None = None
+  ) -> tuple[Any, np.ndarray]:
+    """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
+    numbers, made, labels = [], [], []
+    for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
+      numbers.append(int(row))
+      made.append(self._inputs(example, numbers[-1]))
+      self._check_alike(made, numbers)
+      labels.append(0 if self.labels is None else self._label(example, numbers[-1]))
+    if not made:
       raise ValueError(
-        f"The inputs {self.inputs!r} of {self.name!r} differ in shape ({sorted(shapes)[:3]}, ...): "
-        "open them by records(..., transform=...) with a transform that gives them one shape."
+        f"{self.name!r} gave no rows: it is empty, or an iterator that was used up before."
       )
-    # NumPy would cut trailing zeros off fixed-length byte strings.
-    inputs = np.array(values, dtype=object if isinstance(values[0], bytes) else None)
-    if self.labels is None:
-      return inputs, np.zeros(len(values), np.int32)
-    labels = np.array([example[self.labels] for example in examples], np.int32)
-    _check_labels(labels, self.num_classes, self.name, self.split)
-    return inputs, labels
+    if not isinstance(made[0], dict):
+      inputs: Any = _joined(made, self.inputs, self.name, numbers)
+    else:
+      inputs = {k: _joined([one[k] for one in made], k, self.name, numbers) for k in made[0]}
+    return inputs, np.array(labels, np.int32)
 
+  def _inputs(self, example: Any, row: int) -> Any:
+    """One example's inputs as arrays (or bytes, for text)."""
+    if self.inputs is None:
+      value = self._checked(example, row)
+    elif isinstance(self.inputs, tuple):
+      value = {key: self._feature(example, row, key) for key in self.inputs}
+    else:
+      value = self._feature(example, row, self.inputs)
+    if self.transform is not None:
+      try:
+        value = self.transform(value)
+      except Exception as error:
+        error.add_note(f"raised by transform at row {row} of {self.name!r}")
+        raise
+    if isinstance(value, Mapping):
+      if not value:
+        raise ValueError(f"The inputs of row {row} of {self.name!r} are an empty dict.")
+      return {key: self._array(one, row, key) for key, one in value.items()}
+    return self._array(value, row, self.inputs)
 
-def _check_labels(labels: np.ndarray, num_classes: int, name: str, split: str = "") -> None:
-  """Raises where a label is not one of the classes."""
-  wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-  if len(wrong):
-    where = f"split {split!r} of {name!r}" if split else repr(name)
-    raise ValueError(
-      f"labels of {where} must lie in 0 .. {num_classes - 1} (num_classes={num_classes}), but row "
-      f"{wrong[0]} of those read has {labels[wrong[0]]}, and {len(wrong)} in all are outside. "
-      "TFDS writes -1 where a label is withheld: choose a split that has them, or labels=None."
+  def _checked(self, example: Any, row: int) -> Mapping[str, Any]:
+    if not isinstance(example, Mapping):
+      raise TypeError(
+        f"rows of {self.name!r} must be dicts, but row {row} is a {type(example).__name__}: make "
+        "dicts of them, e.g. ({'image': x, 'label': y} for x, y in rows), or use from_arrays. (A "
+        "data frame gives rows by to_dict('records').)"
+      )
+    return example
+
+  def _feature(self, example: Any, row: int, key: str) -> Any:
+    example = self._checked(example, row)
+    if key not in example:
+      near = [one for one in example if key in str(one) or str(one) in key]
+      near = near or difflib.get_close_matches(key, map(str, example), n=2, cutoff=0.5)
+      hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+      raise ValueError(
+        f"row {row} of {self.name!r} has no {key!r}; it has {sorted(map(str, example))}.{hint} "
+        "Name what is the input by inputs= and what is the label by labels= (None without labels)."
+      )
+    if example[key] is None:
+      raise ValueError(
+        f"{key!r} of row {row} of {self.name!r} is None: leave such rows out, or, where it is the "
+        "label, put 0 there and mark the row as unlabelled by labelled= of the source."
+      )
+    return example[key]
+
+  def _array(self, value: Any, row: int, key: Any) -> Any:
+    if self.prepared and isinstance(value, bytes):
+      return value
+    where = f"{key or 'what transform made'!r} of row {row} of {self.name!r}"
+    if getattr(value, "mode", None) == "P" and hasattr(value, "getbands"):
+      raise ValueError(
+        f"{where} is a picture with a palette, whose numbers are no colours: convert it, e.g. "
+        "transform=lambda row: row['image'].convert('RGB')."
+      )
+    try:
+      array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+      raise ValueError(
+        f"{where} cannot be made an array ({error}): make it one of fixed shape in transform=."
+      ) from error
+    if array.dtype.kind in "OSU":
+      raise ValueError(
+        f"{where} is {'text' if array.dtype.kind in 'SU' else type(value).__name__}, not numbers: "
+        "make numbers of it (tokenize text) in transform=."
+      )
+    # Grey pictures get the axis of channels that networks and crops expect.
+    return array[..., None] if hasattr(value, "getbands") and array.ndim == 2 else array
+
+  def _check_alike(self, made: list[Any], numbers: list[int]) -> None:
+    """Raises where the last inputs made have other keys or shapes than the first."""
+    first, last = (
+      {k: np.shape(v) for k, v in one.items()} if isinstance(one, dict) else np.shape(one)
+      for one in (made[0], made[-1])
     )
+    if first != last:
+      raise ValueError(
+        f"The inputs of {self.name!r} differ in shape: row {numbers[0]} has {first}, row "
+        f"{numbers[-1]} has {last}. Give all rows one shape (crop, resize, pad, convert) by "
+        "transform=."
+      )
+
+  def _label(self, example: Any, row: int) -> int:
+    value = self._feature(example, row, str(self.labels))
+    if isinstance(value, bytes):
+      value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+      if value in self.label_names:
+        return self.label_names.index(value)
+      given = f"not one of label_names={self.label_names!r}" if self.label_names else "text"
+      raise ValueError(
+        f"{self.labels!r} of row {row} of {self.name!r} is {given}, namely {value!r}: pass "
+        "label_names=, all class names in the order of their numbers, e.g. "
+        f"sorted({{row[{self.labels!r}] for row in rows}})."
+      )
+    label = np.asarray(value)
+    if label.shape or label.dtype.kind not in "iub":
+      raise ValueError(
+        f"{self.labels!r} of row {row} of {self.name!r} must be one integer, got {label.dtype} of "
+        f"shape {label.shape}: take argmax of a one-hot row; labels=None where there is no class."
+      )
+    # K is 0 while nobody knows it: who reads all the rows finds out.
+    if label < 0 or (self.num_classes and label >= self.num_classes):
+      raise ValueError(_wrong_label(int(label), row, self.num_classes, self.name, self.split))
+    return int(label)
+
+
+def _joined(values: list[Any], key: Any, name: str, rows: list[int]) -> np.ndarray:
+  if isinstance(values[0], bytes):  # NumPy would cut trailing zeros off fixed-length strings
+    return np.array(values, dtype=object)
+  joined = np.stack(values)
+  _check_finite(joined, key, name, rows)
+  return joined
+
+
+def _check_finite(array: np.ndarray, key: Any, name: str, rows: Any = None) -> None:
+  """Raises where a float input is not a number; infinities may be meant (a mask)."""
+  if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+    return
+  with np.errstate(invalid="ignore"):
+    if not np.isnan(np.min(array)):  # no copy, unlike isnan of the whole
+      return
+  bad = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
+  what = "inputs" if key is None else f"inputs {key!r}"
+  raise ValueError(
+    f"The {what} of {name!r} hold NaN in {len(bad)} of {len(array)} rows, first in row "
+    f"{bad[0] if rows is None else rows[bad[0]]}: fill them in, or leave those rows out."
+  )
+
+
+def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) -> str:
+  where = f"split {split!r} of {name!r}" if split else repr(name)
+  range_ = (
+    f"in 0 .. {num_classes - 1} (num_classes={num_classes})" if num_classes else "at 0 or more"
+  )
+  return (
+    f"labels of {where} must lie {range_}, but row {row} has {label}. -1 stands for a label that "
+    "is withheld: choose a split that has them, or labels=None."
+  )
+
+
+def _as_arrays(inputs: Any) -> Any:
+  """Inputs as an array or a dict of arrays, all of one length."""
+
+  def one(key: str | None, value: Any) -> np.ndarray:
+    what = "inputs" if key is None else f"inputs[{key!r}]"
+    if isinstance(value, Mapping):
+      raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
+    try:
+      array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+      raise ValueError(
+        f"{what} cannot be made one array ({error}): give all examples one shape."
+      ) from error
+    if array.ndim == 0 or len(array) == 0:
+      raise ValueError(f"{what} must hold at least one example, got an array of {array.shape}.")
+    return array
+
+  if not isinstance(inputs, Mapping):
+    return one(None, inputs)
+  made = {key: one(key, value) for key, value in inputs.items()}
+  sizes = {key: len(value) for key, value in made.items()}
+  if len(set(sizes.values())) != 1:
+    raise ValueError(f"inputs must be arrays of one length, one row an example, got {sizes}.")
+  return made
 
 
 def from_arrays(
@@ -135,7 +314,8 @@ def from_arrays(
   """Makes `Examples` of a user's own arrays.
 
   Args:
-    inputs: ``[N, ...]``; uint8 images are scaled to 0 .. 1 later, everything else stays.
+    inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
+      everything else stays.
     labels: ``[N]`` integers, 0 for an example without one (see `data.on_device`'s ``labelled``);
       None where the set has no labels.
     num_classes: K; one more than the largest label by default.
@@ -148,23 +328,35 @@ def from_arrays(
     The examples; arrays are not copied where their types fit.
 
   Raises:
-    ValueError: lengths differ, there is no example, or a label is out of range.
+    ValueError: lengths differ, there is no example, an input is NaN, or a label is out of range.
 
   >>> examples = from_arrays(np.zeros((3, 2), np.float32), [0, 2, 1])
   >>> len(examples), examples.num_classes, examples.labels.dtype.name
   (3, 3, 'int32')
   """
-  inputs = np.asarray(inputs)
-  size = len(inputs) if inputs.ndim else 0
-  if size == 0:
-    raise ValueError(f"inputs must hold at least one example, got an array of {inputs.shape}.")
-  labels = np.zeros(size, np.int32) if labels is None else np.asarray(labels)
+  inputs = _as_arrays(inputs)
+  for key, leaf in inputs.items() if isinstance(inputs, dict) else [(None, inputs)]:
+    _check_finite(leaf, key, name)
+  size = len(jax.tree.leaves(inputs)[0])
+  if labels is None:
+    if num_classes or label_names:
+      raise ValueError(
+        "num_classes and label_names are of labels, and labels is None: leave them out."
+      )
+    labels, num_classes = np.zeros(size, np.int32), 0
+  labels = np.asarray(labels)
   if labels.shape != (size,):
     raise ValueError(f"labels must be of shape ({size},) like inputs, got {labels.shape}.")
   if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    raise ValueError(
+      f"labels must be integers, got {labels.dtype}. Names become numbers by "
+      "label_names, labels = np.unique(labels, return_inverse=True)."
+    )
   num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-  _check_labels(labels, num_classes or 1, name, split)
+  wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
+  if len(wrong):
+    row = int(wrong[0])
+    raise ValueError(_wrong_label(int(labels[row]), row, num_classes, name, split))
   ids = np.arange(size).astype(str) if ids is None else np.asarray(ids).astype(str)
   if ids.shape != (size,):
     raise ValueError(f"ids must be of shape ({size},) like inputs, got {ids.shape}.")

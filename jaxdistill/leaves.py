@@ -94,8 +94,6 @@ def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
 
 def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
   """Everything copied to the host, and its description for the manifest."""
-  if jax.process_count() > 1:
-    raise NotImplementedError("checkpoints of programs of several JAX processes are unsupported.")
   if not items:
     raise ValueError("items is empty: there is nothing to save.")
   for leaf in jax.tree.leaves(items):

@@ -18,9 +18,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-__all__ = ["AXIS", "Dispatch", "data_parallel", "with_jit", "with_pmap"]
+__all__ = [
+  "AXIS",
+  "Dispatch",
+  "agree",
+  "barrier",
+  "check_divides",
+  "data_parallel",
+  "with_jit",
+  "with_pmap",
+]
 
 AXIS = "data"
 
@@ -53,26 +63,30 @@ class Dispatch:
   """How a chunk of steps is compiled, and how its arguments get to the devices.
 
   Attributes:
-    devices: how many devices share a batch.
+    devices: how many devices share a batch, over all processes.
+    part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
     axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
     compile: ``run(state, teacher_variables, shared, items) -> (state, sums)`` to its compiled
       form, which donates the state.
     place: puts a tree on every device (state, variables, shared arrays).
-    split: ``(items, batch_size, batch_axis)``: shares the batch axis out.
+    split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
+      others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
-    collect: one copy of what `compile`'s function returned.
+    collect: one copy of what `compile`'s function returned, on this process's devices.
   """
 
   devices: int
+  part: tuple[int, int]
   axis_name: str | None
   compile: Callable[[Callable[..., Any]], Callable[..., Any]]
   place: Callable[[PyTree], PyTree]
-  split: Callable[[PyTree, int, int], PyTree]
+  split: Callable[[PyTree, int], PyTree]
   constrain: Callable[[PyTree], PyTree]
   collect: Callable[[PyTree], PyTree]
 
 
-def _check_divides(batch_size: int, devices: int) -> None:
+def check_divides(batch_size: int, devices: int) -> None:
+  """Raises where a batch, or a stream's part of it, can't be shared out evenly."""
   if batch_size % devices:
     raise ValueError(
       f"batch_size={batch_size} does not divide by the {devices} devices of the mesh; "
@@ -80,12 +94,42 @@ def _check_divides(batch_size: int, devices: int) -> None:
     )
 
 
-def _has_batch_axis(leaf: Any, batch_size: int, axis: int) -> bool:
-  return np.ndim(leaf) > axis and np.shape(leaf)[axis] == batch_size
+def agree(value: int) -> int:
+  """Process 0's value, in every process; the value itself where there is but one."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _part(mesh: Mesh) -> tuple[int, int]:
+  """Which of the processes of a mesh this one is."""
+  owners = [device.process_index for device in mesh.devices.flat]
+  processes = list(dict.fromkeys(owners))
+  each = len(owners) // len(processes)
+  if owners != [p for p in processes for _ in range(each)]:
+    raise ValueError(
+      "the mesh does not hold the same number of devices of each process, side by side; take "
+      "mesh.data_parallel()."
+    )
+  if jax.process_index() not in processes:
+    raise ValueError(f"the mesh holds no device of process {jax.process_index()}.")
+  return processes.index(jax.process_index()), len(processes)
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def with_jit(mesh: Mesh | None = None) -> Dispatch:
   """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
+
+  In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
 
   Args:
     mesh: from `data_parallel`; all devices by default.
@@ -94,16 +138,21 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
     The dispatch; its compiled function donates the state.
   """
   mesh = data_parallel() if mesh is None else mesh
-  devices = mesh.devices.size
+  devices, part = mesh.devices.size, _part(mesh)
+  several = part[1] > 1
   replicated = NamedSharding(mesh, PartitionSpec())
 
-  def split(items: PyTree, batch_size: int, batch_axis: int) -> PyTree:
-    _check_divides(batch_size, devices)
-    spec = PartitionSpec(*([None] * batch_axis), AXIS)
+  def split(items: PyTree, batch_axis: int) -> PyTree:
+    shared_out = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
 
     def put(leaf: Any) -> Any:
-      shared_out = _has_batch_axis(leaf, batch_size, batch_axis)
-      return jax.device_put(leaf, NamedSharding(mesh, spec) if shared_out else replicated)
+      sharding = replicated
+      if np.ndim(leaf) > batch_axis:
+        check_divides(np.shape(leaf)[batch_axis] * part[1], devices)
+        sharding = shared_out
+      if several:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+      return jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, items)
 
@@ -113,20 +162,39 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
 
   def place(tree: PyTree) -> PyTree:
-    # The compiled call donates the state: a placed tree must own its buffers, and device_put
-    # hands the caller's own buffer back when it already lies where it should.
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, replicated, may_alias=False), tree)
+    def put(leaf: Any) -> Any:
+      if several and _is_key(leaf):  # device_put knows no keys on other processes' devices
+        words = jax.device_put(jax.random.key_data(leaf), replicated)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+      # The compiled call donates the state: a placed tree must own its buffers, and device_put
+      # hands the caller's own buffer back when it already lies where it should.
+      return jax.device_put(leaf, replicated, may_alias=False)
+
+    return jax.tree.map(put, tree)
+
+  def collect(tree: PyTree) -> PyTree:
+    return jax.tree.map(_local, tree) if several else tree
 
   return Dispatch(
     devices=devices,
+    part=part,
     axis_name=None,
     # The results stay where the arguments were, so the second call does not compile again.
     compile=lambda run: jax.jit(run, donate_argnums=0, out_shardings=replicated),
     place=place,
     split=split,
     constrain=constrain,
-    collect=lambda tree: tree,
+    collect=collect,
   )
+
+
+def _local(leaf: Any) -> Any:
+  """This process's copy of a replicated array, by itself."""
+  if _is_key(leaf):
+    return jax.random.wrap_key_data(
+      _local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+    )
+  return leaf.addressable_data(0)
 
 
 def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
@@ -137,7 +205,12 @@ def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
 
   Returns:
     The dispatch; its compiled function donates the state.
+
+  Raises:
+    ValueError: there are several processes, which `with_jit` is for.
   """
+  if jax.process_count() > 1:
+    raise ValueError(f"pmap serves one process, and there are {jax.process_count()}: use with_jit.")
   mesh = data_parallel(devices)
   count = mesh.devices.size
   per_device = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -149,20 +222,20 @@ def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
 
     return jax.tree.map(put, tree)
 
-  def split(items: PyTree, batch_size: int, batch_axis: int) -> PyTree:
-    _check_divides(batch_size, count)
-
+  def split(items: PyTree, batch_axis: int) -> PyTree:
     def put(leaf: Any) -> Any:
-      if not _has_batch_axis(leaf, batch_size, batch_axis):
-        return place(leaf)
       shape = np.shape(leaf)
-      parts = (*shape[:batch_axis], count, batch_size // count, *shape[batch_axis + 1 :])
+      if len(shape) <= batch_axis:
+        return place(leaf)
+      check_divides(shape[batch_axis], count)
+      parts = (*shape[:batch_axis], count, shape[batch_axis] // count, *shape[batch_axis + 1 :])
       return jax.device_put(jnp.moveaxis(jnp.reshape(leaf, parts), batch_axis, 0), per_device)
 
     return jax.tree.map(put, items)
 
   return Dispatch(
     devices=count,
+    part=(0, 1),
     axis_name=AXIS,
     compile=lambda run: jax.pmap(
       run, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)

@@ -1,21 +1,48 @@
-"""Paths to features: which of the values that a network sowed or captured is meant.
+"""Paths to features, and what else the adapters of foreign modules share.
 
-Linen keeps such values in a nested dict, by submodule and name, as tuples with one entry for each
-call; a submodule's output is kept under the name of its method. The adapters of
-`jaxdistill.capture` find features there with these functions.
+Which of the values that a network sowed or captured is meant: Flax keeps them in a nested dict, by
+submodule and name, as tuples with one entry for each call; a submodule's output is kept under the
+name of its method. `jaxdistill.capture` and `jaxdistill.capture_nnx` find features there, bind a
+module's arguments and find its logits with these functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-__all__ = ["Path", "describe", "find", "is_array", "names", "parse", "pick"]
+__all__ = [
+  "TRAIN_FLAGS",
+  "Path",
+  "bind",
+  "describe",
+  "find",
+  "is_array",
+  "logits",
+  "names",
+  "parse",
+  "parse_flag",
+  "pick",
+  "signature",
+]
+
+# The names by which published modules are told whether they train; True where they ask the
+# opposite.
+TRAIN_FLAGS = {
+  "train": False,
+  "training": False,
+  "is_training": False,
+  "deterministic": True,
+  "use_running_average": True,
+  "eval_mode": True,
+  "inference": True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +108,127 @@ def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]
   return found
 
 
+def parse_flag(train_flag: str) -> tuple[str, bool]:
+  """Reads a train flag that a user names.
+
+  Args:
+    train_flag: a name; ``"not frozen"`` inverts it.
+
+  Returns:
+    ``(name, whether it asks the opposite)``.
+
+  >>> parse_flag("train"), parse_flag("deterministic"), parse_flag("not frozen")
+  (('train', False), ('deterministic', True), ('frozen', True))
+  """
+  name = train_flag.removeprefix("not ").strip()
+  return name, TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+
+
+def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.Signature:
+  """What the method that an adapter calls takes, the module first.
+
+  Args:
+    module: a foreign module.
+    method: its name, a function of the module, or None for ``__call__``.
+
+  Returns:
+    The signature.
+
+  Raises:
+    ValueError: the module has no such method.
+
+  >>> list(signature({}, "get").parameters)
+  ['self', 'key', 'default']
+  """
+  if callable(method):
+    return inspect.signature(method)
+  chosen = getattr(type(module), method or "__call__", None)
+  if not callable(chosen):
+    raise ValueError(f"method={method or '__call__'!r} is no method of {type(module).__name__}.")
+  return inspect.signature(chosen)
+
+
+def bind(
+  signature: inspect.Signature,
+  inputs: Any,
+  arguments: Callable[[Any], Any] | None,
+  told: Mapping[str, Any],
+  label: str,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """What a module is called with.
+
+  Args:
+    signature: of the method, with the module first.
+    inputs: what the network sees.
+    arguments: ``inputs -> tuple`` or ``dict``; None passes ``inputs`` alone.
+    told: what else the module is told by name: the flags that are arguments, with their values.
+    label: what to call the module in messages.
+
+  Returns:
+    ``(positional arguments, keyword arguments)``.
+
+  Raises:
+    ValueError: ``arguments`` returned neither, or a flag, or the arguments do not fit.
+
+  >>> bind(inspect.signature(lambda module, x, train: x), 1, None, {"train": True}, "Net")
+  ((1,), {'train': True})
+  """
+  given = (inputs,) if arguments is None else arguments(inputs)
+  if not isinstance(given, tuple | Mapping):
+    raise ValueError(
+      f"{label}: arguments returned a {type(given).__name__}; it must return a tuple "
+      "(positional) or a dict (keywords)."
+    )
+  args, keywords = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
+  twice = sorted(set(keywords) & set(told))
+  if twice:
+    raise ValueError(
+      f"{label}: arguments returned {twice}, which train_flag sets; leave them out of it, or "
+      "give train_flag=None."
+    )
+  keywords.update(told)
+  try:
+    signature.bind(None, *args, **keywords)
+  except TypeError as error:
+    raise ValueError(
+      f"{label} takes {signature}, which does not fit: {error}. Say how to call it with "
+      "arguments=lambda inputs: ..., which returns a tuple or a dict."
+    ) from error
+  return args, keywords
+
+
+def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
+  """Finds the logits in what a module returned.
+
+  Args:
+    out: what the module returned.
+    finder: ``out -> array``; None takes an array, or the key or attribute ``logits``.
+    label: what to call the module in messages.
+
+  Returns:
+    An array.
+
+  Raises:
+    ValueError: there is none.
+
+  >>> logits({"logits": np.zeros(2), "aux": None}, None, "Net").tolist()
+  [0.0, 0.0]
+  """
+  if finder is not None:
+    found = finder(out)
+  elif is_array(out):
+    found = out
+  else:
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+  if not is_array(found):
+    how = "no logits were recognised in it" if finder is None else "logits= found no array"
+    raise ValueError(
+      f"{label} puts out a {type(out).__name__} of {describe(out)}, and {how}; say "
+      "where its logits are with logits=lambda out: ..., which must return an array."
+    )
+  return found
+
+
 def find(sown: Any, path: Path) -> Any:
   """Finds what was sown at a path, or else what the submodule there put out.
 
@@ -89,7 +237,7 @@ def find(sown: Any, path: Path) -> Any:
     path: where to look.
 
   Returns:
-    The value as Linen keeps it, or None.
+    The value as Flax keeps it, or None.
 
   >>> find({"encoder": {"mid": (1.0,)}}, Path("encoder/mid"))
   (1.0,)

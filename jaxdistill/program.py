@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from jaxdistill.data import Source
-from jaxdistill.mesh import Dispatch
-from jaxdistill.step import State, init_state, make_step
+from jaxdistill.mesh import Dispatch, check_divides
+from jaxdistill.state import State, init_state
+from jaxdistill.step import make_step
 from jaxdistill.types import Network, Objective, Teacher
 
 __all__ = ["Program", "build"]
@@ -31,6 +32,7 @@ class Program:
     objective: the objective.
     data_seeds: one for each source.
     examples_per_step: over all seeds.
+    stacked: whether the state has an axis over seeds.
     shapes: the state's shapes and dtypes.
     initial: makes the state at step 0.
     run: ``(state, step, count) -> (state, sums)``: the next ``count`` steps; donates the state.
@@ -43,6 +45,7 @@ class Program:
   objective: Objective
   data_seeds: list[int]
   examples_per_step: int
+  stacked: bool
   shapes: State
   initial: Callable[[], State]
   run: Callable[[State, int, int], tuple[State, PyTree]]
@@ -58,6 +61,7 @@ class Program:
         "size": source.size,
         "batch_size": source.batch_size,
         "views": source.views,
+        "transfer": source.transfer,
       },
       "student": {
         "name": self.student,
@@ -75,12 +79,32 @@ def build(
   seed: int | Sequence[int],
   teacher: Teacher | None,
   teacher_variables: PyTree,
-  hyper: Mapping[str, Any],
   dispatch: Dispatch,
-  seeds_by: str,
-  scan: bool,
+  *,
+  start: PyTree = None,
+  average: float | None = None,
+  accumulate: int = 1,
+  seeds_by: str = "vmap",
+  scan: bool = True,
+  **options: Any,
 ) -> Program:
   """Builds a run's program; the arguments are those of `jaxdistill.train.fit`.
+
+  Args:
+    student: the network to train.
+    objective: the objective.
+    data: one source, or one for each seed.
+    optimizer: an optax optimiser.
+    seed: one, or several.
+    teacher: the teacher, or None.
+    teacher_variables: its variables.
+    dispatch: how the program is compiled.
+    start: values for some of the student's variables.
+    average: the decay of the moving average, or None.
+    accumulate: micro-batches in a batch.
+    seeds_by: ``"vmap"`` or ``"unroll"``.
+    scan: whether a chunk is one dispatch.
+    **options: what `jaxdistill.step.make_step` takes beside these.
 
   Returns:
     The program.
@@ -92,13 +116,35 @@ def build(
   seeds, sources = _pair(seed, data)
   stacked, source = np.ndim(seed) > 0, sources[0]
   step = make_step(
-    student, teacher, objective, optimizer, hyper=hyper, axis_name=dispatch.axis_name
+    student,
+    teacher,
+    objective,
+    optimizer,
+    axis_name=dispatch.axis_name,
+    accumulate=accumulate,
+    unroll=not scan,
+    average=average,
+    **options,
   )
+  check_divides(source.batch_size, dispatch.devices)
+  if source.batch_size % (dispatch.devices * accumulate):
+    raise ValueError(
+      f"batch_size={source.batch_size} does not divide into accumulate={accumulate} micro-batches "
+      f"over {dispatch.devices} devices; take a multiple of {dispatch.devices * accumulate}."
+    )
+  shared, shared_axes = _shared(sources)
 
-  def initial(key: Any, variables: PyTree, shared: PyTree, item: PyTree) -> State:
-    batch = source.cut(shared, item)
+  def initial(key: Any, variables: PyTree, shared: PyTree, item: PyTree, start: PyTree) -> State:
     return init_state(
-      key, student, objective, optimizer, batch, teacher=teacher, teacher_variables=variables
+      key,
+      student,
+      objective,
+      optimizer,
+      source.cut(shared, item),
+      teacher=teacher,
+      teacher_variables=variables,
+      start=start,
+      average=average is not None,
     )
 
   def chunk(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
@@ -110,31 +156,35 @@ def build(
     state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))
     return state, jax.tree.map(lambda leaf: leaf[None], sums)
 
-  def items(at: int, count: int) -> PyTree:
+  def read(at: int, count: int) -> PyTree:
     # One source for several seeds is read once.
-    read = {id(s): s.items(at, count) for s in {id(s): s for s in sources}.values()}
-    pieces = [read[id(s)] for s in sources]
-    joined = jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
-    return dispatch.split(joined, source.batch_size, 2 if stacked else 1)
+    each = {id(s): s.items(at, count, dispatch.part) for s in {id(s): s for s in sources}.values()}
+    pieces = [each[id(s)] for s in sources]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
 
-  items(0, 1)  # a batch that does not divide by the devices says so here
+  def split(items: PyTree) -> PyTree:
+    return dispatch.split(items, 2 if stacked else 1)
+
+  head = read(0, 1)
+  split(head)  # a batch that does not divide by the devices says so here
   keys = jnp.stack([jax.random.key(s) for s in seeds])
-  first = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
-  arguments = (keys if stacked else keys[0], teacher_variables, source.shared, first)
+  first = jax.tree.map(lambda leaf: leaf[0, 0] if stacked else leaf[0], head)
+  one = _of_seed(shared, shared_axes, 0)
+  arguments = (keys if stacked else keys[0], teacher_variables, one, first, start)
   if stacked:
-    initial = jax.vmap(initial, in_axes=(0, None, None, None))
-    chunk = _over_seeds(chunk, seeds_by)
+    initial = jax.vmap(initial, in_axes=(0, None, None, None, None))
+    chunk = _over_seeds(chunk, seeds_by, shared_axes)
   # Abstract first: what does not fit together says so before anything is compiled.
   shapes = jax.eval_shape(initial, *arguments)
   compiled = dispatch.compile(chunk)
-  fixed = (dispatch.place(teacher_variables), dispatch.place(source.shared))
+  fixed = (dispatch.place(teacher_variables), dispatch.place(shared))
 
   def run(state: State, at: int, count: int) -> tuple[State, PyTree]:
     if scan:
-      return compiled(state, *fixed, items(at, count))
+      return compiled(state, *fixed, split(read(at, count)))
     each = []
     for step in range(at, at + count):
-      state, sums = compiled(state, *fixed, items(step, 1))
+      state, sums = compiled(state, *fixed, split(read(step, 1)))
       each.append(sums)
     return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
 
@@ -144,11 +194,39 @@ def build(
     objective=objective,
     data_seeds=[s.data_seed for s in sources],
     examples_per_step=source.batch_size * len(seeds),
+    stacked=stacked,
     shapes=shapes,
     initial=lambda: jax.jit(initial, compiler_options=_quick())(*arguments),
     run=run,
     collect=dispatch.collect,
   )
+
+
+def _shared(sources: Sequence[Source]) -> tuple[PyTree, PyTree]:
+  """The arrays of all sources, and each one's axis over seeds: 0 where they differ, else -1."""
+  first = sources[0]
+  for source in sources[1:]:
+    for name in ("size", "batch_size", "transfer", "num_classes", "views", "name"):
+      if getattr(source, name) != getattr(first, name):
+        raise ValueError(
+          f"data has sources that differ in {name} ({getattr(first, name)!r}, "
+          f"{getattr(source, name)!r}); those of one program may differ in the values of their "
+          "arrays and in data_seed, no more."
+        )
+
+  def same(*leaves: Any) -> bool:
+    return all(leaf is leaves[0] or np.array_equal(leaf, leaves[0]) for leaf in leaves)
+
+  trees = [source.shared for source in sources]
+  axes = jax.tree.map(lambda *leaves: -1 if same(*leaves) else 0, *trees)
+  shared = jax.tree.map(
+    lambda axis, *leaves: leaves[0] if axis < 0 else jnp.stack(leaves), axes, *trees
+  )
+  return shared, axes
+
+
+def _of_seed(shared: PyTree, axes: PyTree, seed: int) -> PyTree:
+  return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[seed], shared, axes)
 
 
 def _quick() -> dict[str, Any] | None:
@@ -158,9 +236,12 @@ def _quick() -> dict[str, Any] | None:
   return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:
+def _over_seeds(
+  chunk: Callable[..., Any], seeds_by: str, shared_axes: PyTree
+) -> Callable[..., Any]:
   if seeds_by == "vmap":
-    return jax.vmap(chunk, in_axes=(0, None, None, 0))
+    mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
+    return jax.vmap(chunk, in_axes=(0, None, mapped, 0))
   if seeds_by != "unroll":
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
 
@@ -169,7 +250,7 @@ def _over_seeds(chunk: Callable[..., Any], seeds_by: str) -> Callable[..., Any]:
     each = []
     for i in range(count):
       mine, its = jax.tree.map(lambda leaf, i=i: leaf[i], (state, items))
-      each.append(chunk(mine, variables, shared, its))
+      each.append(chunk(mine, variables, _of_seed(shared, shared_axes, i), its))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
   return one_after_another

@@ -168,7 +168,7 @@ def _feature(outputs: Outputs | None, name: str, argument: str) -> Any:
     there = {n: tuple(f.shape) for n, f in sorted(outputs.features.items())}
     raise ValueError(
       f"{argument}={name!r} is not among the {side}'s features {there}; name it in "
-      "capture.linen(module, features=[...])."
+      "capture.linen(module, features=[...]), or capture_nnx.nnx."
     )
   return outputs.features[name]
 

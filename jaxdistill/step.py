@@ -5,14 +5,16 @@ It knows nothing about devices, files or loops; `jaxdistill.train` compiles and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdistill.state import State, trained_variables
+from jaxdistill.terms import reduce_terms
 from jaxdistill.types import (
   Batch,
   Network,
@@ -20,173 +22,13 @@ from jaxdistill.types import (
   ObjectiveFunction,
   Outputs,
   Teacher,
-  Term,
+  Transform,
   as_objective,
-  compute_dtype,
 )
 
-__all__ = ["State", "init_state", "make_step", "reduce_terms", "student_variables"]
+__all__ = ["make_step"]
 
 PyTree = Any
-
-
-@flax.struct.dataclass
-class State:
-  """Everything that a training run changes; the teacher is not in it.
-
-  Attributes:
-    step: int32, how many steps were taken.
-    params: the student's parameters.
-    model_state: the student's other collections (``batch_stats``).
-    objective_params: what the objective learns (projectors), absent from the deployed network.
-    objective_state: what the objective remembers.
-    opt_state: the optimiser's state for both kinds of parameters.
-    key: the run's random key; each step folds its number into it.
-  """
-
-  step: Any
-  params: Any
-  model_state: Any
-  objective_params: Any
-  objective_state: Any
-  opt_state: Any
-  key: Any
-
-
-def student_variables(state: State) -> dict[str, PyTree]:
-  """The student's variables as its network's apply takes them."""
-  return {"params": state.params, **state.model_state}
-
-
-def init_state(
-  key: Any,
-  student: Network,
-  objective: Objective | ObjectiveFunction,
-  optimizer: optax.GradientTransformation,
-  batch: Batch,
-  *,
-  teacher: Teacher | None = None,
-  teacher_variables: PyTree = None,
-) -> State:
-  """Initialises a training state; pure, so it can be jitted and vmapped over keys.
-
-  Args:
-    key: a random key.
-    student: the network to train.
-    objective: an `Objective` or a bare function.
-    optimizer: an optax optimiser; it sees ``{"student": ..., "objective": ...}``.
-    batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
-    teacher: the teacher, whose outputs' shapes the objective's parameters may depend on.
-    teacher_variables: its variables, or their shapes.
-
-  Returns:
-    The state at step 0.
-  """
-  objective = as_objective(objective)
-  student_key, objective_key, run_key = jax.random.split(key, 3)
-  variables = student.init(student_key, batch.inputs)
-  model_state = {name: value for name, value in variables.items() if name != "params"}
-  seen, _ = jax.eval_shape(
-    lambda v, x: student.apply(v, x, train=False, key=None), variables, batch.inputs
-  )
-  taught = _teacher_shapes(teacher, teacher_variables, batch)
-  _check_classes(seen, taught)
-  objective_params, objective_state = objective.init(objective_key, seen, taught)
-  trained = {"student": variables["params"], "objective": objective_params}
-  return State(
-    step=jnp.zeros((), jnp.int32),
-    params=variables["params"],
-    model_state=model_state,
-    objective_params=objective_params,
-    objective_state=objective_state,
-    opt_state=optimizer.init(trained),
-    key=run_key,
-  )
-
-
-def _teacher_shapes(
-  teacher: Teacher | None, teacher_variables: PyTree, batch: Batch
-) -> Outputs | None:
-  if batch.teacher is not None:
-    return jax.eval_shape(lambda: batch.teacher)
-  if teacher is None:
-    return None
-  return jax.eval_shape(teacher, teacher_variables, batch)
-
-
-def _check_classes(student: Outputs, teacher: Outputs | None) -> None:
-  if teacher is None or teacher.logits is None or student.logits is None:
-    return
-  ours, theirs = student.logits.shape, teacher.logits.shape
-  if ours[-1] != theirs[-1]:
-    raise ValueError(
-      f"the student puts out {ours[-1]} classes (logits {ours}) and the teacher {theirs[-1]} "
-      f"(logits {theirs}); build the student with num_classes={theirs[-1]}, or give a teacher "
-      "for the same classes."
-    )
-
-
-def reduce_terms(
-  terms: Mapping[str, Term], batch: Batch, *, axis_name: str | None = None
-) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
-  """Reduces an objective's terms to the loss, and to sums for the log.
-
-  A term is ``weight * sum(where * values) / sum(where)`` over the global batch, and 0 when its
-  mask is empty. Masked values cannot leak: they are replaced before they are multiplied, since
-  ``inf * 0`` is NaN.
-
-  Args:
-    terms: the objective's terms.
-    batch: the batch that they were computed on; gives the example weights.
-    axis_name: the axis to sum over under `pmap`; the loss is then this device's share, whose
-      gradients have to be summed over the axis too.
-
-  Returns:
-    ``(loss, {name: (sum, count)})``: the weighted scalar loss, and for each term the global sum
-    of its values and of its mask, in float32 at least.
-
-  Raises:
-    ValueError: a term's mask does not fit its values.
-
-  >>> batch = Batch(jnp.zeros((2, 1)), jnp.zeros(2), jnp.ones(2), jnp.ones(2), None, None)
-  >>> loss, sums = reduce_terms({"soft": Term(jnp.array([1.0, 3.0]), weight=0.5)}, batch)
-  >>> float(loss), float(sums["soft"][0]), float(sums["soft"][1])
-  (1.0, 4.0, 2.0)
-  """
-  loss = jnp.zeros((), jnp.float32)
-  sums = {}
-  for name, term in terms.items():
-    values = jnp.asarray(term.values)
-    values = values.astype(compute_dtype(values))
-    mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
-    total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
-    count = jnp.sum(mask)
-    if axis_name is not None:
-      count = jax.lax.psum(count, axis_name)
-    mean = total / jnp.where(count == 0, 1, count)
-    loss = loss.astype(mean.dtype) + jnp.asarray(term.weight, mean.dtype) * mean
-    if axis_name is not None:
-      total = jax.lax.psum(total, axis_name)
-    sums[name] = (total, count)
-  return loss, sums
-
-
-def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
-  mask = jnp.ones(values.shape, values.dtype)
-  factors = [term.where] if term.where is not None else []
-  if term.axis == "batch":
-    factors.append(batch.weight)
-  for factor in factors:
-    factor = jnp.asarray(factor)
-    if factor.shape != values.shape[: factor.ndim]:
-      raise ValueError(
-        f"term {name!r} has values of shape {values.shape} and a mask of shape {factor.shape}; "
-        "a mask has the leading axes of the values. If the values do not run over the batch, "
-        "give the Term an axis of its own (axis='classes')."
-      )
-    factor = jnp.expand_dims(factor, range(factor.ndim, values.ndim))
-    mask = mask * factor.astype(values.dtype)
-  return mask
 
 
 def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) -> dict[str, Any]:
@@ -206,6 +48,10 @@ def make_step(
   *,
   hyper: Mapping[str, Any] | None = None,
   axis_name: str | None = None,
+  transform: Transform | None = None,
+  accumulate: int = 1,
+  unroll: bool = False,
+  average: float | None = None,
 ) -> Callable[[State, PyTree, Batch], tuple[State, dict[str, Any]]]:
   """Builds the pure train step.
 
@@ -214,76 +60,212 @@ def make_step(
     teacher: ``(variables, batch) -> Outputs``; None for training without one. When a batch brings
       ``batch.teacher`` along, that is used and the teacher is not run.
     objective: an `Objective` or a bare function.
-    optimizer: an optax optimiser, as given to `init_state`.
+    optimizer: an optax optimiser, as given to `state.init_state`.
     hyper: keywords of the objective: numbers, arrays, or schedules of the step.
     axis_name: the axis to sum over under `pmap`.
+    transform: ``(key, batch) -> batch``, before both networks (see `jaxdistill.transforms`).
+    accumulate: into how many micro-batches a batch is cut, to need less memory. The gradient is the
+      whole batch's: the terms' denominators are known before the first micro-batch. BatchNorm and
+      losses that relate examples see the micro-batch.
+    unroll: micro-batches one after another in the program instead of a loop, in which XLA computes
+      convolutions slowly on a CPU.
+    average: the decay of a moving average of the student's variables, ``min(average, (1 + step) /
+      (10 + step))`` so that the first steps do not weigh on it; None for none.
 
   Returns:
     ``step(state, teacher_variables, batch) -> (state, sums)``. ``sums`` maps each term, ``"loss"``
     and (for integer labels) ``"accuracy"`` to ``(sum, count)``.
 
   Raises:
-    ValueError: ``hyper`` names a keyword that the objective does not take (at trace time).
+    ValueError: ``accumulate`` or ``average`` is out of range; and at trace time, ``hyper`` names a
+      keyword that the objective does not take, or the batch does not divide by ``accumulate``.
   """
-  objective = as_objective(objective)
-  hyper = dict(hyper or {})
+  return _Step(
+    student=student,
+    teacher=teacher,
+    objective=as_objective(objective),
+    optimizer=optimizer,
+    hyper=dict(hyper or {}),
+    axis_name=axis_name,
+    transform=transform,
+    accumulate=accumulate,
+    unroll=unroll,
+    average=average,
+  )
 
-  def step(state: State, teacher_variables: PyTree, batch: Batch) -> tuple[State, dict[str, Any]]:
-    target = batch.teacher
-    if target is None and teacher is not None:
-      target = teacher(teacher_variables, batch)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+  """What `make_step` returns; calling it is the step."""
+
+  student: Network
+  teacher: Teacher | None
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  hyper: dict[str, Any]
+  axis_name: str | None
+  transform: Transform | None
+  accumulate: int
+  unroll: bool
+  average: float | None
+
+  def __post_init__(self) -> None:
+    if self.accumulate < 1:
+      raise ValueError(f"accumulate={self.accumulate} must be at least 1 micro-batch.")
+    if self.average is not None and not 0 <= self.average < 1:
+      raise ValueError(f"average={self.average} must be None or a decay in [0, 1), 0.999 say.")
+
+  def __call__(
+    self, state: State, teacher_variables: PyTree, batch: Batch
+  ) -> tuple[State, dict[str, Any]]:
     step_key = jax.random.fold_in(state.key, state.step)
-    if axis_name is not None:
-      step_key = jax.random.fold_in(step_key, jax.lax.axis_index(axis_name))
-    student_key, objective_key = jax.random.split(step_key)
-    keywords = _resolve(hyper, objective, state.step)
-
-    def loss_of(trained: dict[str, PyTree]) -> tuple[jax.Array, Any]:
-      outputs, model_state = student.apply(
-        {"params": trained["student"], **state.model_state},
-        batch.inputs,
-        train=True,
-        key=student_key,
-      )
-      terms, objective_state = objective.apply(
-        trained["objective"],
-        state.objective_state,
-        outputs,
-        target,
-        batch,
-        key=objective_key,
-        **keywords,
-      )
-      reserved = sorted({"loss", "accuracy"} & set(terms))
-      if reserved:
-        raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
-      loss, sums = reduce_terms(terms, batch, axis_name=axis_name)
-      return loss, ({**state.model_state, **model_state}, objective_state, sums, outputs.logits)
-
-    trained = {"student": state.params, "objective": state.objective_params}
-    (loss, (model_state, objective_state, sums, logits)), grads = jax.value_and_grad(
-      loss_of, has_aux=True
-    )(trained)
-    if axis_name is not None:
-      grads, loss = jax.lax.psum((grads, loss), axis_name)
-      model_state, objective_state = _mean_over(axis_name, (model_state, objective_state))
-    model_state = _keep_dtypes(model_state, state.model_state)
-    objective_state = _keep_dtypes(objective_state, state.objective_state)
-    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-    trained = optax.apply_updates(trained, updates)
-    sums = _add_progress({"loss": (loss, jnp.ones_like(loss)), **sums}, logits, batch, axis_name)
+    if self.axis_name is not None:
+      step_key = jax.random.fold_in(step_key, jax.lax.axis_index(self.axis_name))
+    student_key, objective_key, transform_key = jax.random.split(step_key, 3)
+    if self.transform is not None:
+      batch = self.transform(transform_key, batch)
+    pass_ = _Pass(
+      trained={"student": state.params, "objective": state.objective_params},
+      states=(state.model_state, state.objective_state),
+      teacher_variables=teacher_variables,
+      batch=batch,
+      keys=(student_key, objective_key),
+      keywords=_resolve(self.hyper, self.objective, state.step),
+    )
+    whole = self.accumulate == 1
+    grads, states, sums = self.gradients(pass_) if whole else self.accumulated(pass_)
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, pass_.trained)
+    trained = optax.apply_updates(pass_.trained, updates)
     new_state = State(
       step=state.step + 1,
       params=trained["student"],
-      model_state=model_state,
+      model_state=states[0],
       objective_params=trained["objective"],
-      objective_state=objective_state,
+      objective_state=states[1],
       opt_state=opt_state,
       key=state.key,
+      average=state.average,
     )
-    return new_state, sums
+    return (new_state if self.average is None else _averaged(new_state, self.average)), sums
 
-  return step
+  def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
+    """The terms, the states after them, and the student's logits."""
+    model_state, objective_state = at.states
+    outputs, updated = self.student.apply(
+      {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
+    )
+    terms, remembered = self.objective.apply(
+      trained["objective"],
+      objective_state,
+      outputs,
+      target,
+      at.batch,
+      key=at.keys[1],
+      **at.keywords,
+    )
+    reserved = sorted({"loss", "accuracy"} & set(terms))
+    if reserved:
+      raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
+    return terms, ({**model_state, **updated}, remembered), outputs.logits
+
+  def target(self, at: _Pass) -> Outputs | None:
+    if at.batch.teacher is not None or self.teacher is None:
+      return at.batch.teacher
+    return self.teacher(at.teacher_variables, at.batch)
+
+  def gradients(
+    self, at: _Pass, counts: Mapping[str, jax.Array] | None = None
+  ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """The gradient of this batch's share of the loss, the states after it, and its sums."""
+    target = self.target(at)
+
+    def loss_of(trained: PyTree) -> tuple[jax.Array, Any]:
+      terms, states, logits = self.forward(trained, at, target)
+      loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
+      return loss, (states, sums, logits)
+
+    (loss, (states, sums, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(at.trained)
+    if self.axis_name is not None:
+      grads, loss = jax.lax.psum((grads, loss), self.axis_name)
+      states = _mean_over(self.axis_name, states)
+    sums = {"loss": (loss, jnp.ones_like(loss)), **sums}
+    return (
+      grads,
+      _keep_dtypes(states, at.states),
+      _add_progress(sums, logits, at.batch, self.axis_name),
+    )
+
+  def accumulated(self, at: _Pass) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """As `gradients`, from micro-batches one after another."""
+    parts = _micro_batches(at.batch, self.accumulate)
+    numbers = jnp.arange(self.accumulate)
+    keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, numbers) for key in at.keys]
+
+    def count(part: Batch) -> dict[str, jax.Array]:
+      # Masks depend on the batch alone, so the compiler drops both networks from this program.
+      mine = dataclasses.replace(at, batch=part)
+      terms, _, _ = self.forward(at.trained, mine, self.target(mine))
+      return {name: count for name, (_, count) in reduce_terms(terms, part)[1].items()}
+
+    counts = jax.tree.map(lambda c: jnp.sum(c, axis=0), jax.lax.map(count, parts))
+    if self.axis_name is not None:
+      counts = jax.lax.psum(counts, self.axis_name)
+
+    def body(carry: PyTree, item: PyTree) -> tuple[PyTree, Any]:
+      grads, states = carry
+      part, its_keys = item
+      mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
+      more, states, sums = self.gradients(mine, counts)
+      return (jax.tree.map(jnp.add, grads, more), states), sums
+
+    zeros = jax.tree.map(jnp.zeros_like, at.trained)
+    (grads, states), sums = jax.lax.scan(
+      body, (zeros, at.states), (parts, keys), unroll=self.accumulate if self.unroll else 1
+    )
+    sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    known = {**counts, "loss": jnp.ones_like(sums["loss"][1])}
+    return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+  """What one gradient is taken of."""
+
+  trained: PyTree
+  states: tuple[PyTree, PyTree]
+  teacher_variables: PyTree
+  batch: Batch
+  keys: Any
+  keywords: dict[str, Any]
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """Leaves ``[count, B / count, ...]``; every device keeps its own rows, so nothing moves."""
+  size = batch.weight.shape[0]
+  if size % count:
+    raise ValueError(
+      f"accumulate={count} does not divide the batch of {size} examples (each device's share, "
+      "under pmap); take a batch size that is a multiple of it."
+    )
+
+  def cut(leaf: jax.Array) -> jax.Array:
+    return jnp.moveaxis(leaf.reshape(size // count, count, *leaf.shape[1:]), 1, 0)
+
+  return jax.tree.map(cut, batch)
+
+
+def _averaged(state: State, decay: float) -> State:
+  """Moves the average towards the new variables; counters and the like are copied."""
+  past = (state.step - 1).astype(jnp.float32)
+  share = 1 - jnp.minimum(decay, (1 + past) / (10 + past))
+
+  def move(old: jax.Array, new: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(new.dtype, jnp.inexact):
+      return new
+    return old + share.astype(new.dtype) * (new - old)
+
+  average = jax.tree.map(move, state.average, trained_variables(state))
+  return dataclasses.replace(state, average=average)
 
 
 def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:

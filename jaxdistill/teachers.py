@@ -1,25 +1,38 @@
 """Teachers: ``(variables, batch) -> Outputs``, frozen here and nowhere else.
 
 Gradients stop at a teacher's variables and outputs, its BatchNorm runs on its running averages,
-and its variables are an argument of the program, never a closure.
+and its variables are an argument of the program, never a closure. What is made of a teacher (an
+ensemble, some of its classes, groups of them) is a teacher again.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxdistill import checkpoint
 from jaxdistill import run as run_lib
 from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
 
-__all__ = ["RULES", "combine_logits", "ensemble", "frozen", "restore", "unstack"]
+__all__ = [
+  "RULES",
+  "combine_logits",
+  "ensemble",
+  "frozen",
+  "grouped",
+  "layers",
+  "restore",
+  "subset",
+  "unstack",
+]
 
 PyTree = Any
 RULES = ("mean_logits", "log_mean_probability", "mean_log_probability")
@@ -139,6 +152,207 @@ def ensemble(
     return Outputs(logits=combined, features=features)
 
   return teach
+
+
+def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
+  """A teacher narrowed to some of its classes, and renormalised over them.
+
+  The logits of the others are left out: a softmax over those that stay is the distribution given
+  that one of them is right.
+
+  Args:
+    teacher: a network, or a teacher.
+    classes: which of its classes, in the order of the student's.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs`` with logits ``[..., len(classes)]`` and the teacher's
+    features.
+
+  Raises:
+    ValueError: ``classes`` is empty, has a class twice or a negative one; and at trace time, when
+      the teacher has no such class.
+
+  >>> from jaxdistill.types import make_batch
+  >>> teach = subset(lambda v, batch: Outputs(logits=jnp.array([[1.0, 2.0, 3.0]])), [2, 0])
+  >>> teach({}, make_batch(jnp.zeros((1, 1)))).logits.tolist()
+  [[3.0, 1.0]]
+  """
+  chosen = _class_numbers("classes", classes)
+  if not chosen.size:
+    raise ValueError("classes is empty: a teacher keeps at least one class.")
+  twice = _repeated(chosen)
+  if twice:
+    raise ValueError(f"classes has {twice} more than once; name each class one time.")
+  taught = frozen(teacher) if isinstance(teacher, Network) else teacher
+
+  def teach(variables: PyTree, batch: Batch) -> Outputs:
+    outputs = taught(variables, batch)
+    _check_classes("classes", chosen, outputs.logits)
+    return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
+
+  return teach
+
+
+def grouped(
+  teacher: Network | Teacher, groups: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+) -> Teacher:
+  """A teacher of fine classes as one of coarse classes, combined at temperature 1.
+
+  ``logit_g = logsumexp(logits of the classes in group g)``, so that a group's probability is the
+  sum of its classes'. The objective tempers the result, as with an `ensemble`.
+
+  Args:
+    teacher: a network, or a teacher, with K classes.
+    groups: ``[K]``, the group of each class, groups counted from 0; or the classes of each group.
+      In the second form a class may be in no group: it is left out, and the rest renormalised.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs``: a logit for each group, and the teacher's features.
+
+  Raises:
+    ValueError: there is no group, one is empty, a class is in two or negative; and at trace time,
+      when the groups do not fit the teacher's classes.
+
+  >>> from jaxdistill.types import make_batch
+  >>> fine = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+  >>> teach = grouped(lambda v, batch: Outputs(logits=fine), [0, 1, 0])
+  >>> coarse = jnp.exp(teach({}, make_batch(jnp.zeros((1, 1)))).logits)
+  >>> [round(float(p), 3) for p in coarse[0]]
+  [0.8, 0.2]
+  """
+  members, every = _members(groups)
+  taught = frozen(teacher) if isinstance(teacher, Network) else teacher
+  widest = max(len(m) for m in members)
+
+  def teach(variables: PyTree, batch: Batch) -> Outputs:
+    outputs = taught(variables, batch)
+    logits = outputs.logits
+    count = _check_classes("groups", np.concatenate(members), logits)
+    if every not in (None, count):
+      raise ValueError(
+        f"groups has {every} entries, but the teacher has {count} classes; give the group of each, "
+        "or the classes of each group."
+      )
+    # Shorter groups are filled up with a class that is never right.
+    index = np.array([[*m.tolist(), *[count] * (widest - len(m))] for m in members])
+    logits = logits.astype(compute_dtype(logits))
+    never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+    gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
+    return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
+
+  return teach
+
+
+def _class_numbers(name: str, values: Any) -> np.ndarray:
+  numbers = np.asarray(values)
+  if numbers.ndim != 1 or (numbers.size and not np.issubdtype(numbers.dtype, np.integer)):
+    raise ValueError(f"{name} must be a sequence of integers, got {values!r}.")
+  if np.any(numbers < 0):
+    raise ValueError(f"{name} has {numbers.min()}: classes are counted from 0.")
+  return numbers.astype(np.int64)
+
+
+def _repeated(numbers: np.ndarray) -> list[int]:
+  values, counts = np.unique(numbers, return_counts=True)
+  return values[counts > 1].tolist()
+
+
+def _members(groups: Any) -> tuple[list[np.ndarray], int | None]:
+  """The classes of each group; and how many classes there are, where ``groups`` says it."""
+  if len(groups) == 0:
+    raise ValueError("groups is empty: give the group of each class, or the classes of each group.")
+  every = None
+  if all(np.ndim(g) == 0 for g in groups):
+    of_class = _class_numbers("groups", groups)
+    every = len(of_class)
+    members = [np.flatnonzero(of_class == g) for g in range(of_class.max() + 1)]
+  else:
+    members = [_class_numbers(f"groups[{g}]", m) for g, m in enumerate(groups)]
+  empty = [g for g, m in enumerate(members) if not m.size]
+  if empty:
+    raise ValueError(f"groups {empty} of {len(members)} have no class; groups count from 0.")
+  twice = _repeated(np.concatenate(members))
+  if twice:
+    raise ValueError(f"groups has the classes {twice} more than once; a class is in one group.")
+  return members, every
+
+
+def _check_classes(name: str, numbers: np.ndarray, logits: Any) -> int:
+  if logits is None:
+    raise ValueError(f"the teacher puts out no logits, of which {name} could choose.")
+  count = logits.shape[-1]
+  beyond = sorted(set(numbers[numbers >= count].tolist()))
+  if beyond:
+    raise ValueError(f"{name} has class {beyond}, but the teacher has {count}, counted from 0.")
+  return count
+
+
+def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:
+  """A teacher's layers as a student's beginning: what `jaxdistill.train.fit` takes as ``start``.
+
+  Sanh et al., "DistilBERT, a distilled version of BERT", 2019, take every other layer.
+
+  Args:
+    teacher_variables: ``{"params": ..., "batch_stats": ..., ...}`` of one network.
+    pairs: the student's path to the teacher's, of submodules or of single arrays, inside
+      ``params``; what the other collections hold at the same path comes along. Where both paths
+      begin with a collection's name (``"batch_stats/norm"``), that collection alone is meant.
+
+  Returns:
+    The collections with those subtrees alone, under the student's paths; arrays are not copied.
+
+  Raises:
+    ValueError: ``pairs`` or a path is empty, a path is not there (the message lists near ones),
+      only one path of a pair names its collection, or two of the student's paths overlap.
+
+  >>> large = {"params": {"encoder": {"Dense_3": {"bias": 1.0}}, "head": {"bias": 2.0}}}
+  >>> layers(large, {"Dense_0": "encoder/Dense_3"})
+  {'params': {'Dense_0': {'bias': 1.0}}}
+  """
+  if not pairs:
+    raise ValueError('pairs is empty; give {"student path": "teacher path"}.')
+  flat = traverse_util.flatten_dict(teacher_variables)
+  flat = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
+  found: dict[tuple[str, ...], Any] = {}
+  for ours, theirs in pairs.items():
+    target, source, named = _pair(ours, theirs, teacher_variables)
+    for collection in named or teacher_variables:
+      start = (collection, *source)
+      new = {
+        (collection, *target, *path[len(start) :]): leaf
+        for path, leaf in flat.items()
+        if path[: len(start)] == start
+      }
+      if not new and collection in (named or ("params",)):
+        raise ValueError(_no_path(theirs, start, flat))
+      if any(a[: len(b)] == b[: len(a)] for a in new for b in found):
+        raise ValueError(f"pairs has the student's path {ours!r} over another one.")
+      found |= new
+  return traverse_util.unflatten_dict(found)
+
+
+def _pair(
+  ours: str, theirs: str, collections: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+  """The student's path and the teacher's inside a collection, and which one, if they name it."""
+  target, source = (tuple(path.strip("/").split("/")) for path in (ours, theirs))
+  mine, named = (tuple(c for c in path[:1] if c in collections) for path in (target, source))
+  target, source = target[len(mine) :], source[len(named) :]
+  if mine != named or (not named and "params" not in collections):
+    raise ValueError(
+      f"pairs has {ours!r}: {theirs!r}; both paths begin with the same collection, or neither does "
+      f"and there is 'params' (teacher_variables has the collections {sorted(collections)})."
+    )
+  if not target or not source or "" in (*target, *source):
+    raise ValueError(f"pairs has {ours!r}: {theirs!r}; name a submodule or an array in each.")
+  return target, source, named
+
+
+def _no_path(theirs: str, start: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> str:
+  mine = [path[1:] for path in flat if path[0] == start[0]]
+  there = sorted({"/".join(path[:i]) for path in mine for i in range(1, len(path) + 1)})
+  near = difflib.get_close_matches("/".join(start[1:]), there, n=5, cutoff=0.4) or there[:10]
+  return f"pairs has the teacher's path {theirs!r}, which is not in its {start[0]!r}; try {near}."
 
 
 def unstack(variables: PyTree) -> list[PyTree]:

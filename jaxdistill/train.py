@@ -6,30 +6,56 @@ one; it looks at numbers one chunk late, unless something has to be decided on t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
-import time
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import tqdm.auto as tqdm
+from jax.experimental import multihost_utils
 
+from jaxdistill import deployed
 from jaxdistill import mesh as mesh_lib
 from jaxdistill import run as run_lib
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.data import Source
+from jaxdistill.optimizers import sgd  # noqa: F401  (until the experiments have moved)
 from jaxdistill.program import Program, build
-from jaxdistill.step import State, student_variables
-from jaxdistill.types import Network, Objective, ObjectiveFunction, Teacher, as_objective
+from jaxdistill.record import Log, check_finite, check_state
+from jaxdistill.state import State, student_variables, trained_variables
+from jaxdistill.types import (
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Teacher,
+  Transform,
+  as_objective,
+)
 
-__all__ = ["Fitted", "fingerprint", "fit", "sgd"]
+__all__ = ["Fitted", "Stopped", "fingerprint", "fit"]
 
 PyTree = Any
+
+
+class Stopped(SystemExit):
+  """A run was asked to stop (SIGTERM): it has saved where it stands, and goes on from there.
+
+  Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends.
+  """
+
+  def __init__(self, message: str) -> None:
+    super().__init__(128 + signal.SIGTERM)
+    self.message = message
+
+  def __str__(self) -> str:
+    return self.message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +63,8 @@ class Fitted:
   """What `fit` returns.
 
   Attributes:
-    variables: the student's variables after the last step; leaves ``[S, ...]`` over seeds.
+    variables: the student's variables after the last step (their moving average, where one is
+      kept); leaves ``[S, ...]`` over seeds.
     state: the whole training state.
     history: the lines of ``metrics.jsonl``.
   """
@@ -45,45 +72,6 @@ class Fitted:
   variables: dict[str, PyTree]
   state: State
   history: list[dict[str, Any]]
-
-
-def sgd(
-  learning_rate: float,
-  *,
-  steps: int,
-  milestones: Sequence[float] = (150 / 240, 180 / 240, 210 / 240),
-  decay: float = 0.1,
-  momentum: float = 0.9,
-  weight_decay: float = 5e-4,
-  nesterov: bool = False,
-) -> optax.GradientTransformation:
-  """SGD as the field's CIFAR recipes run it, in PyTorch's order of operations.
-
-  Coupled weight decay on every trained tensor, then momentum without dampening, then the learning
-  rate, which falls by ``decay`` at each milestone.
-
-  Args:
-    learning_rate: 0.05 at batch 64 in RepDistiller and mdistiller.
-    steps: the length of the run.
-    milestones: shares of the run; by default epochs 150, 180 and 210 of 240.
-    decay: the factor at each milestone.
-    momentum: 0.9 in all published recipes.
-    weight_decay: 5e-4 in all published CIFAR recipes.
-    nesterov: ReviewKD's own recipe uses it, the others do not.
-
-  Returns:
-    An optax optimiser.
-  """
-  # Milestones of a short run can fall on the same step: their factors multiply.
-  boundaries: dict[int, float] = {}
-  for share in milestones:
-    at = round(share * steps)
-    boundaries[at] = boundaries.get(at, 1.0) * decay
-  schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay),
-    optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
-  )
 
 
 def fingerprint(variables: PyTree) -> str:
@@ -111,6 +99,10 @@ def fit(
   teacher: Teacher | None = None,
   teacher_variables: PyTree = None,
   hyper: Mapping[str, Any] | None = None,
+  start: Mapping[str, Any] | None = None,
+  transform: Transform | None = None,
+  accumulate: int = 1,
+  average: float | None = None,
   dispatch: mesh_lib.Dispatch | None = None,
   log_every: int | None = None,
   validate: Callable[[PyTree], Mapping[str, Any]] | None = None,
@@ -128,19 +120,33 @@ def fit(
 ) -> Fitted:
   """Trains a student, or the same student from several seeds as one compiled program.
 
-  A run that is started again with the same arguments goes on from its last good checkpoint.
+  A run that is started again with the same arguments goes on from its last good checkpoint. One
+  that gets SIGTERM finishes its chunk, saves, and leaves by `Stopped`. A run that comes to its end
+  leaves the deployed network in its folder, see `jaxdistill.deployed.load_student`.
+
+  In a program of several processes, every process calls this with the same arguments; the folder
+  is one that all of them see, and process 0 writes it.
 
   Args:
     student: the network to train.
     objective: what to minimise, see `jaxdistill.recipes`.
     data: where batches come from. With several seeds, one source for each: they share their
-      arrays and differ in their ``data_seed``.
-    optimizer: an optax optimiser.
+      arrays, but for those that differ, and have each their ``data_seed``.
+    optimizer: an optax optimiser, see `jaxdistill.optimizers`.
     steps: how many steps the whole run has.
     seed: fixes initialisation and dropout. A sequence trains one student for each under ``vmap``.
     teacher: ``(variables, batch) -> Outputs``; None for training without one.
     teacher_variables: the teacher's variables; never changed, never checkpointed.
     hyper: the objective's keywords: numbers, arrays, or schedules of the step.
+    start: values that the student starts from in place of the initialiser's: all its variables, or
+      a part of their tree, such as some of the teacher's layers (`teachers.layers`).
+    transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
+      `jaxdistill.transforms`.
+    accumulate: into how many micro-batches each batch is cut, to need less memory; the same
+      gradient for a network without state across examples and without dropout. BatchNorm, and
+      losses that relate examples, see the micro-batch.
+    average: the decay of a moving average of the student's variables, which is then what is
+      validated, returned and deployed; None for none.
     dispatch: `mesh.with_jit` (the default, over all devices) or `mesh.with_pmap`.
     log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
       or 100 steps by default, whichever is less.
@@ -167,8 +173,9 @@ def fit(
 
   Raises:
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
-      folder holds another configuration; an unknown keyword in ``hyper``.
+      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit.
     FloatingPointError: a term was not finite; the message says which, and at which step.
+    Stopped: the process was asked to stop.
   """
   dispatch = mesh_lib.with_jit() if dispatch is None else dispatch
   hyper = dict(hyper or {})
@@ -180,37 +187,62 @@ def fit(
     seed,
     teacher,
     teacher_variables,
-    hyper,
     dispatch,
-    seeds_by,
-    scan,
+    hyper=hyper,
+    start=start,
+    transform=transform,
+    accumulate=accumulate,
+    average=average,
+    seeds_by=seeds_by,
+    scan=scan,
   )
-  every = _Intervals(steps, program.source.steps_per_epoch, log_every, validate_every)
-  every.check(checkpoint_every)
-  settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
-  settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
-  settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
-  path = None if folder is None else run_lib.claim(folder, settings)
-  saved = None if path is None else Checkpoints(path / "checkpoints", keep_last=keep_last)
-  state, at = _start(program, saved)
-  log = _Log(path, program, steps, at, hyper, progress, tensorboard, select, callback)
+  epoch = program.source.steps_per_epoch
+  every = _Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
+  first_process = jax.process_index() == 0
+  path = saved = None
+  if folder is not None:
+    settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
+    settings |= {"accumulate": accumulate, "average": average}
+    settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
+    settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
+    settings["start"] = None if start is None else fingerprint(start)
+    path = _claim(folder, settings)
+    saved = Checkpoints(path / "checkpoints", keep_last=keep_last)
+  state, at = _begin(program, saved)
+  log = Log(
+    path if first_process else None,
+    steps=steps,
+    at=at,
+    epoch=epoch,
+    examples=program.examples_per_step,
+    schedules={name: value for name, value in hyper.items() if callable(value)},
+    progress=progress if first_process else None,
+    tensorboard=tensorboard and first_process,
+    select=select,
+    callback=callback,
+  )
   state = dispatch.place(state)
   pending: dict[str, Any] | None = None
-  try:
+  with contextlib.ExitStack() as stack:
+    asked_to_stop = stack.enter_context(_stop_signal(listening=saved is not None))
+    if saved is not None:
+      stack.enter_context(saved)
+    stack.callback(log.close)
     while at < steps:
       end = every.next_stop(at)
       state, sums = program.run(state, at, end - at)
       if pending is not None:
-        log.write(**pending)
+        log.write(**_checked(pending, program))
       pending, at = {"sums": sums, "begin": at, "end": end}, end
+      stopping = at < steps and asked_to_stop(at)
       validating = validate is not None and every.validates(at)
-      saving = saved is not None and every.saves(at)
+      saving = saved is not None and (every.saves(at) or stopping)
       if not (validating or saving or at == steps):
         continue
       # Nothing is validated or saved before its numbers have been looked at.
       now, extra = dispatch.collect(state), {}
-      _check_finite(dispatch.collect(sums), pending["begin"])
-      _check_state(now, at)
+      pending = _checked(pending, program)
+      check_state(now, at)
       if validate is not None and validating:
         extra = {name: np.asarray(v) for name, v in validate(student_variables(now)).items()}
         if saved is not None and select not in extra:
@@ -220,130 +252,135 @@ def fit(
           )
       log.write(**pending, validation=extra)
       pending = None
-      if saved is not None and saving:
+      if saved is not None and saving and first_process:
         score = float(np.mean(extra[select])) if select in extra else None
         saved.save(at, _items(now), score=score)
-  finally:
-    log.close()
-    if saved is not None:
-      saved.close()
+      if stopping:
+        raise Stopped(f"the run was asked to stop, and stands at step {at} of {steps}.")
   final = dispatch.collect(state)
+  if path is not None:
+    _deploy(path, program, student, final)
   return Fitted(variables=student_variables(final), state=final, history=log.history)
 
 
-@dataclasses.dataclass
+def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathlib.Path:
+  """Process 0 claims the folder, and the others see whether it is theirs after it."""
+  try:
+    if jax.process_index() == 0:
+      run_lib.claim(folder, settings)
+  finally:
+    mesh_lib.barrier("claim")
+  return run_lib.claim(folder, settings)
+
+
+def _deploy(path: pathlib.Path, program: Program, student: Network, final: State) -> None:
+  """Leaves the deployed network in the folder, once."""
+  if jax.process_index() == 0 and not (path / "student").is_dir():
+    source = program.source
+    deployed.save_student(
+      path,
+      student,
+      student_variables(final),
+      stored=source.stored,
+      normalize=source.normalize,
+      stacked=program.stacked,
+    )
+  mesh_lib.barrier("deployed")
+
+
+@contextlib.contextmanager
+def _stop_signal(*, listening: bool) -> Iterator[Callable[[int], bool]]:
+  """Gives ``step -> whether SIGTERM came``; the former handler is put back afterwards."""
+  if not listening:
+    yield lambda step: False
+  elif jax.process_count() > 1:
+    # JAX's own service: one process that gets the signal stops all of them at the same step.
+    yield multihost_utils.reached_preemption_sync_point
+  elif threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # Python takes signals in its main thread alone
+  else:
+    asked = threading.Event()
+    former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+      yield lambda step: asked.is_set()
+    finally:
+      signal.signal(signal.SIGTERM, former)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Intervals:
   """At which steps the loop stops to log, to validate, to save."""
 
   steps: int
-  epoch: int
-  log: int | None
-  validate: int | None
-  save: int | None = None
+  log: int
+  validate: int
+  save: int
 
-  def check(self, save: int | None) -> None:
+  @classmethod
+  def of(
+    cls, steps: int, epoch: int, log: int | None, validate: int | None, save: int | None
+  ) -> _Intervals:
     """Fills in what was left out; every number is at least 1."""
-    self.log = min(self.epoch, 100) if self.log is None else self.log
-    self.validate = self.epoch if self.validate is None else self.validate
-    self.save = self.validate if save is None else save
+    validate = epoch if validate is None else validate
     named = {
-      "steps": self.steps,
-      "log_every": self.log,
-      "validate_every": self.validate,
-      "checkpoint_every": self.save,
+      "steps": steps,
+      "log_every": min(epoch, 100) if log is None else log,
+      "validate_every": validate,
+      "checkpoint_every": validate if save is None else save,
     }
     for name, value in named.items():
       if value < 1:
         raise ValueError(f"{name}={value} must be at least 1 step.")
+    return cls(*named.values())
 
   def next_stop(self, at: int) -> int:
     """The next step at which something is due; the same grid whatever step a run goes on from."""
-    log, validate, save = (i or self.steps for i in (self.log, self.validate, self.save))
     # The log's grid starts anew at each validation, so that chunks have two or three lengths, each
     # of which is compiled once, and not as many as two grids that drift apart have gaps.
-    base = at - at % validate
-    nearest = (base + log * ((at - base) // log + 1), validate * (at // validate + 1))
-    return min(self.steps, *nearest, save * (at // save + 1))
+    base = at - at % self.validate
+    log = base + self.log * ((at - base) // self.log + 1)
+    due = (log, *(every * (at // every + 1) for every in (self.validate, self.save)))
+    return min(self.steps, *due)
 
   def validates(self, at: int) -> bool:
-    return at == self.steps or (bool(self.validate) and at % (self.validate or 1) == 0)
+    return at == self.steps or at % self.validate == 0
 
   def saves(self, at: int) -> bool:
-    return at == self.steps or (bool(self.save) and at % (self.save or 1) == 0)
+    return at == self.steps or at % self.save == 0
 
 
-class _Log:
-  """Turns a chunk's sums into a line of the log, a place on the bar and a call of the callback."""
-
-  def __init__(
-    self,
-    folder: Any,
-    program: Program,
-    steps: int,
-    at: int,
-    hyper: Mapping[str, Any],
-    progress: str | None,
-    tensorboard: bool,
-    select: str,
-    callback: Callable[[int, Mapping[str, Any]], None] | None,
-  ) -> None:
-    self._metrics = run_lib.Metrics(folder, resumed_from=at, tensorboard=tensorboard)
-    self._bar = tqdm.tqdm(
-      total=steps, initial=at, desc=progress, unit="step", disable=progress is None
-    )
-    self._program, self._select, self._callback = program, select, callback
-    self._schedules = {name: value for name, value in hyper.items() if callable(value)}
-    self._clock = time.perf_counter()
-
-  @property
-  def history(self) -> list[dict[str, Any]]:
-    return self._metrics.history
-
-  def write(
-    self, sums: PyTree, begin: int, end: int, validation: Mapping[str, Any] | None = None
-  ) -> None:
-    record = _means(self._program.collect(sums), begin)
-    now = time.perf_counter()
-    rate = self._program.examples_per_step * (end - begin) / (now - self._clock)
-    self._clock = now
-    record |= {name: float(schedule(end - 1)) for name, schedule in self._schedules.items()}
-    record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
-    record |= {"epoch": end / self._program.source.steps_per_epoch}
-    record |= {"examples_per_second": round(rate, 1)}
-    self._metrics.write(end, record)
-    self._bar.update(end - begin)
-    shown = {"loss": record["loss"]}
-    if self._select in (validation or {}):
-      shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
-    self._bar.set_postfix({name: f"{np.mean(value):.4f}" for name, value in shown.items()})
-    if self._callback is not None:
-      self._callback(end, self.history[-1])
-
-  def close(self) -> None:
-    self._bar.close()
-    self._metrics.close()
+def _checked(pending: dict[str, Any], program: Program) -> dict[str, Any]:
+  """The sums on the host, all of them finite."""
+  sums = jax.device_get(program.collect(pending["sums"]))
+  check_finite(sums, pending["begin"])
+  return {**pending, "sums": sums}
 
 
-def _start(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
-  latest = None if saved is None else saved.latest()
-  if saved is None or latest is None:
+def _begin(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
+  """The state to go on from, and its step; all processes take the one that process 0 found."""
+  found = saved.latest() if saved is not None and jax.process_index() == 0 else None
+  step = mesh_lib.agree(-1 if found is None else found)
+  if saved is None or step < 0:
     return program.initial(), 0
-  return _restore(saved, latest, program.shapes), latest
+  return _restore(saved, step, program.shapes), step
 
 
 def _items(state: State) -> dict[str, PyTree]:
-  """What a checkpoint holds: the student apart from what only training needs."""
-  return {
+  """What a checkpoint holds: the deployed student apart from what only training needs."""
+  items: dict[str, PyTree] = {
     "student": student_variables(state),
     "objective": {"params": state.objective_params, "state": state.objective_state},
     "optimizer": state.opt_state,
     "progress": {"step": state.step, "key": state.key},
   }
+  if state.average is not None:
+    items["trained"] = trained_variables(state)
+  return items
 
 
 def _restore(saved: Checkpoints, step: int, shapes: State) -> State:
   items = saved.restore(step, _items(shapes))
-  student = dict(items["student"])
+  student = dict(items["trained" if "trained" in items else "student"])
   return State(
     step=items["progress"]["step"],
     params=student.pop("params"),
@@ -352,56 +389,10 @@ def _restore(saved: Checkpoints, step: int, shapes: State) -> State:
     objective_state=items["objective"]["state"],
     opt_state=items["optimizer"],
     key=items["progress"]["key"],
+    average=items["student"] if "trained" in items else None,
   )
-
-
-def _means(sums: PyTree, begin: int) -> dict[str, Any]:
-  """Sums of each step ``[..., steps]`` to means over the chunk ``[...]``."""
-  _check_finite(sums, begin)
-  means = {}
-  for name, (total, count) in jax.device_get(sums).items():
-    summed = np.asarray(count, np.float64).sum(axis=-1)
-    means[name] = np.asarray(total, np.float64).sum(axis=-1) / np.where(summed == 0, 1, summed)
-  return means
 
 
 def _shown(value: Any, steps: int) -> Any:
   """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
   return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
-
-
-@jax.jit
-def _finite(tree: PyTree) -> Any:
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
-
-
-def _check_state(state: State, at: int) -> None:
-  """A gradient can be NaN where the loss is finite: nothing of that is validated or saved."""
-  for name in ("params", "model_state", "objective_params", "objective_state"):
-    if not _finite(getattr(state, name)):
-      raise FloatingPointError(
-        f"{name} is not finite after step {at}, though the loss was: a gradient is not. The last "
-        "good checkpoint is kept; look for a square root, a norm or a division at 0 in the loss."
-      )
-
-
-def _check_finite(sums: PyTree, begin: int) -> None:
-  """Raises for the first step at which a term was not finite; the terms come before their sum."""
-  host = {name: np.asarray(total) for name, (total, _) in jax.device_get(sums).items()}
-  bad = {name: ~np.isfinite(total) for name, total in host.items()}
-  first = {
-    name: int(np.argmax(b.reshape(-1, b.shape[-1]).any(axis=0)))
-    for name, b in bad.items()
-    if b.any()
-  }
-  if not first:
-    return
-  at = min(first.values())
-  names = [name for name, step in first.items() if step == at]
-  terms = [name for name in names if name != "loss"] or names
-  raise FloatingPointError(
-    f"term {', '.join(map(repr, terms))} is not finite at step {begin + at + 1}. The last good "
-    "checkpoint is kept; lower the learning rate or the term's weight, clip gradients, or look at "
-    "that batch."
-  )

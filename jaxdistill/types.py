@@ -23,6 +23,7 @@ __all__ = [
   "Outputs",
   "Teacher",
   "Term",
+  "Transform",
   "as_objective",
   "compute_dtype",
   "make_batch",
@@ -186,6 +187,9 @@ class Network:
 
 # ``(variables, batch) -> Outputs``, with gradients stopped inside.
 Teacher = Callable[[PyTree, Batch], Outputs]
+
+# ``(key, batch) -> batch``: mixes or changes examples before both networks see them.
+Transform = Callable[[Any, Batch], Batch]
 
 
 def compute_dtype(*arrays: Any) -> Any:

@@ -7,13 +7,14 @@ view shows of ``(data_seed, index, view)``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int32, Integer, Shaped
+from jaxtyping import Array, Int, Int32, Integer, PyTree, Shaped
 
 __all__ = [
   "CIFAR",
@@ -53,6 +54,7 @@ def divide_by(largest: float) -> Callable[[Any], Array]:
 
   def apply(inputs: Any) -> Array:
     """Inputs as float32, divided."""
+    _check_one_array("divide_by", inputs, f"divide_by({largest:g})")
     return inputs.astype(jnp.float32) / jnp.float32(largest)
 
   return apply
@@ -70,12 +72,16 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
   """The function that a ``normalize`` argument stands for.
 
   Args:
-    normalize: a function of the inputs ``[B, ...]``; or ``(mean, std)`` over the last axis, for
-      inputs in 0 .. 1 (uint8 is divided by 255 first); or None, which scales uint8 to 0 .. 1 and
-      leaves everything else alone.
+    normalize: a function of the inputs ``[B, ...]`` (of the dict of them, where there are several);
+      or ``(mean, std)`` over the last axis, for one array of inputs in 0 .. 1 (uint8 is divided by
+      255 first); or None, which scales every uint8 array to 0 .. 1 and leaves others alone.
 
   Returns:
     A pure function of the inputs; float32 where they were uint8.
+
+  Raises:
+    ValueError: ``(mean, std)`` is not two rows of one length, or a std is not positive; when it is
+      applied: to a dict, or to another number of channels.
 
   >>> float(normalizer(((0.5,), (0.25,)))(jnp.full((1, 2, 2, 1), 255, jnp.uint8))[0, 0, 0, 0])
   2.0
@@ -83,11 +89,23 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
   if callable(normalize):
     return normalize
   if normalize is None:
-    return lambda inputs: divide_by(255.0)(inputs) if inputs.dtype == jnp.uint8 else inputs
+    return functools.partial(jax.tree.map, _scaled)
   if len(normalize) != 2:
     raise ValueError(f"normalize must be (mean, std), a function or None, got {normalize!r}.")
+  channels = np.shape(normalize[0])
+  if len(channels) != 1 or np.shape(normalize[1]) != channels or min(normalize[1]) <= 0:
+    raise ValueError(
+      "normalize=(mean, std) needs one mean and one positive std for each channel, got "
+      f"{normalize!r}."
+    )
 
   def apply(inputs: Any) -> Array:
+    _check_one_array("normalize=(mean, std)", inputs, "data.normalizer((mean, std))")
+    if 1 not in (channels[0], inputs.shape[-1]) and channels[0] != inputs.shape[-1]:
+      raise ValueError(
+        f"normalize=(mean, std) is of {channels[0]} channels, but the inputs {inputs.shape} have "
+        f"{inputs.shape[-1]} on their last axis: give as many, or one for all."
+      )
     scale = 255.0 if inputs.dtype == jnp.uint8 else 1.0
     shape = (1,) * (inputs.ndim - 1) + (-1,)
     # A difference and a quotient leave the compiler nothing to fuse into other bits.
@@ -95,6 +113,21 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
     return (inputs.astype(jnp.float32) - mean) / std
 
   return apply
+
+
+def _scaled(leaf: Any) -> Any:
+  """One array of inputs with uint8 scaled to 0 .. 1."""
+  return divide_by(255.0)(leaf) if leaf.dtype == jnp.uint8 else leaf
+
+
+def _check_one_array(what: str, inputs: Any, instead: str) -> None:
+  """Raises where a function of one array meets a dict of inputs."""
+  if isinstance(inputs, Mapping):
+    key = sorted(inputs)[0]
+    raise ValueError(
+      f"{what} is for one array, but the inputs are a dict with {sorted(inputs)}: pass a function "
+      f"that says which, e.g. lambda inputs: {{**inputs, {key!r}: {instead}(inputs[{key!r}])}}."
+    )
 
 
 def epoch_order(data_seed: int, epoch: int, size: int) -> Int32[np.ndarray, " size"]:
@@ -172,7 +205,8 @@ class Augmentation:
   """What may happen to an input before it is normalised; never changes its shape or dtype.
 
   Attributes:
-    apply: ``(input, choice) -> input`` for one example, pure, to be mapped over a batch: ``choice``
+    apply: ``(input, choice) -> input`` for one example (the dict of its inputs, where there are
+      several), pure, to be mapped over a batch: ``choice``
       is a number in ``0 .. choices-1`` (int32), or a random key where ``choices`` is None.
     choices: how many augmentations there are; None for infinitely many.
   """
@@ -212,6 +246,13 @@ def crop(padding: int) -> Augmentation:
   positions = 2 * padding + 1
 
   def apply(image: Any, number: Any) -> Array:
+    if isinstance(image, Mapping):
+      key = "image" if "image" in image else sorted(image)[0]
+      raise ValueError(
+        f"crops are of images [H, W, C], but the inputs are a dict with {sorted(image)}: make an "
+        "Augmentation that says which of them, e.g. Augmentation(lambda inputs, number: "
+        f"{{**inputs, {key!r}: crops.apply(inputs[{key!r}], number)}}, choices=crops.choices)."
+      )
     if image.ndim != 3:
       raise ValueError(f"crops are of images [H, W, C], got inputs of shape {image.shape}.")
     framed = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
@@ -246,16 +287,16 @@ def crop_flip(padding: int = 4) -> Augmentation:
 
 def augment(
   augmentation: Augmentation,
-  inputs: Shaped[Any, "B ..."],
+  inputs: PyTree[Shaped[Any, "B ..."]],
   data_seed: Integer[Any, ""] | int,
   index: Integer[Any, " B"],
   view: Integer[Any, ""] | int,
-) -> Shaped[Any, "B ..."]:
+) -> PyTree[Shaped[Any, "B ..."]]:
   """Augments a batch: each example by the choice, or the key, of this view of it.
 
   Args:
     augmentation: what may happen.
-    inputs: as stored.
+    inputs: as stored: an array, or a dict of them.
     data_seed: ``0 .. 2**32 - 1``.
     index: which examples these are.
     view: which view of them, from 0.
@@ -263,19 +304,29 @@ def augment(
   Returns:
     Inputs of the same shape and dtype.
 
+  Raises:
+    ValueError: the augmentation changes structure, shape or dtype.
+
   >>> images = jnp.ones((2, 4, 4, 1), jnp.uint8)
   >>> made = jax.jit(lambda view: augment(crop_flip(1), images, 0, jnp.arange(2), view))(5)
   >>> made.shape, made.dtype.name
   ((2, 4, 4, 1), 'uint8')
   """
   choices = augmentation.choices
-  if choices == 1:
+  if augmentation.apply is identity.apply:
     return inputs
   if choices is None:
     chosen = jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
   else:
     chosen = jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
-  return jax.vmap(augmentation.apply)(inputs, chosen)
+  made = jax.vmap(augmentation.apply)(inputs, chosen)
+  before, after = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", t) for t in (inputs, made))
+  if before != after:
+    raise ValueError(
+      f"An augmentation keeps the inputs' shapes and dtypes, but {before} became {after}: resize "
+      "when the data is read, scale in normalize=."
+    )
+  return made
 
 
 def check_seed(data_seed: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from jaxdistill import checkpoint
+from jaxdistill import checkpoint, orbax_io
 from jaxdistill import manifest as manifests
 from jaxdistill.checkpoint import (
   CheckpointError,
@@ -181,10 +181,8 @@ def test_shardings_are_those_of_like(tmp_path):
 
 def test_donation_after_save_does_not_reach_the_file(tmp_path, monkeypatch):
   # Written late, so that the donated buffer is overwritten long before.
-  save = ocp.save_checkpointables
-  monkeypatch.setattr(
-    checkpoint.ocp, "save_checkpointables", lambda *a: (time.sleep(0.3), save(*a))
-  )
+  write = orbax_io.write
+  monkeypatch.setattr(orbax_io, "write", lambda *a: (time.sleep(0.3), write(*a)))
   state = {"x": jnp.arange(1000.0), "key": jax.random.key(1)}
   update = jax.jit(
     lambda s: {"x": s["x"] * -7, "key": jax.random.fold_in(s["key"], 1)}, donate_argnums=0
@@ -238,7 +236,7 @@ def test_nothing_is_removed_before_the_new_one_is_complete(two, monkeypatch):
     assert two._complete() == [1, 2]
     raise OSError("No space left on device")
 
-  monkeypatch.setattr(checkpoint.ocp, "save_checkpointables", fail)
+  monkeypatch.setattr(orbax_io, "write", fail)
   one = Checkpoints(two.folder, keep_last=1)
   one.save(3, {"student": params()})
   with pytest.raises(CheckpointError, match=r"step 3 .*No space left"):

@@ -176,8 +176,8 @@ def test_tensorflow_is_not_imported_even_where_it_is_installed(digits_dir, tmp_p
   [
     ({"labels": [0, 1]}, r"labels must be of shape \(3,\)"),
     ({"labels": [0.0, 1.0, 2.0]}, "labels must be integers"),
-    ({"labels": [0, -1, 2]}, r"must lie in 0 .. 2 .* row 1 .* has -1"),
-    ({"labels": [0, 1, 5], "num_classes": 3}, r"num_classes=3.* row 2 .* has 5"),
+    ({"labels": [0, -1, 2]}, r"must lie in 0 .. 2 .* row 1 has -1"),
+    ({"labels": [0, 1, 5], "num_classes": 3}, r"num_classes=3.* row 2 has 5"),
     ({"inputs": np.zeros((0, 2)), "labels": []}, "at least one example"),
     ({"labels": [0, 1, 1], "label_names": ("a",)}, "label_names must be 2"),
     ({"labels": [0, 1, 1], "ids": ["a"]}, r"ids must be of shape \(3,\)"),

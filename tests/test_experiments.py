@@ -1,5 +1,6 @@
 """The experiments as a user runs them, at a tiny setting; and what they leave behind."""
 
+import csv
 import importlib
 import json
 import os
@@ -7,7 +8,9 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jsonschema
+import numpy as np
 import pytest
 
 from jaxdistill import data, report
@@ -18,6 +21,11 @@ DIGITS = ["--teachers", "2", "--seeds", "2", "--teacher-epochs", "2", "--epochs"
 DIGITS += ["--teacher-channels", "4", "4", "--teacher-dense", "16", "--student-dense", "8"]
 CIFAR = ["--teacher", "resnet14", "--student", "resnet8", "--seeds", "2", "--epochs", "1"]
 CIFAR += ["--teacher-epochs", "1", "--fraction", "1", "--batch-size", "50", "--hint-weight", "0.1"]
+FEW = ["--shares", "0", "0.02", "1", "--seeds", "2", "--teacher-epochs", "2", "--epochs", "2"]
+FEW += ["--teacher-channels", "4", "4", "--teacher-dense", "16"]
+FEW += ["--student-channels", "2", "2", "--student-dense", "8"]
+COARSE = ["--short", "--teacher", "convnet-4-8", "--student", "convnet-2-4", "--seeds", "2"]
+COARSE += ["--teacher-epochs", "1", "--epochs", "1", "--fraction", "20", "--batch-size", "32"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,8 +135,62 @@ def test_cifar100_trains_and_reports(tfds_dir, tmp_path, monkeypatch):
   assert found["models"]["teacher"]["parameters"] == 181_108
 
 
-def test_short_starts_from_the_short_setting():
-  script = importlib.import_module("cifar100")
+def test_fine_classes_teach_coarse_ones(tfds_dir, tmp_path, monkeypatch):
+  script, records = importlib.import_module("cifar100_coarse"), data.records
+  fewer = {"train[:90%]": "train[:3%]", "train[90%:]": "train[99%:]", "test": "test[:1%]"}
+  monkeypatch.setattr(
+    script.data, "records", lambda name, split, **rest: records(name, fewer[split], **rest)
+  )
+  run("cifar100_coarse", [*COARSE, "--out", tmp_path, "--data-dir", tfds_dir])
+  found = read(tmp_path)
+  jsonschema.validate(found, report.schema())
+  assert found["examples"] == 100
+  groups = read(tmp_path, "coarse_of_fine.json")
+  assert np.bincount(groups).tolist() == [5] * 20
+  assert groups[:3] == [4, 1, 14]  # apple, aquarium fish, baby: fruit and vegetables, fish, people
+  assert "python experiments/cifar100_coarse.py" in (tmp_path / "report.md").read_text()
+
+
+def test_few_labels_fills_its_table(digits, tmp_path):
+  run("few_labels", [*FEW, "--out", tmp_path, "--data-dir", digits[1]])
+  with (tmp_path / "few_labels.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [row["labels"] for row in rows] == ["0", "20", "990"]
+  assert [row["alone_mean"] == "" for row in rows] == [True, False, False]
+  assert all(float(row["distilled_std"]) >= 0 for row in rows)
+  assert (tmp_path / "few_labels.png").read_bytes().startswith(b"\x89PNG")
+  text = (tmp_path / "few_labels.md").read_text()
+  assert "| 2 % | 20 |" in text
+  assert "python experiments/few_labels.py --evaluate" in text
+  # Both kinds took the same number of steps.
+  steps = [read(tmp_path / name, "config.json")["steps"] for name in ("labels", "distilled")]
+  assert steps == [30, 30]
+
+
+def test_few_labels_uses_no_other_label():
+  script = importlib.import_module("few_labels")
+  labels = np.arange(40) % 4 + 1
+  examples = data.from_arrays(np.arange(40.0, dtype=np.float32)[:, None], labels)
+  source = data.on_device(examples, batch_size=20, data_seed=0)
+  mask = np.isin(np.arange(40), [3, 8, 21])
+
+  def batch(made):
+    return made.cut(made.shared, jax.tree.map(lambda leaf: leaf[0], made.items(0, 1)))
+
+  alone, partly = (f(source, mask) for f in (script.labelled_alone, script.partly_labelled))
+  assert alone.shared is partly.shared is source.shared
+  shown = batch(alone)
+  assert set(np.asarray(shown.index).tolist()) == {3, 8, 21}
+  np.testing.assert_array_equal(shown.labels, labels[shown.index])
+  shown, whole = batch(partly), batch(source)
+  np.testing.assert_array_equal(shown.inputs, whole.inputs)
+  np.testing.assert_array_equal(shown.labelled, mask[shown.index])
+  np.testing.assert_array_equal(shown.labels, np.where(mask[shown.index], whole.labels, 0))
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar100_coarse"])
+def test_short_starts_from_the_short_setting(name):
+  script = importlib.import_module(name)
   config, _ = script.parse(["--short", "--epochs", "1"])
   assert (config.epochs, config.fraction) == (1, script.SHORT.fraction)
   assert script.parse([])[0] == script.Config()
@@ -140,7 +202,7 @@ def test_a_wrong_network_claims_no_folder(tfds_dir, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar100"])
+@pytest.mark.parametrize("name", ["digits", "cifar100", "cifar100_coarse", "few_labels"])
 def test_help_is_a_page_and_loads_no_data(name):
   command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

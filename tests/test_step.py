@@ -8,6 +8,8 @@ import pytest
 
 import networks
 from jaxdistill import recipes, step, teachers
+from jaxdistill.state import init_state
+from jaxdistill.terms import reduce_terms
 from jaxdistill.types import Outputs, Term, as_objective, make_batch
 
 
@@ -20,7 +22,7 @@ def batch_of(size=8, classes=3, seed=0):
 def test_a_term_is_a_sum_over_a_sum():
   batch = make_batch(jnp.zeros((4, 1)), weight=jnp.array([1.0, 2.0, 1.0, 0.0]))
   values, where = jnp.array([1.0, 2.0, 4.0, 8.0]), jnp.array([1.0, 1.0, 0.0, 1.0])
-  loss, sums = step.reduce_terms({"x": Term(values, weight=3.0, where=where)}, batch)
+  loss, sums = reduce_terms({"x": Term(values, weight=3.0, where=where)}, batch)
   assert float(loss) == pytest.approx(3 * (1 + 2 * 2) / (1 + 2))
   assert [float(v) for v in sums["x"]] == [5.0, 3.0]
 
@@ -28,7 +30,7 @@ def test_a_term_is_a_sum_over_a_sum():
 def test_tokens_carry_their_own_weight():
   batch = make_batch(jnp.zeros((2, 3)), weight=jnp.array([[1.0, 1, 0], [1, 0, 0]]))
   values = jnp.arange(6.0).reshape(2, 3)
-  loss, _ = step.reduce_terms({"x": Term(values, where=jnp.array([1.0, 0.5]))}, batch)
+  loss, _ = reduce_terms({"x": Term(values, where=jnp.array([1.0, 0.5]))}, batch)
   assert float(loss) == pytest.approx((0 + 1 + 0.5 * 3) / 2.5)
 
 
@@ -36,7 +38,7 @@ def test_an_empty_mask_gives_zero_value_and_gradient():
   batch = make_batch(jnp.zeros((2, 1)))
 
   def loss(x):
-    return step.reduce_terms({"x": Term(x, where=jnp.zeros(2))}, batch)[0]
+    return reduce_terms({"x": Term(x, where=jnp.zeros(2))}, batch)[0]
 
   value, grad = jax.value_and_grad(loss)(jnp.array([1.0, 2.0]))
   assert float(value) == 0
@@ -46,28 +48,28 @@ def test_an_empty_mask_gives_zero_value_and_gradient():
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_a_masked_value_cannot_leak(bad):
   batch = make_batch(jnp.zeros((2, 1)), weight=jnp.array([1.0, 0.0]))
-  grad = jax.grad(lambda x: step.reduce_terms({"x": Term(x)}, batch)[0])
+  grad = jax.grad(lambda x: reduce_terms({"x": Term(x)}, batch)[0])
   values = jnp.array([3.0, bad])
-  assert float(step.reduce_terms({"x": Term(values)}, batch)[0]) == 3
+  assert float(reduce_terms({"x": Term(values)}, batch)[0]) == 3
   assert grad(values).tolist() == [1, 0]
 
 
 def test_a_term_with_an_axis_of_its_own_ignores_the_examples_weights():
   batch = make_batch(jnp.zeros((2, 1)), weight=jnp.zeros(2))
-  loss, _ = step.reduce_terms({"x": Term(jnp.array([1.0, 2.0, 6.0]), axis="classes")}, batch)
+  loss, _ = reduce_terms({"x": Term(jnp.array([1.0, 2.0, 6.0]), axis="classes")}, batch)
   assert float(loss) == 3
 
 
 def test_a_mask_that_does_not_fit_says_so():
   batch = make_batch(jnp.zeros((4, 1)))
   with pytest.raises(ValueError, match=r"term 'x' has values of shape \(3,\).*axis='classes'"):
-    step.reduce_terms({"x": Term(jnp.zeros(3))}, batch)
+    reduce_terms({"x": Term(jnp.zeros(3))}, batch)
 
 
 def test_bfloat16_terms_are_averaged_in_float32(strict_promotion):
   batch = make_batch(jnp.zeros((300, 1)))
   values = jnp.ones(300, jnp.bfloat16)
-  loss, _ = step.reduce_terms({"x": Term(values, weight=0.5)}, batch)
+  loss, _ = reduce_terms({"x": Term(values, weight=0.5)}, batch)
   assert loss.dtype == jnp.float32
   assert float(loss) == 0.5
 
@@ -80,7 +82,7 @@ def build(objective, *, teacher_width=7, batch=None, hyper=None, optimizer=None)
   variables = teacher_network.init(jax.random.key(1), batch.inputs)
   optimizer = optax.sgd(0.1) if optimizer is None else optimizer
   state = jax.jit(
-    lambda key: step.init_state(
+    lambda key: init_state(
       key, student, objective, optimizer, batch, teacher=teacher, teacher_variables=variables
     )
   )(jax.random.key(0))
@@ -189,7 +191,7 @@ def test_class_counts_that_differ_are_refused():
   teacher_network = networks.dense(4, classes=5)
   variables = teacher_network.init(jax.random.key(0), batch.inputs)
   with pytest.raises(ValueError, match="3 classes.*the teacher 5"):
-    step.init_state(
+    init_state(
       jax.random.key(0),
       networks.dense(4),
       recipes.kd(),
@@ -237,7 +239,7 @@ def test_objectives_run_under_strict_promotion(strict_promotion):
   objective = recipes.combine(recipes.kd(), recipes.hint("f", "f"))
   params, state = objective.init(jax.random.key(0), outputs, outputs)
   terms, _ = objective.apply(params, state, outputs, outputs, batch, key=jax.random.key(0))
-  loss, _ = step.reduce_terms(terms, batch)
+  loss, _ = reduce_terms(terms, batch)
   assert np.isfinite(loss)
 
 

@@ -253,20 +253,6 @@ def test_schedules_and_tensorboard_are_logged(tmp_path):
   assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_sgd_is_pytorchs():
-  """Coupled decay, then momentum without dampening, then the learning rate: by hand in NumPy."""
-  optimizer = train.sgd(0.5, steps=4, milestones=(0.5,), decay=0.1, weight_decay=0.1)
-  params = {"w": jnp.array([1.0, -2.0])}
-  state = optimizer.init(params)
-  w, buffer = np.array([1.0, -2.0]), np.zeros(2)
-  for step, gradient in enumerate(np.random.default_rng(0).normal(size=(4, 2))):
-    updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
-    params = optax.apply_updates(params, updates)
-    buffer = 0.9 * buffer + gradient + 0.1 * w
-    w = w - (0.5 if step < 2 else 0.05) * buffer
-    np.testing.assert_allclose(params["w"], w, rtol=1e-5)
-
-
 def test_padded_evaluation_is_ragged_evaluation():
   held_out = examples(size=21)
   network = networks.dense(5)
@@ -304,8 +290,7 @@ def test_evaluation_over_seeds_is_each_alone():
 def test_chunks_have_few_lengths():
   """Each length compiles once: a log grid that drifts against the epochs makes a hundred."""
   for epoch in (703, 781):
-    every = train._Intervals(240 * epoch, epoch, None, None)
-    every.check(None)
+    every = train._Intervals.of(240 * epoch, epoch, None, None, None)
     at, lengths = 0, set()
     while at < every.steps:
       end = every.next_stop(at)

@@ -1,0 +1,290 @@
+"""CIFAR-100: a teacher of the 100 fine classes into a student of the 20 coarse ones.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015. The teacher was trained
+for another task than the student's. Its classes are grouped at temperature 1, so that a coarse
+class is as probable as the fine ones in it together; which are in it is read off the data.
+
+Command:   python experiments/cifar100_coarse.py --published --out runs/cifar100-coarse
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from jaxdistill import (
+  capture,
+  data,
+  evaluate,
+  models,
+  optimizers,
+  recipes,
+  report,
+  run,
+  teachers,
+  train,
+)
+
+SCRIPT = "experiments/cifar100_coarse.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  teacher: str = "resnet56"
+  """A factory of jaxdistill.models; or "convnet-64-128-256", a ConvNet of these channels."""
+  student: str = "resnet20"
+  seeds: int = 5
+  published: bool = False
+  """Train on all of train, as most papers do; otherwise a tenth is held out for validation."""
+  fraction: int = 100
+  """Percent of the training split that the students see; the teacher sees all of it."""
+  epochs: int = 240
+  teacher_epochs: int = 240
+  batch_size: int = 64
+  teacher_batch_size: int = 64
+  optimizer: Literal["sgd", "adam"] = "sgd"
+  """SGD in three steps with weight decay, for the residual networks; or Adam along a cosine."""
+  rate: float = 0.05
+  teacher_rate: float = 0.05
+  temperature: float = 4.0
+  soft_weight: float = 0.9
+  hard_weight: float = 0.1
+
+
+# Networks without normalisation, whose convolutions are matrix products: fast on a CPU.
+SHORT = Config(
+  teacher="convnet-32-64-128",
+  student="convnet-8-16-32",
+  fraction=10,
+  epochs=60,
+  teacher_epochs=20,
+  teacher_batch_size=128,
+  optimizer="adam",
+  rate=2e-3,
+  teacher_rate=1e-3,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/cifar100-coarse")
+  """Folder of the run; a run that was stopped goes on there."""
+  evaluate: pathlib.Path | None = None
+  """Evaluate the run in this folder again instead of training."""
+  split: Literal["validation", "test"] = "test"
+  """The split to evaluate on."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+  short: bool = False
+  """Start from the short setting for a CPU instead of the published one."""
+  seeds_by: Literal["vmap", "unroll"] = "unroll" if jax.default_backend() == "cpu" else "vmap"
+  """Seeds side by side or one after another, in one program either way."""
+  scan: bool = True
+  """Many steps in one dispatch; --no-scan for residual networks on a CPU."""
+  tensorboard: bool = False
+  """Also write TensorBoard event files."""
+
+
+def network(name: str, num_classes: int):
+  if name.startswith("convnet-"):
+    channels = tuple(int(c) for c in name.split("-")[1:])
+    module = models.ConvNet(
+      channels=channels,
+      strides=(2,) * len(channels),
+      dense=2 * channels[-1],
+      num_classes=num_classes,
+    )
+    return capture.linen(module, name=name)
+  there = [n for n in models.__all__ if n.startswith(("resnet", "wrn"))]
+  if name not in there:
+    raise SystemExit(f"{name!r} is no network; there are convnet-8-16-32, {', '.join(there)}.")
+  return capture.linen(getattr(models, name)(num_classes=num_classes), name=name)
+
+
+def load(config: Config, split: str, data_dir: str | None) -> tuple[data.Examples, data.Examples]:
+  """One split twice: with its fine labels, and with its coarse ones."""
+  part = data.splits("cifar100", published=config.published, data_dir=data_dir)[split]
+  if part is None:
+    raise SystemExit("--published trains on all of train: there is no validation split.")
+  opened = {
+    name: data.records("cifar100", part, data_dir=data_dir, labels=name)
+    for name in ("label", "coarse_label")
+  }
+  decoded = opened["label"].features(np.arange(len(opened["label"])))  # once: it takes seconds
+  images = np.stack([example["image"] for example in decoded])
+  fine, coarse = (
+    dataclasses.replace(
+      data.from_arrays(
+        images,
+        np.array([example[name] for example in decoded]),
+        num_classes=records.num_classes,
+        name=records.name,
+        split=part,
+        label_names=records.label_names,
+      ),
+      version=records.version,
+    )
+    for name, records in opened.items()
+  )
+  return fine, coarse
+
+
+def coarse_of_fine(fine: data.Examples, coarse: data.Examples) -> list[int]:
+  """The coarse class of each fine class, as the examples have it."""
+  pairs = np.unique(np.stack([fine.labels, coarse.labels], axis=1), axis=0)
+  if not np.array_equal(pairs[:, 0], np.arange(fine.num_classes)):
+    raise SystemExit("A fine class is missing, or in two coarse ones: is this CIFAR-100?")
+  return pairs[:, 1].tolist()
+
+
+def batches_of(examples: data.Examples):
+  return data.evaluation_batches(examples, batch_size=200, normalize=data.CIFAR)
+
+
+def train_all(config: Config, options: Options) -> None:
+  teacher, student = network(config.teacher, 100), network(config.student, 20)
+  fine, coarse = load(config, "train", options.data_dir)
+  held_out = None if config.published else load(config, "validation", options.data_dir)
+  groups = coarse_of_fine(fine, coarse)
+  seen = len(coarse) * config.fraction // 100
+  fewer = dataclasses.replace(
+    coarse, inputs=coarse.inputs[:seen], labels=coarse.labels[:seen], ids=coarse.ids[:seen]
+  )
+  folder = run.claim(options.out, {"experiment": "cifar100-coarse", **dataclasses.asdict(config)})
+  run.write_json(folder / "coarse_of_fine.json", groups)
+
+  def fit(name, model, examples, seeds, validation, objective, **teacher):
+    own = "teacher_" if name == "teacher" else ""
+    epochs, rate = getattr(config, f"{own}epochs"), getattr(config, f"{own}rate")
+    source = data.on_device(
+      examples,
+      batch_size=getattr(config, f"{own}batch_size"),
+      data_seed=0,
+      augmentation=data.crop_flip(padding=4),
+      normalize=data.CIFAR,
+    )
+    steps = epochs * source.steps_per_epoch
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
+    if config.optimizer == "sgd":
+      optimizer = optimizers.sgd(rate, steps=steps)
+    validate = None
+    if validation is not None:
+      validate = evaluate.validator(model, batches_of(validation), stacked=True)
+    return train.fit(
+      model,
+      objective,
+      data=[dataclasses.replace(source, data_seed=seed) for seed in seeds],
+      optimizer=optimizer,
+      steps=steps,
+      seed=seeds,
+      validate=validate,
+      validate_every=max(1, epochs // 10) * source.steps_per_epoch,
+      folder=folder / name,
+      config={"experiment": f"cifar100-coarse/{name}"},
+      seeds_by=options.seeds_by,
+      scan=options.scan,
+      progress=name,
+      tensorboard=options.tensorboard,
+      **teacher,
+    )
+
+  on_fine, on_coarse = (None, None) if held_out is None else held_out
+  # The teacher gets a seed of its own, so that no student shares its data order with it.
+  fitted = fit("teacher", teacher, fine, [100], on_fine, recipes.labels())
+  seeds = range(config.seeds)
+  fit("baseline", student, fewer, seeds, on_coarse, recipes.labels())
+  objective = recipes.kd(
+    temperature=config.temperature,
+    soft_weight=config.soft_weight,
+    hard_weight=config.hard_weight,
+  )
+  fit(
+    "student",
+    student,
+    fewer,
+    seeds,
+    on_coarse,
+    objective,
+    teacher=teachers.grouped(teacher, groups),
+    teacher_variables=teachers.unstack(fitted.variables)[0],
+  )
+
+
+def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
+  _, coarse = load(config, options.split, options.data_dir)
+  batches = batches_of(coarse)
+  groups = json.loads((folder / "coarse_of_fine.json").read_text())
+  teacher = teachers.grouped(network(config.teacher, 100), groups)
+  taught = teachers.unstack(teachers.restore(folder / "teacher"))[0]
+  reference = (evaluate.teacher_predictor(teacher), taught)
+  predict = evaluate.predictor(network(config.student, 20))
+  # Baseline and student are the same network, so they share what it costs.
+  one = teachers.unstack(teachers.restore(folder / "student"))[0]
+  costs = evaluate.costs(predict, one, batches)
+
+  def student(name: str, description: str) -> report.Measured:
+    return report.measure(
+      predict,
+      teachers.restore(folder / name),
+      batches,
+      reference=reference,
+      stacked=True,
+      costs=costs,
+      description=f"{config.student}, {description}, {config.epochs} epochs of "
+      f"{config.fraction} % of the training split",
+    )
+
+  result = report.build(
+    dataset=f"CIFAR-100's 20 coarse classes {coarse.version}",
+    split=options.split,
+    examples=len(coarse),
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    teacher=report.measure(
+      *reference,
+      batches,
+      description=f"{config.teacher}, trained on the 100 fine classes, then grouped, "
+      f"{config.teacher_epochs} epochs of all of the training split",
+    ),
+    baseline=student("baseline", "trained on coarse labels alone"),
+    student=student("student", f"distilled at temperature {config.temperature:g}"),
+    commands=[
+      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
+      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
+    ],
+  )
+  path = report.write(folder, result)
+  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  if options.evaluate is not None:
+    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+  else:
+    train_all(config, options)
+    measure(config, options, options.out)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def parse(args: list[str]) -> tuple[Config, Options]:
+  default = (SHORT if "--short" in args else Config(), Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
+if __name__ == "__main__":
+  main(*parse(sys.argv[1:]))

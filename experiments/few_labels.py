@@ -1,0 +1,331 @@
+"""Few labels: what a teacher is worth where only some of the digits are labelled.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015: soft targets need no
+labels. Every student has all images of the training split and a share of their labels. One kind
+learns from the labelled images alone, the other is distilled on all images and uses the labels
+there are. The teacher was trained with all the labels: it stands for one that comes from elsewhere.
+
+Command:   python experiments/few_labels.py --out runs/few-labels
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import matplotlib.figure
+import numpy as np
+import optax
+import tyro
+
+from jaxdistill import capture, data, evaluate, metrics, models, recipes, run, teachers, train
+
+SCRIPT = "experiments/few_labels.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json. Rates and weights are those of digits.py."""
+
+  shares: tuple[float, ...] = (0.0, 0.01, 0.05, 0.2, 1.0)
+  """Of the training images, how many are labelled; which ones depends on the seed."""
+  seeds: int = 5
+  batch_size: int = 64
+  teacher_epochs: int = 60
+  teacher_rate: float = 3e-3
+  teacher_shift: int = 1
+  """Pixels by which the teacher's images are shifted."""
+  epochs: int = 100
+  """Of the whole training split: every student takes the same number of steps."""
+  rate: float = 6e-3
+  temperature: float = 2.0
+  soft_weight: float = 0.9
+  hard_weight: float = 0.1
+  teacher_channels: tuple[int, ...] = (16, 32)
+  teacher_dense: int = 128
+  student_channels: tuple[int, ...] = (8, 8)
+  student_dense: int = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/few-labels")
+  """Folder of the run; a run that was stopped goes on there."""
+  evaluate: pathlib.Path | None = None
+  """Evaluate the run in this folder again instead of training."""
+  split: Literal["train", "validation", "test"] = "test"
+  """The split to evaluate on."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+
+
+def networks(config: Config):
+  def build(channels: tuple[int, ...], dense: int, name: str):
+    strides = (1, 2, *[1] * (len(channels) - 2))
+    return capture.linen(models.ConvNet(channels, strides, dense), name=name)
+
+  return (
+    build(config.teacher_channels, config.teacher_dense, "teacher"),
+    build(config.student_channels, config.student_dense, "student"),
+  )
+
+
+def grid(config: Config, shares: tuple[float, ...]) -> list[tuple[float, int]]:
+  """The runs that are trained side by side: every share with every seed."""
+  return [(share, seed) for share in shares for seed in range(config.seeds)]
+
+
+def labelled_alone(source: data.Source, mask: np.ndarray) -> data.Source:
+  """The labelled examples and no others, repeated until an epoch is as long as before."""
+  rows = np.flatnonzero(mask).astype(np.int32)
+
+  def read(*where: Any) -> Any:
+    items = source.read(*where)
+    return {**items, "index": rows[items["index"] % len(rows)]}
+
+  return dataclasses.replace(source, read=read)
+
+
+def partly_labelled(source: data.Source, mask: np.ndarray) -> data.Source:
+  """All examples, with the mask in the items, so that seeds can differ in it and share arrays."""
+  known = mask.astype(np.float32)
+
+  def read(*where: Any) -> Any:
+    items = source.read(*where)
+    return {**items, "known": known[items["index"]]}
+
+  def cut(shared: Any, item: Any) -> Any:
+    batch = source.cut(shared, {k: v for k, v in item.items() if k != "known"})
+    labels = batch.labels * item["known"].astype(batch.labels.dtype)
+    return batch.replace(labels=labels, labelled=item["known"])
+
+  return dataclasses.replace(source, read=read, cut=cut)
+
+
+def train_all(config: Config, options: Options) -> None:
+  examples = data.load("digits", data.splits("digits")["train"], data_dir=options.data_dir)
+  held_out = data.load("digits", data.splits("digits")["validation"], data_dir=options.data_dir)
+  validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
+  teacher, student = networks(config)
+  folder = run.claim(options.out, {"experiment": "few-labels", **dataclasses.asdict(config)})
+
+  def source_of(shift: int) -> data.Source:
+    return data.on_device(
+      examples,
+      batch_size=config.batch_size,
+      data_seed=0,
+      augmentation=data.crop(shift),
+      normalize=data.DIGITS,
+    )
+
+  def fit(name, network, objective, sources, seeds, epochs, rate, **rest):
+    steps = epochs * sources[0].steps_per_epoch
+    return train.fit(
+      network,
+      objective,
+      data=sources,
+      optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
+      steps=steps,
+      seed=seeds,
+      validate=evaluate.validator(network, validation, stacked=True),
+      validate_every=10 * sources[0].steps_per_epoch,
+      folder=folder / name,
+      progress=name,
+      **rest,
+    )
+
+  # A seed of its own, so that no student shares its data order with the teacher.
+  taught = fit(
+    "teacher",
+    teacher,
+    recipes.labels(),
+    [dataclasses.replace(source_of(config.teacher_shift), data_seed=100)],
+    [100],
+    config.teacher_epochs,
+    config.teacher_rate,
+    config={"experiment": "few-labels/teacher"},
+  )
+  source = source_of(0)
+
+  def students(
+    name: str,
+    shares: tuple[float, ...],
+    objective: Any,
+    some: Callable[[data.Source, np.ndarray], data.Source],
+    **rest: Any,
+  ) -> None:
+    runs = grid(config, shares)
+    masks = [np.asarray(data.some_labels(examples, s, data_seed=seed)) for s, seed in runs]
+    each = [dataclasses.replace(source, data_seed=seed) for _, seed in runs]
+    sources = [some(s, mask) for s, mask in zip(each, masks, strict=True)]
+    seeds = [seed for _, seed in runs]
+    about = {"experiment": f"few-labels/{name}", "shares": [share for share, _ in runs]}
+    fit(name, student, objective, sources, seeds, config.epochs, config.rate, config=about, **rest)
+
+  objective = recipes.kd(
+    temperature=config.temperature,
+    soft_weight=config.soft_weight,
+    hard_weight=config.hard_weight,
+  )
+  students("labels", labelled_shares(config), recipes.labels(), labelled_alone)
+  students(
+    "distilled",
+    config.shares,
+    objective,
+    partly_labelled,
+    teacher=teachers.frozen(teacher),
+    teacher_variables=teachers.unstack(taught.variables)[0],
+  )
+
+
+def labelled_shares(config: Config) -> tuple[float, ...]:
+  """Without a label there is nothing to learn from labels."""
+  return tuple(share for share in config.shares if share > 0)
+
+
+def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
+  examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
+  trained_on = len(data.load("digits", data.splits("digits")["train"], data_dir=options.data_dir))
+  batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
+  teacher, student = networks(config)
+
+  def accuracy(network, name: str) -> np.ndarray:
+    found = evaluate.evaluate(
+      evaluate.predictor(network), teachers.restore(folder / name), batches, stacked=True
+    )
+    return 100 * np.asarray(found["accuracy"], np.float64)
+
+  taught = float(accuracy(teacher, "teacher")[0])
+  alone = accuracy(student, "labels").reshape(-1, config.seeds)
+  distilled = accuracy(student, "distilled").reshape(-1, config.seeds)
+  with_labels = dict(zip(labelled_shares(config), alone, strict=True))
+  rows = []
+  for share, after in zip(config.shares, distilled, strict=True):
+    before = with_labels.get(share)
+    row = {"share": share, "labels": round(share * trained_on)}
+    row |= {"alone_mean": None, "alone_std": None, "gain": None, "gain_error": None}
+    if before is not None:
+      row["alone_mean"], row["alone_std"] = metrics.mean_std(before)
+      gain = metrics.difference(after, before)
+      row |= {"gain": gain["mean"], "gain_error": gain["standard_error"]}
+    row["distilled_mean"], row["distilled_std"] = metrics.mean_std(after)
+    rows.append(row | {"teacher": taught})
+  return write(config, options, folder, rows, len(examples))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """The rows as Markdown."""
+
+  def spread(mean: float | None, std: float | None) -> str:
+    if mean is None:
+      return "–"
+    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+
+  lines = [
+    "| labelled | images | labels alone, % | distilled, % | gain, points |",
+    "| ---: | ---: | ---: | ---: | ---: |",
+  ]
+  for row in rows:
+    gain = "–" if row["gain"] is None else f"{row['gain']:+.2f}"
+    gain += "" if row["gain_error"] is None else f" (standard error {row['gain_error']:.2f})"
+    cells = (
+      f"{100 * row['share']:g} %",
+      str(row["labels"]),
+      spread(row["alone_mean"], row["alone_std"]),
+      spread(row["distilled_mean"], row["distilled_std"]),
+      gain,
+    )
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def picture(rows: list[dict[str, Any]], split: str, seeds: int) -> matplotlib.figure.Figure:
+  """Accuracy over the share of labels: mean and standard deviation of both, and the teacher."""
+  figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+  axes = figure.add_subplot()
+  kinds = (("alone", "labels alone", "#c46a1b"), ("distilled", "distilled", "#1b6ac4"))
+  for kind, label, colour in kinds:
+    there = [(i, row) for i, row in enumerate(rows) if row[f"{kind}_mean"] is not None]
+    axes.errorbar(
+      [i for i, _ in there],
+      [row[f"{kind}_mean"] for _, row in there],
+      yerr=[row[f"{kind}_std"] or 0 for _, row in there],
+      fmt="o-",
+      color=colour,
+      capsize=4,
+      label=f"{label}, {seeds} seeds",
+    )
+  taught = rows[0]["teacher"]
+  axes.axhline(taught, color="#444444", linestyle="--", linewidth=1, label="teacher, all labels")
+  names = [f"{100 * row['share']:g} %\n{row['labels']:,}" for row in rows]
+  axes.set_xticks(range(len(rows)), names)
+  axes.set_xlabel("share and number of labelled training images")
+  axes.set_ylabel(f"accuracy on the {split} split, %")
+  axes.set_title("Few labels, digits: mean ± std over seeds", fontsize=10)
+  axes.legend(frameon=False, loc="lower right")
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(axis="y", alpha=0.25)
+  return figure
+
+
+def write(
+  config: Config, options: Options, folder: pathlib.Path, rows: list[dict[str, Any]], examples: int
+) -> pathlib.Path:
+  """Writes the table as Markdown and CSV, and the picture."""
+  name = "few_labels" if options.split == "test" else f"few_labels-{options.split}"
+  with (folder / f"{name}.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+  picture(rows, options.split, config.seeds).savefig(folder / f"{name}.png")
+  commands = (
+    run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
+    run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
+  )
+  lines = [
+    f"# Few labels on digits, {options.split} split",
+    "",
+    f"{examples:,} examples. Mean ± standard deviation over {config.seeds} seeds; initialisation, "
+    "data order and which images are labelled all varied. The last step of every run, and the same "
+    f"number of steps. The teacher was trained with all the labels: {rows[0]['teacher']:.2f} %.",
+    "",
+    table(rows),
+    "",
+    f"![accuracy over the share of labels]({name}.png)",
+    "",
+    "```",
+    *commands,
+    "```",
+    "",
+  ]
+  path = folder / f"{name}.md"
+  path.write_text("\n".join(lines))
+  print(f"\n{table(rows)}\n\nTeacher: {rows[0]['teacher']:.2f} %\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  if options.evaluate is not None:
+    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+  else:
+    train_all(config, options)
+    measure(config, options, options.out)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def parse(args: list[str]) -> tuple[Config, Options]:
+  default = (Config(), Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
+if __name__ == "__main__":
+  main(*parse(sys.argv[1:]))

@@ -1,0 +1,393 @@
+"""Where batches come from: arrays on the device, streams read by Grain, streams that only iterate.
+
+A `Source` hands out items (which rows, which view) and one pure function, ``cut``, that makes a
+`Batch` of an item inside the compiled program. Sources differ in where the rows come from and in
+nothing else, so the batches of those on the device and of streamed ones are equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.examples import Examples, Records
+from jaxdistill.labels import label_mask
+from jaxdistill.types import Batch, PyTree
+from jaxdistill.views import (
+  Augmentation,
+  Normalize,
+  augment,
+  check_seed,
+  epoch_order,
+  identity,
+  normalizer,
+)
+
+__all__ = [
+  "Part",
+  "Source",
+  "check_in_memory",
+  "cutter",
+  "example_shapes",
+  "on_device",
+  "resumable",
+  "streamed",
+  "view_numbers",
+]
+
+# Of several processes that share every batch: which one this is, and how many there are.
+Part = tuple[int, int]
+
+# For streams, where several threads ask for the same epoch.
+_remembered_order = functools.lru_cache(maxsize=4)(epoch_order)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where training batches come from, from the first step to the last.
+
+  Batches are never padded: an epoch has ``size // (batch_size - transfer)`` steps, and what is left
+  over at its end is not shown in that epoch. Another seed is
+  ``dataclasses.replace(source, data_seed=...)``, which shares the arrays and the function: the
+  items of several seeds may be stacked and cut under ``vmap``, since an item carries its seed.
+  Another batch size is ``dataclasses.replace(source, batch_size=...)``.
+
+  Attributes:
+    shared: arrays on the device, an argument of the compiled program; None for streams.
+    cut: ``(shared, item) -> Batch``: pure; augments, and normalises last.
+    read: ``(data_seed, batch_size, step, count, part) -> items``; call `items` instead.
+    size: the number of examples.
+    batch_size: B.
+    data_seed: decides order and views.
+    num_classes: K.
+    normalize: what ``cut`` applies last: a function of the inputs as stored, ``[B, ...]``.
+    stored: one example's inputs as stored: ``jax.ShapeDtypeStruct``, or a dict of them.
+    views: V; epoch e shows view e mod V of every example. None: every epoch shows a new one.
+    name: of the data, for reports.
+    share: which part of each batch comes from a second, unlabelled stream.
+  """
+
+  shared: PyTree
+  cut: Callable[[PyTree, PyTree], Batch]
+  read: Callable[[int, int, int, int, Part], PyTree]
+  size: int
+  batch_size: int
+  data_seed: int
+  num_classes: int
+  normalize: Callable[[Any], Any]
+  stored: PyTree
+  views: int | None = None
+  name: str = "data"
+  share: float = 0.0
+
+  def __post_init__(self) -> None:
+    check_seed(self.data_seed)
+    if self.share and not 1 <= self.transfer < self.batch_size:
+      raise ValueError(
+        f"share={self.share} of batch_size={self.batch_size} is {self.transfer} rows of transfer "
+        "data, but both streams need at least one row of every batch: choose another share, or a "
+        "larger batch_size."
+      )
+    if not 1 <= self.batch_size - self.transfer <= self.size:
+      raise ValueError(
+        f"batch_size={self.batch_size} must lie in 1 .. {self.size}, the size of {self.name!r}"
+        f"{' beside transfer data' if self.share else ''}: training batches are never padded."
+      )
+    if self.views is not None and self.views < 1:
+      raise ValueError(f"views must be at least 1, or None, got {self.views}.")
+
+  @property
+  def transfer(self) -> int:
+    """How many examples of each batch come from a second, unlabelled stream."""
+    return round(self.share * self.batch_size)
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """How many whole batches an epoch has."""
+    return self.size // (self.batch_size - self.transfer)
+
+  def items(self, step: int, count: int, part: Part = (0, 1)) -> PyTree:
+    """What steps ``step .. step+count-1`` need, stacked: leaves ``[count, ...]``.
+
+    Any step may be asked for, and ``count`` may cross the end of an epoch. Streams are fast where
+    every call goes on from the last.
+
+    Args:
+      step: the first step, from 0.
+      count: how many steps.
+      part: ``(p, P)``: process p of P gets rows ``p*B/P .. (p+1)*B/P`` of every batch (of both
+        streams' shares of it, where there are two), and reads no others.
+
+    Returns:
+      A tree. Leaves ``[count]`` are numbers; those with more axes have the batch axis second.
+
+    Raises:
+      ValueError: ``step`` or ``count`` is out of range, or a batch does not divide by P.
+    """
+    if step < 0 or count < 1:
+      raise ValueError(f"items needs step >= 0 and count >= 1, got {step} and {count}.")
+    process, processes = part
+    if not 0 <= process < processes:
+      raise ValueError(f"part must be (p, P) with 0 <= p < P, got {part}.")
+    if self.batch_size % processes or self.transfer % processes:
+      of_them = f", of which {self.transfer} are transfer data," if self.transfer else ""
+      raise ValueError(
+        f"batch_size={self.batch_size}{of_them} does not divide by the {processes} processes that "
+        f"share every batch: take multiples of {processes}."
+      )
+    return self.read(self.data_seed, self.batch_size, step, count, part)
+
+
+def on_device(
+  examples: Examples,
+  *,
+  batch_size: int,
+  data_seed: int,
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  labelled: Any = None,
+) -> Source:
+  """Keeps all examples on the device; an item is a row of indices.
+
+  Args:
+    examples: from `load`, `from_arrays` or `from_dicts`.
+    batch_size: B, at most the number of examples.
+    data_seed: decides order and views, ``0 .. 2**32 - 1``.
+    augmentation: applied to the inputs as stored.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
+    normalize: see `normalizer`.
+    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
+      set has no labels). A label that may not be used does not reach the batch.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: ``batch_size``, ``views``, ``data_seed`` or ``labelled`` does not fit.
+    TypeError: the inputs cannot lie on a device.
+
+  >>> from jaxdistill.examples import from_arrays
+  >>> examples = from_arrays(np.arange(6, dtype=np.float32)[:, None], [0, 1, 0, 1, 0, 1])
+  >>> source = on_device(examples, batch_size=2, data_seed=0)
+  >>> items = source.items(step=0, count=3)
+  >>> batch = source.cut(source.shared, jax.tree.map(lambda leaf: leaf[1], items))
+  >>> source.steps_per_epoch, items["index"].shape, batch.inputs.shape
+  (3, (3, 2), (2, 1))
+  """
+  check_in_memory("on_device", examples)
+  known = label_mask(examples, labelled)
+  latest: dict[int, tuple[int, np.ndarray]] = {}
+
+  def order(seed: int, epoch: int) -> np.ndarray:
+    if seed not in latest or latest[seed][0] != epoch:
+      latest[seed] = epoch, epoch_order(seed, epoch, len(examples))
+    return latest[seed][1]
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    numbers = np.arange(step, step + count)
+    steps = len(examples) // batch
+    rows = [_rows(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
+    return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
+
+  finish = normalizer(normalize)
+  return Source(
+    shared={
+      "inputs": jax.tree.map(jnp.asarray, examples.inputs),
+      "labels": jnp.asarray(np.where(known > 0, examples.labels, 0)),
+      "labelled": jnp.asarray(known),
+    },
+    cut=cutter(augmentation, finish),
+    read=read,
+    size=len(examples),
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=examples.num_classes,
+    normalize=finish,
+    stored=example_shapes(examples.inputs, examples.name),
+    views=views,
+    name=examples.name,
+  )
+
+
+def streamed(
+  examples: Examples | Records,
+  *,
+  batch_size: int,
+  data_seed: int,
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  labelled: Any = None,
+  prefetch: int = 4,
+  workers: int = 0,
+) -> Source:
+  """Reads batches through Grain; an item carries the rows themselves.
+
+  Args:
+    examples: arrays, or `Records` for what memory does not hold.
+    batch_size: B, at most the number of examples.
+    data_seed: decides order and views, ``0 .. 2**32 - 1``.
+    augmentation: applied on the device to the inputs as read.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
+    normalize: see `normalizer`.
+    labelled: ``[N]``, whether an example's label may be used, as in `on_device`.
+    prefetch: how many batches are read ahead, by as many threads.
+    workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
+      Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
+
+  Returns:
+    The source; the same batches in the same order as `on_device`.
+
+  Raises:
+    ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
+      does not fit.
+    TypeError: the inputs are text, which no device takes.
+  """
+  if prefetch < 1 or workers < 0:
+    raise ValueError(f"prefetch must be >= 1 and workers >= 0, got {prefetch} and {workers}.")
+  fetch = functools.partial(_fetch, examples, label_mask(examples, labelled), views)
+
+  def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
+    return _stream(functools.partial(fetch, seed, batch, part), step, prefetch, workers)
+
+  finish = normalizer(normalize)
+  return Source(
+    shared=None,
+    cut=cutter(augmentation, finish),
+    read=resumable(start),
+    size=len(examples),
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=examples.num_classes,
+    normalize=finish,
+    stored=example_shapes(examples.read(np.arange(1))[0], examples.name),
+    views=views,
+    name=examples.name,
+  )
+
+
+def resumable(
+  start: Callable[[int, int, Part, int], Iterator[PyTree]],
+) -> Callable[[int, int, int, int, Part], PyTree]:
+  """A `Source`'s ``read`` of streams that ``start(data_seed, batch_size, part, step)`` opens."""
+  open_streams: dict[Any, tuple[int, Iterator[PyTree]]] = {}
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    key = (seed, batch, part)
+    at, stream = open_streams.pop(key, (-1, iter(())))
+    if at != step:
+      stream = start(*key, step)
+    pieces = [next(stream) for _ in range(count)]
+    open_streams[key] = step + count, stream
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces)
+
+  # Also at exit: Grain's threads and processes must end before the modules that end them.
+  weakref.finalize(read, open_streams.clear)
+  return read
+
+
+def cutter(
+  augmentation: Augmentation, finish: Callable[[Any], Any]
+) -> Callable[[PyTree, PyTree], Batch]:
+  """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
+
+  def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    index = item["index"]
+    rows = item
+    if shared is not None:
+      rows = jax.tree.map(lambda leaf: jnp.take(leaf, index, 0, mode="clip"), shared)
+    inputs = augment(augmentation, rows["inputs"], item["data_seed"], index, item["view"])
+    return Batch(
+      inputs=finish(inputs),
+      labels=rows["labels"],
+      weight=jnp.ones(index.shape, jnp.float32),
+      labelled=rows["labelled"],
+      index=index,
+      view=jnp.broadcast_to(item["view"], index.shape),
+    )
+
+  return cut
+
+
+def _rows(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
+  """The rows that a process gets of one step of an epoch."""
+  process, processes = part
+  mine = batch_size // processes
+  first = step * batch_size + process * mine
+  return order[first : first + mine]
+
+
+def view_numbers(seed: int, epochs: np.ndarray, views: int | None) -> dict[str, np.ndarray]:
+  """The part of an item that has no batch axis: the view and the seed."""
+  view = epochs if views is None else epochs % views
+  return {"view": np.asarray(view, np.int32), "data_seed": np.full(view.shape, seed, np.uint32)}
+
+
+def _fetch(
+  examples: Examples | Records,
+  known: np.ndarray,
+  views: int | None,
+  seed: int,
+  batch_size: int,
+  part: Part,
+  step: int,
+) -> dict[str, Any]:
+  """The item of one step of a stream. NumPy only: it runs in threads and in other processes."""
+  epoch, first = divmod(step, len(examples) // batch_size)
+  index = _rows(_remembered_order(seed, epoch, len(examples)), first, batch_size, part)
+  inputs, labels = examples.read(index)
+  return {
+    "index": index,
+    "inputs": inputs,
+    "labels": np.where(known[index] > 0, labels, 0).astype(np.int32),
+    "labelled": known[index],
+    **view_numbers(seed, np.asarray(epoch), views),
+  }
+
+
+def _stream(
+  fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
+) -> Iterator[PyTree]:
+  """The items of all steps from ``step`` on, read ahead by Grain."""
+  import grain  # a second to import, and only streams need it
+
+  steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
+  stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
+  if workers:
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which a plain script never parses
+      flags.FLAGS.mark_as_parsed()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return iter(stream)
+
+
+def check_in_memory(argument: str, examples: Any) -> None:
+  """Raises where examples are not arrays that a device takes."""
+  arrays = isinstance(examples, Examples)
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(examples.inputs)] if arrays else []
+  if not arrays or any(dtype.kind in "OSU" for dtype in dtypes):
+    raise TypeError(
+      f"{argument} needs Examples with numeric inputs (from load, from_arrays or from_dicts), got "
+      f"{type(examples).__name__} {' '.join(map(str, dtypes))}: use streamed for Records, and "
+      "tokenize text first."
+    )
+
+
+def example_shapes(inputs: PyTree, name: str) -> PyTree:
+  """The shape and dtype of one of these inputs as a device holds it."""
+
+  def one(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+    if leaf.dtype.kind in "OSU":
+      raise TypeError(f"The inputs of {name!r} are text, which no device takes: tokenize it first.")
+    return jax.ShapeDtypeStruct(leaf.shape[1:], jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+  return jax.tree.map(one, inputs)

@@ -1,0 +1,160 @@
+"""The training state: what a run changes, how it begins, and which of it is deployed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdistill.types import (
+  Batch,
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Outputs,
+  Teacher,
+  as_objective,
+)
+
+__all__ = ["State", "init_state", "student_variables", "trained_variables"]
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that a training run changes; the teacher is not in it.
+
+  Attributes:
+    step: int32, how many steps were taken.
+    params: the student's parameters.
+    model_state: the student's other collections (``batch_stats``).
+    objective_params: what the objective learns (projectors), absent from the deployed network.
+    objective_state: what the objective remembers.
+    opt_state: the optimiser's state for both kinds of parameters.
+    key: the run's random key; each step folds its number into it.
+    average: a moving average of the student's variables; None where none is kept.
+  """
+
+  step: Any
+  params: Any
+  model_state: Any
+  objective_params: Any
+  objective_state: Any
+  opt_state: Any
+  key: Any
+  average: Any = None
+
+
+def student_variables(state: State) -> dict[str, PyTree]:
+  """The variables that are evaluated and deployed: the moving average where one is kept."""
+  return trained_variables(state) if state.average is None else state.average
+
+
+def trained_variables(state: State) -> dict[str, PyTree]:
+  """The variables that the optimiser changes, as the student's apply takes them."""
+  return {"params": state.params, **state.model_state}
+
+
+def init_state(
+  key: Any,
+  student: Network,
+  objective: Objective | ObjectiveFunction,
+  optimizer: optax.GradientTransformation,
+  batch: Batch,
+  *,
+  teacher: Teacher | None = None,
+  teacher_variables: PyTree = None,
+  start: Mapping[str, Any] | None = None,
+  average: bool = False,
+) -> State:
+  """Initialises a training state; pure, so it can be jitted and vmapped over keys.
+
+  Args:
+    key: a random key.
+    student: the network to train.
+    objective: an `Objective` or a bare function.
+    optimizer: an optax optimiser; it sees ``{"student": ..., "objective": ...}``.
+    batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
+    teacher: the teacher, whose outputs' shapes the objective's parameters may depend on.
+    teacher_variables: its variables, or their shapes.
+    start: values for some of the student's variables, or for all, that replace the initialiser's:
+      a part of the variables' tree (see `teachers.layers`).
+    average: whether the state keeps a moving average of the student's variables.
+
+  Returns:
+    The state at step 0.
+
+  Raises:
+    ValueError: teacher and student differ in their classes; ``start`` has a path that the student
+      has not, or another shape.
+  """
+  objective = as_objective(objective)
+  student_key, objective_key, run_key = jax.random.split(key, 3)
+  variables = student.init(student_key, batch.inputs)
+  if start is not None:
+    variables = _started(variables, start, student.name)
+  model_state = {name: value for name, value in variables.items() if name != "params"}
+  seen, _ = jax.eval_shape(
+    lambda v, x: student.apply(v, x, train=False, key=None), variables, batch.inputs
+  )
+  taught = _teacher_shapes(teacher, teacher_variables, batch)
+  _check_classes(seen, taught)
+  objective_params, objective_state = objective.init(objective_key, seen, taught)
+  trained = {"student": variables["params"], "objective": objective_params}
+  return State(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    model_state=model_state,
+    objective_params=objective_params,
+    objective_state=objective_state,
+    opt_state=optimizer.init(trained),
+    key=run_key,
+    average=variables if average else None,
+  )
+
+
+def _started(made: Any, start: Any, where: str) -> Any:
+  """Puts a part of a tree in the place of what was made there."""
+  if not isinstance(made, Mapping):
+    if isinstance(start, Mapping) or np.shape(start) != made.shape:
+      shape = sorted(start) if isinstance(start, Mapping) else np.shape(start)
+      raise ValueError(
+        f"start has {shape} at {where}, where the student has an array of shape {made.shape}; give "
+        "a layer of the same shape, or leave it out."
+      )
+    return jnp.asarray(start, made.dtype)
+  unknown = sorted(set(start) - set(made)) if isinstance(start, Mapping) else ["an array"]
+  if unknown:
+    raise ValueError(f"start has {unknown} at {where}, where the student has {sorted(made)}.")
+  return {
+    name: _started(value, start[name], f"{where}/{name}") if name in start else value
+    for name, value in made.items()
+  }
+
+
+def _teacher_shapes(
+  teacher: Teacher | None, teacher_variables: PyTree, batch: Batch
+) -> Outputs | None:
+  if batch.teacher is not None:
+    return jax.eval_shape(lambda: batch.teacher)
+  if teacher is None:
+    return None
+  return jax.eval_shape(teacher, teacher_variables, batch)
+
+
+def _check_classes(student: Outputs, teacher: Outputs | None) -> None:
+  if teacher is None or teacher.logits is None or student.logits is None:
+    return
+  ours, theirs = student.logits.shape, teacher.logits.shape
+  if ours[-1] != theirs[-1]:
+    raise ValueError(
+      f"the student puts out {ours[-1]} classes (logits {ours}) and the teacher {theirs[-1]} "
+      f"(logits {theirs}); build the student with num_classes={theirs[-1]}, or give a teacher "
+      "for the same classes."
+    )
