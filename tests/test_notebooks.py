@@ -75,7 +75,7 @@ def rows_of(table):
 
 
 def test_there_are_notebooks():
-  assert [path.name for path in NOTEBOOKS] == ["quickstart.ipynb"]
+  assert [path.name for path in NOTEBOOKS] == ["bring_your_own.ipynb", "quickstart.ipynb"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -109,3 +109,17 @@ def test_quickstart_shows_its_pictures_and_the_table(executed):
   assert all(80 < accuracy <= 100 for accuracy in accuracies)
   teacher, baseline, student = (int(cell.replace(",", "")) for cell in rows["parameters"])
   assert baseline == student < teacher
+
+
+def test_bring_your_own_distils_with_few_labels_and_calls_the_student(executed):
+  notebook = executed(ROOT / "colabs" / "bring_your_own.ipynb")
+  text = "".join(outputs(notebook, "stdout"))
+  found = {n: float(v) for n, v in re.findall(r"^(\w.*?)\s+([\d.]+)(?: ± [\d.]+)? %$", text, re.M)}
+  assert list(found) == ["teacher, all labels", "student, few labels alone", "student, distilled"]
+  # 63% of the patients are of one class; networks that learned are far from that.
+  assert all(85 < accuracy <= 100 for accuracy in found.values())
+  assert "15 of 300 labels" in text
+  assert "\nTrue\n" in text  # the first layer, through PyTorch's layout and back
+  (again,) = re.findall(r"200 parameters, accuracy ([\d.]+)%", text)
+  assert abs(float(again) - found["student, distilled"]) < 3
+  assert len(outputs(notebook, "image/png")) == 1

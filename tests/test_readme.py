@@ -6,12 +6,16 @@ import re
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
-def test_the_example_runs(tmp_path, monkeypatch, capsys):
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-  exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+  own, foreign = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+  names = {"__name__": "readme"}
+  exec(compile(own, "README.md", "exec"), names)
   assert "accuracy" in capsys.readouterr().out
   assert (tmp_path / "runs" / "mine" / "config.json").exists()
+  # The second goes on from the first.
+  exec(compile(foreign, "README.md", "exec"), names)
+  assert re.search(r"^\[([012] ){4}[012]\]$", capsys.readouterr().out, re.M)
 
 
 def test_the_first_screen_has_both_commands():
