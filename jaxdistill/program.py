@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import optax
 
 from jaxdistill.data import Source
 from jaxdistill.mesh import Dispatch, check_divides
-from jaxdistill.state import State, init_state
+from jaxdistill.state import State, init_state, trained_variables
 from jaxdistill.step import make_step
 from jaxdistill.types import Network, Objective, Teacher
 
@@ -67,7 +67,6 @@ class Program:
         "name": self.student,
         "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
       },
-      "objective": dict(self.objective.hyper),
     }
 
 
@@ -82,6 +81,7 @@ def build(
   dispatch: Dispatch,
   *,
   start: PyTree = None,
+  objective_start: tuple[PyTree, PyTree] | None = None,
   average: float | None = None,
   accumulate: int = 1,
   seeds_by: str = "vmap",
@@ -100,6 +100,7 @@ def build(
     teacher_variables: its variables.
     dispatch: how the program is compiled.
     start: values for some of the student's variables.
+    objective_start: likewise for the objective's parameters and state.
     average: the decay of the moving average, or None.
     accumulate: micro-batches in a batch.
     seeds_by: ``"vmap"`` or ``"unroll"``.
@@ -134,7 +135,9 @@ def build(
     )
   shared, shared_axes = _shared(sources)
 
-  def initial(key: Any, variables: PyTree, shared: PyTree, item: PyTree, start: PyTree) -> State:
+  def initial(
+    key: Any, variables: PyTree, shared: PyTree, item: PyTree, starts: tuple[PyTree, PyTree]
+  ) -> State:
     return init_state(
       key,
       student,
@@ -143,7 +146,8 @@ def build(
       source.cut(shared, item),
       teacher=teacher,
       teacher_variables=variables,
-      start=start,
+      start=starts[0],
+      objective_start=starts[1],
       average=average is not None,
     )
 
@@ -170,9 +174,12 @@ def build(
   keys = jnp.stack([jax.random.key(s) for s in seeds])
   first = jax.tree.map(lambda leaf: leaf[0, 0] if stacked else leaf[0], head)
   one = _of_seed(shared, shared_axes, 0)
-  arguments = (keys if stacked else keys[0], teacher_variables, one, first, start)
+  starts = (start, objective_start)
+  arguments = (keys if stacked else keys[0], teacher_variables, one, first, starts)
   if stacked:
-    initial = jax.vmap(initial, in_axes=(0, None, None, None, None))
+    plain = jax.eval_shape(initial, keys[0], teacher_variables, one, first, (None, None))
+    axes = _start_axes(starts, plain, len(seeds))
+    initial = jax.vmap(initial, in_axes=(0, None, None, None, axes))
     chunk = _over_seeds(chunk, seeds_by, shared_axes)
   # Abstract first: what does not fit together says so before anything is compiled.
   shapes = jax.eval_shape(initial, *arguments)
@@ -199,6 +206,28 @@ def build(
     initial=lambda: jax.jit(initial, compiler_options=_quick())(*arguments),
     run=run,
     collect=dispatch.collect,
+  )
+
+
+def _start_axes(starts: tuple[PyTree, PyTree], shapes: State, seeds: int) -> PyTree:
+  """Which leaves of the given starts have an axis over seeds in front: those with one axis more."""
+
+  def axes(start: Any, made: Any) -> Any:
+    if isinstance(start, Mapping):
+      inner = made if isinstance(made, Mapping) else {}
+      return {name: axes(value, inner.get(name)) for name, value in start.items()}
+    known = [leaf.shape for leaf in jax.tree.leaves(made)]
+    given = jax.tree.leaves(start)
+    over = len(given) == len(known) and all(
+      np.shape(leaf) == (seeds, *shape) for leaf, shape in zip(given, known, strict=True)
+    )
+    return 0 if over and given else None
+
+  student, objective = starts
+  mine = (shapes.objective_params, shapes.objective_state)
+  return (
+    None if student is None else axes(student, trained_variables(shapes)),
+    None if objective is None else tuple(axes(s, m) for s, m in zip(objective, mine, strict=True)),
   )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import flax.errors
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxdistill import arguments
 from jaxdistill.types import (
   Batch,
   Network,
@@ -71,6 +73,7 @@ def init_state(
   teacher: Teacher | None = None,
   teacher_variables: PyTree = None,
   start: Mapping[str, Any] | None = None,
+  objective_start: tuple[PyTree, PyTree] | None = None,
   average: bool = False,
 ) -> State:
   """Initialises a training state; pure, so it can be jitted and vmapped over keys.
@@ -85,18 +88,22 @@ def init_state(
     teacher_variables: its variables, or their shapes.
     start: values for some of the student's variables, or for all, that replace the initialiser's:
       a part of the variables' tree (see `teachers.layers`).
+    objective_start: likewise for what the objective learns and for what it remembers: parts of
+      ``(objective_params, objective_state)``, as a stage before this one left them.
     average: whether the state keeps a moving average of the student's variables.
 
   Returns:
     The state at step 0.
 
   Raises:
-    ValueError: teacher and student differ in their classes; ``start`` has a path that the student
+    TypeError: the teacher or the objective does not return what it should.
+    ValueError: teacher and student differ in their classes, or do not run on the data with their
+      variables; ``start`` has a path that the student
       has not, or another shape.
   """
   objective = as_objective(objective)
   student_key, objective_key, run_key = jax.random.split(key, 3)
-  variables = student.init(student_key, batch.inputs)
+  variables = _init(student, student_key, batch.inputs)
   if start is not None:
     variables = _started(variables, start, student.name)
   model_state = {name: value for name, value in variables.items() if name != "params"}
@@ -105,7 +112,14 @@ def init_state(
   )
   taught = _teacher_shapes(teacher, teacher_variables, batch)
   _check_classes(seen, taught)
-  objective_params, objective_state = objective.init(objective_key, seen, taught)
+  made = objective.init(objective_key, seen, taught)
+  if not (isinstance(made, tuple) and len(made) == 2):
+    raise TypeError(f"the objective's init must return (params, state), got {arguments.show(made)}.")
+  objective_params, objective_state = made
+  if objective_start is not None:
+    params, remembered = objective_start
+    objective_params = _started(objective_params, params, "the objective's parameters")
+    objective_state = _started(objective_state, remembered, "the objective's state")
   trained = {"student": variables["params"], "objective": objective_params}
   return State(
     step=jnp.zeros((), jnp.int32),
@@ -119,23 +133,38 @@ def init_state(
   )
 
 
+def _init(student: Network, key: Any, inputs: Any) -> dict[str, PyTree]:
+  try:
+    return student.init(key, inputs)
+  except (flax.errors.FlaxError, TypeError, IndexError, AttributeError) as error:
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
+    raise ValueError(
+      f"the student {student.name!r} does not run on the data's inputs, {shapes} once normalised: "
+      f"{arguments.short(error)}"
+    ) from error
+
+
 def _started(made: Any, start: Any, where: str) -> Any:
   """Puts a part of a tree in the place of what was made there."""
   if not isinstance(made, Mapping):
-    if isinstance(start, Mapping) or np.shape(start) != made.shape:
-      shape = sorted(start) if isinstance(start, Mapping) else np.shape(start)
+    if _outline(start) != _outline(made):
       raise ValueError(
-        f"start has {shape} at {where}, where the student has an array of shape {made.shape}; give "
-        "a layer of the same shape, or leave it out."
+        f"start has {_outline(start)} at {where}, where there is {_outline(made)}; give one of the "
+        "same shape, or leave it out."
       )
-    return jnp.asarray(start, made.dtype)
-  unknown = sorted(set(start) - set(made)) if isinstance(start, Mapping) else ["an array"]
+    return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), made, start)
+  unknown = sorted(set(start) - set(made)) if isinstance(start, Mapping) else [_outline(start)]
   if unknown:
-    raise ValueError(f"start has {unknown} at {where}, where the student has {sorted(made)}.")
+    raise ValueError(f"start has {unknown} at {where}, where there is {sorted(made)}.")
   return {
     name: _started(value, start[name], f"{where}/{name}") if name in start else value
     for name, value in made.items()
   }
+
+
+def _outline(tree: PyTree) -> str:
+  """Containers and shapes, for a comparison and a message."""
+  return str(jax.tree.map(np.shape, tree))
 
 
 def _teacher_shapes(
@@ -145,7 +174,29 @@ def _teacher_shapes(
     return jax.eval_shape(lambda: batch.teacher)
   if teacher is None:
     return None
-  return jax.eval_shape(teacher, teacher_variables, batch)
+  try:
+    outputs = jax.eval_shape(teacher, teacher_variables, batch)
+  except (flax.errors.FlaxError, TypeError, AttributeError, KeyError, IndexError) as error:
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch.inputs)
+    raise ValueError(
+      f"the teacher does not run with teacher_variables ({_first(teacher_variables)}) on the "
+      f"data's inputs, {shapes} once normalised: {arguments.short(error)} Give the variables of "
+      "this very network, {'params': ..., ...}; of a run over seeds, those of one: "
+      "teachers.unstack(variables)[0]."
+    ) from error
+  if not isinstance(outputs, Outputs):
+    raise TypeError(
+      f"teacher must return Outputs, got {arguments.show(outputs)}; give teachers.frozen(network), "
+      "or return Outputs(logits=...)."
+    )
+  return outputs
+
+
+def _first(variables: PyTree) -> str:
+  """Some of a tree's paths and shapes, for a message."""
+  leaves = jax.tree_util.tree_leaves_with_path(variables)
+  some = [f"{jax.tree_util.keystr(p, simple=True, separator='/')} {np.shape(x)}" for p, x in leaves]
+  return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "") if some else "none"
 
 
 def _check_classes(student: Outputs, teacher: Outputs | None) -> None:

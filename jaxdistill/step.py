@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxdistill.arguments import show, whole
 from jaxdistill.state import State, trained_variables
 from jaxdistill.terms import reduce_terms
 from jaxdistill.types import (
@@ -22,6 +23,7 @@ from jaxdistill.types import (
   ObjectiveFunction,
   Outputs,
   Teacher,
+  Term,
   Transform,
   as_objective,
 )
@@ -30,6 +32,9 @@ __all__ = ["make_step"]
 
 PyTree = Any
 
+# What a line of the log says beside the terms.
+_RESERVED = {"loss", "accuracy", "step", "epoch", "examples_per_second"}
+
 
 def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) -> dict[str, Any]:
   unknown = sorted(set(hyper) - set(objective.hyper))
@@ -37,7 +42,9 @@ def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) ->
     raise ValueError(
       f"hyper has {unknown}, which the objective does not take; it takes {sorted(objective.hyper)}."
     )
-  return {name: value(step) if callable(value) else value for name, value in hyper.items()}
+  scheduled = {name: value for name, value in objective.hyper.items() if callable(value)}
+  given = {**scheduled, **hyper}
+  return {name: value(step) if callable(value) else value for name, value in given.items()}
 
 
 def make_step(
@@ -110,8 +117,7 @@ class _Step:
   average: float | None
 
   def __post_init__(self) -> None:
-    if self.accumulate < 1:
-      raise ValueError(f"accumulate={self.accumulate} must be at least 1 micro-batch.")
+    whole("accumulate", self.accumulate)
     if self.average is not None and not 0 <= self.average < 1:
       raise ValueError(f"average={self.average} must be None or a decay in [0, 1), 0.999 say.")
 
@@ -123,7 +129,7 @@ class _Step:
       step_key = jax.random.fold_in(step_key, jax.lax.axis_index(self.axis_name))
     student_key, objective_key, transform_key = jax.random.split(step_key, 3)
     if self.transform is not None:
-      batch = self.transform(transform_key, batch)
+      batch = _transformed(self.transform(transform_key, batch), batch)
     pass_ = _Pass(
       trained={"student": state.params, "objective": state.objective_params},
       states=(state.model_state, state.objective_state),
@@ -154,7 +160,7 @@ class _Step:
     outputs, updated = self.student.apply(
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
     )
-    terms, remembered = self.objective.apply(
+    made = self.objective.apply(
       trained["objective"],
       objective_state,
       outputs,
@@ -163,9 +169,7 @@ class _Step:
       key=at.keys[1],
       **at.keywords,
     )
-    reserved = sorted({"loss", "accuracy"} & set(terms))
-    if reserved:
-      raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
+    terms, remembered = _checked(made, objective_state)
     return terms, ({**model_state, **updated}, remembered), outputs.logits
 
   def target(self, at: _Pass) -> Outputs | None:
@@ -225,6 +229,48 @@ class _Step:
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
     known = {**counts, "loss": jnp.ones_like(sums["loss"][1])}
     return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+
+
+def _transformed(new: Any, old: Batch) -> Batch:
+  """What a transform returned, if it is a batch of as many examples."""
+  if not isinstance(new, Batch):
+    raise TypeError(f"transform must return a Batch, got {show(new)}.")
+  sizes = {leaf.shape[0] for leaf in jax.tree.leaves(new)}
+  if sizes != {old.weight.shape[0]}:
+    raise ValueError(
+      f"transform made a batch of {sorted(sizes)} examples of one of {old.weight.shape[0]}; it "
+      "must keep their number (give those that do not count the weight 0)."
+    )
+  return new
+
+
+def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
+  """What an objective returned, if it is what an objective returns."""
+  if not (isinstance(made, tuple) and len(made) == 2):
+    raise TypeError(f"the objective's apply must return (terms, state), got {show(made)}.")
+  terms, remembered = made
+  if not isinstance(terms, Mapping) or not terms:
+    raise TypeError(f"the objective must return {{name: Term}} with a term in it, got {show(terms)}.")
+  for name, term in terms.items():
+    if not isinstance(name, str) or not isinstance(term, Term):
+      raise TypeError(
+        f"the objective's term {name!r} is {show(term)}; it must be a Term under a name of text: "
+        "Term(values), with values [B] that the step averages."
+      )
+  reserved = sorted(_RESERVED & set(terms))
+  if reserved:
+    raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
+  before, after = (_outline(tree) for tree in (state, remembered))
+  if before != after:
+    raise ValueError(
+      f"the objective's state must keep its structure and shapes: it was {before} and has become "
+      f"{after}."
+    )
+  return dict(terms), remembered
+
+
+def _outline(tree: PyTree) -> str:
+  return str(jax.tree.map(jnp.shape, tree))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from jaxdistill.arguments import show
 from jaxdistill.types import Batch, Term, compute_dtype
 
 __all__ = ["reduce_terms"]
@@ -41,7 +42,8 @@ def reduce_terms(
     of its values and of its mask, in float32 at least.
 
   Raises:
-    ValueError: a term's mask does not fit its values.
+    TypeError: a term's values are no real numbers.
+    ValueError: a term's mask does not fit its values, or its weight is not one number.
 
   >>> batch = Batch(jnp.zeros((2, 1)), jnp.zeros(2), jnp.ones(2), jnp.ones(2), None, None)
   >>> loss, sums = reduce_terms({"soft": Term(jnp.array([1.0, 3.0]), weight=0.5)}, batch)
@@ -51,6 +53,7 @@ def reduce_terms(
   loss = jnp.zeros((), jnp.float32)
   sums = {}
   for name, term in terms.items():
+    _check(name, term)
     values = jnp.asarray(term.values)
     values = values.astype(compute_dtype(values))
     mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
@@ -67,6 +70,20 @@ def reduce_terms(
       total = jax.lax.psum(total, axis_name)
     sums[name] = (total, count)
   return loss, sums
+
+
+def _check(name: str, term: Term) -> None:
+  """Raises where a term's values or weight are not the numbers that it is made of."""
+  if not hasattr(term.values, "dtype") and not isinstance(term.values, float | int):
+    raise TypeError(f"term {name!r} has the values {show(term.values)}, which are no array.")
+  values = jnp.asarray(term.values)
+  if jnp.issubdtype(values.dtype, jnp.complexfloating):
+    raise TypeError(f"term {name!r} has values of {values.dtype}; a loss is of real numbers.")
+  if jnp.shape(term.weight) != () or isinstance(term.weight, str | bytes) or term.weight is None:
+    raise ValueError(
+      f"term {name!r} has the weight {show(term.weight)}; it must be one number. What differs "
+      "between examples belongs into its values, or into its mask (where)."
+    )
 
 
 def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:

@@ -63,13 +63,15 @@ class Fitted:
   """What `fit` returns.
 
   Attributes:
-    variables: the student's variables after the last step (their moving average, where one is
-      kept); leaves ``[S, ...]`` over seeds.
+    variables: the deployed network's variables after the last step (of the student their moving
+      average, where one is kept); leaves ``[S, ...]`` over seeds.
+    network: the deployed network: the student, unless the objective says otherwise (SimKD).
     state: the whole training state.
     history: the lines of ``metrics.jsonl``.
   """
 
   variables: dict[str, PyTree]
+  network: Network
   state: State
   history: list[dict[str, Any]]
 
@@ -100,6 +102,7 @@ def fit(
   teacher_variables: PyTree = None,
   hyper: Mapping[str, Any] | None = None,
   start: Mapping[str, Any] | None = None,
+  objective_start: tuple[PyTree, PyTree] | None = None,
   transform: Transform | None = None,
   accumulate: int = 1,
   average: float | None = None,
@@ -139,7 +142,10 @@ def fit(
     teacher_variables: the teacher's variables; never changed, never checkpointed.
     hyper: the objective's keywords: numbers, arrays, or schedules of the step.
     start: values that the student starts from in place of the initialiser's: all its variables, or
-      a part of their tree, such as some of the teacher's layers (`teachers.layers`).
+      a part of their tree, such as some of the teacher's layers (`teachers.layers`). With several
+      seeds, leaves may have an axis over them in front.
+    objective_start: likewise for the objective: parts of ``(params, state)``, as the run of an
+      earlier stage has them in its ``state``.
     transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
       `jaxdistill.transforms`.
     accumulate: into how many micro-batches each batch is cut, to need less memory; the same
@@ -179,9 +185,10 @@ def fit(
   """
   dispatch = mesh_lib.with_jit() if dispatch is None else dispatch
   hyper = dict(hyper or {})
+  objective = as_objective(objective)
   program = build(
     student,
-    as_objective(objective),
+    objective,
     data,
     optimizer,
     seed,
@@ -190,6 +197,7 @@ def fit(
     dispatch,
     hyper=hyper,
     start=start,
+    objective_start=objective_start,
     transform=transform,
     accumulate=accumulate,
     average=average,
@@ -203,9 +211,11 @@ def fit(
   if folder is not None:
     settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
     settings |= {"accumulate": accumulate, "average": average}
+    settings["objective"] = {n: _shown(value, steps) for n, value in objective.hyper.items()}
     settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
     settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
-    settings["start"] = None if start is None else fingerprint(start)
+    started = (start, objective_start)
+    settings["start"] = None if started == (None, None) else fingerprint(started)
     path = _claim(folder, settings)
     saved = Checkpoints(path / "checkpoints", keep_last=keep_last)
   state, at = _begin(program, saved)
@@ -215,7 +225,7 @@ def fit(
     at=at,
     epoch=epoch,
     examples=program.examples_per_step,
-    schedules={name: value for name, value in hyper.items() if callable(value)},
+    schedules={n: value for n, value in {**objective.hyper, **hyper}.items() if callable(value)},
     progress=progress if first_process else None,
     tensorboard=tensorboard and first_process,
     select=select,
@@ -244,7 +254,7 @@ def fit(
       pending = _checked(pending, program)
       check_state(now, at)
       if validate is not None and validating:
-        extra = {name: np.asarray(v) for name, v in validate(student_variables(now)).items()}
+        extra = {name: np.asarray(v) for name, v in validate(_deployed(objective, now)).items()}
         if saved is not None and select not in extra:
           raise ValueError(
             f"select={select!r} is not among what validate returns, {sorted(extra)}; name one of "
@@ -254,13 +264,15 @@ def fit(
       pending = None
       if saved is not None and saving and first_process:
         score = float(np.mean(extra[select])) if select in extra else None
-        saved.save(at, _items(now), score=score)
+        saved.save(at, _items(objective, now), score=score)
       if stopping:
         raise Stopped(f"the run was asked to stop, and stands at step {at} of {steps}.")
   final = dispatch.collect(state)
+  variables = _deployed(objective, final)
+  network = student if objective.deployed is None else objective.deployed.network(student)
   if path is not None:
-    _deploy(path, program, student, final)
-  return Fitted(variables=student_variables(final), state=final, history=log.history)
+    _save_deployed(path, program, network, variables)
+  return Fitted(variables=variables, network=network, state=final, history=log.history)
 
 
 def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathlib.Path:
@@ -273,16 +285,25 @@ def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathl
   return run_lib.claim(folder, settings)
 
 
-def _deploy(path: pathlib.Path, program: Program, student: Network, final: State) -> None:
+def _deployed(objective: Objective, state: State) -> dict[str, PyTree]:
+  """The deployed network's variables."""
+  student = student_variables(state)
+  if objective.deployed is None:
+    return student
+  return objective.deployed.variables(student, state.objective_params, state.objective_state)
+
+
+def _save_deployed(
+  path: pathlib.Path, program: Program, network: Network, variables: PyTree
+) -> None:
   """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
-    source = program.source
     deployed.save_student(
       path,
-      student,
-      student_variables(final),
-      stored=source.stored,
-      normalize=source.normalize,
+      network,
+      variables,
+      stored=program.source.stored,
+      normalize=program.source.normalize,
       stacked=program.stacked,
     )
   mesh_lib.barrier("deployed")
@@ -362,11 +383,11 @@ def _begin(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
   step = mesh_lib.agree(-1 if found is None else found)
   if saved is None or step < 0:
     return program.initial(), 0
-  return _restore(saved, step, program.shapes), step
+  return _restore(saved, step, program.objective, program.shapes), step
 
 
-def _items(state: State) -> dict[str, PyTree]:
-  """What a checkpoint holds: the deployed student apart from what only training needs."""
+def _items(objective: Objective, state: State) -> dict[str, PyTree]:
+  """What a checkpoint holds: the student apart from what only training needs."""
   items: dict[str, PyTree] = {
     "student": student_variables(state),
     "objective": {"params": state.objective_params, "state": state.objective_state},
@@ -375,11 +396,13 @@ def _items(state: State) -> dict[str, PyTree]:
   }
   if state.average is not None:
     items["trained"] = trained_variables(state)
+  if objective.deployed is not None:
+    items["deployed"] = _deployed(objective, state)
   return items
 
 
-def _restore(saved: Checkpoints, step: int, shapes: State) -> State:
-  items = saved.restore(step, _items(shapes))
+def _restore(saved: Checkpoints, step: int, objective: Objective, shapes: State) -> State:
+  items = saved.restore(step, _items(objective, shapes))
   student = dict(items["trained" if "trained" in items else "student"])
   return State(
     step=items["progress"]["step"],

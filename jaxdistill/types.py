@@ -15,8 +15,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxdistill import arguments
+
 __all__ = [
   "Batch",
+  "Deployed",
   "Network",
   "Objective",
   "ObjectiveFunction",
@@ -102,6 +105,20 @@ ObjectiveFunction = Callable[..., dict[str, Term]]
 
 
 @dataclasses.dataclass(frozen=True)
+class Deployed:
+  """How the deployed network is made, where it is another than the student (SimKD).
+
+  Attributes:
+    network: ``student network -> deployed network``.
+    variables: ``(student variables, objective params, objective state) -> deployed variables``;
+      it only puts leaves together, so that they may have an axis over seeds.
+  """
+
+  network: Callable[[Network], Network]
+  variables: Callable[[PyTree, PyTree, PyTree], PyTree]
+
+
+@dataclasses.dataclass(frozen=True)
 class Objective:
   """An objective that learns or remembers something: a pair of functions, as in optax.
 
@@ -110,12 +127,16 @@ class Objective:
       (``jax.ShapeDtypeStruct`` leaves), so nobody types a width in by hand. ``teacher`` is None
       when there is no teacher.
     apply: ``(params, state, student, teacher, batch, *, key, **hyper) -> ({name: Term}, state)``.
-    hyper: the names of the keywords that ``apply`` takes beside ``key``, with their defaults.
+    hyper: the names of the keywords that ``apply`` takes beside ``key``, with their defaults. A
+      default that is a schedule (a function of the step) is followed, as a schedule in the
+      ``hyper`` of `jaxdistill.train.fit` is: so a recipe has its warm-up.
+    deployed: how the deployed network is made; None where it is the student.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
   apply: Callable[..., tuple[dict[str, Term], PyTree]]
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  deployed: Deployed | None = None
 
 
 def as_objective(objective: Any) -> Objective:
@@ -135,11 +156,14 @@ def as_objective(objective: Any) -> Objective:
   """
   if isinstance(objective, Objective):
     return objective
-  if not callable(objective):
-    raise TypeError(
-      "objective must be an Objective or a function (student, teacher, batch, *, ...) -> "
-      f"{{name: Term}}, got {objective!r}."
-    )
+  arguments.function(
+    "objective",
+    objective,
+    "(student, teacher, batch, *, ...) -> {name: Term}, or an Objective",
+    arguments=3,
+    instead="Call a recipe, recipes.kd(); add several up by recipes.combine(first, second).",
+    keywords_may_lack=True,
+  )
   parameters = inspect.signature(objective).parameters.values()
   keywords = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
   wants_key = "key" in keywords

@@ -113,7 +113,7 @@ def test_student_statistics_and_projector_move():
   assert all(jax.tree.leaves(moved))
   assert set(sums) == {"loss", "labels", "soft", "hint", "accuracy"}
   # The projector's shape came from the two networks.
-  kernel = state.objective_params["1"]["dense"]["kernel"]
+  kernel = state.objective_params["1"]["projector"]["dense"]["kernel"]
   assert kernel.shape == (5, 7)
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
+from jaxdistill import arguments
+
 __all__ = [
   "MASKED",
   "AnyArray",
@@ -40,21 +42,21 @@ MASKED = -1e30
 
 
 def check_positive(name: str, value: Scalar) -> None:
-  """Refuses a number that is not positive; arrays may be traced and pass unread.
+  """Refuses what is no positive, finite number; an array that is traced passes unread.
 
   >>> check_positive("temperature", 4.0)
   """
-  if isinstance(value, float | int | np.number) and not value > 0:
-    raise ValueError(f"{name} must be positive, got {value}.")
+  if isinstance(value, float | int | np.number) and 0 < value < np.inf:
+    return
+  arguments.number(name, value, above=0)
 
 
 def check_share(name: str, value: Scalar) -> None:
-  """Refuses a number outside [0, 1]; arrays may be traced and pass unread.
+  """Refuses what is no number in [0, 1]; an array that is traced passes unread.
 
   >>> check_share("beta", 0.5)
   """
-  if isinstance(value, float | int | np.number) and not 0 <= value <= 1:
-    raise ValueError(f"{name} must be in [0, 1], got {value}.")
+  arguments.number(name, value, least=0, most=1)
 
 
 def float_arrays(*arrays: Any) -> list[Array]:

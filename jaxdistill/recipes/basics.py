@@ -1,9 +1,4 @@
-"""Methods as objectives: what to compare, and with what weight.
-
-A recipe returns an objective. `combine` adds objectives up, so that a method is put together from
-parts: ``combine(kd(), hint("hidden", "0/hidden"))``. A method of your own needs none of this: a
-function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an objective.
-"""
+"""The parts that methods are put together from: labels, soft targets, a matched layer, sums."""
 
 from __future__ import annotations
 
@@ -14,8 +9,10 @@ import flax.linen as nn
 import jax
 
 from jaxdistill import losses, projectors
+from jaxdistill.recipes._pieces import Running, feature, init_modules
 from jaxdistill.types import (
   Batch,
+  Deployed,
   Objective,
   ObjectiveFunction,
   Outputs,
@@ -123,17 +120,13 @@ def hint(
   keyword = f"{name}_weight"
 
   def module_for(student: Outputs, teacher: Outputs | None) -> nn.Module | None:
-    ours = _feature(student, student_layer, "student_layer")
-    theirs = _feature(teacher, teacher_layer, "teacher_layer")
+    ours = feature(student, student_layer, "student_layer")
+    theirs = feature(teacher, teacher_layer, "teacher_layer")
     return None if ours.shape[1:] == theirs.shape[1:] else projector(ours, theirs)
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     module = module_for(student, teacher)
-    if module is None:
-      return {}, {}
-    shape = student.features[student_layer]
-    variables = dict(module.init(key, jax.numpy.zeros(shape.shape, shape.dtype), train=True))
-    return variables.pop("params", {}), variables
+    return init_modules(key, {"projector": (module, student.features[student_layer])})
 
   def apply(
     params: PyTree,
@@ -148,29 +141,12 @@ def hint(
     del batch, key
     module = module_for(student, teacher)
     assert teacher is not None  # module_for has raised otherwise
-    ours = student.features[student_layer]
-    if module is not None:
-      ours, updated = module.apply(
-        {"params": params, **state}, ours, train=True, mutable=list(state)
-      )
-      state = {**state, **updated}
-    values = loss(ours, teacher.features[teacher_layer])
-    return {name: Term(values, weight=hyper.get(keyword, hint_weight))}, state
+    running = Running(params, state)
+    projected = running("projector", module, student.features[student_layer])
+    values = loss(projected, teacher.features[teacher_layer])
+    return {name: Term(values, weight=hyper.get(keyword, hint_weight))}, running.state
 
   return Objective(init=init, apply=apply, hyper={keyword: hint_weight})
-
-
-def _feature(outputs: Outputs | None, name: str, argument: str) -> Any:
-  side = argument.split("_")[0]
-  if outputs is None:
-    raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
-  if name not in outputs.features:
-    there = {n: tuple(f.shape) for n, f in sorted(outputs.features.items())}
-    raise ValueError(
-      f"{argument}={name!r} is not among the {side}'s features {there}; name it in "
-      "capture.linen(module, features=[...]), or capture_nnx.nnx."
-    )
-  return outputs.features[name]
 
 
 def fitnet(
@@ -259,4 +235,18 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
 
   # An earlier objective's default is the one that is shown; each part keeps its own.
   hyper = {name: value for part in reversed(parts) for name, value in part.hyper.items()}
-  return Objective(init=init, apply=apply, hyper=hyper)
+  return Objective(init=init, apply=apply, hyper=hyper, deployed=_deployed_of(parts))
+
+
+def _deployed_of(parts: list[Objective]) -> Deployed | None:
+  """The one part's deployed network, which finds its own parameters and state."""
+  found = {str(i): part.deployed for i, part in enumerate(parts) if part.deployed is not None}
+  if not found:
+    return None
+  if len(found) > 1:
+    raise ValueError(f"{len(found)} objectives deploy a network of their own; combine one at most.")
+  ((name, deployed),) = found.items()
+  return Deployed(
+    network=deployed.network,
+    variables=lambda student, params, state: deployed.variables(student, params[name], state[name]),
+  )

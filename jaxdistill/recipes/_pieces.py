@@ -1,0 +1,107 @@
+"""What recipes share: features by name, and modules that are trained with the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.types import Outputs
+
+__all__ = ["Running", "feature", "init_modules"]
+
+PyTree = Any
+
+
+def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
+  """A feature, or the error that says how to have it captured.
+
+  Args:
+    outputs: the student's or the teacher's; shapes will do.
+    name: the feature's name.
+    argument: the recipe's argument that named it, ``student_...`` or ``teacher_...``.
+
+  Returns:
+    The array, or its shape.
+
+  Raises:
+    ValueError: there is no such network, or no such feature.
+
+  >>> feature(Outputs(features={"mid": jnp.ones(2)}), "mid", "student_layer").shape
+  (2,)
+  """
+  side = argument.split("_")[0]
+  if outputs is None:
+    raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
+  if name not in outputs.features:
+    there = {n: tuple(f.shape) for n, f in sorted(outputs.features.items())}
+    raise ValueError(
+      f"{argument}={name!r} is not among the {side}'s features {there}; name it in "
+      "capture.linen(module, features=[...]), or capture_nnx.nnx."
+    )
+  return outputs.features[name]
+
+
+def init_modules(
+  key: Any, modules: Mapping[str, tuple[nn.Module | None, Any]]
+) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Parameters and state of modules, from the shapes of what goes into them.
+
+  Args:
+    key: a random key.
+    modules: ``{name: (module, input)}``: a module ``(x, ..., *, train)`` as `projectors` has them,
+      and an array or a shape, or a tuple of them, that goes in; None for no module.
+
+  Returns:
+    ``(params, state)``, each ``{name: ...}``; the state holds the other collections of modules
+    that have any.
+
+  >>> from jaxdistill.projectors import Linear
+  >>> params, state = init_modules(jax.random.key(0), {"a": (Linear(3), jnp.ones((1, 2)))})
+  >>> params["a"]["dense"]["kernel"].shape, state
+  ((2, 3), {})
+  """
+  params, state = {}, {}
+  for i, (name, (module, given)) in enumerate(modules.items()):
+    if module is None:
+      continue
+    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    variables = dict(module.init(jax.random.fold_in(key, i), *inputs, train=True))
+    params[name] = variables.pop("params", {})
+    if variables:
+      state[name] = variables
+  return params, state
+
+
+class Running:
+  """Runs modules and remembers their state.
+
+  Args:
+    params: from `init_modules`.
+    state: from `init_modules`.
+
+  >>> from jaxdistill.projectors import Linear
+  >>> x = jnp.ones((1, 2))
+  >>> running = Running(*init_modules(jax.random.key(0), {"a": (Linear(3), x)}))
+  >>> running("a", Linear(3), x).shape, running.state
+  ((1, 3), {})
+  """
+
+  def __init__(self, params: Mapping[str, PyTree], state: Mapping[str, PyTree]) -> None:
+    self._params = params
+    self.state = dict(state)
+
+  def __call__(self, name: str, module: nn.Module | None, *inputs: Any) -> Any:
+    """The module's output, in training; its one input where the module is None."""
+    if module is None:
+      return inputs[0]
+    mine = self.state.get(name, {})
+    variables = {"params": self._params[name], **mine}
+    out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
+    if mine:
+      self.state[name] = {**mine, **updated}
+    return out
