@@ -110,22 +110,6 @@ def labelled_alone(source: data.Source, mask: np.ndarray) -> data.Source:
   return dataclasses.replace(source, read=read)
 
 
-def partly_labelled(source: data.Source, mask: np.ndarray) -> data.Source:
-  """All examples, with the mask in the items, so that seeds can differ in it and share arrays."""
-  known = mask.astype(np.float32)
-
-  def read(*where: Any) -> Any:
-    items = source.read(*where)
-    return {**items, "known": known[items["index"]]}
-
-  def cut(shared: Any, item: Any) -> Any:
-    batch = source.cut(shared, {k: v for k, v in item.items() if k != "known"})
-    labels = batch.labels * item["known"].astype(batch.labels.dtype)
-    return batch.replace(labels=labels, labelled=item["known"])
-
-  return dataclasses.replace(source, read=read, cut=cut)
-
-
 def train_all(config: Config, options: Options) -> None:
   examples = data.load("digits", data.splits("digits")["train"], data_dir=options.data_dir)
   held_out = data.load("digits", data.splits("digits")["validation"], data_dir=options.data_dir)
@@ -133,13 +117,14 @@ def train_all(config: Config, options: Options) -> None:
   teacher, student = networks(config)
   folder = run.claim(options.out, {"experiment": "few-labels", **dataclasses.asdict(config)})
 
-  def source_of(shift: int) -> data.Source:
+  def source_of(seed: int, shift: int = 0, labelled: Any = None) -> data.Source:
     return data.on_device(
       examples,
       batch_size=config.batch_size,
-      data_seed=0,
+      data_seed=seed,
       augmentation=data.crop(shift),
       normalize=data.DIGITS,
+      labelled=labelled,
     )
 
   def fit(name, network, objective, sources, seeds, epochs, rate, **rest):
@@ -163,25 +148,31 @@ def train_all(config: Config, options: Options) -> None:
     "teacher",
     teacher,
     recipes.labels(),
-    [dataclasses.replace(source_of(config.teacher_shift), data_seed=100)],
+    [source_of(100, shift=config.teacher_shift)],
     [100],
     config.teacher_epochs,
     config.teacher_rate,
     config={"experiment": "few-labels/teacher"},
   )
-  source = source_of(0)
+
+  def some_labels(share: float, seed: int) -> np.ndarray:
+    return data.some_labels(examples, share, data_seed=seed)
+
+  def alone(share: float, seed: int) -> data.Source:
+    return labelled_alone(source_of(seed), some_labels(share, seed))
+
+  def partly(share: float, seed: int) -> data.Source:
+    return source_of(seed, labelled=some_labels(share, seed))
 
   def students(
     name: str,
     shares: tuple[float, ...],
     objective: Any,
-    some: Callable[[data.Source, np.ndarray], data.Source],
+    source: Callable[[float, int], data.Source],
     **rest: Any,
   ) -> None:
     runs = grid(config, shares)
-    masks = [np.asarray(data.some_labels(examples, s, data_seed=seed)) for s, seed in runs]
-    each = [dataclasses.replace(source, data_seed=seed) for _, seed in runs]
-    sources = [some(s, mask) for s, mask in zip(each, masks, strict=True)]
+    sources = [source(share, seed) for share, seed in runs]
     seeds = [seed for _, seed in runs]
     about = {"experiment": f"few-labels/{name}", "shares": [share for share, _ in runs]}
     fit(name, student, objective, sources, seeds, config.epochs, config.rate, config=about, **rest)
@@ -191,12 +182,12 @@ def train_all(config: Config, options: Options) -> None:
     soft_weight=config.soft_weight,
     hard_weight=config.hard_weight,
   )
-  students("labels", labelled_shares(config), recipes.labels(), labelled_alone)
+  students("labels", labelled_shares(config), recipes.labels(), alone)
   students(
     "distilled",
     config.shares,
     objective,
-    partly_labelled,
+    partly,
     teacher=teachers.frozen(teacher),
     teacher_variables=teachers.unstack(taught.variables)[0],
   )

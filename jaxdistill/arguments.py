@@ -12,7 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["folder", "function", "number", "short", "show", "switch", "whole"]
+__all__ = [
+  "VariablesError",
+  "folder",
+  "function",
+  "number",
+  "scheduled",
+  "short",
+  "show",
+  "switch",
+  "whole",
+]
+
+
+class VariablesError(ValueError):
+  """Variables do not fit the network that they are given to, or the inputs do not."""
 
 
 def show(value: Any) -> str:
@@ -23,7 +37,7 @@ def show(value: Any) -> str:
   """
   if hasattr(value, "shape") and hasattr(value, "dtype") and np.shape(value) != ():
     return f"an array of {value.dtype} and shape {tuple(value.shape)}"
-  text = repr(value)
+  text = " ".join(repr(value).split())
   return text if len(text) <= 100 else f"{text[:100]}... ({type(value).__name__})"
 
 
@@ -37,14 +51,14 @@ def short(error: BaseException) -> str:
 
 
 def whole(
-  name: str, value: Any, *, least: int = 1, most: int | None = None, instead: str = ""
+  name: str, value: Any, *, least: int | None = 1, most: int | None = None, instead: str = ""
 ) -> int:
   """An integer of a range; neither a bool nor a float, not even 4.0.
 
   Args:
     name: the argument's.
     value: what was given.
-    least: the least that it may be.
+    least: the least that it may be; None where the caller looks at that.
     most: the most, or None.
     instead: what else may be given, for the message: ``", or None for none"``.
 
@@ -59,15 +73,16 @@ def whole(
   3
   """
   within = f"at least {least}" if most is None else f"in {least} .. {most}"
+  must = "an integer" if least is None else f"an integer, {within}"
   try:
     if isinstance(value, bool | np.bool_):
       raise TypeError("a bool counts nothing")
     found = operator.index(value)
   except TypeError as error:
     raise TypeError(
-      f"{name}={show(value)} must be an integer, {within}{instead}; got {type(value).__name__}."
+      f"{name}={show(value)} must be {must}{instead}; got {type(value).__name__}."
     ) from error
-  if found < least or (most is not None and found > most):
+  if (least is not None and found < least) or (most is not None and found > most):
     raise ValueError(f"{name}={found} must be {within}{instead}.")
   return found
 
@@ -115,6 +130,19 @@ def number(
     raise ValueError(f"{name} must be {wanted} and finite, got {found}.")
   if not inside or not math.isfinite(found):
     raise ValueError(f"{name} must be {wanted}, got {found}.")
+
+
+def scheduled(
+  name: str, value: Any, *, above: float | None = None, least: float = -math.inf
+) -> None:
+  """What `number` takes, or a schedule: a function of the step.
+
+  >>> scheduled("soft_weight", lambda step: 0.5, least=0)
+  """
+  if callable(value):
+    function(name, value, "step -> number", arguments=1)
+  else:
+    number(name, value, above=above, least=least)
 
 
 def function(

@@ -16,6 +16,7 @@ import flax.errors
 import flax.linen as nn
 import jax
 
+from jaxdistill import arguments as check
 from jaxdistill import paths
 from jaxdistill.paths import Path
 from jaxdistill.types import Network, Outputs
@@ -67,8 +68,9 @@ def linen(
     name: for messages and reports; the module's class by default.
 
   Returns:
-    The network. Its ``init`` gives parameters as ``module.init(key, ...)`` would; its ``apply``
-    gives each random stream a key of its own, and none when ``key`` is None.
+    The network. Its ``init`` gives parameters as ``module.init(key, ...)`` would, unboxed where
+    they carry names of axes (``nn.with_partitioning``); its ``apply`` gives each random stream a
+    key of its own, and none when ``key`` is None.
 
   Raises:
     ValueError: a feature is named twice or not at all, or the module has no such train flag.
@@ -80,6 +82,9 @@ def linen(
   >>> outputs.logits.shape, outputs.features["layers_0"].shape, state
   ((2, 3), (2, 4), {})
   """
+  if not isinstance(module, nn.Module):
+    how = "make one, module(...)" if isinstance(module, type) else "capture_nnx.nnx takes NNX's"
+    raise TypeError(f"module must be a Linen module, got {check.show(module)}; {how}.")
   if isinstance(rngs, str):
     raise ValueError(f"rngs={rngs!r} must be a sequence of names: rngs=({rngs!r},).")
   signature = paths.signature(module, method)
@@ -116,6 +121,8 @@ def available(network: Network | nn.Module, inputs: Any) -> dict[str, Any]:
   """
   if isinstance(network, nn.Module):
     network = linen(network)
+  if not isinstance(network, Network):
+    raise TypeError(f"network must be from capture.linen, got {check.show(network)}.")
   adapter = getattr(network.apply, "__self__", None)
   if not isinstance(adapter, _Adapter):
     raise ValueError(
@@ -181,7 +188,8 @@ class _Adapter:
     mutable = nn.DenyList((_SOWN, "perturbations"))
     keys = {"params": key, **self.streams(key)}
     made = module.init(keys, *args, method=self.method, mutable=mutable, **keywords)
-    return {"params": {}, **made}
+    # Names of axes are for model parallelism; boxed, arrays would not be where their names say.
+    return {"params": {}, **nn.unbox(made)}
 
   def streams(self, key: Any) -> dict[str, Any]:
     names = () if key is None else self.rngs
@@ -214,6 +222,15 @@ class _Adapter:
       )
     except flax.errors.InvalidRngError as error:
       raise ValueError(self.explain_stream(str(error), call)) from error
+    except (
+      flax.errors.ScopeCollectionNotFound,
+      flax.errors.ScopeParamNotFoundError,
+      flax.errors.ScopeParamShapeError,
+    ) as error:
+      raise check.VariablesError(
+        f"{self.name}: the variables, or the inputs, do not fit: {check.short(error)} Give what "
+        "the init of this network returns, or a checkpoint of the same architecture."
+      ) from error
     return out, dict(state)
 
   def outputs(self, call: _Call, out: Any, state: Mapping[str, PyTree]) -> Outputs:

@@ -45,8 +45,9 @@ def nnx(
 
   A feature is a submodule's output, by its path (``"layers/0"``, ``"encoder/linear1"``), or what a
   submodule sows as ``nnx.Intermediate``, by its path and name. ``"shared:1"`` means the second call
-  of a submodule (or the second value sown). A feature that is not there is an error that lists
-  those that are, raised by ``init`` and whenever ``apply`` is traced.
+  of a submodule (or the second value sown). A Linen module inside (``nnx.bridge.ToNNX``) is one
+  submodule. A feature that is not there is an error that lists those that are, raised by ``init``
+  and whenever ``apply`` is traced.
 
   The variables are nested dicts by collection: ``params`` (``nnx.Param`` and its subclasses, which
   are trained), ``batch_stats``, every other variable type by its name, and ``arrays`` for arrays

@@ -13,7 +13,6 @@ a manifest counts as half written. Leftovers of a killed process are cleared at 
 from __future__ import annotations
 
 import math
-import operator
 import os
 import pathlib
 import re
@@ -24,8 +23,9 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 
-from jaxdistill import orbax_io
+from jaxdistill import arguments, orbax_io
 from jaxdistill.leaves import check_like, from_outline, named, place, snapshot
 from jaxdistill.manifest import (
   MANIFEST,
@@ -90,9 +90,8 @@ class Checkpoints:
   def __init__(
     self, folder: str | os.PathLike[str], *, keep_last: int = 2, keep_best: bool = True
   ) -> None:
-    if keep_last < 1:
-      raise ValueError(f"keep_last={keep_last} would keep no checkpoint; it must be at least 1.")
-    self.folder = pathlib.Path(folder).absolute()
+    arguments.whole("keep_last", keep_last)
+    self.folder = arguments.folder("folder", folder).absolute()
     self.keep_last = keep_last
     self.keep_best = keep_best
     self._thread: threading.Thread | None = None
@@ -122,9 +121,11 @@ class Checkpoints:
       TypeError: a leaf is no array or number, or the metadata is not JSON.
       ValueError: a bad step, no items, a name that cannot be one, or two leaves of one path.
     """
-    step = operator.index(step)
-    if step < 0:
-      raise ValueError(f"step={step} is negative; steps count from 0.")
+    step = arguments.whole("step", step, least=0)
+    if not isinstance(items, Mapping):
+      raise TypeError(f"items must be pytrees by name, got {arguments.show(items)}.")
+    if score is not None and not isinstance(score, float | int | np.number):
+      raise TypeError(f"score={arguments.show(score)} must be a number, or None.")
     head = {
       "step": step,
       "score": float(score) if score is not None and math.isfinite(score) else None,
@@ -252,7 +253,7 @@ class Checkpoints:
     return read_manifest(self._existing(step))["metadata"]
 
   def _existing(self, step: int) -> pathlib.Path:
-    path = locate(self.folder / str(operator.index(step)))
+    path = locate(self.folder / str(arguments.whole("step", step, least=0)))
     if not self.folder.is_dir():
       raise FileNotFoundError(f"there is no folder of checkpoints at {self.folder}.")
     if not path.is_dir():
@@ -307,7 +308,7 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   ...   load_variables(f"{folder}/teacher")["params"]["bias"].shape
   (2,)
   """
-  target = pathlib.Path(path).absolute()
+  target = arguments.folder("path", path).absolute()
   if target.is_file() or (listing(target) and not (target / MANIFEST).is_file()):
     raise FileExistsError(f"path={target} holds something that is no checkpoint; take another.")
   arrays, described = snapshot({_VARIABLES: variables})
@@ -331,7 +332,7 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
     CheckpointError: the checkpoint is damaged or half written.
     ValueError: another structure, shape or dtype than was saved.
   """
-  target = locate(pathlib.Path(path).absolute())
+  target = locate(arguments.folder("path", path).absolute())
   if not target.is_dir():
     raise FileNotFoundError(f"there is no checkpoint at path={target}.")
   return _read(target, {_VARIABLES: like})[_VARIABLES]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill import arguments
 from jaxdistill.dicts import check_classes, from_dicts, from_sequence, row_reader
 from jaxdistill.examples import Examples, Records, from_arrays
 from jaxdistill.labels import label_mask, some_labels
@@ -109,8 +110,7 @@ def evaluation_batches(
   >>> batches.weight.tolist(), batches.labels.tolist()
   ([[1.0, 1.0], [1.0, 0.0]], [[0, 1], [1, 0]])
   """
-  if batch_size < 1:
-    raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+  arguments.whole("batch_size", batch_size)
   check_in_memory("evaluation_batches", examples)
   known = label_mask(examples, labelled)
   size = len(examples)
@@ -194,6 +194,8 @@ def iterated(
       f"open of {name!r} gives the same iterator at every call, which is used up after one epoch: "
       "make a new one at every call, e.g. open=lambda epoch: read_rows()."
     )
+  arguments.whole("size", size)
+  arguments.whole("batch_size", batch_size, least=None)
   reader = row_reader(
     again,
     inputs=inputs,
@@ -291,7 +293,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
       )
     if one.share:
       raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
-  if not 0 < share < 1:
+  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
     raise ValueError(
       f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
       "out, for nothing else train on the transfer source with labelled all 0."

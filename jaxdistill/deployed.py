@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 import os
 import pathlib
 import warnings
@@ -26,7 +25,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import accept, manifest
+from jaxdistill import accept, arguments, manifest
 from jaxdistill.checkpoint import Checkpoints, load_variables, save_variables
 from jaxdistill.leaves import from_outline, named, outline
 from jaxdistill.run import read_config, write_json
@@ -95,7 +94,14 @@ def save_student(
   ...   load_student(run)([[1.0, 2.0], [3.0, 4.0]]).tolist()
   [[1.0, 2.0], [3.0, 4.0]]
   """
-  target = pathlib.Path(folder).absolute() / _FOLDER
+  run = arguments.folder("folder", folder).absolute()
+  if not isinstance(network, Network):
+    raise TypeError(
+      f"network must be a Network, got {arguments.show(network)}; give capture.linen(module)."
+    )
+  if any(part.is_file() for part in (run, *run.parents)):
+    raise FileExistsError(f"folder={run} is a file, or lies below one; take another.")
+  target = run / _FOLDER
   if target.is_file() or (manifest.listing(target) and not (target / manifest.MANIFEST).is_file()):
     raise FileExistsError(f"{target} is no student of ours; move it, or take another folder.")
   if normalize is not None and not callable(normalize):
@@ -181,8 +187,7 @@ class Student:
 
     The last batch is padded, so that one program is compiled. Raises what a call raises.
     """
-    if batch_size < 1:
-      raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    arguments.whole("batch_size", batch_size)
     accepted, size = accept.batch(inputs, self.expected, self.info["name"])
     logits = []
     for begin in range(0, size, batch_size):
@@ -210,14 +215,14 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
     RuntimeError: this JAX cannot read the program, or not on this platform or with these settings.
     ValueError: it was saved without a program.
   """
-  folder = manifest.locate(pathlib.Path(run).absolute() / _FOLDER)
+  folder = manifest.locate(arguments.folder("run", run).absolute() / _FOLDER)
   if not folder.is_dir():
     raise FileNotFoundError(_absent(pathlib.Path(run)))
   if (folder / "config.json").is_file():
     return load_student(folder, instance=instance)
   manifest.verify(folder)
   info = json.loads((folder / _INFO).read_text())
-  if not 0 <= operator.index(instance) < info["instances"]:
+  if not 0 <= arguments.whole("instance", instance, least=None) < info["instances"]:
     raise IndexError(f"instance={instance} must lie in 0 .. {info['instances'] - 1} for {folder}.")
   load = f"its weights with checkpoint.load_variables({str(folder / _VARIABLES)!r})"
   if info["batch"] is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill import arguments
 from jaxdistill.examples import Examples, Records, from_arrays
 
 __all__ = ["check_classes", "from_dicts", "from_sequence", "row_reader"]
@@ -60,8 +61,8 @@ def from_dicts(
   _check_rows("from_dicts", rows)
   if not isinstance(rows, Iterable):
     raise TypeError(f"from_dicts needs an iterable of dicts, got {type(rows).__name__}.")
-  if limit is not None and limit < 1:
-    raise ValueError(f"limit must be at least 1, or None for all rows, got {limit}.")
+  if limit is not None:
+    arguments.whole("limit", limit, instead=", or None for all rows")
   reader = row_reader(
     rows,
     inputs=inputs,
@@ -159,8 +160,8 @@ def row_reader(
     raise ValueError(
       "num_classes and label_names are of labels, and labels is None: leave them out."
     )
-  if num_classes is not None and num_classes < 1:
-    raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+  if num_classes is not None:
+    arguments.whole("num_classes", num_classes)
   names = tuple(label_names)
   if names and num_classes not in (None, len(names)):
     raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(names)}.")

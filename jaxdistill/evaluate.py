@@ -5,15 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax.errors
 import jax
 import numpy as np
 
-from jaxdistill import cost, metrics
+from jaxdistill import arguments, cost, metrics
 from jaxdistill.types import Batch, Network, Teacher
 
 __all__ = ["Predict", "costs", "evaluate", "predictor", "teacher_predictor", "validator"]
 
 PyTree = Any
+
+# What comes of variables that belong to another network.
+_MISFITS = (
+  arguments.VariablesError,
+  flax.errors.FlaxError,
+  TypeError,
+  AttributeError,
+  IndexError,
+)
 
 # ``(variables, batch) -> logits [B, K]`` in inference mode.
 Predict = Callable[[PyTree, Batch], jax.Array]
@@ -57,6 +67,11 @@ def evaluate(
     ``accuracy_where_teacher_wrong``; each of shape ``[S]`` when ``stacked``, else ``[]``. NaN
     where a number is undefined.
   """
+  arguments.function(
+    "predict", predict, "(variables, batch) -> logits", arguments=2, instead="See predictor."
+  )
+  if reference is not None and not (isinstance(reference, tuple) and len(reference) == 2):
+    raise TypeError(f"reference must be (predict, variables), got {arguments.show(reference)}.")
   sums = _compile(predict, reference[0] if reference else None, stacked)(
     variables, reference[1] if reference else None, batches
   )
@@ -70,9 +85,13 @@ def _compile(
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
+  classes: list[int] = []
 
   def batch_sums(variables: PyTree, taught: Any, batch: Batch) -> dict[str, jax.Array]:
     logits = predict(variables, batch)
+    if not hasattr(logits, "shape"):
+      raise TypeError(f"predict must return logits [B, K], got {arguments.show(logits)}")
+    classes.append(logits.shape[-1])
     where = batch.weight * batch.labelled
     sums = metrics.classification_sums(logits, batch.labels, where)
     if taught is not None:
@@ -92,13 +111,45 @@ def _compile(
     return new if sums is None else metrics.add_sums(sums, new)
 
   def run(variables: PyTree, reference_variables: PyTree, batches: Batch) -> dict[str, jax.Array]:
-    shapes = jax.eval_shape(add, None, variables, reference_variables, batches, 0)
+    _check_batches(batches)
+    uneven = (ValueError,) if stacked else ()  # vmap's, over leaves of different lengths
+    try:
+      shapes = jax.eval_shape(add, None, variables, reference_variables, batches, 0)
+    except (*_MISFITS, *uneven) as error:
+      raise ValueError(
+        f"the variables (or the teacher's, in reference) do not fit the network, with "
+        f"stacked={stacked}: {arguments.short(error)} A run over seeds needs stacked=True, one "
+        "alone stacked=False."
+      ) from error
+    _check_labels(batches, classes[-1] if classes else None)
     sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     for i in range(batches.weight.shape[0]):
       sums = add(sums, variables, reference_variables, batches, i)
     return sums
 
   return run
+
+
+def _check_batches(batches: Any) -> None:
+  if not isinstance(batches, Batch) or np.ndim(batches.weight) != 2:
+    raise TypeError(
+      f"batches must be what data.evaluation_batches makes, leaves [N, B, ...], got "
+      f"{arguments.show(batches)}."
+    )
+
+
+def _check_labels(batches: Batch, classes: int | None) -> None:
+  """Raises for a label beyond the logits, which would count as an error and as no loss."""
+  if classes is None or not np.issubdtype(batches.labels.dtype, np.integer):
+    return
+  counted = np.asarray(batches.weight) * np.asarray(batches.labelled) > 0
+  labels = np.asarray(batches.labels)
+  largest = labels[counted].max(initial=0) if labels.shape == counted.shape else 0
+  if largest >= classes:
+    raise ValueError(
+      f"the batches have the label {largest} and the network puts out {classes} classes: evaluate "
+      "on a split of its own classes."
+    )
 
 
 def validator(
@@ -114,6 +165,9 @@ def validator(
   Returns:
     ``variables -> {"accuracy", "nll", "ece"}``.
   """
+  if not isinstance(network, Network):
+    raise TypeError(f"network must be a Network, got {arguments.show(network)}.")
+  _check_batches(batches)
   compiled = _compile(predictor(network), None, stacked)
 
   def validate(variables: PyTree) -> dict[str, np.ndarray]:
@@ -140,6 +194,9 @@ def costs(
     compiler's own figure, or None), ``latency_ms`` at batch 1 as ``{"median", "p95"}``, and
     ``throughput`` in examples a second at batch B, ``throughput_batch``.
   """
+  arguments.function("predict", predict, "(variables, batch) -> logits", arguments=2)
+  arguments.number("seconds", seconds, above=0)
+  _check_batches(batches)
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = int(batch.weight.shape[0])

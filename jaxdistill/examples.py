@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill import arguments
+
 __all__ = ["Examples", "Records", "from_arrays"]
+
+
+# A label is an int32.
+_MOST_CLASSES = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +149,7 @@ class Records:
     else:
       value = self._feature(example, row, self.inputs)
     if self.transform is not None:
+      arguments.function("transform", self.transform, "of a row (or its input)", arguments=1)
       try:
         value = self.transform(value)
       except Exception as error:
@@ -166,6 +173,7 @@ class Records:
   def _feature(self, example: Any, row: int, key: str) -> Any:
     example = self._checked(example, row)
     if key not in example:
+      key = str(key)
       near = [one for one in example if key in str(one) or str(one) in key]
       near = near or difflib.get_close_matches(key, map(str, example), n=2, cutoff=0.5)
       hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -288,6 +296,10 @@ def _as_arrays(inputs: Any) -> Any:
       raise ValueError(
         f"{what} cannot be made one array ({error}): give all examples one shape."
       ) from error
+    if array.dtype.kind == "c" or (
+      array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
+    ):
+      raise ValueError(f"{what} must be real numbers (or text), got {arguments.show(array)}.")
     if array.ndim == 0 or len(array) == 0:
       raise ValueError(f"{what} must hold at least one example, got an array of {array.shape}.")
     return array
@@ -352,7 +364,9 @@ def from_arrays(
       f"labels must be integers, got {labels.dtype}. Names become numbers by "
       "label_names, labels = np.unique(labels, return_inverse=True)."
     )
-  num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
+  if num_classes is None:
+    num_classes = int(labels.max()) + 1
+  arguments.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
   wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
   if len(wrong):
     row = int(wrong[0])

@@ -89,7 +89,8 @@ def check_seeds(seed: int | Sequence[int], data: Any) -> tuple[list[int], list[S
   """
   if np.ndim(seed) > 1 or isinstance(seed, str | set | frozenset | Mapping):
     raise TypeError(f"seed={arguments.show(seed)} must be an integer or a sequence of them.")
-  several = list(seed) if np.ndim(seed) == 1 or isinstance(seed, Sequence) else [seed]
+  one: Any = seed
+  several = list(one) if np.ndim(one) == 1 or isinstance(one, Sequence) else [one]
   if not several:
     raise ValueError("seed is an empty sequence; give at least one seed.")
   seeds = [arguments.whole("seed", s, least=0, most=2**32 - 1) for s in several]
@@ -139,7 +140,7 @@ def check_machinery(
       f"{arguments.show(dispatch)}."
     )
   if average is not None:
-    arguments.number("average", average)
+    arguments.number("average", average, least=0, most=1)
   if seeds_by not in ("vmap", "unroll"):
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
   if not isinstance(progress, str | None):

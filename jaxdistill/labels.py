@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from jaxdistill import arguments
 from jaxdistill.examples import Examples, Records
 from jaxdistill.views import epoch_order
 
@@ -63,8 +64,7 @@ def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[
     )
   if examples.num_classes == 0:
     raise ValueError(f"{examples.name!r} has no labels to choose from.")
-  if not 0 <= share <= 1:
-    raise ValueError(f"share must lie in 0 .. 1, got {share}.")
+  arguments.number("share", share, least=0, most=1)
   size = len(examples)
   present, count = np.unique(examples.labels), round(share * size)
   if share > 0 and count < len(present):

@@ -102,7 +102,7 @@ def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], di
   arrays: dict[str, dict[str, Any]] = {}
   described = {}
   for item, tree in items.items():
-    if not item.isidentifier() or item in ("AUTO", "metrics"):
+    if not isinstance(item, str) or not item.isidentifier() or item in ("AUTO", "metrics"):
       raise ValueError(f"items has the name {item!r}: not an identifier, or one Orbax reserves.")
     leaves = {n: _describe(f"{item}/{n}", leaf) for n, leaf in named(item, tree).items()}
     described[item] = {

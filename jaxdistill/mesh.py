@@ -21,6 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxdistill import arguments
+
 __all__ = [
   "AXIS",
   "Dispatch",
@@ -47,14 +49,22 @@ def data_parallel(devices: Sequence[jax.Device] | None = None) -> Mesh:
     A mesh whose axis type is ``Auto``: the compiler propagates shardings.
 
   Raises:
-    ValueError: there is no device.
+    TypeError: these are no devices.
+    ValueError: there is no device, or one twice.
 
   >>> dict(data_parallel(jax.devices()[:1]).shape)
   {'data': 1}
   """
-  chosen = jax.devices() if devices is None else list(devices)
+  chosen: Any = jax.devices() if devices is None else devices
+  if isinstance(chosen, str) or not isinstance(chosen, Sequence | np.ndarray):
+    raise TypeError(f"devices={arguments.show(chosen)} must be devices, such as jax.devices()[:2].")
+  chosen = list(chosen)
   if not chosen:
     raise ValueError("devices is empty: a mesh needs at least one device; leave it out to use all.")
+  if not all(isinstance(device, jax.Device) for device in chosen):
+    raise TypeError(f"devices={arguments.show(chosen)} must be devices, such as jax.devices()[:2].")
+  if len(set(chosen)) < len(chosen):
+    raise ValueError(f"devices={chosen} has a device more than once; name each one time.")
   return Mesh(np.asarray(chosen), (AXIS,), axis_types=(AxisType.Auto,))
 
 
@@ -138,6 +148,11 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
     The dispatch; its compiled function donates the state.
   """
   mesh = data_parallel() if mesh is None else mesh
+  if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
+    shown = arguments.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
+    raise TypeError(
+      f"mesh must be of the one axis {AXIS!r}, got {shown}; use mesh.data_parallel()."
+    )
   devices, part = mesh.devices.size, _part(mesh)
   several = part[1] > 1
   replicated = NamedSharding(mesh, PartitionSpec())

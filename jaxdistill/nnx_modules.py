@@ -262,7 +262,13 @@ def build(
       value = jax.tree.unflatten(structure, [given[place] for place in slot.places])
     is_variable = isinstance(slot.variable, nnx.Variable)
     state.append((slot.path, slot.variable.copy(value) if is_variable else value))
-  return nnx.merge(graph, nnx.from_flat_state(state))
+  module = nnx.merge(graph, nnx.from_flat_state(state))
+  for _, node in nnx.iter_modules(module):
+    # An Embed keeps the dtype that it was made in for its default, "same as embedding", so that
+    # everything after one would stay in float32 (precision.mixed).
+    if isinstance(node, nnx.Embed) and node.dtype == node.param_dtype:
+      node.dtype = node.embedding.dtype
+  return module
 
 
 def _differ(one: Any, other: Any) -> bool:

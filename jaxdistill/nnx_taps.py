@@ -146,7 +146,7 @@ def run(module: nnx.Module, method: Callable[[], Any], found: Sequence[Tap]) -> 
     ``(what the method returned, captured values)``, the latter in nested dicts by path and name.
   """
   for _, node in nnx.iter_graph(module):
-    if isinstance(node, nnx.Dict):
+    if isinstance(node, nnx.Dict | nnx.bridge.ToNNX):
       node.__class__ = _watched(type(node))
   for tap in found:
     if tap.methods is not None:
@@ -203,9 +203,19 @@ def _watched(cls: Any) -> Any:
     bound = bound and not isinstance(static, type | staticmethod | classmethod)
     if bound and (name == "__call__" or not name.startswith("_")):
       namespace[name] = observed(name, getattr(cls, name))
+  # Their names are their attributes, and what is captured is kept in one.
+  ours = (_CAPTURES, _WATCH)
   if issubclass(cls, nnx.Dict):
-    # Its names are its attributes, and what is captured is kept in one.
-    ours = (_CAPTURES, _WATCH)
     namespace["__iter__"] = lambda self: (n for n in cls.__iter__(self) if n not in ours)
+  if issubclass(cls, nnx.bridge.ToNNX):
+
+    def alone(self: Any, *args: Any, **keywords: Any) -> Any:
+      held = {name: vars(self).pop(name) for name in ours if name in vars(self)}
+      try:
+        return cls.__call__(self, *args, **keywords)
+      finally:
+        vars(self).update(held)
+
+    namespace["__call__"] = observed("__call__", functools.wraps(cls.__call__)(alone))
   namespace[_TAPPED] = True
   return type(cls)(cls.__name__, (cls,), namespace)

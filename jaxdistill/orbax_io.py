@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxdistill import arguments
 from jaxdistill.manifest import MANIFEST, CheckpointError, listing
 
 __all__ = ["find_collections", "nested", "read", "read_foreign", "write"]
@@ -139,7 +140,7 @@ def read_foreign(
     ValueError: it is no checkpoint of Orbax's, it is one of ours, or it lacks a collection.
     CheckpointError: Orbax cannot read it.
   """
-  folder = pathlib.Path(path).absolute()
+  folder = arguments.folder("path", path).absolute()
   _refuse_ours(folder)
   folder = _last_step(folder)
   items = _items(folder)
@@ -192,7 +193,10 @@ def find_collections(
   >>> find_collections(leaves, ["params", "batch_stats"], "the tree")
   {'params': ('state', 'params')}
   """
-  if isinstance(collections, str) or not collections:
+  words: list[Any] = list(collections) if isinstance(collections, Sequence | Mapping) else []
+  if isinstance(collections, Mapping):
+    words += collections.values()
+  if isinstance(collections, str) or not words or not all(isinstance(w, str) for w in words):
     raise ValueError(
       f"collections={collections!r} must be a sequence of names, such as ('params',), or a mapping "
       "from names to paths."

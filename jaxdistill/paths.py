@@ -95,6 +95,8 @@ def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]
   found = {}
   for name, place in features.items():
     path = Path(place) if isinstance(place, str) else place
+    if not isinstance(name, str) or not isinstance(path, Path):
+      raise TypeError(f"features has {name!r}: {place!r}; name a path, as text or as a Path.")
     parts = re.fullmatch(r"(.*):(\d+)", path.path)
     if parts and path.call is None:
       path = dataclasses.replace(path, path=parts[1], call=int(parts[2]))
@@ -120,6 +122,8 @@ def parse_flag(train_flag: str) -> tuple[str, bool]:
   >>> parse_flag("train"), parse_flag("deterministic"), parse_flag("not frozen")
   (('train', False), ('deterministic', True), ('frozen', True))
   """
+  if not isinstance(train_flag, str):
+    raise TypeError(f"train_flag={train_flag!r} must be a flag's name, 'auto', or None.")
   name = train_flag.removeprefix("not ").strip()
   return name, TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
 
@@ -173,6 +177,8 @@ def bind(
   >>> bind(inspect.signature(lambda module, x, train: x), 1, None, {"train": True}, "Net")
   ((1,), {'train': True})
   """
+  if not callable(arguments) and arguments is not None:
+    raise TypeError(f"{label}: arguments={arguments!r} must be a function inputs -> tuple or dict.")
   given = (inputs,) if arguments is None else arguments(inputs)
   if not isinstance(given, tuple | Mapping):
     raise ValueError(
@@ -215,6 +221,8 @@ def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
   [0.0, 0.0]
   """
   if finder is not None:
+    if not callable(finder):
+      raise TypeError(f"{label}: logits={finder!r} must be a function of what the module returns.")
     found = finder(out)
   elif is_array(out):
     found = out

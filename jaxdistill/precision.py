@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr
 
+from jaxdistill import arguments
 from jaxdistill.types import Network, Outputs, compute_dtype
 
 __all__ = ["mixed", "products"]
@@ -37,9 +38,10 @@ def mixed(network: Network, *, compute: Any = jnp.bfloat16) -> Network:
 
   It follows the modules: those with ``dtype=None`` compute in what their inputs and parameters
   are, so in ``compute``. A module that says ``dtype=jnp.float32`` computes in float32, of rounded
-  parameters. So does everything after a float32 constant that a module adds, and after NNX's
-  BatchNorm, which promotes to the dtype of its averages (Linen's does not): give that one
-  ``dtype=jnp.bfloat16``. See `products`.
+  parameters. So does everything after a float32 constant that a module adds, after NNX's BatchNorm,
+  which promotes to the dtype of its averages (Linen's does not): give that one
+  ``dtype=jnp.bfloat16``; and in Linen's SpectralNorm, which divides by what it keeps. See
+  `products`.
 
   Wrap the network last: `capture.available` knows only the bare one. A teacher is wrapped just so:
   ``teachers.frozen(mixed(network))``.
@@ -71,6 +73,10 @@ def mixed(network: Network, *, compute: Any = jnp.bfloat16) -> Network:
   >>> half.name, products(half, variables, jnp.ones((2, 3)))
   ('linear (bfloat16)', {'bfloat16': 1})
   """
+  if not isinstance(network, Network):
+    raise TypeError(
+      f"network must be a Network, got {arguments.show(network)}; give capture.linen(module)."
+    )
   dtype = _checked(compute)
 
   def init(key: Any, inputs: Any) -> dict[str, PyTree]:

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jaxdistill.data import Source
+from jaxdistill.fit_arguments import check_seeds
 from jaxdistill.mesh import Dispatch, check_divides
 from jaxdistill.state import State, init_state, trained_variables
 from jaxdistill.step import make_step
@@ -35,6 +36,7 @@ class Program:
     stacked: whether the state has an axis over seeds.
     shapes: the state's shapes and dtypes.
     initial: makes the state at step 0.
+    check: ``count ->``; traces a chunk of so many steps, so that what does not fit says so.
     run: ``(state, step, count) -> (state, sums)``: the next ``count`` steps; donates the state.
       Sums have a step axis last.
     collect: one copy of a tree that `run` returned.
@@ -48,6 +50,7 @@ class Program:
   stacked: bool
   shapes: State
   initial: Callable[[], State]
+  check: Callable[[int], None]
   run: Callable[[State, int, int], tuple[State, PyTree]]
   collect: Callable[[PyTree], PyTree]
 
@@ -114,7 +117,7 @@ def build(
     ValueError: sources and seeds do not pair up, a batch does not divide by the devices, or the
       networks, the objective and the data do not fit together.
   """
-  seeds, sources = _pair(seed, data)
+  seeds, sources = check_seeds(seed, data)
   stacked, source = np.ndim(seed) > 0, sources[0]
   step = make_step(
     student,
@@ -149,6 +152,7 @@ def build(
       start=starts[0],
       objective_start=starts[1],
       average=average is not None,
+      num_classes=source.num_classes,
     )
 
   def chunk(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
@@ -184,6 +188,20 @@ def build(
   # Abstract first: what does not fit together says so before anything is compiled.
   shapes = jax.eval_shape(initial, *arguments)
   compiled = dispatch.compile(chunk)
+
+  def check(count: int) -> None:
+    lead = 1 if stacked else 0
+    length = count if scan else 1
+    items = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        (*leaf.shape[:lead], length, *leaf.shape[lead + 1 :]), leaf.dtype
+      ),
+      head,
+    )
+    # jit keeps what it traced; pmap cannot trace without compiling.
+    if hasattr(compiled, "eval_shape"):
+      compiled.eval_shape(shapes, teacher_variables, shared, items)
+
   fixed = (dispatch.place(teacher_variables), dispatch.place(shared))
 
   def run(state: State, at: int, count: int) -> tuple[State, PyTree]:
@@ -204,6 +222,7 @@ def build(
     stacked=stacked,
     shapes=shapes,
     initial=lambda: jax.jit(initial, compiler_options=_quick())(*arguments),
+    check=check,
     run=run,
     collect=dispatch.collect,
   )
@@ -283,20 +302,3 @@ def _over_seeds(
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
   return one_after_another
-
-
-def _pair(
-  seed: int | Sequence[int], data: Source | Sequence[Source]
-) -> tuple[list[int], list[Source]]:
-  seeds = [int(s) for s in np.atleast_1d(np.asarray(seed, np.int64))]
-  sources = list(data) if isinstance(data, Sequence) else [data]
-  if not seeds:
-    raise ValueError("seed is an empty sequence; give at least one seed.")
-  if len(sources) == 1:
-    sources = sources * len(seeds)
-  if len(sources) != len(seeds):
-    raise ValueError(
-      f"data has {len(sources)} sources for {len(seeds)} seeds; give one for each seed, or one "
-      "for all of them (which then see the same order)."
-    )
-  return seeds, sources

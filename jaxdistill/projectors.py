@@ -17,7 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-__all__ = ["MLP", "Conv", "Linear", "between"]
+from jaxdistill.fusion import ReviewFusion
+from jaxdistill.types import compute_dtype
+
+__all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
 
 
 class Linear(nn.Module):
@@ -63,6 +66,85 @@ class Linear(nn.Module):
       param_dtype=self.param_dtype,
       name="dense",
     )(x)
+
+
+class LearnedTemperature(nn.Module):
+  """A temperature in [1, 21] that is trained against the student (CTKD).
+
+  lowest + span * sigmoid(theta). In the backward pass its gradient is multiplied by ``-reversal``,
+  so that an optimiser that makes the loss smaller moves theta to where the loss is larger.
+
+  Theta is one parameter, or with ``hidden`` the output of two linear maps with a ReLU between them
+  for each example's predictions: one temperature for each example.
+
+  Attributes:
+    lowest: 1 in the published code.
+    span: 20 in the published code.
+    initial: where theta starts (with ``hidden``, its bias); 1 in the published code, which makes a
+      temperature of 15.6.
+    hidden: None for one temperature; else the width between the linear maps, which are the paper's
+      and not in its code.
+    param_dtype: of the parameters.
+
+  Source: Li, Li, Yang, Zhao, Song, Luo, Li, Yang, "Curriculum Temperature for Knowledge
+  Distillation", 2023.
+
+  >>> module = LearnedTemperature()
+  >>> value, variables = module.init_with_output(jax.random.key(0), 0.5)
+  >>> round(value.item(), 2), variables["params"]["theta"].item()
+  (15.62, 1.0)
+  >>> slope = jax.grad(lambda reversal, v: module.apply(v, reversal), argnums=1)
+  >>> [round(slope(r, variables)["params"]["theta"].item(), 3) for r in (0.5, 1.0)]
+  [-1.966, -3.932]
+  """
+
+  lowest: float = 1.0
+  span: float = 20.0
+  initial: float = 1.0
+  hidden: int | None = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    reversal: Any,
+    predictions: Float[Array | np.ndarray, "*batch D"] | None = None,
+    *,
+    train: bool = False,
+  ) -> Float[Array, "*rows"]:
+    """The temperature.
+
+    Args:
+      reversal: how much of the gradient is turned round, a number: 0 is none of it, and the
+        temperature stays; 1 is all. May follow a schedule.
+      predictions: ``[..., D]``, with ``hidden`` only: both networks' logits side by side. No
+        gradient goes back into them.
+      train: changes nothing here.
+
+    Returns:
+      One number ``[]``, or ``[...]`` with ``hidden``.
+
+    Raises:
+      ValueError: there are predictions without ``hidden``, or the other way round.
+    """
+    del train
+    if (predictions is None) != (self.hidden is None):
+      raise ValueError(
+        f"hidden={self.hidden} and predictions {'without' if predictions is None else 'with'} "
+        "values: a temperature for each example needs both, hidden=128 say; one for all neither."
+      )
+    start = nn.initializers.constant(self.initial)
+    if predictions is None:
+      theta = self.param("theta", start, (), self.param_dtype)
+    else:
+      x = jax.lax.stop_gradient(jnp.asarray(predictions))
+      options = {"dtype": compute_dtype(x), "param_dtype": self.param_dtype}
+      x = jax.nn.relu(nn.Dense(self.hidden or 0, **options, name="dense1")(x))
+      theta = nn.Dense(1, bias_init=start, **options, name="dense2")(x)[..., 0]
+    value = self.lowest + self.span * jax.nn.sigmoid(theta)
+    fixed = jax.lax.stop_gradient(value)
+    # The difference is 0 exactly; only its gradient counts.
+    return fixed - jnp.asarray(reversal, value.dtype) * (value - fixed)
 
 
 class MLP(nn.Module):
@@ -118,6 +200,7 @@ class Conv(nn.Module):
     use_norm: whether BatchNorm follows.
     use_relu: whether a ReLU follows. The projection cannot be negative then: leave it out for
       teacher features from before their ReLU.
+    kernel_init: initialises the kernel; Flax's default.
     axis_name: the mapped axis over which BatchNorm averages its statistics, under ``pmap``.
     dtype: of the computation; None promotes from inputs and parameters.
     param_dtype: of the parameters.
@@ -137,6 +220,7 @@ class Conv(nn.Module):
   use_bias: bool = True
   use_norm: bool = True
   use_relu: bool = True
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
   axis_name: str | None = None
   dtype: Any = None
   param_dtype: Any = jnp.float32
@@ -159,7 +243,8 @@ class Conv(nn.Module):
     """
     layer = _convolution(x.shape, (x.shape[0], *self.spatial, self.features))
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    y = layer(self.features, use_bias=self.use_bias, **options, name="conv")(x)
+    kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
+    y = layer(self.features, **kernel, **options, name="conv")(x)
     if self.use_norm:
       y = nn.BatchNorm(
         use_running_average=not train,

@@ -1,10 +1,12 @@
-"""What a training run shows of itself: lines of the log, a bar; and a stop at a bad number."""
+"""What a training run shows of itself: its folder, lines, a bar; and a stop at a bad number."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm.auto as tqdm
 
+from jaxdistill import arguments
+from jaxdistill import mesh as mesh_lib
 from jaxdistill import run as run_lib
+from jaxdistill.arguments import show
 from jaxdistill.state import State
 
-__all__ = ["Log", "check_finite", "check_state"]
+__all__ = ["Log", "check_counted", "check_finite", "check_state", "check_validation", "claimed"]
 
 PyTree = Any
 
@@ -106,6 +111,96 @@ def _means(sums: PyTree) -> dict[str, Any]:
     summed = np.asarray(count, np.float64).sum(axis=-1)
     means[name] = np.asarray(total, np.float64).sum(axis=-1) / np.where(summed == 0, 1, summed)
   return means
+
+
+@contextlib.contextmanager
+def claimed(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iterator[pathlib.Path]:
+  """The run's folder; one newly claimed is given back where the run fails before a checkpoint.
+
+  Args:
+    folder: the run's folder.
+    settings: what defines the run, for its ``config.json``.
+
+  Yields:
+    The folder.
+
+  Raises:
+    FileExistsError: it holds something else under a name of a run's.
+    ValueError: it holds another run.
+  """
+  place = arguments.folder("folder", folder)
+  for taken in (place / "checkpoints", place / "student"):
+    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / "manifest.json").is_file())
+    if taken.exists() and not ours:
+      raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
+  fresh = not (place / "config.json").exists()
+  path = _claim(place, settings)
+  try:
+    yield path
+  except BaseException:
+    if fresh and jax.process_index() == 0:
+      run_lib.release(path)
+    raise
+
+
+def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathlib.Path:
+  """Process 0 claims the folder, and the others see whether it is theirs after it."""
+  try:
+    if jax.process_index() == 0:
+      run_lib.claim(folder, settings)
+  finally:
+    mesh_lib.barrier("claim")
+  return run_lib.claim(folder, settings)
+
+
+def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
+  """What a user's ``validate`` returned, as arrays of numbers.
+
+  Args:
+    found: what it returned.
+    select: the metric that must be among them, or None.
+
+  Returns:
+    ``{name: number}``; arrays over seeds.
+
+  Raises:
+    TypeError: it is no mapping to numbers.
+    ValueError: ``select`` is not among them.
+  """
+  if not isinstance(found, Mapping):
+    raise TypeError(f"validate must return {{name: number}}, got {show(found)}.")
+  numbers = {name: np.asarray(value) for name, value in found.items()}
+  for name, value in numbers.items():
+    if value.dtype.kind not in "iufb" or value.ndim > 1:
+      raise TypeError(
+        f"validate must return {{name: number}} (or one number for each seed), and gave "
+        f"{show(found[name])} for {name!r}."
+      )
+  if select is not None and select not in numbers:
+    raise ValueError(
+      f"select={select!r} is not among what validate returns, {sorted(numbers)}; name one of "
+      "these, higher being better."
+    )
+  return numbers
+
+
+def check_counted(sums: PyTree, num_classes: int, source: str) -> None:
+  """Raises where no example has counted in any term, of data that has no labels.
+
+  Args:
+    sums: ``{name: (sum, count)}`` on the host.
+    num_classes: of the data; 0 where it has no labels.
+    source: the data's name.
+
+  Raises:
+    ValueError: nothing would ever be learned.
+  """
+  counts = [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
+  if num_classes == 0 and not any(np.any(np.asarray(count)) for count in counts):
+    raise ValueError(
+      f"{source!r} has no labels, and no term of the objective counts an example without one: "
+      "nothing would be learned. Give the data labels, or an objective with a teacher (recipes.kd)."
+    )
 
 
 def check_finite(sums: PyTree, begin: int) -> None:

@@ -19,7 +19,7 @@ import jax
 import matplotlib.figure
 import numpy as np
 
-from jaxdistill import evaluate, metrics
+from jaxdistill import arguments, evaluate, metrics
 from jaxdistill import run as run_lib
 from jaxdistill.types import Batch
 
@@ -122,6 +122,8 @@ def build(
     A dictionary that satisfies `schema`.
   """
   parts = {"teacher": teacher, "baseline": baseline, "student": student}
+  _check_parts(parts, len(seeds))
+  arguments.whole("examples", examples)
   accuracy = {name: np.atleast_1d(part.quality["accuracy"]) for name, part in parts.items()}
   gap = metrics.gap_closed(
     accuracy["teacher"], accuracy["baseline"], accuracy["student"], examples=examples
@@ -144,6 +146,23 @@ def build(
     "commands": list(commands),
   }
   return run_lib.to_json(report)
+
+
+def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
+  for name, part in parts.items():
+    if not isinstance(part, Measured):
+      raise TypeError(f"{name} must be from report.measure, got {arguments.show(part)}.")
+    fidelity = () if name == "teacher" else ("agreement", "kl", "accuracy_where_teacher_wrong")
+    missing = sorted({*QUALITIES, *fidelity} - set(part.quality))
+    if missing:
+      raise ValueError(f"{name} lacks {missing}; measure it with reference=(predict, variables).")
+    values = np.atleast_1d(part.quality["accuracy"])
+    if not np.all((values >= 0) & (values <= 1)):
+      raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")
+    if name != "teacher" and len(values) != seeds:
+      raise ValueError(
+        f"seeds has {seeds} and {name} {len(values)} instances; give each one's seed."
+      )
 
 
 def environment() -> dict[str, Any]:
@@ -374,7 +393,11 @@ def write(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> pathlib.
   Returns:
     The path of the Markdown report.
   """
-  folder = pathlib.Path(folder)
+  folder = arguments.folder("folder", folder)
+  if not isinstance(report, Mapping) or "split" not in report:
+    raise TypeError(f"report must be what report.build returns, got {arguments.show(report)}.")
+  if not folder.is_dir():
+    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is no folder; give the run's.")
   suffix = "" if report["split"] == "test" else f"-{report['split']}"
   run_lib.write_json(folder / f"report{suffix}.json", report)
   picture(report).savefig(folder / f"accuracy{suffix}.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +14,18 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Metrics", "claim", "command", "read_config", "restore_config", "to_json", "write_json"]
+from jaxdistill import arguments
+
+__all__ = [
+  "Metrics",
+  "claim",
+  "command",
+  "read_config",
+  "release",
+  "restore_config",
+  "to_json",
+  "write_json",
+]
 
 
 def to_json(value: Any) -> Any:
@@ -51,11 +63,20 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the folder holds no run.
+    ValueError: its ``config.json`` is damaged.
   """
-  path = pathlib.Path(folder) / "config.json"
+  path = arguments.folder("folder", folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{os.fspath(folder)!r} is not a run's folder: it has no config.json.")
-  return json.loads(path.read_text())
+  try:
+    config = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}): put it right, or take another folder."
+    ) from error
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} holds no configuration, but {arguments.show(config)}.")
+  return config
 
 
 def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
@@ -73,6 +94,8 @@ def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
     ValueError: the configuration lacks a field.
   """
   saved = read_config(folder)
+  if not dataclasses.is_dataclass(kind):
+    raise TypeError(f"kind={arguments.show(kind)} must be a dataclass.")
   names = [field.name for field in dataclasses.fields(kind)]
   missing = [name for name in names if name not in saved]
   if missing:
@@ -125,11 +148,16 @@ def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.
     The folder.
 
   Raises:
+    OSError: the folder is a file, or cannot be written.
+    TypeError: ``folder`` is no path, or ``config`` no mapping.
     ValueError: the folder holds a run of another configuration; the message names what differs.
   """
-  folder = pathlib.Path(folder)
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = arguments.folder("folder", folder)
+  if not isinstance(config, Mapping):
+    raise TypeError(f"config must be a mapping of settings, got {arguments.show(config)}.")
   wanted = to_json(config)
+  if folder.exists() and not folder.is_dir():
+    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
   if (folder / "config.json").exists():
     there = read_config(folder)
     differing = sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))
@@ -139,9 +167,27 @@ def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.
         f"{folder} holds a run of another configuration ({lines}). Take another folder, or the "
         "same settings to go on with that run."
       )
-  else:
+    return folder
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", wanted)
+  except OSError as error:
+    raise type(error)(
+      f"folder={os.fspath(folder)!r} cannot be written ({error}); name one that can."
+    ) from error
   return folder
+
+
+def release(folder: pathlib.Path) -> None:
+  """Gives back a folder whose run failed before its first checkpoint: there is nothing to go on.
+
+  Without its ``config.json`` the corrected run can have it, whatever is changed. A folder with a
+  checkpoint stays as it is.
+  """
+  if not any((folder / "checkpoints").glob("*/manifest.json")):
+    (folder / "config.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      folder.rmdir()  # if there is nothing else in it
 
 
 class Metrics:
@@ -188,11 +234,14 @@ class Metrics:
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads the whole lines; a kill can leave the last one torn."""
   records = []
-  for line in path.read_text().splitlines():
+  for line in path.read_text(errors="replace").splitlines():
     try:
-      records.append(json.loads(line))
+      record = json.loads(line)
     except json.JSONDecodeError:
       break
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+      break
+    records.append(record)
   return records
 
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill import arguments
 from jaxdistill.examples import Examples, Records
 from jaxdistill.labels import label_mask
 from jaxdistill.types import Batch, PyTree
@@ -24,6 +25,7 @@ from jaxdistill.views import (
   Augmentation,
   Normalize,
   augment,
+  check_augmentation,
   check_seed,
   epoch_order,
   identity,
@@ -89,6 +91,8 @@ class Source:
 
   def __post_init__(self) -> None:
     check_seed(self.data_seed)
+    arguments.whole("size", self.size)
+    arguments.whole("batch_size", self.batch_size, least=None)
     if self.share and not 1 <= self.transfer < self.batch_size:
       raise ValueError(
         f"share={self.share} of batch_size={self.batch_size} is {self.transfer} rows of transfer "
@@ -100,8 +104,8 @@ class Source:
         f"batch_size={self.batch_size} must lie in 1 .. {self.size}, the size of {self.name!r}"
         f"{' beside transfer data' if self.share else ''}: training batches are never padded."
       )
-    if self.views is not None and self.views < 1:
-      raise ValueError(f"views must be at least 1, or None, got {self.views}.")
+    if self.views is not None:
+      arguments.whole("views", self.views, instead=", or None")
 
   @property
   def transfer(self) -> int:
@@ -131,8 +135,8 @@ class Source:
     Raises:
       ValueError: ``step`` or ``count`` is out of range, or a batch does not divide by P.
     """
-    if step < 0 or count < 1:
-      raise ValueError(f"items needs step >= 0 and count >= 1, got {step} and {count}.")
+    arguments.whole("step", step, least=0)
+    arguments.whole("count", count, least=1)
     process, processes = part
     if not 0 <= process < processes:
       raise ValueError(f"part must be (p, P) with 0 <= p < P, got {part}.")
@@ -251,8 +255,13 @@ def streamed(
       does not fit.
     TypeError: the inputs are text, which no device takes.
   """
-  if prefetch < 1 or workers < 0:
-    raise ValueError(f"prefetch must be >= 1 and workers >= 0, got {prefetch} and {workers}.")
+  arguments.whole("prefetch", prefetch)
+  arguments.whole("workers", workers, least=0)
+  if not isinstance(examples, Examples | Records):
+    raise TypeError(
+      f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
+      f"{arguments.show(examples)}."
+    )
   fetch = functools.partial(_fetch, examples, label_mask(examples, labelled), views)
 
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
@@ -298,6 +307,7 @@ def cutter(
   augmentation: Augmentation, finish: Callable[[Any], Any]
 ) -> Callable[[PyTree, PyTree], Batch]:
   """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
+  check_augmentation(augmentation)
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
     index = item["index"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,13 @@ from jaxdistill.types import (
   as_objective,
 )
 
-__all__ = ["State", "init_state", "student_variables", "trained_variables"]
+__all__ = [
+  "State",
+  "deployed_variables",
+  "init_state",
+  "latest_variables",
+  "trained_variables",
+]
 
 PyTree = Any
 
@@ -40,7 +47,8 @@ class State:
     objective_state: what the objective remembers.
     opt_state: the optimiser's state for both kinds of parameters.
     key: the run's random key; each step folds its number into it.
-    average: a moving average of the student's variables; None where none is kept.
+    average: a moving average of the deployed variables, which are the student's unless the
+      objective says otherwise; None where none is kept.
   """
 
   step: Any
@@ -53,9 +61,17 @@ class State:
   average: Any = None
 
 
-def student_variables(state: State) -> dict[str, PyTree]:
+def deployed_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
   """The variables that are evaluated and deployed: the moving average where one is kept."""
-  return trained_variables(state) if state.average is None else state.average
+  return latest_variables(state, objective) if state.average is None else state.average
+
+
+def latest_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
+  """The deployed network's variables as the last step left them, without an average."""
+  student, deployed = trained_variables(state), as_objective(objective).deployed
+  if deployed is None:
+    return student
+  return deployed.variables(student, state.objective_params, state.objective_state)
 
 
 def trained_variables(state: State) -> dict[str, PyTree]:
@@ -75,6 +91,7 @@ def init_state(
   start: Mapping[str, Any] | None = None,
   objective_start: tuple[PyTree, PyTree] | None = None,
   average: bool = False,
+  num_classes: int = 0,
 ) -> State:
   """Initialises a training state; pure, so it can be jitted and vmapped over keys.
 
@@ -90,7 +107,8 @@ def init_state(
       a part of the variables' tree (see `teachers.layers`).
     objective_start: likewise for what the objective learns and for what it remembers: parts of
       ``(objective_params, objective_state)``, as a stage before this one left them.
-    average: whether the state keeps a moving average of the student's variables.
+    average: whether the state keeps a moving average of the deployed variables.
+    num_classes: how many classes the labels have; 0 where there are none.
 
   Returns:
     The state at step 0.
@@ -107,21 +125,23 @@ def init_state(
   if start is not None:
     variables = _started(variables, start, student.name)
   model_state = {name: value for name, value in variables.items() if name != "params"}
-  seen, _ = jax.eval_shape(
-    lambda v, x: student.apply(v, x, train=False, key=None), variables, batch.inputs
-  )
+  seen = _predicted(student, variables, batch.inputs)
   taught = _teacher_shapes(teacher, teacher_variables, batch)
-  _check_classes(seen, taught)
+  if objective.deployed is None:  # else the student's own logits are not what predicts
+    _check_classes(seen, taught)
+    _check_labels(seen, num_classes, student.name)
   made = objective.init(objective_key, seen, taught)
   if not (isinstance(made, tuple) and len(made) == 2):
-    raise TypeError(f"the objective's init must return (params, state), got {arguments.show(made)}.")
+    raise TypeError(
+      f"the objective's init must return (params, state), got {arguments.show(made)}."
+    )
   objective_params, objective_state = made
   if objective_start is not None:
     params, remembered = objective_start
     objective_params = _started(objective_params, params, "the objective's parameters")
     objective_state = _started(objective_state, remembered, "the objective's state")
   trained = {"student": variables["params"], "objective": objective_params}
-  return State(
+  state = State(
     step=jnp.zeros((), jnp.int32),
     params=variables["params"],
     model_state=model_state,
@@ -129,7 +149,18 @@ def init_state(
     objective_state=objective_state,
     opt_state=optimizer.init(trained),
     key=run_key,
-    average=variables if average else None,
+  )
+  if objective.deployed is not None:
+    network = objective.deployed.network(student)
+    predicted = _predicted(network, latest_variables(state, objective), batch.inputs)
+    _check_labels(predicted, num_classes, network.name)
+  return dataclasses.replace(state, average=latest_variables(state, objective) if average else None)
+
+
+def _predicted(network: Network, variables: PyTree, inputs: Any) -> Outputs:
+  """The shapes of what a network puts out in inference."""
+  return jax.eval_shape(
+    lambda v, x: network.apply(v, x, train=False, key=None)[0], variables, inputs
   )
 
 
@@ -176,7 +207,14 @@ def _teacher_shapes(
     return None
   try:
     outputs = jax.eval_shape(teacher, teacher_variables, batch)
-  except (flax.errors.FlaxError, TypeError, AttributeError, KeyError, IndexError) as error:
+  except (
+    arguments.VariablesError,
+    flax.errors.FlaxError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+  ) as error:
     shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch.inputs)
     raise ValueError(
       f"the teacher does not run with teacher_variables ({_first(teacher_variables)}) on the "
@@ -197,6 +235,16 @@ def _first(variables: PyTree) -> str:
   leaves = jax.tree_util.tree_leaves_with_path(variables)
   some = [f"{jax.tree_util.keystr(p, simple=True, separator='/')} {np.shape(x)}" for p, x in leaves]
   return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "") if some else "none"
+
+
+def _check_labels(student: Outputs, num_classes: int, name: str) -> None:
+  logits = student.logits
+  if logits is not None and logits.ndim == 2 and num_classes > logits.shape[-1]:
+    raise ValueError(
+      f"the data has labels of {num_classes} classes and the student {name!r} puts out "
+      f"{logits.shape[-1]} (logits {logits.shape}): build the student with "
+      f"num_classes={num_classes}, or map the labels to its classes (labels=None for none)."
+    )
 
 
 def _check_classes(student: Outputs, teacher: Outputs | None) -> None:

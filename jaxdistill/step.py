@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill.arguments import show, whole
-from jaxdistill.state import State, trained_variables
+from jaxdistill.state import State, latest_variables
 from jaxdistill.terms import reduce_terms
 from jaxdistill.types import (
   Batch,
@@ -76,12 +76,13 @@ def make_step(
       losses that relate examples see the micro-batch.
     unroll: micro-batches one after another in the program instead of a loop, in which XLA computes
       convolutions slowly on a CPU.
-    average: the decay of a moving average of the student's variables, ``min(average, (1 + step) /
+    average: the decay of a moving average of the deployed variables, ``min(average, (1 + step) /
       (10 + step))`` so that the first steps do not weigh on it; None for none.
 
   Returns:
     ``step(state, teacher_variables, batch) -> (state, sums)``. ``sums`` maps each term, ``"loss"``
-    and (for integer labels) ``"accuracy"`` to ``(sum, count)``.
+    and (for integer labels, where the student is what is deployed) ``"accuracy"`` to
+    ``(sum, count)``.
 
   Raises:
     ValueError: ``accumulate`` or ``average`` is out of range; and at trace time, ``hyper`` names a
@@ -152,10 +153,12 @@ class _Step:
       key=state.key,
       average=state.average,
     )
-    return (new_state if self.average is None else _averaged(new_state, self.average)), sums
+    if self.average is not None:
+      new_state = _averaged(new_state, latest_variables(new_state, self.objective), self.average)
+    return new_state, sums
 
   def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
-    """The terms, the states after them, and the student's logits."""
+    """The terms, the states after them, and the student's logits if it is what is deployed."""
     model_state, objective_state = at.states
     outputs, updated = self.student.apply(
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
@@ -170,7 +173,8 @@ class _Step:
       **at.keywords,
     )
     terms, remembered = _checked(made, objective_state)
-    return terms, ({**model_state, **updated}, remembered), outputs.logits
+    logits = outputs.logits if self.objective.deployed is None else None
+    return terms, ({**model_state, **updated}, remembered), logits
 
   def target(self, at: _Pass) -> Outputs | None:
     if at.batch.teacher is not None or self.teacher is None:
@@ -235,7 +239,7 @@ def _transformed(new: Any, old: Batch) -> Batch:
   """What a transform returned, if it is a batch of as many examples."""
   if not isinstance(new, Batch):
     raise TypeError(f"transform must return a Batch, got {show(new)}.")
-  sizes = {leaf.shape[0] for leaf in jax.tree.leaves(new)}
+  sizes = {leaf.shape[0] for leaf in jax.tree.leaves(dataclasses.replace(new, teacher=None))}
   if sizes != {old.weight.shape[0]}:
     raise ValueError(
       f"transform made a batch of {sorted(sizes)} examples of one of {old.weight.shape[0]}; it "
@@ -250,7 +254,9 @@ def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
     raise TypeError(f"the objective's apply must return (terms, state), got {show(made)}.")
   terms, remembered = made
   if not isinstance(terms, Mapping) or not terms:
-    raise TypeError(f"the objective must return {{name: Term}} with a term in it, got {show(terms)}.")
+    raise TypeError(
+      f"the objective must return {{name: Term}} with a term in it, got {show(terms)}."
+    )
   for name, term in terms.items():
     if not isinstance(name, str) or not isinstance(term, Term):
       raise TypeError(
@@ -260,17 +266,13 @@ def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
   reserved = sorted(_RESERVED & set(terms))
   if reserved:
     raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
-  before, after = (_outline(tree) for tree in (state, remembered))
-  if before != after:
+  shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, remembered)]
+  if shapes[0] != shapes[1]:
     raise ValueError(
-      f"the objective's state must keep its structure and shapes: it was {before} and has become "
-      f"{after}."
+      f"the objective's state must keep its structure and shapes: it was {shapes[0]} and has "
+      f"become {shapes[1]}."
     )
   return dict(terms), remembered
-
-
-def _outline(tree: PyTree) -> str:
-  return str(jax.tree.map(jnp.shape, tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +302,7 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
   return jax.tree.map(cut, batch)
 
 
-def _averaged(state: State, decay: float) -> State:
+def _averaged(state: State, latest: PyTree, decay: float) -> State:
   """Moves the average towards the new variables; counters and the like are copied."""
   past = (state.step - 1).astype(jnp.float32)
   share = 1 - jnp.minimum(decay, (1 + past) / (10 + past))
@@ -310,7 +312,7 @@ def _averaged(state: State, decay: float) -> State:
       return new
     return old + share.astype(new.dtype) * (new - old)
 
-  average = jax.tree.map(move, state.average, trained_variables(state))
+  average = jax.tree.map(move, state.average, latest)
   return dataclasses.replace(state, average=average)
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import difflib
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 from flax import traverse_util
 
-from jaxdistill import checkpoint
+from jaxdistill import arguments, checkpoint
 from jaxdistill import run as run_lib
 from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
 
@@ -46,7 +46,15 @@ def frozen(network: Network) -> Teacher:
 
   Returns:
     ``teach(variables, batch) -> Outputs``.
+
+  Raises:
+    TypeError: ``network`` is none.
   """
+  if not isinstance(network, Network):
+    raise TypeError(
+      f"network={arguments.show(network)} must be a Network; make one by capture.linen(module) or "
+      "capture_nnx.nnx(model)."
+    )
 
   def teach(variables: PyTree, batch: Batch) -> Outputs:
     variables = jax.lax.stop_gradient(variables)
@@ -54,6 +62,18 @@ def frozen(network: Network) -> Teacher:
     return jax.lax.stop_gradient(outputs)
 
   return teach
+
+
+def _teacher(name: str, given: Network | Teacher) -> Teacher:
+  """A network frozen; a teacher as it is."""
+  if isinstance(given, Network):
+    return frozen(given)
+  if isinstance(given, nn.Module) or not callable(given):
+    raise TypeError(
+      f"{name}={arguments.show(given)} must be a Network (from capture.linen or capture_nnx.nnx) "
+      "or a teacher, (variables, batch) -> Outputs."
+    )
+  return given
 
 
 def combine_logits(
@@ -128,17 +148,19 @@ def ensemble(
     ValueError: there is no member, the rule is unknown, or the weights do not fit; and at trace
       time, when the members' class counts differ or the variables are not one for each member.
   """
-  if not members:
-    raise ValueError("members is empty: an ensemble needs at least one network.")
+  if not isinstance(members, Sequence) or not members:
+    raise ValueError("members is empty or no sequence: an ensemble needs at least one network.")
   if rule not in RULES:
     raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
   share = _shares(weights, len(members))
-  taught = [frozen(m) if isinstance(m, Network) else m for m in members]
+  taught = [_teacher(f"members[{i}]", member) for i, member in enumerate(members)]
 
   def teach(variables: Sequence[PyTree], batch: Batch) -> Outputs:
-    if len(variables) != len(taught):
+    entries = len(variables) if isinstance(variables, list | tuple) else 0
+    if entries != len(taught):
+      has = f"{entries} entries" if entries else f"a {type(variables).__name__}"
       raise ValueError(
-        f"variables has {len(variables)} entries for {len(taught)} members; give a sequence with "
+        f"variables has {has} for {len(taught)} members; give a sequence with "
         "one pytree for each member (teachers.unstack makes it from a run over seeds)."
       )
     outputs = [member(v, batch) for member, v in zip(taught, variables, strict=True)]
@@ -183,7 +205,7 @@ def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> T
   twice = _repeated(chosen)
   if twice:
     raise ValueError(f"classes has {twice} more than once; name each class one time.")
-  taught = frozen(teacher) if isinstance(teacher, Network) else teacher
+  taught = _teacher("teacher", teacher)
 
   def teach(variables: PyTree, batch: Batch) -> Outputs:
     outputs = taught(variables, batch)
@@ -221,7 +243,7 @@ def grouped(
   [0.8, 0.2]
   """
   members, every = _members(groups)
-  taught = frozen(teacher) if isinstance(teacher, Network) else teacher
+  taught = _teacher("teacher", teacher)
   widest = max(len(m) for m in members)
 
   def teach(variables: PyTree, batch: Batch) -> Outputs:
@@ -259,8 +281,11 @@ def _repeated(numbers: np.ndarray) -> list[int]:
 
 def _members(groups: Any) -> tuple[list[np.ndarray], int | None]:
   """The classes of each group; and how many classes there are, where ``groups`` says it."""
-  if len(groups) == 0:
-    raise ValueError("groups is empty: give the group of each class, or the classes of each group.")
+  if not hasattr(groups, "__len__") or isinstance(groups, str | Mapping) or len(groups) == 0:
+    raise ValueError(
+      f"groups={arguments.show(groups)} must be the group of each class, or the classes of each "
+      "group, in a sequence."
+    )
   every = None
   if all(np.ndim(g) == 0 for g in groups):
     of_class = _class_numbers("groups", groups)
@@ -309,8 +334,16 @@ def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) ->
   >>> layers(large, {"Dense_0": "encoder/Dense_3"})
   {'params': {'Dense_0': {'bias': 1.0}}}
   """
-  if not pairs:
-    raise ValueError('pairs is empty; give {"student path": "teacher path"}.')
+  texts = isinstance(pairs, Mapping) and all(isinstance(p, str) for i in pairs.items() for p in i)
+  if not pairs or not texts:
+    raise ValueError(
+      f'pairs={arguments.show(pairs)} must be {{"student path": "teacher path", ...}}.'
+    )
+  if not isinstance(teacher_variables, Mapping):
+    raise ValueError(
+      f"teacher_variables={arguments.show(teacher_variables)} must be the collections of one "
+      'network, {"params": ...}; teachers.unstack takes a run over seeds apart.'
+    )
   flat = traverse_util.flatten_dict(teacher_variables)
   flat = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
   found: dict[tuple[str, ...], Any] = {}
@@ -358,10 +391,19 @@ def _no_path(theirs: str, start: tuple[str, ...], flat: Mapping[tuple[str, ...],
 def unstack(variables: PyTree) -> list[PyTree]:
   """Takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees.
 
+  Raises:
+    ValueError: the leaves have no common first axis.
+
   >>> [v["w"].tolist() for v in unstack({"w": jnp.array([[1.0], [2.0]])})]
   [[1.0], [2.0]]
   """
-  count = jax.tree.leaves(variables)[0].shape[0]
+  sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
+  if len(sizes) != 1 or () in sizes:
+    raise ValueError(
+      f"variables has leaves with the first axes {sorted(sizes)}, not one over seeds; only a run "
+      "over a sequence of seeds has one."
+    )
+  ((count,),) = sizes
   return [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(count)]
 
 
@@ -381,7 +423,7 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
     ValueError: the run is not finished (its last usable checkpoint is not of its last step), and
       ``step`` does not ask for an earlier one.
   """
-  folder = pathlib.Path(run) / "checkpoints"
+  folder = arguments.folder("run", run) / "checkpoints"
   if not folder.is_dir():
     raise FileNotFoundError(f"run={str(run)!r} holds no checkpoints (no folder {folder}).")
   with checkpoint.Checkpoints(folder) as saved:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from jaxdistill import arguments
 from jaxdistill.examples import Examples, Records
 
 __all__ = ["Digits", "load", "records", "splits"]
@@ -266,6 +267,8 @@ def _check_split(builder: tfds.core.DatasetBuilder, name: str, split: str) -> No
 
 def _prepared(name: str, data_dir: str | pathlib.Path | None) -> tfds.core.DatasetBuilder:
   """A builder whose files are there, in a format with random access."""
+  if not isinstance(name, str) or not name:
+    raise TypeError(f"name={arguments.show(name)} must be a data set's name, such as 'cifar100'.")
   options = {} if data_dir is None else {"data_dir": str(data_dir)}
   try:
     builder = tfds.builder(name, **options)
@@ -273,6 +276,8 @@ def _prepared(name: str, data_dir: str | pathlib.Path | None) -> tfds.core.Datas
     raise ValueError(_unknown(name)) from error
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(_needs_tensorflow(name), name=error.name) from error
+  except ValueError as error:  # a name that cannot be one, or an unknown configuration
+    raise ValueError(f"name={name!r} is none of TFDS's: {arguments.short(error)}") from error
   if not builder.is_prepared():
     _prepare(builder, name, options)
     builder = tfds.builder(name, **options)

@@ -21,15 +21,26 @@ import numpy as np
 import optax
 from jax.experimental import multihost_utils
 
-from jaxdistill import deployed
+from jaxdistill import arguments, deployed
 from jaxdistill import mesh as mesh_lib
-from jaxdistill import run as run_lib
 from jaxdistill.checkpoint import Checkpoints
 from jaxdistill.data import Source
-from jaxdistill.optimizers import sgd  # noqa: F401  (until the experiments have moved)
+from jaxdistill.fit_arguments import (
+  check_functions,
+  check_hyper,
+  check_machinery,
+  check_networks,
+)
 from jaxdistill.program import Program, build
-from jaxdistill.record import Log, check_finite, check_state
-from jaxdistill.state import State, student_variables, trained_variables
+from jaxdistill.record import (
+  Log,
+  check_counted,
+  check_finite,
+  check_state,
+  check_validation,
+  claimed,
+)
+from jaxdistill.state import State, deployed_variables, trained_variables
 from jaxdistill.types import (
   Network,
   Objective,
@@ -63,8 +74,8 @@ class Fitted:
   """What `fit` returns.
 
   Attributes:
-    variables: the deployed network's variables after the last step (of the student their moving
-      average, where one is kept); leaves ``[S, ...]`` over seeds.
+    variables: the deployed network's variables after the last step (their moving average, where
+      one is kept); leaves ``[S, ...]`` over seeds.
     network: the deployed network: the student, unless the objective says otherwise (SimKD).
     state: the whole training state.
     history: the lines of ``metrics.jsonl``.
@@ -151,8 +162,8 @@ def fit(
     accumulate: into how many micro-batches each batch is cut, to need less memory; the same
       gradient for a network without state across examples and without dropout. BatchNorm, and
       losses that relate examples, see the micro-batch.
-    average: the decay of a moving average of the student's variables, which is then what is
-      validated, returned and deployed; None for none.
+    average: the decay of a moving average of the deployed network's variables, which is then what
+      is validated, returned and deployed; None for none.
     dispatch: `mesh.with_jit` (the default, over all devices) or `mesh.with_pmap`.
     log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
       or 100 steps by default, whichever is less.
@@ -178,14 +189,30 @@ def fit(
     `Fitted`, with the variables after the last step.
 
   Raises:
+    TypeError: an argument is of another kind than it must be.
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
       folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit.
     FloatingPointError: a term was not finite; the message says which, and at which step.
     Stopped: the process was asked to stop.
   """
   dispatch = mesh_lib.with_jit() if dispatch is None else dispatch
-  hyper = dict(hyper or {})
+  check_machinery(
+    optimizer,
+    dispatch,
+    average=average,
+    seeds_by=seeds_by,
+    progress=progress,
+    scan=scan,
+    tensorboard=tensorboard,
+  )
+  check_networks(student, teacher, teacher_variables, start)
+  check_functions(
+    transform=transform, validate=validate, callback=callback, config=config, select=select
+  )
+  arguments.whole("steps", steps)
+  arguments.whole("keep_last", keep_last)
   objective = as_objective(objective)
+  hyper = check_hyper(hyper, objective, steps)
   program = build(
     student,
     objective,
@@ -206,38 +233,37 @@ def fit(
   )
   epoch = program.source.steps_per_epoch
   every = _Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
+  program.check(every.next_stop(0))
   first_process = jax.process_index() == 0
   path = saved = None
-  if folder is not None:
-    settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
-    settings |= {"accumulate": accumulate, "average": average}
-    settings["objective"] = {n: _shown(value, steps) for n, value in objective.hyper.items()}
-    settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
-    settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
-    started = (start, objective_start)
-    settings["start"] = None if started == (None, None) else fingerprint(started)
-    path = _claim(folder, settings)
-    saved = Checkpoints(path / "checkpoints", keep_last=keep_last)
-  state, at = _begin(program, saved)
-  log = Log(
-    path if first_process else None,
-    steps=steps,
-    at=at,
-    epoch=epoch,
-    examples=program.examples_per_step,
-    schedules={n: value for n, value in {**objective.hyper, **hyper}.items() if callable(value)},
-    progress=progress if first_process else None,
-    tensorboard=tensorboard and first_process,
-    select=select,
-    callback=callback,
-  )
-  state = dispatch.place(state)
-  pending: dict[str, Any] | None = None
   with contextlib.ExitStack() as stack:
-    asked_to_stop = stack.enter_context(_stop_signal(listening=saved is not None))
-    if saved is not None:
-      stack.enter_context(saved)
+    if folder is not None:
+      settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
+      settings |= {"accumulate": accumulate, "average": average}
+      settings["objective"] = {n: _shown(value, steps) for n, value in objective.hyper.items()}
+      settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
+      settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
+      started = (start, objective_start)
+      settings["start"] = None if started == (None, None) else fingerprint(started)
+      path = stack.enter_context(claimed(folder, settings))
+      saved = stack.enter_context(Checkpoints(path / "checkpoints", keep_last=keep_last))
+    state, at = _begin(program, saved)
+    log = Log(
+      path if first_process else None,
+      steps=steps,
+      at=at,
+      epoch=epoch,
+      examples=program.examples_per_step,
+      schedules={n: value for n, value in {**objective.hyper, **hyper}.items() if callable(value)},
+      progress=progress if first_process else None,
+      tensorboard=tensorboard and first_process,
+      select=select,
+      callback=callback,
+    )
     stack.callback(log.close)
+    state = dispatch.place(state)
+    pending: dict[str, Any] | None = None
+    asked_to_stop = stack.enter_context(_stop_signal(listening=saved is not None))
     while at < steps:
       end = every.next_stop(at)
       state, sums = program.run(state, at, end - at)
@@ -254,12 +280,15 @@ def fit(
       pending = _checked(pending, program)
       check_state(now, at)
       if validate is not None and validating:
-        extra = {name: np.asarray(v) for name, v in validate(_deployed(objective, now)).items()}
-        if saved is not None and select not in extra:
-          raise ValueError(
-            f"select={select!r} is not among what validate returns, {sorted(extra)}; name one of "
-            "these, higher being better."
+        try:
+          extra = check_validation(
+            validate(deployed_variables(now, objective)), select if saved else None
           )
+        except Exception:
+          # What was trained until here is not lost with it.
+          if saved is not None and first_process:
+            saved.save(at, _items(objective, now))
+          raise
       log.write(**pending, validation=extra)
       pending = None
       if saved is not None and saving and first_process:
@@ -268,29 +297,11 @@ def fit(
       if stopping:
         raise Stopped(f"the run was asked to stop, and stands at step {at} of {steps}.")
   final = dispatch.collect(state)
-  variables = _deployed(objective, final)
+  variables = deployed_variables(final, objective)
   network = student if objective.deployed is None else objective.deployed.network(student)
   if path is not None:
     _save_deployed(path, program, network, variables)
   return Fitted(variables=variables, network=network, state=final, history=log.history)
-
-
-def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathlib.Path:
-  """Process 0 claims the folder, and the others see whether it is theirs after it."""
-  try:
-    if jax.process_index() == 0:
-      run_lib.claim(folder, settings)
-  finally:
-    mesh_lib.barrier("claim")
-  return run_lib.claim(folder, settings)
-
-
-def _deployed(objective: Objective, state: State) -> dict[str, PyTree]:
-  """The deployed network's variables."""
-  student = student_variables(state)
-  if objective.deployed is None:
-    return student
-  return objective.deployed.variables(student, state.objective_params, state.objective_state)
 
 
 def _save_deployed(
@@ -349,10 +360,7 @@ class _Intervals:
       "validate_every": validate,
       "checkpoint_every": validate if save is None else save,
     }
-    for name, value in named.items():
-      if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1 step.")
-    return cls(*named.values())
+    return cls(*(arguments.whole(name, value) for name, value in named.items()))
 
   def next_stop(self, at: int) -> int:
     """The next step at which something is due; the same grid whatever step a run goes on from."""
@@ -374,6 +382,8 @@ def _checked(pending: dict[str, Any], program: Program) -> dict[str, Any]:
   """The sums on the host, all of them finite."""
   sums = jax.device_get(program.collect(pending["sums"]))
   check_finite(sums, pending["begin"])
+  if pending["begin"] == 0:
+    check_counted(sums, program.source.num_classes, program.source.name)
   return {**pending, "sums": sums}
 
 
@@ -388,22 +398,24 @@ def _begin(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
 
 def _items(objective: Objective, state: State) -> dict[str, PyTree]:
   """What a checkpoint holds: the student apart from what only training needs."""
+  other = objective.deployed is not None  # the average is the deployed network's, not the student's
   items: dict[str, PyTree] = {
-    "student": student_variables(state),
+    "student": trained_variables(state) if other else deployed_variables(state, objective),
     "objective": {"params": state.objective_params, "state": state.objective_state},
     "optimizer": state.opt_state,
     "progress": {"step": state.step, "key": state.key},
   }
-  if state.average is not None:
+  if other:
+    items["deployed"] = deployed_variables(state, objective)
+  elif state.average is not None:
     items["trained"] = trained_variables(state)
-  if objective.deployed is not None:
-    items["deployed"] = _deployed(objective, state)
   return items
 
 
 def _restore(saved: Checkpoints, step: int, objective: Objective, shapes: State) -> State:
   items = saved.restore(step, _items(objective, shapes))
   student = dict(items["trained" if "trained" in items else "student"])
+  averaged = items["student" if objective.deployed is None else "deployed"]
   return State(
     step=items["progress"]["step"],
     params=student.pop("params"),
@@ -412,7 +424,7 @@ def _restore(saved: Checkpoints, step: int, objective: Objective, shapes: State)
     objective_state=items["objective"]["state"],
     opt_state=items["optimizer"],
     key=items["progress"]["key"],
-    average=items["student"] if "trained" in items else None,
+    average=None if shapes.average is None else averaged,
   )
 
 

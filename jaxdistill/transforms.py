@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill import arguments
 from jaxdistill.types import Batch, Transform, compute_dtype
 
 __all__ = ["compose", "cutmix", "mixup", "smooth_labels"]
@@ -159,7 +160,7 @@ def smooth_labels(num_classes: int, *, amount: float = 0.1) -> Transform:
   [[0.25, 0.75], [0.0, 0.0]]
   """
   _check_classes(num_classes)
-  if not 0 <= amount <= 1:
+  if isinstance(amount, str) or amount is None or not 0 <= amount <= 1:
     raise ValueError(f"amount={amount} must be in [0, 1]: the share that is spread, such as 0.1.")
 
   def transform(key: Any, batch: Batch) -> Batch:
@@ -289,12 +290,11 @@ def _check_mixable(by: str, batch: Batch) -> None:
 
 
 def _check_classes(num_classes: int) -> None:
-  if num_classes < 1:
-    raise ValueError(f"num_classes={num_classes} must be at least 1: the width of the logits.")
+  arguments.whole("num_classes", num_classes, instead=": the width of the logits")
 
 
 def _check_concentration(concentration: float) -> None:
-  if not 0 < concentration < math.inf:
+  if isinstance(concentration, str) or concentration is None or not 0 < concentration < math.inf:
     raise ValueError(
       f"concentration={concentration} must be positive, such as 0.2; to mix nothing, leave the "
       "transform out."

@@ -111,7 +111,8 @@ class Deployed:
   Attributes:
     network: ``student network -> deployed network``.
     variables: ``(student variables, objective params, objective state) -> deployed variables``;
-      it only puts leaves together, so that they may have an axis over seeds.
+      it only puts leaves together, so that they may have an axis over seeds, and so that a moving
+      average of the whole can be kept.
   """
 
   network: Callable[[Network], Network]
@@ -255,7 +256,12 @@ def make_batch(
   >>> batch.weight.tolist(), batch.labelled.tolist(), batch.index.tolist()
   ([1.0, 1.0], [1.0, 1.0], [0, 1])
   """
-  size = jax.tree.leaves(inputs)[0].shape[0]
+  sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inputs, labels, weight, labelled))}
+  if len(sizes) != 1 or sizes == {()}:
+    raise ValueError(
+      f"inputs, labels, weight and labelled must have one batch axis in front, got {sorted(sizes)}."
+    )
+  ((size,),) = sizes
   known = labels is not None
 
   def default(value: Any, fill: Any, dtype: Any) -> Any:

@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Int32, Integer, PyTree, Shaped
 
+from jaxdistill import arguments
+
 __all__ = [
   "CIFAR",
   "DIGITS",
   "Augmentation",
   "Normalize",
   "augment",
+  "check_augmentation",
   "check_seed",
   "choice",
   "crop",
@@ -51,6 +54,7 @@ def divide_by(largest: float) -> Callable[[Any], Array]:
   >>> divide_by(16.0)(jnp.array([0, 8, 16], jnp.uint8)).tolist()
   [0.0, 0.5, 1.0]
   """
+  arguments.number("largest", largest, above=0)
 
   def apply(inputs: Any) -> Array:
     """Inputs as float32, divided."""
@@ -87,13 +91,14 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
   2.0
   """
   if callable(normalize):
+    arguments.function("normalize", normalize, "of the inputs [B, ...]", arguments=1)
     return normalize
   if normalize is None:
     return functools.partial(jax.tree.map, _scaled)
-  if len(normalize) != 2:
+  if isinstance(normalize, str) or not hasattr(normalize, "__len__") or len(normalize) != 2:
     raise ValueError(f"normalize must be (mean, std), a function or None, got {normalize!r}.")
   channels = np.shape(normalize[0])
-  if len(channels) != 1 or np.shape(normalize[1]) != channels or min(normalize[1]) <= 0:
+  if len(channels) != 1 or np.shape(normalize[1]) != channels or not _positive(*normalize):
     raise ValueError(
       "normalize=(mean, std) needs one mean and one positive std for each channel, got "
       f"{normalize!r}."
@@ -113,6 +118,12 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
     return (inputs.astype(jnp.float32) - mean) / std
 
   return apply
+
+
+def _positive(mean: Any, std: Any) -> bool:
+  return bool(
+    np.all(np.isfinite(mean)) and np.all(np.isfinite(std)) and np.all(np.asarray(std) > 0)
+  )
 
 
 def _scaled(leaf: Any) -> Any:
@@ -241,8 +252,7 @@ def crop(padding: int) -> Augmentation:
   >>> crop(1).apply(jnp.arange(4).reshape(2, 2, 1), jnp.int32(0))[..., 0].tolist()
   [[0, 0], [0, 0]]
   """
-  if padding < 0:
-    raise ValueError(f"padding must be at least 0, got {padding}.")
+  arguments.whole("padding", padding, least=0)
   positions = 2 * padding + 1
 
   def apply(image: Any, number: Any) -> Array:
@@ -331,5 +341,15 @@ def augment(
 
 def check_seed(data_seed: int) -> None:
   """Raises where a seed does not fit the 32 bits that every part of this file gives it."""
-  if not 0 <= data_seed < 2**32:
-    raise ValueError(f"data_seed must lie in 0 .. 2**32 - 1, got {data_seed}.")
+  try:
+    arguments.whole("data_seed", data_seed, least=0, most=2**32 - 1)
+  except ValueError:
+    raise ValueError(f"data_seed must lie in 0 .. 2**32 - 1, got {data_seed}.") from None
+
+
+def check_augmentation(augmentation: Any) -> None:
+  """Raises for what is no augmentation."""
+  if not isinstance(augmentation, Augmentation):
+    raise TypeError(
+      f"augmentation={arguments.show(augmentation)} must be an Augmentation, such as crop_flip(4)."
+    )

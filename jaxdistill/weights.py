@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy as safetensors_numpy
 from safetensors import safe_open
 
-from jaxdistill import orbax_io
+from jaxdistill import arguments, orbax_io
 from jaxdistill.leaves import named
 from jaxdistill.manifest import CheckpointError, listing, some
 
@@ -220,9 +220,9 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
   ...   safetensors(f"{folder}/a.safetensors")["params"]["bias"].tolist()
   [1.0, 1.0]
   """
-  file = pathlib.Path(path).absolute()
-  if file.suffix != _SUFFIX:
-    raise ValueError(f"path={file} must end in {_SUFFIX}.")
+  file = arguments.folder("path", path).absolute()
+  if file.suffix != _SUFFIX or file.is_dir():
+    raise ValueError(f"path={file} must end in {_SUFFIX}, and be no folder.")
   arrays = {}
   for name, leaf in named("variables", variables).items():
     if str(getattr(leaf, "dtype", type(leaf).__name__)) not in _STORED:
@@ -286,7 +286,7 @@ def convolution(weight: np.ndarray) -> np.ndarray:
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-  file = pathlib.Path(path).absolute()
+  file = arguments.folder("path", path).absolute()
   if not file.exists():
     raise FileNotFoundError(f"there are no weights at path={file}.")
   return file
@@ -359,6 +359,8 @@ def _targets(
       )
   targets: dict[tuple[str, ...], tuple[str, Function | None]] = {}
   for tensor in there:
+    if not isinstance(names, Mapping):
+      arguments.function("names", names, "name -> path, or a mapping", arguments=1)
     entry = names[tensor] if isinstance(names, Mapping) else names(tensor)
     if entry is None:
       continue
@@ -376,6 +378,8 @@ def _targets(
     if target in targets:
       raise ValueError(f"{tensor!r} and {targets[target][0]!r} both go to {path!r} by names.")
     targets[target] = (tensor, function)
+  if not targets:
+    raise ValueError(f"names takes none of the tensors of {place}: {some(sorted(there))}.")
   for target, (tensor, _) in targets.items():
     above = [targets[target[:end]][0] for end in range(1, len(target)) if target[:end] in targets]
     if above:
@@ -401,7 +405,9 @@ def _tensor(place: pathlib.Path, handle: Any, tensor: str, function: Function | 
 def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
   """JAX's arrays, in the structure of like."""
   if like is None:
-    return jax.tree.map(_as_it_is, variables)
+    there = named("variables", variables)
+    leaves = [_as_it_is(f"{name} of {where}", value) for name, value in there.items()]
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves)
   wanted, there = named("like", like), named("variables", variables)
   missing, unexpected = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
   shapes = []
@@ -420,8 +426,10 @@ def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-def _as_it_is(value: Any) -> Any:
+def _as_it_is(where: str, value: Any) -> Any:
   value = np.asarray(value)
+  if value.dtype.kind in "OSU":
+    raise ValueError(f"{where} is {value.dtype}, and no array of numbers; leave it out.")
   # JAX would silently halve 64 bits that are not enabled.
   return jnp.array(value) if value.dtype == jax.dtypes.canonicalize_dtype(value.dtype) else value
 

@@ -388,6 +388,44 @@ class TestTraining:
     assert not np.allclose(np.mean(outputs.features["normed"], axis=0), 0, atol=1e-2)
     jax.tree.map(np.testing.assert_array_equal, before, variables)
 
+  def test_parameters_with_names_of_axes_are_plain(self):
+    named = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+
+    class Layer(nn.Module):
+      @nn.compact
+      def __call__(self, x, _):
+        return nn.with_logical_constraint(nn.Dense(4, kernel_init=named)(x), ("b", "mlp")), None
+
+    module = nn.scan(
+      Layer,
+      variable_axes={"params": 0, "intermediates": 0},
+      split_rngs={"params": True},
+      length=2,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )()
+    network = capture.linen(
+      module,
+      features=["Dense_0"],
+      arguments=lambda inputs: (inputs, None),
+      logits=lambda out: out[0],
+    )
+    made = network.init(KEY, X)
+    shapes = jax.eval_shape(module.init, KEY, X, None)
+    assert isinstance(shapes["params"]["Dense_0"]["kernel"], nn.LogicallyPartitioned)
+    # Where their names say, so that a checkpoint's plain dicts are these variables again.
+    assert made["params"]["Dense_0"]["kernel"].shape == (2, 4, 4)
+    boxed = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(made))
+
+    @jax.jit
+    def each(made, boxed):
+      call = lambda variables: network.apply(variables, X, train=False)[0]  # noqa: E731
+      return module.apply(boxed, X, None)[0], call(made), call(boxed)
+
+    want, *found = each(made, boxed)
+    for outputs in found:
+      np.testing.assert_array_equal(outputs.logits, want)
+      np.testing.assert_array_equal(outputs.features["Dense_0"][-1], want)
+
   def test_init_gives_what_the_module_gives(self):
     mine = capture.linen(Published()).init(KEY, X)
     theirs = Published().init(KEY, X, train=False)

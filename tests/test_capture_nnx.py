@@ -12,7 +12,7 @@ import pytest
 from flax import linen
 from flax import nnx as flax_nnx
 
-from jaxdistill import capture_nnx, data, recipes, teachers, train
+from jaxdistill import capture_nnx, data, precision, recipes, teachers, train
 from jaxdistill.capture_nnx import Path, nnx
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
@@ -292,6 +292,42 @@ class TestTransforms:
     masks = np.asarray(outputs.features["blocks"]) == 0
     assert 0 < masks.sum() < masks.size
     assert not np.array_equal(masks[0], masks[1])
+
+  def test_a_linen_module_inside_is_one_of_its_submodules(self):
+    class Guest(linen.Module):
+      @linen.compact
+      def __call__(self, x, train):
+        x = linen.Dense(4, name="first")(x)
+        return linen.BatchNorm(use_running_average=not train, momentum=0.5, name="norm")(x)
+
+    class Host(flax_nnx.Module):
+      def __init__(self, rngs):
+        self.body = flax_nnx.bridge.ToNNX(Guest(), rngs=rngs).lazy_init(X, train=False)
+        self.head = flax_nnx.Linear(4, 3, rngs=rngs)
+
+      def __call__(self, x, train):
+        x = self.body(x, train=train, mutable=["batch_stats"] if train else False)
+        self.sow(flax_nnx.Intermediate, "mid", x)
+        return self.head(x)
+
+    model = Host(flax_nnx.Rngs(0))
+    network = nnx(model, features=["body", "mid"])
+    made = capture_nnx.variables(model)
+    assert set(capture_nnx.available(network, X)) == {"body", "mid", "head"}
+    assert set(made) == {"params", "batch_stats"}
+
+    @jax.jit
+    def train(made):
+      fresh = flax_nnx.clone(model)
+      outputs, state = network.apply(made, X, train=True, key=KEY)
+      return outputs, state, direct(fresh, X, True), capture_nnx.variables(fresh)
+
+    outputs, state, want, after = train(made)
+    np.testing.assert_allclose(outputs.logits, want, **CLOSE)
+    np.testing.assert_array_equal(outputs.features["body"], outputs.features["mid"])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **CLOSE), {**made, **state}, after)
+    assert np.all(np.asarray(state["batch_stats"]["body"]["norm"]["mean"]) != 0)
+    jax.eval_shape(network.init, KEY, X)
 
   def test_streams_may_be_split_in_evaluation(self):
     class Splits(flax_nnx.Module):
@@ -769,6 +805,19 @@ class TestPurity:
       assert outputs.logits.dtype == jnp.float64
       want = np.asarray(x) @ np.asarray(made["params"]["kernel"])
       np.testing.assert_allclose(outputs.logits, want, rtol=1e-12, atol=1e-12)
+
+  def test_an_embedding_computes_in_what_its_table_is(self):
+    class Words(flax_nnx.Module):
+      def __init__(self, rngs):
+        self.table = flax_nnx.Embed(5, 4, rngs=rngs)
+        self.head = flax_nnx.Linear(4, 3, rngs=rngs)
+
+      def __call__(self, tokens):
+        return self.head(self.table(tokens).mean(axis=1))
+
+    tokens = jnp.zeros((2, 6), jnp.int32)
+    network = precision.mixed(nnx(Words))
+    assert precision.products(network, network.init(KEY, tokens), tokens) == {"bfloat16": 1}
 
   def test_the_weights_are_copies(self):
     model = flax_nnx.Linear(4, 3, rngs=flax_nnx.Rngs(0))

@@ -392,7 +392,7 @@ def test_evaluation_pads_the_last_batch_and_nothing_else(few, strict_promotion):
     ({"batch_size": 0}, "batch_size=0"),
     ({"data_seed": -1}, "data_seed must lie in 0"),
     ({"data_seed": 2**32}, "data_seed must lie in 0"),
-    ({"views": 0}, "views must be at least 1"),
+    ({"views": 0}, "views=0 must be at least 1"),
     ({"labelled": [1, 0]}, "labelled must be 7 zeros and ones"),
     ({"labelled": np.arange(7)}, "labelled must be 7 zeros and ones"),
   ],
@@ -404,15 +404,15 @@ def test_sources_explain(few, kind, arguments, message):
 
 def test_other_mistakes_are_explained(few):
   source = data.on_device(few, batch_size=2, data_seed=0)
-  with pytest.raises(ValueError, match="step >= 0 and count >= 1, got -1 and 2"):
+  with pytest.raises(ValueError, match="step=-1 must be at least 0"):
     source.items(-1, 2)
   with pytest.raises(ValueError, match="data_seed must lie in 0"):
     dataclasses.replace(source, data_seed=-3)
-  with pytest.raises(ValueError, match="padding must be at least 0"):
+  with pytest.raises(ValueError, match="padding=-1 must be at least 0"):
     data.crop_flip(-1)
   with pytest.raises(ValueError, match="choices must be at least 1"):
     data.Augmentation(lambda image, number: image, choices=0)
-  with pytest.raises(ValueError, match="prefetch must be >= 1"):
+  with pytest.raises(ValueError, match="prefetch=0 must be at least 1"):
     data.streamed(few, batch_size=2, data_seed=0, prefetch=0)
   words = data.from_arrays(np.array([b"a", b"b"], dtype=object), [0, 1])
   with pytest.raises(TypeError, match="tokenize text first"):

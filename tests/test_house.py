@@ -17,7 +17,7 @@ ROOT = pathlib.Path(jaxdistill.__file__).parent
 # A file imports only from floors below its own; the list is the architecture.
 FLOORS = [
   ["arguments"],
-  ["types"],
+  ["types", "arguments", "fusion"],
   [
     "losses",
     "metrics",

@@ -544,6 +544,19 @@ def test_crd_carries_its_banks_through_scan_and_takes_halves(banks, strict_promo
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after, expected)
 
 
+def test_crd_takes_banks_that_are_numpy_arrays(banks):
+  """As a checkpoint or a script has them: not yet arguments of anything that is compiled."""
+  student, teacher = f32(normal(13, 3, D)), f32(normal(14, 3, D))
+  key = jax.random.key(0)
+  values, after = losses.contrastive_bank(
+    student, teacher, LABELS[INDEX], INDEX, banks, key=key, negatives=6
+  )
+  expected, known, _ = run_crd(student, teacher, banks)
+  # All the others are negatives, so that the key does not matter.
+  np.testing.assert_allclose(values, expected, **TOLERANCE)
+  np.testing.assert_allclose(after.student, known.student, **TOLERANCE)
+
+
 def test_crd_scores_the_bank_without_gathering_rows():
   size, width, batch, negatives = 20_000, 64, 16, 8_000
   floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)

@@ -508,3 +508,24 @@ def test_errors_name_the_argument_the_value_and_the_fix(make, words):
     make()
   for word in words:
     assert word in str(error.value)
+
+
+def test_a_resnet_of_patches_is_the_resnet():
+  x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+  lax, patches = (
+    models.ResNet(depth=8, num_classes=3, width=(2, 2, 4, 4), conv=conv)
+    for conv in ("lax", "patches")
+  )
+  variables = jax.jit(lax.init)(jax.random.key(0), x)
+
+  def loss(params, model):
+    out, state = model.apply({**variables, "params": params}, x, train=True, mutable="batch_stats")
+    return jnp.sum(jnp.sin(out)), (out, state)
+
+  results = [
+    jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(variables["params"], model)
+    for model in (lax, patches)
+  ]
+  for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+    # float32, eight layers; gradients go up to about ten.
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)

@@ -214,3 +214,83 @@ def test_dtypes(module, sizes):
   out, variables = jax.eval_shape(lambda x: module.init_with_output(KEY, x), x)
   assert out.dtype == jnp.bfloat16
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def plain_temperature(theta):
+  return 1 + 20 / (1 + np.exp(-np.asarray(theta, np.float64)))
+
+
+def test_a_learned_temperature_climbs_what_the_others_descend():
+  module = projectors.LearnedTemperature()
+
+  @jax.jit
+  def loss(theta, student, reversal):
+    """A loss that depends on both; its slope in the temperature is 2 * student * temperature."""
+    return student * module.apply({"params": {"theta": theta}}, reversal, train=True) ** 2
+
+  grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  # The plain slope, 2 * 3 * temperature * 20 * s * (1 - s), in float64.
+  temperature, s = plain_temperature(0.5), 1 / (1 + np.exp(-0.5))
+  plain = 2 * 3 * temperature * 20 * s * (1 - s)
+  for reversal in (0.0, 0.25, 1.0):
+    # The value is the same bits whatever the reversal.
+    assert loss(0.5, 3.0, reversal) == loss(0.5, 3.0, 0.0)
+    theta, student, own = grad(0.5, 3.0, reversal)
+    assert float(theta) == pytest.approx(-reversal * plain, rel=1e-5)  # float32
+    assert float(student) == pytest.approx(temperature**2, rel=1e-5)
+    assert float(own) == 0
+  # A few steps down the gradient: nowhere at 0, and at 1 to where the loss is larger.
+  for reversal, moves in ((0.0, False), (1.0, True)):
+    theta, values = 0.5, []
+    for _ in range(4):
+      values.append(float(loss(theta, 3.0, reversal)))
+      theta = theta - 1e-3 * grad(theta, 3.0, reversal)[0]
+    assert values == sorted(values)
+    assert (values[-1] > values[0]) == moves
+
+
+def test_a_learned_temperature_starts_and_stays_where_it_should():
+  module = projectors.LearnedTemperature()
+  start, variables = module.init_with_output(KEY, 1.0)
+  assert jax.tree.map(float, variables) == {"params": {"theta": 1.0}}
+  assert float(start) == pytest.approx(15.62, abs=0.005)
+  values, slopes = jax.vmap(
+    jax.value_and_grad(lambda theta: module.apply({"params": {"theta": theta}}, 1.0))
+  )(jnp.array([-1e4, -3.0, 0.0, 3.0, 1e4]))
+  np.testing.assert_allclose(values, [1, plain_temperature(-3), 11, plain_temperature(3), 21])
+  assert np.all(np.isfinite(slopes))
+  other = projectors.LearnedTemperature(lowest=2.0, span=4.0, initial=0.0)
+  assert float(other.init_with_output(KEY, 1.0)[0]) == 4
+
+
+def test_a_temperature_for_each_example(strict_promotion):
+  module = projectors.LearnedTemperature(hidden=6)
+  x = draw(5, 8)
+  shapes = jax.eval_shape(module.init, KEY, 1.0, x)["params"]
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 3, s.dtype), shapes)
+
+  @jax.jit
+  def run(params, x, reversal):
+    return jax.vjp(lambda p, x: module.apply({"params": p}, reversal, x), params, x)
+
+  value, pullback = run(params, x, 1.0)
+  first, second = as_float64(params["dense1"]), as_float64(params["dense2"])
+  hidden = np.maximum(x.astype(np.float64) @ first["kernel"] + first["bias"], 0)
+  theta = (hidden @ second["kernel"] + second["bias"])[:, 0]
+  np.testing.assert_allclose(value, plain_temperature(theta), rtol=1e-5)  # float32
+  to_params, to_x = pullback(jnp.ones(5))
+  slopes = (plain_temperature(theta) - 1) * (21 - plain_temperature(theta)) / 20
+  np.testing.assert_allclose(to_params["dense2"]["bias"], [-np.sum(slopes)], rtol=1e-5)
+  # What it looks at is the student, which nobody turns round.
+  assert not np.any(to_x)
+  stays, _ = run(params, x, 0.0)[1](jnp.ones(5))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(stays))
+  low = jax.eval_shape(module.apply, {"params": shapes}, 1.0, jnp.zeros((2, 3, 8), jnp.bfloat16))
+  assert (low.shape, low.dtype) == ((2, 3), jnp.float32)
+
+
+def test_a_learned_temperature_takes_predictions_with_hidden_alone():
+  for hidden, given in ((None, (1.0, jnp.ones((2, 3)))), (4, (1.0,))):
+    with pytest.raises(ValueError, match=f"hidden={hidden} and predictions .*hidden=128"):
+      projectors.LearnedTemperature(hidden=hidden).init(KEY, *given)

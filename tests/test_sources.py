@@ -332,9 +332,9 @@ GOOD = {"image": [1.0, 2.0], "label": 0}
     ([GOOD, {**GOOD, "label": -1}], {}, "row 1 has -1.*withheld"),
     ([{**GOOD, "label": [0, 1]}], {}, "must be one integer, got int64 of shape .*argmax"),
     ([{**GOOD, "label": 0.5}], {}, "must be one integer, got float64"),
-    ([GOOD], {"limit": 0}, "limit must be at least 1"),
+    ([GOOD], {"limit": 0}, "limit=0 must be at least 1"),
     ([GOOD], {"num_classes": 2, "label_names": ("a",)}, "label_names must be 2"),
-    ([GOOD], {"num_classes": 0}, "num_classes must be at least 1"),
+    ([GOOD], {"num_classes": 0}, "num_classes=0 must be at least 1"),
     ([GOOD], {"labels": None, "num_classes": 2}, "labels is None: leave them out"),
     ([GOOD], {"inputs": ()}, "inputs of row 0 of 'rows' are an empty dict"),
   ],
@@ -595,7 +595,7 @@ def test_some_labels_explains(uneven):
   least = float(re.search(r"at least ([\d.]+),", str(e.value)).group(1))
   assert data.some_labels(uneven, least, data_seed=0).sum() == 4
   for share in (-0.1, 1.1):
-    with pytest.raises(ValueError, match=r"share must lie in 0 .. 1"):
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\]"):
       data.some_labels(uneven, share, data_seed=0)
   with pytest.raises(ValueError, match="has no labels to choose from"):
     data.some_labels(data.from_arrays(np.zeros((3, 1)), None), 0.5, data_seed=0)

@@ -201,7 +201,7 @@ def test_a_network_is_frozen_and_its_features_pass_through(narrow):
     (lambda t: teachers.subset(t, [0, 2, 0]), r"classes has \[0\] more than once"),
     (lambda t: teachers.subset(t, [0, -1]), "classes has -1"),
     (lambda t: teachers.subset(t, [True, False, True]), "sequence of integers"),
-    (lambda t: teachers.grouped(t, []), "groups is empty"),
+    (lambda t: teachers.grouped(t, []), "must be the group of each class"),
     (lambda t: teachers.grouped(t, [0, 2, 2]), r"groups \[1\] of 3 have no class"),
     (lambda t: teachers.grouped(t, [[0, 1], []]), r"groups \[1\] of 2 have no class"),
     (lambda t: teachers.grouped(t, [0, -1, 1]), "groups has -1"),
@@ -272,7 +272,7 @@ def test_layers_of_a_real_network_start_a_student():
 @pytest.mark.parametrize(
   ("pairs", "message"),
   [
-    ({}, "pairs is empty"),
+    ({}, "pairs={} must be"),
     (
       {"a": "encoder/Dense_4"},
       r"'encoder/Dense_4', which is not in its 'params'; .*encoder/Dense_3",

@@ -13,7 +13,7 @@ import pytest
 import networks
 from jaxdistill import losses, mesh, optimizers, recipes, teachers, train
 from jaxdistill.checkpoint import Checkpoints
-from jaxdistill.state import init_state, student_variables
+from jaxdistill.state import deployed_variables, init_state
 from jaxdistill.step import make_step
 from jaxdistill.types import Term, make_batch
 from test_train import a_teacher, assert_close, assert_same_bits, differ, distil, source
@@ -150,7 +150,7 @@ def test_the_moving_average_is_by_hand():
       lambda a, leaf, d=decay: d * a + (1 - d) * np.asarray(leaf, np.float64), average, now
     )
   assert_close(state.average, average, tolerance=1e-5)  # float32
-  assert student_variables(state) is state.average
+  assert deployed_variables(state, objective) is state.average
 
 
 def test_a_run_with_an_average_resumes_with_the_same_bits(tmp_path):

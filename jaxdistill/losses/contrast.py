@@ -24,7 +24,7 @@ CRD_EPSILON = 1e-7
 
 
 class Banks(NamedTuple):
-  """What CRD remembers: an embedding of every training example by each network.
+  """Memory banks (CRD): an embedding of every training example by each network.
 
   A pytree of arrays, to be carried, checkpointed and sharded like any state; `init_banks` makes it.
 
@@ -35,6 +35,11 @@ class Banks(NamedTuple):
     log_normalizers: ``[2]``, logarithms of the normalisers Z of the student's scores (against the
       teacher's bank) and of the teacher's (against the student's).
     normalized: whether they have been set, which the first batch does.
+
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: here they are a value, carried like any state; in RepDistiller they are buffers of a
+  module, without the classes, since its data loader draws the negatives.
 
   >>> init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2).student.shape
   (3, 2)
@@ -48,7 +53,9 @@ class Banks(NamedTuple):
 
 
 def init_banks(key: Any, labels: Integer[AnyArray, " N"], width: int) -> Banks:
-  """Banks of CRD before the first batch: random unit rows.
+  """Memory banks (CRD) before the first batch: random unit rows.
+
+  Both banks ``[len(labels), width]``: uniform in ±√(3 / width), then each row divided by its norm.
 
   Args:
     key: a random key.
@@ -57,10 +64,15 @@ def init_banks(key: Any, labels: Integer[AnyArray, " N"], width: int) -> Banks:
     width: D, of the embeddings; 128 in the published code.
 
   Returns:
-    The banks, uniform in ±√(3 / width) as in the published code and then made unit rows.
+    The banks, with no normalisers yet.
 
   Raises:
     ValueError: ``width`` is not positive.
+
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: rows are of norm 1 here; RepDistiller leaves them as they are drawn, which is 1 on
+  average.
 
   >>> banks = init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2)
   >>> jnp.linalg.norm(banks.teacher, axis=1).round(3).tolist(), banks.normalized.item()
@@ -90,8 +102,8 @@ def contrastive(
 ) -> Float[Array, " B"]:
   """Contrastive distillation within the batch (InfoNCE), both ways round.
 
-  ½ (−log softmax_j(s_i·t_j / temperature)_i − log softmax_j(t_i·s_j / temperature)_i), s and t the
-  rows of student and teacher as unit vectors.
+  ½ (−log softmax_j(s_i·t_j / temperature) − log softmax_j(t_i·s_j / temperature)), both at j = i,
+  s_i = n(student_i), t_i = n(teacher_i), n(v) = v / max(‖v‖, 1e-12).
 
   Args:
     student: ``[B, ...]``, flattened; embedded in the teacher's width.
@@ -107,8 +119,11 @@ def contrastive(
   Raises:
     ValueError: the widths differ, or ``temperature`` is not positive.
 
-  Source: van den Oord, Li, Vinyals, Representation Learning with Contrastive Predictive Coding,
+  Source: van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding",
   2018.
+
+  Other codes: here are both directions, as in CLIP; the paper and MoCo have one of them. CRD is
+  `contrastive_bank`.
 
   >>> values = contrastive(jnp.eye(2), jnp.eye(2), temperature=1.0)
   >>> [round(value, 4) for value in values.tolist()]  # log(1 + exp(-1))
@@ -140,11 +155,15 @@ def contrastive_bank(
 ) -> tuple[Float[Array, " B"], Banks]:
   """Contrastive representation distillation (CRD), against banks of all training examples.
 
-  The sum over both sides of −log(P₊ / (P₊ + c)) − Σ_negatives log((m/N) / (P₋ + c)), c = m/N +
-  1e-7, m = negatives, P = exp(v·bank / temperature) / Z. One side scores the student's unit
-  vectors v against the teacher's bank, the other the teacher's against the student's. P₊ is an
-  example's own row, P₋ rows of other classes. Z is N times the mean of the first batch's exp(·),
-  for each side, and then kept.
+  Σ over two sides of [log((P₊ + c) / P₊) + Σ over negatives of log((P₋ + c) / (m/N))],
+  m = negatives, N = the banks' rows, c = m/N + 1e-7, P = exp(v·row / temperature) / Z.
+  One side has v = n(student_i) and the teacher's bank, the other v = n(teacher_i) and the
+  student's, n(v) = v / max(‖v‖, 1e-12). P₊ is of the bank's row index_i, P₋ of m rows of
+  classes other than labels_i, the same rows for both sides.
+
+  Z is set by the first batch, for each side, and then kept in the banks: N · the mean of exp(v·row
+  / temperature) over the examples and over their 1 + m rows, own and negatives. Rows are those of
+  ``banks`` as given: they are updated after scoring.
 
   Args:
     student: ``[B, D]``, embeddings as wide as the banks (a projector's; both are trained).
@@ -155,21 +174,24 @@ def contrastive_bank(
       own share only: use ``jit``.
     key: a random key. An example's draw depends on it and on the example's index alone.
     negatives: m, drawn without replacement from the examples of other classes; where there are
-      fewer, all of them with more weight. 16384 is the paper's.
+      fewer, all of them, each counted m / (their number) times. 16384 is the paper's.
     temperature: > 0. 0.07 is the published code's.
     momentum: how much of a row is kept at an update, in [0, 1]. 0.5 is the published code's.
     where: ``[B]``, which examples take part (not 0); the others may hold anything, have the value
       0, and change neither rows nor normalisers. None is all.
 
   Returns:
-    (values ``[B]``, banks). The values' mean is the published code's number (weight 0.8). The rows
-    of the batch become the unit vector of momentum · old + (1 − momentum) · new, after scoring;
-    no gradient passes through the banks.
+    (values ``[B]``, banks). After scoring, row index_i of each bank becomes n(momentum · row +
+    (1 − momentum) · v), v its own network's; no gradient passes through banks or normalisers.
 
   Raises:
     ValueError: the widths differ, or a number is out of its range.
 
-  Source: Tian, Krishnan, Isola, Contrastive Representation Distillation, 2020, as in RepDistiller.
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: this, as the mean over the batch, is RepDistiller's number (its weight is 0.8); there
+  the data loader draws the negatives. mdistiller's copy loses updates of the banks on all devices
+  but the first, torchdistill's fails unless the negatives are passed in.
 
   >>> banks = init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2)
   >>> values, banks = contrastive_bank(
@@ -187,7 +209,7 @@ def contrastive_bank(
   student, teacher, valid = rows(student, teacher, where)
   student, teacher = unit(student), unit(teacher)
   # A bank is state: what was seen before, not what is being trained.
-  banks = jax.tree.map(jax.lax.stop_gradient, banks)
+  banks = jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.asarray(x)), banks)
   index = jnp.where(valid, jnp.asarray(index, jnp.int32), 0)
   drawn = _draw(key, jnp.asarray(labels, jnp.int32), index, banks.labels, negatives)
 

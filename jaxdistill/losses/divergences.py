@@ -52,15 +52,16 @@ def cross_entropy(
 ) -> Float[Array, "*batch"]:
   """Cross-entropy (CE) with hard labels or a distribution.
 
-  −Σ_k y_k log q_k with q = softmax(student_logits) and y = (1 − label_smoothing) · labels +
-  label_smoothing / K.
+  −Σ_k y_k log q_k, q = softmax(student_logits),
+  y = (1 − label_smoothing) · labels + label_smoothing / K, integer labels as one-hot rows.
 
   Args:
     student_logits: ``[..., K]``. Classes masked to −inf are left out, and smoothing spreads over
-      the others.
+      the others (K is their number).
     labels: ``[...]`` integers, or ``[..., K]`` distributions (mixup). An integer outside
       ``0 .. K-1`` names no class and contributes 0.
-    label_smoothing: the share of y that is spread evenly, in [0, 1]. 0 is plain cross-entropy.
+    label_smoothing: the share of y that is spread evenly, in [0, 1]. 0, plain cross-entropy, is
+      PyTorch's.
 
   Returns:
     ``[...]``, in nats.
@@ -68,8 +69,11 @@ def cross_entropy(
   Raises:
     ValueError: ``labels`` are neither of the two, or ``label_smoothing`` is outside [0, 1].
 
-  Source: label smoothing from Szegedy et al., Rethinking the Inception Architecture for Computer
-  Vision, 2016; smoothing / K on every class, the label's included, as PyTorch and optax have it.
+  Source: Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception Architecture for
+  Computer Vision", 2016 (for label smoothing).
+
+  Other codes: here label_smoothing / K goes to every class, the label's included, as in PyTorch and
+  optax; fairseq spreads it over the K − 1 others.
 
   >>> logits = jnp.log(jnp.array([0.75, 0.25]))
   >>> round(cross_entropy(logits, jnp.array(0)).item(), 4)  # -log 0.75
@@ -97,22 +101,25 @@ def soft_target_kl(
 ) -> Float[Array, "*batch"]:
   """Knowledge distillation (KD): KL of the teacher's softened probabilities from the student's.
 
-  temperature² · Σ_k p_k log(p_k / q_k); p_k = 0 contributes 0.
+  temperature² · Σ_k p_k log(p_k / q_k), where a p_k of 0 contributes 0,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
     temperature: softens both, > 0. 4 is RepDistiller's and mdistiller's for CIFAR-100.
 
   Returns:
-    ``[...]``, in nats · temperature². RepDistiller and mdistiller report its mean over the batch
-    (sum over classes, times temperature²); TextBrewer has the cross-entropy without temperature²,
-    KD_Lib a squared error of the probabilities.
+    ``[...]``, in nats · temperature².
 
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Hinton, Vinyals, Dean, Distilling the Knowledge in a Neural Network, 2015.
+  Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+
+  Other codes: this, as the mean over the batch, is the number of RepDistiller, mdistiller and, with
+  labels, torchdistill; without labels torchdistill leaves temperature² out. TextBrewer has the
+  cross-entropy −Σ_k p_k log q_k without temperature², KD_Lib a squared error of the probabilities.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(soft_target_kl(student, teacher, temperature=1.0).item(), 4)
@@ -132,10 +139,11 @@ def reverse_kl(
 ) -> Float[Array, "*batch"]:
   """Reverse KL (RKL), as in MiniLLM: mode-seeking where `soft_target_kl` covers mass.
 
-  temperature² · Σ_k q_k log(q_k / p_k); q_k = 0 contributes 0.
+  temperature² · Σ_k q_k log(q_k / p_k), where a q_k of 0 contributes 0,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
     temperature: softens both, > 0. 1 is MiniLLM's.
 
@@ -145,8 +153,10 @@ def reverse_kl(
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Gu, Dong, Wei, Huang, MiniLLM: Knowledge Distillation of Large Language Models, 2023. Per
-  token and exact over the vocabulary; their policy gradient over sequences is another estimator.
+  Source: Gu, Dong, Wei, Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2023.
+
+  Other codes: this one is exact over the classes, position by position, as in DistiLLM's code,
+  which has no temperature; MiniLLM's policy gradient over sequences is another estimator.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(reverse_kl(student, teacher).item(), 4)
@@ -163,18 +173,20 @@ def generalized_jsd(
   beta: Scalar = 0.5,
   temperature: Scalar = 1.0,
 ) -> Float[Array, "*batch"]:
-  """Generalised Jensen-Shannon divergence (JSD(β)) of GKD.
+  """Generalised Jensen-Shannon divergence (JSD, GKD): both networks against their mixture.
 
-  temperature² · [beta · KL(p‖m) + (1 − beta) · KL(q‖m)] with m = beta · p + (1 − beta) · q.
+  temperature² · [beta · KL(p ‖ m) + (1 − beta) · KL(q ‖ m)], m = beta · p + (1 − beta) · q,
+  KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
   As written it goes to 0 at both ends, beta → 0 and beta → 1 (divided by beta it tends to KL(p‖q)
-  at 0; divided by 1 − beta, to KL(q‖p) at 1). Other libraries redefine the ends as those two KLs;
-  here they are `soft_target_kl` and `reverse_kl`.
+  at 0; divided by 1 − beta, to KL(q‖p) at 1). For these two use `soft_target_kl` and `reverse_kl`.
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
-    beta: the teacher's share of the mixture, in [0, 1]; ½ is the symmetric divergence.
+    beta: the teacher's share of the mixture, in [0, 1]. 0.5, the symmetric divergence, is TRL's
+      and one of the paper's.
     temperature: softens both, > 0. 1 is the paper's.
 
   Returns:
@@ -183,8 +195,12 @@ def generalized_jsd(
   Raises:
     ValueError: the shapes differ, ``temperature`` is not positive or ``beta`` outside [0, 1].
 
-  Source: Agarwal et al., On-Policy Distillation of Language Models: Learning from Self-Generated
-  Mistakes (GKD), 2023.
+  Source: Agarwal, Vieillard, Zhou, Stanczyk, Ramos, Geist, Bachem, "On-Policy Distillation of
+  Language Models: Learning from Self-Generated Mistakes", 2023.
+
+  Other codes: this is the paper's formula at every beta. TRL and Liger put KL(p ‖ q) at beta = 0
+  and KL(q ‖ p) at beta = 1, EasyDeL the reverse, with other weights between; TRL and Liger have no
+  temperature².
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(generalized_jsd(student, teacher).item(), 4)
@@ -207,12 +223,15 @@ def total_variation(
 ) -> Float[Array, "*batch"]:
   """Total variation distance (TVD) of the softened probabilities.
 
-  temperature² · ½ Σ_k |p_k − q_k|. Its gradient is 0 where p_k = q_k.
+  temperature² · ½ Σ_k |p_k − q_k|,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  Its gradient is 0 where p_k = q_k.
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
-    temperature: softens both, > 0. 1 is the sources' own.
+    temperature: softens both, > 0. 1 is the paper's.
 
   Returns:
     ``[...]``, in [0, temperature²].
@@ -220,8 +239,10 @@ def total_variation(
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Wen, Li, Du, Mou, f-Divergence Minimization for Sequence-Level Knowledge Distillation,
+  Source: Wen, Li, Du, Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
   2023.
+
+  Other codes: temperature² is here as in DistillKit; Liger and DistiLLM's code have none.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(total_variation(student, teacher).item(), 4)
@@ -240,10 +261,14 @@ def skew_kl(
 ) -> Float[Array, "*batch"]:
   """Skew KL (SKL) of DistiLLM: the teacher from a mixture of both.
 
-  temperature² · KL(p ‖ skew · p + (1 − skew) · q). skew = 0 is `soft_target_kl`, skew = 1 is 0.
+  temperature² · KL(p ‖ m), m = skew · p + (1 − skew) · q,
+  KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  skew = 0 is `soft_target_kl`, skew = 1 is 0.
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
     skew: the teacher's share of the mixture, in [0, 1]. 0.1 is the paper's.
     temperature: softens both, > 0. 1 is the paper's.
@@ -254,8 +279,11 @@ def skew_kl(
   Raises:
     ValueError: the shapes differ, ``temperature`` is not positive or ``skew`` outside [0, 1].
 
-  Source: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models,
-  2024.
+  Source: Ko, Kim, Chen, Yun, "DistiLLM: Towards Streamlined Distillation for Large Language
+  Models", 2024.
+
+  Other codes: the published code leaves out Σ_k p_k log p_k, which changes the value and not the
+  student's gradient, and has no temperature; this is the paper's divergence, least (0) at q = p.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(skew_kl(student, teacher).item(), 4)
@@ -275,10 +303,14 @@ def skew_reverse_kl(
 ) -> Float[Array, "*batch"]:
   """Skew reverse KL (SRKL) of DistiLLM: the student from a mixture of both.
 
-  temperature² · KL(q ‖ (1 − skew) · p + skew · q). skew = 0 is `reverse_kl`, skew = 1 is 0.
+  temperature² · KL(q ‖ m), m = (1 − skew) · p + skew · q,
+  KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  skew = 0 is `reverse_kl`, skew = 1 is 0.
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
     skew: the student's share of the mixture, in [0, 1]. 0.1 is the paper's.
     temperature: softens both, > 0. 1 is the paper's.
@@ -289,8 +321,10 @@ def skew_reverse_kl(
   Raises:
     ValueError: the shapes differ, ``temperature`` is not positive or ``skew`` outside [0, 1].
 
-  Source: Ko, Kim, Chen, Yun, DistiLLM: Towards Streamlined Distillation for Large Language Models,
-  2024.
+  Source: Ko, Kim, Chen, Yun, "DistiLLM: Towards Streamlined Distillation for Large Language
+  Models", 2024.
+
+  Other codes: this is the published code's at temperature 1, which has no temperature.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(skew_reverse_kl(student, teacher).item(), 4)
@@ -312,13 +346,17 @@ def decoupled_kd(
 ) -> Float[Array, "*batch"]:
   """Decoupled knowledge distillation (DKD): the label's class apart from the others.
 
-  temperature² · (target_weight · KL([p_y, 1 − p_y] ‖ [q_y, 1 − q_y]) +
-  nontarget_weight · KL(p̂ ‖ q̂)), y = labels, p̂ and q̂ = p and q over the classes other than y,
-  renormalised. With nontarget_weight = 1 − p_y it is `soft_target_kl`. With two classes (or two
-  that are not masked) the second part is exactly 0.
+  temperature² · (target_weight · KL([p_y, 1 − p_y] ‖ [q_y, 1 − q_y])
+    + nontarget_weight · KL(p̂ ‖ q̂)),
+  y = labels, p̂ and q̂ = p and q over the classes other than y, each divided by its sum,
+  KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  With nontarget_weight = 1 − p_y it is `soft_target_kl`. With two classes (or two that are not
+  masked) the second part is exactly 0.
 
   Args:
-    student_logits: ``[..., K]``, q's logits.
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
     labels: ``[...]`` integers. One that is masked or outside ``0 .. K-1`` has p_y = q_y = 0.
     temperature: softens both, > 0. 4 is mdistiller's for CIFAR-100.
@@ -327,14 +365,16 @@ def decoupled_kd(
       chose 2 to 8 by the teacher.
 
   Returns:
-    ``[...]``, in nats · temperature². The published code (mdistiller) takes logarithms of sums of a
-    softmax and gives −inf at confident logits; this one has its values elsewhere, and stays in log
-    space. Its warm-up over epochs is the recipe's.
+    ``[...]``, in nats · temperature².
 
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Zhao, Cui, Song, Qiu, Liang, Decoupled Knowledge Distillation, 2022.
+  Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022.
+
+  Other codes: mdistiller, the published code, takes logarithms of sums of a softmax and gives −inf
+  at confident logits; this one has its values elsewhere, and stays in log space. Its warm-up over
+  epochs is the recipe's. OFAKD's copy takes nontarget_weight 2 at temperature 1.
 
   >>> student, teacher = jnp.zeros(3), jnp.log(jnp.array([0.5, 0.375, 0.125]))
   >>> round(decoupled_kd(student, teacher, jnp.array(0), temperature=1.0).item(), 4)

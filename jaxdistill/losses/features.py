@@ -1,4 +1,4 @@
-"""Losses on features, element by element: one value per example.
+"""Losses on features, from hints to attention relations: one value per example.
 
 Student first, teacher second. Features are vectors ``[B, D]``, tokens ``[B, L, D]`` or maps
 ``[B, H, W, C]``; of two maps the larger is average-pooled to the smaller along each axis (PyTorch's
@@ -62,16 +62,19 @@ def hint_l2(
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller.
+    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
-    ``[B]``; ``[B, L]`` for tokens. RepDistiller's and mdistiller's number is its mean; the paper's
-    has half of the sum, and torchdistill's FitNet configurations sum.
+    ``[B]``; ``[B, L]`` for tokens.
 
   Raises:
     ValueError: the widths differ, or the shapes cannot be matched.
 
-  Source: Romero, Ballas, Kahou, Chassang, Gatta, Bengio, FitNets: Hints for Thin Deep Nets, 2015.
+  Source: Romero, Ballas, Kahou, Chassang, Gatta, Bengio, "FitNets: Hints for Thin Deep Nets", 2015.
+
+  Other codes: this, as the mean over the batch, is the number of RepDistiller, mdistiller and (over
+  tokens) TextBrewer; the paper has half of the sum, and torchdistill's FitNet configurations sum.
 
   >>> hint_l2(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]])).tolist()
   [2.0]
@@ -83,13 +86,15 @@ def hint_l2(
 def hint_cosine(
   student: Float[AnyArray, "B ..."], teacher: Float[AnyArray, "B ..."]
 ) -> Float[Array, "B ..."]:
-  """Hints by direction (cosine distance).
+  """Hints by direction (Lcos of DistilBERT): cosine distance of two features.
 
-  mean over positions of 1 − cos(student, teacher), cos over the last axis, 0 where either is 0.
+  mean over positions of 1 − n(student)·n(teacher), n(v) = v / max(‖v‖, 1e-12) over the last axis,
+  so that it is 1 where either is 0.
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller.
+    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``, in [0, 2]; ``[B, L]`` for tokens, each of which is a position.
@@ -97,7 +102,11 @@ def hint_cosine(
   Raises:
     ValueError: the widths differ, or the shapes cannot be matched.
 
-  Source: the hidden states' cosine of Sanh, Debut, Chaumond, Wolf, DistilBERT, 2019.
+  Source: Sanh, Debut, Chaumond, Wolf, "DistilBERT, a distilled version of BERT: smaller, faster,
+  cheaper and lighter", 2019 (for hidden states).
+
+  Other codes: PyTorch's ``cosine_embedding_loss``, which DistilBERT and TextBrewer use, is this but
+  for vectors near 0; Tunix has no floor under the norms and divides 0 by 0 there.
 
   >>> hint_cosine(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 3.0]])).tolist()
   [1.0]
@@ -112,22 +121,27 @@ def hierarchical_context(
 ) -> Float[Array, " B"]:
   """Hierarchical context loss (HCL) of ReviewKD: squared errors at several sizes.
 
-  Σ_l weight_l · mean (student_l − teacher_l)² / Σ_l weight_l, over the full size with weight 1 and
-  the maps average-pooled to 4×4, 2×2 and 1×1. A level that is not smaller than the map's height is
-  skipped; the weight halves at each level used (a 4×4 map: 1, then ½ at 2 and ¼ at 1).
+  Σ_l weight_l · mean (student_l − teacher_l)² / Σ_l weight_l, student_l and teacher_l the maps
+  at level l and the mean over all their axes but the batch's; the levels are the full size with
+  weight 1 and the maps average-pooled to 4×4, 2×2 and 1×1. A level that is not smaller than the
+  map's height is skipped; the weight halves at each level used (a 4×4 map: 1, then ½ at 2 and
+  ¼ at 1).
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels (ReviewKD fuses stages to that end).
-    teacher: likewise; the larger map is average-pooled to the smaller first.
+    teacher: likewise; the larger map is average-pooled to the smaller first (as PyTorch's
+      ``adaptive_avg_pool2d``, and so are the levels).
 
   Returns:
-    ``[B]``. The published code's number, summed over the stages there.
+    ``[B]``.
 
   Raises:
     ValueError: the widths differ, or either is not a map.
 
-  Source: Chen, Liu, Zhao, Jia, Distilling Knowledge via Knowledge Review, 2021; the levels and
-  weights are the published code's.
+  Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review", 2021.
+
+  Other codes: levels and weights are here the published code's, mdistiller's and torchdistill's,
+  whose number is the sum over stages of the mean over the batch.
 
   >>> maps = jnp.array([1.0, -1.0]).reshape(1, 2, 1, 1)
   >>> value = hierarchical_context(maps, jnp.zeros((1, 2, 1, 1)))
@@ -157,23 +171,27 @@ def variational_information(
   """Variational information distillation (VID): likelihood of the teacher's feature.
 
   mean of ½[(student_mean − teacher)² / σ² + log σ²] over all axes but the batch's,
-  σ² = softplus(raw_variance) + 1e-5 for each channel.
+  σ² = softplus(raw_variance) + 1e-5 for each channel, softplus(x) = log(1 + exp(x)).
 
   Args:
     student_mean: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``: the mean that a projector predicts.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller.
+    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
     raw_variance: ``[C]``, learned with the student. The published code starts at σ² = 5:
       log(exp(5 − 1e-5) − 1).
 
   Returns:
     ``[B]``; ``[B, L]`` for tokens. It can be negative, and is least where σ² is the mean squared
-    error (½(1 + log σ²) there). mdistiller never trains the variance; RepDistiller does.
+    error (½(1 + log σ²) there).
 
   Raises:
     ValueError: the widths differ, or the shapes cannot be matched.
 
-  Source: Ahn, Hu, Damianou, Lawrence, Dai, Variational Information Distillation for Knowledge
-  Transfer, 2019.
+  Source: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge
+  Transfer", 2019.
+
+  Other codes: this, as the mean over the batch, is RepDistiller's and torchdistill's number for one
+  stage; mdistiller never trains the variance, which stays 5 there.
 
   >>> at_five = jnp.log(jnp.expm1(jnp.array([5.0 - 1e-5])))
   >>> mean, teacher = jnp.array([[1.0]]), jnp.array([[3.0]])
@@ -196,22 +214,27 @@ def activation_boundary(
 ) -> Float[Array, " B"]:
   """Activation boundaries (AB): which units are on, with a hinge of width ``margin``.
 
-  Σ over C, H, W of (s + margin)²·[s > −margin, t ≤ 0] + (s − margin)²·[s ≤ margin, t > 0],
-  s = student, t = teacher, both before their activation.
+  Σ over H, W, C of (s + margin)²·[s > −margin, t ≤ 0] + (s − margin)²·[s ≤ margin, t > 0],
+  s = student, t = teacher, both before their activation; [·] is 1 where all of it holds, else 0.
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller.
+    teacher: likewise; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
     margin: how far on the teacher's side a unit has to be, ≥ 0. 1 is the published code's.
 
   Returns:
-    ``[B]``. RepDistiller weighs stages by 2^(i − n + 1) and their sum by 3/1000 on top.
+    ``[B]``, a sum and no mean.
 
   Raises:
     ValueError: the widths differ, or either is not a map.
 
-  Source: Heo, Lee, Yun, Choi, Knowledge Transfer via Distillation of Activation Boundaries Formed
-  by Hidden Neurons, 2019.
+  Source: Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed
+  by Hidden Neurons", 2019.
+
+  Other codes: this, as the mean over the batch, is one stage of RepDistiller and torchdistill;
+  RepDistiller weighs stage i of n by 2^(i − n + 1) and the sum of stages by 3/1000, torchdistill
+  every stage by 1.
 
   >>> student = jnp.array([0.5, 0.5, -2.0]).reshape(1, 1, 1, 3)
   >>> teacher = jnp.array([-1.0, 1.0, -1.0]).reshape(1, 1, 1, 3)
@@ -234,22 +257,28 @@ def overhaul(
 ) -> Float[Array, " B"]:
   """Overhaul of feature distillation (OFD): partial L2 before the activation.
 
-  Σ over C, H, W of (s − m)²·[s > m, t ≤ m] + (s − t)²·[s > t, m < t ≤ 0] + (s − t)²·[t > 0],
-  s = student, t = teacher, m = margin: a unit that the teacher has off need only be below it.
+  Σ over H, W, C of (s − m)²·[s > m, t ≤ m] + (s − t)²·[s > t, m < t ≤ 0] + (s − t)²·[t > 0],
+  s = student, t = teacher, m = margin; [·] is 1 where all of it holds, else 0.
+
+  So a unit that the teacher has off need only be below the margin.
 
   Args:
     student: ``[B, H, W, C]`` before the activation, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller.
+    teacher: likewise; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
     margin: ``[C]``, ≤ 0, from `overhaul_margin`.
 
   Returns:
-    ``[B]``. The published code divides stage i of n by 2^(n − i − 1), weighs the sum by 1e-3, and
-    keeps the teacher's BatchNorm in training mode; here the teacher is frozen.
+    ``[B]``, a sum and no mean.
 
   Raises:
     ValueError: the widths differ, or either is not a map.
 
-  Source: Heo, Kim, Yun, Park, Kwak, Choi, A Comprehensive Overhaul of Feature Distillation, 2019.
+  Source: Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation", 2019.
+
+  Other codes: this, as the mean over the batch, is one stage of the published code and of
+  mdistiller, which divide stage i of n by 2^(n − i − 1), weigh the sum by 1e-3, and keep the
+  teacher's BatchNorm in training mode; here the teacher is frozen.
 
   >>> student = jnp.array([0.0, 0.5, -3.0]).reshape(1, 1, 1, 3)
   >>> teacher = jnp.array([-9.0, 1.0, -0.5]).reshape(1, 1, 1, 3)
@@ -268,10 +297,11 @@ def overhaul(
 def overhaul_margin(
   scale: Float[AnyArray, " C"], bias: Float[AnyArray, " C"]
 ) -> Float[Array, " C"]:
-  """Margins of OFD: what a teacher's unit is on average while it is off.
+  """Margins of the overhaul (OFD): what a teacher's unit is on average while it is off.
 
   m = E[x | x < 0] of x ~ N(bias, scale²) = bias − |scale|·φ(bias / |scale|) / Φ(−bias / |scale|),
-  or −3·|scale| where x < 0 has a probability Φ(−bias / |scale|) ≤ 1e-3.
+  or −3·|scale| where x < 0 has a probability Φ(−bias / |scale|) ≤ 1e-3;
+  φ and Φ are the density and the distribution function of N(0, 1).
 
   Args:
     scale: ``[C]``, the weight of the teacher's last BatchNorm before the activation.
@@ -280,8 +310,9 @@ def overhaul_margin(
   Returns:
     ``[C]``, ≤ 0; for `overhaul`, once before training.
 
-  Source: Heo, Kim, Yun, Park, Kwak, Choi, A Comprehensive Overhaul of Feature Distillation, 2019;
-  1e-3 and −3 are the published code's.
+  Source: Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation", 2019.
+
+  Other codes: 1e-3 and −3 are here the published code's and mdistiller's.
 
   >>> margin = overhaul_margin(jnp.array([1.0, -2.0]), jnp.array([0.0, 9.0]))
   >>> [round(value, 4) for value in margin.tolist()]

@@ -56,7 +56,7 @@ __all__ = [
 def logit_l2(
   student_logits: Float[AnyArray, "*batch K"], teacher_logits: Float[AnyArray, "*batch K"]
 ) -> Float[Array, "*batch"]:
-  """Logit regression (L2, mean squared error of logits).
+  """Logit regression (L2): mean squared error of the logits.
 
   mean_k (student_logits_k − teacher_logits_k)².
 
@@ -65,12 +65,15 @@ def logit_l2(
     teacher_logits: ``[..., K]``, likewise.
 
   Returns:
-    ``[...]``. The mean over classes is PyTorch's ``MSELoss``; the paper has half of the sum.
+    ``[...]``.
 
   Raises:
     ValueError: the shapes differ.
 
-  Source: Ba, Caruana, Do Deep Nets Really Need to be Deep?, 2014.
+  Source: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
+
+  Other codes: this, as the mean over the batch, is PyTorch's ``MSELoss``; the paper has half of the
+  sum, and TextBrewer divides both logits by a temperature first.
 
   >>> logit_l2(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 0.0]])).tolist()
   [2.0]
@@ -82,9 +85,11 @@ def logit_l2(
 def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*batch K"]:
   """Logit standardisation (LSKD): z-scores over the classes, for use in front of any loss.
 
-  (z − mean_k z) / (1e-7 + std_k z), z = logits, std with K − 1 as PyTorch has it (NumPy's and
-  JAX's default is K). Apply it to both networks' logits; the temperature then multiplies
-  standard deviations. The gradient flows through mean and std, as in the published code.
+  (z − mean_k z) / (1e-7 + std_k z), z = logits,
+  std_k z = √(Σ_k (z_k − mean_k z)² / (K − 1)).
+
+  Apply it to both networks' logits; the temperature then multiplies standard deviations. The
+  gradient flows through mean and std, as in the published code.
 
   Args:
     logits: ``[..., K]``, no class masked to −inf. A row of equal logits gives zeros, with a
@@ -93,7 +98,10 @@ def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*ba
   Returns:
     ``[..., K]``, float32 (or float64).
 
-  Source: Sun, Ren, Li, Wang, Cao, Logit Standardization in Knowledge Distillation, 2024.
+  Source: Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", 2024.
+
+  Other codes: K − 1, here, is the published code's and torchdistill's, PyTorch's default; NumPy's
+  and JAX's is K.
 
   >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0]])).round(3).tolist()
   [[-1.0, 0.0, 1.0]]
@@ -112,10 +120,11 @@ def inter_class_correlation(
   *,
   temperature: Scalar = 4.0,
 ) -> Float[Array, "*batch"]:
-  """Inter-class relation of DIST: how an example's classes rank and spread.
+  """Inter-class relation (DIST): how an example's classes rank and spread.
 
-  temperature² · (1 − ρ_k(q, p)), ρ = Pearson's correlation over the classes,
-  a·b / (‖a‖‖b‖ + 1e-8) with a = q − mean_k q and b = p − mean_k p.
+  temperature² · (1 − a·b / (‖a‖‖b‖ + 1e-8)), which is 1 − Pearson's correlation over the classes,
+  a = q − mean_k q, b = p − mean_k p,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
   Args:
     student_logits: ``[..., K]``, q's logits; no class masked to −inf.
@@ -123,14 +132,15 @@ def inter_class_correlation(
     temperature: softens both, > 0. 4 is the published code's for CIFAR-100 (1 for ImageNet).
 
   Returns:
-    ``[...]``, in [0, 2 · temperature²]; temperature² where either is uniform. The factor
-    temperature² is the published code's, absent from the paper's; torchdistill clamps ‖a‖‖b‖ where
-    this one, like the published code, adds 1e-8 to it.
+    ``[...]``, in [0, 2 · temperature²]; temperature² where either is uniform.
 
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Huang, You, Wang, Qian, Xu, Knowledge Distillation from A Stronger Teacher, 2022.
+  Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
+
+  Other codes: temperature² is the published code's, absent from the paper's; torchdistill clamps
+  ‖a‖‖b‖ where this one, like the published code, adds 1e-8 to it.
 
   >>> logits = jnp.array([[2.0, 1.0]])
   >>> inter_class_correlation(logits, -logits, temperature=1.0).round(3).tolist()
@@ -149,10 +159,11 @@ def intra_class_correlation(
   temperature: Scalar = 4.0,
   where: Shaped[AnyArray, "*batch"] | None = None,
 ) -> Float[Array, " K"]:
-  """Intra-class relation of DIST: how a class ranks the examples. One value per **class**.
+  """Intra-class relation (DIST): how a class ranks the examples. One value per **class**.
 
-  temperature² · (1 − ρ_b(q, p)), ρ = Pearson's correlation over the batch (all leading axes),
-  a·b / (‖a‖‖b‖ + 1e-8) with a = q − mean_b q and b = p − mean_b p.
+  temperature² · (1 − a·b / (‖a‖‖b‖ + 1e-8)) for each class k, over the batch (all leading axes):
+  a_i = q_ik − mean_i q_ik, b_i = p_ik − mean_i p_ik,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
   Args:
     student_logits: ``[..., K]``, q's logits; no class masked to −inf.
@@ -161,15 +172,17 @@ def intra_class_correlation(
     where: ``[...]``, which examples count (not 0); the others may hold anything. None counts all.
 
   Returns:
-    ``[K]``, in [0, 2 · temperature²]; all 0 where fewer than two examples count. The published
-    code's number is their mean. It depends on who is in the batch: under ``pmap`` or gradient
-    accumulation that is the device's share or the micro-batch.
+    ``[K]``, in [0, 2 · temperature²]; all 0 where fewer than two examples count. It depends on
+    who is in the batch: under ``pmap`` or gradient accumulation that is the device's share or the
+    micro-batch.
 
   Raises:
     ValueError: the shapes differ or ``temperature`` is not positive.
 
-  Source: Huang, You, Wang, Qian, Xu, Knowledge Distillation from A Stronger Teacher, 2022;
-  temperature² and 1e-8 as in the published code (see `inter_class_correlation`).
+  Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
+
+  Other codes: temperature² and 1e-8 are here as in the published code, whose number is the mean
+  over the classes (see `inter_class_correlation`).
 
   >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [1.0, 0.0]])
   >>> intra_class_correlation(student, teacher, temperature=1.0).round(3).tolist()
@@ -204,8 +217,10 @@ def one_for_all(
 ) -> Float[Array, "*batch"]:
   """One-for-all distillation (OFA-KD): the label's class is enhanced by a power.
 
-  −Σ_k [(p_k + y_k)^power − y_k] log q_k, y one-hot of labels. At power = 1 it is the
-  cross-entropy with the teacher's probabilities.
+  −Σ_k [(p_k + y_k)^power − y_k] log q_k, y one-hot of labels,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  At power = 1 it is the cross-entropy with the teacher's probabilities.
 
   Args:
     student_logits: ``[..., K]``, q's logits (of an exit head, or the last); no class masked to
@@ -214,17 +229,19 @@ def one_for_all(
     labels: ``[...]`` integers. One outside ``0 .. K-1`` enhances no class.
     power: > 0. 1 is the published code's for CIFAR-100 (1.5 for ImageNet); larger trusts the
       label more.
-    temperature: softens both, > 0. 1 is the published code's. No factor temperature², as there.
+    temperature: softens both, > 0. 1 is the published code's.
 
   Returns:
-    ``[...]``, in nats. The published code takes the logarithm of a softmax; here it is a
-    log-softmax, which stays finite.
+    ``[...]``, in nats.
 
   Raises:
     ValueError: the shapes differ, or ``temperature`` or ``power`` is not positive.
 
-  Source: Hao et al., One-for-All: Bridge the Gap Between Heterogeneous Architectures in Knowledge
-  Distillation, 2023.
+  Source: Hao, Guo, Han, Tang, Hu, Wang, Xu, "One-for-All: Bridge the Gap Between Heterogeneous
+  Architectures in Knowledge Distillation", 2023.
+
+  Other codes: the values of OFAKD, the published code, which takes the logarithm of a softmax; here
+  it is a log-softmax, which stays finite. Neither has temperature².
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(one_for_all(student, teacher, jnp.array(0), power=2.0).item(), 4)  # 2.125 · log 2

@@ -52,18 +52,22 @@ def similarity_preserving(
 ) -> Float[Array, " B"]:
   """Similarity-preserving distillation (SP, SPKD): which examples excite the same units.
 
-  mean_j (G_student − G_teacher)²_ij, G = f fᵀ of the flattened features f, each row a unit vector.
+  mean_j (G_student − G_teacher)²_ij, G = f fᵀ, ``[B, B]``, each row divided by
+  max(its norm, 1e-12), f = student or teacher flattened to ``[B, D]``.
 
   Args:
     student: ``[B, ...]``, the last map or a vector; its width need not be the teacher's.
     teacher: ``[B, ...]``.
-    where: ``[B]``, which examples take part; None is all.
+    where: ``[B]``, which examples take part (not 0); the others are in no pair and no mean, may
+      hold anything and have the value 0. None is all.
 
   Returns:
-    ``[B]``. As in RepDistiller and mdistiller, and the paper's ‖·‖²_F / B²; torchdistill passes the
-    normalisation's axis as its power, and so divides rows by their L1 norm.
+    ``[B]``, one value for each i.
 
-  Source: Tung, Mori, Similarity-Preserving Knowledge Distillation, 2019.
+  Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.
+
+  Other codes: this is RepDistiller's and mdistiller's, and the paper's ‖·‖²_F / B²; torchdistill
+  passes the normalisation's axis as its power, and so divides rows by their L1 norm.
 
   >>> values = similarity_preserving(jnp.eye(2), jnp.ones((2, 1)))
   >>> [round(value, 4) for value in values.tolist()]  # ((1 − 1/√2)² + 1/2) / 2
@@ -87,19 +91,24 @@ def relational_distance(
 ) -> Float[Array, " B"]:
   """Relational knowledge distillation by distance (RKD-D).
 
-  mean_j Huber(d_student − d_teacher)_ij, d_ij = ‖f_i − f_j‖ over its mean over all positive pairs,
-  d_ii = 0; Huber(x) = ½x² up to 1 and |x| − ½ beyond.
+  mean_j Huber(d_student − d_teacher)_ij, over all j, i included;
+  d_ij = max(‖f_i − f_j‖, 1e-6) over its mean over all pairs i ≠ j, d_ii = 0,
+  f = student or teacher flattened to ``[B, D]``; Huber(x) = ½x² up to |x| = 1 and |x| − ½ beyond.
 
   Args:
     student: ``[B, ...]``; its width need not be the teacher's.
     teacher: ``[B, ...]``.
-    where: ``[B]``, which examples take part; None is all.
+    where: ``[B]``, which examples take part (not 0); the others are in no pair and no mean, may
+      hold anything and have the value 0. None is all.
 
   Returns:
-    ``[B]``. As in RepDistiller and mdistiller: the mean is over all B² pairs, the diagonal
-    included, and a distance is at least 1e-6, so that equal rows are a positive pair too.
+    ``[B]``, one value for each i.
 
-  Source: Park, Kim, Lu, Cho, Relational Knowledge Distillation, 2019.
+  Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
+
+  Other codes: this is RepDistiller's, mdistiller's and torchdistill's: the mean is over all B²
+  pairs, the diagonal included, and equal rows, 1e-6 apart, are a positive pair in the mean distance
+  too. KD_Lib has 1e-7 added to that mean and 1e-10 as the floor.
 
   >>> student, teacher = jnp.array([[0.0], [1.0], [2.0]]), jnp.array([[0.0], [1.0], [1.0]])
   >>> [round(value, 4) for value in relational_distance(student, teacher).tolist()]
@@ -128,20 +137,25 @@ def relational_angle(
 ) -> Float[Array, " B"]:
   """Relational knowledge distillation by angle (RKD-A).
 
-  mean_jk Huber(c_student − c_teacher)_ijk, c_ijk = n(f_j − f_i)·n(f_k − f_i), the cosine at example
-  i between j and k, n(v) = v / max(‖v‖, 1e-12).
+  mean_jk Huber(c_student − c_teacher)_ijk, over all j and k,
+  c_ijk = n(f_j − f_i)·n(f_k − f_i), the cosine at example i between j and k,
+  f = student or teacher flattened to ``[B, D]``, n(v) = v / max(‖v‖, 1e-12),
+  Huber(x) = ½x² up to |x| = 1 and |x| − ½ beyond.
 
   Args:
     student: ``[B, ...]``; its width need not be the teacher's.
     teacher: ``[B, ...]``.
-    where: ``[B]``, which examples take part; None is all.
+    where: ``[B]``, which examples take part (not 0); the others are in no pair and no mean, may
+      hold anything and have the value 0. None is all.
 
   Returns:
-    ``[B]``. As in RepDistiller and mdistiller: the mean is over all B³ triples, those with equal
-    corners included. Streamed over i, forwards and backwards, so that
-    neither ``[B, B, D]`` nor ``[B, B, B]`` is held.
+    ``[B]``, one value for each i. Streamed over i, forwards and backwards, so that neither
+    ``[B, B, D]`` nor ``[B, B, B]`` is held.
 
-  Source: Park, Kim, Lu, Cho, Relational Knowledge Distillation, 2019.
+  Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
+
+  Other codes: this is RepDistiller's, mdistiller's and torchdistill's: the mean is over all B³
+  triples, those with equal corners included.
 
   >>> student = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
   >>> teacher = jnp.array([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
@@ -171,20 +185,24 @@ def probabilistic_transfer(
 ) -> Float[Array, " B"]:
   """Probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour.
 
-  mean_j P_teacher log((P_teacher + ε) / (P_student + ε))_ij, P_ij = (cos(f_i, f_j) + 1) / 2 over
-  its sum over j, ε = 1e-7.
+  mean_j P_teacher log((P_teacher + ε) / (P_student + ε))_ij, over all j, i included, ε = 1e-7,
+  P_ij = S_ij / Σ_j S_ij, S_ij = (u_i·u_j + 1) / 2, u_i = f_i / (‖f_i‖ + 1e-7),
+  f = student or teacher flattened to ``[B, D]``.
 
   Args:
     student: ``[B, ...]``; its width need not be the teacher's.
     teacher: ``[B, ...]``.
-    where: ``[B]``, which examples take part; None is all.
+    where: ``[B]``, which examples take part (not 0); the others are in no pair and no mean, may
+      hold anything and have the value 0. None is all.
 
   Returns:
-    ``[B]``, in nats, about 1/B of a divergence: the published code's mean over all B² pairs, the
-    diagonal included, which its weight of 30 000 makes up for. Norms have 1e-7 added, as there.
+    ``[B]``, in nats, one value for each i: about 1/B of a divergence.
 
-  Source: Passalis, Tefas, Learning Deep Representations with Probabilistic Knowledge Transfer,
+  Source: Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
   2018.
+
+  Other codes: this is RepDistiller's, mdistiller's and torchdistill's, with the mean over all B²
+  pairs, the diagonal included, which RepDistiller's weight of 30 000 makes up for.
 
   >>> student, teacher = jnp.eye(2), jnp.array([[1.0], [1.0]])
   >>> [round(value, 4) for value in probabilistic_transfer(student, teacher).tolist()]
@@ -211,9 +229,9 @@ def correlation_congruence(
   *,
   where: Shaped[AnyArray, " B"] | None = None,
 ) -> Float[Array, " pairs"]:
-  """Correlation congruence (CC) as in RepDistiller. One value per consecutive **pair**.
+  """Correlation congruence (CC): neighbours' errors. One value per consecutive **pair**.
 
-  Σ_d |Δ_i|·|Δ_{i+1}|, Δ = student − teacher.
+  Σ_d |Δ_i|·|Δ_{i+1}|, Δ = student − teacher flattened to ``[B, D]``.
 
   Args:
     student: ``[B, ...]``, embedded in the teacher's width (RepDistiller trains a linear map to 128
@@ -222,15 +240,17 @@ def correlation_congruence(
     where: ``[B]``, which examples take part; a pair with one that does not is 0. None is all.
 
   Returns:
-    ``[B − 1]``, empty for a batch of one. It depends on the order of the batch. RepDistiller's
-    number is its mean. torchdistill has another function under this name, the paper's: it compares
-    matrices of kernels between examples.
+    ``[B − 1]``, empty for a batch of one. It depends on the order of the batch.
 
   Raises:
     ValueError: the widths differ.
 
-  Source: Peng et al., Correlation Congruence for Knowledge Distillation, 2019; the formula is
-  RepDistiller's.
+  Source: Peng, Jin, Liu, Li, Wu, Liu, Zhou, Zhang, "Correlation Congruence for Knowledge
+  Distillation", 2019.
+
+  Other codes: this is RepDistiller's formula, and its number is the mean of these values.
+  torchdistill has another function under this name, the paper's: it compares matrices of kernels
+  between examples.
 
   >>> correlation_congruence(jnp.array([[1.0], [2.0], [3.0]]), jnp.zeros((3, 1))).tolist()
   [2.0, 6.0]

@@ -31,20 +31,26 @@ def attention_transfer(
 ) -> Float[Array, " B"]:
   """Attention transfer (AT): where in the image the energy of the activations is.
 
-  mean over H·W of (a_student − a_teacher)², a_f = v / max(‖v‖, 1e-12), v = mean_c f² flattened.
+  mean over H·W of (a_student − a_teacher)², a_f = v / max(‖v‖, 1e-12), v = mean_c f² flattened
+  to ``[H·W]``, for f = student and f = teacher.
 
   Args:
     student: ``[B, H, W, C]``; its channels need not be the teacher's.
-    teacher: likewise; the larger map is average-pooled to the smaller.
+    teacher: likewise; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
-    ``[B]``. As in the published code, RepDistiller and mdistiller; the paper's own formula sums
-    f² over channels and takes ‖a_student − a_teacher‖ (torchdistill's mode "paper").
+    ``[B]``.
 
   Raises:
     ValueError: either is not a map.
 
-  Source: Zagoruyko, Komodakis, Paying More Attention to Attention, 2017.
+  Source: Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of
+  Convolutional Neural Networks via Attention Transfer", 2017.
+
+  Other codes: this is the published code's, RepDistiller's, mdistiller's and torchdistill's (mode
+  "code", which does not pool). The paper's own formula, torchdistill's mode "paper", sums f² over
+  channels and takes ‖a_student − a_teacher‖; KD_Lib does not reduce the channels.
 
   >>> maps = jnp.array([1.0, 0.0]).reshape(1, 2, 1, 1)
   >>> attention_transfer(maps, maps[:, ::-1]).tolist()
@@ -60,21 +66,24 @@ def factor_transfer(
   """Factor transfer (FT): distance of two factors' energies over the image.
 
   mean over H·W of |n(mean_c student²) − n(mean_c teacher²)|, n(v) = v / max(‖v‖, 1e-12) of the
-  flattened map.
+  flattened map, ``[H·W]``.
 
   Args:
     student: ``[B, H, W, C]``, the translator's output; its channels need not be the teacher's.
-    teacher: likewise, the paraphraser's; the larger map is average-pooled to the smaller.
+    teacher: likewise, the paraphraser's; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
-    ``[B]``. As in RepDistiller (p1 = 2, p2 = 1); torchdistill normalises without the mean over
-    channels.
+    ``[B]``.
 
   Raises:
     ValueError: either is not a map.
 
-  Source: Kim, Park, Kwak, Paraphrasing Complex Network: Network Compression via Factor Transfer,
+  Source: Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
   2018.
+
+  Other codes: this is RepDistiller's (p1 = 2, p2 = 1); torchdistill normalises without the mean
+  over channels.
 
   >>> maps = jnp.array([1.0, 0.0]).reshape(1, 2, 1, 1)
   >>> factor_transfer(maps, maps[:, ::-1]).tolist()
@@ -89,22 +98,27 @@ def neuron_selectivity(
 ) -> Float[Array, " B"]:
   """Neuron selectivity transfer (NST): where channels fire, by maximum mean discrepancy.
 
-  mean_cc' k(t_c, t_c') + mean_cc' k(s_c, s_c') − 2 mean_cc' k(s_c, t_c'), k(a, b) = (aᵀb)², s and t
-  the channels of student and teacher as unit vectors over H·W.
+  mean_cc' k(t_c, t_c') + mean_cc' k(s_c, s_c') − 2 mean_cc' k(s_c, t_c'), k(a, b) = (aᵀb)²,
+  s_c = n(channel c of student), t_c = n(channel c of teacher), flattened to ``[H·W]``,
+  n(v) = v / max(‖v‖, 1e-12); every pair counts, c = c' too.
 
   Args:
     student: ``[B, H, W, C]``; its channels need not be the teacher's.
-    teacher: likewise; the larger map is average-pooled to the smaller.
+    teacher: likewise; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
-    ``[B]``, ≥ 0 but for rounding. The published code builds ``[B, C, C', H·W]``; a matrix product
-    per example gives the same.
+    ``[B]``, ≥ 0 but for rounding.
 
   Raises:
     ValueError: either is not a map.
 
-  Source: Huang, Wang, Like What You Like: Knowledge Distill via Neuron Selectivity Transfer, 2017;
-  the polynomial kernel of the published code.
+  Source: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
+  2017.
+
+  Other codes: this, with its polynomial kernel, is the number of RepDistiller and mdistiller, which
+  build ``[B, C, C', H·W]``; a matrix product per example gives the same. TextBrewer's loss of this
+  name compares products of hidden states.
 
   >>> maps = jnp.array([1.0, 0.0]).reshape(1, 2, 1, 1)
   >>> neuron_selectivity(maps, maps[:, ::-1]).tolist()
@@ -129,22 +143,27 @@ def flow_of_solution(
 ) -> Float[Array, " B"]:
   """Flow of the solution procedure (FSP): how one layer's channels go with another's.
 
-  mean of (F_student − F_teacher)², F = mean over positions of lower ⊗ upper, ``[C, C']``.
+  mean over c and c' of (F_student − F_teacher)²_cc', F_cc' = mean over positions of
+  lower_c · upper_c', (lower, upper) = student_pair or teacher_pair, pooled to one size.
 
   Args:
     student_pair: (lower map ``[B, H, W, C]``, upper map ``[B, H', W', C']``) of the student; the
-      larger is average-pooled to the smaller. Both widths are the teacher's.
+      larger is average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
+      Both widths are the teacher's.
     teacher_pair: likewise of the teacher. Its maps may have other sizes than the student's: F has
       no positions, so that they are not pooled to each other.
 
   Returns:
-    ``[B]``. As in RepDistiller; torchdistill max-pools and sums norms of columns.
+    ``[B]``.
 
   Raises:
     ValueError: a pair is not two maps, or the widths differ.
 
-  Source: Yim, Joo, Bae, Kim, A Gift from Knowledge Distillation: Fast Optimization, Network
-  Minimization and Transfer Learning, 2017.
+  Source: Yim, Joo, Bae, Kim, "A Gift from Knowledge Distillation: Fast Optimization, Network
+  Minimization and Transfer Learning", 2017.
+
+  Other codes: this is RepDistiller's; torchdistill max-pools the larger map and sums norms of
+  columns, TextBrewer compares products of two layers' tokens.
 
   >>> ones = jnp.ones((1, 2, 2, 1))
   >>> flow_of_solution((ones, ones), (ones, 3 * ones[:, :1, :1])).tolist()
@@ -165,21 +184,25 @@ def inter_channel_correlation(
 ) -> Float[Array, " B"]:
   """Inter-channel correlation (ICKD): which channels of one example fire together.
 
-  Σ_cc' (G_student − G_teacher)² / C, G = fᵀf over positions, ``[C, C]``, each row a unit vector.
+  Σ_cc' (G_student − G_teacher)²_cc' / C, G = fᵀf over positions, ``[C, C]``, each row divided by
+  max(its norm, 1e-12), for f = student and f = teacher as ``[H·W, C]``.
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller.
+    teacher: likewise; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
-    ``[B]``. Its mean divides the batch's sum by C·B; torchdistill divides it by C·B², so that its
-    weight (500) means B times less.
+    ``[B]``.
 
   Raises:
     ValueError: the widths differ, or either is not a map.
 
-  Source: Liu et al., Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge
-  Distillation, 2021.
+  Source: Liu, Huang, Lin, Xie, Wang, Chang, Liang, "Exploring Inter-Channel Correlation for
+  Diversity-Preserved Knowledge Distillation", 2021.
+
+  Other codes: this, as the mean over the batch, divides the batch's sum by C·B; torchdistill
+  divides it by C·B², so that its weight (500) means B times less.
 
   >>> student, teacher = jnp.ones((1, 1, 1, 2)), jnp.array([[[[1.0, 0.0]]]])
   >>> round(inter_channel_correlation(student, teacher).item(), 4)
@@ -205,8 +228,9 @@ def attention_relation(
 ) -> Float[Array, "B L"]:
   """Self-attention relations (MiniLMv2): how positions attend to each other, by head.
 
-  At each position the mean over relation heads of KL(A_teacher ‖ A_student), A = softmax over
-  valid positions of XXᵀ / √(D / num_heads), X = the queries, keys or values of one head.
+  At each position the mean over relation heads of Σ_j A_teacher log(A_teacher / A_student)_j,
+  A_j = softmax over valid positions j of (X Xᵀ / √(D / num_heads)) in this position's row,
+  X = student or teacher of one head, ``[L, D / num_heads]``, D each network's own width.
 
   Args:
     student: ``[B, L, D]``, queries, keys or values of all heads side by side.
@@ -221,8 +245,11 @@ def attention_relation(
   Raises:
     ValueError: ``num_heads`` does not divide a width, or the positions differ.
 
-  Source: Wang, Bao, Huang, Dong, Wei, MiniLMv2: Multi-Head Self-Attention Relation Distillation for
-  Compressing Pretrained Transformers, 2021.
+  Source: Wang, Bao, Huang, Dong, Wei, "MiniLMv2: Multi-Head Self-Attention Relation Distillation
+  for Compressing Pretrained Transformers", 2021.
+
+  Other codes: this is the paper's formula; TextBrewer's attention losses compare the networks' own
+  attention scores, with equal numbers of heads.
 
   >>> student, teacher = jnp.zeros((1, 2, 1)), jnp.array([[[1.0], [0.0]]])
   >>> values = attention_relation(student, teacher, num_heads=1)

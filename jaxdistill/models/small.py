@@ -15,34 +15,41 @@ __all__ = ["MLP", "Conv3x3", "ConvNet", "patches_convolution"]
 
 
 def patches_convolution(
-  x: Float[Array, "B H W C"], kernel: Float[Array, "3 3 C D"], stride: int = 1
+  x: Float[Array, "B H W C"],
+  kernel: Float[Array, "h w C D"],
+  stride: int = 1,
+  padding: str | Sequence[tuple[int, int]] = "SAME",
 ) -> Float[Array, "B H2 W2 D"]:
-  """A 3x3 ``SAME`` convolution as nine shifted slices and one matrix product.
+  """A convolution as shifted slices, one for each tap of the kernel, and one matrix product.
 
   The same numbers as ``jax.lax.conv_general_dilated``, to rounding. Under ``jax.vmap`` over kernels
   (a sweep) a convolution becomes a grouped one, which XLA computes slowly on a CPU, while a matrix
   product stays one: a training step of five small networks at once is two to three times faster
-  this way, and of a single one as fast. It costs nine times the memory of ``x``.
+  this way, and of a single one as fast. A 3x3 kernel costs nine times the memory of ``x``.
 
   Args:
     x: features ``[B, H, W, C]``.
-    kernel: ``[3, 3, C, D]``, of the same dtype.
+    kernel: ``[h, w, C, D]``, of the same dtype.
     stride: of both axes.
+    padding: ``"SAME"``, ``"VALID"``, or pixels before and after each of the two axes.
 
   Returns:
-    ``[B, ceil(H / stride), ceil(W / stride), D]``.
+    ``[B, H2, W2, D]``; ``"SAME"`` has H2 = ceil(H / stride).
 
   >>> convolve = jax.jit(patches_convolution)
   >>> convolve(jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 1)))[0, :, 0, 0].tolist()
   [4.0, 6.0, 6.0, 4.0]
   """
-  pads = jax.lax.padtype_to_pads(x.shape[1:3], (3, 3), (stride, stride), "SAME")
-  height, width = (-(-size // stride) for size in x.shape[1:3])
+  taps = kernel.shape[:2]
+  pads = padding
+  if isinstance(padding, str):
+    pads = jax.lax.padtype_to_pads(x.shape[1:3], taps, (stride, stride), padding)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+  height, width = ((size - tap) // stride + 1 for size, tap in zip(x.shape[1:3], taps, strict=True))
   slices = [
     x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-    for i in range(3)
-    for j in range(3)
+    for i in range(taps[0])
+    for j in range(taps[1])
   ]
   return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxdistill import losses, projectors
+from jaxdistill import arguments, losses, projectors
 from jaxdistill.recipes._pieces import Running, feature, init_modules
 from jaxdistill.types import (
   Batch,
@@ -35,12 +35,15 @@ def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> Objecti
   Returns:
     An objective function with the one term ``labels``. It needs no teacher.
   """
+  arguments.scheduled("hard_weight", hard_weight, least=0)
+  arguments.number("label_smoothing", label_smoothing, least=0, most=1)
   default = hard_weight
 
   def objective(
     student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = default
   ) -> dict[str, Term]:
     del teacher
+    arguments.number("hard_weight", hard_weight, least=0)
     values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
     return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
 
@@ -64,6 +67,9 @@ def kd(
   Returns:
     An objective function with the terms ``labels`` and ``soft``.
   """
+  arguments.scheduled("temperature", temperature, above=0)
+  arguments.scheduled("soft_weight", soft_weight, least=0)
+  arguments.scheduled("hard_weight", hard_weight, least=0)
   defaults = (temperature, soft_weight, hard_weight)
 
   def objective(
@@ -75,6 +81,8 @@ def kd(
     soft_weight: Any = defaults[1],
     hard_weight: Any = defaults[2],
   ) -> dict[str, Term]:
+    arguments.number("soft_weight", soft_weight, least=0)
+    arguments.number("hard_weight", hard_weight, least=0)
     if teacher is None:
       raise ValueError("kd compares with a teacher, and teacher is None; give fit a teacher.")
     hard = losses.cross_entropy(student.logits, batch.labels)
@@ -118,6 +126,12 @@ def hint(
       can't be matched.
   """
   keyword = f"{name}_weight"
+  arguments.scheduled(keyword, hint_weight, least=0)
+  arguments.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
+  arguments.function("projector", projector, "(student, teacher) -> module", arguments=2)
+  for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
+    if not isinstance(layer, str):
+      raise TypeError(f"{argument}={arguments.show(layer)} must be a feature's name.")
 
   def module_for(student: Outputs, teacher: Outputs | None) -> nn.Module | None:
     ours = feature(student, student_layer, "student_layer")

@@ -1,0 +1,363 @@
+"""Recipes that match layers in one stage: AT, NST, VID and the overhaul (OFD).
+
+Each is complete with its published term on the labels. Layers are named as `jaxdistill.models`
+sows them; the methods that train the student's layers first are in `stages`, ReviewKD in `review`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import arguments, losses, projectors
+from jaxdistill.recipes._matched import (
+  hard_term,
+  layer_pairs,
+  learned,
+  map_pairs,
+  stage_weights_or,
+  total,
+)
+from jaxdistill.recipes._pieces import Running, feature
+from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
+
+__all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
+
+PyTree = Any
+_STAGES = ("stage1", "stage2", "stage3")
+_BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
+# PyTorch's default for a convolution, and kaiming_normal_(mode="fan_out").
+_convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_connector_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def attention_transfer(
+  *,
+  student_layers: Sequence[str] = _STAGES,
+  teacher_layers: Sequence[str] | None = None,
+  attention_weight: float = 1000.0,
+  hard_weight: float = 1.0,
+) -> ObjectiveFunction:
+  """Attention transfer (AT): where in the image each stage's energy is, and the labels.
+
+  ``hard_weight * cross_entropy + attention_weight * Σ_stages attention_transfer``. Nothing is
+  learned: widths may differ, and of two sizes the larger is average-pooled.
+
+  Args:
+    student_layers: maps ``[B, H, W, C]``; all three stages as in RepDistiller and mdistiller.
+    teacher_layers: the teacher's, one for each; None for the same names.
+    attention_weight: 1000 in RepDistiller, mdistiller and torchdistill (which sums over the last
+      two stages of four on ImageNet); a keyword of the objective.
+    hard_weight: 1 in all of them; a keyword of the objective.
+
+  Returns:
+    An objective function with the terms ``labels`` and ``attention``.
+
+  Source: Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of
+  Convolutional Neural Networks via Attention Transfer", 2017, whose own formula differs from its
+  code: see `losses.attention_transfer`.
+
+  >>> from jaxdistill.types import make_batch
+  >>> outputs = Outputs(jnp.zeros((1, 2)), {"conv": jnp.ones((1, 2, 2, 3))})
+  >>> objective = attention_transfer(student_layers=("conv",))
+  >>> objective(outputs, outputs, make_batch(jnp.ones((1, 1))))["attention"].values.tolist()
+  [0.0]
+  """
+  pairs = layer_pairs(student_layers, teacher_layers)
+  arguments.scheduled("attention_weight", attention_weight, least=0)
+  arguments.scheduled("hard_weight", hard_weight, least=0)
+  defaults = (attention_weight, hard_weight)
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    attention_weight: Any = defaults[0],
+    hard_weight: Any = defaults[1],
+  ) -> dict[str, Term]:
+    maps = map_pairs(student, teacher, pairs)
+    values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
+    return {
+      "labels": hard_term(student, batch, hard_weight),
+      "attention": Term(values, weight=attention_weight),
+    }
+
+  return objective
+
+
+def nst(
+  *,
+  student_layers: Sequence[str] = _STAGES,
+  teacher_layers: Sequence[str] | None = None,
+  nst_weight: float = 50.0,
+  hard_weight: float = 1.0,
+) -> ObjectiveFunction:
+  """Neuron selectivity transfer (NST): where each channel fires, and the labels.
+
+  ``hard_weight * cross_entropy + nst_weight * Σ_stages neuron_selectivity``. Nothing is learned:
+  widths may differ, and of two sizes the larger is average-pooled.
+
+  Args:
+    student_layers: maps ``[B, H, W, C]``; all three stages as in RepDistiller and mdistiller (the
+      paper matches the last).
+    teacher_layers: the teacher's, one for each; None for the same names.
+    nst_weight: 50 in RepDistiller and mdistiller; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective.
+
+  Returns:
+    An objective function with the terms ``labels`` and ``nst``.
+
+  Source: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
+  2017.
+
+  >>> from jaxdistill.types import make_batch
+  >>> outputs = Outputs(jnp.zeros((1, 2)), {"conv": jnp.ones((1, 2, 2, 1))})
+  >>> objective = nst(student_layers=("conv",))
+  >>> objective(outputs, outputs, make_batch(jnp.ones((1, 1))))["nst"].values.tolist()
+  [0.0]
+  """
+  pairs = layer_pairs(student_layers, teacher_layers)
+  arguments.scheduled("nst_weight", nst_weight, least=0)
+  arguments.scheduled("hard_weight", hard_weight, least=0)
+  defaults = (nst_weight, hard_weight)
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    nst_weight: Any = defaults[0],
+    hard_weight: Any = defaults[1],
+  ) -> dict[str, Term]:
+    maps = map_pairs(student, teacher, pairs)
+    values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
+    return {
+      "labels": hard_term(student, batch, hard_weight),
+      "nst": Term(values, weight=nst_weight),
+    }
+
+  return objective
+
+
+class _VariationalMean(nn.Module):
+  """VID's Gaussian of one feature: its mean for each example, and its raw variance."""
+
+  features: int
+  init_variance: float
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Any, *, train: bool = False) -> tuple[Any, Any]:
+    del train
+    for i in range(3):
+      # A 1 x 1 convolution is a linear map of the channels.
+      x = nn.Dense(
+        self.features,
+        use_bias=False,
+        kernel_init=_convolution_init,
+        param_dtype=self.param_dtype,
+        name=f"conv{i + 1}",
+      )(jax.nn.relu(x) if i else x)
+    raw = math.log(math.expm1(self.init_variance - 1e-5))
+    constant = nn.initializers.constant(raw)
+    return x, self.param("raw_variance", constant, (self.features,), self.param_dtype)
+
+
+def vid(
+  *,
+  student_layers: Sequence[str] = _STAGES,
+  teacher_layers: Sequence[str] | None = None,
+  vid_weight: float = 1.0,
+  hard_weight: float = 1.0,
+  init_variance: float = 5.0,
+) -> Objective:
+  """Variational information distillation (VID): the teacher's stages, likely given the student's.
+
+  ``hard_weight * cross_entropy + vid_weight * Σ_stages variational_information``. For each stage,
+  three 1 x 1 convolutions to the teacher's width, without bias and with ReLUs between them, predict
+  the mean; a variance for each channel is learned beside them. So the objective learns, for each
+  stage i, ``mean<i>``: ``conv1`` .. ``conv3`` and ``raw_variance``.
+
+  Args:
+    student_layers: features of any kind; all three stages as in RepDistiller and mdistiller.
+    teacher_layers: the teacher's, one for each; None for the same names.
+    vid_weight: 1 in both; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective.
+    init_variance: where each channel's variance starts; 5 in both. mdistiller never trains it.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``vid``, which can be negative.
+
+  Of two maps of different size the larger is average-pooled, the student's after its projection;
+  RepDistiller pools the student's before.
+
+  Source: Ahn, Hu, Damianou, Lawrence, Dai, "Variational Information Distillation for Knowledge
+  Transfer", 2019.
+
+  >>> outputs = Outputs(features={"mid": jnp.ones((1, 3))})
+  >>> params, _ = vid(student_layers=("mid",)).init(jax.random.key(0), outputs, outputs)
+  >>> round(float(jax.nn.softplus(params["mean0"]["raw_variance"][0])) + 1e-5, 4)
+  5.0
+  """
+  pairs = layer_pairs(student_layers, teacher_layers)
+  arguments.number("init_variance", init_variance, above=1e-5)
+
+  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+    found = {}
+    for i, (ours, theirs) in enumerate(pairs):
+      width = feature(teacher, theirs, "teacher_layers").shape[-1]
+      given = feature(student, ours, "student_layers")
+      found[f"mean{i}"] = (_VariationalMean(width, init_variance), given)
+    return found
+
+  def terms(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  ) -> dict[str, Term]:
+    values = []
+    for (name, (module, given)), (_, theirs) in zip(
+      modules(student, teacher).items(), pairs, strict=True
+    ):
+      mean, raw_variance = running(name, module, given)
+      values.append(
+        losses.variational_information(mean, teacher.features[theirs], raw_variance=raw_variance)
+      )
+    return {
+      "labels": hard_term(student, batch, hyper["hard_weight"]),
+      "vid": Term(total(values), weight=hyper["vid_weight"]),
+    }
+
+  return learned(modules, terms, {"vid_weight": vid_weight, "hard_weight": hard_weight})
+
+
+def overhaul(
+  *,
+  margins: Sequence[Any],
+  student_layers: Sequence[str] = _BEFORE_RELU,
+  teacher_layers: Sequence[str] | None = None,
+  overhaul_weight: float = 1e-3,
+  hard_weight: float = 1.0,
+  stage_weights: Sequence[float] | None = None,
+  axis_name: str | None = None,
+) -> Objective:
+  """Overhaul of feature distillation (OFD): partial L2 before the ReLU, and the labels.
+
+  ``hard_weight * cross_entropy + overhaul_weight * Σ_i stage_weights[i] * overhaul``, where the
+  student's map goes through a connector, a 1 x 1 convolution without bias and a BatchNorm, to the
+  teacher's width. Connectors (``connector<i>``) are trained with the student.
+
+  Args:
+    margins: of each layer ``[C]`` of the teacher's channels, from `overhaul_margins`.
+    student_layers: maps from before their activation; all three stages as in mdistiller.
+    teacher_layers: the teacher's, one for each; None for the same names.
+    overhaul_weight: 1e-3 in the published code and mdistiller (1e-4 for ResNet-50 → MobileNet on
+      ImageNet); a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective.
+    stage_weights: one for each layer; by default 1 for the last and half as much for each one
+      before it, as published.
+    axis_name: the mapped axis over which the connectors' BatchNorm averages, under ``pmap``.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``overhaul``.
+
+  Raises:
+    TypeError, ValueError: layers, weights or margins are not as many as they should be; when it is
+      initialised, a layer is missing or no map, or a margin has another width.
+
+  The published code keeps the teacher's BatchNorm in training mode; here the teacher is frozen.
+
+  Source: Heo, Kim, Yun, Park, Kwak, Choi, "A Comprehensive Overhaul of Feature Distillation", 2019.
+
+  >>> overhaul(margins=[jnp.zeros(3)], student_layers=("stage3_preact",)).hyper
+  {'overhaul_weight': 0.001, 'hard_weight': 1.0}
+  """
+  pairs = layer_pairs(student_layers, teacher_layers)
+  weights = stage_weights_or(stage_weights, len(pairs))
+  if len(margins) != len(pairs):
+    raise ValueError(
+      f"margins has {len(margins)} entries for {len(pairs)} layers {tuple(student_layers)}; give "
+      "one for each, from overhaul_margins."
+    )
+
+  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+    found = {}
+    for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
+      if np.shape(margins[i]) != theirs.shape[-1:]:
+        raise ValueError(
+          f"margins[{i}] has the shape {np.shape(margins[i])} and the teacher's {pairs[i][1]!r} "
+          f"{tuple(theirs.shape)}; it must be one number for each channel."
+        )
+      module = projectors.Conv(
+        theirs.shape[-1],
+        tuple(ours.shape[1:3]),
+        use_bias=False,
+        use_relu=False,
+        kernel_init=_connector_init,
+        axis_name=axis_name,
+      )
+      found[f"connector{i}"] = (module, ours)
+    return found
+
+  def terms(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  ) -> dict[str, Term]:
+    connected = [running(name, *entry) for name, entry in modules(student, teacher).items()]
+    values = total(
+      weight * losses.overhaul(ours, teacher.features[theirs], margin=margin)
+      for weight, ours, (_, theirs), margin in zip(weights, connected, pairs, margins, strict=True)
+    )
+    return {
+      "labels": hard_term(student, batch, hyper["hard_weight"]),
+      "overhaul": Term(values, weight=hyper["overhaul_weight"]),
+    }
+
+  return learned(modules, terms, {"overhaul_weight": overhaul_weight, "hard_weight": hard_weight})
+
+
+def overhaul_margins(
+  teacher_variables: Mapping[str, PyTree], norms: Sequence[str]
+) -> list[jax.Array]:
+  """The margins of `overhaul` from the teacher's BatchNorms.
+
+  Args:
+    teacher_variables: ``{"params": ...}``, as the teacher takes them.
+    norms: for each layer the path of the last BatchNorm before the ReLU, among the parameters. Of
+      our resnet20: ``("stage1_block2/norm2", "stage2_block2/norm2", "stage3_block2/norm2")``, the
+      stages' last blocks (what is added by their shortcuts is left out, as published); of our
+      wrn_16_2: ``("stage2_block0/norm1", "stage3_block0/norm1", "final_norm")``.
+
+  Returns:
+    ``[C]`` for each norm, see `losses.overhaul_margin`.
+
+  Raises:
+    ValueError: there is no norm with a scale and a bias at a path; the message lists those that
+      there are.
+
+  >>> norm = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+  >>> margins = overhaul_margins({"params": {"block": {"norm": norm}}}, ["block/norm"])
+  >>> [round(value, 4) for value in margins[0].tolist()]
+  [-0.7979, -0.7979]
+  """
+  layer_pairs(norms, None)
+  leaves = jax.tree_util.tree_leaves_with_path(teacher_variables["params"])
+  flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+  margins = []
+  # One compilation instead of one for each operation.
+  margin = jax.jit(losses.overhaul_margin)
+  for norm in norms:
+    scale, bias = (flat.get(f"{norm.removeprefix('params/')}/{name}") for name in ("scale", "bias"))
+    if scale is None or bias is None or np.ndim(scale) != 1:
+      ends = [name.removesuffix("/scale") for name in flat if name.endswith("/scale")]
+      there = sorted(name for name in ends if f"{name}/bias" in flat)
+      raise ValueError(
+        f"norms names {norm!r}, where the teacher has no scale and bias [C]; it has them at {there}"
+        " (of a run over seeds, give the variables of one: teachers.unstack(variables)[0])."
+      )
+    margins.append(margin(scale, bias))
+  return margins

@@ -1,0 +1,341 @@
+"""Methods that compare what two networks predict: LSKD, DKD, DIST, OFA-KD and CTKD.
+
+Each is complete by itself, with its published hard-label term; `basics.combine` adds more. Weights
+and temperatures are keywords of the objective. A warm-up is one too, and its default is a schedule
+of the step: who calls an objective directly, without the step, gives it a number. CTKD is written
+in `curriculum`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import optax
+
+from jaxdistill import arguments, losses
+from jaxdistill.recipes._pieces import Running, feature, init_modules
+from jaxdistill.recipes._predictions import (
+  EPOCH,
+  LogitLoss,
+  at_a_step,
+  both_logits,
+  hard_labels,
+)
+from jaxdistill.recipes.curriculum import ctkd
+from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term, compute_dtype
+
+__all__ = ["ctkd", "dist", "dkd", "kd_standardized", "ofa"]
+
+PyTree = Any
+
+
+def kd_standardized(
+  *,
+  loss: LogitLoss = losses.soft_target_kl,
+  temperature: float = 2.0,
+  soft_weight: float = 9.0,
+  hard_weight: float = 0.1,
+) -> ObjectiveFunction:
+  """Logit standardisation (LSKD): the logits' z-scores in front of a loss on logits.
+
+  ``hard_weight * cross_entropy + soft_weight * loss(z(student), z(teacher), temperature)``,
+  z = `losses.standardize_logits`, through which the student's gradient flows. The labels' term sees
+  the logits as they are. `dkd`, `dist` and `ctkd` have the same as their option ``standardize``.
+
+  Source: Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", 2024. Its code
+  has other (temperature, soft_weight) for some pairs: (3, 1) for ResNet50 to MobileNetV2; (4, 12)
+  for resnet110 to resnet20; (3, 9) for vgg13 to vgg8 or MobileNetV2, wrn40-2 to MobileNetV2, and
+  resnet32x4 to wrn16-2 or wrn40-2. For ImageNet hard_weight is 1; torchdistill's is 0.5.
+
+  Args:
+    loss: ``(student_logits, teacher_logits, *, temperature) -> [B]``; the published one by default.
+    temperature: in standard deviations of the logits; the published code's for CIFAR-100. It and
+      both weights are keywords of the objective.
+    soft_weight: of the loss; the published code's for CIFAR-100, ten times `kd`'s.
+    hard_weight: of the labels; likewise.
+
+  Returns:
+    An objective function with the terms ``labels`` and ``soft``. Unlabelled examples take part in
+    the latter only.
+
+  >>> batch = Batch(None, jnp.array([0]), jnp.ones(1), jnp.ones(1), None, None)
+  >>> student, teacher = (Outputs(z * jnp.array([[2.0, 1.0, 0.0]])) for z in (1.0, 3.0))
+  >>> kd_standardized()(student, teacher, batch)["soft"].values.round(6).tolist()
+  [0.0]
+  """
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    temperature: Any = temperature,
+    soft_weight: Any = soft_weight,
+    hard_weight: Any = hard_weight,
+  ) -> dict[str, Term]:
+    ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
+    return {
+      "labels": hard_labels(student, batch, hard_weight),
+      "soft": Term(loss(ours, theirs, temperature=temperature), weight=soft_weight),
+    }
+
+  return objective
+
+
+def dkd(
+  *,
+  temperature: float = 4.0,
+  target_weight: float = 1.0,
+  nontarget_weight: float = 8.0,
+  soft_weight: float = 1.0,
+  hard_weight: float = 1.0,
+  warmup_steps: int = 20 * EPOCH,
+  standardize: bool = False,
+) -> ObjectiveFunction:
+  """Decoupled knowledge distillation (DKD), with its warm-up.
+
+  ``hard_weight * cross_entropy + soft_weight * dkd_warmup * decoupled_kd``, the latter weighing the
+  label's class by target_weight and the others among themselves by nontarget_weight.
+
+  Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022, whose
+  nontarget_weight on CIFAR-100 is 2 for resnet56 to resnet20 and resnet110 to resnet32; 6 for
+  wrn40-2 to wrn16-2 or wrn40-1 and vgg13 to vgg8 or MobileNetV2; 8 for resnet32x4 to resnet8x4 or
+  either ShuffleNet, ResNet50 to MobileNetV2 and wrn40-2 to ShuffleNetV1. On ImageNet, at
+  temperature 1 with one epoch of warm-up: 0.5 for ResNet34 to ResNet18, 2 for ResNet50 to
+  MobileNetV1. Its warm-up rises by the epoch, from 1/20 in the first; this one by the step, from 0.
+  CTKD's copy has nontarget_weight 2, OFA-KD's too, at temperature 1.
+
+  Args:
+    temperature: the published code's for CIFAR-100. It and the weights are keywords.
+    target_weight: of the (label, rest) pair; 1 in the paper.
+    nontarget_weight: of the other classes; the paper's for resnet32x4 to resnet8x4.
+    soft_weight: of both parts together; logit standardisation has 9, at temperature 2.
+    hard_weight: of the labels; 1 in the paper.
+    warmup_steps: in how many steps the keyword ``dkd_warmup`` rises from 0 to 1, in a line; 20
+      epochs of CIFAR-100 at batch size 64 by default, as published. 0 turns it off.
+    standardize: whether logits are standardised first (see `kd_standardized`).
+
+  Returns:
+    An objective function with the terms ``labels`` and ``dkd``; both count labelled examples only,
+    whose labels must be integers.
+
+  Raises:
+    TypeError: ``warmup_steps`` is no integer.
+    ValueError: it is negative.
+
+  >>> batch = Batch(None, jnp.array([0]), jnp.ones(1), jnp.ones(1), None, None)
+  >>> terms = dkd()(Outputs(jnp.zeros((1, 3))), Outputs(jnp.ones((1, 3))), batch, dkd_warmup=0.5)
+  >>> sorted(terms), terms["dkd"].weight, terms["dkd"].values.tolist()
+  (['dkd', 'labels'], 0.5, [0.0])
+  """
+  arguments.whole("warmup_steps", warmup_steps, least=0)
+  rising = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    temperature: Any = temperature,
+    target_weight: Any = target_weight,
+    nontarget_weight: Any = nontarget_weight,
+    soft_weight: Any = soft_weight,
+    hard_weight: Any = hard_weight,
+    dkd_warmup: Any = rising,
+  ) -> dict[str, Term]:
+    ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
+    weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
+    values = losses.decoupled_kd(
+      ours,
+      theirs,
+      batch.labels,
+      temperature=temperature,
+      target_weight=target_weight,
+      nontarget_weight=nontarget_weight,
+    )
+    return {
+      "labels": hard_labels(student, batch, hard_weight),
+      "dkd": Term(values, weight=weight, where=batch.labelled),
+    }
+
+  return objective
+
+
+def dist(
+  *,
+  temperature: float = 4.0,
+  inter_weight: float = 2.0,
+  intra_weight: float = 2.0,
+  hard_weight: float = 1.0,
+  standardize: bool = False,
+) -> ObjectiveFunction:
+  """DIST: correlations of predictions, over an example's classes and over a class's examples.
+
+  ``hard_weight * cross_entropy + inter_weight * inter_class_correlation
+  + intra_weight * intra_class_correlation``.
+
+  Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022. Its
+  code has 2 * (inter + intra) beside the labels' 1, and both times temperature ** 2, which the
+  paper's own listing has not.
+
+  Args:
+    temperature: 4 is the published code's for CIFAR-100, 1 for ImageNet. It and the weights are
+      keywords of the objective.
+    inter_weight: of the relation between classes.
+    intra_weight: of the relation within each class, which depends on who is in the batch: under
+      ``pmap`` or gradient accumulation, the device's share or the micro-batch.
+    hard_weight: of the labels.
+    standardize: whether logits are standardised first (see `kd_standardized`).
+
+  Returns:
+    An objective function with the terms ``labels``, ``inter`` and ``intra``; the last has one value
+    per class. Unlabelled examples take part in both relations, padding (weight 0) in none.
+
+  >>> batch = Batch(None, jnp.array([0, 1]), jnp.ones(2), jnp.ones(2), None, None)
+  >>> logits = Outputs(jnp.array([[2.0, 0.0], [0.0, 1.0]]))
+  >>> terms = dist()(logits, logits, batch)
+  >>> terms["intra"].axis, terms["intra"].values.round(4).tolist()
+  ('classes', [0.0, 0.0])
+  """
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    temperature: Any = temperature,
+    inter_weight: Any = inter_weight,
+    intra_weight: Any = intra_weight,
+    hard_weight: Any = hard_weight,
+  ) -> dict[str, Term]:
+    ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
+    counted = batch.weight > 0
+    inter = losses.inter_class_correlation(ours, theirs, temperature=temperature)
+    intra = losses.intra_class_correlation(ours, theirs, temperature=temperature, where=counted)
+    # One example has no relation within a class: such a micro-batch must not dilute the others.
+    related = jnp.full(intra.shape, jnp.sum(counted) > 1)
+    return {
+      "labels": hard_labels(student, batch, hard_weight),
+      "inter": Term(inter, weight=inter_weight),
+      "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
+    }
+
+  return objective
+
+
+def ofa(
+  *,
+  student_layers: Sequence[str] = ("stage1", "stage2", "stage3"),
+  head: Callable[[Any, int], nn.Module] | None = None,
+  power: float = 1.0,
+  temperature: float = 1.0,
+  ofa_weight: float = 1.0,
+  soft_weight: float = 1.0,
+  hard_weight: float = 1.0,
+) -> Objective:
+  """One-for-all distillation (OFA-KD): the teacher's logits teach exits on the student's stages.
+
+  ``hard_weight * cross_entropy + soft_weight * one_for_all(logits)
+  + ofa_weight * sum over student_layers of one_for_all(head(feature))``. No feature of the teacher
+  is looked at, so that its architecture may be any. The heads are no part of the deployed network.
+
+  Source: Hao, Guo, Han, Tang, Hu, Wang, Xu, "One-for-All: Bridge the Gap Between Heterogeneous
+  Architectures in Knowledge Distillation", 2023. Its heads have separable convolutions (or, in a
+  ViT, blocks with patch merging) before the pooling, and its networks four stages; its labels are
+  smoothed by 0.1 on CIFAR-100.
+
+  Args:
+    student_layers: features with an exit; by default the stages of our ResNets.
+    head: ``(feature, num_classes) -> module``, from the feature's shape ``[B, ..., C]``; the module
+      ``(x, *, train)`` returns logits ``[B, num_classes]``. By default the mean over positions and
+      a linear map.
+    power: how much the label's class is enhanced; 1 is published for CIFAR-100, 1.5 for ImageNet.
+      It, the temperature and the weights are keywords of the objective.
+    temperature: 1 in the published code.
+    ofa_weight: of the exits, whose losses are added up; 1 in the published code, as the two below.
+    soft_weight: of the same loss on the student's logits.
+    hard_weight: of the labels.
+
+  Returns:
+    An `Objective` with the terms ``labels``, ``soft`` and ``ofa``. All of them count labelled
+    examples only, whose labels must be integers.
+
+  Raises:
+    ValueError: ``student_layers`` is one text or names nothing or something twice; and when it is
+      initialised, there is no teacher or no such feature.
+
+  >>> sorted(ofa(student_layers=["mid"]).hyper)
+  ['hard_weight', 'ofa_weight', 'power', 'soft_weight', 'temperature']
+  """
+  layers = _names("student_layers", student_layers)
+  make_head = head or (lambda feature, num_classes: _PooledLinear(num_classes))
+  hyper = {
+    "power": power,
+    "temperature": temperature,
+    "ofa_weight": ofa_weight,
+    "soft_weight": soft_weight,
+    "hard_weight": hard_weight,
+  }
+
+  def exits(student: Outputs, num_classes: int) -> dict[str, tuple[nn.Module | None, Any]]:
+    found = {layer: feature(student, layer, "student_layers") for layer in layers}
+    return {layer: (make_head(x, num_classes), x) for layer, x in found.items()}
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    _, theirs = both_logits("ofa", student, teacher)
+    return init_modules(key, exits(student, theirs.shape[-1]))
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **given: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    del key
+    now = {**hyper, **given}
+    ours, theirs = both_logits("ofa", student, teacher)
+    running = Running(params, state)
+    made = exits(student, theirs.shape[-1])
+    predictions = [running(layer, module, x) for layer, (module, x) in made.items()]
+    final, *early = [
+      losses.one_for_all(
+        z, theirs, batch.labels, power=now["power"], temperature=now["temperature"]
+      )
+      for z in (ours, *predictions)
+    ]
+    return {
+      "labels": hard_labels(student, batch, now["hard_weight"]),
+      "soft": Term(final, weight=now["soft_weight"], where=batch.labelled),
+      "ofa": Term(sum(early), weight=now["ofa_weight"], where=batch.labelled),
+    }, running.state
+
+  return Objective(init=init, apply=apply, hyper=hyper)
+
+
+class _PooledLinear(nn.Module):
+  """An exit: the mean over all positions, and a linear map to the classes."""
+
+  num_classes: int
+
+  @nn.compact
+  def __call__(self, x: Any, *, train: bool = False) -> Any:
+    # In float32 at least, as the networks' own logits are.
+    pooled = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x))
+    return nn.Dense(self.num_classes, dtype=pooled.dtype, name="classifier")(pooled)
+
+
+def _names(argument: str, layers: Sequence[str]) -> tuple[str, ...]:
+  if isinstance(layers, str):
+    raise ValueError(
+      f"{argument}={layers!r} must be a sequence of names: {argument}=({layers!r},)."
+    )
+  if not layers or len(set(layers)) < len(layers):
+    raise ValueError(f"{argument}={tuple(layers)} must name one feature at least, and each once.")
+  return tuple(layers)

@@ -1,0 +1,444 @@
+"""Bad input, tried from outside: every error is ours, names the argument, and nothing is lost.
+
+The package is imported once more without the type checker of the other tests, which users do not
+have either: what it would refuse must be refused by the package itself.
+"""
+
+import dataclasses
+import importlib
+import json
+import pathlib
+import sys
+import traceback
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+MODULES = [
+  "capture",
+  "capture_nnx",
+  "checkpoint",
+  "data",
+  "deployed",
+  "evaluate",
+  "losses",
+  "mesh",
+  "optimizers",
+  "precision",
+  "projectors",
+  "recipes",
+  "report",
+  "run",
+  "teachers",
+  "train",
+  "transforms",
+  "types",
+  "weights",
+]
+X, Y = np.zeros((16, 4), np.float32), np.arange(16) % 3
+NAN, ONE = float("nan"), np.ones(8)
+Wrong = (TypeError, ValueError)
+
+
+@pytest.fixture(scope="module")
+def j():
+  """The package as a user has it."""
+
+  def ours():
+    return {n: m for n, m in sys.modules.items() if n.split(".")[0] == "jaxdistill"}
+
+  checked, finders = ours(), sys.meta_path[:]
+  for name in checked:
+    del sys.modules[name]
+  sys.meta_path[:] = [f for f in finders if not type(f).__module__.startswith("jaxtyping")]
+  try:
+    return types.SimpleNamespace(**{n: importlib.import_module(f"jaxdistill.{n}") for n in MODULES})
+  finally:
+    sys.meta_path[:] = finders
+    for name in ours():
+      del sys.modules[name]
+    sys.modules.update(checked)
+
+
+class Net(nn.Module):
+  """Two layers; sows ``mid``."""
+
+  width: int = 5
+  classes: int = 3
+
+  @nn.compact
+  def __call__(self, x, train: bool = False):
+    x = nn.relu(nn.Dense(self.width)(x))
+    self.sow("intermediates", "mid", x)
+    return nn.Dropout(0.1, deterministic=not train)(nn.Dense(self.classes)(x))
+
+
+def network(j, *fields, **options):
+  return j.capture.linen(Net(*fields), **{"features": ["mid"], **options})
+
+
+def variables(width=7, classes=3):
+  made = Net(width, classes).init(jax.random.key(9), jnp.zeros((1, 4)))
+  return {"params": made["params"]}
+
+
+def source(j, data_seed=0, batch_size=8, **options):
+  examples = j.data.from_arrays(X, Y, num_classes=3)
+  return j.data.on_device(examples, batch_size=batch_size, data_seed=data_seed, **options)
+
+
+def fit(j, folder=None, *, student=None, objective=None, devices=2, **options):
+  if "teacher" not in options:
+    options |= {"teacher": j.teachers.frozen(network(j, 7))}
+    options.setdefault("teacher_variables", variables())
+  options = {"data": source(j), "optimizer": optax.adam(1e-2), "steps": 2, **options}
+  options.setdefault("dispatch", j.mesh.with_jit(j.mesh.data_parallel(jax.devices()[:devices])))
+  student = network(j) if student is None else student
+  objective = j.recipes.kd() if objective is None else objective
+  return j.train.fit(student, objective, progress=None, folder=folder, **options)
+
+
+def check(call, error, message):
+  """The call raises this, and from a line of the package."""
+  with pytest.raises(error, match=message) as caught:
+    call()
+  place = pathlib.Path(traceback.extract_tb(caught.value.__traceback__)[-1].filename)
+  assert "jaxdistill" in place.parts, f"raised by {place}"
+  assert "site-packages" not in place.parts
+
+
+def term(values=None, **fields):
+  """An objective of one term."""
+  make = (lambda s: s.logits[:, 0] ** 2) if values is None else values
+  return lambda j: lambda s, t, b: {"a": j.types.Term(make(s), **fields)}
+
+
+def told(**options):
+  return lambda j: options
+
+
+STACKED = jax.tree.map(lambda leaf: leaf[None], variables())
+BAD = jax.tree.map(lambda leaf: leaf * NAN, variables())
+OTHER = {"params": {"other": jnp.zeros(3)}}
+KERNEL = {"params": {"Dense_0": {"kernel": jnp.zeros((4, 9))}}}
+HALF = {"temperature": lambda step: 4.0 if step < 2 else 2.0}
+
+FIT = [
+  # the networks
+  (lambda j: {"student": network(j, 5, 4)}, "4 classes.* and the teacher 3"),
+  (lambda j: {"student": Net()}, r"student must be a Network.*capture\.linen"),
+  (lambda j: {"student": nnx.Linear(4, 3, rngs=nnx.Rngs(0))}, r"capture_nnx\.nnx"),
+  (lambda j: {"student": network(j, features=["gone"])}, "'gone': nothing of that name"),
+  (lambda j: {"objective": j.recipes.hint("gone", "mid")}, "student_layer='gone' is not among"),
+  (lambda j: {"objective": j.recipes.hint("mid", "gone")}, "teacher_layer='gone' is not among"),
+  (lambda j: {"objective": unprojected(j)}, "differ in width.*use a projector"),
+  (lambda j: {"teacher": network(j, 7), "teacher_variables": variables()}, r"teachers\.frozen"),
+  (told(teacher=Net(7), teacher_variables=None), "is a bare module; give capture"),
+  (told(teacher=None, teacher_variables=variables()), "teacher is None"),
+  (told(teacher_variables=None), r"does not run with teacher_variables \(none\)"),
+  (told(teacher_variables=variables(9)), "does not run with teacher_variables"),
+  (told(teacher_variables=OTHER), r"params/other \(3,\)"),
+  (told(teacher_variables=STACKED), r"teachers\.unstack\(variables\)\[0\]"),
+  (told(teacher_variables="runs/teacher"), "teacher_variables is no array"),
+  (told(teacher_variables=BAD), r"\['kernel'\] holds NaN|\['bias'\] holds NaN"),
+  (told(teacher=lambda v, b: b.labels), "teacher must return Outputs"),
+  (told(start=KERNEL), r"start has \(4, 9\) at"),
+  (told(start="runs/first"), "start is no array"),
+  # the objective
+  (told(objective="kd"), "objective must be a function"),
+  (lambda j: {"objective": j.recipes.kd}, r"Call a recipe, recipes\.kd\(\)"),
+  (lambda j: {"objective": [j.recipes.kd()]}, r"recipes\.combine"),
+  (told(objective=lambda s, t, b: None), "must return {name: Term}.*got None"),
+  (told(objective=lambda s, t, b: {}), "with a term in it"),
+  (told(objective=lambda s, t, b: {"a": s.logits}), "term 'a' is an array.*must be a Term"),
+  (lambda j: {"objective": term(lambda s: jnp.mean(s.logits))(j)}, r"values of shape \(\)"),
+  (lambda j: {"objective": term(weight=jnp.ones(8))(j)}, "it must be one number"),
+  (lambda j: {"objective": term(weight="1")(j)}, "it must be one number"),
+  (lambda j: {"objective": forgetful(j)}, "the objective's state must keep its structure"),
+  (told(hyper={"temprature": 2.0}), r"hyper has \['temprature'\]"),
+  (told(hyper={"temperature": 0.0}), "temperature must be positive, got 0.0"),
+  (told(hyper={"temperature": -1.0}), "temperature must be positive, got -1.0"),
+  (told(hyper={"temperature": NAN}), "temperature must be positive and finite"),
+  (told(hyper={"temperature": ONE}), r"temperature must be positive: one number.*\(8,\)"),
+  (told(hyper={"temperature": "4"}), r"hyper\['temperature'\] must be a number"),
+  (told(hyper={"temperature": optax.linear_schedule(1.0, -1.0, 2)}), "must be positive, got"),
+  (told(hyper=HALF), "cannot be compiled"),
+  (told(hyper={"soft_weight": -1.0}), "soft_weight must be at least 0, got -1.0"),
+  # the data
+  (told(data=[X, Y]), r"data must be a Source.*data\.on_device"),
+  (lambda j: {"data": j.data.from_arrays(X, Y)}, "data must be a Source"),
+  (told(data=[]), "0 sources for 1 seeds"),
+  (lambda j: {"data": source(j, batch_size=9)}, "batch_size=9 does not divide by the 2 devices"),
+  (lambda j: {"data": source(j, normalize=lambda x: x[..., :3])}, r"float32\[8, 3\] once normali"),
+  (lambda j: {"student": network(j, 5, 2), "teacher": None}, "labels of 3 classes.*puts out 2"),
+  # numbers and functions
+  *[(told(steps=n), "steps=") for n in (0, -3, 4.0, None, "4", True)],
+  *[(told(seed=s), "seed") for s in (-1, 1.5, None, "a", (1, 1), (), 2**40, {1, 2}, [1, 2.5])],
+  *[
+    (told(**{f"{name}_every": 0}), f"{name}_every=0") for name in ("log", "validate", "checkpoint")
+  ],
+  (told(log_every=2.0), "log_every=2.0 must be an integer"),
+  (told(keep_last=0), "keep_last=0"),
+  *[(told(accumulate=n), f"accumulate={n}") for n in (0, 3, 2.0)],
+  *[(told(average=a), "average") for a in (1.0, -0.1, NAN, "0.9")],
+  (told(seeds_by="pmap"), "seeds_by='pmap'"),
+  (told(scan="yes"), "scan='yes' must be True or False"),
+  (told(select="nll"), "validate is None"),
+  (told(validate={"accuracy": 1}), r"validate must be a function.*evaluate\.validator"),
+  (told(validate=lambda: {}), "validate must be a function"),
+  (told(callback=3), "callback must be a function"),
+  (lambda j: {"transform": j.transforms.mixup}, "transform must be a function"),
+  (told(transform=lambda key, batch: None), "transform must return a Batch"),
+  (told(config=[1]), "config must be a mapping"),
+  (told(optimizer=0.1), "optimizer must be an optax optimiser"),
+  (told(optimizer=optax.adam), r"call it: optax\.adam"),
+  (lambda j: {"dispatch": j.mesh.with_jit}, "dispatch must be what"),
+]
+
+
+def unprojected(j):
+  mids = lambda s, t: j.losses.hint_l2(s.features["mid"], t.features["mid"])  # noqa: E731
+  return lambda s, t, b: {"hint": j.types.Term(mids(s, t))}
+
+
+def forgetful(j):
+  """An objective whose state changes its structure."""
+  apply = lambda p, state, s, t, b, *, key: (term()(j)(s, t, b), {"new": s.logits})  # noqa: E731
+  return j.types.Objective(init=lambda key, s, t: ({}, {}), apply=apply)
+
+
+@pytest.mark.parametrize(("make", "message"), FIT)
+def test_fit_refuses_before_it_claims_a_folder(j, tmp_path, make, message):
+  check(lambda: fit(j, tmp_path / "run", **make(j)), Wrong, message)
+  assert not (tmp_path / "run").exists()
+
+
+def arrays(inputs=X, labels=Y, **options):
+  return lambda j: j.data.from_arrays(inputs, labels, **options)
+
+
+def streams(rows, **options):
+  return lambda j: j.data.from_dicts(rows, **options)
+
+
+DATA = [
+  (arrays(labels=Y.astype(float)), "labels must be integers, got float64"),
+  (arrays(labels=np.eye(3)[Y]), r"labels must be of shape \(16,\)"),
+  (arrays(labels=Y - 1), "must lie in 0 .. 1 .*row 0 has -1"),
+  (arrays(num_classes=2), "row 2 has 2"),
+  (arrays(labels=Y + 2**40), "num_classes=1099511627779 must be in"),
+  (arrays(num_classes=3.0), "num_classes=3.0 must be an integer"),
+  (arrays(X[:0], Y[:0]), "must hold at least one example"),
+  (arrays(X * NAN), "hold NaN in 16 of 16 rows"),
+  (arrays(X.astype(complex)), "must be real numbers"),
+  (arrays(np.array([object()] * 16)), "must be real numbers"),
+  *[(lambda j, b=b: source(j, batch_size=b), "batch_size=") for b in (0, -1, 17, 8.0, None, "8")],
+  *[(lambda j, s=s: source(j, data_seed=s), "data_seed") for s in (-1, 1.5, 2**32, None)],
+  (lambda j: source(j, views=1.5), "views=1.5 must be an integer"),
+  (lambda j: source(j, augmentation="crop"), "augmentation='crop' must be an Augmentation"),
+  (lambda j: source(j, normalize="cifar"), "normalize must be"),
+  (lambda j: source(j, normalize=((0.0,), (0.0,))), "one positive std"),
+  (lambda j: source(j, normalize=((NAN,), (1.0,))), "needs one mean"),
+  (lambda j: source(j, labelled=np.ones(3)), "labelled must be 16 zeros and ones"),
+  (lambda j: j.data.on_device((X, Y), batch_size=8, data_seed=0), "on_device needs Examples"),
+  (lambda j: j.data.streamed(X, batch_size=8, data_seed=0), "streamed needs Examples"),
+  (lambda j: source(j).items(1.5, 1), "step=1.5 must be an integer"),
+  (lambda j: dataclasses.replace(source(j), batch_size=0), "batch_size=0 must lie in"),
+  (streams(3), "needs an iterable of dicts"),
+  (streams([]), "gave no rows"),
+  (streams([{"image": [0.0], "label": "cat"}]), "pass label_names="),
+  (streams([{"image": [0.0], "label": 0}], limit=1.5), "limit=1.5 must be an integer"),
+  (streams([{"image": [0.0], "label": 0}], inputs=3), "row 0 of 'rows' has no '3'"),
+  (streams([{"image": [0.0], "label": 0}], transform=3), "transform must be a function"),
+  (lambda j: j.data.mixed(source(j), source(j), share="a"), "share=a must lie between"),
+  (lambda j: j.data.mixed(source(j), source(j), share=NAN), "share=nan must lie between"),
+  (lambda j: j.data.some_labels(arrays()(j), "5%", data_seed=0), "share must be in"),
+  (lambda j: j.data.load("digitz", "train"), "Did you mean 'digits'"),
+  (lambda j: j.data.load(None, "train"), "name=None must be a data set's name"),
+  (lambda j: j.data.load("digits/none", "train"), "name='digits/none' is none of TFDS's"),
+  (lambda j: j.data.load("digits", "train[0:0]"), "is empty"),
+  (lambda j: j.data.load("digits", "valid"), "is not a split"),
+  (lambda j: j.data.evaluation_batches(arrays()(j), batch_size=2.5), "batch_size=2.5 must be"),
+  (lambda j: j.data.divide_by(0), "largest must be positive"),
+  (lambda j: j.data.crop(1.5), "padding=1.5 must be an integer"),
+  (lambda j: j.types.make_batch(X, Y[:3]), "must have one batch axis"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), DATA)
+def test_data_refuses(j, call, message):
+  check(lambda: call(j), Wrong, message)
+
+
+def evaluated(j, values, predict=None, classes=3, **options):
+  examples = j.data.from_arrays(X, Y % classes if classes == 3 else Y + 2)
+  batches = j.data.evaluation_batches(examples, batch_size=8)
+  predict = j.evaluate.predictor(network(j, 7)) if predict is None else predict
+  return j.evaluate.evaluate(predict, values, batches, **options)
+
+
+S = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+A = np.zeros((4, 3), np.float32)
+PARTS = [
+  (lambda j: j.capture.linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), "must be a Linen module"),
+  (lambda j: j.capture.linen(Net), "make one, module"),
+  (lambda j: j.capture.linen(network(j)), "must be a Linen module"),
+  (lambda j: j.capture_nnx.nnx(Net()), r"use capture\.linen"),
+  (lambda j: network(j, features=[3]), "name a path"),
+  (lambda j: network(j, train_flag=True), "train_flag=True must be"),
+  (lambda j: network(j).apply(STACKED, X, train=False), "the variables, or the inputs, do not fit"),
+  (lambda j: j.precision.mixed(Net()), "network must be a Network"),
+  (lambda j: j.precision.mixed(network(j), compute="bf16"), "must be a floating dtype"),
+  *[(lambda j, t=t: j.recipes.kd(temperature=t), "temperature") for t in (0, -1.0, NAN, ONE, "4")],
+  (lambda j: j.recipes.kd(soft_weight=-1.0), "soft_weight must be at least 0"),
+  (lambda j: j.recipes.labels(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]"),
+  (lambda j: j.recipes.hint("mid", 0), "teacher_layer=0 must be"),
+  (lambda j: j.recipes.hint("mid", "mid", loss=None), "loss must be a function"),
+  (lambda j: j.recipes.combine(), "at least one objective"),
+  (lambda j: j.losses.soft_target_kl(A, A, temperature=jnp.ones(4)), "temperature must be"),
+  (lambda j: j.losses.soft_target_kl(A, A, temperature=None), "temperature must be"),
+  (lambda j: j.losses.soft_target_kl(A, A[:, :2]), "must have one shape"),
+  (lambda j: j.losses.cross_entropy(A, np.zeros(4)), "labels must be integers"),
+  (lambda j: j.projectors.between(S, jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)), "projector"),
+  (lambda j: j.optimizers.sgd(NAN, steps=4), "learning_rate=nan"),
+  (lambda j: j.optimizers.adamw("0.1", steps=4), "learning_rate='0.1'"),
+  (lambda j: j.optimizers.sgd(0.1, steps=0), "steps=0"),
+  (lambda j: j.transforms.mixup(0), "num_classes=0"),
+  (lambda j: j.transforms.mixup(3, concentration=None), "concentration=None must be"),
+  (lambda j: j.transforms.smooth_labels(3, amount="a"), "amount=a must be"),
+  (lambda j: j.mesh.data_parallel([]), "devices is empty"),
+  (lambda j: j.mesh.data_parallel(2), "devices=2 must be devices"),
+  (lambda j: j.mesh.data_parallel(jax.devices()[:1] * 2), "more than once"),
+  (lambda j: j.mesh.with_jit(jax.make_mesh((2,), ("x",))), r"use mesh\.data_parallel\(\)"),
+  (lambda j: evaluated(j, OTHER), "do not fit the network"),
+  (lambda j: evaluated(j, variables(), stacked=True), "stacked=True"),
+  (lambda j: evaluated(j, STACKED), "stacked=False"),
+  (lambda j: evaluated(j, variables(), predict=3), "predict must be a function"),
+  (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
+  (lambda j: j.evaluate.validator(network(j), source(j)), "batches must be"),
+  (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
+]
+
+
+TEACHERS = [
+  (lambda j: j.teachers.frozen(None), "network=None must be a Network"),
+  (lambda j: j.teachers.subset(Net(), [0]), "teacher=Net.* must be a Network"),
+  (lambda j: j.teachers.ensemble([None]), r"members\[0\]=None must be a Network"),
+  (lambda j: j.teachers.ensemble(network(j)), "members is empty or no sequence"),
+  (lambda j: j.teachers.grouped(network(j), None), "groups=None must be the group of each"),
+  (lambda j: j.teachers.layers(None, {"a": "b"}), "teacher_variables=None must be the coll"),
+  (lambda j: j.teachers.layers({"params": {}}, ["a"]), r"pairs=\['a'\] must be"),
+  (lambda j: j.teachers.layers({"params": {}}, {"a": 1}), "pairs=.* must be"),
+  (lambda j: j.teachers.unstack({}), "leaves with the first axes"),
+  (lambda j: j.teachers.unstack({"a": 1.0}), "leaves with the first axes"),
+  (lambda j: j.teachers.unstack({"a": np.ones(2), "b": np.ones(3)}), "leaves with the first axes"),
+  (lambda j: j.teachers.restore(None), "run=None must be a path"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), TEACHERS)
+def test_teachers_refuse(j, call, message):
+  with pytest.raises(Wrong, match=message):
+    call(j)
+
+
+@pytest.mark.parametrize(("call", "message"), PARTS)
+def test_parts_refuse(j, call, message):
+  check(lambda: call(j), Wrong, message)
+
+
+def written(path, content=b"garbage"):
+  path.write_bytes(content)
+  return path
+
+
+FILES = [
+  *[
+    (lambda j, p, n=n: getattr(j.weights, n)(p / "none"), FileNotFoundError, "path=.*none")
+    for n in ("orbax", "msgpack", "safetensors")
+  ],
+  (lambda j, p: j.weights.msgpack(written(p / "a")), Exception, "truncated, or no msgpack"),
+  (lambda j, p: j.weights.safetensors(written(p / "a")), Exception, "truncated, or no safetensors"),
+  (lambda j, p: j.weights.orbax(written(p / "a")), ValueError, "is a file"),
+  (lambda j, p: j.weights.msgpack(None), TypeError, "path=None must be a path"),
+  (
+    lambda j, p: j.checkpoint.load_variables(p / "none"),
+    FileNotFoundError,
+    "no checkpoint at path",
+  ),
+  (lambda j, p: j.checkpoint.load_variables(3), TypeError, "path=3 must be a path"),
+  (lambda j, p: j.checkpoint.Checkpoints(p, keep_last=1.5), TypeError, "keep_last=1.5"),
+  (lambda j, p: j.checkpoint.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
+  (lambda j, p: j.checkpoint.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
+  (lambda j, p: j.deployed.load_student(p / "none"), FileNotFoundError, "no such folder"),
+  (lambda j, p: j.deployed.save_student(p, Net(), {}, stored=S), TypeError, "must be a Network"),
+  (lambda j, p: j.teachers.restore(p), FileNotFoundError, "holds no checkpoints"),
+  (lambda j, p: j.run.read_config(p), FileNotFoundError, "no config.json"),
+  (lambda j, p: j.run.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),
+  (lambda j, p: fit(j, written(p / "a")), NotADirectoryError, "is a file"),
+  (lambda j, p: fit(j, written(p / "a") / "run"), OSError, "cannot be written"),
+  (lambda j, p: fit(j, p / "run", **claimed_by(p)), ValueError, "holds a run of another config"),
+  (lambda j, p: fit(j, p, **damaged(p)), ValueError, "config.json is damaged"),
+  (lambda j, p: fit(j, written(p / "student").parent), FileExistsError, "student is not a run's"),
+]
+
+
+def claimed_by(path):
+  (path / "run").mkdir()
+  (path / "run" / "config.json").write_text(json.dumps({"steps": 3}))
+  return {}
+
+
+def damaged(path):
+  (path / "config.json").write_text("{")
+  return {}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), FILES)
+def test_files_and_folders_refuse(j, tmp_path, call, error, message):
+  check(lambda: call(j, tmp_path), error, message)
+
+
+def test_nan_in_a_loss_stops_at_its_step_and_the_folder_is_free_again(j, tmp_path):
+  def objective(student, teacher, batch, *, step=0.0):
+    return {"odd": j.types.Term(student.logits[:, 0] ** 2 * jnp.where(step > 0.5, NAN, 1.0))}
+
+  run = {
+    "objective": objective,
+    "teacher": None,
+    "devices": 1,
+    "hyper": {"step": lambda step: step * 1.0},
+    "log_every": 1,
+  }
+  check(
+    lambda: fit(j, tmp_path / "run", config={"rate": 1}, **run),
+    FloatingPointError,
+    "term 'odd' is not finite at step 2",
+  )
+  # Nothing was saved, so the corrected run may have the folder, whatever was changed.
+  j.run.claim(tmp_path / "run", {"rate": 2})
+
+
+def test_what_was_trained_is_kept_where_a_validation_fails(j, tmp_path):
+  run = {"folder": tmp_path / "run", "steps": 4, "validate_every": 2}
+  run |= {"objective": term()(j), "teacher": None, "devices": 1}
+  check(lambda: fit(j, validate=lambda v: 0.5, **run), TypeError, "validate must return {name:")
+  with j.checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+    assert saved.steps() == [2]
+  again = fit(j, validate=lambda v: {"accuracy": 1.0}, **run)
+  assert [line["step"] for line in again.history] == [4]
+
+
+def test_labels_that_nobody_has_teach_nothing(j):
+  unlabelled = j.data.on_device(j.data.from_arrays(X, None), batch_size=8, data_seed=0)
+  check(
+    lambda: fit(j, data=unlabelled, teacher=None, devices=1, objective=j.recipes.labels()),
+    ValueError,
+    "has no labels, and no term",
+  )

@@ -1,0 +1,177 @@
+"""`docs/losses.md` is what the docstrings say, and the docstrings say all that is needed."""
+
+import importlib.util
+import pathlib
+import re
+import sys
+
+import pytest
+
+from jaxdistill import losses
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def load():
+  spec = importlib.util.spec_from_file_location("docs_losses", ROOT / "docs" / "losses.py")
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[spec.name] = module  # where dataclasses look up annotations
+  spec.loader.exec_module(module)
+  return module
+
+
+docs = load()
+ENTRIES = {entry.name: entry for _, entries in docs.families().values() for entry in entries}
+FUNCTIONS = [name for name, entry in ENTRIES.items() if entry.is_function]
+
+# No number that a paper chose, so no origin; and no arrays of features or logits.
+NOT_CHOSEN = {"where"}
+NO_SHAPE = {"banks", "key", "width"}
+# What a formula may use only where it says what it is.
+BINDINGS = {
+  r"\bKL\(": "KL(a ‖ b) = ",
+  r"Huber\(": "Huber(x) = ",
+  r"\bn\(": "n(v) = ",
+  r"softplus\(": "softplus(x) = ",
+  r"\[[a-z] [<>≤]": "[·] is 1 where",
+  "[φΦ]": "φ and Φ are ",
+  r"\bp_[kyi]|KL\(p|p̂": "p = softmax(teacher_logits / temperature)",
+  r"(?<!− )\bq_[kyi]|KL\(q|q̂": "q = softmax(student_logits",
+  "ε": "ε = 1e-7",
+  "[₊₋]": "P₊ is ",
+  r"\bstd_k": "std_k z = ",
+  r"\ba·b\b": "‖a‖‖b‖ + 1e-8",
+}
+# Where published codes are known to disagree, and whose name must be beside what this one is.
+DISAGREE = {
+  "activation_boundary": ["RepDistiller", "torchdistill"],
+  "attention_transfer": ["RepDistiller", "torchdistill", "KD_Lib", "paper"],
+  "contrastive_bank": ["RepDistiller", "mdistiller", "torchdistill"],
+  "correlation_congruence": ["RepDistiller", "torchdistill"],
+  "cross_entropy": ["PyTorch", "fairseq"],
+  "decoupled_kd": ["mdistiller", "OFAKD"],
+  "factor_transfer": ["RepDistiller", "torchdistill"],
+  "flow_of_solution": ["RepDistiller", "torchdistill"],
+  "generalized_jsd": ["TRL", "Liger", "EasyDeL"],
+  "hint_l2": ["RepDistiller", "torchdistill", "paper"],
+  "inter_channel_correlation": ["torchdistill"],
+  "inter_class_correlation": ["torchdistill", "paper"],
+  "logit_l2": ["PyTorch", "TextBrewer", "paper"],
+  "neuron_selectivity": ["RepDistiller", "TextBrewer"],
+  "overhaul": ["mdistiller", "BatchNorm"],
+  "relational_distance": ["RepDistiller", "KD_Lib"],
+  "reverse_kl": ["MiniLLM", "DistiLLM"],
+  "similarity_preserving": ["RepDistiller", "torchdistill"],
+  "skew_kl": ["published code"],
+  "soft_target_kl": ["RepDistiller", "torchdistill", "TextBrewer", "KD_Lib"],
+  "standardize_logits": ["PyTorch", "JAX"],
+  "total_variation": ["DistillKit", "Liger"],
+  "variational_information": ["RepDistiller", "mdistiller"],
+}
+
+
+def test_the_page_is_current(capsys):
+  assert docs.main(["--check"]) == 0, f"docs/losses.md is stale: run `{docs.command}`"
+  assert capsys.readouterr().err == ""
+
+
+def test_a_stale_page_is_refused_and_the_remedy_named(tmp_path, monkeypatch, capsys):
+  stale = tmp_path / "losses.md"
+  monkeypatch.setattr(docs, "PAGE", stale)
+  assert docs.main(["--check"]) == 1  # missing
+  stale.write_text(docs.page().replace("Source", "source") + "x", "utf-8")
+  assert docs.main(["--check"]) == 1
+  assert docs.command in capsys.readouterr().err
+  assert docs.main([]) == 0
+  assert docs.main(["--check"]) == 0
+
+
+def test_every_public_name_is_on_the_page_once_and_linked():
+  page = docs.page()
+  assert sorted(ENTRIES) == sorted(set(losses.__all__) - {"features", "logits", "relations"})
+  headings = re.findall(r"^### (\w+)$", page, re.M)
+  assert sorted(headings) == sorted(ENTRIES)
+  anchors = set(re.findall(r"\]\(#(\w+)\)", page))
+  assert anchors == {name.lower() for name in ENTRIES}
+
+
+def test_those_that_give_no_value_per_example_are_marked():
+  marked = re.findall(r"^\| \[`(\w+)`\]\(#\w+\) †", docs.page(), re.M)
+  assert marked == ["intra_class_correlation", "contrastive_bank", "correlation_congruence"]
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_docstrings_name_method_and_source(name):
+  entry = ENTRIES[name]
+  assert re.search("[A-Z]", entry.acronym), "the first line needs the acronym in brackets"
+  authors, title, year, _ = entry.source
+  assert authors, 'write ``Source: Authors, "Title", year``'
+  assert re.match("[A-Zv]", authors)
+  assert len(title) > 10
+  assert 2010 <= int(year) <= 2030
+  codes = entry.doc.labelled["Other codes"]
+  assert re.search(r"\b(this|here)\b", codes), f"which one is this? {codes}"
+  for other in DISAGREE.get(name, []):
+    assert other in codes, f"what does {other} do?"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_formulas_bind_their_symbols(name):
+  entry = ENTRIES[name]
+  assert re.search("[=Σ²√]", entry.formula), "the second paragraph is the formula"
+  text = " ".join([entry.formula, *entry.remarks, entry.returns])
+  for argument in entry.defaults.keys() - {"where", "key", "banks"}:
+    assert re.search(rf"\b{argument}(?![a-z])", text), f"the formula does not use {argument}"
+  for symbol, binding in BINDINGS.items():
+    if re.search(symbol, entry.formula):
+      assert binding in entry.formula, f"{symbol} is not bound"
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_have_shapes_and_defaults_an_origin(name):
+  entry = ENTRIES[name]
+  described = entry.doc.sections["Args"]
+  assert list(described) == list(entry.defaults), "Args are not the function's arguments"
+  for argument, default in entry.defaults.items():
+    text = described[argument]
+    if default is None or argument in NOT_CHOSEN:
+      scalar = argument in NO_SHAPE or argument.startswith("num_")
+      assert scalar or "``[" in text or "likewise" in text, f"{argument} has no shape"
+      continue
+    value = re.escape(default.removesuffix(".0"))
+    origin = rf"(?<![\w.]){value}(, [^.;]*,)? is [^.;]*'s\b"
+    assert re.search(origin, text), f"say whose {argument} = {default} is: '{default} is X's'"
+  assert "``[" in entry.returns or name == "init_banks", "Returns has no shape"
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("One.\n\nSources: nobody.", "'Sources:' is none of"),
+    ("One.\n\nArgs:\n  x: it.\n\nAfterthought.", "after the sections"),
+  ],
+)
+def test_a_docstring_that_cannot_be_read_is_refused(text, message):
+  with pytest.raises(ValueError, match=message):
+    docs.parse(text)
+
+
+def test_a_docstring_is_taken_apart():
+  doc = docs.parse("""A (B): c.
+
+    x_k =
+      2
+
+    Args:
+      x: ``[B]``,
+        more: of it.
+      y: last.
+
+    Source: D, "E", 2020.
+
+    >>> f()
+    """)
+  assert doc.summary == "A (B): c."
+  assert doc.paragraphs == ["x_k =\n  2"]
+  assert doc.sections == {"Args": {"x": "``[B]``, more: of it.", "y": "last."}}
+  assert doc.labelled == {"Source": 'D, "E", 2020.'}
