@@ -58,7 +58,8 @@ def mixed(network: Network, *, compute: Any = jnp.bfloat16) -> Network:
     in ``compute``.
 
   Raises:
-    ValueError: ``compute`` is no such dtype; or, from ``init``, not one product is in it.
+    ValueError: ``compute`` is no such dtype; or, from ``init``, not one product is in it, or the
+      network does not run in it.
 
   Source: Micikevicius et al., "Mixed Precision Training", 2018; bfloat16 as in Kalamkar et al., "A
   Study of BFLOAT16 for Deep Learning Training", 2019.
@@ -141,7 +142,14 @@ def _multiplied(jaxpr: Any) -> Iterator[str]:
 def _check_products(
   network: Network, variables: Mapping[str, PyTree], inputs: Any, dtype: np.dtype
 ) -> None:
-  found = products(network, variables, inputs)
+  try:
+    found = products(network, variables, inputs)
+  except TypeError as error:
+    raise ValueError(
+      f"precision.mixed: {network.name} runs, but not in {dtype.name}; where a loop has to carry "
+      "one dtype, all that it does must be in it (NNX's BatchNorm inside nnx.scan is not, unless "
+      f"built with dtype=jnp.{dtype.name}): {arguments.short(error)}"
+    ) from error
   count, short = sum(found.values()), found.get(dtype.name, 0)
   shown = ", ".join(f"{number} in {name}" for name, number in found.items())
   advice = (

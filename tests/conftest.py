@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 # The tests compile much and compute little, so the compiler is told not to try hard.
 flags = os.environ.get("XLA_FLAGS", "")
@@ -15,6 +16,12 @@ for flag, value in (
 os.environ["XLA_FLAGS"] = flags.strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+# One cache of compiled programs for a session and its workers: many tests compile the same ones.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  cache = tempfile.TemporaryDirectory(prefix="compiled")  # removed at exit by whoever made it
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

@@ -23,8 +23,10 @@ def normal(seed, *shape):
 
 
 def bank_loss(student, teacher, index, where):
-  labels = jnp.asarray(np.random.default_rng(7).integers(0, 3, ROWS), jnp.int32)
-  banks = losses.init_banks(jax.random.key(3), labels, 5)
+  labels = jnp.asarray(np.arange(ROWS) % 3, jnp.int32)
+  rows = [normal(seed, ROWS, 5).astype(np.float32) for seed in (3, 4)]
+  rows = [jnp.asarray(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in rows]
+  banks = losses.Banks(*rows, labels, jnp.zeros(2, jnp.float32), jnp.zeros((), bool))
   return losses.contrastive_bank(
     student, teacher, labels[index], index, banks, key=jax.random.key(4), negatives=6, where=where
   )

@@ -259,8 +259,8 @@ def test_kernels_of_an_objective():
   chosen, spared = marked({"student": {}, "objective": params})
   assert all(name.endswith("kernel") for name in chosen)
   assert len(chosen) == 3
-  assert "objective/0/norm/scale" in spared
-  assert "objective/1/log_variance" in spared
+  assert "objective/0/projector/norm/scale" in spared
+  assert "objective/1/projector/log_variance" in spared
 
 
 @pytest.mark.parametrize("norm", [0.25, 1e3])

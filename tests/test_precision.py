@@ -277,6 +277,25 @@ def test_nnxs_batchnorm_promotes_unless_it_is_told_otherwise():
   assert counts == {"bfloat16": 1, "float32": 1}
 
 
+def test_a_loop_that_can_not_carry_it_says_so():
+  class Loop(nnx.Module):
+    def __init__(self, rngs):
+      self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+      step = nnx.scan(
+        lambda norm, x: norm(x),
+        in_axes=(nnx.StateAxes({...: None}), nnx.Carry),
+        out_axes=nnx.Carry,
+        length=2,
+      )
+      return step(self.norm, x)
+
+  network = precision.mixed(capture_nnx.nnx(Loop))
+  with pytest.raises(ValueError, match="Loop .bfloat16. runs, but not in bfloat16; where a loop"):
+    jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 4)))
+
+
 def test_wrapping_twice_is_wrapping_once():
   plain, variables = initialised()
   once = precision.mixed(plain)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import capture, data, deployed, evaluate, projectors, teachers, train
+from jaxdistill import capture, data, deployed, evaluate, program, projectors, teachers, train
 from jaxdistill.recipes.basics import combine
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.simkd import simkd
@@ -89,16 +89,15 @@ def student_map(variables, inputs):
 # --- A run over two seeds, with CRD beside it, a moving average and a validation. ---
 
 
-def fit(folder, **options):
+def fit(folder):
   objective = combine(simkd(CLASSIFIER), without_labels(crd(LABELS, negatives=24, width=8)))
   network = objective.deployed.network(STUDENT)
   batches = data.evaluation_batches(EXAMPLES, batch_size=12)
-  validate = evaluate.validator(network, batches, stacked=True)
   return train.fit(
     STUDENT,
     objective,
     data=data.on_device(EXAMPLES, batch_size=8, data_seed=0),
-    optimizer=optax.adam(3e-2),
+    optimizer=optax.sgd(0.1, momentum=0.9),
     steps=18,
     seed=(0, 1),
     teacher=teachers.frozen(TEACHER),
@@ -106,16 +105,30 @@ def fit(folder, **options):
     start=BEGUN,
     average=0.8,
     log_every=3,
-    validate=validate,
+    validate=evaluate.validator(network, batches, stacked=True),
     validate_every=9,
     folder=folder,
     progress=None,
-    **options,
   )
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def built():
+  """Every run's program is the first one's: a second compilation takes long and gives the same."""
+  programs = []
+
+  def once(*args, **options):
+    if not programs:
+      programs.append(program.build(*args, **options))
+    return programs[0]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train, "build", once)
+    yield
+
+
+@pytest.fixture(scope="module")
+def run(built, tmp_path_factory):
   folder = tmp_path_factory.mktemp("simkd") / "run"
   return folder, fit(folder)
 

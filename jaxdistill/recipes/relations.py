@@ -48,8 +48,9 @@ def similarity_preserving(
   Returns:
     An objective function with the terms ``labels`` and ``similarity``.
 
-  >>> sorted(similarity_preserving(student_layer="mid").__kwdefaults__)
-  ['hard_weight', 'similarity_weight']
+  >>> from jaxdistill.types import as_objective
+  >>> as_objective(similarity_preserving()).hyper
+  {'similarity_weight': 3000.0, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
   check_weights(similarity_weight=similarity_weight, hard_weight=hard_weight)
@@ -97,8 +98,9 @@ def rkd(
   Returns:
     An objective function with the terms ``labels``, ``distance`` and ``angle``.
 
-  >>> sorted(rkd().__kwdefaults__)
-  ['angle_weight', 'distance_weight', 'hard_weight', 'rkd_weight']
+  >>> from jaxdistill.types import as_objective
+  >>> as_objective(rkd(rkd_weight=0.5)).hyper
+  {'distance_weight': 25.0, 'angle_weight': 50.0, 'rkd_weight': 0.5, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
   check_weights(
@@ -151,8 +153,9 @@ def pkt(
   Returns:
     An objective function with the terms ``labels`` and ``pkt``.
 
-  >>> pkt().__kwdefaults__["pkt_weight"]
-  30000.0
+  >>> from jaxdistill.types import as_objective
+  >>> as_objective(pkt()).hyper
+  {'pkt_weight': 30000.0, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
   check_weights(pkt_weight=pkt_weight, hard_weight=hard_weight)
