@@ -108,6 +108,7 @@ def fit(folder):
     validate=evaluate.validator(network, batches, stacked=True),
     validate_every=9,
     folder=folder,
+    scan=False,  # compiles sooner
     progress=None,
   )
 
