@@ -123,6 +123,7 @@ def test_another_configuration_in_the_same_folder_is_refused(digits):
     run("digits", [*DIGITS, "--temperature", "9", "--out", folder, "--data-dir", data_dir])
 
 
+@pytest.mark.slow
 def test_cifar100_trains_and_reports(tfds_dir, tmp_path, monkeypatch):
   script, load = importlib.import_module("cifar100"), data.load
   # A hundredth of what is evaluated: the residual networks are slow on a test machine.
@@ -138,6 +139,7 @@ def test_cifar100_trains_and_reports(tfds_dir, tmp_path, monkeypatch):
   assert found["models"]["teacher"]["parameters"] == 181_108
 
 
+@pytest.mark.slow
 def test_fine_classes_teach_coarse_ones(tfds_dir, tmp_path, monkeypatch):
   script, records = importlib.import_module("cifar100_coarse"), data.records
   fewer = {"train": "train[:3%]", "test": "test[:1%]"}
@@ -156,6 +158,7 @@ def test_fine_classes_teach_coarse_ones(tfds_dir, tmp_path, monkeypatch):
   assert "python experiments/cifar100_coarse.py" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_few_labels_fills_its_table(digits, tmp_path):
   run("few_labels", [*FEW, "--out", tmp_path, "--data-dir", digits[1]])
   with (tmp_path / "few_labels.csv").open() as file:
@@ -182,15 +185,11 @@ def test_few_labels_uses_no_other_label():
   def batch(made):
     return made.cut(made.shared, jax.tree.map(lambda leaf: leaf[0], made.items(0, 1)))
 
-  alone, partly = (f(source, mask) for f in (script.labelled_alone, script.partly_labelled))
-  assert alone.shared is partly.shared is source.shared
+  alone = script.labelled_alone(source, mask)
+  assert alone.shared is source.shared
   shown = batch(alone)
   assert set(np.asarray(shown.index).tolist()) == {3, 8, 21}
   np.testing.assert_array_equal(shown.labels, labels[shown.index])
-  shown, whole = batch(partly), batch(source)
-  np.testing.assert_array_equal(shown.inputs, whole.inputs)
-  np.testing.assert_array_equal(shown.labelled, mask[shown.index])
-  np.testing.assert_array_equal(shown.labels, np.where(mask[shown.index], whole.labels, 0))
 
 
 @pytest.mark.parametrize("name", ["cifar100", "cifar100_coarse"])

@@ -16,6 +16,7 @@ import tempfile
 import time
 
 import numpy as np
+import pytest
 
 CHILD = """
 import os, sys
@@ -131,6 +132,7 @@ def compare(folder, whole):
   return bits
 
 
+@pytest.mark.slow
 def test_killed_runs_end_with_the_same_bits(tmp_path):
   whole = tmp_path / "whole"
   assert start(whole, tmp_path / "cache").wait(300) == 0

@@ -14,6 +14,11 @@ from jupyter_client.manager import AsyncKernelManager
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
+# The quickstart always; the others where there is time for them.
+RUN = [
+  pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
+  for path in NOTEBOOKS
+]
 
 
 def execute(path, folder):
@@ -89,7 +94,7 @@ def test_a_notebook_is_stored_without_outputs(path):
       assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RUN)
 def test_a_notebook_runs_from_top_to_bottom(path, executed):
   notebook = executed(path)  # a cell that raises, raises here, with its traceback
   code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -111,6 +116,7 @@ def test_quickstart_shows_its_pictures_and_the_table(executed):
   assert baseline == student < teacher
 
 
+@pytest.mark.slow
 def test_bring_your_own_distils_with_few_labels_and_calls_the_student(executed):
   notebook = executed(ROOT / "colabs" / "bring_your_own.ipynb")
   text = "".join(outputs(notebook, "stdout"))

@@ -88,7 +88,7 @@ def work(folder, kind):
     run(folder, kind, config={"another": 1})
 
 
-@pytest.mark.parametrize("kind", ["on device", "streamed"])
+@pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path, kind):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))

@@ -562,6 +562,7 @@ multihost_utils.sync_global_devices("both have come so far")
 """
 
 
+@pytest.mark.slow
 def test_one_process_of_two_writes_and_each_reads_alone(tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
