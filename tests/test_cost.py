@@ -266,12 +266,18 @@ def test_latency_waits_for_the_result():
     return lax.fori_loop(0, 500, lambda _, c: c @ x, x)
 
   x = jax.block_until_ready(work(jnp.eye(128)))
-  fastest = math.inf
-  for _ in range(3):
-    start = time.perf_counter()
-    jax.block_until_ready(work(x))
-    fastest = min(fastest, 1000 * (time.perf_counter() - start))
-  assert cost.latency(work, x, repeats=3, warmup=1)["median"] > fastest / 2
+
+  def fastest():
+    times = []
+    for _ in range(3):
+      start = time.perf_counter()
+      jax.block_until_ready(work(x))
+      times.append(1000 * (time.perf_counter() - start))
+    return min(times)
+
+  # Before and after, since other work on the machine comes and goes.
+  before, median = fastest(), cost.latency(work, x, repeats=3, warmup=1)["median"]
+  assert median > min(before, fastest()) / 2
 
 
 def test_latency_keeps_to_its_time():

@@ -672,7 +672,7 @@ def test_labels_that_fit_nothing_are_named(unchecked):
     ("one_for_all", {"power": 0}, "power must be positive, got 0"),
     ("generalized_jsd", {"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
     ("skew_kl", {"skew": -0.1}, r"skew must be in \[0, 1\], got -0.1"),
-    ("skew_reverse_kl", {"skew": float("nan")}, r"skew must be in \[0, 1\], got nan"),
+    ("skew_reverse_kl", {"skew": float("nan")}, r"skew must be in \[0, 1\] and finite, got nan"),
     ("cross_entropy", {"label_smoothing": 2}, r"label_smoothing must be in \[0, 1\], got 2"),
   ],
 )
