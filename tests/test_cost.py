@@ -1,7 +1,6 @@
 """Costs: the counted operations against sums done by hand, and the clocks against themselves."""
 
 import functools
-import math
 import time
 
 import flax.linen as nn
