@@ -12,7 +12,7 @@ from jaxdistill import arguments, projectors
 from jaxdistill.recipes._pieces import Running, feature, init_modules
 from jaxdistill.types import Batch, Outputs, compute_dtype
 
-__all__ = ["both_features", "check_layers", "check_weights", "embed", "init_embeddings", "present"]
+__all__ = ["both_features", "check_layers", "embed", "init_embeddings", "present"]
 
 PyTree = Any
 
@@ -28,15 +28,6 @@ def check_layers(student_layer: Any, teacher_layer: Any) -> tuple[str, str]:
     if not isinstance(layer, str):
       raise TypeError(f"{argument}={arguments.show(layer)} must be a feature's name.")
   return student_layer, teacher_layer
-
-
-def check_weights(**weights: Any) -> None:
-  """Raises for a weight that is neither a number from 0 on nor a schedule.
-
-  >>> check_weights(hard_weight=1.0)
-  """
-  for name, weight in weights.items():
-    arguments.scheduled(name, weight, least=0)
 
 
 def both_features(

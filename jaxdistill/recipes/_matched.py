@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill import arguments, losses
-from jaxdistill.recipes._pieces import Running, feature, init_modules
+import flax.linen as nn
+
+from jaxdistill import arguments
+from jaxdistill.recipes._pieces import Running, check_weights, feature, init_modules
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
-__all__ = ["hard_term", "layer_pairs", "learned", "map_pairs", "stage_weights_or", "total"]
+__all__ = ["convolution_init", "layer_pairs", "learned", "map_pairs", "stage_weights_or", "total"]
 
 PyTree = Any
 Pairs = Sequence[tuple[str, str]]
 Modules = Mapping[str, tuple[Any, Any]]
+
+# PyTorch's default for a convolution.
+convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def layer_pairs(
@@ -91,19 +96,6 @@ def total(values: Iterable[Any]) -> Any:
   return first
 
 
-def hard_term(student: Outputs, batch: Batch, hard_weight: Any) -> Term:
-  """Cross-entropy on the labels that are known.
-
-  >>> import jax.numpy as jnp
-  >>> from jaxdistill.types import make_batch
-  >>> batch = make_batch(jnp.ones((1, 1)), jnp.array([0]))
-  >>> hard_term(Outputs(logits=jnp.zeros((1, 2))), batch, 0.5).weight
-  0.5
-  """
-  values = losses.cross_entropy(student.logits, batch.labels)
-  return Term(values, weight=hard_weight, where=batch.labelled)
-
-
 def learned(
   modules: Callable[[Outputs, Outputs | None], Modules],
   terms: Callable[..., dict[str, Term]],
@@ -126,8 +118,7 @@ def learned(
   >>> learned(lambda student, teacher: {}, lambda *_: {}, {"hard_weight": 1.0}).hyper
   {'hard_weight': 1.0}
   """
-  for name, value in hyper.items():
-    arguments.scheduled(name, value, least=0)
+  check_weights(**hyper)
 
   def initial(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     return init_modules(key, modules(student, teacher))

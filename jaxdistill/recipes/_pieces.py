@@ -1,4 +1,4 @@
-"""What recipes share: features by name, and modules that are trained with the student."""
+"""What recipes share: features by name, the labels' term, modules trained with the student."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.types import Outputs
+from jaxdistill import arguments, losses
+from jaxdistill.types import Batch, Outputs, Term
 
-__all__ = ["Running", "feature", "init_modules"]
+__all__ = ["Running", "check_weights", "feature", "hard_term", "init_modules"]
 
 PyTree = Any
+
+
+def check_weights(**weights: Any) -> None:
+  """Raises for a weight that is neither a number from 0 on nor a schedule.
+
+  >>> check_weights(hard_weight=1.0)
+  """
+  for name, weight in weights.items():
+    arguments.scheduled(name, weight, least=0)
 
 
 def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
@@ -43,6 +53,19 @@ def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
       "capture.linen(module, features=[...]), or capture_nnx.nnx."
     )
   return outputs.features[name]
+
+
+def hard_term(student: Outputs, batch: Batch, hard_weight: Any) -> Term:
+  """Cross-entropy on the labels that are known.
+
+  >>> import jax.numpy as jnp
+  >>> from jaxdistill.types import make_batch
+  >>> batch = make_batch(jnp.ones((1, 1)), jnp.array([0]))
+  >>> hard_term(Outputs(logits=jnp.zeros((1, 2))), batch, 0.5).weight
+  0.5
+  """
+  values = losses.cross_entropy(student.logits, batch.labels)
+  return Term(values, weight=hard_weight, where=batch.labelled)
 
 
 def init_modules(

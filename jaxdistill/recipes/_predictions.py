@@ -1,4 +1,4 @@
-"""What recipes on predictions share: both networks' logits, the labels' term, schedules."""
+"""What recipes on predictions share: both networks' logits, schedules."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from jaxdistill import losses
-from jaxdistill.types import Batch, Outputs, Term
+from jaxdistill.types import Outputs
 
-__all__ = ["EPOCH", "LogitLoss", "at_a_step", "both_logits", "hard_labels"]
+__all__ = ["EPOCH", "LogitLoss", "at_a_step", "both_logits"]
 
 # Steps of an epoch of CIFAR-100 at the published batch size of 64.
 EPOCH = 781
@@ -45,26 +45,6 @@ def both_logits(
   if not standardize:
     return student.logits, teacher.logits
   return losses.standardize_logits(student.logits), losses.standardize_logits(teacher.logits)
-
-
-def hard_labels(student: Outputs, batch: Batch, weight: Any) -> Term:
-  """The cross-entropy of the labels that there are, as a term.
-
-  Args:
-    student: the student's outputs.
-    batch: gives the labels, and which are known.
-    weight: the term's.
-
-  Returns:
-    The term.
-
-  >>> zero, one = jax.numpy.zeros(1, int), jax.numpy.ones(1)
-  >>> batch = Batch(None, zero, one, one, None, None)
-  >>> round(hard_labels(Outputs(jax.numpy.zeros((1, 2))), batch, 0.1).values.item(), 4)
-  0.6931
-  """
-  values = losses.cross_entropy(student.logits, batch.labels)
-  return Term(values, weight=weight, where=batch.labelled)
 
 
 def at_a_step(name: str, value: Any) -> Any:

@@ -9,7 +9,8 @@ import flax.linen as nn
 import jax
 
 from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._pieces import Running, feature, init_modules
+from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term, init_modules
+from jaxdistill.recipes._predictions import both_logits
 from jaxdistill.types import (
   Batch,
   Deployed,
@@ -37,10 +38,9 @@ def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> Objecti
   """
   arguments.scheduled("hard_weight", hard_weight, least=0)
   arguments.number("label_smoothing", label_smoothing, least=0, most=1)
-  default = hard_weight
 
   def objective(
-    student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = default
+    student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = hard_weight
   ) -> dict[str, Term]:
     del teacher
     arguments.number("hard_weight", hard_weight, least=0)
@@ -68,27 +68,23 @@ def kd(
     An objective function with the terms ``labels`` and ``soft``.
   """
   arguments.scheduled("temperature", temperature, above=0)
-  arguments.scheduled("soft_weight", soft_weight, least=0)
-  arguments.scheduled("hard_weight", hard_weight, least=0)
-  defaults = (temperature, soft_weight, hard_weight)
+  check_weights(soft_weight=soft_weight, hard_weight=hard_weight)
 
   def objective(
     student: Outputs,
     teacher: Outputs | None,
     batch: Batch,
     *,
-    temperature: Any = defaults[0],
-    soft_weight: Any = defaults[1],
-    hard_weight: Any = defaults[2],
+    temperature: Any = temperature,
+    soft_weight: Any = soft_weight,
+    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     arguments.number("soft_weight", soft_weight, least=0)
     arguments.number("hard_weight", hard_weight, least=0)
-    if teacher is None:
-      raise ValueError("kd compares with a teacher, and teacher is None; give fit a teacher.")
-    hard = losses.cross_entropy(student.logits, batch.labels)
-    soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
+    ours, theirs = both_logits("kd", student, teacher)
+    soft = losses.soft_target_kl(ours, theirs, temperature=temperature)
     return {
-      "labels": Term(hard, weight=hard_weight, where=batch.labelled),
+      "labels": hard_term(student, batch, hard_weight),
       "soft": Term(soft, weight=soft_weight),
     }
 

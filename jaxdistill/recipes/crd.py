@@ -11,12 +11,11 @@ import numpy as np
 from jaxdistill import arguments, losses
 from jaxdistill.recipes._examples import (
   check_layers,
-  check_weights,
   embed,
   init_embeddings,
   present,
 )
-from jaxdistill.recipes._matched import hard_term
+from jaxdistill.recipes._pieces import check_weights, hard_term
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["crd"]

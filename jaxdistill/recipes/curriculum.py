@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._pieces import Running, init_modules
+from jaxdistill.recipes._pieces import Running, hard_term, init_modules
 from jaxdistill.recipes._predictions import (
   EPOCH,
   LogitLoss,
   at_a_step,
   both_logits,
-  hard_labels,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term, compute_dtype
 
@@ -109,7 +108,7 @@ def ctkd(
     axis = "parameters" if temperature.ndim == 0 else "batch"
     logged = jax.lax.stop_gradient(temperature)
     return {
-      "labels": hard_labels(student, batch, now["hard_weight"]),
+      "labels": hard_term(student, batch, now["hard_weight"]),
       "soft": Term(_tempered(loss, ours, theirs, temperature), weight=now["soft_weight"]),
       "learned_temperature": Term(logged, weight=0.0, axis=axis),
     }, running.state

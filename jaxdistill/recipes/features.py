@@ -17,14 +17,14 @@ import numpy as np
 
 from jaxdistill import arguments, losses, projectors
 from jaxdistill.recipes._matched import (
-  hard_term,
+  convolution_init,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
   total,
 )
-from jaxdistill.recipes._pieces import Running, feature
+from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
@@ -32,8 +32,7 @@ __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
 PyTree = Any
 _STAGES = ("stage1", "stage2", "stage3")
 _BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
-# PyTorch's default for a convolution, and kaiming_normal_(mode="fan_out").
-_convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# PyTorch's kaiming_normal_(mode="fan_out").
 _connector_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -70,17 +69,15 @@ def attention_transfer(
   [0.0]
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  arguments.scheduled("attention_weight", attention_weight, least=0)
-  arguments.scheduled("hard_weight", hard_weight, least=0)
-  defaults = (attention_weight, hard_weight)
+  check_weights(attention_weight=attention_weight, hard_weight=hard_weight)
 
   def objective(
     student: Outputs,
     teacher: Outputs | None,
     batch: Batch,
     *,
-    attention_weight: Any = defaults[0],
-    hard_weight: Any = defaults[1],
+    attention_weight: Any = attention_weight,
+    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     maps = map_pairs(student, teacher, pairs)
     values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
@@ -124,17 +121,15 @@ def nst(
   [0.0]
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  arguments.scheduled("nst_weight", nst_weight, least=0)
-  arguments.scheduled("hard_weight", hard_weight, least=0)
-  defaults = (nst_weight, hard_weight)
+  check_weights(nst_weight=nst_weight, hard_weight=hard_weight)
 
   def objective(
     student: Outputs,
     teacher: Outputs | None,
     batch: Batch,
     *,
-    nst_weight: Any = defaults[0],
-    hard_weight: Any = defaults[1],
+    nst_weight: Any = nst_weight,
+    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     maps = map_pairs(student, teacher, pairs)
     values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
@@ -161,7 +156,7 @@ class _VariationalMean(nn.Module):
       x = nn.Dense(
         self.features,
         use_bias=False,
-        kernel_init=_convolution_init,
+        kernel_init=convolution_init,
         param_dtype=self.param_dtype,
         name=f"conv{i + 1}",
       )(jax.nn.relu(x) if i else x)

@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import arguments, losses
-from jaxdistill.recipes._pieces import Running, feature, init_modules
+from jaxdistill.recipes._pieces import Running, feature, hard_term, init_modules
 from jaxdistill.recipes._predictions import (
   EPOCH,
   LogitLoss,
   at_a_step,
   both_logits,
-  hard_labels,
 )
 from jaxdistill.recipes.curriculum import ctkd
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term, compute_dtype
@@ -78,7 +77,7 @@ def kd_standardized(
   ) -> dict[str, Term]:
     ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
     return {
-      "labels": hard_labels(student, batch, hard_weight),
+      "labels": hard_term(student, batch, hard_weight),
       "soft": Term(loss(ours, theirs, temperature=temperature), weight=soft_weight),
     }
 
@@ -157,7 +156,7 @@ def dkd(
       nontarget_weight=nontarget_weight,
     )
     return {
-      "labels": hard_labels(student, batch, hard_weight),
+      "labels": hard_term(student, batch, hard_weight),
       "dkd": Term(values, weight=weight, where=batch.labelled),
     }
 
@@ -218,7 +217,7 @@ def dist(
     # One example has no relation within a class: such a micro-batch must not dilute the others.
     related = jnp.full(intra.shape, jnp.sum(counted) > 1)
     return {
-      "labels": hard_labels(student, batch, hard_weight),
+      "labels": hard_term(student, batch, hard_weight),
       "inter": Term(inter, weight=inter_weight),
       "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
     }
@@ -311,7 +310,7 @@ def ofa(
       for z in (ours, *predictions)
     ]
     return {
-      "labels": hard_labels(student, batch, now["hard_weight"]),
+      "labels": hard_term(student, batch, now["hard_weight"]),
       "soft": Term(final, weight=now["soft_weight"], where=batch.labelled),
       "ofa": Term(sum(early), weight=now["ofa_weight"], where=batch.labelled),
     }, running.state

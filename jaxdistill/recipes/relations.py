@@ -13,12 +13,11 @@ from jaxdistill import arguments, losses
 from jaxdistill.recipes._examples import (
   both_features,
   check_layers,
-  check_weights,
   embed,
   init_embeddings,
   present,
 )
-from jaxdistill.recipes._matched import hard_term
+from jaxdistill.recipes._pieces import check_weights, hard_term
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["correlation_congruence", "pkt", "rkd", "similarity_preserving"]

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._matched import hard_term, layer_pairs, learned
-from jaxdistill.recipes._pieces import Running, feature
+from jaxdistill.recipes._matched import layer_pairs, learned, total
+from jaxdistill.recipes._pieces import Running, feature, hard_term
+from jaxdistill.recipes._predictions import EPOCH
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["reviewkd"]
-
-# Steps of an epoch of CIFAR-100 at batch 64, the last and smaller batch left out.
-_EPOCH = 781
 
 
 def reviewkd(
@@ -31,7 +29,7 @@ def reviewkd(
   ),
   review_weight: float = 5.0,
   hard_weight: float = 1.0,
-  warmup_steps: int = 20 * _EPOCH,
+  warmup_steps: int = 20 * EPOCH,
   max_mid: int = 512,
   axis_name: str | None = None,
 ) -> Objective:
@@ -104,20 +102,20 @@ def reviewkd(
   def terms(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
   ) -> dict[str, Term]:
-    values: Any = None
+    values = []
     residual: tuple[Any, ...] = ()
     layers = zip(fusions(student, teacher), reversed(pairs), strict=True)
     for (name, module, shape, target), (ours, theirs) in layers:
       maps = student.features[ours].reshape(shape.shape)
       fused, left = running(name, module, maps, *residual)
       residual = (left,)
-      value = losses.hierarchical_context(fused, teacher.features[theirs].reshape(target.shape))
-      values = value if values is None else values + value
+      taught = teacher.features[theirs].reshape(target.shape)
+      values.append(losses.hierarchical_context(fused, taught))
     # A schedule that no step has followed: the warm-up is over.
     warmup = 1.0 if callable(hyper["review_warmup"]) else hyper["review_warmup"]
     return {
       "labels": hard_term(student, batch, hyper["hard_weight"]),
-      "review": Term(values, weight=hyper["review_weight"] * warmup),
+      "review": Term(total(values), weight=hyper["review_weight"] * warmup),
     }
 
   warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0

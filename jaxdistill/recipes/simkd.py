@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 from jaxdistill import arguments, losses
 from jaxdistill.losses._maps import average_pool
-from jaxdistill.recipes._examples import both_features, check_layers, check_weights
-from jaxdistill.recipes._pieces import Running, feature, init_modules
+from jaxdistill.recipes._examples import both_features, check_layers
+from jaxdistill.recipes._pieces import Running, check_weights, feature, init_modules
 from jaxdistill.types import Batch, Deployed, Network, Objective, Outputs, Term, compute_dtype
 
 __all__ = ["simkd"]

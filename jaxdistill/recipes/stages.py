@@ -32,22 +32,20 @@ import jax.numpy as jnp
 
 from jaxdistill import arguments, losses, projectors
 from jaxdistill.recipes._matched import (
-  hard_term,
+  convolution_init,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
   total,
 )
-from jaxdistill.recipes._pieces import Running, init_modules
+from jaxdistill.recipes._pieces import Running, hard_term, init_modules
 from jaxdistill.recipes.basics import labels
 from jaxdistill.types import Batch, Objective, Outputs, Term, as_objective
 
 __all__ = ["activation_boundary", "factor_transfer", "fsp"]
 
 PyTree = Any
-# PyTorch's default for a convolution.
-_convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def fsp(
@@ -305,7 +303,7 @@ class _Encoder(nn.Module):
   def __call__(self, x: Any, *, train: bool = False) -> Any:
     for i, features in enumerate(self.features):
       layer = nn.Conv(
-        features, (3, 3), padding=1, kernel_init=_convolution_init, name=f"conv{i + 1}"
+        features, (3, 3), padding=1, kernel_init=convolution_init, name=f"conv{i + 1}"
       )
       x = layer(x)
       if self.use_norm:
