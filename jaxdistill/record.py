@@ -143,14 +143,14 @@ def claimed(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> Iter
     raise
 
 
-def _claim(folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> pathlib.Path:
-  """Process 0 claims the folder, and the others see whether it is theirs after it."""
+def _claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+  """Process 0 claims the folder, and the others see after it whether it is theirs."""
+  first = jax.process_index() == 0
   try:
-    if jax.process_index() == 0:
-      run_lib.claim(folder, settings)
+    path = run_lib.claim(folder, settings) if first else folder
   finally:
     mesh_lib.barrier("claim")
-  return run_lib.claim(folder, settings)
+  return path if first else run_lib.claim(folder, settings)
 
 
 def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:

@@ -27,8 +27,10 @@ from jaxdistill.types import (
 __all__ = [
   "State",
   "deployed_variables",
+  "from_items",
   "init_state",
   "latest_variables",
+  "to_items",
   "trained_variables",
 ]
 
@@ -155,6 +157,55 @@ def init_state(
     predicted = _predicted(network, latest_variables(state, objective), batch.inputs)
     _check_labels(predicted, num_classes, network.name)
   return dataclasses.replace(state, average=latest_variables(state, objective) if average else None)
+
+
+def to_items(state: State, objective: Objective) -> dict[str, PyTree]:
+  """What a checkpoint holds: the student apart from what only training needs.
+
+  Args:
+    state: the training state, or its shapes.
+    objective: the run's.
+
+  Returns:
+    Trees by name.
+  """
+  other = objective.deployed is not None  # the average is the deployed network's, not the student's
+  items: dict[str, PyTree] = {
+    "student": trained_variables(state) if other else deployed_variables(state, objective),
+    "objective": {"params": state.objective_params, "state": state.objective_state},
+    "optimizer": state.opt_state,
+    "progress": {"step": state.step, "key": state.key},
+  }
+  if other:
+    items["deployed"] = deployed_variables(state, objective)
+  elif state.average is not None:
+    items["trained"] = trained_variables(state)
+  return items
+
+
+def from_items(items: Mapping[str, PyTree], shapes: State, objective: Objective) -> State:
+  """The state again that `to_items` took apart.
+
+  Args:
+    items: a checkpoint's.
+    shapes: the state's, which say whether it has an average.
+    objective: the run's.
+
+  Returns:
+    The state.
+  """
+  student = dict(items["trained" if "trained" in items else "student"])
+  averaged = items["student" if objective.deployed is None else "deployed"]
+  return State(
+    step=items["progress"]["step"],
+    params=student.pop("params"),
+    model_state=student,
+    objective_params=items["objective"]["params"],
+    objective_state=items["objective"]["state"],
+    opt_state=items["optimizer"],
+    key=items["progress"]["key"],
+    average=None if shapes.average is None else averaged,
+  )
 
 
 def _predicted(network: Network, variables: PyTree, inputs: Any) -> Outputs:

@@ -11,15 +11,12 @@ import dataclasses
 import hashlib
 import os
 import pathlib
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.experimental import multihost_utils
 
 from jaxdistill import arguments, deployed
 from jaxdistill import mesh as mesh_lib
@@ -40,7 +37,8 @@ from jaxdistill.record import (
   check_validation,
   claimed,
 )
-from jaxdistill.state import State, deployed_variables, trained_variables
+from jaxdistill.state import State, deployed_variables, from_items, to_items
+from jaxdistill.stops import Intervals, Stopped, stop_signal
 from jaxdistill.types import (
   Network,
   Objective,
@@ -53,20 +51,6 @@ from jaxdistill.types import (
 __all__ = ["Fitted", "Stopped", "fingerprint", "fit"]
 
 PyTree = Any
-
-
-class Stopped(SystemExit):
-  """A run was asked to stop (SIGTERM): it has saved where it stands, and goes on from there.
-
-  Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends.
-  """
-
-  def __init__(self, message: str) -> None:
-    super().__init__(128 + signal.SIGTERM)
-    self.message = message
-
-  def __str__(self) -> str:
-    return self.message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +216,7 @@ def fit(
     scan=scan,
   )
   epoch = program.source.steps_per_epoch
-  every = _Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
+  every = Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
   program.check(every.next_stop(0))
   first_process = jax.process_index() == 0
   path = saved = None
@@ -263,7 +247,7 @@ def fit(
     stack.callback(log.close)
     state = dispatch.place(state)
     pending: dict[str, Any] | None = None
-    asked_to_stop = stack.enter_context(_stop_signal(listening=saved is not None))
+    asked_to_stop = stack.enter_context(stop_signal(listening=saved is not None))
     while at < steps:
       end = every.next_stop(at)
       state, sums = program.run(state, at, end - at)
@@ -287,13 +271,13 @@ def fit(
         except Exception:
           # What was trained until here is not lost with it.
           if saved is not None and first_process:
-            saved.save(at, _items(objective, now))
+            saved.save(at, to_items(now, objective))
           raise
       log.write(**pending, validation=extra)
       pending = None
       if saved is not None and saving and first_process:
         score = float(np.mean(extra[select])) if select in extra else None
-        saved.save(at, _items(objective, now), score=score)
+        saved.save(at, to_items(now, objective), score=score)
       if stopping:
         raise Stopped(f"the run was asked to stop, and stands at step {at} of {steps}.")
   final = dispatch.collect(state)
@@ -320,64 +304,6 @@ def _save_deployed(
   mesh_lib.barrier("deployed")
 
 
-@contextlib.contextmanager
-def _stop_signal(*, listening: bool) -> Iterator[Callable[[int], bool]]:
-  """Gives ``step -> whether SIGTERM came``; the former handler is put back afterwards."""
-  if not listening:
-    yield lambda step: False
-  elif jax.process_count() > 1:
-    # JAX's own service: one process that gets the signal stops all of them at the same step.
-    yield multihost_utils.reached_preemption_sync_point
-  elif threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Python takes signals in its main thread alone
-  else:
-    asked = threading.Event()
-    former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-      yield lambda step: asked.is_set()
-    finally:
-      signal.signal(signal.SIGTERM, former)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Intervals:
-  """At which steps the loop stops to log, to validate, to save."""
-
-  steps: int
-  log: int
-  validate: int
-  save: int
-
-  @classmethod
-  def of(
-    cls, steps: int, epoch: int, log: int | None, validate: int | None, save: int | None
-  ) -> _Intervals:
-    """Fills in what was left out; every number is at least 1."""
-    validate = epoch if validate is None else validate
-    named = {
-      "steps": steps,
-      "log_every": min(epoch, 100) if log is None else log,
-      "validate_every": validate,
-      "checkpoint_every": validate if save is None else save,
-    }
-    return cls(*(arguments.whole(name, value) for name, value in named.items()))
-
-  def next_stop(self, at: int) -> int:
-    """The next step at which something is due; the same grid whatever step a run goes on from."""
-    # The log's grid starts anew at each validation, so that chunks have two or three lengths, each
-    # of which is compiled once, and not as many as two grids that drift apart have gaps.
-    base = at - at % self.validate
-    log = base + self.log * ((at - base) // self.log + 1)
-    due = (log, *(every * (at // every + 1) for every in (self.validate, self.save)))
-    return min(self.steps, *due)
-
-  def validates(self, at: int) -> bool:
-    return at == self.steps or at % self.validate == 0
-
-  def saves(self, at: int) -> bool:
-    return at == self.steps or at % self.save == 0
-
-
 def _checked(pending: dict[str, Any], program: Program) -> dict[str, Any]:
   """The sums on the host, all of them finite."""
   sums = jax.device_get(program.collect(pending["sums"]))
@@ -393,39 +319,9 @@ def _begin(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
   step = mesh_lib.agree(-1 if found is None else found)
   if saved is None or step < 0:
     return program.initial(), 0
-  return _restore(saved, step, program.objective, program.shapes), step
-
-
-def _items(objective: Objective, state: State) -> dict[str, PyTree]:
-  """What a checkpoint holds: the student apart from what only training needs."""
-  other = objective.deployed is not None  # the average is the deployed network's, not the student's
-  items: dict[str, PyTree] = {
-    "student": trained_variables(state) if other else deployed_variables(state, objective),
-    "objective": {"params": state.objective_params, "state": state.objective_state},
-    "optimizer": state.opt_state,
-    "progress": {"step": state.step, "key": state.key},
-  }
-  if other:
-    items["deployed"] = deployed_variables(state, objective)
-  elif state.average is not None:
-    items["trained"] = trained_variables(state)
-  return items
-
-
-def _restore(saved: Checkpoints, step: int, objective: Objective, shapes: State) -> State:
-  items = saved.restore(step, _items(objective, shapes))
-  student = dict(items["trained" if "trained" in items else "student"])
-  averaged = items["student" if objective.deployed is None else "deployed"]
-  return State(
-    step=items["progress"]["step"],
-    params=student.pop("params"),
-    model_state=student,
-    objective_params=items["objective"]["params"],
-    objective_state=items["objective"]["state"],
-    opt_state=items["optimizer"],
-    key=items["progress"]["key"],
-    average=None if shapes.average is None else averaged,
-  )
+  shapes, objective = program.shapes, program.objective
+  items = saved.restore(step, to_items(shapes, objective))
+  return from_items(items, shapes, objective), step
 
 
 def _shown(value: Any, steps: int) -> Any:

@@ -38,7 +38,7 @@ FLOORS = [
   ["checkpoint", "capture", "capture_nnx", "mesh", "run", "tfds_data", "sources"],
   ["data", "weights", "state"],
   ["recipes", "teachers", "step", "deployed", "fit_arguments"],
-  ["program", "evaluate", "record"],
+  ["program", "evaluate", "record", "stops"],
   ["train"],
   ["report"],
 ]

@@ -12,6 +12,7 @@ import pytest
 import networks
 from jaxdistill import data, evaluate, losses, mesh, recipes, teachers, train
 from jaxdistill.checkpoint import Checkpoints
+from jaxdistill.stops import Intervals
 from jaxdistill.types import Term
 
 STEPS = 8
@@ -290,7 +291,7 @@ def test_evaluation_over_seeds_is_each_alone():
 def test_chunks_have_few_lengths():
   """Each length compiles once: a log grid that drifts against the epochs makes a hundred."""
   for epoch in (703, 781):
-    every = train._Intervals.of(240 * epoch, epoch, None, None, None)
+    every = Intervals.of(240 * epoch, epoch, None, None, None)
     at, lengths = 0, set()
     while at < every.steps:
       end = every.next_stop(at)
