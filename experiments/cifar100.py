@@ -32,6 +32,7 @@ import tyro
 
 from jaxdistill import (
   capture,
+  compare,
   data,
   evaluate,
   mesh,
@@ -218,42 +219,24 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     evaluate.teacher_predictor(ensemble(config)),
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
-
-  predict = evaluate.predictor(network)
-  # Baseline and student are the same network, so they share what it costs.
-  one = teachers.unstack(teachers.restore(folder / "student"))[0]
-  costs = evaluate.costs(predict, one, batches)
-
-  def student(name: str, description: str) -> report.Measured:
-    return report.measure(
-      predict,
-      teachers.restore(folder / name),
-      batches,
-      reference=reference,
-      stacked=True,
-      costs=costs,
-      description=f"{config.student}, {description}, {config.epochs} epochs",
-    )
-
-  result = report.build(
+  path, result = compare.runs(
+    folder,
+    network=network,
+    reference=reference,
+    batches=batches,
+    descriptions={
+      "teacher": f"{config.teachers} {config.teacher}, {config.teacher_epochs} epochs",
+      "baseline": f"{config.student}, trained on labels alone, {config.epochs} epochs",
+      "student": f"{config.student}, distilled at temperature {config.temperature:g}, "
+      f"{config.epochs} epochs",
+    },
     dataset=f"CIFAR-100 {examples.version}",
     split=options.split,
     examples=len(examples),
     seeds=range(config.seeds),
     varied="initialisation and data order",
-    teacher=report.measure(
-      *reference,
-      batches,
-      description=f"{config.teachers} {config.teacher}, {config.teacher_epochs} epochs",
-    ),
-    baseline=student("baseline", "trained on labels alone"),
-    student=student("student", f"distilled at temperature {config.temperature:g}"),
-    commands=[
-      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
-      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
-    ],
+    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  path = report.write(folder, result)
   print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 

@@ -37,6 +37,7 @@ import tyro
 
 from jaxdistill import (
   capture,
+  compare,
   data,
   evaluate,
   models,
@@ -244,43 +245,25 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   teacher = teachers.grouped(network(config.teacher, 100), groups)
   taught = teachers.unstack(teachers.restore(folder / "teacher"))[0]
   reference = (evaluate.teacher_predictor(teacher), taught)
-  predict = evaluate.predictor(network(config.student, 20))
-  # Baseline and student are the same network, so they share what it costs.
-  one = teachers.unstack(teachers.restore(folder / "student"))[0]
-  costs = evaluate.costs(predict, one, batches)
-
-  def student(name: str, description: str) -> report.Measured:
-    return report.measure(
-      predict,
-      teachers.restore(folder / name),
-      batches,
-      reference=reference,
-      stacked=True,
-      costs=costs,
-      description=f"{config.student}, {description}, {config.epochs} epochs of "
-      f"{config.fraction} % of the training split",
-    )
-
-  result = report.build(
+  length = f"{config.epochs} epochs of {config.fraction} % of the training split"
+  path, result = compare.runs(
+    folder,
+    network=network(config.student, 20),
+    reference=reference,
+    batches=batches,
+    descriptions={
+      "teacher": f"{config.teacher}, trained on the 100 fine classes, then grouped, "
+      f"{config.teacher_epochs} epochs of all of the training split",
+      "baseline": f"{config.student}, trained on coarse labels alone, {length}",
+      "student": f"{config.student}, distilled at temperature {config.temperature:g}, {length}",
+    },
     dataset=f"CIFAR-100 {coarse.version}, 20 coarse classes",
     split=options.split,
     examples=len(coarse),
     seeds=range(config.seeds),
     varied="initialisation and data order",
-    teacher=report.measure(
-      *reference,
-      batches,
-      description=f"{config.teacher}, trained on the 100 fine classes, then grouped, "
-      f"{config.teacher_epochs} epochs of all of the training split",
-    ),
-    baseline=student("baseline", "trained on coarse labels alone"),
-    student=student("student", f"distilled at temperature {config.temperature:g}"),
-    commands=[
-      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
-      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
-    ],
+    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  path = report.write(folder, result)
   print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 

@@ -31,7 +31,19 @@ import jax
 import optax
 import tyro
 
-from jaxdistill import capture, data, evaluate, mesh, models, recipes, report, run, teachers, train
+from jaxdistill import (
+  capture,
+  compare,
+  data,
+  evaluate,
+  mesh,
+  models,
+  recipes,
+  report,
+  run,
+  teachers,
+  train,
+)
 
 SCRIPT = "experiments/digits.py"
 
@@ -176,41 +188,24 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     evaluate.teacher_predictor(ensemble(config)),
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
-  predict = evaluate.predictor(network)
-  # Baseline and student are the same network, so they share what it costs.
-  one = teachers.unstack(teachers.restore(folder / "student"))[0]
-  costs = evaluate.costs(predict, one, batches)
-
-  def student(name: str, description: str) -> report.Measured:
-    return report.measure(
-      predict,
-      teachers.restore(folder / name),
-      batches,
-      reference=reference,
-      stacked=True,
-      costs=costs,
-      description=f"ConvNet {config.student_channels}, {description}",
-    )
-
-  result = report.build(
+  student = f"ConvNet {config.student_channels}"
+  path, result = compare.runs(
+    folder,
+    network=network,
+    reference=reference,
+    batches=batches,
+    descriptions={
+      "teacher": f"{config.teachers} ConvNets {config.teacher_channels}, images shifted",
+      "baseline": f"{student}, trained on labels alone",
+      "student": f"{student}, soft targets, labels and one matched layer",
+    },
     dataset=f"digits {examples.version}",
     split=options.split,
     examples=len(examples),
     seeds=range(config.first_seed, config.first_seed + config.seeds),
     varied="initialisation and data order",
-    teacher=report.measure(
-      *reference,
-      batches,
-      description=f"{config.teachers} ConvNets {config.teacher_channels}, images shifted",
-    ),
-    baseline=student("baseline", "trained on labels alone"),
-    student=student("student", "soft targets, labels and one matched layer"),
-    commands=[
-      run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
-      run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
-    ],
+    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  path = report.write(folder, result)
   print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 

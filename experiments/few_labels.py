@@ -293,10 +293,7 @@ def write(
     writer.writeheader()
     writer.writerows(rows)
   picture(rows, options.split, config.seeds).savefig(folder / f"{name}.png")
-  commands = (
-    run.command(SCRIPT, config, out=folder, data_dir=options.data_dir),
-    run.command(SCRIPT, evaluate=folder, split=options.split, data_dir=options.data_dir),
-  )
+  commands = run.commands(SCRIPT, config, folder, options.split, options.data_dir)
   lines = [
     f"# Few labels on digits, {options.split} split",
     "",

@@ -20,6 +20,7 @@ __all__ = [
   "Metrics",
   "claim",
   "command",
+  "commands",
   "read_config",
   "release",
   "restore_config",
@@ -135,6 +136,27 @@ def command(script: str, config: Any = None, **options: Any) -> str:
       parts = value if isinstance(value, list | tuple) else [value]
       words += [f"--{flag}", *map(str, parts)]
   return shlex.join(words)
+
+
+def commands(
+  script: str, config: Any, folder: pathlib.Path, split: str, data_dir: str | None
+) -> list[str]:
+  """The two commands of a report: the one that repeats the run, the one that measures it again.
+
+  Args:
+    script: the experiment's path.
+    config: its dataclass of settings.
+    folder: the run's folder.
+    split: the split that was read.
+    data_dir: where the data sets are; None for the default.
+
+  Returns:
+    Two lines for a shell.
+  """
+  return [
+    command(script, config, out=folder, data_dir=data_dir),
+    command(script, evaluate=folder, split=split, data_dir=data_dir),
+  ]
 
 
 def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:
