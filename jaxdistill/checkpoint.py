@@ -37,10 +37,10 @@ from jaxdistill.manifest import (
   discard,
   listing,
   locate,
+  publish,
   read_manifest,
   some,
   verify,
-  write_manifest,
 )
 
 __all__ = [
@@ -349,10 +349,7 @@ def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[
     orbax_io.write(writing, arrays)
   else:
     writing.mkdir()
-  write_manifest(writing, body)
-  if target.exists():
-    discard(target)  # A kill between here and the rename loses nothing: see locate.
-  os.rename(writing, target)
+  publish(target, body)
 
 
 def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:

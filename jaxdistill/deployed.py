@@ -134,10 +134,7 @@ def save_student(
   if program:
     (writing / _PROGRAM).write_bytes(program)
   write_json(writing / _INFO, info)
-  manifest.write_manifest(writing, {"kind": _FOLDER})
-  if target.exists():
-    manifest.discard(target)  # A kill between here and the rename loses nothing: see locate.
-  os.rename(writing, target)
+  manifest.publish(target, {"kind": _FOLDER})
   return target
 
 

@@ -23,6 +23,7 @@ __all__ = [
   "listing",
   "locate",
   "own_digest",
+  "publish",
   "read_manifest",
   "sha256",
   "some",
@@ -146,6 +147,15 @@ def clear(folder: pathlib.Path, names: str) -> None:
       os.rename(path, folder / match[1])
     elif match:
       shutil.rmtree(path)
+
+
+def publish(target: pathlib.Path, body: dict[str, Any]) -> None:
+  """Writes the manifest of the folder being written for ``target``, and gives it its name."""
+  writing = target.with_name(target.name + WRITING)
+  write_manifest(writing, body)
+  if target.exists():
+    discard(target)  # A kill between here and the rename loses nothing: see locate.
+  os.rename(writing, target)
 
 
 def discard(target: pathlib.Path) -> None:
