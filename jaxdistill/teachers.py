@@ -19,6 +19,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jaxdistill import arguments, checkpoint
+from jaxdistill import classes as classes_of
 from jaxdistill import run as run_lib
 from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
 
@@ -199,17 +200,17 @@ def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> T
   >>> teach({}, make_batch(jnp.zeros((1, 1)))).logits.tolist()
   [[3.0, 1.0]]
   """
-  chosen = _class_numbers("classes", classes)
+  chosen = classes_of.numbers("classes", classes)
   if not chosen.size:
     raise ValueError("classes is empty: a teacher keeps at least one class.")
-  twice = _repeated(chosen)
+  twice = classes_of.repeated(chosen)
   if twice:
     raise ValueError(f"classes has {twice} more than once; name each class one time.")
   taught = _teacher("teacher", teacher)
 
   def teach(variables: PyTree, batch: Batch) -> Outputs:
     outputs = taught(variables, batch)
-    _check_classes("classes", chosen, outputs.logits)
+    classes_of.check("classes", chosen, outputs.logits)
     return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
 
   return teach
@@ -242,14 +243,14 @@ def grouped(
   >>> [round(float(p), 3) for p in coarse[0]]
   [0.8, 0.2]
   """
-  members, every = _members(groups)
+  members, every = classes_of.members(groups)
   taught = _teacher("teacher", teacher)
   widest = max(len(m) for m in members)
 
   def teach(variables: PyTree, batch: Batch) -> Outputs:
     outputs = taught(variables, batch)
     logits = outputs.logits
-    count = _check_classes("groups", np.concatenate(members), logits)
+    count = classes_of.check("groups", np.concatenate(members), logits)
     if every not in (None, count):
       raise ValueError(
         f"groups has {every} entries, but the teacher has {count} classes; give the group of each, "
@@ -263,53 +264,6 @@ def grouped(
     return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
 
   return teach
-
-
-def _class_numbers(name: str, values: Any) -> np.ndarray:
-  numbers = np.asarray(values)
-  if numbers.ndim != 1 or (numbers.size and not np.issubdtype(numbers.dtype, np.integer)):
-    raise ValueError(f"{name} must be a sequence of integers, got {values!r}.")
-  if np.any(numbers < 0):
-    raise ValueError(f"{name} has {numbers.min()}: classes are counted from 0.")
-  return numbers.astype(np.int64)
-
-
-def _repeated(numbers: np.ndarray) -> list[int]:
-  values, counts = np.unique(numbers, return_counts=True)
-  return values[counts > 1].tolist()
-
-
-def _members(groups: Any) -> tuple[list[np.ndarray], int | None]:
-  """The classes of each group; and how many classes there are, where ``groups`` says it."""
-  if not hasattr(groups, "__len__") or isinstance(groups, str | Mapping) or len(groups) == 0:
-    raise ValueError(
-      f"groups={arguments.show(groups)} must be the group of each class, or the classes of each "
-      "group, in a sequence."
-    )
-  every = None
-  if all(np.ndim(g) == 0 for g in groups):
-    of_class = _class_numbers("groups", groups)
-    every = len(of_class)
-    members = [np.flatnonzero(of_class == g) for g in range(of_class.max() + 1)]
-  else:
-    members = [_class_numbers(f"groups[{g}]", m) for g, m in enumerate(groups)]
-  empty = [g for g, m in enumerate(members) if not m.size]
-  if empty:
-    raise ValueError(f"groups {empty} of {len(members)} have no class; groups count from 0.")
-  twice = _repeated(np.concatenate(members))
-  if twice:
-    raise ValueError(f"groups has the classes {twice} more than once; a class is in one group.")
-  return members, every
-
-
-def _check_classes(name: str, numbers: np.ndarray, logits: Any) -> int:
-  if logits is None:
-    raise ValueError(f"the teacher puts out no logits, of which {name} could choose.")
-  count = logits.shape[-1]
-  beyond = sorted(set(numbers[numbers >= count].tolist()))
-  if beyond:
-    raise ValueError(f"{name} has class {beyond}, but the teacher has {count}, counted from 0.")
-  return count
 
 
 def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:

@@ -33,7 +33,7 @@ FLOORS = [
     "precision",
     "terms",
   ],
-  ["leaves", "nnx_modules", "orbax_io", "dicts", "labels", "accept"],
+  ["leaves", "nnx_modules", "orbax_io", "dicts", "labels", "accept", "classes"],
   ["nnx_taps"],
   ["checkpoint", "capture", "capture_nnx", "mesh", "run", "tfds_data", "sources"],
   ["data", "weights", "state"],
@@ -41,6 +41,7 @@ FLOORS = [
   ["program", "evaluate", "record", "stops"],
   ["train"],
   ["report"],
+  ["compare"],
 ]
 ONE_FILE = {
   "orbax": "orbax_io",

@@ -28,9 +28,10 @@ def unlabelled(size=24, dtype=np.float32):
   return make_batch(inputs, jnp.asarray(np.where(known, labels, 0)), labelled=jnp.asarray(known))
 
 
-def one_step(batch, *, student, objective, jit=jax.jit, **options):
+def prepared(batch, *, student, objective, rate=0.5, **options):
+  """A state at step 0, the step, and the teacher's variables."""
   network, variables = a_teacher()
-  optimizer = optax.sgd(0.5)
+  optimizer = optax.sgd(rate)
   state = init_state(
     jax.random.key(0),
     student,
@@ -41,8 +42,12 @@ def one_step(batch, *, student, objective, jit=jax.jit, **options):
     teacher_variables=variables,
     average=options.get("average") is not None,
   )
-  step = make_step(student, network, objective, optimizer, **options)
-  return state, *jit(step)(state, variables, batch)
+  return state, make_step(student, network, objective, optimizer, **options), variables
+
+
+def one_step(batch, **options):
+  state, step, variables = prepared(batch, **options)
+  return state, *jax.jit(step)(state, variables, batch)
 
 
 @pytest.mark.parametrize(("unroll", "parts"), [(False, 8), (True, 3)])
@@ -68,19 +73,9 @@ def test_the_denominators_cost_no_forward_pass():
   batch, student = unlabelled(), networks.dense(64)
   flops = {}
   for parts in (1, 2):
-    network, variables = a_teacher()
-    objective = recipes.kd()
-    optimizer = optax.sgd(0.1)
-    state = init_state(
-      jax.random.key(0),
-      student,
-      objective,
-      optimizer,
-      batch,
-      teacher=network,
-      teacher_variables=variables,
+    state, step, variables = prepared(
+      batch, student=student, objective=recipes.kd(), rate=0.1, accumulate=parts, unroll=True
     )
-    step = make_step(student, network, objective, optimizer, accumulate=parts, unroll=True)
     analysis = jax.jit(step).lower(state, variables, batch).compile().cost_analysis()
     flops[parts] = analysis["flops"]
   # Adding up gradients and looping cost something; a second forward pass would be a third more.
@@ -128,19 +123,11 @@ def test_micro_batches_move_batchnorm_one_after_another():
 
 
 def test_the_moving_average_is_by_hand():
-  batch, (network, variables) = unlabelled(), a_teacher()
-  student, objective, optimizer = networks.dense(5, norm=True), recipes.kd(), optax.sgd(0.3)
-  state = init_state(
-    jax.random.key(0),
-    student,
-    objective,
-    optimizer,
-    batch,
-    teacher=network,
-    teacher_variables=variables,
-    average=True,
+  batch, objective = unlabelled(), recipes.kd()
+  state, step, variables = prepared(
+    batch, student=networks.dense(5, norm=True), objective=objective, rate=0.3, average=0.3
   )
-  step = jax.jit(make_step(student, network, objective, optimizer, average=0.3))
+  step = jax.jit(step)
   average = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.average)
   for number in range(5):
     state, _ = step(state, variables, batch)
