@@ -3,8 +3,10 @@
 The floor is one forward pass of the teacher plus one plain cross-entropy step of the student, each
 compiled alone. The step is the whole of ours: soft targets at a scheduled temperature, labels, one
 matched layer of another width through a projector, the log's sums, and the batch cut from data on
-the device. The three take turns in short rounds, so that they share whatever the machine does; the
-ratio is that of the medians over rounds.
+the device. Beside it runs the same step as a plain PyTorch loop has it: the same pair, batch,
+projector, terms and optimiser, eager, the images cut from a tensor (extra ``peers``; left out
+where PyTorch is not installed). All take turns in short rounds, so that they share whatever the
+machine does; the ratios are those of the medians over rounds.
 
 Command:   python benchmarks/step.py            (results: benchmarks/results/step.json)
 """
@@ -12,7 +14,10 @@ Command:   python benchmarks/step.py            (results: benchmarks/results/ste
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import importlib.util
 import json
+import os
 import pathlib
 import time
 
@@ -47,6 +52,7 @@ def pairs():
         models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)), features=["stage3"]
       ),
       "stage3",
+      "resnets",
     ),
     "attention (ViT width 128, depth 4 to width 64, depth 2)": (
       capture.linen(
@@ -56,6 +62,7 @@ def pairs():
         models.VisionTransformer(width=64, depth=2, num_heads=2, **vit), features=["pooled"]
       ),
       "pooled",
+      "transformers",
     ),
   }
 
@@ -124,7 +131,51 @@ def sides(teacher, student, layer, options):
     ours_state[0], sums = ours(ours_state[0], variables, source.shared, item)
     jax.block_until_ready(sums)
 
-  return {"teacher forward": run_forward, "plain step": run_plain, "distillation step": run_ours}
+  sizes = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (variables, mine)]
+  functions = {"teacher forward": run_forward, "plain step": run_plain}
+  return {**functions, "distillation step": run_ours}, sizes
+
+
+def peer(pair, sizes, options):
+  """The same step in PyTorch, as a function that runs it once."""
+  import pytorch
+  import torch
+  from torch import nn
+  from torch.nn import functional
+
+  if pair == "resnets":
+    teacher, student = pytorch.ResNet(20), pytorch.ResNet(8, width=(8, 8, 16, 32))
+    projector = nn.Sequential(nn.Conv2d(32, 64, 1), nn.BatchNorm2d(64), nn.ReLU())
+  else:
+    teacher, student = (pytorch.VisionTransformer(*size) for size in ((128, 4, 4), (64, 2, 2)))
+    projector = nn.Linear(64, 128)
+  assert [pytorch.count(teacher), pytorch.count(student)] == sizes, "the networks are not the same"
+  teacher.eval().requires_grad_(False)
+  optimizer = torch.optim.SGD(
+    [*student.parameters(), *projector.parameters()], lr=0.05, momentum=0.9
+  )
+  random = torch.Generator().manual_seed(0)
+  images = torch.randint(0, 255, (512, 3, 32, 32), dtype=torch.uint8, generator=random)
+  labels = torch.randint(0, 100, (512,), generator=random)
+  mean, std = (255 * torch.tensor(value).view(1, 3, 1, 1) for value in data.CIFAR)
+  rows = torch.randperm(512, generator=random)[: options.batch_size]
+  steps = [0]
+
+  def run():
+    temperature = 4.0 - 2.0 * min(steps[0], 1000) / 1000
+    steps[0] += 1
+    inputs, targets = (images[rows].float() - mean) / std, labels[rows]
+    with torch.no_grad():
+      theirs, their_feature = teacher(inputs)
+    ours, feature = student(inputs)
+    loss = 0.1 * functional.cross_entropy(ours, targets)
+    loss = loss + 0.9 * pytorch.soft_targets(ours, theirs, temperature)
+    loss = loss + functional.mse_loss(projector(feature), their_feature)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+  return run
 
 
 def measure(functions, options):
@@ -146,22 +197,34 @@ def measure(functions, options):
 
 
 def main(options: Options) -> None:
+  both = importlib.util.find_spec("torch") is not None
+  if not both:
+    print("PyTorch is not installed: its side is left out (pip install 'jaxdistill[peers]').")
   results = {}
-  for name, (teacher, student, layer) in pairs().items():
-    seconds = measure(sides(teacher, student, layer, options), options)
+  for name, (teacher, student, layer, pair) in pairs().items():
+    functions, sizes = sides(teacher, student, layer, options)
+    if both:
+      functions["PyTorch step"] = peer(pair, sizes, options)
+    seconds = measure(functions, options)
     floor = seconds["teacher forward"] + seconds["plain step"]
-    results[name] = {
-      **{side: 1e3 * value for side, value in seconds.items()},
-      "floor": 1e3 * floor,
-      "ratio": seconds["distillation step"] / floor,
-    }
+    results[name] = {side: 1e3 * value for side, value in seconds.items()}
+    results[name] |= {"floor": 1e3 * floor, "over the floor": seconds["distillation step"] / floor}
+    if both:
+      results[name]["PyTorch over ours"] = seconds["PyTorch step"] / seconds["distillation step"]
     print(name)
     for side, value in results[name].items():
-      print(f"  {side:<20} {value:9.3f}" + ("" if side == "ratio" else " ms"))
+      print(f"  {side:<20} {value:9.3f}" + ("" if "over" in side else " ms"))
   options.out.parent.mkdir(parents=True, exist_ok=True)
   written = {"environment": report.environment(), "batch_size": options.batch_size}
+  written["load"] = os.getloadavg()
+  if both:
+    written["torch"] = importlib.metadata.version("torch")
   options.out.write_text(json.dumps({**written, "milliseconds": results}, indent=2) + "\n")
-  print(f"ratio {max(result['ratio'] for result in results.values()):.3f}")
+  if both:
+    least = min(result["PyTorch over ours"] for result in results.values())
+    print(f"ratio of the PyTorch step to ours, the lesser pair: {least:.3f}")
+  most = max(result["over the floor"] for result in results.values())
+  print(f"ratio of ours to the floor, the greater pair: {most:.3f}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,13 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdistill import arguments, orbax_io
+from jaxdistill import arguments
 from jaxdistill.leaves import check_like, from_outline, named, place, snapshot
 from jaxdistill.manifest import (
   MANIFEST,
@@ -132,6 +132,7 @@ class Checkpoints:
       "metadata": as_json(metadata),
     }
     self.wait()
+    _orbax()  # here, and not at the thread's first write: imports of two threads may meet
     arrays, described = snapshot(items)
     self._thread = threading.Thread(
       target=self._finish, args=(step, arrays, head | {"items": described})
@@ -235,6 +236,22 @@ class Checkpoints:
     """
     self._join()
     return _read(self._existing(step), like)
+
+  def items(self, step: int) -> list[str]:
+    """The names of what a checkpoint holds.
+
+    Args:
+      step: one of `steps`.
+
+    Returns:
+      The items' names, sorted.
+
+    Raises:
+      FileNotFoundError: there is no such folder or step.
+      CheckpointError: its manifest is damaged.
+    """
+    self._join()
+    return sorted(read_manifest(self._existing(step))["items"])
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What `save` was given as metadata at this step, as JSON brings it back.
@@ -342,11 +359,17 @@ def _warn_skipped(error: CheckpointError) -> None:
   warnings.warn(f"{error} It is skipped.", CheckpointWarning, stacklevel=4)
 
 
+def _orbax() -> ModuleType:
+  from jaxdistill import orbax_io  # a quarter of a second, and only checkpoints need it
+
+  return orbax_io
+
+
 def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
   writing = target.with_name(target.name + WRITING)
   target.parent.mkdir(parents=True, exist_ok=True)
   if arrays:
-    orbax_io.write(writing, arrays)
+    _orbax().write(writing, arrays)
   else:
     writing.mkdir()
   publish(target, body)
@@ -367,7 +390,7 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
   verify(folder, list(wanted))
   stored = [item for item in wanted if (folder / item).is_dir()]
   try:
-    loaded = orbax_io.read(folder, stored) if stored else {}
+    loaded = _orbax().read(folder, stored) if stored else {}
   except Exception as error:
     raise damaged(folder, some(stored), f"cannot be read by Orbax ({error})") from error
   result = {}

@@ -2,19 +2,19 @@
 
 - `load` and `splits` by name (`jaxdistill.tfds_data`), `from_arrays`, `from_dicts`,
   `from_sequence` of one's own: examples.
-- `on_device`, `streamed` (`jaxdistill.sources`), and here `iterated` and `mixed`: sources of
-  training batches. `evaluation_batches`: all examples, once.
+- `on_device` (`jaxdistill.sources`), `streamed` (`jaxdistill.streams`), `mixed`
+  (`jaxdistill.mixtures`), and here `iterated`: sources of training batches. `evaluation_batches`:
+  all examples, once.
 - `some_labels` (`jaxdistill.labels`): which labels may be used.
 - `crop_flip`, `normalizer` and the like (`jaxdistill.views`): what a batch shows of an example.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jaxdistill import arguments
 from jaxdistill.dicts import check_classes, from_dicts, from_sequence, row_reader
 from jaxdistill.examples import Examples, Records, from_arrays
 from jaxdistill.labels import label_mask, some_labels
+from jaxdistill.mixtures import mixed
 from jaxdistill.sources import (
   Part,
   Source,
@@ -31,11 +32,10 @@ from jaxdistill.sources import (
   cutter,
   example_shapes,
   on_device,
-  resumable,
-  streamed,
+  view_count,
   view_numbers,
 )
-from jaxdistill.tfds_data import Digits, load, records, splits
+from jaxdistill.streams import resumable, streamed
 from jaxdistill.types import Batch, PyTree
 from jaxdistill.views import (
   CIFAR,
@@ -51,6 +51,9 @@ from jaxdistill.views import (
   identity,
   normalizer,
 )
+
+if TYPE_CHECKING:
+  from jaxdistill.tfds_data import Digits, load, records, splits
 
 __all__ = [
   "CIFAR",
@@ -82,6 +85,15 @@ __all__ = [
   "splits",
   "streamed",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  # TFDS takes a quarter of a second to import, and data of one's own does without it.
+  if name not in ("Digits", "load", "records", "splits"):
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from jaxdistill import tfds_data
+
+  return getattr(tfds_data, name)
 
 
 def evaluation_batches(
@@ -207,6 +219,7 @@ def iterated(
   )
   check_classes("iterated", reader)
   first, _ = reader.stack(itertools.islice(again, 1))
+  views = view_count(augmentation, views)
 
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
     epoch, done = divmod(step, size // batch)
@@ -252,97 +265,7 @@ def iterated(
     stored=example_shapes(first, name),
     views=views,
     name=name,
-  )
-
-
-def mixed(source: Source, transfer: Source, *, share: float) -> Source:
-  """Mixes unlabelled transfer data into every batch, at a fixed share of it.
-
-  A batch keeps ``source.batch_size`` rows: first those of ``source``, then ``round(share * B)`` of
-  ``transfer``, whose labels, if it has any, do not reach the batch. Epochs are counted by
-  ``source``; ``transfer`` runs through epochs of its own, in an order of its own that the mix's
-  ``data_seed`` decides (whatever ``data_seed`` and ``batch_size`` it had itself).
-
-  Args:
-    source: where the labelled rows come from.
-    transfer: any other source: in memory, streamed or iterated.
-    share: the part of each batch that is transfer data, between 0 and 1.
-
-  Returns:
-    The source. Its ``index`` counts on from ``source.size`` for transfer rows; ``normalize`` and
-    ``stored`` are those of ``source``.
-
-  Raises:
-    TypeError: one of the two is no `Source`.
-    ValueError: one of them is a mix, one of them would have no row in a batch, or their inputs
-      differ in structure, shape or dtype once normalised.
-
-  >>> def make(value, size):
-  ...   examples = from_arrays(np.full((size, 2), value, np.float32), np.ones(size, np.int32))
-  ...   return on_device(examples, batch_size=4, data_seed=0)
-  >>> mix = mixed(make(0.0, 6), make(5.0, 8), share=0.25)
-  >>> batch = mix.cut(mix.shared, jax.tree.map(lambda leaf: leaf[0], mix.items(0, 1)))
-  >>> batch.inputs[:, 0].tolist(), batch.labelled.tolist(), mix.steps_per_epoch
-  ([0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 0.0], 2)
-  """
-  for argument, one in (("source", source), ("transfer", transfer)):
-    if not isinstance(one, Source):
-      raise TypeError(
-        f"{argument} must be a Source (from on_device, streamed or iterated), got "
-        f"{type(one).__name__}."
-      )
-    if one.share:
-      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
-  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
-    raise ValueError(
-      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
-      "out, for nothing else train on the transfer source with labelled all 0."
-    )
-  seen = [_normalised(one) for one in (source, transfer)]
-  if seen[0] != seen[1]:
-    raise ValueError(
-      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
-      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
-    )
-
-  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
-    more = round(share * batch)
-    if more > transfer.size:
-      raise ValueError(
-        f"share={share} of batch_size={batch} is {more} rows of transfer data, but "
-        f"{transfer.name!r} has {transfer.size}: lower share or batch_size."
-      )
-    # An odd factor and an even, fixed-point-free shift: seeds stay apart, and none maps to itself.
-    other = (seed * 2654435761 + 0x7472616E) % 2**32
-    return {
-      "source": source.read(seed, batch - more, step, count, part),
-      "transfer": transfer.read(other, more, step, count, part),
-    }
-
-  def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
-    mine = source.cut(shared[0], item["source"])
-    more = transfer.cut(shared[1], item["transfer"])
-    more = dataclasses.replace(
-      more,
-      labels=jnp.zeros_like(mine.labels, shape=more.labels.shape),
-      labelled=jnp.zeros_like(more.labelled),
-      index=more.index + jnp.int32(source.size),
-    )
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), mine, more)
-
-  return Source(
-    shared=(source.shared, transfer.shared),
-    cut=cut,
-    read=read,
-    size=source.size,
-    batch_size=source.batch_size,
-    data_seed=source.data_seed,
-    num_classes=source.num_classes,
-    normalize=source.normalize,
-    stored=source.stored,
-    views=source.views,
-    name=f"{source.name} with {share:g} of {transfer.name}",
-    share=share,
+    augmentation=augmentation.name,
   )
 
 
@@ -368,10 +291,3 @@ def _opened(open: Any, epoch: int, name: str) -> Any:
       f"open({epoch}) of {name!r} must give an iterable of dicts, got {type(rows).__name__}."
     )
   return rows
-
-
-def _normalised(source: Source) -> str:
-  """A source's inputs as networks see them: structure, shapes and dtypes, as text."""
-  batch = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
-  made = jax.eval_shape(source.normalize, batch)
-  return str(jax.tree.map(lambda one: f"{one.dtype}{list(one.shape[1:])}", made))

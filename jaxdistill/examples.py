@@ -74,6 +74,7 @@ class Records:
     label_names: what the classes are called; labels that are such names become their numbers.
     transform: applied to each input when it is read, and must give one shape for all.
     prepared: whether TFDS wrote the files, so that what cannot be read is damaged.
+    ids: ``() -> [N]`` ids, unique within the set; None where the row's number is all there is.
   """
 
   source: Any  # not Sequence: whoever checks the type would read a record
@@ -86,6 +87,7 @@ class Records:
   label_names: tuple[str, ...] = ()
   transform: Callable[[Any], Any] | None = None
   prepared: bool = True
+  ids: Callable[[], Sequence[str]] | None = None
 
   def __len__(self) -> int:
     return len(self.source)
@@ -119,6 +121,10 @@ class Records:
   def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
     """The inputs and labels of these rows, in this order."""
     return self.stack(self.features(rows), rows)
+
+  def read_ids(self) -> list[str]:
+    """The ids of all rows, in their order."""
+    return [str(row) for row in range(len(self))] if self.ids is None else list(self.ids())
 
   def stack(
     self, examples: Iterable[Any], rows: Iterable[int] | np.ndarray | None = None

@@ -80,8 +80,10 @@ def _check_values(name: str, tree: PyTree) -> None:
       raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
 
 
-def check_seeds(seed: int | Sequence[int], data: Any) -> tuple[list[int], list[Source]]:
-  """Seeds as numbers and sources, one for each.
+def check_seeds(
+  seed: int | Sequence[int], data: Any, *, twice: bool = False
+) -> tuple[list[int], list[Source]]:
+  """Seeds as numbers and sources, one for each; a pair of them ``twice`` where students differ.
 
   Raises:
     TypeError: a seed is no integer, or a source no `Source`.
@@ -109,10 +111,10 @@ def check_seeds(seed: int | Sequence[int], data: Any) -> tuple[list[int], list[S
       "for all of them (which then see the same order)."
     )
   pairs = [(s, id(d.read), d.data_seed) for s, d in zip(seeds, sources, strict=True)]
-  twice = sorted({pair[0] for pair in pairs if pairs.count(pair) > 1})
-  if twice:
+  same = sorted({pair[0] for pair in pairs if pairs.count(pair) > 1})
+  if same and not twice:
     raise ValueError(
-      f"seed has {twice} more than once with the same data and data_seed, which is the same run; "
+      f"seed has {same} more than once with the same data and data_seed, which is the same run; "
       "give other seeds, or sources of other data seeds."
     )
   return seeds, sources

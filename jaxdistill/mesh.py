@@ -1,7 +1,8 @@
 """Where a train step is compiled and where its arrays live: `jit` over a mesh, or `pmap`.
 
-A step is a pure function; this file is the edge at which it is compiled. Both ways offer the same
-five operations (`Dispatch`), so the trainer does not know which it uses.
+A step is a pure function; this file is the edge at which it is compiled. All ways offer the same
+operations (`Dispatch`), so the trainer does not know which it uses. The third way splits students
+over the devices, and not batches: a sweep's.
 
 Under `jit` the program sees the global batch: averages, BatchNorm and losses that relate examples
 are what one device gives, to rounding. Under `pmap` each device sees its share: averages are
@@ -18,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import arguments
@@ -32,6 +32,7 @@ __all__ = [
   "data_parallel",
   "with_jit",
   "with_pmap",
+  "with_students",
 ]
 
 AXIS = "data"
@@ -76,9 +77,11 @@ class Dispatch:
     devices: how many devices share a batch, over all processes.
     part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
     axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
-    compile: ``run(state, teacher_variables, shared, items) -> (state, sums)`` to its compiled
-      form, which donates the state.
-    place: puts a tree on every device (state, variables, shared arrays).
+    compile: ``run(state, teacher_variables, shared, items, values) -> (state, sums)`` to its
+      compiled form, which donates the state.
+    place: puts a tree on every device (variables, shared arrays).
+    spread: puts what students have each of their own (state, values) where `compile`'s function
+      takes it; leaves that are shapes get the sharding of such an array.
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
@@ -90,6 +93,7 @@ class Dispatch:
   axis_name: str | None
   compile: Callable[[Callable[..., Any]], Callable[..., Any]]
   place: Callable[[PyTree], PyTree]
+  spread: Callable[[PyTree], PyTree]
   split: Callable[[PyTree, int], PyTree]
   constrain: Callable[[PyTree], PyTree]
   collect: Callable[[PyTree], PyTree]
@@ -108,12 +112,16 @@ def agree(value: int) -> int:
   """Process 0's value, in every process; the value itself where there is but one."""
   if jax.process_count() == 1:
     return value
+  from jax.experimental import multihost_utils  # only programs of several processes need it
+
   return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
 
 
 def barrier(name: str) -> None:
   """Waits until every process is here."""
   if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
     multihost_utils.sync_global_devices(name)
 
 
@@ -178,6 +186,8 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
 
   def place(tree: PyTree) -> PyTree:
     def put(leaf: Any) -> Any:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
       if several and _is_key(leaf):  # device_put knows no keys on other processes' devices
         words = jax.device_put(jax.random.key_data(leaf), replicated)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
@@ -197,6 +207,7 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
     # The results stay where the arguments were, so the second call does not compile again.
     compile=lambda run: jax.jit(run, donate_argnums=0, out_shardings=replicated),
     place=place,
+    spread=place,
     split=split,
     constrain=constrain,
     collect=collect,
@@ -210,6 +221,54 @@ def _local(leaf: Any) -> Any:
       _local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
     )
   return leaf.addressable_data(0)
+
+
+def with_students(mesh: Mesh | None = None) -> Dispatch:
+  """Compiles by `jax.jit` with the students of a sweep shared out over the devices.
+
+  Every device sees whole batches and trains students of its own: nothing is communicated.
+
+  Args:
+    mesh: from `data_parallel`; all devices by default.
+
+  Returns:
+    The dispatch, for a state with an axis over students that divides by the devices; its compiled
+    function donates the state.
+
+  Raises:
+    ValueError: there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
+  mesh = data_parallel() if mesh is None else mesh
+  everywhere, over = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+
+  def put_by(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+    def put(leaf: Any) -> Any:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      return jax.device_put(leaf, sharding, may_alias=False)  # as in `with_jit`
+
+    return lambda tree: jax.tree.map(put, tree)
+
+  def compile(run: Callable[..., Any]) -> Callable[..., Any]:
+    if mesh.devices.size > 1:
+      whole, part = PartitionSpec(), PartitionSpec(AXIS)
+      specs = (part, whole, whole, whole, part)
+      run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
+    return jax.jit(run, donate_argnums=0)
+
+  return Dispatch(
+    devices=1,
+    part=(0, 1),
+    axis_name=None,
+    compile=compile,
+    place=put_by(everywhere),
+    spread=put_by(over),
+    split=lambda items, batch_axis: put_by(everywhere)(items),
+    constrain=lambda batch: batch,
+    collect=lambda tree: tree,
+  )
 
 
 def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
@@ -256,6 +315,7 @@ def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
       run, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)
     ),
     place=place,
+    spread=place,
     split=split,
     constrain=lambda batch: batch,
     collect=lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,16 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxdistill import arguments
 from jaxdistill.data import Source
 from jaxdistill.fit_arguments import check_seeds
 from jaxdistill.mesh import Dispatch, check_divides
-from jaxdistill.state import State, init_state, trained_variables
+from jaxdistill.state import State, init_state
 from jaxdistill.step import make_step
+from jaxdistill.students import Values, of_group, over_students, shared_arrays, start_axes, turns
 from jaxdistill.types import Network, Objective, Teacher
 
-__all__ = ["Program", "build"]
+__all__ = ["Optimizer", "Program", "build", "describe"]
 
 PyTree = Any
+
+# An optax optimiser, or what makes one of the optimiser's keywords in `Values`.
+Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +37,17 @@ class Program:
     student: the student's name.
     objective: the objective.
     data_seeds: one for each source.
-    examples_per_step: over all seeds.
-    stacked: whether the state has an axis over seeds.
+    examples_per_step: over all students.
+    stacked: whether the state has an axis over students.
     shapes: the state's shapes and dtypes.
-    initial: makes the state at step 0.
-    check: ``count ->``; traces a chunk of so many steps, so that what does not fit says so.
-    run: ``(state, step, count) -> (state, sums)``: the next ``count`` steps; donates the state.
-      Sums have a step axis last.
-    collect: one copy of a tree that `run` returned.
+    values: what differs between students. Other ones of the same shapes, by
+      ``dataclasses.replace(program, values=...)``, compile nothing anew.
+    make: ``values -> the state at step 0``.
+    call: ``(state, step, count, values) -> (state, sums)``; donates the state.
+    compile: ``count -> the memory that a chunk of so many steps needs``, in bytes; what `call` then
+      runs. None where the dispatch cannot say (``pmap``).
+    trace: ``count ->``; traces a chunk, so that what does not fit says so.
+    collect: one copy of a tree that `call` returned.
   """
 
   source: Source
@@ -49,46 +57,71 @@ class Program:
   examples_per_step: int
   stacked: bool
   shapes: State
-  initial: Callable[[], State]
-  check: Callable[[int], None]
-  run: Callable[[State, int, int], tuple[State, PyTree]]
+  values: Values
+  make: Callable[[Values], State]
+  call: Callable[[State, int, int, Values], tuple[State, PyTree]]
+  compile: Callable[[int], int] | None
+  trace: Callable[[int], None]
   collect: Callable[[PyTree], PyTree]
+
+  def initial(self) -> State:
+    """The state at step 0."""
+    return self.make(self.values)
+
+  def run(self, state: State, at: int, count: int) -> tuple[State, PyTree]:
+    """The next ``count`` steps; sums have a step axis last."""
+    return self.call(state, at, count, self.values)
 
   def describe(self) -> dict[str, Any]:
     """What of the arguments a run folder has to hold, so that another run is not taken for it."""
-    source, shapes = self.source, jax.tree_util.tree_leaves_with_path(self.shapes.params)
     return {
       "data_seed": self.data_seeds,
-      "data": {
-        "name": source.name,
-        "size": source.size,
-        "batch_size": source.batch_size,
-        "views": source.views,
-        "transfer": source.transfer,
-      },
-      "student": {
-        "name": self.student,
-        "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
-      },
+      **describe(self.source, self.student, self.shapes.params),
     }
+
+
+def describe(source: Source, student: str, params: PyTree) -> dict[str, Any]:
+  """The data and the student, as ``config.json`` holds them.
+
+  Args:
+    source: where batches come from.
+    student: its name.
+    params: its parameters, or their shapes.
+  """
+  shapes = jax.tree_util.tree_leaves_with_path(params)
+  return {
+    "data": {
+      "name": source.name,
+      "size": source.size,
+      "batch_size": source.batch_size,
+      "views": source.views,
+      "transfer": source.transfer,
+      "teacher": source.teacher,
+    },
+    "student": {
+      "name": student,
+      "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
+    },
+  }
 
 
 def build(
   student: Network,
   objective: Objective,
   data: Source | Sequence[Source],
-  optimizer: optax.GradientTransformation,
+  optimizer: Optimizer,
   seed: int | Sequence[int],
   teacher: Teacher | None,
   teacher_variables: PyTree,
   dispatch: Dispatch,
   *,
+  values: Values | None = None,
   start: PyTree = None,
   objective_start: tuple[PyTree, PyTree] | None = None,
-  average: float | None = None,
-  accumulate: int = 1,
   seeds_by: str = "vmap",
   scan: bool = True,
+  accumulate: int = 1,
+  average: float | None = None,
   **options: Any,
 ) -> Program:
   """Builds a run's program; the arguments are those of `jaxdistill.train.fit`.
@@ -96,18 +129,20 @@ def build(
   Args:
     student: the network to train.
     objective: the objective.
-    data: one source, or one for each seed.
-    optimizer: an optax optimiser.
+    data: one source, or one for each seed. Students whose sources are the same share its batches
+      and the teacher's outputs, where the sources come round in turn (a, b, a, b).
+    optimizer: an optax optimiser, or a function that makes one of the optimiser's ``values``.
     seed: one, or several.
     teacher: the teacher, or None.
     teacher_variables: its variables.
     dispatch: how the program is compiled.
+    values: numbers that differ between students.
     start: values for some of the student's variables.
     objective_start: likewise for the objective's parameters and state.
-    average: the decay of the moving average, or None.
-    accumulate: micro-batches in a batch.
     seeds_by: ``"vmap"`` or ``"unroll"``.
     scan: whether a chunk is one dispatch.
+    accumulate: micro-batches in a batch.
+    average: the decay of the moving average, or None.
     **options: what `jaxdistill.step.make_step` takes beside these.
 
   Returns:
@@ -117,164 +152,194 @@ def build(
     ValueError: sources and seeds do not pair up, a batch does not divide by the devices, or the
       networks, the objective and the data do not fit together.
   """
-  seeds, sources = check_seeds(seed, data)
-  stacked, source = np.ndim(seed) > 0, sources[0]
-  step = make_step(
-    student,
-    teacher,
-    objective,
-    optimizer,
-    axis_name=dispatch.axis_name,
-    accumulate=accumulate,
-    unroll=not scan,
-    average=average,
-    **options,
-  )
+  seeds, sources = check_seeds(seed, data, twice=values is not None)
+  source = sources[0]
+  arguments.whole("accumulate", accumulate)
   check_divides(source.batch_size, dispatch.devices)
   if source.batch_size % (dispatch.devices * accumulate):
     raise ValueError(
       f"batch_size={source.batch_size} does not divide into accumulate={accumulate} micro-batches "
       f"over {dispatch.devices} devices; take a multiple of {dispatch.devices * accumulate}."
     )
-  shared, shared_axes = _shared(sources)
+  made = _Made(
+    student=student,
+    objective=objective,
+    sources=sources[: turns(sources)],
+    optimizer=optimizer,
+    teacher=teacher,
+    dispatch=dispatch,
+    stacked=np.ndim(seed) > 0,
+    seeds_by=seeds_by,
+    scan=scan,
+    options={
+      **options,
+      "accumulate": accumulate,
+      "average": average,
+      "axis_name": dispatch.axis_name,
+      "unroll": not scan,
+    },
+  )
+  keys = jnp.stack([jax.random.key(s) for s in seeds])
+  values = {"hyper": {}, "optimizer": {}} if values is None else values
+  return made.program(keys, values, teacher_variables, (start, objective_start))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Made:
+  """What `build` puts together; the sources are those that come round in turn."""
+
+  student: Network
+  objective: Objective
+  sources: list[Source]
+  optimizer: Optimizer
+  teacher: Teacher | None
+  dispatch: Dispatch
+  stacked: bool
+  seeds_by: str
+  scan: bool
+  options: dict[str, Any]
+
+  def optimizer_of(self, mine: Values) -> optax.GradientTransformation:
+    given: Any = self.optimizer
+    if isinstance(given, optax.GradientTransformation):
+      return given
+    made: optax.GradientTransformation = given(**mine["optimizer"])
+    return made
 
   def initial(
-    key: Any, variables: PyTree, shared: PyTree, item: PyTree, starts: tuple[PyTree, PyTree]
+    self, key: Any, mine: Values, starts: Any, variables: PyTree, shared: PyTree, item: PyTree
   ) -> State:
+    source = self.sources[0]
     return init_state(
       key,
-      student,
-      objective,
-      optimizer,
+      self.student,
+      self.objective,
+      self.optimizer_of(mine),
       source.cut(shared, item),
-      teacher=teacher,
+      teacher=self.teacher,
       teacher_variables=variables,
       start=starts[0],
       objective_start=starts[1],
-      average=average is not None,
+      average=self.options["average"] is not None,
       num_classes=source.num_classes,
     )
 
-  def chunk(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
-    def body(state: State, item: PyTree) -> tuple[State, Any]:
-      return step(state, variables, dispatch.constrain(source.cut(shared, item)))
+  def chunk(
+    self, state: State, variables: PyTree, shared: PyTree, items: PyTree, mine: Values
+  ) -> tuple[State, PyTree]:
+    # The values are traced, and the step is the same: a sweep is another way to call it.
+    options = {**self.options, "hyper": {**(self.options.get("hyper") or {}), **mine["hyper"]}}
+    optimizer = self.optimizer_of(mine)
+    step = make_step(self.student, self.teacher, self.objective, optimizer, **options)
 
-    if scan:
+    def body(state: State, item: PyTree) -> tuple[State, Any]:
+      return step(state, variables, self.dispatch.constrain(self.sources[0].cut(shared, item)))
+
+    if self.scan:
       return jax.lax.scan(body, state, items)
     state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))
     return state, jax.tree.map(lambda leaf: leaf[None], sums)
 
-  def read(at: int, count: int) -> PyTree:
-    # One source for several seeds is read once.
-    each = {id(s): s.items(at, count, dispatch.part) for s in {id(s): s for s in sources}.values()}
-    pieces = [each[id(s)] for s in sources]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if stacked else pieces[0]
+  def read(self, at: int, count: int) -> PyTree:
+    pieces = [source.items(at, count, self.dispatch.part) for source in self.sources]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if self.stacked else pieces[0]
 
-  def split(items: PyTree) -> PyTree:
-    return dispatch.split(items, 2 if stacked else 1)
+  def split(self, items: PyTree) -> PyTree:
+    return self.dispatch.split(items, 2 if self.stacked else 1)
 
-  head = read(0, 1)
-  split(head)  # a batch that does not divide by the devices says so here
-  keys = jnp.stack([jax.random.key(s) for s in seeds])
-  first = jax.tree.map(lambda leaf: leaf[0, 0] if stacked else leaf[0], head)
-  one = _of_seed(shared, shared_axes, 0)
-  starts = (start, objective_start)
-  arguments = (keys if stacked else keys[0], teacher_variables, one, first, starts)
-  if stacked:
-    plain = jax.eval_shape(initial, keys[0], teacher_variables, one, first, (None, None))
-    axes = _start_axes(starts, plain, len(seeds))
-    initial = jax.vmap(initial, in_axes=(0, None, None, None, axes))
-    chunk = _over_seeds(chunk, seeds_by, shared_axes)
-  # Abstract first: what does not fit together says so before anything is compiled.
-  shapes = jax.eval_shape(initial, *arguments)
-  compiled = dispatch.compile(chunk)
-
-  def check(count: int) -> None:
-    lead = 1 if stacked else 0
-    length = count if scan else 1
-    items = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-        (*leaf.shape[:lead], length, *leaf.shape[lead + 1 :]), leaf.dtype
-      ),
-      head,
+  def program(
+    self, keys: Any, values: Values, teacher_variables: PyTree, starts: tuple[PyTree, PyTree]
+  ) -> Program:
+    stacked, dispatch, students = self.stacked, self.dispatch, len(keys)
+    shared, shared_axes = shared_arrays(self.sources)
+    head = self.read(0, 1)
+    self.split(head)  # a batch that does not divide by the devices says so here
+    first = jax.tree.map(lambda leaf: leaf[0, 0] if stacked else leaf[0], head)
+    given = (teacher_variables, of_group(shared, shared_axes, 0), first)
+    initial, chunk, keys = self.initial, self.chunk, keys if stacked else keys[0]
+    if stacked:
+      one = jax.tree.map(lambda leaf: leaf[0], (keys, values))
+      plain = jax.eval_shape(initial, *one, (None, None), *given)
+      axes = start_axes(starts, plain, students)
+      initial = jax.vmap(initial, in_axes=(0, 0, axes, None, None, None))
+      chunk = over_students(chunk, self.seeds_by, shared_axes, len(self.sources))
+    # Abstract first: what does not fit together says so before anything is compiled.
+    shapes = jax.eval_shape(initial, keys, values, starts, *given)
+    calls = _Calls(self, chunk, teacher_variables, shared, shapes, values, head)
+    can_trace = dispatch.axis_name is None
+    return Program(
+      source=self.sources[0],
+      student=self.student.name,
+      objective=self.objective,
+      data_seeds=[self.sources[i % len(self.sources)].data_seed for i in range(students)],
+      examples_per_step=self.sources[0].batch_size * students,
+      stacked=stacked,
+      shapes=shapes,
+      values=values,
+      make=lambda values: jax.jit(initial, compiler_options=_quick())(keys, values, starts, *given),
+      call=calls.run,
+      compile=calls.compile if can_trace else None,
+      trace=calls.trace if can_trace else lambda count: None,
+      collect=dispatch.collect,
     )
-    # jit keeps what it traced; pmap cannot trace without compiling.
-    if hasattr(compiled, "eval_shape"):
-      compiled.eval_shape(shapes, teacher_variables, shared, items)
 
-  fixed = (dispatch.place(teacher_variables), dispatch.place(shared))
 
-  def run(state: State, at: int, count: int) -> tuple[State, PyTree]:
-    if scan:
-      return compiled(state, *fixed, split(read(at, count)))
+class _Calls:
+  """The compiled chunk: how it is traced, compiled ahead, and called."""
+
+  def __init__(
+    self,
+    made: _Made,
+    chunk: Callable[..., Any],
+    teacher_variables: PyTree,
+    shared: PyTree,
+    shapes: State,
+    values: Values,
+    head: PyTree,
+  ) -> None:
+    dispatch = made.dispatch
+    self.made = made
+    self.jitted: Any = dispatch.compile(chunk)
+    self.fixed = (dispatch.place(teacher_variables), dispatch.place(shared))
+    self.shapes, self.values, self.head = shapes, values, head
+    self.compiled: dict[int, Callable[..., Any]] = {}
+
+  def arguments(self, count: int) -> tuple[Any, ...]:
+    """The shapes of a chunk's arguments, and where they lie."""
+    lead, length = (1, count) if self.made.stacked else (0, count)
+
+    def longer(leaf: Any) -> jax.ShapeDtypeStruct:
+      shape = (*leaf.shape[:lead], length, *leaf.shape[lead + 1 :])
+      return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
+
+    state, values = self.made.dispatch.spread((self.shapes, self.values))
+    items = jax.tree.map(longer, self.made.split(self.head))
+    return (state, *self.fixed, items, values)
+
+  def trace(self, count: int) -> None:
+    self.jitted.eval_shape(*self.arguments(count if self.made.scan else 1))  # jit keeps the trace
+
+  def compile(self, count: int) -> int:
+    length = count if self.made.scan else 1
+    made = self.compiled[length] = self.jitted.lower(*self.arguments(length)).compile()
+    used = made.memory_analysis()
+    sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
+    return sum(sizes) - used.alias_size_in_bytes
+
+  def once(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
+    items = self.made.split(self.made.read(at, count))
+    call = self.compiled.get(count, self.jitted)
+    return call(state, *self.fixed, items, values)
+
+  def run(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
+    values = self.made.dispatch.spread(values)
+    if self.made.scan:
+      return self.once(state, at, count, values)
     each = []
     for step in range(at, at + count):
-      state, sums = compiled(state, *fixed, split(read(step, 1)))
+      state, sums = self.once(state, step, 1, values)
       each.append(sums)
     return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
-
-  return Program(
-    source=source,
-    student=student.name,
-    objective=objective,
-    data_seeds=[s.data_seed for s in sources],
-    examples_per_step=source.batch_size * len(seeds),
-    stacked=stacked,
-    shapes=shapes,
-    initial=lambda: jax.jit(initial, compiler_options=_quick())(*arguments),
-    check=check,
-    run=run,
-    collect=dispatch.collect,
-  )
-
-
-def _start_axes(starts: tuple[PyTree, PyTree], shapes: State, seeds: int) -> PyTree:
-  """Which leaves of the given starts have an axis over seeds in front: those with one axis more."""
-
-  def axes(start: Any, made: Any) -> Any:
-    if isinstance(start, Mapping):
-      inner = made if isinstance(made, Mapping) else {}
-      return {name: axes(value, inner.get(name)) for name, value in start.items()}
-    known = [leaf.shape for leaf in jax.tree.leaves(made)]
-    given = jax.tree.leaves(start)
-    over = len(given) == len(known) and all(
-      np.shape(leaf) == (seeds, *shape) for leaf, shape in zip(given, known, strict=True)
-    )
-    return 0 if over and given else None
-
-  student, objective = starts
-  mine = (shapes.objective_params, shapes.objective_state)
-  return (
-    None if student is None else axes(student, trained_variables(shapes)),
-    None if objective is None else tuple(axes(s, m) for s, m in zip(objective, mine, strict=True)),
-  )
-
-
-def _shared(sources: Sequence[Source]) -> tuple[PyTree, PyTree]:
-  """The arrays of all sources, and each one's axis over seeds: 0 where they differ, else -1."""
-  first = sources[0]
-  for source in sources[1:]:
-    for name in ("size", "batch_size", "transfer", "num_classes", "views", "name"):
-      if getattr(source, name) != getattr(first, name):
-        raise ValueError(
-          f"data has sources that differ in {name} ({getattr(first, name)!r}, "
-          f"{getattr(source, name)!r}); those of one program may differ in the values of their "
-          "arrays and in data_seed, no more."
-        )
-
-  def same(*leaves: Any) -> bool:
-    return all(leaf is leaves[0] or np.array_equal(leaf, leaves[0]) for leaf in leaves)
-
-  trees = [source.shared for source in sources]
-  axes = jax.tree.map(lambda *leaves: -1 if same(*leaves) else 0, *trees)
-  shared = jax.tree.map(
-    lambda axis, *leaves: leaves[0] if axis < 0 else jnp.stack(leaves), axes, *trees
-  )
-  return shared, axes
-
-
-def _of_seed(shared: PyTree, axes: PyTree, seed: int) -> PyTree:
-  return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[seed], shared, axes)
 
 
 def _quick() -> dict[str, Any] | None:
@@ -282,23 +347,3 @@ def _quick() -> dict[str, Any] | None:
   if jax.default_backend() != "cpu":
     return None
   return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def _over_seeds(
-  chunk: Callable[..., Any], seeds_by: str, shared_axes: PyTree
-) -> Callable[..., Any]:
-  if seeds_by == "vmap":
-    mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
-    return jax.vmap(chunk, in_axes=(0, None, mapped, 0))
-  if seeds_by != "unroll":
-    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
-
-  def one_after_another(state: State, variables: PyTree, shared: PyTree, items: PyTree) -> Any:
-    count = jax.tree.leaves(items)[0].shape[0]
-    each = []
-    for i in range(count):
-      mine, its = jax.tree.map(lambda leaf, i=i: leaf[i], (state, items))
-      each.append(chunk(mine, variables, _of_seed(shared, shared_axes, i), its))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-
-  return one_after_another

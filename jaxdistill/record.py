@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm.auto as tqdm
 
 from jaxdistill import arguments
 from jaxdistill import mesh as mesh_lib
@@ -58,6 +57,8 @@ class Log:
     select: str,
     callback: Callback | None,
   ) -> None:
+    import tqdm.auto as tqdm  # only a run's log needs it
+
     self._metrics = run_lib.Metrics(folder, resumed_from=at, tensorboard=tensorboard)
     self._bar = tqdm.tqdm(
       total=steps, initial=at, desc=progress, unit="step", disable=progress is None

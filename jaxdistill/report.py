@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import matplotlib.figure
 import numpy as np
 
-from jaxdistill import arguments, evaluate, metrics
+from jaxdistill import arguments, evaluate, metrics, pictures
 from jaxdistill import run as run_lib
 from jaxdistill.types import Batch
 
@@ -352,33 +351,28 @@ def markdown(report: Mapping[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def picture(report: Mapping[str, Any]) -> matplotlib.figure.Figure:
-  """Accuracy over parameters: every seed a dot, the mean with its standard deviation."""
-  figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
-  axes = figure.add_subplot()
-  colours = {"teacher": "#444444", "baseline": "#c46a1b", "student": "#1b6ac4"}
+def picture(report: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:
+  """Accuracy of the three models: every seed a dot, the mean with its standard deviation.
+
+  Args:
+    report: from `build`.
+    path: where the PNG goes; None writes none.
+
+  Returns:
+    The figure, Matplotlib's, which a notebook shows.
+  """
   labels = {"teacher": "teacher", "baseline": "labels alone", "student": "distilled"}
   models = report["models"]
-  for position, name in enumerate(MODELS):
-    model = models[name]
-    values = 100 * np.asarray(model["accuracy_per_seed"], np.float64)
-    spread = np.linspace(-0.12, 0.12, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.scatter(position + spread, values, s=22, color=colours[name], alpha=0.45, linewidths=0)
-    deviation = None if model["accuracy"]["std"] is None else 100 * model["accuracy"]["std"]
-    mean = 100 * model["accuracy"]["mean"]
-    axes.errorbar(position, mean, yerr=deviation, fmt="D", color=colours[name], capsize=5, ms=7)
-    axes.annotate(
-      f"{mean:.2f}%", (position, mean), xytext=(30, 0), textcoords="offset points", va="center"
-    )
-  axes.set_xticks(
-    range(len(MODELS)), [f"{labels[n]}\n{models[n]['parameters']:,} parameters" for n in MODELS]
+  return pictures.models(
+    path,
+    {
+      f"{labels[name]}\n{models[name]['parameters']:,} parameters": 100
+      * np.asarray(models[name]["accuracy_per_seed"], np.float64)
+      for name in MODELS
+    },
+    ylabel=f"accuracy on the {report['split']} split, %",
+    title=f"{report['dataset']}: {len(report['seeds'])} seeds, mean ± std",
   )
-  axes.set_xlim(-0.5, len(MODELS) - 0.2)
-  axes.set_ylabel(f"accuracy on the {report['split']} split, %")
-  axes.set_title(f"{report['dataset']}: {len(report['seeds'])} seeds, mean ± std", fontsize=10)
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(axis="y", alpha=0.25)
-  return figure
 
 
 def write(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> pathlib.Path:
@@ -400,7 +394,7 @@ def write(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> pathlib.
     raise NotADirectoryError(f"folder={os.fspath(folder)!r} is no folder; give the run's.")
   suffix = "" if report["split"] == "test" else f"-{report['split']}"
   run_lib.write_json(folder / f"report{suffix}.json", report)
-  picture(report).savefig(folder / f"accuracy{suffix}.png")
+  picture(report, folder / f"accuracy{suffix}.png")
   text = markdown(report).replace("(accuracy.png)", f"(accuracy{suffix}.png)")
   path = folder / f"report{suffix}.md"
   path.write_text(text)

@@ -206,7 +206,7 @@ def release(folder: pathlib.Path) -> None:
   Without its ``config.json`` the corrected run can have it, whatever is changed. A folder with a
   checkpoint stays as it is.
   """
-  if not any((folder / "checkpoints").glob("*/manifest.json")):
+  if not any(folder.rglob("checkpoints/*/manifest.json")):
     (folder / "config.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError):
       folder.rmdir()  # if there is nothing else in it

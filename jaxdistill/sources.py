@@ -1,16 +1,15 @@
-"""Where batches come from: arrays on the device, streams read by Grain, streams that only iterate.
+"""Where batches come from: what a source is, and arrays on the device.
 
 A `Source` hands out items (which rows, which view) and one pure function, ``cut``, that makes a
 `Batch` of an item inside the compiled program. Sources differ in where the rows come from and in
-nothing else, so the batches of those on the device and of streamed ones are equal bit by bit.
+nothing else, so the batches of those on the device and of streamed ones (`jaxdistill.streams`) are
+equal bit by bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import arguments
-from jaxdistill.examples import Examples, Records
+from jaxdistill.examples import Examples
 from jaxdistill.labels import label_mask
 from jaxdistill.types import Batch, PyTree
 from jaxdistill.views import (
@@ -35,20 +34,38 @@ from jaxdistill.views import (
 __all__ = [
   "Part",
   "Source",
+  "Whole",
   "check_in_memory",
   "cutter",
   "example_shapes",
+  "index_and_view",
   "on_device",
-  "resumable",
-  "streamed",
+  "rows_of",
+  "rows_padded",
+  "view_count",
   "view_numbers",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
 Part = tuple[int, int]
 
-# For streams, where several threads ask for the same epoch.
-_remembered_order = functools.lru_cache(maxsize=4)(epoch_order)
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """Every example of a source once, in its own order: what a cache of a teacher is filled from.
+
+  Attributes:
+    size: how many examples, transfer data included: what a batch's ``index`` counts.
+    every: ``(data_seed, batch_size, view) -> items`` for ``cut``, one by one, of this view of every
+      example. A batch repeats an example rather than be smaller than the others.
+    rows: ``items -> (index, view)`` on the host, each ``[count, B]``, as ``cut`` will give them.
+    ids: ``() -> [size]`` strings, unique.
+  """
+
+  size: int
+  every: Callable[[int, int, int], Iterator[PyTree]]
+  rows: Callable[[PyTree], tuple[np.ndarray, np.ndarray]]
+  ids: Callable[[], Sequence[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +91,10 @@ class Source:
     views: V; epoch e shows view e mod V of every example. None: every epoch shows a new one.
     name: of the data, for reports.
     share: which part of each batch comes from a second, unlabelled stream.
+    version: of the data.
+    augmentation: its name. Where it is ``"identity"``, no view depends on ``data_seed``.
+    whole: how every example is shown once; None for streams that only iterate.
+    teacher: where batches bring a teacher's outputs along, which teacher's: a fingerprint.
   """
 
   shared: PyTree
@@ -88,6 +109,10 @@ class Source:
   views: int | None = None
   name: str = "data"
   share: float = 0.0
+  version: str = ""
+  augmentation: str = "identity"
+  whole: Whole | None = None
+  teacher: str | None = None
 
   def __post_init__(self) -> None:
     check_seed(self.data_seed)
@@ -166,7 +191,8 @@ def on_device(
     batch_size: B, at most the number of examples.
     data_seed: decides order and views, ``0 .. 2**32 - 1``.
     augmentation: applied to the inputs as stored.
-    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch (for the one
+      view that there is, without augmentation).
     normalize: see `normalizer`.
     labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
       set has no labels). A label that may not be used does not reach the batch.
@@ -187,6 +213,7 @@ def on_device(
   (3, (3, 2), (2, 1))
   """
   check_in_memory("on_device", examples)
+  views = view_count(augmentation, views)
   known = label_mask(examples, labelled)
   latest: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -198,8 +225,12 @@ def on_device(
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
     numbers = np.arange(step, step + count)
     steps = len(examples) // batch
-    rows = [_rows(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
+    rows = [rows_of(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
     return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
+
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    for index in rows_padded(len(examples), batch):
+      yield {"index": index, **view_numbers(seed, np.asarray(view), None)}
 
   finish = normalizer(normalize)
   return Source(
@@ -218,89 +249,10 @@ def on_device(
     stored=example_shapes(examples.inputs, examples.name),
     views=views,
     name=examples.name,
+    version=examples.version,
+    augmentation=augmentation.name,
+    whole=Whole(len(examples), every, index_and_view, lambda: examples.ids.tolist()),
   )
-
-
-def streamed(
-  examples: Examples | Records,
-  *,
-  batch_size: int,
-  data_seed: int,
-  augmentation: Augmentation = identity,
-  views: int | None = None,
-  normalize: Normalize = None,
-  labelled: Any = None,
-  prefetch: int = 4,
-  workers: int = 0,
-) -> Source:
-  """Reads batches through Grain; an item carries the rows themselves.
-
-  Args:
-    examples: arrays, or `Records` for what memory does not hold.
-    batch_size: B, at most the number of examples.
-    data_seed: decides order and views, ``0 .. 2**32 - 1``.
-    augmentation: applied on the device to the inputs as read.
-    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, whether an example's label may be used, as in `on_device`.
-    prefetch: how many batches are read ahead, by as many threads.
-    workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
-      Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
-
-  Returns:
-    The source; the same batches in the same order as `on_device`.
-
-  Raises:
-    ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
-      does not fit.
-    TypeError: the inputs are text, which no device takes.
-  """
-  arguments.whole("prefetch", prefetch)
-  arguments.whole("workers", workers, least=0)
-  if not isinstance(examples, Examples | Records):
-    raise TypeError(
-      f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
-      f"{arguments.show(examples)}."
-    )
-  fetch = functools.partial(_fetch, examples, label_mask(examples, labelled), views)
-
-  def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
-    return _stream(functools.partial(fetch, seed, batch, part), step, prefetch, workers)
-
-  finish = normalizer(normalize)
-  return Source(
-    shared=None,
-    cut=cutter(augmentation, finish),
-    read=resumable(start),
-    size=len(examples),
-    batch_size=batch_size,
-    data_seed=data_seed,
-    num_classes=examples.num_classes,
-    normalize=finish,
-    stored=example_shapes(examples.read(np.arange(1))[0], examples.name),
-    views=views,
-    name=examples.name,
-  )
-
-
-def resumable(
-  start: Callable[[int, int, Part, int], Iterator[PyTree]],
-) -> Callable[[int, int, int, int, Part], PyTree]:
-  """A `Source`'s ``read`` of streams that ``start(data_seed, batch_size, part, step)`` opens."""
-  open_streams: dict[Any, tuple[int, Iterator[PyTree]]] = {}
-
-  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
-    key = (seed, batch, part)
-    at, stream = open_streams.pop(key, (-1, iter(())))
-    if at != step:
-      stream = start(*key, step)
-    pieces = [next(stream) for _ in range(count)]
-    open_streams[key] = step + count, stream
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces)
-
-  # Also at exit: Grain's threads and processes must end before the modules that end them.
-  weakref.finalize(read, open_streams.clear)
-  return read
 
 
 def cutter(
@@ -327,7 +279,7 @@ def cutter(
   return cut
 
 
-def _rows(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
+def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
   """The rows that a process gets of one step of an epoch."""
   process, processes = part
   mine = batch_size // processes
@@ -335,49 +287,28 @@ def _rows(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarr
   return order[first : first + mine]
 
 
+def rows_padded(size: int, batch_size: int) -> Iterator[np.ndarray]:
+  """All rows in their own order, in batches of one size: the last row comes again at the end."""
+  for first in range(0, size, batch_size):
+    yield np.minimum(np.arange(first, first + batch_size, dtype=np.int32), size - 1)
+
+
+def index_and_view(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
+  """The ``rows`` of a `Whole` of a source that is no mix."""
+  index = np.asarray(items["index"])
+  return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+
+
+def view_count(augmentation: Augmentation, views: int | None) -> int | None:
+  """V: what was asked for; 1 where all views are the same."""
+  check_augmentation(augmentation)
+  return 1 if views is None and augmentation.choices == 1 else views
+
+
 def view_numbers(seed: int, epochs: np.ndarray, views: int | None) -> dict[str, np.ndarray]:
   """The part of an item that has no batch axis: the view and the seed."""
   view = epochs if views is None else epochs % views
   return {"view": np.asarray(view, np.int32), "data_seed": np.full(view.shape, seed, np.uint32)}
-
-
-def _fetch(
-  examples: Examples | Records,
-  known: np.ndarray,
-  views: int | None,
-  seed: int,
-  batch_size: int,
-  part: Part,
-  step: int,
-) -> dict[str, Any]:
-  """The item of one step of a stream. NumPy only: it runs in threads and in other processes."""
-  epoch, first = divmod(step, len(examples) // batch_size)
-  index = _rows(_remembered_order(seed, epoch, len(examples)), first, batch_size, part)
-  inputs, labels = examples.read(index)
-  return {
-    "index": index,
-    "inputs": inputs,
-    "labels": np.where(known[index] > 0, labels, 0).astype(np.int32),
-    "labelled": known[index],
-    **view_numbers(seed, np.asarray(epoch), views),
-  }
-
-
-def _stream(
-  fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
-) -> Iterator[PyTree]:
-  """The items of all steps from ``step`` on, read ahead by Grain."""
-  import grain  # a second to import, and only streams need it
-
-  steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
-  stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
-  if workers:
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # Grain reads its flags, which a plain script never parses
-      flags.FLAGS.mark_as_parsed()
-    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(stream)
 
 
 def check_in_memory(argument: str, examples: Any) -> None:

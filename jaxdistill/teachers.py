@@ -18,13 +18,15 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
-from jaxdistill import arguments, checkpoint
+from jaxdistill import arguments, checkpoint, fingerprints
 from jaxdistill import classes as classes_of
 from jaxdistill import run as run_lib
+from jaxdistill.cached import cached
 from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
 
 __all__ = [
   "RULES",
+  "cached",
   "combine_logits",
   "ensemble",
   "frozen",
@@ -62,6 +64,13 @@ def frozen(network: Network) -> Teacher:
     outputs, _ = network.apply(variables, batch.inputs, train=False, key=None)
     return jax.lax.stop_gradient(outputs)
 
+  return _asked(teach, "frozen")
+
+
+def _asked(teach: Any, kind: str, *of: Teacher, **what: Any) -> Teacher:
+  """Says what a teacher is asked for, so that `cached` can tell one from another."""
+  inner = [fingerprints.asked_of(one) for one in of]
+  teach.asked = {"kind": kind, **what, **({"of": inner} if of else {})}
   return teach
 
 
@@ -174,7 +183,7 @@ def ensemble(
     combined = combine_logits([o.logits for o in outputs], rule=rule, weights=share)
     return Outputs(logits=combined, features=features)
 
-  return teach
+  return _asked(teach, "ensemble", *taught, rule=rule, weights=share.tolist())
 
 
 def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
@@ -213,7 +222,7 @@ def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> T
     classes_of.check("classes", chosen, outputs.logits)
     return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
 
-  return teach
+  return _asked(teach, "subset", taught, classes=chosen.tolist())
 
 
 def grouped(
@@ -263,7 +272,7 @@ def grouped(
     gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
     return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
 
-  return teach
+  return _asked(teach, "grouped", taught, groups=[m.tolist() for m in members])
 
 
 def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:
@@ -362,7 +371,10 @@ def unstack(variables: PyTree) -> list[PyTree]:
 
 
 def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTree = None) -> PyTree:
-  """Reads the trained network's variables from a run folder of ours.
+  """Reads the deployed network's variables from a run folder of ours.
+
+  That network is the student (its moving average, where the run kept one), but for recipes that
+  deploy another: after `recipes.simkd` it is ``objective.deployed.network(student)``.
 
   Args:
     run: the folder that `jaxdistill.train.fit` wrote.
@@ -370,7 +382,7 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
     like: variables (or their shapes) that the result must have the structure of.
 
   Returns:
-    The variables of the student of that run; with leaves ``[S, ...]`` for a run over seeds.
+    The variables; with leaves ``[S, ...]`` for a run over seeds.
 
   Raises:
     FileNotFoundError: there is no usable checkpoint.
@@ -390,6 +402,6 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
         f"the run {os.fspath(run)!r} stands at step {chosen} of {steps}; start it again to finish "
         f"it, or pass step={chosen} to take it as it is."
       )
-    if like is not None:
-      return saved.restore(chosen, {"student": like})["student"]
-    return saved.restore(chosen)["student"]
+    # A checkpoint has this item only where the student is not what is deployed.
+    item = "deployed" if "deployed" in saved.items(chosen) else "student"
+    return saved.restore(chosen, {item: like})[item]

@@ -161,7 +161,19 @@ def records(
     split=split,
     label_names=() if classes is None else tuple(classes.names),
     transform=transform,
+    ids=None if "id" not in features else lambda: _ids(builder, split),
   )
+
+
+def _ids(builder: tfds.core.DatasetBuilder, split: str) -> list[str]:
+  """The ids of a split; nothing else of it is decoded."""
+  skipped = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
+  opened = builder.as_data_source(split, decoders=skipped or None)
+  return [
+    _text(example["id"])
+    for start in range(0, len(opened), _BLOCK)
+    for example in opened.__getitems__(range(start, min(start + _BLOCK, len(opened))))
+  ]
 
 
 def load(

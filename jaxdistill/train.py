@@ -1,8 +1,4 @@
-"""The training loop: data to steps, steps to a run folder.
-
-The loop dispatches chunks of steps (one ``lax.scan`` each) and never waits for the device inside
-one; it looks at numbers one chunk late, unless something has to be decided on them.
-"""
+"""A training run: data to steps (`jaxdistill.loop`), steps to a run folder."""
 
 from __future__ import annotations
 
@@ -28,16 +24,10 @@ from jaxdistill.fit_arguments import (
   check_machinery,
   check_networks,
 )
+from jaxdistill.loop import begin, drive
 from jaxdistill.program import Program, build
-from jaxdistill.record import (
-  Log,
-  check_counted,
-  check_finite,
-  check_state,
-  check_validation,
-  claimed,
-)
-from jaxdistill.state import State, deployed_variables, from_items, to_items
+from jaxdistill.record import Log, claimed
+from jaxdistill.state import State, deployed_variables
 from jaxdistill.stops import Intervals, Stopped, stop_signal
 from jaxdistill.types import (
   Network,
@@ -217,7 +207,7 @@ def fit(
   )
   epoch = program.source.steps_per_epoch
   every = Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
-  program.check(every.next_stop(0))
+  program.trace(every.next_stop(0))
   first_process = jax.process_index() == 0
   path = saved = None
   with contextlib.ExitStack() as stack:
@@ -231,7 +221,7 @@ def fit(
       settings["start"] = None if started == (None, None) else fingerprint(started)
       path = stack.enter_context(claimed(folder, settings))
       saved = stack.enter_context(Checkpoints(path / "checkpoints", keep_last=keep_last))
-    state, at = _begin(program, saved)
+    state, at = begin(program, saved)
     log = Log(
       path if first_process else None,
       steps=steps,
@@ -245,42 +235,18 @@ def fit(
       callback=callback,
     )
     stack.callback(log.close)
-    state = dispatch.place(state)
-    pending: dict[str, Any] | None = None
-    asked_to_stop = stack.enter_context(stop_signal(listening=saved is not None))
-    while at < steps:
-      end = every.next_stop(at)
-      state, sums = program.run(state, at, end - at)
-      if pending is not None:
-        log.write(**_checked(pending, program))
-      pending, at = {"sums": sums, "begin": at, "end": end}, end
-      stopping = at < steps and asked_to_stop(at)
-      validating = validate is not None and every.validates(at)
-      saving = saved is not None and (every.saves(at) or stopping)
-      if not (validating or saving or at == steps):
-        continue
-      # Nothing is validated or saved before its numbers have been looked at.
-      now, extra = dispatch.collect(state), {}
-      pending = _checked(pending, program)
-      check_state(now, at)
-      if validate is not None and validating:
-        try:
-          extra = check_validation(
-            validate(deployed_variables(now, objective)), select if saved else None
-          )
-        except Exception:
-          # What was trained until here is not lost with it.
-          if saved is not None and first_process:
-            saved.save(at, to_items(now, objective))
-          raise
-      log.write(**pending, validation=extra)
-      pending = None
-      if saved is not None and saving and first_process:
-        score = float(np.mean(extra[select])) if select in extra else None
-        saved.save(at, to_items(now, objective), score=score)
-      if stopping:
-        raise Stopped(f"the run was asked to stop, and stands at step {at} of {steps}.")
-  final = dispatch.collect(state)
+    final = drive(
+      program,
+      state,
+      at,
+      every=every,
+      dispatch=dispatch,
+      log=log,
+      saved=saved,
+      validate=validate,
+      select=select,
+      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None)),
+    )
   variables = deployed_variables(final, objective)
   network = student if objective.deployed is None else objective.deployed.network(student)
   if path is not None:
@@ -302,26 +268,6 @@ def _save_deployed(
       stacked=program.stacked,
     )
   mesh_lib.barrier("deployed")
-
-
-def _checked(pending: dict[str, Any], program: Program) -> dict[str, Any]:
-  """The sums on the host, all of them finite."""
-  sums = jax.device_get(program.collect(pending["sums"]))
-  check_finite(sums, pending["begin"])
-  if pending["begin"] == 0:
-    check_counted(sums, program.source.num_classes, program.source.name)
-  return {**pending, "sums": sums}
-
-
-def _begin(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
-  """The state to go on from, and its step; all processes take the one that process 0 found."""
-  found = saved.latest() if saved is not None and jax.process_index() == 0 else None
-  step = mesh_lib.agree(-1 if found is None else found)
-  if saved is None or step < 0:
-    return program.initial(), 0
-  shapes, objective = program.shapes, program.objective
-  items = saved.restore(step, to_items(shapes, objective))
-  return from_items(items, shapes, objective), step
 
 
 def _shown(value: Any, steps: int) -> Any:

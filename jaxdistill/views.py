@@ -220,17 +220,19 @@ class Augmentation:
       several), pure, to be mapped over a batch: ``choice``
       is a number in ``0 .. choices-1`` (int32), or a random key where ``choices`` is None.
     choices: how many augmentations there are; None for infinitely many.
+    name: tells augmentations apart, in a cache of a teacher's outputs.
   """
 
   apply: Callable[[Any, Any], Any]
   choices: int | None
+  name: str = "custom"
 
   def __post_init__(self) -> None:
     if self.choices is not None and self.choices < 1:
       raise ValueError(f"choices must be at least 1, or None, got {self.choices}.")
 
 
-identity = Augmentation(lambda inputs, number: inputs, choices=1)
+identity = Augmentation(lambda inputs, number: inputs, choices=1, name="identity")
 
 
 def crop(padding: int) -> Augmentation:
@@ -241,7 +243,7 @@ def crop(padding: int) -> Augmentation:
   column ``c % n``, with ``n = 2 * padding + 1``; the middle one is the image itself.
 
   Args:
-    padding: in pixels, not negative.
+    padding: in pixels, not negative; 0 is `identity`.
 
   Returns:
     An augmentation of images ``[H, W, C]``.
@@ -253,6 +255,8 @@ def crop(padding: int) -> Augmentation:
   [[0, 0], [0, 0]]
   """
   arguments.whole("padding", padding, least=0)
+  if padding == 0:
+    return identity
   positions = 2 * padding + 1
 
   def apply(image: Any, number: Any) -> Array:
@@ -269,7 +273,7 @@ def crop(padding: int) -> Augmentation:
     start = (number // jnp.int32(positions), number % jnp.int32(positions), jnp.int32(0))
     return jax.lax.dynamic_slice(framed, start, image.shape)
 
-  return Augmentation(apply, choices=positions**2)
+  return Augmentation(apply, choices=positions**2, name=f"crop({padding})")
 
 
 def crop_flip(padding: int = 4) -> Augmentation:
@@ -292,7 +296,7 @@ def crop_flip(padding: int = 4) -> Augmentation:
     cropped = crops.apply(image, number // jnp.int32(2))
     return jnp.where(number % jnp.int32(2) == 1, cropped[:, ::-1], cropped)
 
-  return Augmentation(apply, choices=2 * (crops.choices or 1))
+  return Augmentation(apply, choices=2 * (crops.choices or 1), name=f"crop_flip({padding})")
 
 
 def augment(

@@ -12,7 +12,7 @@ from jax.test_util import check_vjp
 
 from jaxdistill import losses
 from jaxdistill.losses import features as module
-from jaxdistill.losses._maps import average_pool
+from jaxdistill.pooling import average_pool
 
 # float32 has 24 bits: sums over a few hundred numbers of size 1.
 TOLERANCE = {"rtol": 3e-5, "atol": 3e-6}

@@ -1,6 +1,5 @@
 """Recipes that relate examples, against float64 NumPy with the published weights; and as runs."""
 
-import dataclasses
 import functools
 
 import jax
@@ -195,22 +194,12 @@ def test_crd_takes_classes_from_the_data_set_and_no_row_beyond_it(strict_promoti
 # --- One run of all of them: two seeds on two devices under jit. ---
 
 
-def without_labels(recipe):
-  """A recipe but for its hard-label term, of which a sum of recipes has one."""
-  objective = as_objective(recipe)
-
-  def apply(*args, **keywords):
-    terms, state = objective.apply(*args, **keywords)
-    return {name: term for name, term in terms.items() if name != "labels"}, state
-
-  return dataclasses.replace(objective, apply=apply)
-
-
 @pytest.fixture(scope="module")
 def fitted():
-  first, *others = (make(student_layer="mid") for make in RECIPES.values())
+  first, *others = RECIPES.values()
+  parts = (make(student_layer="mid", hard_weight=None) for make in others)
   return distil(
-    objective=combine(first, *map(without_labels, others)),
+    objective=combine(first(student_layer="mid"), *parts),
     seed=(0, 1),
     steps=24,
     log_every=6,

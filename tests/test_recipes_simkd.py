@@ -16,7 +16,6 @@ from jaxdistill.recipes.simkd import simkd
 from jaxdistill.state import init_state
 from jaxdistill.terms import reduce_terms
 from jaxdistill.types import Outputs, make_batch
-from test_recipes_relations import without_labels
 from test_train import assert_same_bits
 
 # Two float32 programs that add up in another order.
@@ -90,7 +89,7 @@ def student_map(variables, inputs):
 
 
 def fit(folder):
-  objective = combine(simkd(CLASSIFIER), without_labels(crd(LABELS, negatives=24, width=8)))
+  objective = combine(simkd(CLASSIFIER), crd(LABELS, negatives=24, width=8, hard_weight=None))
   network = objective.deployed.network(STUDENT)
   batches = data.evaluation_batches(EXAMPLES, batch_size=12)
   return train.fit(
@@ -170,6 +169,13 @@ def test_what_is_loaded_is_what_was_trained_and_validated(run):
     np.testing.assert_allclose(logits, by_hand(variables, student_map(variables, inputs)), **CLOSE)
     right = float(np.mean(np.argmax(logits, axis=1) == LABELS))
     assert fitted.history[-1]["validation/accuracy"][seed] == pytest.approx(right)
+
+
+def test_the_folder_gives_back_what_is_deployed(run):
+  folder, fitted = run
+  assert_same_bits(teachers.restore(folder), fitted.variables)
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fitted.variables)
+  assert_same_bits(teachers.restore(folder, like=shapes), fitted.variables)
 
 
 def test_a_run_goes_on_with_the_same_bits(run, tmp_path):

@@ -15,10 +15,10 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.losses._log_space import float_arrays
+from jaxdistill.pooling import average_pool
 
 __all__ = [
   "SMALLEST_NORM",
-  "average_pool",
   "huber",
   "map_pair",
   "norm",
@@ -37,31 +37,6 @@ LARGEST = 1e9
 
 # Accelerators round the factors of a float32 product by default; a loss must not.
 product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-
-
-def average_pool(maps: Array, height: int, width: int) -> Array:
-  """Adaptive average pooling of ``[B, H, W, C]`` to ``[B, height, width, C]``, as PyTorch's.
-
-  Window i of n spans floor(i · size / n) to ceil((i + 1) · size / n), so windows overlap where
-  they do not divide the size evenly.
-
-  >>> average_pool(jnp.arange(5.0).reshape(1, 5, 1, 1), 2, 1).ravel().tolist()
-  [1.0, 3.0]
-  """
-  for axis, (size, windows) in enumerate(zip(maps.shape[1:3], (height, width), strict=True)):
-    if size != windows:
-      letters = ("bhwc,nh->bnwc", "bhwc,nw->bhnc")[axis]
-      maps = product(letters, maps, jnp.asarray(_windows(size, windows), maps.dtype))
-  return maps
-
-
-def _windows(size: int, windows: int) -> np.ndarray:
-  """The averaging matrix ``[windows, size]``."""
-  matrix = np.zeros((windows, size))
-  for i in range(windows):
-    start, stop = i * size // windows, -(-(i + 1) * size // windows)
-    matrix[i, start:stop] = 1 / (stop - start)
-  return matrix
 
 
 def map_pair(student: Any, teacher: Any) -> tuple[Array, Array]:

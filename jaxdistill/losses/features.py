@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 from jaxdistill.losses._log_space import AnyArray, Scalar, float_arrays
 from jaxdistill.losses._maps import (
   SMALLEST_NORM,
-  average_pool,
   map_pair,
   pair,
   product,
@@ -34,6 +33,7 @@ from jaxdistill.losses.summaries import (
   inter_channel_correlation,
   neuron_selectivity,
 )
+from jaxdistill.pooling import average_pool
 
 __all__ = [
   "activation_boundary",

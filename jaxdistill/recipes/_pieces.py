@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from jaxdistill import arguments, losses
-from jaxdistill.types import Batch, Outputs, Term
+from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
-__all__ = ["Running", "check_weights", "feature", "hard_term", "init_modules"]
+__all__ = ["Running", "check_weights", "feature", "hard_term", "init_modules", "with_labels"]
 
 PyTree = Any
+Method = TypeVar("Method", Objective, ObjectiveFunction)
 
 
 def check_weights(**weights: Any) -> None:
@@ -64,8 +67,73 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Any) -> Term:
   >>> hard_term(Outputs(logits=jnp.zeros((1, 2))), batch, 0.5).weight
   0.5
   """
+  arguments.number("hard_weight", hard_weight, least=0)
   values = losses.cross_entropy(student.logits, batch.labels)
   return Term(values, weight=hard_weight, where=batch.labelled)
+
+
+def with_labels(method: Method, hard_weight: Any) -> Method:
+  """Adds ``hard_weight * cross_entropy`` on the labels, as the term ``labels``.
+
+  Args:
+    method: an objective without it.
+    hard_weight: a number or a schedule, the default of the objective's keyword of that name; None
+      for no such term and no such keyword.
+
+  Returns:
+    An objective of the same kind, an `Objective` or a bare function.
+
+  >>> method = with_labels(lambda student, teacher, batch, *, own=2.0: {}, 0.5)
+  >>> [str(p) for p in inspect.signature(method).parameters.values()][-2:]
+  ['own=2.0', 'hard_weight=0.5']
+  """
+  if hard_weight is None:
+    return method
+  check_weights(hard_weight=hard_weight)
+  if isinstance(method, Objective):
+    return _objective_with_labels(method, hard_weight)
+
+  def objective(
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    hard_weight: Any = hard_weight,
+    **own: Any,
+  ) -> dict[str, Term]:
+    terms = method(student, teacher, batch, **own)
+    return {"labels": hard_term(student, batch, hard_weight), **terms}
+
+  # What `types.as_objective` reads the keywords from.
+  objective.__signature__ = _one_more(method, hard_weight)  # type: ignore[attr-defined]
+  return objective
+
+
+def _one_more(method: ObjectiveFunction, hard_weight: Any) -> inspect.Signature:
+  """A function's signature with the keyword ``hard_weight`` at its end."""
+  signature = inspect.signature(method)
+  mine = inspect.Parameter("hard_weight", inspect.Parameter.KEYWORD_ONLY, default=hard_weight)
+  return signature.replace(parameters=[*signature.parameters.values(), mine])
+
+
+def _objective_with_labels(method: Objective, hard_weight: Any) -> Objective:
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    hard_weight: Any = hard_weight,
+    **own: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    terms, state = method.apply(params, state, student, teacher, batch, key=key, **own)
+    return {"labels": hard_term(student, batch, hard_weight), **terms}, state
+
+  return dataclasses.replace(
+    method, apply=apply, hyper={**method.hyper, "hard_weight": hard_weight}
+  )
 
 
 def init_modules(

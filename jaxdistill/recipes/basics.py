@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term, init_modules
+from jaxdistill.recipes._pieces import Running, check_weights, feature, init_modules, with_labels
 from jaxdistill.recipes._predictions import both_logits
 from jaxdistill.types import (
   Batch,
@@ -51,7 +51,7 @@ def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> Objecti
 
 
 def kd(
-  *, temperature: float = 4.0, soft_weight: float = 0.9, hard_weight: float = 0.1
+  *, temperature: float = 4.0, soft_weight: float = 0.9, hard_weight: float | None = 0.1
 ) -> ObjectiveFunction:
   """Soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015.
 
@@ -62,13 +62,13 @@ def kd(
     temperature: default 4 and weights 0.9 and 0.1 as in RepDistiller and mdistiller's CIFAR-100
       protocol; all three are keywords of the objective and may follow a schedule.
     soft_weight: weight of the soft targets.
-    hard_weight: weight of the labels.
+    hard_weight: weight of the labels; None leaves them out.
 
   Returns:
     An objective function with the terms ``labels`` and ``soft``.
   """
   arguments.scheduled("temperature", temperature, above=0)
-  check_weights(soft_weight=soft_weight, hard_weight=hard_weight)
+  check_weights(soft_weight=soft_weight)
 
   def objective(
     student: Outputs,
@@ -77,18 +77,13 @@ def kd(
     *,
     temperature: Any = temperature,
     soft_weight: Any = soft_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     arguments.number("soft_weight", soft_weight, least=0)
-    arguments.number("hard_weight", hard_weight, least=0)
     ours, theirs = both_logits("kd", student, teacher)
     soft = losses.soft_target_kl(ours, theirs, temperature=temperature)
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "soft": Term(soft, weight=soft_weight),
-    }
+    return {"soft": Term(soft, weight=soft_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def hint(
@@ -164,7 +159,7 @@ def fitnet(
   teacher_layer: str = "stage2",
   *,
   hint_weight: float = 100.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   projector: Callable[[Any, Any], nn.Module] = projectors.between,
 ) -> Objective:
   """FitNets in one stage, as RepDistiller and mdistiller run it: labels and one matched map.
@@ -175,20 +170,21 @@ def fitnet(
     student_layer: the guided layer; the second stage in the published code.
     teacher_layer: the hint layer.
     hint_weight: 100 in the published code.
-    hard_weight: 1 in the published code.
+    hard_weight: 1 in the published code; None leaves the labels out.
     projector: see `hint`.
 
   Returns:
     An `Objective` with the terms ``labels`` and ``hint``.
   """
-  return combine(
-    labels(hard_weight=hard_weight),
-    hint(student_layer, teacher_layer, hint_weight=hint_weight, projector=projector),
-  )
+  matched = hint(student_layer, teacher_layer, hint_weight=hint_weight, projector=projector)
+  return with_labels(matched, hard_weight)
 
 
 def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
   """Adds objectives up: the union of their terms, each with parameters and state of its own.
+
+  Every recipe has a term on the labels, and a sum needs one of them at most: ``hard_weight=None``
+  leaves it out, ``combine(kd(), pkt(hard_weight=None))``.
 
   Args:
     *objectives: pairs or bare functions. A keyword that several of them take goes to all of them.
@@ -239,7 +235,10 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
       )
       twice = sorted(set(found) & set(terms))
       if twice:
-        raise ValueError(f"two objectives name a term {twice}; give one another name (name=...).")
+        raise ValueError(
+          f"two objectives name a term {twice}: leave the labels out of all recipes but one, "
+          "hard_weight=None; give another term another name, name=..."
+        )
       terms.update(found)
     return terms, states
 

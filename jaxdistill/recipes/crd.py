@@ -15,7 +15,7 @@ from jaxdistill.recipes._examples import (
   init_embeddings,
   present,
 )
-from jaxdistill.recipes._pieces import check_weights, hard_term
+from jaxdistill.recipes._pieces import check_weights, with_labels
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["crd"]
@@ -29,7 +29,7 @@ def crd(
   student_layer: str = "pooled",
   teacher_layer: str | None = None,
   crd_weight: float = 0.8,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   crd_temperature: float = 0.07,
   negatives: int = 16384,
   momentum: float = 0.5,
@@ -61,7 +61,7 @@ def crd(
     student_layer: the pooled feature; any other shape is flattened.
     teacher_layer: likewise of the teacher; the same name by default.
     crd_weight: 0.8 in RepDistiller and mdistiller.
-    hard_weight: weight of the labels, 1 there.
+    hard_weight: weight of the labels, 1 there; None leaves that term out.
     crd_temperature: divides the scores, 0.07 there. Not ``temperature``, which is `kd`'s.
     negatives: 16384 there, drawn from other classes; all of them where they are fewer.
     momentum: how much of a row is kept at an update, 0.5 there.
@@ -80,17 +80,13 @@ def crd(
   0.8
   """
   layers = check_layers(student_layer, teacher_layer)
-  check_weights(crd_weight=crd_weight, hard_weight=hard_weight)
+  check_weights(crd_weight=crd_weight)
   arguments.scheduled("crd_temperature", crd_temperature, above=0)
   arguments.number("momentum", momentum, least=0, most=1)
   arguments.whole("negatives", negatives)
   arguments.whole("width", width)
   classes = _classes(labels)
-  hyper = {
-    "crd_weight": crd_weight,
-    "hard_weight": hard_weight,
-    "crd_temperature": crd_temperature,
-  }
+  hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     key, banks_key = jax.random.split(key)
@@ -106,7 +102,6 @@ def crd(
     *,
     key: Any,
     crd_weight: Any = crd_weight,
-    hard_weight: Any = hard_weight,
     crd_temperature: Any = crd_temperature,
   ) -> tuple[dict[str, Term], PyTree]:
     banks, index = state["banks"], batch.index
@@ -133,12 +128,10 @@ def crd(
       values = jax.lax.dynamic_slice_in_dim(values, start, index.shape[0])
     # A wrong row would be scored without a word.
     values = jnp.where((index >= 0) & (index < len(banks.labels)), values, jnp.nan)
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "crd": Term(values, weight=crd_weight, where=batch.labelled),
-    }, {"banks": banks}
+    term = Term(values, weight=crd_weight, where=batch.labelled)
+    return {"crd": term}, {"banks": banks}
 
-  return Objective(init=init, apply=apply, hyper=hyper)
+  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
 
 
 def _gathered(seen: PyTree, key: Any, axis_name: str) -> tuple[PyTree, Any]:

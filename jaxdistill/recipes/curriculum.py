@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._pieces import Running, hard_term, init_modules
+from jaxdistill.recipes._pieces import Running, init_modules, with_labels
 from jaxdistill.recipes._predictions import (
   EPOCH,
   LogitLoss,
@@ -28,7 +28,7 @@ def ctkd(
   loss: LogitLoss = losses.soft_target_kl,
   learned_temperature: projectors.LearnedTemperature | None = None,
   soft_weight: float = 0.9,
-  hard_weight: float = 0.1,
+  hard_weight: float | None = 0.1,
   warmup_steps: int = 10 * EPOCH,
   standardize: bool = False,
 ) -> Objective:
@@ -50,7 +50,7 @@ def ctkd(
     loss: ``(student_logits, teacher_logits, *, temperature) -> [B]``.
     learned_temperature: the published 1 + 20 * sigmoid(theta), theta from 1, by default.
     soft_weight: of the loss. 0.9 and 0.1 as published for CIFAR-100; keywords of the objective.
-    hard_weight: of the labels.
+    hard_weight: of the labels; None leaves them out.
     warmup_steps: of the curriculum; 10 epochs of CIFAR-100 at batch size 64 by default, as
       published. 0 turns it off: the gradient is reversed in full from the first step on.
     standardize: whether logits are standardised first (see `kd_standardized`).
@@ -72,7 +72,6 @@ def ctkd(
   falling = optax.cosine_decay_schedule(1.0, warmup_steps) if warmup_steps else None
   hyper = {
     "soft_weight": soft_weight,
-    "hard_weight": hard_weight,
     "ctkd_reversal": 1.0 if falling is None else lambda step: 1 - falling(step),
   }
 
@@ -108,12 +107,11 @@ def ctkd(
     axis = "parameters" if temperature.ndim == 0 else "batch"
     logged = jax.lax.stop_gradient(temperature)
     return {
-      "labels": hard_term(student, batch, now["hard_weight"]),
       "soft": Term(_tempered(loss, ours, theirs, temperature), weight=now["soft_weight"]),
       "learned_temperature": Term(logged, weight=0.0, axis=axis),
     }, running.state
 
-  return Objective(init=init, apply=apply, hyper=hyper)
+  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
 
 
 def _tempered(loss: LogitLoss, student: Any, teacher: Any, temperature: Any) -> Any:

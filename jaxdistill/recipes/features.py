@@ -24,7 +24,7 @@ from jaxdistill.recipes._matched import (
   stage_weights_or,
   total,
 )
-from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term
+from jaxdistill.recipes._pieces import Running, check_weights, feature, with_labels
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
@@ -41,7 +41,7 @@ def attention_transfer(
   student_layers: Sequence[str] = _STAGES,
   teacher_layers: Sequence[str] | None = None,
   attention_weight: float = 1000.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> ObjectiveFunction:
   """Attention transfer (AT): where in the image each stage's energy is, and the labels.
 
@@ -53,7 +53,7 @@ def attention_transfer(
     teacher_layers: the teacher's, one for each; None for the same names.
     attention_weight: 1000 in RepDistiller, mdistiller and torchdistill (which sums over the last
       two stages of four on ImageNet); a keyword of the objective.
-    hard_weight: 1 in all of them; a keyword of the objective.
+    hard_weight: 1 in all of them; a keyword of the objective. None leaves the labels out.
 
   Returns:
     An objective function with the terms ``labels`` and ``attention``.
@@ -69,7 +69,7 @@ def attention_transfer(
   [0.0]
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  check_weights(attention_weight=attention_weight, hard_weight=hard_weight)
+  check_weights(attention_weight=attention_weight)
 
   def objective(
     student: Outputs,
@@ -77,16 +77,12 @@ def attention_transfer(
     batch: Batch,
     *,
     attention_weight: Any = attention_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     maps = map_pairs(student, teacher, pairs)
     values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "attention": Term(values, weight=attention_weight),
-    }
+    return {"attention": Term(values, weight=attention_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def nst(
@@ -94,7 +90,7 @@ def nst(
   student_layers: Sequence[str] = _STAGES,
   teacher_layers: Sequence[str] | None = None,
   nst_weight: float = 50.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> ObjectiveFunction:
   """Neuron selectivity transfer (NST): where each channel fires, and the labels.
 
@@ -106,7 +102,7 @@ def nst(
       paper matches the last).
     teacher_layers: the teacher's, one for each; None for the same names.
     nst_weight: 50 in RepDistiller and mdistiller; a keyword of the objective.
-    hard_weight: 1 in both; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
 
   Returns:
     An objective function with the terms ``labels`` and ``nst``.
@@ -121,7 +117,7 @@ def nst(
   [0.0]
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  check_weights(nst_weight=nst_weight, hard_weight=hard_weight)
+  check_weights(nst_weight=nst_weight)
 
   def objective(
     student: Outputs,
@@ -129,16 +125,12 @@ def nst(
     batch: Batch,
     *,
     nst_weight: Any = nst_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     maps = map_pairs(student, teacher, pairs)
     values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "nst": Term(values, weight=nst_weight),
-    }
+    return {"nst": Term(values, weight=nst_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 class _VariationalMean(nn.Module):
@@ -170,7 +162,7 @@ def vid(
   student_layers: Sequence[str] = _STAGES,
   teacher_layers: Sequence[str] | None = None,
   vid_weight: float = 1.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   init_variance: float = 5.0,
 ) -> Objective:
   """Variational information distillation (VID): the teacher's stages, likely given the student's.
@@ -184,7 +176,7 @@ def vid(
     student_layers: features of any kind; all three stages as in RepDistiller and mdistiller.
     teacher_layers: the teacher's, one for each; None for the same names.
     vid_weight: 1 in both; a keyword of the objective.
-    hard_weight: 1 in both; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
     init_variance: where each channel's variance starts; 5 in both. mdistiller never trains it.
 
   Returns:
@@ -223,12 +215,9 @@ def vid(
       values.append(
         losses.variational_information(mean, teacher.features[theirs], raw_variance=raw_variance)
       )
-    return {
-      "labels": hard_term(student, batch, hyper["hard_weight"]),
-      "vid": Term(total(values), weight=hyper["vid_weight"]),
-    }
+    return {"vid": Term(total(values), weight=hyper["vid_weight"])}
 
-  return learned(modules, terms, {"vid_weight": vid_weight, "hard_weight": hard_weight})
+  return with_labels(learned(modules, terms, {"vid_weight": vid_weight}), hard_weight)
 
 
 def overhaul(
@@ -237,7 +226,7 @@ def overhaul(
   student_layers: Sequence[str] = _BEFORE_RELU,
   teacher_layers: Sequence[str] | None = None,
   overhaul_weight: float = 1e-3,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   stage_weights: Sequence[float] | None = None,
   axis_name: str | None = None,
 ) -> Objective:
@@ -253,7 +242,7 @@ def overhaul(
     teacher_layers: the teacher's, one for each; None for the same names.
     overhaul_weight: 1e-3 in the published code and mdistiller (1e-4 for ResNet-50 → MobileNet on
       ImageNet); a keyword of the objective.
-    hard_weight: 1 in both; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
     stage_weights: one for each layer; by default 1 for the last and half as much for each one
       before it, as published.
     axis_name: the mapped axis over which the connectors' BatchNorm averages, under ``pmap``.
@@ -307,12 +296,9 @@ def overhaul(
       weight * losses.overhaul(ours, teacher.features[theirs], margin=margin)
       for weight, ours, (_, theirs), margin in zip(weights, connected, pairs, margins, strict=True)
     )
-    return {
-      "labels": hard_term(student, batch, hyper["hard_weight"]),
-      "overhaul": Term(values, weight=hyper["overhaul_weight"]),
-    }
+    return {"overhaul": Term(values, weight=hyper["overhaul_weight"])}
 
-  return learned(modules, terms, {"overhaul_weight": overhaul_weight, "hard_weight": hard_weight})
+  return with_labels(learned(modules, terms, {"overhaul_weight": overhaul_weight}), hard_weight)
 
 
 def overhaul_margins(

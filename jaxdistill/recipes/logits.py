@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxdistill import arguments, losses
-from jaxdistill.recipes._pieces import Running, feature, hard_term, init_modules
+from jaxdistill.recipes._pieces import Running, feature, init_modules, with_labels
 from jaxdistill.recipes._predictions import (
   EPOCH,
   LogitLoss,
@@ -36,7 +36,7 @@ def kd_standardized(
   loss: LogitLoss = losses.soft_target_kl,
   temperature: float = 2.0,
   soft_weight: float = 9.0,
-  hard_weight: float = 0.1,
+  hard_weight: float | None = 0.1,
 ) -> ObjectiveFunction:
   """Logit standardisation (LSKD): the logits' z-scores in front of a loss on logits.
 
@@ -54,7 +54,7 @@ def kd_standardized(
     temperature: in standard deviations of the logits; the published code's for CIFAR-100. It and
       both weights are keywords of the objective.
     soft_weight: of the loss; the published code's for CIFAR-100, ten times `kd`'s.
-    hard_weight: of the labels; likewise.
+    hard_weight: of the labels; likewise. None leaves that term out.
 
   Returns:
     An objective function with the terms ``labels`` and ``soft``. Unlabelled examples take part in
@@ -73,15 +73,11 @@ def kd_standardized(
     *,
     temperature: Any = temperature,
     soft_weight: Any = soft_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "soft": Term(loss(ours, theirs, temperature=temperature), weight=soft_weight),
-    }
+    return {"soft": Term(loss(ours, theirs, temperature=temperature), weight=soft_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def dkd(
@@ -90,7 +86,7 @@ def dkd(
   target_weight: float = 1.0,
   nontarget_weight: float = 8.0,
   soft_weight: float = 1.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   warmup_steps: int = 20 * EPOCH,
   standardize: bool = False,
 ) -> ObjectiveFunction:
@@ -112,7 +108,7 @@ def dkd(
     target_weight: of the (label, rest) pair; 1 in the paper.
     nontarget_weight: of the other classes; the paper's for resnet32x4 to resnet8x4.
     soft_weight: of both parts together; logit standardisation has 9, at temperature 2.
-    hard_weight: of the labels; 1 in the paper.
+    hard_weight: of the labels; 1 in the paper. None leaves that term out.
     warmup_steps: in how many steps the keyword ``dkd_warmup`` rises from 0 to 1, in a line; 20
       epochs of CIFAR-100 at batch size 64 by default, as published. 0 turns it off.
     standardize: whether logits are standardised first (see `kd_standardized`).
@@ -142,7 +138,6 @@ def dkd(
     target_weight: Any = target_weight,
     nontarget_weight: Any = nontarget_weight,
     soft_weight: Any = soft_weight,
-    hard_weight: Any = hard_weight,
     dkd_warmup: Any = rising,
   ) -> dict[str, Term]:
     ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
@@ -155,12 +150,9 @@ def dkd(
       target_weight=target_weight,
       nontarget_weight=nontarget_weight,
     )
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "dkd": Term(values, weight=weight, where=batch.labelled),
-    }
+    return {"dkd": Term(values, weight=weight, where=batch.labelled)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def dist(
@@ -168,7 +160,7 @@ def dist(
   temperature: float = 4.0,
   inter_weight: float = 2.0,
   intra_weight: float = 2.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   standardize: bool = False,
 ) -> ObjectiveFunction:
   """DIST: correlations of predictions, over an example's classes and over a class's examples.
@@ -186,7 +178,7 @@ def dist(
     inter_weight: of the relation between classes.
     intra_weight: of the relation within each class, which depends on who is in the batch: under
       ``pmap`` or gradient accumulation, the device's share or the micro-batch.
-    hard_weight: of the labels.
+    hard_weight: of the labels; None leaves that term out.
     standardize: whether logits are standardised first (see `kd_standardized`).
 
   Returns:
@@ -208,7 +200,6 @@ def dist(
     temperature: Any = temperature,
     inter_weight: Any = inter_weight,
     intra_weight: Any = intra_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
     counted = batch.weight > 0
@@ -217,12 +208,11 @@ def dist(
     # One example has no relation within a class: such a micro-batch must not dilute the others.
     related = jnp.full(intra.shape, jnp.sum(counted) > 1)
     return {
-      "labels": hard_term(student, batch, hard_weight),
       "inter": Term(inter, weight=inter_weight),
       "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
     }
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def ofa(
@@ -233,7 +223,7 @@ def ofa(
   temperature: float = 1.0,
   ofa_weight: float = 1.0,
   soft_weight: float = 1.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> Objective:
   """One-for-all distillation (OFA-KD): the teacher's logits teach exits on the student's stages.
 
@@ -256,7 +246,7 @@ def ofa(
     temperature: 1 in the published code.
     ofa_weight: of the exits, whose losses are added up; 1 in the published code, as the two below.
     soft_weight: of the same loss on the student's logits.
-    hard_weight: of the labels.
+    hard_weight: of the labels; None leaves that term out.
 
   Returns:
     An `Objective` with the terms ``labels``, ``soft`` and ``ofa``. All of them count labelled
@@ -276,7 +266,6 @@ def ofa(
     "temperature": temperature,
     "ofa_weight": ofa_weight,
     "soft_weight": soft_weight,
-    "hard_weight": hard_weight,
   }
 
   def exits(student: Outputs, num_classes: int) -> dict[str, tuple[nn.Module | None, Any]]:
@@ -310,12 +299,11 @@ def ofa(
       for z in (ours, *predictions)
     ]
     return {
-      "labels": hard_term(student, batch, now["hard_weight"]),
       "soft": Term(final, weight=now["soft_weight"], where=batch.labelled),
       "ofa": Term(sum(early), weight=now["ofa_weight"], where=batch.labelled),
     }, running.state
 
-  return Objective(init=init, apply=apply, hyper=hyper)
+  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
 
 
 class _PooledLinear(nn.Module):

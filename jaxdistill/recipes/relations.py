@@ -17,7 +17,7 @@ from jaxdistill.recipes._examples import (
   init_embeddings,
   present,
 )
-from jaxdistill.recipes._pieces import check_weights, hard_term
+from jaxdistill.recipes._pieces import check_weights, with_labels
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["correlation_congruence", "pkt", "rkd", "similarity_preserving"]
@@ -30,7 +30,7 @@ def similarity_preserving(
   student_layer: str = "stage3",
   teacher_layer: str | None = None,
   similarity_weight: float = 3000.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> ObjectiveFunction:
   """Similarity-preserving distillation (SP): which examples excite the same units.
 
@@ -42,7 +42,7 @@ def similarity_preserving(
     teacher_layer: likewise of the teacher; the same name by default. Sizes and widths may differ.
     similarity_weight: 3000 in RepDistiller and mdistiller; torchdistill has 1, with rows divided
       by another norm.
-    hard_weight: weight of the labels, 1 there.
+    hard_weight: weight of the labels, 1 there; None leaves that term out.
 
   Returns:
     An objective function with the terms ``labels`` and ``similarity``.
@@ -52,7 +52,7 @@ def similarity_preserving(
   {'similarity_weight': 3000.0, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
-  check_weights(similarity_weight=similarity_weight, hard_weight=hard_weight)
+  check_weights(similarity_weight=similarity_weight)
 
   def objective(
     student: Outputs,
@@ -60,16 +60,12 @@ def similarity_preserving(
     batch: Batch,
     *,
     similarity_weight: Any = similarity_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     pair = both_features(student, teacher, layers)
     values = losses.similarity_preserving(*pair, where=present(batch))
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "similarity": Term(values, weight=similarity_weight),
-    }
+    return {"similarity": Term(values, weight=similarity_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def rkd(
@@ -79,7 +75,7 @@ def rkd(
   distance_weight: float = 25.0,
   angle_weight: float = 50.0,
   rkd_weight: float = 1.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> ObjectiveFunction:
   """Relational knowledge distillation (RKD): distances of pairs and angles of triples.
 
@@ -92,7 +88,7 @@ def rkd(
     distance_weight: 25 in RepDistiller and mdistiller; torchdistill has 1, on the last map.
     angle_weight: 50 in RepDistiller and mdistiller; torchdistill has 2.
     rkd_weight: of both together, 1 in RepDistiller.
-    hard_weight: weight of the labels, 1 there.
+    hard_weight: weight of the labels, 1 there; None leaves that term out.
 
   Returns:
     An objective function with the terms ``labels``, ``distance`` and ``angle``.
@@ -106,7 +102,6 @@ def rkd(
     distance_weight=distance_weight,
     angle_weight=angle_weight,
     rkd_weight=rkd_weight,
-    hard_weight=hard_weight,
   )
 
   def objective(
@@ -117,18 +112,16 @@ def rkd(
     distance_weight: Any = distance_weight,
     angle_weight: Any = angle_weight,
     rkd_weight: Any = rkd_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     pair, there = both_features(student, teacher, layers), present(batch)
     distance = losses.relational_distance(*pair, where=there)
     angle = losses.relational_angle(*pair, where=there)
     return {
-      "labels": hard_term(student, batch, hard_weight),
       "distance": Term(distance, weight=rkd_weight * distance_weight),
       "angle": Term(angle, weight=rkd_weight * angle_weight),
     }
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def pkt(
@@ -136,7 +129,7 @@ def pkt(
   student_layer: str = "pooled",
   teacher_layer: str | None = None,
   pkt_weight: float = 30000.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
 ) -> ObjectiveFunction:
   """Probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour.
 
@@ -147,7 +140,7 @@ def pkt(
     student_layer: the pooled feature, as in RepDistiller and mdistiller.
     teacher_layer: likewise of the teacher; the same name by default. Widths may differ.
     pkt_weight: 30 000 in RepDistiller and mdistiller, for a mean over all pairs.
-    hard_weight: weight of the labels, 1 there; torchdistill has no such term.
+    hard_weight: weight of the labels, 1 there; None leaves that term out, as torchdistill does.
 
   Returns:
     An objective function with the terms ``labels`` and ``pkt``.
@@ -157,7 +150,7 @@ def pkt(
   {'pkt_weight': 30000.0, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
-  check_weights(pkt_weight=pkt_weight, hard_weight=hard_weight)
+  check_weights(pkt_weight=pkt_weight)
 
   def objective(
     student: Outputs,
@@ -165,16 +158,12 @@ def pkt(
     batch: Batch,
     *,
     pkt_weight: Any = pkt_weight,
-    hard_weight: Any = hard_weight,
   ) -> dict[str, Term]:
     pair = both_features(student, teacher, layers)
     values = losses.probabilistic_transfer(*pair, where=present(batch))
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "pkt": Term(values, weight=pkt_weight),
-    }
+    return {"pkt": Term(values, weight=pkt_weight)}
 
-  return objective
+  return with_labels(objective, hard_weight)
 
 
 def correlation_congruence(
@@ -182,7 +171,7 @@ def correlation_congruence(
   student_layer: str = "pooled",
   teacher_layer: str | None = None,
   correlation_weight: float = 0.02,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   width: int = 128,
 ) -> Objective:
   """Correlation congruence (CC): the errors of examples that follow each other in the batch.
@@ -196,7 +185,7 @@ def correlation_congruence(
     student_layer: the pooled feature; any other shape is flattened.
     teacher_layer: likewise of the teacher; the same name by default.
     correlation_weight: 0.02 in RepDistiller.
-    hard_weight: weight of the labels, 1 there.
+    hard_weight: weight of the labels, 1 there; None leaves that term out.
     width: of both embeddings, 128 there.
 
   Returns:
@@ -207,9 +196,9 @@ def correlation_congruence(
   {'correlation_weight': 0.02, 'hard_weight': 1.0}
   """
   layers = check_layers(student_layer, teacher_layer)
-  check_weights(correlation_weight=correlation_weight, hard_weight=hard_weight)
+  check_weights(correlation_weight=correlation_weight)
   arguments.whole("width", width)
-  defaults = {"correlation_weight": correlation_weight, "hard_weight": hard_weight}
+  defaults = {"correlation_weight": correlation_weight}
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     return init_embeddings(key, student, teacher, layers, width), {}
@@ -223,16 +212,13 @@ def correlation_congruence(
     *,
     key: Any,
     correlation_weight: Any = correlation_weight,
-    hard_weight: Any = hard_weight,
   ) -> tuple[dict[str, Term], PyTree]:
     del key
     there = present(batch)
     ours, theirs = embed(params, student, teacher, layers, width, there)
     values = losses.correlation_congruence(ours, theirs, where=there)
     pairs = there[:-1] & there[1:]
-    return {
-      "labels": hard_term(student, batch, hard_weight),
-      "correlation": Term(values, weight=correlation_weight, where=pairs, axis="pairs"),
-    }, state
+    term = Term(values, weight=correlation_weight, where=pairs, axis="pairs")
+    return {"correlation": term}, state
 
-  return Objective(init=init, apply=apply, hyper=defaults)
+  return with_labels(Objective(init=init, apply=apply, hyper=defaults), hard_weight)

@@ -11,7 +11,7 @@ import optax
 
 from jaxdistill import arguments, losses, projectors
 from jaxdistill.recipes._matched import layer_pairs, learned, total
-from jaxdistill.recipes._pieces import Running, feature, hard_term
+from jaxdistill.recipes._pieces import Running, feature, with_labels
 from jaxdistill.recipes._predictions import EPOCH
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -28,7 +28,7 @@ def reviewkd(
     "pooled",
   ),
   review_weight: float = 5.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   warmup_steps: int = 20 * EPOCH,
   max_mid: int = 512,
   axis_name: str | None = None,
@@ -50,7 +50,7 @@ def reviewkd(
       ResNets, resnet32x4 → resnet8x4 and → ShuffleNetV1; there 8 for → ShuffleNetV2, 0.6 for
       resnet56 → resnet20 and 1 for resnet110 → resnet32; on ImageNet 1 for ResNet-34 → ResNet-18
       and 8 for ResNet-50 → MobileNet. A keyword of the objective.
-    hard_weight: 1 in both; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
     warmup_steps: over how many steps the keyword ``review_warmup`` rises from 0 to 1; by default
       20 epochs of CIFAR-100 at batch 64. Published are 20 epochs on CIFAR, 1 on ImageNet, in steps
       of an epoch; torchdistill has none. 0 turns it off.
@@ -113,17 +113,11 @@ def reviewkd(
       values.append(losses.hierarchical_context(fused, taught))
     # A schedule that no step has followed: the warm-up is over.
     warmup = 1.0 if callable(hyper["review_warmup"]) else hyper["review_warmup"]
-    return {
-      "labels": hard_term(student, batch, hyper["hard_weight"]),
-      "review": Term(total(values), weight=hyper["review_weight"] * warmup),
-    }
+    return {"review": Term(total(values), weight=hyper["review_weight"] * warmup)}
 
   warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
-  return learned(
-    modules,
-    terms,
-    {"review_weight": review_weight, "hard_weight": hard_weight, "review_warmup": warmup},
-  )
+  hyper = {"review_weight": review_weight, "review_warmup": warmup}
+  return with_labels(learned(modules, terms, hyper), hard_weight)
 
 
 def _as_map(value: Any, name: str) -> jax.ShapeDtypeStruct:

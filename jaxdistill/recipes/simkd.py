@@ -10,10 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import arguments, losses
-from jaxdistill.losses._maps import average_pool
+from jaxdistill import arguments, losses, pooling
 from jaxdistill.recipes._examples import both_features, check_layers
-from jaxdistill.recipes._pieces import Running, check_weights, feature, init_modules
+from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term, init_modules
 from jaxdistill.types import Batch, Deployed, Network, Objective, Outputs, Term, compute_dtype
 
 __all__ = ["simkd"]
@@ -27,7 +26,7 @@ def simkd(
   student_layer: str = "stage3",
   teacher_layer: str | None = None,
   simkd_weight: float = 1.0,
-  hard_weight: float = 0.0,
+  hard_weight: float | None = 0.0,
   factor: int = 2,
   head: Callable[[PyTree, jax.Array], jax.Array] | None = None,
   projector: Callable[[Any, Any], nn.Module] | None = None,
@@ -55,6 +54,7 @@ def simkd(
     simkd_weight: 1 in the published code.
     hard_weight: of the cross-entropy of what the deployed network predicts, through the
       projector's batch statistics. 0 in the published code; the term is logged all the same.
+      None leaves it out.
     factor: by how much the projector's middle is narrower than the teacher's map, 2 in the
       published code; 4 and 8 are smaller and somewhat less accurate.
     head: ``(classifier, maps [B, H, W, C]) -> logits [B, K]``; by default the mean over positions,
@@ -80,7 +80,9 @@ def simkd(
   {'simkd_weight': 1.0, 'hard_weight': 0.0}
   """
   layers = check_layers(student_layer, teacher_layer)
-  check_weights(simkd_weight=simkd_weight, hard_weight=hard_weight)
+  hyper = {"simkd_weight": simkd_weight}
+  hyper |= {} if hard_weight is None else {"hard_weight": hard_weight}
+  check_weights(**hyper)
   arguments.whole("factor", factor)
   if head is None:
     _check_dense(classifier)
@@ -113,14 +115,12 @@ def simkd(
     pooled = parts.pooled(ours, state["target"])
     running = Running(params, state)
     projected = running("projector", parts.module(pooled, state["target"]), pooled)
-    predicted = parts.head(state["classifier"], projected)
-    hard = losses.cross_entropy(predicted, batch.labels)
-    return {
-      "labels": Term(hard, weight=hard_weight, where=batch.labelled),
-      "simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight),
-    }, running.state
+    terms = {"simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight)}
+    if hard_weight is not None:
+      predicted = parts.head(state["classifier"], projected)
+      terms = {"labels": hard_term(Outputs(predicted), batch, hard_weight), **terms}
+    return terms, running.state
 
-  hyper = {"simkd_weight": simkd_weight, "hard_weight": hard_weight}
   deployed = Deployed(network=parts.network, variables=_together)
   return Objective(init=init, apply=apply, hyper=hyper, deployed=deployed)
 
@@ -149,7 +149,7 @@ class _Parts:
   def pooled(self, maps: jax.Array, target: Any) -> jax.Array:
     """The student's map in the size that the projector leads to."""
     dtype = compute_dtype(maps)
-    return average_pool(maps.astype(dtype), *target.shape[:2])
+    return pooling.average_pool(maps.astype(dtype), *target.shape[:2])
 
   def module(self, pooled: Any, target: Any) -> nn.Module:
     """The projector from one map's shape to the other's."""

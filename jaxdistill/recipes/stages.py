@@ -39,7 +39,7 @@ from jaxdistill.recipes._matched import (
   stage_weights_or,
   total,
 )
-from jaxdistill.recipes._pieces import Running, hard_term, init_modules
+from jaxdistill.recipes._pieces import Running, init_modules, with_labels
 from jaxdistill.recipes.basics import labels
 from jaxdistill.types import Batch, Objective, Outputs, Term, as_objective
 
@@ -54,7 +54,7 @@ def fsp(
   student_layers: Sequence[str] = ("stem", "stage1", "stage2", "stage3"),
   teacher_layers: Sequence[str] | None = None,
   fsp_weight: float | None = None,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   connect: bool = True,
   axis_name: str | None = None,
 ) -> Objective:
@@ -68,7 +68,7 @@ def fsp(
     teacher_layers: the teacher's, one for each; None for the same names.
     fsp_weight: a keyword of the objective. None is 1 for stage 1, as RepDistiller runs it, and for
       both at once the 50 that its scripts name (where it takes no effect).
-    hard_weight: 1 in RepDistiller; a keyword of the objective.
+    hard_weight: 1 in RepDistiller; a keyword of the objective. None leaves the labels out.
     connect: whether a student's map of another width than the teacher's goes through a 1 x 1
       convolution, BatchNorm and ReLU (``connector<i>``), trained with the student. Published codes
       have no such thing and need equal widths: False makes others an error.
@@ -90,7 +90,7 @@ def fsp(
   _check_stage(stage)
   pairs = layer_pairs(student_layers, teacher_layers, least=2)
   if stage == 2:
-    return as_objective(labels(hard_weight=hard_weight))
+    return _labels_alone(hard_weight)
   if fsp_weight is None:
     fsp_weight = 50.0 if stage is None else 1.0
 
@@ -115,9 +115,10 @@ def fsp(
     theirs = [teacher.features[name] for _, name in pairs]
     steps = zip(itertools.pairwise(ours), itertools.pairwise(theirs), strict=True)
     values = total(losses.flow_of_solution(mine, its) for mine, its in steps)
-    return _both(stage, student, batch, hyper, fsp=Term(values, weight=hyper["fsp_weight"]))
+    return {"fsp": Term(values, weight=hyper["fsp_weight"])}
 
-  return learned(modules, terms, _hyper(stage, hard_weight, fsp_weight=fsp_weight))
+  objective = learned(modules, terms, {"fsp_weight": fsp_weight})
+  return objective if stage == 1 else with_labels(objective, hard_weight)
 
 
 def activation_boundary(
@@ -126,7 +127,7 @@ def activation_boundary(
   student_layers: Sequence[str] = ("stage1_preact", "stage2_preact", "stage3_preact"),
   teacher_layers: Sequence[str] | None = None,
   boundary_weight: float = 3e-3,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   margin: float = 1.0,
   stage_weights: Sequence[float] | None = None,
   axis_name: str | None = None,
@@ -142,7 +143,7 @@ def activation_boundary(
     student_layers: maps from before their activation; all three stages as in RepDistiller.
     teacher_layers: the teacher's, one for each; None for the same names.
     boundary_weight: 3/1000 in RepDistiller, 1 in torchdistill; a keyword of the objective.
-    hard_weight: 1 in RepDistiller; a keyword of the objective.
+    hard_weight: 1 in RepDistiller; a keyword of the objective. None leaves the labels out.
     margin: 1 in both; a keyword of the objective.
     stage_weights: one for each layer; by default 1 for the last and half as much for each one
       before it, as in RepDistiller. torchdistill has 1 for each.
@@ -165,7 +166,7 @@ def activation_boundary(
   pairs = layer_pairs(student_layers, teacher_layers)
   weights = stage_weights_or(stage_weights, len(pairs))
   if stage == 2:
-    return as_objective(labels(hard_weight=hard_weight))
+    return _labels_alone(hard_weight)
 
   def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
@@ -184,11 +185,11 @@ def activation_boundary(
       weight * losses.activation_boundary(ours, teacher.features[name], margin=hyper["margin"])
       for weight, ours, (_, name) in zip(weights, connected, pairs, strict=True)
     )
-    term = Term(values, weight=hyper["boundary_weight"])
-    return _both(stage, student, batch, hyper, boundary=term)
+    return {"boundary": Term(values, weight=hyper["boundary_weight"])}
 
-  weighted = _hyper(stage, hard_weight, boundary_weight=boundary_weight, margin=margin)
-  return learned(modules, terms, weighted)
+  weighted = {"boundary_weight": boundary_weight, "margin": margin}
+  objective = learned(modules, terms, weighted)
+  return objective if stage == 1 else with_labels(objective, hard_weight)
 
 
 def factor_transfer(
@@ -197,7 +198,7 @@ def factor_transfer(
   student_layer: str = "stage3",
   teacher_layer: str | None = None,
   factor_weight: float = 200.0,
-  hard_weight: float = 1.0,
+  hard_weight: float | None = 1.0,
   reconstruction_weight: float = 1.0,
   ratio: float = 0.5,
   axis_name: str | None = None,
@@ -224,7 +225,7 @@ def factor_transfer(
     teacher_layer: the teacher's; None for the same name.
     factor_weight: 200 in RepDistiller; 1000 in torchdistill, whose factors are normalised
       otherwise. A keyword of the objective.
-    hard_weight: 1 in RepDistiller; a keyword of the objective.
+    hard_weight: 1 in RepDistiller; a keyword of the objective. None leaves the labels out.
     reconstruction_weight: 1 in RepDistiller, which trains the paraphraser at learning rate 0.01;
       a keyword of the objective.
     ratio: the factor's channels by the teacher's; 0.5 in the paper and RepDistiller.
@@ -282,14 +283,14 @@ def factor_transfer(
       translated = running("translator", *found["translator"])
       # The one gradient between two things that are both trained here, where the method has none.
       values = losses.factor_transfer(translated, jax.lax.stop_gradient(factor))
-      made["labels"] = hard_term(student, batch, hyper["hard_weight"])
       made["factor"] = Term(values, weight=hyper["factor_weight"])
     return made
 
   first = {"reconstruction_weight": reconstruction_weight}
-  second = {"factor_weight": factor_weight, "hard_weight": hard_weight}
+  second = {"factor_weight": factor_weight}
   hyper = {1: first, 2: second, None: {**second, **first}}[stage]
-  return learned(modules, terms, hyper, init=init)
+  objective = learned(modules, terms, hyper, init=init)
+  return objective if stage == 1 else with_labels(objective, hard_weight)
 
 
 class _Encoder(nn.Module):
@@ -343,13 +344,7 @@ def _check_stage(stage: Any) -> None:
     raise ValueError(f"stage={arguments.show(stage)} must be 1, 2, or None for both at once.")
 
 
-def _hyper(stage: int | None, hard_weight: Any, **own: Any) -> dict[str, Any]:
-  """The keywords of stage 1, or of both stages at once."""
-  return own if stage == 1 else {**own, "hard_weight": hard_weight}
-
-
-def _both(
-  stage: int | None, student: Outputs, batch: Batch, hyper: Mapping[str, Any], **own: Term
-) -> dict[str, Term]:
-  """The terms of stage 1, or of both stages at once."""
-  return own if stage == 1 else {"labels": hard_term(student, batch, hyper["hard_weight"]), **own}
+def _labels_alone(hard_weight: Any) -> Objective:
+  if hard_weight is None:
+    raise ValueError("hard_weight=None leaves nothing: stage=2 is the labels alone; give a number.")
+  return as_objective(labels(hard_weight=hard_weight))

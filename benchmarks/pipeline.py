@@ -1,0 +1,172 @@
+"""What the input pipeline costs beside the step, in one run: examples per second of training.
+
+Three programs, each a chunk of distillation steps with the same networks and optimiser:
+
+- step alone: every step gets one fixed batch, ready on the device;
+- on the device: the batch is cut inside the program from the whole set as uint8, shifted (and
+  flipped) at random, and normalised; the host only draws the order;
+- through Grain: the host reads the rows of the next chunk while this one runs; augmentation and
+  normalisation are inside the program.
+
+A pair of ResNets at CIFAR's size, and the digits' pair, whose steps are so short that a pipeline
+has nowhere to hide. The sides take turns in short rounds; a pipeline's cost is the median over
+rounds of its time over the step's in the same round.
+
+Command:   python benchmarks/pipeline.py        (results: benchmarks/results/pipeline.json)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from jaxdistill import capture, data, models, recipes, report, step, teachers
+from jaxdistill.state import init_state
+
+LIMIT = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to measure."""
+
+  rounds: int = 15
+  seconds: float = 1.0
+  """How long each side runs in a round, at least one chunk."""
+  batch_size: int = 64
+  prefetch: int = 4
+  out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "pipeline.json"
+
+
+def pairs():
+  """Teacher, student, examples, normalisation, augmentation, and steps in a chunk."""
+  random = np.random.default_rng(0)
+  images = random.integers(0, 256, (5000, 32, 32, 3)).astype(np.uint8)
+  cifar = data.from_arrays(images, random.integers(0, 100, 5000), num_classes=100)
+  small = random.integers(0, 17, (990, 8, 8, 1)).astype(np.uint8)
+  digits = data.from_arrays(small, random.integers(0, 10, 990), num_classes=10)
+  return {
+    "ResNet-20 to ResNet-8 half as wide, 32x32x3, crop and flip": (
+      models.ResNet(depth=20, num_classes=100),
+      models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)),
+      (cifar, data.CIFAR, data.crop_flip(4)),
+      1,  # XLA computes its own convolutions slowly inside a loop on a CPU
+    ),
+    "ConvNet 32, 64, 64 to 8, 16, 16, 8x8x1, crop": (
+      models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256),
+      models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+      (digits, data.DIGITS, data.crop(1)),
+      45,
+    ),
+  }
+
+
+def sides(teacher, student, examples, chunk, options):
+  """The three programs, as functions that train one chunk and do not wait for it."""
+  held, normalize, augmentation = examples
+  teacher, student = capture.linen(teacher), capture.linen(student)
+  common = {"batch_size": options.batch_size, "data_seed": 0, "normalize": normalize}
+  here = data.on_device(held, augmentation=augmentation, **common)
+  stream = data.streamed(held, augmentation=augmentation, prefetch=options.prefetch, **common)
+  item = jax.tree.map(lambda leaf: leaf[0], here.items(0, 1))
+  batch = jax.jit(here.cut)(here.shared, item)
+  optimizer, objective, teach = optax.adam(1e-3), recipes.kd(), teachers.frozen(teacher)
+  variables = teacher.init(jax.random.key(1), batch.inputs)
+  take = step.make_step(student, teach, objective, optimizer)
+  init = jax.jit(
+    lambda key, v: init_state(
+      key, student, objective, optimizer, batch, teacher=teach, teacher_variables=v
+    )
+  )
+
+  def compiled(cut):
+    def one(state, v, shared, items):
+      return take(state, v, cut(shared, jax.tree.map(lambda leaf: leaf[0], items)))
+
+    def scanned(state, v, shared, items):
+      return jax.lax.scan(lambda now, item: take(now, v, cut(shared, item)), state, items)
+
+    return jax.jit(one if chunk == 1 else scanned, donate_argnums=0)
+
+  def side(program, shared, read):
+    state, at, sums = [init(jax.random.key(0), variables)], [0], [None]
+
+    def run():
+      items = read(at[0])
+      at[0] += chunk
+      former = sums[0]
+      state[0], sums[0] = program(state[0], variables, shared, items)
+      # As in training: the next chunk is read while this one runs, and no further ahead.
+      jax.block_until_ready(former)
+
+    return run, lambda: jax.block_until_ready(sums[0])
+
+  # The chunk's batches are an argument, so that nothing in the step is the same for all its turns.
+  fixed = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * chunk), batch)
+  cut = compiled(here.cut)
+  return {
+    "step alone": side(compiled(lambda _, batch: batch), None, lambda at: fixed),
+    "on the device": side(cut, here.shared, lambda at: here.items(at, chunk)),
+    "through Grain": side(compiled(stream.cut), stream.shared, lambda at: stream.items(at, chunk)),
+  }
+
+
+def measure(functions, options):
+  """Seconds of a chunk, of each side in each round."""
+  counts = {}
+  for name, (run, wait) in functions.items():
+    run(), wait()
+    begin = time.perf_counter()
+    run(), wait()
+    counts[name] = max(1, round(options.seconds / (time.perf_counter() - begin)))
+  rounds = {name: [] for name in functions}
+  for _ in range(options.rounds):
+    for name, (run, wait) in functions.items():
+      begin = time.perf_counter()
+      for _ in range(counts[name]):
+        run()
+      wait()
+      rounds[name].append((time.perf_counter() - begin) / counts[name])
+  return rounds
+
+
+def main(options: Options) -> None:
+  results = {}
+  for name, (teacher, student, examples, chunk) in pairs().items():
+    rounds = measure(sides(teacher, student, examples, chunk, options), options)
+    alone = np.array(rounds["step alone"])
+    results[name] = {
+      side: {
+        "milliseconds_per_step": 1e3 * float(np.median(seconds)) / chunk,
+        "examples_per_second": chunk * options.batch_size / float(np.median(seconds)),
+        "over_the_step": float(np.median(np.array(seconds) / alone)),
+        "spread": [float(q) for q in np.quantile(np.array(seconds) / alone, (0.25, 0.75))],
+      }
+      for side, seconds in rounds.items()
+    }
+    print(f"{name}\n  {'':<16}{'ms a step':>12}{'examples/s':>12}{'of the step':>12}")
+    for side, found in results[name].items():
+      print(
+        f"  {side:<16}{found['milliseconds_per_step']:>12.3f}"
+        f"{found['examples_per_second']:>12.0f}{found['over_the_step']:>12.3f}"
+      )
+  options.out.parent.mkdir(parents=True, exist_ok=True)
+  written = {"environment": report.environment(), "batch_size": options.batch_size}
+  written |= {"rounds": options.rounds, "load": os.getloadavg(), "pairs": results}
+  options.out.write_text(json.dumps(written, indent=2) + "\n")
+  for side in ("through Grain", "on the device"):
+    most = max(found[side]["over_the_step"] for found in results.values())
+    wanted = f"  (wanted: at most {LIMIT})" if side == "on the device" else ""
+    print(f"ratio of training {side} to the step alone, the greater pair: {most:.3f}{wanted}")
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options))

@@ -1,0 +1,209 @@
+"""Twenty and three hundred students by a sweep, one after another, and by PyTorch, in one run.
+
+Digits; teacher: 3x3 convolutions of 32, 64 (stride 2) and 64 channels, a dense layer of 256.
+Students: an MLP 64-16-10, and the teacher's shape with 8, 16, 16 channels and a dense layer of 64.
+30 epochs of batches of 64, Adam. Twenty students: temperatures 1 to 20. Three hundred: those with
+three soft weights and five seeds. All sides train the same networks on the same batches for as
+many steps, from one teacher's weights, and measure each student on the validation split at its end.
+
+- sweep: `jaxdistill.sweep.run`;
+- one after another: `jaxdistill.train.fit` for each, with the teacher in the step;
+- PyTorch: an ordinary loop, the teacher run on every batch;
+- PyTorch, precomputed: the same, with the teacher's outputs computed once before.
+
+Each side is a process of its own, and its time is the process's: start-up, imports, compilation
+and set-up count. Sides that go one after another train a part of the students, as the table says,
+and all but the first are reckoned at the median of those after it, which whatever else the machine
+does touches least. PyTorch gets the number of threads with which it is faster.
+
+Command:   python benchmarks/sweep.py           (results: benchmarks/results/sweep.json)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import optax
+import tyro
+from flax import traverse_util
+from sweep_sides import Task
+
+from jaxdistill import capture, data, models, recipes, report, train
+
+TARGETS = {
+  ("MLP", 20): {"pytorch": 10, "alone": 5},
+  ("MLP", 300): {"pytorch": 30, "alone": 5},
+  ("ConvNet", 20): {"pytorch": 2.5, "alone": 2},
+  ("ConvNet", 300): {"pytorch": 4, "alone": 2},
+}
+NAMES = {
+  "sweep": "sweep",
+  "alone": "one after another",
+  "pytorch": "PyTorch",
+  "precomputed": "PyTorch, precomputed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to measure."""
+
+  networks: tuple[str, ...] = ("MLP", "ConvNet")
+  counts: tuple[int, ...] = (20, 300)
+  sides: tuple[str, ...] = ("sweep", "alone", "pytorch", "precomputed")
+  repeats: int = 3
+  """How often the sweep runs; the median counts."""
+  one_in: int = 20
+  """Sides that go one after another train one student in so many, and at least four."""
+  epochs: int = 30
+  batch_size: int = 64
+  rate: float = 1e-3
+  out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "sweep.json"
+
+
+def task_of(options, file, network, count):
+  few = count == 20
+  return Task(
+    file=str(file),
+    network=network,
+    temperatures=tuple(float(t) for t in range(1, 21)),
+    soft_weights=(0.9,) if few else (0.5, 0.7, 0.9),
+    seeds=(0,) if few else (0, 1, 2, 3, 4),
+    batch_size=options.batch_size,
+    epochs=options.epochs,
+    rate=options.rate,
+  )
+
+
+def prepare(options, file):
+  """What all sides are given: the data, the order of the batches, and a trained teacher."""
+  names = data.splits("digits")
+  examples, held_out = (data.load("digits", names[s]) for s in ("train", "validation"))
+  source = data.on_device(
+    examples, batch_size=options.batch_size, data_seed=0, normalize=data.DIGITS
+  )
+  steps = options.epochs * source.steps_per_epoch
+  orders = [dataclasses.replace(source, data_seed=s).items(0, steps)["index"] for s in range(5)]
+  teacher = capture.linen(models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256))
+  fitted = train.fit(
+    teacher,
+    recipes.labels(),
+    data=source,
+    optimizer=optax.adam(options.rate),
+    steps=steps,
+    progress="teacher",
+  )
+  seen = data.DIGITS(held_out.inputs)
+  outputs, _ = teacher.apply(fitted.variables, seen, train=False, key=None)
+  weights = traverse_util.flatten_dict(jax.device_get(fitted.variables), sep="/")
+  np.savez(
+    file,
+    images=examples.inputs,
+    labels=examples.labels,
+    validation_images=held_out.inputs,
+    validation_labels=held_out.labels,
+    orders=np.stack(orders),
+    teacher_logits=np.asarray(outputs.logits),
+    **{f"teacher/{name}": value for name, value in weights.items()},
+  )
+  return float(np.mean(np.argmax(outputs.logits, -1) == held_out.labels))
+
+
+def call(side, task):
+  """Runs a side in a process of its own; all its seconds, and what it printed."""
+  script = pathlib.Path(__file__).parent / "sweep_sides.py"
+  command = [sys.executable, str(script), side, json.dumps(dataclasses.asdict(task))]
+  began = time.perf_counter()
+  made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+  wall = time.perf_counter() - began
+  return wall, json.loads(made.stdout.splitlines()[-1])
+
+
+def measure(side, task, options):
+  """The seconds that all students of a task take on one side."""
+  count = len(task.students())
+  if side == "sweep":
+    runs = sorted((call(side, task) for _ in range(options.repeats)), key=lambda run: run[0])
+    wall, printed = runs[len(runs) // 2]
+    return {"seconds": wall, "trained": count, "all": [run[0] for run in runs], **printed}
+  trained = min(count, max(4, count // options.one_in))
+  wall, printed = call(side, dataclasses.replace(task, trained=trained))
+  inside = printed.pop("seconds")
+  each = float(np.median(inside[1:]))
+  return {
+    "seconds": wall - sum(inside[1:]) + (count - 1) * each,
+    "trained": trained,
+    "measured": wall,
+    "each": inside,
+    **printed,
+  }
+
+
+def faster_threads(task):
+  """With how many threads PyTorch trains this student faster."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  found = {}
+  for threads in sorted({1, cores}):
+    _, printed = call("pytorch", dataclasses.replace(task, trained=2, threads=threads))
+    found[threads] = printed["seconds"][-1]
+  return min(found, key=found.get), found
+
+
+def show(network, count, results):
+  print(f"\n{network}, {count} students")
+  print(f"  {'':<22}{'seconds':>10}{'trained':>10}{'accuracy':>10}{'of the sweep':>14}")
+  for side, result in results.items():
+    ratio = result["seconds"] / results["sweep"]["seconds"] if "sweep" in results else float("nan")
+    print(
+      f"  {NAMES[side]:<22}{result['seconds']:>10.2f}{result['trained']:>10}"
+      f"{100 * result['accuracy']:>10.2f}{ratio:>14.1f}"
+    )
+
+
+def main(options: Options) -> None:
+  sides = list(options.sides)
+  if importlib.util.find_spec("torch") is None:
+    print("PyTorch is not installed: its two sides are left out (pip install 'jaxdistill[peers]').")
+    sides = [side for side in sides if side not in ("pytorch", "precomputed")]
+  written = {"environment": report.environment(), **dataclasses.asdict(options), "out": None}
+  written["load"] = os.getloadavg()
+  results, ratios = {}, []
+  with tempfile.TemporaryDirectory() as folder:
+    file = pathlib.Path(folder, "digits.npz")
+    written["teacher_accuracy"] = prepare(options, file)
+    for network in options.networks:
+      threads = 0
+      if "pytorch" in sides:
+        threads, tried = faster_threads(task_of(options, file, network, 20))
+        written[f"pytorch_threads/{network}"] = {"taken": threads, "seconds_each": tried}
+      for count in options.counts:
+        task = dataclasses.replace(task_of(options, file, network, count), threads=threads)
+        found = {side: measure(side, task, options) for side in sides}
+        show(network, count, found)
+        results[f"{network}/{count}"] = found
+        for side in found if "sweep" in found else ():
+          target = TARGETS[network, count].get(side)
+          if side != "sweep":
+            ratios.append((network, count, side, found, target))
+  written["students"] = results
+  options.out.parent.mkdir(parents=True, exist_ok=True)
+  options.out.write_text(json.dumps(written, indent=2) + "\n")
+  print()
+  for network, count, side, found, target in ratios:
+    ratio = found[side]["seconds"] / found["sweep"]["seconds"]
+    wanted = "" if target is None else f"  (wanted: {target})"
+    print(f"ratio {network}, {count} students, {NAMES[side]} to the sweep: {ratio:.1f}{wanted}")
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options))

@@ -1,0 +1,221 @@
+"""The sides of `benchmarks/sweep.py`, each run in a process of its own.
+
+A side loads the arrays, the teacher's weights and the order of the batches from one file, trains
+its students, measures each on the validation split, and prints one line of JSON. What it imports,
+it imports inside, since the clock runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What every side is asked: the same students, batches and steps."""
+
+  file: str
+  network: str
+  temperatures: tuple[float, ...]
+  soft_weights: tuple[float, ...]
+  seeds: tuple[int, ...]
+  batch_size: int
+  epochs: int
+  rate: float
+  trained: int = 0
+  """How many of the students a side trains that goes one after another; 0 for all."""
+  threads: int = 0
+  """PyTorch's; 0 leaves its own choice."""
+
+  def students(self):
+    """``(temperature, soft weight, seed)`` of each, evenly taken where not all are trained."""
+    every = [(t, w, s) for t in self.temperatures for w in self.soft_weights for s in self.seeds]
+    if not self.trained or self.trained >= len(every):
+      return every
+    return [every[i * len(every) // self.trained] for i in range(self.trained)]
+
+
+def nested(file):
+  """The teacher's variables."""
+  variables = {}
+  for name in file.files:
+    if name.startswith("teacher/"):
+      *path, last = name.split("/")[1:]
+      node = variables
+      for part in path:
+        node = node.setdefault(part, {})
+      node[last] = file[name]
+  return variables
+
+
+def jax_parts(task):
+  """Networks, sources, validation and teacher, for the two sides of this library."""
+  from jaxdistill import capture, data, models
+
+  file = np.load(task.file)
+  students = {
+    "MLP": lambda: models.MLP(widths=(16,)),
+    "ConvNet": lambda: models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+  }
+  student = capture.linen(students[task.network](), name="student")
+  teacher = capture.linen(
+    models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256), name="teacher"
+  )
+  source = data.on_device(
+    data.from_arrays(file["images"], file["labels"], name="digits"),
+    batch_size=task.batch_size,
+    data_seed=task.seeds[0],
+    normalize=data.DIGITS,
+  )
+  validation = data.evaluation_batches(
+    data.from_arrays(file["validation_images"], file["validation_labels"], name="digits"),
+    batch_size=128,
+    normalize=data.DIGITS,
+  )
+  return student, teacher, nested(file), source, validation
+
+
+def swept(task):
+  """(a) This library's sweep."""
+  import optax
+
+  from jaxdistill import recipes, sweep, teachers
+
+  student, teacher, variables, source, validation = jax_parts(task)
+  began = time.perf_counter()
+  result = sweep.run(
+    student,
+    recipes.kd(),
+    points=sweep.product(temperature=task.temperatures, soft_weight=task.soft_weights),
+    seeds=task.seeds,
+    data=source,
+    optimizer=optax.adam(task.rate),
+    steps=task.epochs * source.steps_per_epoch,
+    teacher=teachers.frozen(teacher),
+    teacher_variables=variables,
+    validation=validation,
+    progress=None,
+  )
+  seconds = [time.perf_counter() - began]
+  return seconds, [float(value) for point in result.points for value in point["accuracy"]]
+
+
+def alone(task):
+  """(b) This library's `train.fit` for one student after another, the teacher in the step."""
+  import optax
+
+  from jaxdistill import evaluate, recipes, teachers, train
+
+  student, teacher, variables, source, validation = jax_parts(task)
+  validate = evaluate.validator(student, validation)
+  seconds, accuracies = [], []
+  for temperature, soft_weight, seed in task.students():
+    began = time.perf_counter()
+    fitted = train.fit(
+      student,
+      recipes.kd(temperature=temperature, soft_weight=soft_weight),
+      data=dataclasses.replace(source, data_seed=seed),
+      optimizer=optax.adam(task.rate),
+      steps=task.epochs * source.steps_per_epoch,
+      seed=seed,
+      teacher=teachers.frozen(teacher),
+      teacher_variables=variables,
+      validate=validate,
+      validate_every=task.epochs * source.steps_per_epoch,
+      progress=None,
+    )
+    accuracies.append(float(fitted.history[-1]["validation/accuracy"]))
+    seconds.append(time.perf_counter() - began)
+  return seconds, accuracies
+
+
+def pytorch_teacher(variables):
+  """The teacher in PyTorch, for images that are turned by half a turn (see `looped`)."""
+  import pytorch
+  import torch
+
+  module = pytorch.convnet()
+  state, weights = module.state_dict(), variables["params"]
+  names = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+  layers = ["convolution1", "convolution2", "convolution3", "dense_layer", "classifier"]
+  for name, layer in zip(names, layers, strict=True):
+    kernel = weights[layer]["kernel"]
+    if kernel.ndim == 4:
+      kernel = kernel[::-1, ::-1].transpose(3, 2, 0, 1)
+    elif layer == "dense_layer":
+      maps = kernel.reshape(4, 4, -1, kernel.shape[-1])
+      kernel = maps[::-1, ::-1].transpose(3, 2, 0, 1).reshape(kernel.shape[-1], -1)
+    else:
+      kernel = kernel.T
+    state[f"{name}.weight"] = torch.from_numpy(kernel.copy())
+    state[f"{name}.bias"] = torch.from_numpy(weights[layer]["bias"])
+  module.load_state_dict(state)
+  return module.eval().requires_grad_(False)
+
+
+def looped(task, precomputed=False):
+  """(c) A PyTorch loop, with the teacher on every batch; (d) with its outputs precomputed.
+
+  "SAME" with stride 2 pads an even image after its last row, PyTorch before its first. So its
+  images are turned by half a turn, once, and the networks are the same without a layer more.
+  """
+  import pytorch
+  import torch
+
+  if task.threads:
+    torch.set_num_threads(task.threads)
+  file = np.load(task.file)
+
+  def images(name):
+    turned = file[name][:, ::-1, ::-1].transpose(0, 3, 1, 2)
+    return torch.from_numpy(turned.astype(np.float32) / 16)
+
+  inputs, labels = images("images"), torch.from_numpy(file["labels"].astype(np.int64))
+  held_out, wanted = images("validation_images"), torch.from_numpy(file["validation_labels"])
+  orders = torch.from_numpy(file["orders"].astype(np.int64))
+  teacher = pytorch_teacher(nested(file))
+  known = teacher(inputs) if precomputed else None
+  assert torch.allclose(teacher(held_out), torch.from_numpy(file["teacher_logits"]), atol=1e-3)
+  seconds, accuracies = [], []
+  for temperature, soft_weight, seed in task.students():
+    began = time.perf_counter()
+    torch.manual_seed(seed)
+    convolutional = {"channels": (8, 16, 16), "dense": 64}
+    student = pytorch.mlp() if task.network == "MLP" else pytorch.convnet(**convolutional)
+    pytorch.train(
+      student,
+      inputs,
+      labels,
+      orders[task.seeds.index(seed)],
+      outputs=(lambda _, rows: known[rows]) if precomputed else (lambda images, _: teacher(images)),
+      temperature=temperature,
+      soft_weight=soft_weight,
+      rate=task.rate,
+    )
+    with torch.no_grad():
+      accuracies.append(float((student(held_out).argmax(1) == wanted).float().mean()))
+    seconds.append(time.perf_counter() - began)
+  return seconds, accuracies
+
+
+SIDES = {
+  "sweep": swept,
+  "alone": alone,
+  "pytorch": looped,
+  "precomputed": lambda task: looped(task, precomputed=True),
+}
+
+
+def main(side, settings):
+  read = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(settings).items()}
+  seconds, accuracies = SIDES[side](Task(**read))
+  print(json.dumps({"seconds": seconds, "accuracy": sum(accuracies) / len(accuracies)}))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

@@ -1,0 +1,161 @@
+"""Which temperature, and how much of it: a sweep over 300 students of the digits at once.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, advise to try
+temperatures from 1 to 20; here they are tried, with three weights and five seeds each, as one
+compiled program (`jaxdistill.sweep`). The choice is made on the validation images; the test images
+are read once, for the chosen point and for the same student on labels alone.
+
+Command:   python experiments/temperature.py --out runs/temperature
+Hardware:  two cores of an AMD EPYC, no accelerator (Python 3.11, jax 0.10.2)
+Time:      TIME
+Expected:  a broad optimum, and the chosen point above labels alone
+Got:       GOT
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import numpy as np
+import optax
+import tyro
+
+from jaxdistill import capture, data, evaluate, models, recipes, run, sweep, teachers, train
+
+SCRIPT = "experiments/temperature.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  student: Literal["mlp", "convolutions"] = "mlp"
+  """64-16-10, or 3x3 convolutions of 8, 16, 16 channels and a dense layer of 64."""
+  temperatures: tuple[float, ...] = tuple(float(t) for t in range(1, 21))
+  soft_weights: tuple[float, ...] = (0.5, 0.9, 1.0)
+  """The labels get what is left to 1."""
+  seeds: int = 5
+  first_seed: int = 0
+  batch_size: int = 64
+  epochs: int = 30
+  rate: float = 1e-3
+  teacher_epochs: int = 30
+  teacher_rate: float = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/temperature")
+  """Folder of the run; a run that was stopped goes on there."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+
+
+def networks(config: Config):
+  teacher = models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+  students = {
+    "mlp": models.MLP(widths=(16,)),
+    "convolutions": models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+  }
+  return (
+    capture.linen(teacher, name="teacher"),
+    capture.linen(students[config.student], name=config.student),
+  )
+
+
+def points(config: Config) -> list[dict[str, float]]:
+  """Temperatures and weights, of which soft and hard add up to 1."""
+  made = sweep.product(soft_weight=config.soft_weights, temperature=config.temperatures)
+  return [{**point, "hard_weight": round(1 - point["soft_weight"], 6)} for point in made]
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  names = data.splits("digits")
+  splits = {
+    name: data.load("digits", names[name], data_dir=options.data_dir)
+    for name in ("train", "validation", "test")
+  }
+  source = data.on_device(
+    splits["train"], batch_size=config.batch_size, data_seed=0, normalize=data.DIGITS
+  )
+  validation, test = (
+    data.evaluation_batches(splits[name], batch_size=256, normalize=data.DIGITS)
+    for name in ("validation", "test")
+  )
+  teacher, student = networks(config)
+  folder = run.claim(options.out, {"experiment": "temperature", **dataclasses.asdict(config)})
+
+  learned = train.fit(
+    teacher,
+    recipes.labels(),
+    data=dataclasses.replace(source, data_seed=100),  # an order that no student sees
+    optimizer=optax.adam(config.teacher_rate),
+    steps=config.teacher_epochs * source.steps_per_epoch,
+    seed=100,
+    folder=folder / "teacher",
+    progress="teacher",
+  )
+  quality = evaluate.evaluate(evaluate.predictor(teacher), learned.variables, test)
+  seeds = range(config.first_seed, config.first_seed + config.seeds)
+
+  def swept(name: str, objective, over: Sequence[dict[str, float]], **taught) -> sweep.Result:
+    return sweep.run(
+      student,
+      objective,
+      points=over,
+      data=source,
+      optimizer=optax.adam(config.rate),
+      steps=config.epochs * source.steps_per_epoch,
+      seeds=seeds,
+      validation=validation,
+      test=test,
+      folder=folder / name,
+      progress=name,
+      **taught,
+    )
+
+  baseline = swept("baseline", recipes.labels(), [{}])
+  result = swept(
+    "sweep",
+    recipes.kd(),
+    points(config),
+    teacher=teachers.frozen(teacher),
+    teacher_variables=learned.variables,
+  )
+  print(f"\n{result.table()}\n")
+  print(f"Teacher on the test split: {100 * quality['accuracy']:.2f} %.")
+  print(f"Labels alone: {_percent(baseline.test['accuracy'])}; chosen: {_gain(result, baseline)}")
+  print(f"Picture: {folder / 'sweep' / 'sweep.png'}")
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def _percent(values: np.ndarray) -> str:
+  std = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+  return f"{100 * np.mean(values):.2f}{std} %"
+
+
+def _gain(result: sweep.Result, baseline: sweep.Result) -> str:
+  """The chosen students against those on labels alone, seed by seed."""
+  gain = 100 * (result.test["accuracy"] - baseline.test["accuracy"])
+  error = (
+    f" (standard error {np.std(gain, ddof=1) / len(gain) ** 0.5:.2f})" if len(gain) > 1 else ""
+  )
+  return f"{_percent(result.test['accuracy'])}, {np.mean(gain):+.2f} points{error}."
+
+
+def parse(args: list[str]) -> tuple[Config, Options]:
+  default = (Config(), Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
+if __name__ == "__main__":
+  main(*parse(sys.argv[1:]))

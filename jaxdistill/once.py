@@ -1,0 +1,105 @@
+"""A sweep's teacher, run once over the examples where nothing is augmented."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxdistill.data import Source
+from jaxdistill.teachers import cached
+from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
+
+__all__ = ["once", "used_features"]
+
+PyTree = Any
+
+
+def used_features(
+  objective: Objective, student: Outputs, teacher: Outputs, batch: Batch
+) -> list[str]:
+  """Which of the teacher's features an objective looks at.
+
+  Args:
+    objective: the objective.
+    student: what the student puts out, as shapes.
+    teacher: what the teacher puts out, as shapes.
+    batch: a batch, as shapes.
+
+  Returns:
+    Their names: those whose array goes into an operation.
+  """
+  key = jax.random.key(0)
+  params, state = jax.eval_shape(lambda: objective.init(key, student, teacher))
+  hyper = {n: v(0) if callable(v) else v for n, v in objective.hyper.items()}
+  given = {n: jnp.asarray(v, float) for n, v in hyper.items() if isinstance(v, int | float)}
+
+  def apply(teacher: Outputs, rest: PyTree) -> Any:
+    params, state, student, batch = rest
+    return objective.apply(params, state, student, teacher, batch, key=key, **given)
+
+  traced = jax.make_jaxpr(apply)(teacher, (params, state, student, batch)).jaxpr
+  seen = {id(v) for equation in traced.eqns for v in equation.invars}
+  seen |= {id(v) for v in traced.outvars}
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(teacher)]
+  # The teacher's leaves come first, and paths end there.
+  used = [path for path, v in zip(paths, traced.invars, strict=False) if id(v) in seen]
+  return [str(path[1].key) for path in used if path[0].name == "features"]
+
+
+def once(
+  student: Network,
+  objectives: Sequence[Objective],
+  teacher: Teacher,
+  variables: PyTree,
+  sources: list[Source],
+  memory: int,
+) -> list[Source] | None:
+  """The sources with the teacher's outputs on them, shared by all data seeds.
+
+  Args:
+    student: the network.
+    objectives: which decide the features that are kept.
+    teacher: the teacher.
+    variables: its variables.
+    sources: one for each data seed.
+    memory: how many bytes the outputs may take.
+
+  Returns:
+    The sources; None where views depend on the seed, examples cannot be shown all, or the outputs
+    take more.
+  """
+  first = sources[0]
+  if first.augmentation != "identity" or first.whole is None or first.teacher is not None:
+    return None
+  if any(source.read is not first.read for source in sources):
+    return None
+  item = next(iter(first.whole.every(first.data_seed, first.batch_size, 0)))
+  batch = jax.eval_shape(first.cut, first.shared, item)
+  theirs = jax.eval_shape(teacher, variables, batch)
+  if theirs.logits is None:
+    return None
+
+  def forward(key: Any, inputs: PyTree) -> Outputs:
+    return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
+
+  ours = jax.eval_shape(forward, jax.eval_shape(lambda: jax.random.key(0)), batch.inputs)
+  features = sorted({n for o in objectives for n in used_features(o, ours, theirs, batch)})
+  kept = [theirs.logits, *(theirs.features[name] for name in features)]
+  row = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
+  if first.whole.size * row > memory:
+    return None
+  made = cached(
+    teacher,
+    variables,
+    first,
+    dtype="float64" if theirs.logits.dtype == jnp.float64 else "float32",
+    features=features,
+    limit=memory,
+    progress=None,
+  )
+  return [dataclasses.replace(made, data_seed=source.data_seed) for source in sources]

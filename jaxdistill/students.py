@@ -1,0 +1,161 @@
+"""How several students share one program: their sources, their arrays, an axis over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.data import Source
+from jaxdistill.state import State, trained_variables
+
+__all__ = ["Values", "of_group", "over_students", "shared_arrays", "start_axes", "turns"]
+
+PyTree = Any
+
+# Numbers that differ between the students of one program, an axis over students in front:
+# ``{"hyper": {keyword of the objective: [S]}, "optimizer": {keyword: [S]}}``.
+Values = dict[str, dict[str, Any]]
+
+
+def start_axes(starts: tuple[PyTree, PyTree], shapes: State, seeds: int) -> PyTree:
+  """Which leaves of the given starts have an axis over students in front.
+
+  Args:
+    starts: of the student's variables, and of the objective's parameters and state.
+    shapes: the state of one student.
+    seeds: the number of students.
+
+  Returns:
+    ``in_axes`` for the starts: 0 for leaves that have one axis more than the state's, else None.
+  """
+
+  def axes(start: Any, made: Any) -> Any:
+    if isinstance(start, Mapping):
+      inner = made if isinstance(made, Mapping) else {}
+      return {name: axes(value, inner.get(name)) for name, value in start.items()}
+    known = [leaf.shape for leaf in jax.tree.leaves(made)]
+    given = jax.tree.leaves(start)
+    over = len(given) == len(known) and all(
+      np.shape(leaf) == (seeds, *shape) for leaf, shape in zip(given, known, strict=True)
+    )
+    return 0 if over and given else None
+
+  student, objective = starts
+  mine = (shapes.objective_params, shapes.objective_state)
+  return (
+    None if student is None else axes(student, trained_variables(shapes)),
+    None if objective is None else tuple(axes(s, m) for s, m in zip(objective, mine, strict=True)),
+  )
+
+
+def shared_arrays(sources: Sequence[Source]) -> tuple[PyTree, PyTree]:
+  """The arrays of all sources, and each one's axis over them: 0 where they differ, else -1.
+
+  Args:
+    sources: those of the students, each once.
+
+  Returns:
+    ``(arrays, axes)``; arrays that are the same are there once.
+
+  Raises:
+    ValueError: the sources differ in more than arrays and data seed.
+  """
+  first = sources[0]
+  for source in sources[1:]:
+    for name in ("size", "batch_size", "transfer", "num_classes", "views", "name"):
+      if getattr(source, name) != getattr(first, name):
+        raise ValueError(
+          f"data has sources that differ in {name} ({getattr(first, name)!r}, "
+          f"{getattr(source, name)!r}); those of one program may differ in the values of their "
+          "arrays and in data_seed, no more."
+        )
+
+  def same(*leaves: Any) -> bool:
+    return all(leaf is leaves[0] or np.array_equal(leaf, leaves[0]) for leaf in leaves)
+
+  trees = [source.shared for source in sources]
+  axes = jax.tree.map(lambda *leaves: -1 if same(*leaves) else 0, *trees)
+  shared = jax.tree.map(
+    lambda axis, *leaves: leaves[0] if axis < 0 else jnp.stack(leaves), axes, *trees
+  )
+  return shared, axes
+
+
+def turns(sources: Sequence[Source]) -> int:
+  """How many different sources come round in turn: a, b, a, b has two.
+
+  Args:
+    sources: one for each student.
+
+  Returns:
+    The number, or that of the students where sources do not come round.
+  """
+  alike = [(id(s.read), id(s.shared), s.data_seed) for s in sources]
+  count = len(set(alike))
+  rounds, rest = divmod(len(alike), count)
+  return count if not rest and alike == alike[:count] * rounds else len(alike)
+
+
+def of_group(shared: PyTree, axes: PyTree, group: int) -> PyTree:
+  """One source's arrays out of those of `shared_arrays`."""
+  return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[group], shared, axes)
+
+
+def over_students(
+  chunk: Callable[..., Any], seeds_by: str, shared_axes: PyTree, groups: int
+) -> Callable[..., Any]:
+  """A chunk of steps of one student, for students ``[S]`` of which i has the source ``i % groups``.
+
+  Args:
+    chunk: ``(state, teacher variables, shared, items, values) -> (state, sums)``.
+    seeds_by: ``"vmap"``, or ``"unroll"`` for one after another inside the program.
+    shared_axes: from `shared_arrays`.
+    groups: from `turns`.
+
+  Returns:
+    The same function of leaves ``[S, ...]``; those of the items are ``[groups, ...]``.
+  """
+  if seeds_by == "vmap":
+    return _side_by_side(chunk, shared_axes, groups)
+  if seeds_by != "unroll":
+    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
+
+  def one_after_another(
+    state: State, variables: PyTree, shared: PyTree, items: PyTree, values: Values
+  ) -> Any:
+    each = []
+    for i in range(state.step.shape[0]):
+      mine, its = jax.tree.map(lambda leaf, i=i: leaf[i], (state, values))
+      group = i % groups
+      its_items = jax.tree.map(lambda leaf, group=group: leaf[group], items)
+      its_shared = of_group(shared, shared_axes, group)
+      each.append(chunk(mine, variables, its_shared, its_items, its))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+  return one_after_another
+
+
+def _side_by_side(chunk: Callable[..., Any], shared_axes: PyTree, groups: int) -> Any:
+  """Under vmap, in two axes: over those of one source nothing of the batch is mapped.
+
+  So its batch is cut once, and the teacher sees it once, whatever the number of students.
+  """
+  mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
+  by_source = jax.vmap(chunk, in_axes=(0, None, mapped, 0, 0))
+  over = jax.vmap(by_source, in_axes=(0, None, None, None, 0))
+
+  def run(state: State, variables: PyTree, shared: PyTree, items: PyTree, values: Values) -> Any:
+    if state.step.shape[0] == groups:
+      return by_source(state, variables, shared, items, values)
+
+    def fold(leaf: Any) -> Any:
+      return leaf.reshape(-1, groups, *leaf.shape[1:])
+
+    made = over(*jax.tree.map(fold, (state,)), variables, shared, items, jax.tree.map(fold, values))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made)
+
+  return run
