@@ -102,7 +102,7 @@ def swept(task):
     progress=None,
   )
   seconds = [time.perf_counter() - began]
-  return seconds, [float(value) for point in result.points for value in point["accuracy"]]
+  return seconds, [float(value) for row in result.rows for value in row.metrics["accuracy"]]
 
 
 def alone(task):

@@ -44,7 +44,7 @@ class Config:
   first_seed: int = 0
   batch_size: int = 64
   epochs: int = 30
-  rate: float = 1e-3
+  rate: float = 2e-2
   teacher_epochs: int = 30
   teacher_rate: float = 1e-3
 

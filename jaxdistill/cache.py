@@ -39,11 +39,8 @@ def verify(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
   return cache_files.bad_files(pathlib.Path(folder))
 
 
-def _recomputed(folder: pathlib.Path, named: str) -> list[str]:
+def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
   """What differs from the teacher that a function gives."""
-  module, _, function = named.partition(":")
-  if not function:
-    raise ValueError(f"--teacher {named} must be module:function.")
   sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
   teacher, variables, source = getattr(importlib.import_module(module), function)()
   from jaxdistill.cached import compare  # JAX, which the rest does without
@@ -64,6 +61,9 @@ def main(args: Sequence[str] | None = None) -> int:
   command.add_argument("--teacher", metavar="MODULE:FUNCTION", help="compute a sample again")
   command.add_argument("--drop", action="store_true", help="drop the views that are damaged")
   options = parser.parse_args(args)
+  module, _, function = (options.teacher or "").partition(":")
+  if options.teacher and not (module and function):
+    parser.error(f"--teacher {options.teacher} must be module:function")
   try:
     problems = verify(options.path)
     manifest = cache_files.read_manifest(options.path)
@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> int:
     f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; every digest "
     "and count is right"
   )
-  different = _recomputed(options.path, options.teacher) if options.teacher else []
+  different = _recomputed(options.path, module, function) if options.teacher else []
   for line in different:
     print(line, file=sys.stderr)
   if options.teacher and not different:

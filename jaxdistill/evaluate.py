@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -101,20 +102,19 @@ def _compile(
   over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
 
   @jax.jit
-  def add(
-    sums: Any, variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
+  def one(
+    variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
   ) -> dict[str, jax.Array]:
     batch = jax.tree.map(lambda leaf: leaf[i], batches)
     # The reference is run once a batch, whatever the number of seeds.
     taught = None if reference is None else reference(reference_variables, batch)
-    new = over_models(variables, taught, batch)
-    return new if sums is None else metrics.add_sums(sums, new)
+    return over_models(variables, taught, batch)
 
   def run(variables: PyTree, reference_variables: PyTree, batches: Batch) -> dict[str, jax.Array]:
     _check_batches(batches)
     uneven = (ValueError,) if stacked else ()  # vmap's, over leaves of different lengths
     try:
-      shapes = jax.eval_shape(add, None, variables, reference_variables, batches, 0)
+      jax.eval_shape(one, variables, reference_variables, batches, 0)
     except (*_MISFITS, *uneven) as error:
       raise ValueError(
         f"the variables (or the teacher's, in reference) do not fit the network, with "
@@ -122,10 +122,10 @@ def _compile(
         "alone stacked=False."
       ) from error
     _check_labels(batches, classes[-1] if classes else None)
-    sums = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    for i in range(batches.weight.shape[0]):
-      sums = add(sums, variables, reference_variables, batches, i)
-    return sums
+    # Added outside: sums that go into the program, first from the host and then from a device,
+    # have it compiled twice.
+    each = (one(variables, reference_variables, batches, i) for i in range(len(batches.weight)))
+    return functools.reduce(metrics.add_sums, each)
 
   return run
 

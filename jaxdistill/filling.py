@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -52,18 +53,8 @@ class Filler:
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
 
-    def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
-      batch = source.cut(shared, item)
-      made = _picked(teacher(variables, batch), features)
-      kept = {name: value.astype(dtype) for name, value in made.items()}
-      problems = {
-        name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))
-        for name, value in made.items()
-      }
-      return batch.index, kept, problems
-
-    self.outputs = jax.jit(outputs)
-    _, made, _ = jax.eval_shape(outputs, variables, source.shared, next(self.items(0)))
+    self.outputs = _program(teacher, source.cut, dtype, features)
+    _, made, _ = jax.eval_shape(self.outputs, variables, source.shared, next(self.items(0)))
     self.layout = {
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
     }
@@ -104,6 +95,25 @@ class Filler:
     if missing.any():
       raise RuntimeError(f"{self.source.name!r} did not show example {missing.argmax()} of a view.")
     return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _program(
+  teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
+) -> Callable[..., Any]:
+  """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
+
+  def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
+    batch = cut(shared, item)
+    made = _picked(teacher(variables, batch), features)
+    kept = {name: value.astype(dtype) for name, value in made.items()}
+    problems = {
+      name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))
+      for name, value in made.items()
+    }
+    return batch.index, kept, problems
+
+  return jax.jit(outputs)
 
 
 def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:

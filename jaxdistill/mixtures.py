@@ -31,7 +31,8 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
 
   Returns:
     The source. Its ``index`` counts on from ``source.size`` for transfer rows; ``normalize`` and
-    ``stored`` are those of ``source``.
+    ``stored`` are those of ``source``. Each of the two shows its own views; the mix has as many as
+    the one with more.
 
   Raises:
     TypeError: one of the two is no `Source`.

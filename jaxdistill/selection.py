@@ -203,12 +203,12 @@ class Result:
     over = max(numbers, key=lambda name: len(numbers[name]), default=None)
     if over is None or len(numbers[over]) < 2:
       return False
-    x = numbers[over]
+    x, names = numbers[over], _telling(self.rows, over)
     series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     scale = 100 if self.metric == "accuracy" else 1
     for row in self.rows:
       label = (
-        ", ".join(f"{n} {_cell(v)}" for n, v in row.values.items() if n != over) or self.metric
+        ", ".join(f"{n} {_cell(v)}" for n, v in row.values.items() if n in names) or self.metric
       )
       mean, std = series.setdefault(label, (np.full(len(x), np.nan), np.full(len(x), np.nan)))
       if row.status == "finished":
@@ -225,6 +225,20 @@ class Result:
       title=f"{len(self.rows)} points, {len(self.seeds)} seeds each: mean ± std",
     )
     return True
+
+
+def _telling(rows: Sequence[Row], over: str) -> list[str]:
+  """The keywords that tell curves apart, without those that follow from the others."""
+  names = [name for name in rows[0].values if name != over]
+
+  def curves(some: Sequence[str]) -> int:
+    return len({tuple(repr(row.values[name]) for name in some) for row in rows})
+
+  for name in reversed(names):
+    rest = [other for other in names if other != name]
+    if curves(rest) == curves(names):
+      names = rest
+  return names
 
 
 def _cell(value: Any) -> str:

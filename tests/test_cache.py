@@ -245,6 +245,17 @@ def test_verifying_needs_no_jax(complete):
   assert "every digest and count is right" in done.stdout
 
 
+def test_the_command_says_what_is_wrong_and_fails(copied, capsys):
+  name = harm(copied, "flipped")
+  done = command("-m", "jaxdistill.cache", "verify", str(copied))
+  assert done.returncode == 1
+  assert name in done.stderr
+  assert "Traceback" not in done.stderr
+  with pytest.raises(SystemExit):
+    cache.main(["verify", str(copied), "--teacher", "nothing"])
+  assert "--teacher nothing must be module:function" in capsys.readouterr().err
+
+
 def right():
   return TEACHER, VARIABLES, source_of()
 

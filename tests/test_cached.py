@@ -334,3 +334,20 @@ def test_what_cannot_be_cached_says_so_before_the_work(examples, teacher):
         progress=None,
         **options,
       )
+
+
+def test_records_bring_the_ids_of_their_set(tfds_dir, tmp_path):
+  opened = data.records("cifar100", "test[:9]", data_dir=tfds_dir)
+  whole = data.load("cifar100", "test[:9]", data_dir=tfds_dir)
+  assert opened.read_ids() == whole.ids.tolist()
+  assert whole.ids[0].startswith("test_")
+  sums = lambda variables, batch: Outputs(logits=batch.inputs.sum((1, 2)))  # noqa: E731
+  options = {"batch_size": 3, "data_seed": 0}
+  streamed = teachers.cached(
+    sums, None, data.streamed(opened, **options), folder=tmp_path / "cache", progress=None
+  )
+  # The same examples from memory find their rows by id.
+  again = teachers.cached(None, None, data.on_device(whole, **options), folder=tmp_path / "cache")
+  for one in (streamed, again):
+    batch = one.cut(one.shared, jax.tree.map(lambda leaf: leaf[0], one.items(1, 1)))
+    np.testing.assert_allclose(batch.teacher.logits, batch.inputs.sum((1, 2)), rtol=1e-6)

@@ -31,6 +31,10 @@ COARSE += ["--teacher-epochs", "1", "--epochs", "1", "--fraction", "20", "--batc
 COARSE += ["--published", "--seeds-by", "vmap"]
 
 
+TEMPERATURE = ["--temperatures", "1", "4", "--soft-weights", "0.5", "--seeds", "2", "--epochs", "1"]
+TEMPERATURE += ["--teacher-epochs", "1"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
   sys.path.insert(0, str(ROOT / "experiments"))
@@ -227,3 +231,13 @@ def test_help_is_a_page_and_loads_no_data(name):
 def test_evaluating_what_is_no_run_says_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="is not a run's folder"):
     run("digits", ["--evaluate", tmp_path])
+
+
+def test_temperatures_are_swept_and_one_is_chosen(tmp_path, capsys):
+  run("temperature", [*TEMPERATURE, "--out", tmp_path / "t", "--data-dir", tmp_path])
+  assert "Labels alone: " in capsys.readouterr().out
+  chosen = read(tmp_path / "t" / "sweep", "chosen.json")
+  assert chosen["values"]["temperature"] in (1, 4)
+  assert len(chosen["test"]["accuracy"]) == 2
+  files = set(os.listdir(tmp_path / "t" / "sweep"))
+  assert {"table.md", "table.csv", "sweep.png"} <= files

@@ -1,0 +1,478 @@
+"""Every recipe of the library on one pair of networks, by one protocol, in one table.
+
+The protocol is that of Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020
+(RepDistiller): SGD with momentum, the rate falling in three steps, weight decay, and the last
+epoch. Each recipe has its published layers and warm-up, as a share of the run, and its published
+weight times a factor that is chosen on the validation split by the mean over the seeds; the test
+split is read once, for the chosen students. All factors and seeds of a recipe are trained side by
+side in one program. FSP and AB train the student's layers first, for an eighth of the epochs on top
+(RepDistiller's 30 of 240), and FT its paraphraser, one for all students.
+
+Command:   python experiments/methods.py --out runs/methods
+Hardware:  two cores of an AMD EPYC, no accelerator (Python 3.11, jax 0.10.2)
+Time:      not measured
+Expected:  some gain for most methods. The teacher saw its images shifted, the students do not:
+           as in digits.py, that is what there is to gain.
+Got:       not run yet
+
+The same with ``--dataset cifar100`` is the field's pair of resnet32x4 and resnet8x4 (RepDistiller's
+README, trained on all of train: teacher 79.42, labels 72.50, KD 73.33, CRD 75.51 %). Here a tenth
+of train is held out for the choice. It wants a GPU and has not been run by us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import pathlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from jaxdistill import (
+  capture,
+  cost,
+  data,
+  evaluate,
+  metrics,
+  models,
+  optimizers,
+  pictures,
+  recipes,
+  run,
+  sweep,
+  teachers,
+  train,
+)
+
+SCRIPT = "experiments/methods.py"
+FEATURES = ("stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact")), "pooled")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  dataset: Literal["digits", "cifar100"] = "digits"
+  seeds: int = 5
+  """Of initialisation and data order together."""
+  factors: tuple[float, ...] = (1.0, 0.1, 10.0)
+  """Of the published weights; the first of equals is chosen."""
+  teacher_depth: int = 8
+  teacher_width: tuple[int, ...] = (16, 16, 32, 64)
+  student_depth: int = 8
+  student_width: tuple[int, ...] = (4, 4, 8, 16)
+  epochs: int = 24
+  teacher_epochs: int = 60
+  teacher_shift: int = 1
+  """Pixels by which the teacher's digits are shifted."""
+  batch_size: int = 64
+  rate: float = 0.05
+  weight_decay: float = 5e-4
+
+
+CIFAR100 = Config(
+  dataset="cifar100",
+  teacher_depth=32,
+  teacher_width=(32, 64, 128, 256),
+  student_depth=8,
+  student_width=(32, 64, 128, 256),
+  epochs=240,
+  teacher_epochs=240,
+)
+# It shows that everything runs, no more.
+SHORT = Config(
+  seeds=2,
+  factors=(1.0, 10.0),
+  teacher_width=(4, 4, 8, 8),
+  student_width=(2, 2, 4, 4),
+  epochs=2,
+  teacher_epochs=2,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/methods")
+  """Folder of the run; one that was stopped goes on there, and one that is finished is measured."""
+  methods: tuple[str, ...] = ()
+  """Which rows, all of them by default; the others can be added later, in the same folder."""
+  split: Literal["validation", "test"] = "test"
+  """The split to evaluate on; weights are chosen on validation in any case."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+  short: bool = False
+  """Start from a setting that takes a minute instead."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+  """What recipes are made from."""
+
+  config: Config
+  steps: int
+  labels: np.ndarray
+  teacher: Any
+
+  def share(self, epochs: int) -> int:
+    """The steps of so many of the 240 published epochs."""
+    return max(1, round(self.steps * epochs / 240))
+
+  def margins(self) -> list[Any]:
+    """Of the BatchNorms before the stages' last ReLUs."""
+    last = (self.config.teacher_depth - 2) // 6 - 1
+    return recipes.overhaul_margins(
+      self.teacher, [f"stage{i}_block{last}/norm2" for i in (1, 2, 3)]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """A recipe, and the keywords that the factor multiplies: its own weights, not the labels'."""
+
+  make: Callable[[Known], Any]
+  weights: tuple[str, ...]
+  first: Callable[[], Any] | None = None
+  """The objective of a stage before it."""
+
+
+METHODS = {
+  "kd": Method(lambda _: recipes.kd(), ("soft_weight",)),
+  "kd_standardized": Method(lambda _: recipes.kd_standardized(), ("soft_weight",)),
+  "dkd": Method(lambda known: recipes.dkd(warmup_steps=known.share(20)), ("soft_weight",)),
+  "dist": Method(lambda _: recipes.dist(), ("inter_weight", "intra_weight")),
+  "ctkd": Method(lambda known: recipes.ctkd(warmup_steps=known.share(10)), ("soft_weight",)),
+  "ofa": Method(lambda _: recipes.ofa(), ("soft_weight", "ofa_weight")),
+  "fitnet": Method(lambda _: recipes.fitnet(), ("hint_weight",)),
+  "attention_transfer": Method(lambda _: recipes.attention_transfer(), ("attention_weight",)),
+  "nst": Method(lambda _: recipes.nst(), ("nst_weight",)),
+  "vid": Method(lambda _: recipes.vid(), ("vid_weight",)),
+  "overhaul": Method(lambda known: recipes.overhaul(margins=known.margins()), ("overhaul_weight",)),
+  "reviewkd": Method(
+    lambda known: recipes.reviewkd(warmup_steps=known.share(20)), ("review_weight",)
+  ),
+  "simkd": Method(
+    lambda known: recipes.simkd(known.teacher["params"]["classifier"]), ("simkd_weight",)
+  ),
+  "fsp": Method(
+    lambda _: recipes.fsp(stage=2), ("fsp_weight",), first=lambda: recipes.fsp(stage=1)
+  ),
+  "activation_boundary": Method(
+    lambda _: recipes.activation_boundary(stage=2),
+    ("boundary_weight",),
+    first=lambda: recipes.activation_boundary(stage=1),
+  ),
+  "factor_transfer": Method(
+    lambda _: recipes.factor_transfer(stage=2),
+    ("factor_weight",),
+    first=lambda: recipes.factor_transfer(stage=1),
+  ),
+  "similarity_preserving": Method(
+    lambda _: recipes.similarity_preserving(), ("similarity_weight",)
+  ),
+  "rkd": Method(lambda _: recipes.rkd(), ("rkd_weight",)),
+  "pkt": Method(lambda _: recipes.pkt(), ("pkt_weight",)),
+  "correlation_congruence": Method(
+    lambda _: recipes.correlation_congruence(), ("correlation_weight",)
+  ),
+  "crd": Method(lambda known: recipes.crd(known.labels), ("crd_weight",)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """A row's students, ``[S]`` over seeds: those of the factor that was chosen."""
+
+  point: Mapping[str, float]
+  factor: float | None
+  validation: np.ndarray
+  network: Any
+  variables: Any
+
+
+class Bench:
+  """The data, the two networks, and how a student is trained: the protocol."""
+
+  def __init__(self, config: Config, options: Options) -> None:
+    names = data.splits(config.dataset, data_dir=options.data_dir)
+    splits = {
+      name: data.load(config.dataset, names[name], data_dir=options.data_dir)
+      for name in ("train", "validation", options.split)
+    }
+    digits = config.dataset == "digits"
+    self.normalize = data.DIGITS if digits else data.CIFAR
+    self.config, self.examples = config, splits["train"]
+    self.validation, self.measured = (
+      data.evaluation_batches(splits[name], batch_size=256, normalize=self.normalize)
+      for name in ("validation", options.split)
+    )
+    self.count = len(splits[options.split])
+    self.version = splits["train"].version
+    self.shifted = data.crop(config.teacher_shift) if digits else data.crop_flip(padding=4)
+    self.plain = data.crop(0) if digits else self.shifted
+    self.teacher = self.network(config.teacher_depth, config.teacher_width, "teacher")
+    self.student = self.network(config.student_depth, config.student_width, "student")
+    settings = {"experiment": "methods", **dataclasses.asdict(config)}
+    self.folder = run.claim(options.out, settings)
+
+  def network(self, depth: int, width: tuple[int, ...], name: str) -> Any:
+    """A ResNet, as matrix products on a CPU, which are fast for many students at once."""
+    classes = 10 if self.config.dataset == "digits" else 100
+    conv = "patches" if jax.default_backend() == "cpu" else "lax"
+    return capture.linen(
+      models.ResNet(depth, classes, width=width, conv=conv), features=FEATURES, name=name
+    )
+
+  def source(self, augmentation: Any, data_seed: int = 0) -> data.Source:
+    """The training split."""
+    return data.on_device(
+      self.examples,
+      batch_size=self.config.batch_size,
+      data_seed=data_seed,
+      augmentation=augmentation,
+      normalize=self.normalize,
+    )
+
+  def steps(self, epochs: int) -> int:
+    """Of so many epochs."""
+    return epochs * (len(self.examples) // self.config.batch_size)
+
+  def optimizer(self, steps: int, rate: float | None = None) -> Any:
+    """The same for all."""
+    rate = self.config.rate if rate is None else rate
+    return optimizers.sgd(rate, steps=steps, weight_decay=self.config.weight_decay)
+
+  def fit(self, name: str, network: Any, objective: Any, epochs: int, **rest: Any) -> train.Fitted:
+    """A single run: the teacher, and a stage of which all students take the result."""
+    steps, augmentation = self.steps(epochs), rest.pop("augmentation", self.plain)
+    return train.fit(
+      network,
+      objective,
+      data=self.source(augmentation, data_seed=100),  # an order that no student sees
+      optimizer=self.optimizer(steps, rest.pop("rate", None)),
+      steps=steps,
+      seed=100,
+      scan=jax.default_backend() != "cpu" or self.config.dataset == "digits",
+      folder=self.folder / name,
+      progress=name,
+      **rest,
+    )
+
+  def sweep(self, name: str, objective: Any, points: Any, epochs: int, **rest: Any) -> sweep.Result:
+    """The students of some points, each from all seeds."""
+    return sweep.run(
+      self.student,
+      objective,
+      points=points,
+      seeds=range(self.config.seeds),
+      data=self.source(self.plain),
+      optimizer=self.optimizer(self.steps(epochs)),
+      steps=self.steps(epochs),
+      validation=self.validation,
+      folder=self.folder / name,
+      progress=name,
+      **rest,
+    )
+
+
+def students(bench: Bench, name: str, method: Method, taught: dict[str, Any]) -> Trained:
+  """A method's students, with the factor that is best on validation."""
+  config, epochs = bench.config, bench.config.epochs
+  known = Known(config, bench.steps(epochs), bench.examples.labels, taught["teacher_variables"])
+  objective = method.make(known)
+  before = max(1, epochs // 8)
+  if method.first is not None and name != "factor_transfer":
+    return after_a_stage(bench, name, method, objective, before, taught)
+  rest = {}
+  if method.first is not None:
+    rate = 0.2 * config.rate  # RepDistiller's 0.01 for the paraphraser
+    first = bench.fit(f"{name}/first", bench.student, method.first(), before, rate=rate, **taught)
+    rest["objective_start"] = ({}, first.state.objective_params)
+  points = scaled(objective, method.weights, config.factors)
+  found = bench.sweep(name, objective, points, epochs, **rest, **taught)
+  return trained(config, found)
+
+
+def after_a_stage(
+  bench: Bench, name: str, method: Method, objective: Any, before: int, taught: dict[str, Any]
+) -> Trained:
+  """The first stage has the weight; the second, from what each factor left, the labels alone."""
+  config = bench.config
+  points = scaled(method.first(), method.weights, config.factors)
+  first = bench.sweep(f"{name}/first", method.first(), points, before, **taught)
+  made = []
+  for i, factor in enumerate(config.factors):
+    if first.rows[i].status != "finished":
+      continue
+    second = bench.sweep(
+      f"{name}/second-{factor:g}", objective, [{}], config.epochs, start=first.students(i)
+    )
+    made.append(dataclasses.replace(trained(config, second), factor=factor, point=points[i]))
+  return max(made, key=lambda one: float(np.mean(one.validation)))
+
+
+def scaled(objective: Any, weights: tuple[str, ...], factors: tuple[float, ...]) -> list[dict]:
+  """The published weights times each factor."""
+  published = recipes.combine(objective).hyper
+  return [{name: factor * published[name] for name in weights} for factor in factors]
+
+
+def trained(config: Config, found: sweep.Result) -> Trained:
+  return Trained(
+    point=found.chosen,
+    factor=config.factors[found.best] if found.chosen else None,
+    validation=np.asarray(found.rows[found.best].metrics["accuracy"]),
+    network=found.network,
+    variables=found.variables,
+  )
+
+
+def measure(bench: Bench, row: Trained, taught: dict[str, Any], name: str) -> dict[str, Any]:
+  """A row of the table, but for its gain."""
+  reference = (evaluate.teacher_predictor(taught["teacher"]), taught["teacher_variables"])
+  found = evaluate.evaluate(
+    evaluate.predictor(row.network),
+    row.variables,
+    bench.measured,
+    reference=reference,
+    stacked=True,
+  )
+  line: dict[str, Any] = {
+    "method": name,
+    "factor": row.factor,
+    "weights": " ".join(f"{n}={value:g}" for n, value in row.point.items()),
+    "parameters": cost.parameters(teachers.unstack(row.variables)[0]),
+  }
+  measured = {"validation": row.validation} | {n: found[n] for n in ("accuracy", "agreement")}
+  for label, values in measured.items():
+    mean, std = metrics.mean_std(100 * np.asarray(values, np.float64))
+    line |= {f"{label}_mean": mean, f"{label}_std": std}
+  return line | {"seeds": (100 * np.asarray(found["accuracy"], np.float64)).tolist()}
+
+
+def table(rows: list[dict[str, Any]], teacher: float, parameters: int) -> str:
+  """The rows as Markdown, best first; labels alone and the teacher above them."""
+
+  def spread(row: Mapping[str, Any], name: str) -> str:
+    std = row[f"{name}_std"]
+    return f"{row[f'{name}_mean']:.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+  lines = [
+    "| method | factor | accuracy, % | gain, points | agrees with teacher, % | parameters |",
+    "| --- | ---: | ---: | ---: | ---: | ---: |",
+    f"| teacher | | {teacher:.2f} | | | {parameters:,} |",
+  ]
+  for row in rows:
+    gain = "" if row["gain"] is None else f"{row['gain']:+.2f}"
+    gain += "" if row["gain_error"] is None else f" (standard error {row['gain_error']:.2f})"
+    factor = "" if row["factor"] is None else f"{row['factor']:g}"
+    cells = (spread(row, "accuracy"), gain, spread(row, "agreement"), f"{row['parameters']:,}")
+    lines.append(f"| {row['method']} | {factor} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def write(
+  bench: Bench, options: Options, rows: list[dict[str, Any]], teacher: float, parameters: int
+) -> pathlib.Path:
+  """Writes the table as CSV and Markdown, and the picture."""
+  config, folder = bench.config, bench.folder
+  name = "methods" if options.split == "test" else f"methods-{options.split}"
+  with (folder / f"{name}.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, "seeds": " ".join(f"{s:.4f}" for s in row["seeds"])} for row in rows)
+  baseline, *others = rows
+  line = (baseline["accuracy_mean"], baseline["accuracy_std"])
+  shown = {row["method"]: (row["accuracy_mean"], row["accuracy_std"]) for row in others or rows}
+  pictures.intervals(
+    folder / f"{name}.png",
+    shown,
+    xlabel=f"accuracy on the {options.split} split, %",
+    title=f"{config.dataset} {bench.version}: {config.seeds} seeds, mean ± std",
+    lines={"labels alone": line, "teacher": teacher},
+  )
+  made = table(rows, teacher, parameters)
+  command = run.command(SCRIPT, config, out=folder, split=options.split, data_dir=options.data_dir)
+  factors = ", ".join(f"{factor:g}" for factor in config.factors)
+  lines = [
+    f"# All recipes on {config.dataset}, {options.split} split",
+    "",
+    f"{bench.count:,} examples of {config.dataset} {bench.version}. Mean ± standard deviation over "
+    f"{config.seeds} seeds; initialisation and data order both varied. One teacher. The last step "
+    "of every run. The factor of the published weights is the best on validation "
+    f"({int(bench.validation.weight.sum()):,} examples) out of {factors}; for labels alone there "
+    "was nothing to choose, and the gain is over them.",
+    "",
+    made,
+    "",
+    f"![accuracy of each method]({name}.png)",
+    "",
+    "```",
+    command,
+    "```",
+    "",
+  ]
+  path = folder / f"{name}.md"
+  path.write_text("\n".join(lines))
+  print(f"\n{made}\n\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  with contextlib.ExitStack() as stack:
+    if jax.config.jax_compilation_cache_dir is None:
+      # All rows are evaluated by the same programs: they are compiled once.
+      compiled = stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled"))
+      jax.config.update("jax_compilation_cache_dir", compiled)
+    compare(config, options)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def compare(config: Config, options: Options) -> pathlib.Path:
+  """Trains what is not trained yet, and writes the table."""
+  unknown = sorted(set(options.methods) - set(METHODS))
+  if unknown:
+    raise SystemExit(f"--methods has {unknown}; there are {', '.join(METHODS)}.")
+  bench = Bench(config, options)
+  learned = bench.fit(
+    "teacher",
+    bench.teacher,
+    recipes.labels(),
+    config.teacher_epochs,
+    augmentation=bench.shifted,
+  )
+  taught = {"teacher": teachers.frozen(bench.teacher), "teacher_variables": learned.variables}
+  quality = evaluate.evaluate(evaluate.predictor(bench.teacher), learned.variables, bench.measured)
+  alone = trained(config, bench.sweep("labels", recipes.labels(), [{}], config.epochs))
+  baseline = measure(bench, alone, taught, "labels alone") | {"gain": None, "gain_error": None}
+  rows = []
+  for name in options.methods or METHODS:
+    row = measure(bench, students(bench, name, METHODS[name], taught), taught, name)
+    gain = metrics.difference(row["seeds"], baseline["seeds"])
+    rows.append(row | {"gain": gain["mean"], "gain_error": gain["standard_error"]})
+    print(f"{name}: {row['accuracy_mean']:.2f} %, {gain['mean']:+.2f} over labels alone")
+  rows.sort(key=lambda row: -row["accuracy_mean"])
+  teacher, parameters = 100 * float(quality["accuracy"]), cost.parameters(learned.variables)
+  return write(bench, options, [baseline, *rows], teacher, parameters)
+
+
+def parse(args: list[str]) -> tuple[Config, Options]:
+  config = CIFAR100 if "cifar100" in args else Config()
+  if "--short" in args:
+    config = dataclasses.replace(SHORT, dataset=config.dataset)
+  default = (config, Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
+if __name__ == "__main__":
+  main(*parse(sys.argv[1:]))
