@@ -35,8 +35,11 @@ def used_features(
   """
   key = jax.random.key(0)
   params, state = jax.eval_shape(lambda: objective.init(key, student, teacher))
-  hyper = {n: v(0) if callable(v) else v for n, v in objective.hyper.items()}
-  given = {n: jnp.asarray(v, float) for n, v in hyper.items() if isinstance(v, int | float)}
+  # Schedules and what has no default are traced as numbers: any will do.
+  given = {
+    name: jnp.asarray(value if isinstance(value, int | float) else 1.0, float)
+    for name, value in objective.hyper.items()
+  }
 
   def apply(teacher: Outputs, rest: PyTree) -> Any:
     params, state, student, batch = rest

@@ -17,6 +17,7 @@ from jaxdistill import arguments
 from jaxdistill import mesh as mesh_lib
 from jaxdistill import run as run_lib
 from jaxdistill.arguments import show
+from jaxdistill.progress import bar
 from jaxdistill.state import State
 
 __all__ = ["Log", "check_counted", "check_finite", "check_state", "check_validation", "claimed"]
@@ -57,12 +58,8 @@ class Log:
     select: str,
     callback: Callback | None,
   ) -> None:
-    import tqdm.auto as tqdm  # only a run's log needs it
-
     self._metrics = run_lib.Metrics(folder, resumed_from=at, tensorboard=tensorboard)
-    self._bar = tqdm.tqdm(
-      total=steps, initial=at, desc=progress, unit="step", disable=progress is None
-    )
+    self._bar = bar(steps, progress, unit="step", initial=at)
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
     self._select, self._callback = select, callback
     self._clock = time.perf_counter()

@@ -37,6 +37,7 @@ MODULES = [
   "report",
   "run",
   "teachers",
+  "tfds_data",
   "train",
   "transforms",
   "types",
@@ -61,14 +62,18 @@ def j():
     del sys.modules[name]
   sys.meta_path[:] = [f for f in finders if not type(f).__module__.startswith("jaxtyping")]
   try:
-    return types.SimpleNamespace(**{n: importlib.import_module(f"jaxdistill.{n}") for n in MODULES})
+    user = {n: importlib.import_module(f"jaxdistill.{n}") for n in MODULES}
+    for name in user["data"].__all__:  # some are looked up when they are first asked for
+      setattr(user["data"], name, getattr(user["data"], name))
   finally:
     sys.meta_path[:] = finders
     for name in ours():
       del sys.modules[name]
     sys.modules.update(checked)
-    if digits is not None:
-      builders["digits"] = digits
+  yield types.SimpleNamespace(**user)
+  builders.pop("digits", None)
+  if digits is not None:
+    builders["digits"] = digits
 
 
 class Net(nn.Module):

@@ -38,6 +38,7 @@ def rows(path):
     return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_method(finished):
   folder, _ = finished
   baseline, *others = rows(folder / "methods.csv")
@@ -60,6 +61,7 @@ def test_the_table_has_a_row_for_each_method(finished):
   assert (folder / "methods.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_measured_again_without_training(script, finished):
   folder, arguments = finished
   logs = {path: path.read_text() for path in sorted(folder.rglob("metrics.jsonl"))}

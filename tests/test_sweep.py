@@ -95,6 +95,7 @@ def test_every_student_is_the_one_trained_alone(parts, plain):
       assert_same(of_seed(plain.students(index), s), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_share_the_points(parts, plain):
   result = swept(parts, POINTS[:5], seeds=SEEDS, devices=jax.devices()[:2])
   for index in range(5):
@@ -148,6 +149,7 @@ def test_one_batch_and_one_teacher_pass_for_all_students_of_a_data_seed(parts):
   assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_under_augmentation_too(parts):
   noise = data.Augmentation(lambda x, key: x + jax.random.normal(key, x.shape, x.dtype), None)
   source = data.on_device(examples(), batch_size=16, data_seed=0, augmentation=noise)
@@ -314,6 +316,7 @@ def test_students_in_training_are_saved_and_go_on(parts, tmp_path, monkeypatch, 
   assert_same(result.students(1), plain.students(1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_winner_is_tested_once_and_trained_anew_where_asked(parts):
   held_out = data.evaluation_batches(examples(seed=2, size=50), batch_size=16)
   result = swept(parts, POINTS[:3], test=held_out, retrain=[7, 8, 9])
@@ -408,6 +411,7 @@ def test_the_rule_for_convolutions():
     assert sweep.students_by(net, jnp.zeros((1, 8, 8, 1)), backend="gpu") == "vmap"
 
 
+@pytest.mark.slow
 def test_one_after_another_is_side_by_side(parts, plain):
   result = swept(parts, POINTS[:3], seeds=SEEDS, by="unroll", steps=50, devices=jax.devices()[:1])
   for index in range(3):

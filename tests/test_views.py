@@ -29,6 +29,7 @@ def script():
   sys.path.remove(str(ROOT / "experiments"))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_table_and_picture(script, tmp_path):
   script.main(*script.parse([*SMALL, "--out", str(tmp_path), "--data-dir", str(tmp_path / "tfds")]))
   with (tmp_path / "views.csv").open() as file:
