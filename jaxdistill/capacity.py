@@ -1,14 +1,15 @@
-"""How many students fit the memory: measured on two small programs, not guessed."""
+"""What a program costs before it runs: its memory, measured and not guessed; its compilation."""
 
 from __future__ import annotations
 
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
-__all__ = ["available", "that_fit"]
+__all__ = ["available", "quick", "that_fit"]
 
 # What is left to everything else: the compiler's own figure is exact for a program, not for what
 # lies beside it.
@@ -78,3 +79,14 @@ def that_fit(cost: Callable[[int], int], count: int, memory: int, *, multiple: i
   chunks = math.ceil(count / most)
   # Chunks of one length are compiled once, and those of about equal length waste least.
   return multiple * math.ceil(math.ceil(count / chunks) / multiple)
+
+
+def quick() -> dict[str, Any] | None:
+  """Compiler options for a program that runs a few times, which costs more to compile than to run.
+
+  Returns:
+    Those of ``jax.jit`` on a CPU; None elsewhere.
+  """
+  if jax.default_backend() != "cpu":
+    return None
+  return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

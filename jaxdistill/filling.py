@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import arguments, cache_files
+from jaxdistill.capacity import quick
 from jaxdistill.fingerprints import PROBES, sketch
 from jaxdistill.progress import bar
 from jaxdistill.sources import Source
@@ -53,7 +54,7 @@ class Filler:
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
 
-    self.outputs = _program(teacher, source.cut, dtype, features)
+    self.outputs = _program(teacher, source.cut, dtype, features, self.steps <= 16)
     _, made, _ = jax.eval_shape(self.outputs, variables, source.shared, next(self.items(0)))
     self.layout = {
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
@@ -99,7 +100,11 @@ class Filler:
 
 @functools.lru_cache(maxsize=4)
 def _program(
-  teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
+  teacher: Teacher,
+  cut: Callable[[PyTree, PyTree], Any],
+  dtype: str,
+  features: tuple[str, ...],
+  few: bool,
 ) -> Callable[..., Any]:
   """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
 
@@ -113,7 +118,7 @@ def _program(
     }
     return batch.index, kept, problems
 
-  return jax.jit(outputs)
+  return jax.jit(outputs, compiler_options=quick() if few else None)
 
 
 def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:

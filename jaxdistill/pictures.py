@@ -109,8 +109,10 @@ def curves(
   _check_entries("series", series)
   points = np.atleast_1d(np.asarray(x, np.float64))
   at = points if ticks is None else np.arange(len(points), dtype=np.float64)
-  entries = len(series) + len(lines or {})
-  beside = entries > 4  # where the legend has its place: above, it would need several rows
+  names = [*series, *(lines or {})]
+  entries = len(names)
+  # Where the legend has its place: above, there is one row of about so many letters.
+  beside = entries > 4 or sum(map(len, names)) > 70 - 6 * entries
   figure, axes = _axes(7.6 if beside else 6.4, 4.0, ylabel=ylabel, title=title)
   if _spread_by_factors(at) if log is None else log:
     axes.set_xscale("log")

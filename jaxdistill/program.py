@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from jaxdistill import arguments
+from jaxdistill.capacity import quick
 from jaxdistill.data import Source
 from jaxdistill.fit_arguments import check_seeds
 from jaxdistill.mesh import Dispatch, check_divides
@@ -276,7 +277,7 @@ class _Made:
       stacked=stacked,
       shapes=shapes,
       values=values,
-      make=lambda values: jax.jit(initial, compiler_options=_quick())(keys, values, starts, *given),
+      make=lambda values: jax.jit(initial, compiler_options=quick())(keys, values, starts, *given),
       call=calls.run,
       compile=calls.compile if can_trace else None,
       trace=calls.trace if can_trace else lambda count: None,
@@ -340,10 +341,3 @@ class _Calls:
       state, sums = self.once(state, step, 1, values)
       each.append(sums)
     return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
-
-
-def _quick() -> dict[str, Any] | None:
-  """Options for a program that runs once: on a CPU, random initialisers compile for long."""
-  if jax.default_backend() != "cpu":
-    return None
-  return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -208,7 +208,8 @@ class Result:
     scale = 100 if self.metric == "accuracy" else 1
     for row in self.rows:
       label = (
-        ", ".join(f"{n} {_cell(v)}" for n, v in row.values.items() if n in names) or self.metric
+        ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in row.values.items() if n in names)
+        or self.metric
       )
       mean, std = series.setdefault(label, (np.full(len(x), np.nan), np.full(len(x), np.nan)))
       if row.status == "finished":

@@ -9,7 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import capacity, capture, data, models, recipes, selection, sweep, teachers, train
+from jaxdistill import (
+  capacity,
+  capture,
+  data,
+  models,
+  once,
+  recipes,
+  selection,
+  sweep,
+  teachers,
+  train,
+  types,
+)
 from jaxdistill.points import grouped
 
 SIZE, CLASSES = 96, 3
@@ -416,3 +428,14 @@ def test_one_after_another_is_side_by_side(parts, plain):
   result = swept(parts, POINTS[:3], seeds=SEEDS, by="unroll", steps=50, devices=jax.devices()[:1])
   for index in range(3):
     assert_same(result.students(index), plain.students(index), atol=1e-5)
+
+
+def test_only_the_features_that_an_objective_looks_at_are_kept():
+  student, teacher = (
+    types.Outputs(jax.ShapeDtypeStruct((2, 3), jnp.float32), dict.fromkeys(("a", "b"), shape))
+    for shape in (jax.ShapeDtypeStruct((2, 4), jnp.float32), jax.ShapeDtypeStruct((2, 5), "f4"))
+  )
+  batch = types.make_batch(jnp.zeros((2, 1)), jnp.zeros(2, jnp.int32))
+  hint = recipes.combine(recipes.dkd(), recipes.hint("a", "b"))
+  assert once.used_features(hint, student, teacher, batch) == ["b"]
+  assert once.used_features(types.as_objective(recipes.dkd()), student, teacher, batch) == []
