@@ -82,10 +82,15 @@ def jax_parts(task):
 
 def swept(task):
   """(a) This library's sweep."""
+  import os
+
+  import jax
   import optax
 
   from jaxdistill import recipes, sweep, teachers
 
+  # As in experiments/temperature.py: a device for each core.
+  jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   student, teacher, variables, source, validation = jax_parts(task)
   began = time.perf_counter()
   result = sweep.run(

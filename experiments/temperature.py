@@ -15,6 +15,7 @@ Got:       GOT
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -158,4 +159,6 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
+  # One device for each core: a CPU computes small students faster side by side than each on all.
+  jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   main(*parse(sys.argv[1:]))

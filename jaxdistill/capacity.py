@@ -9,11 +9,38 @@ from typing import Any
 
 import jax
 
-__all__ = ["available", "quick", "that_fit"]
+__all__ = ["activations", "available", "quick", "that_fit"]
 
 # What is left to everything else: the compiler's own figure is exact for a program, not for what
 # lies beside it.
 _SHARE = 0.8
+
+
+def activations(function: Callable[..., Any], *args: Any) -> int:
+  """The bytes of everything that a function computes on the way, counted in its jaxpr.
+
+  Args:
+    function: traced, not run.
+    *args: its arguments, or their shapes.
+
+  Returns:
+    The sum over all operations of what each puts out.
+
+  >>> activations(lambda x: 2 * (x + 1), jax.ShapeDtypeStruct((10,), "float32"))
+  80
+  """
+
+  def count(jaxpr: Any) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+      inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+      bodies = [body for body in inner if hasattr(body, "eqns")]
+      total += sum(count(body) for body in bodies)
+      if not bodies:
+        total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+    return total
+
+  return count(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def available(devices: Sequence[jax.Device]) -> int:

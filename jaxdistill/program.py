@@ -120,6 +120,7 @@ def build(
   start: PyTree = None,
   objective_start: tuple[PyTree, PyTree] | None = None,
   seeds_by: str = "vmap",
+  at_once: int | None = None,
   scan: bool = True,
   accumulate: int = 1,
   average: float | None = None,
@@ -141,6 +142,7 @@ def build(
     start: values for some of the student's variables.
     objective_start: likewise for the objective's parameters and state.
     seeds_by: ``"vmap"`` or ``"unroll"``.
+    at_once: how many students are side by side under ``"vmap"``; None for all.
     scan: whether a chunk is one dispatch.
     accumulate: micro-batches in a batch.
     average: the decay of the moving average, or None.
@@ -171,6 +173,7 @@ def build(
     dispatch=dispatch,
     stacked=np.ndim(seed) > 0,
     seeds_by=seeds_by,
+    at_once=at_once,
     scan=scan,
     options={
       **options,
@@ -197,6 +200,7 @@ class _Made:
   dispatch: Dispatch
   stacked: bool
   seeds_by: str
+  at_once: int | None
   scan: bool
   options: dict[str, Any]
 
@@ -263,7 +267,7 @@ class _Made:
       plain = jax.eval_shape(initial, *one, (None, None), *given)
       axes = start_axes(starts, plain, students)
       initial = jax.vmap(initial, in_axes=(0, 0, axes, None, None, None))
-      chunk = over_students(chunk, self.seeds_by, shared_axes, len(self.sources))
+      chunk = over_students(chunk, self.seeds_by, shared_axes, len(self.sources), self.at_once)
     # Abstract first: what does not fit together says so before anything is compiled.
     shapes = jax.eval_shape(initial, keys, values, starts, *given)
     calls = _Calls(self, chunk, teacher_variables, shared, shapes, values, head)

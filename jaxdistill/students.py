@@ -106,7 +106,11 @@ def of_group(shared: PyTree, axes: PyTree, group: int) -> PyTree:
 
 
 def over_students(
-  chunk: Callable[..., Any], seeds_by: str, shared_axes: PyTree, groups: int
+  chunk: Callable[..., Any],
+  seeds_by: str,
+  shared_axes: PyTree,
+  groups: int,
+  at_once: int | None = None,
 ) -> Callable[..., Any]:
   """A chunk of steps of one student, for students ``[S]`` of which i has the source ``i % groups``.
 
@@ -115,12 +119,14 @@ def over_students(
     seeds_by: ``"vmap"``, or ``"unroll"`` for one after another inside the program.
     shared_axes: from `shared_arrays`.
     groups: from `turns`.
+    at_once: how many students at most are side by side under ``"vmap"``, one such set after
+      another; None for all.
 
   Returns:
     The same function of leaves ``[S, ...]``; those of the items are ``[groups, ...]``.
   """
   if seeds_by == "vmap":
-    return _side_by_side(chunk, shared_axes, groups)
+    return _side_by_side(chunk, shared_axes, groups, at_once)
   if seeds_by != "unroll":
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
 
@@ -139,23 +145,47 @@ def over_students(
   return one_after_another
 
 
-def _side_by_side(chunk: Callable[..., Any], shared_axes: PyTree, groups: int) -> Any:
+def _side_by_side(
+  chunk: Callable[..., Any], shared_axes: PyTree, groups: int, at_once: int | None
+) -> Callable[..., Any]:
   """Under vmap, in two axes: over those of one source nothing of the batch is mapped.
 
   So its batch is cut once, and the teacher sees it once, whatever the number of students.
   """
   mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
-  by_source = jax.vmap(chunk, in_axes=(0, None, mapped, 0, 0))
-  over = jax.vmap(by_source, in_axes=(0, None, None, None, 0))
+  of_source = jax.vmap(chunk, in_axes=(0, None, None, None, 0))
+  over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1), out_axes=1)
 
   def run(state: State, variables: PyTree, shared: PyTree, items: PyTree, values: Values) -> Any:
-    if state.step.shape[0] == groups:
-      return by_source(state, variables, shared, items, values)
+    points = state.step.shape[0] // groups
+    folded = jax.tree.map(lambda x: x.reshape(points, groups, *x.shape[1:]), (state, values))
+    if at_once is None or at_once >= points * groups:
+      made = over(folded[0], variables, shared, items, folded[1])
+    elif at_once >= groups:
+      size = _divisor(points, at_once // groups)
+      sets = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), folded)
+      made = jax.lax.map(lambda one: over(one[0], variables, shared, items, one[1]), sets)
+      made = jax.tree.map(lambda x: x.reshape(points, *x.shape[2:]), made)
+    else:
+      size = _divisor(points, at_once)
 
-    def fold(leaf: Any) -> Any:
-      return leaf.reshape(-1, groups, *leaf.shape[1:])
+      def of_group(item: Any) -> Any:
+        group, its_items, its_students = item
+        its_shared = jax.tree.map(lambda x, axis: x if axis < 0 else x[group], shared, shared_axes)
+        sets = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), its_students)
+        each = jax.lax.map(
+          lambda one: of_source(one[0], variables, its_shared, its_items, one[1]), sets
+        )
+        return jax.tree.map(lambda x: x.reshape(points, *x.shape[2:]), each)
 
-    made = over(*jax.tree.map(fold, (state,)), variables, shared, items, jax.tree.map(fold, values))
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), made)
+      by_group = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), folded)
+      made = jax.lax.map(of_group, (jnp.arange(groups), items, by_group))
+      made = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), made)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
 
   return run
+
+
+def _divisor(number: int, most: int) -> int:
+  """The largest divisor that is no larger."""
+  return max(n for n in range(1, min(number, most) + 1) if number % n == 0)

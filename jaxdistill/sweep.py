@@ -38,6 +38,9 @@ __all__ = ["Halving", "Result", "Row", "product", "run", "students_by"]
 
 PyTree = Any
 
+# Bytes of activations that students side by side may have on a CPU, about what its caches hold.
+# Beyond, a student-step of the digits' convolutions costs up to two and a half times as much.
+_CACHE = 2 * 2**20
 # How many students one after another one program has at most: each adds to its compilation.
 _UNROLLED = 8
 
@@ -299,6 +302,8 @@ class _Job:
     teacher, variables, sources = self.taught(groups, pairs)
     halving = Halving(rungs=1) if halving is None else halving
     by = students_by(self.student, _inputs(sources[0])) if self.by is None else self.by
+    # A teacher in the step is run once for all that are side by side.
+    at_once = _at_once(self.student, sources[0]) if teacher is None else None
     dispatch = mesh_lib.with_students(self.mesh)
 
     def build_program(objective: Objective, values: Values, count: int) -> Program:
@@ -313,6 +318,7 @@ class _Job:
         dispatch,
         values=values,
         seeds_by=by,
+        at_once=at_once,
         scan=by == "vmap",
         **self.options,
       )
@@ -405,6 +411,22 @@ def _inputs(source: Source) -> PyTree:
   """The shapes of a batch's inputs, as the networks see them."""
   stored = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
   return jax.eval_shape(source.normalize, stored)
+
+
+def _at_once(student: Network, source: Source) -> int | None:
+  """How many students a CPU trains best side by side; None for as many as there are."""
+  if jax.default_backend() != "cpu":
+    return None
+  variables = jax.eval_shape(student.init, _key(), _inputs(source))
+
+  def forward(variables: PyTree, inputs: PyTree) -> Any:
+    return student.apply(variables, inputs, train=False, key=None)
+
+  batch = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((source.batch_size, *leaf.shape[1:]), leaf.dtype),
+    _inputs(source),
+  )
+  return max(1, _CACHE // max(1, capacity.activations(forward, variables, batch)))
 
 
 def _length(steps: int, most: int) -> int:

@@ -107,6 +107,15 @@ def test_every_student_is_the_one_trained_alone(parts, plain):
       assert_same(of_seed(plain.students(index), s), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_a_few_side_by_side_at_a_time_are_the_same_students(parts, plain, monkeypatch, at_once):
+  """On a CPU, caches limit them: fewer than there are data seeds, or some points of all."""
+  monkeypatch.setattr(sweep, "_at_once", lambda student, source: at_once)
+  result = swept(parts, POINTS[:6], seeds=SEEDS, devices=jax.devices()[:1])
+  for index in range(6):
+    assert_same(result.students(index), plain.students(index), atol=1e-5)
+
+
 @pytest.mark.slow
 def test_devices_share_the_points(parts, plain):
   result = swept(parts, POINTS[:5], seeds=SEEDS, devices=jax.devices()[:2])
