@@ -135,6 +135,7 @@ def measure(side, task, options):
   if side == "sweep":
     runs = sorted((call(side, task) for _ in range(options.repeats)), key=lambda run: run[0])
     wall, printed = runs[len(runs) // 2]
+    printed["inside"] = printed.pop("seconds")
     return {"seconds": wall, "trained": count, "all": [run[0] for run in runs], **printed}
   trained = min(count, max(4, count // options.one_in))
   wall, printed = call(side, dataclasses.replace(task, trained=trained))
