@@ -18,8 +18,8 @@ Got:       teacher 99.14, labels alone 97.30 ± 0.65 % on the 697 test images. A
            more than two standard errors: KD 98.16 ± 0.31, PKT 98.05 ± 0.24, SP 97.99 ± 0.18. Below
            by more than that: AT 95.01 ± 1.11, whose weight of 1,000, and a tenth of it, is too much
            for so short a run. The other seventeen are within the noise: all of them are in
-           experiments/README.md. 24 epochs on 990 images are not 240 on 50,000: the order is that of
-           this task.
+           experiments/README.md. 24 epochs on 990 images are not 240 on 50,000: the order is that
+           of this task.
 
 The same with ``--dataset cifar100`` is the field's pair of resnet32x4 and resnet8x4 (RepDistiller's
 README, trained on all of train: teacher 79.42, labels 72.50, KD 73.33, CRD 75.51 %). Here a tenth
