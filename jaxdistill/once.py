@@ -55,8 +55,7 @@ def used_features(
 
 
 def once(
-  student: Network,
-  objectives: Sequence[Objective],
+  learners: Sequence[tuple[Network, Objective]],
   teacher: Teacher,
   variables: PyTree,
   sources: list[Source],
@@ -65,8 +64,7 @@ def once(
   """The sources with the teacher's outputs on them, shared by all data seeds.
 
   Args:
-    student: the network.
-    objectives: which decide the features that are kept.
+    learners: the students and their objectives, which decide the features that are kept.
     teacher: the teacher.
     variables: its variables.
     sources: one for each data seed.
@@ -87,11 +85,14 @@ def once(
   if theirs.logits is None:
     return None
 
-  def forward(key: Any, inputs: PyTree) -> Outputs:
-    return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
+  def used(student: Network, objective: Objective) -> list[str]:
+    def forward(key: Any, inputs: PyTree) -> Outputs:
+      return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
 
-  ours = jax.eval_shape(forward, jax.eval_shape(lambda: jax.random.key(0)), batch.inputs)
-  features = sorted({n for o in objectives for n in used_features(o, ours, theirs, batch)})
+    ours = jax.eval_shape(forward, jax.eval_shape(lambda: jax.random.key(0)), batch.inputs)
+    return used_features(objective, ours, theirs, batch)
+
+  features = sorted({name for learner in learners for name in used(*learner)})
   kept = [theirs.logits, *(theirs.features[name] for name in features)]
   row = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
   if first.whole.size * row > memory:

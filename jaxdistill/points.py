@@ -17,7 +17,7 @@ from jaxdistill import arguments
 from jaxdistill import run as run_lib
 from jaxdistill.fit_arguments import check_hyper
 from jaxdistill.students import Values
-from jaxdistill.types import Objective, as_objective
+from jaxdistill.types import Network, Objective, as_objective
 
 __all__ = ["Group", "Point", "grouped", "product", "seed_pairs", "stacked_values"]
 
@@ -57,6 +57,7 @@ class Group:
   """Points that one compiled program can train side by side.
 
   Attributes:
+    student: the network that they train.
     fixed: the values that are part of the program.
     objective: the objective, made with them.
     indices: which points these are.
@@ -64,6 +65,7 @@ class Group:
     optimizer: likewise for the optimiser.
   """
 
+  student: Network
   fixed: dict[str, Any]
   objective: Objective
   indices: list[int]
@@ -73,6 +75,7 @@ class Group:
 
 def grouped(
   points: Sequence[Point],
+  student: Network | Mapping[str, Network],
   objective: Any,
   optimizer: Any,
   hyper: Mapping[str, Any] | None,
@@ -82,6 +85,7 @@ def grouped(
 
   Args:
     points: dicts with the same keys.
+    student: the network of all points; or several by name, and each point's ``student`` is one.
     objective: an objective, or a recipe: a function of keywords that returns one.
     optimizer: an optax optimiser, or a function of keywords that returns one.
     hyper: keywords of the objective that all points share.
@@ -95,6 +99,7 @@ def grouped(
     ValueError: a keyword is nobody's, a value does not fit, or a point is there twice.
   """
   keys = _check_points(points)
+  networks = _check_students(student, points)
   rates = _keywords(optimizer)
   recipe = None if _is_objective(objective) else _keywords(objective)
   if recipe is None:
@@ -103,6 +108,7 @@ def grouped(
   members: dict[str, list[Point]] = {}
   for i, point in enumerate(points):
     mine = {name: value for name, value in point.items() if not _takes(rates, name)}
+    network = networks[mine.pop("student")] if isinstance(student, Mapping) else student
     if recipe is not None:
       made = _made(objective, {n: v for n, v in mine.items() if _takes(recipe, n)})
     else:
@@ -118,11 +124,13 @@ def grouped(
     moving = {n: v for n, v in mine.items() if n in made.hyper and _is_number(v)}
     fixed = {n: v for n, v in mine.items() if n not in moving}
     check_hyper({**(hyper or {}), **moving}, made, steps)
+    if isinstance(student, Mapping):
+      fixed["student"] = point["student"]
     key = json.dumps(run_lib.to_json({n: repr(v) for n, v in fixed.items()}))
     if key not in groups:
       if recipe is not None:  # the moving values are no part of the program
         made = _made(objective, {n: v for n, v in fixed.items() if _takes(recipe, n)})
-      groups[key], members[key] = Group(fixed, made, [], {}, {}), []
+      groups[key], members[key] = Group(network, fixed, made, [], {}, {}), []
     groups[key].indices.append(i)
     members[key].append(point)
   for key, group in groups.items():
@@ -195,6 +203,35 @@ def _check_points(points: Any) -> list[str]:
   if twice:
     raise ValueError(f"points has {dict(twice[0])} more than once; give each point one time.")
   return list(points[0])
+
+
+def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Network]:
+  """The networks by name; none where all points train the same one."""
+  if not isinstance(student, Mapping):
+    if "student" in points[0]:
+      raise ValueError(
+        f"points have student={points[0]['student']!r}, and there is one student: give several "
+        "networks by name, student={name: network}."
+      )
+    return {}
+  wrong = [name for name, network in student.items() if not isinstance(network, Network)]
+  if wrong or not student:
+    raise TypeError(
+      f"student must be a Network, or networks by name; {wrong or 'an empty mapping'} is none. "
+      "Give capture.linen(module)."
+    )
+  asked = [point.get("student") for point in points]
+  unknown = sorted({repr(name) for name in asked if not _names(student, name)})
+  if unknown:
+    raise ValueError(
+      f"points have student={', '.join(unknown)}, and the students are {sorted(student)}: every "
+      "point names one of them, as in sweep.product(student=list(students), temperature=[1, 4])."
+    )
+  return dict(student)
+
+
+def _names(student: Mapping[str, Network], name: Any) -> bool:
+  return isinstance(name, str) and name in student
 
 
 def _is_objective(objective: Any) -> bool:

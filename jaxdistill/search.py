@@ -57,12 +57,12 @@ class Search:
     seeds: how many students a point has.
     length: steps of one dispatch.
     save_every: steps between checkpoints.
-    build: ``(a group's objective, values, how many points) -> Program``.
-    deployed: ``objective -> deployed network``.
+    build: ``(a group, values, how many points) -> Program``.
+    deployed: ``a group -> its deployed network``.
     validation: the split to choose on.
     memory: bytes for a program, on each device.
     devices: how many devices share the points.
-    most: of points in one program, whatever the memory.
+    most: ``a group -> the most points in one program``, whatever the memory.
     dispatch: of the programs.
     folder: where students are kept; None for memory.
     asked_to_stop: ``step -> whether to save and leave``.
@@ -75,12 +75,12 @@ class Search:
   seeds: int
   length: int
   save_every: int
-  build: Callable[[Objective, Values, int], Program]
-  deployed: Callable[[Objective], Network]
+  build: Callable[[Group, Values, int], Program]
+  deployed: Callable[[Group], Network]
   validation: Batch
   memory: int
   devices: int
-  most: int
+  most: Callable[[Group], int]
   dispatch: Dispatch
   folder: pathlib.Path | None
   asked_to_stop: Callable[[int], bool]
@@ -120,7 +120,7 @@ class Search:
     plan = None if self.folder is None else self.folder / "students" / f"{name}.json"
     if plan is not None and plan.is_file():
       return int(json.loads(plan.read_text())["points_at_once"])
-    cap = self.devices * math.ceil(min(count, self.most) / self.devices)
+    cap = self.devices * math.ceil(min(count, self.most(self.groups[g])) / self.devices)
     size = capacity.that_fit(
       lambda points: self.program(g, points)[1], cap, self.memory, multiple=self.devices
     )
@@ -134,7 +134,7 @@ class Search:
     if (g, points) not in self.programs:
       group = self.groups[g]
       some = [i % len(group.indices) for i in range(points)]
-      program = self.build(group.objective, stacked_values(group, some, self.seeds), points)
+      program = self.build(group, stacked_values(group, some, self.seeds), points)
       assert program.compile is not None
       self.programs[g, points] = program, program.compile(self.length)
     return self.programs[g, points]
@@ -232,7 +232,7 @@ class Search:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
     objective = self.groups[g].objective
     if g not in self.validators:
-      network = self.deployed(objective)
+      network = self.deployed(self.groups[g])
       self.validators[g] = evaluate.validator(network, self.validation, stacked=True)
     numbers = self.validators[g](deployed_variables(state, objective))
     finite = np.asarray(_finite_students((state.params, state.model_state)))

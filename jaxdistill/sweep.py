@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ from jaxdistill.program import Optimizer, Program, build, describe
 from jaxdistill.record import claimed
 from jaxdistill.search import Found, Search
 from jaxdistill.selection import METRICS, Result, Row, best_of, score
+from jaxdistill.side_by_side import UNROLLED, at_once, inputs_of, some_key, students_by
 from jaxdistill.stops import stop_signal
 from jaxdistill.students import Values
 from jaxdistill.train import fingerprint
@@ -37,12 +37,6 @@ from jaxdistill.types import Batch, Network, Objective, ObjectiveFunction, Teach
 __all__ = ["Halving", "Result", "Row", "product", "run", "students_by"]
 
 PyTree = Any
-
-# Bytes of activations that students side by side may have on a CPU, about what its caches hold.
-# Beyond, a student-step of the digits' convolutions costs up to two and a half times as much.
-_CACHE = 2 * 2**20
-# How many students one after another one program has at most: each adds to its compilation.
-_UNROLLED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,37 +64,8 @@ class Halving:
     return math.ceil(steps / self.factor ** (self.rungs - 1 - rung))
 
 
-def students_by(student: Network, inputs: PyTree, *, backend: str | None = None) -> str:
-  """The rule for how several students of one network are trained in one program.
-
-  ``"vmap"``, side by side, but for networks with ``lax`` convolutions on a CPU: vmap makes grouped
-  convolutions of those, and a loop computes them slowly, so ``"unroll"`` trains a few students one
-  after another in programs of one step. Networks whose convolutions are matrix products (our
-  models' ``conv="patches"``, or `models.patches_convolution` as a Flax convolution's
-  ``conv_general_dilated``) are trained under ``vmap``, which is the fastest of the three there. The
-  figures behind the rule are in ``benchmarks/README.md``.
-
-  Args:
-    student: the network.
-    inputs: its inputs, ``[B, ...]``, or their shapes.
-    backend: JAX's; the default one where left out.
-
-  Returns:
-    ``"vmap"`` or ``"unroll"``.
-  """
-
-  def forward(key: Any, inputs: PyTree) -> Any:
-    variables = student.init(key, inputs)
-    return student.apply(variables, inputs, train=False, key=None)
-
-  if (backend or jax.default_backend()) != "cpu":
-    return "vmap"
-  traced = jax.make_jaxpr(forward)(_key(), inputs)
-  return "unroll" if "conv_general_dilated" in str(traced) else "vmap"
-
-
 def run(
-  student: Network,
+  student: Network | Mapping[str, Network],
   objective: Objective | ObjectiveFunction | Callable[..., Objective | ObjectiveFunction],
   *,
   points: Sequence[Point],
@@ -141,7 +106,8 @@ def run(
   marked, and the others go on. A sweep that was stopped goes on from what its folder holds.
 
   Args:
-    student: the network to train.
+    student: the network to train; or several by name, and each point names one:
+      ``points=product(student=["small", "large"], temperature=[1, 4])``.
     objective: an objective, or a recipe: a function of keywords that returns one.
     points: dicts with the same keywords, see `product`.
     data: where batches come from; each seed gets it with its own ``data_seed``. Or a function
@@ -187,13 +153,15 @@ def run(
     FloatingPointError: no point stayed finite.
     jaxdistill.train.Stopped: the process was asked to stop.
   """
-  groups = grouped(points, objective, optimizer, hyper, steps)
+  groups = grouped(points, student, objective, optimizer, hyper, steps)
   pairs = seed_pairs(seeds)
   again = [] if retrain is None else seed_pairs(retrain)
   arguments.whole("steps", steps)
   if metric not in METRICS:
     raise ValueError(f"metric={metric!r} is not among {sorted(METRICS)}; name one of these.")
-  check_networks(student, teacher, teacher_variables, start)
+  check_networks(groups[0].student, teacher, teacher_variables, start)
+  if start is not None and len({id(group.student) for group in groups}) > 1:
+    raise ValueError("start holds the variables of one network, and the points have several.")
   check_functions(
     transform=transform, validate=None, callback=None, config=config, select="accuracy"
   )
@@ -202,7 +170,7 @@ def run(
     raise TypeError(f"data must be a Source or make one, got {arguments.show(first)}.")
   settings = {
     **(config or {}),
-    **describe(first, student.name, jax.eval_shape(student.init, _key(), _inputs(first))["params"]),
+    **_described(first, student),
     "points": list(points),
     "seeds": pairs,
     "retrain": again,
@@ -219,7 +187,6 @@ def run(
   }
   mesh = mesh_lib.data_parallel(devices)
   job = _Job(
-    student=student,
     data=data,
     optimizer=optimizer,
     steps=steps,
@@ -252,7 +219,7 @@ def run(
       below = None if path is None else path / "retrained"
       winners = job.train([_alone(group, best)], points, again, below, asked, metric, None)[best]
       final = again
-    network = _deployed(student, group.objective)
+    network = _deployed(group)
     result = Result(
       rows=rows,
       seeds=pairs,
@@ -274,7 +241,6 @@ def run(
 class _Job:
   """What all students of a sweep have in common."""
 
-  student: Network
   data: Source | Callable[[int], Source]
   optimizer: Optimizer
   steps: int
@@ -301,15 +267,16 @@ class _Job:
     """Trains the groups' points from every pair of seeds."""
     teacher, variables, sources = self.taught(groups, pairs)
     halving = Halving(rungs=1) if halving is None else halving
-    by = students_by(self.student, _inputs(sources[0])) if self.by is None else self.by
-    # A teacher in the step is run once for all that are side by side.
-    at_once = _at_once(self.student, sources[0]) if teacher is None else None
     dispatch = mesh_lib.with_students(self.mesh)
 
-    def build_program(objective: Objective, values: Values, count: int) -> Program:
+    def side_by_side(group: Group) -> str:
+      return students_by(group.student, inputs_of(sources[0])) if self.by is None else self.by
+
+    def build_program(group: Group, values: Values, count: int) -> Program:
+      by = side_by_side(group)
       return build(
-        self.student,
-        objective,
+        group.student,
+        group.objective,
         sources * count,
         self.optimizer,
         [seed for seed, _ in pairs] * count,
@@ -318,7 +285,8 @@ class _Job:
         dispatch,
         values=values,
         seeds_by=by,
-        at_once=at_once,
+        # A teacher in the step is run once for all that are side by side.
+        at_once=at_once(group.student, sources[0]) if teacher is None else None,
         scan=by == "vmap",
         **self.options,
       )
@@ -330,11 +298,11 @@ class _Job:
       length=_length(self.steps, halving.until(0, self.steps)),
       save_every=self.save_every,
       build=build_program,
-      deployed=functools.partial(_deployed, self.student),
+      deployed=_deployed,
       validation=self.validation,
       memory=self.memory,
       devices=self.mesh.devices.size,
-      most=len(points) if by == "vmap" else _UNROLLED,
+      most=lambda group: len(points) if side_by_side(group) == "vmap" else UNROLLED,
       dispatch=dispatch,
       folder=folder,
       asked_to_stop=asked_to_stop,
@@ -351,11 +319,9 @@ class _Job:
       data(d) if callable(data) else dataclasses.replace(data, data_seed=d) for _, d in pairs
     ]
     if self.teacher is not None and self.options["transform"] is None:
-      objectives = [group.objective for group in groups]
+      learners = [(group.student, group.objective) for group in groups]
       # A quarter of the memory, so that the students get the most of it.
-      kept = once(
-        self.student, objectives, self.teacher, self.teacher_variables, sources, self.memory // 4
-      )
+      kept = once(learners, self.teacher, self.teacher_variables, sources, self.memory // 4)
       if kept is not None:
         return None, None, kept
     return self.teacher, self.teacher_variables, sources
@@ -399,34 +365,23 @@ def _tested(network: Network, variables: PyTree, test: Batch) -> dict[str, np.nd
   return {name: found[name] for name in ("accuracy", "nll", "ece")}
 
 
-def _deployed(student: Network, objective: Objective) -> Network:
-  return student if objective.deployed is None else objective.deployed.network(student)
+def _deployed(group: Group) -> Network:
+  student, deployed = group.student, group.objective.deployed
+  return student if deployed is None else deployed.network(student)
 
 
-def _key() -> Any:
-  return jax.eval_shape(lambda: jax.random.key(0))
+def _described(source: Source, student: Network | Mapping[str, Network]) -> dict[str, Any]:
+  """The data and the students, as ``config.json`` holds them."""
 
+  def one(network: Network) -> dict[str, Any]:
+    variables = jax.eval_shape(network.init, some_key(), inputs_of(source))
+    return describe(source, network.name, variables["params"])
 
-def _inputs(source: Source) -> PyTree:
-  """The shapes of a batch's inputs, as the networks see them."""
-  stored = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
-  return jax.eval_shape(source.normalize, stored)
-
-
-def _at_once(student: Network, source: Source) -> int | None:
-  """How many students a CPU trains best side by side; None for as many as there are."""
-  if jax.default_backend() != "cpu":
-    return None
-  variables = jax.eval_shape(student.init, _key(), _inputs(source))
-
-  def forward(variables: PyTree, inputs: PyTree) -> Any:
-    return student.apply(variables, inputs, train=False, key=None)
-
-  batch = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct((source.batch_size, *leaf.shape[1:]), leaf.dtype),
-    _inputs(source),
-  )
-  return max(1, _CACHE // max(1, capacity.activations(forward, variables, batch)))
+  if isinstance(student, Network):
+    return one(student)
+  every = {name: one(network) for name, network in student.items()}
+  data = next(iter(every.values()))["data"]
+  return {"data": data, "students": {name: found["student"] for name, found in every.items()}}
 
 
 def _length(steps: int, most: int) -> int:

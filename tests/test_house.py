@@ -61,7 +61,7 @@ FLOORS = [
   ["filling"],
   ["cached", "data", "selection", "weights", "state"],
   ["recipes", "teachers", "step", "cache", "deployed", "fit_arguments", "students"],
-  ["program", "evaluate", "record", "stops", "points", "once"],
+  ["program", "evaluate", "record", "stops", "points", "once", "side_by_side"],
   ["loop"],
   ["train", "search"],
   ["sweep"],

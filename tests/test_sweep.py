@@ -110,7 +110,7 @@ def test_every_student_is_the_one_trained_alone(parts, plain):
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_a_few_side_by_side_at_a_time_are_the_same_students(parts, plain, monkeypatch, at_once):
   """On a CPU, caches limit them: fewer than there are data seeds, or some points of all."""
-  monkeypatch.setattr(sweep, "_at_once", lambda student, source: at_once)
+  monkeypatch.setattr(sweep, "at_once", lambda student, source: at_once)
   result = swept(parts, POINTS[:6], seeds=SEEDS, devices=jax.devices()[:1])
   for index in range(6):
     assert_same(result.students(index), plain.students(index), atol=1e-5)
@@ -218,7 +218,9 @@ def test_values_that_are_no_numbers_make_programs_of_their_own(parts):
   )
   mine = {**parts, "student": student, "teacher": teachers.frozen(large)}
   points = sweep.product(layer=["hidden1"], hint_weight=[0.1, 1.0], temperature=[2, 4])
-  groups = grouped([*points, {**points[0], "layer": None}][:4], recipe, optax.sgd(0.1), None, 10)
+  groups = grouped(
+    [*points, {**points[0], "layer": None}][:4], student, recipe, optax.sgd(0.1), None, 10
+  )
   assert [group.indices for group in groups] == [[0, 1, 2, 3]]
   assert sorted(groups[0].hyper) == ["hint_weight", "temperature"]
   some = [{"hint_weight": 0.5, "layer": "hidden1"}, {"hint_weight": 0.1, "layer": "hidden1"}]
@@ -237,6 +239,7 @@ def test_values_that_are_no_numbers_make_programs_of_their_own(parts):
   assert_same(of_seed(result.students(0), 0), expected, atol=1e-5)
   by_rate = grouped(
     sweep.product(standardize=[False, True], rate=[0.1, 0.2]),
+    student,
     lambda *, standardize: recipes.dkd(standardize=standardize),
     lambda rate: optax.sgd(rate),
     None,
@@ -381,6 +384,44 @@ def test_what_is_deployed_is_what_is_validated(parts):
 
 def row(values, status="finished", **point):
   return selection.Row(point, {"accuracy": np.array(values)}, 10, status)
+
+
+def test_several_networks_halved_together_are_those_trained_alone(parts, tmp_path):
+  """Each network makes a program of its own, and points of all of them compete."""
+  wide = capture.linen(models.MLP(widths=(9, 7), num_classes=CLASSES), name="wide")
+  networks = {"narrow": parts["student"], "wide": wide}
+  points = sweep.product(student=list(networks), temperature=[1, 4.0], learning_rate=[0.05, 1e-4])
+  mine = {**parts, "student": networks}
+  options = {"seeds": SEEDS[:1], "halving": sweep.Halving(factor=2, rungs=2)}
+  result = swept(mine, points, folder=tmp_path / "sweep", **options)
+  assert sum(row.status == "finished" for row in result.rows) == 4
+  assert result.network is networks[result.chosen["student"]]
+  for index, row in enumerate(result.rows):
+    if row.status == "finished":
+      rest = dict(points[index])
+      student = networks[rest.pop("student")]
+      expected = alone({**parts, "student": student}, rest, 0, 0)
+      assert_same(of_seed(result.students(index), 0), expected, atol=1e-5)
+  config = json.loads((tmp_path / "sweep" / "config.json").read_text())
+  assert sorted(config["students"]) == ["narrow", "wide"]
+
+
+@pytest.mark.parametrize(
+  ("students", "points", "options", "error", "match"),
+  [
+    (None, [{"student": "a"}], {}, ValueError, "there is one student: give several networks by"),
+    ({}, [{"temperature": 1}], {}, TypeError, "an empty mapping is none"),
+    ("two", [{"temperature": 1}], {}, ValueError, r"student=None, and the students are \['a', 'b"),
+    ("two", [{"student": "c"}], {}, ValueError, "student='c', and the students are"),
+    ("two", [{"student": s} for s in "ab"], {"start": {}}, ValueError, "start holds the variables"),
+  ],
+)
+def test_points_name_their_network(parts, students, points, options, error, match):
+  if students == "two":
+    students = {name: capture.linen(models.MLP((4,), CLASSES), name=name) for name in "ab"}
+  mine = parts if students is None else {**parts, "student": students}
+  with pytest.raises(error, match=match):
+    swept(mine, points, **options)
 
 
 def test_ties_and_noise():
