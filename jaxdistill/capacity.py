@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-__all__ = ["activations", "available", "quick", "that_fit"]
+__all__ = ["activations", "available", "brief", "quick", "that_fit"]
 
 # What is left to everything else: the compiler's own figure is exact for a program, not for what
 # lies beside it.
@@ -106,6 +106,15 @@ def that_fit(cost: Callable[[int], int], count: int, memory: int, *, multiple: i
   chunks = math.ceil(count / most)
   # Chunks of one length are compiled once, and those of about equal length waste least.
   return multiple * math.ceil(math.ceil(count / chunks) / multiple)
+
+
+def brief() -> dict[str, Any] | None:
+  """Compiler options for a program that runs for seconds: a third less to compile, as fast to run.
+
+  Returns:
+    Those of ``jax.jit`` on a CPU; None elsewhere.
+  """
+  return {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
 
 
 def quick() -> dict[str, Any] | None:

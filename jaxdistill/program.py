@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,8 +46,9 @@ class Program:
       ``dataclasses.replace(program, values=...)``, compile nothing anew.
     make: ``values -> the state at step 0``.
     call: ``(state, step, count, values) -> (state, sums)``; donates the state.
-    compile: ``count -> the memory that a chunk of so many steps needs``, in bytes; what `call` then
-      runs. None where the dispatch cannot say (``pmap``).
+    compile: ``count -> (() -> the memory that a chunk of so many steps needs)``, in bytes; what `call`
+      then runs. The compiler is at work until the inner call returns. None where the dispatch
+      cannot say (``pmap``).
     trace: ``count ->``; traces a chunk, so that what does not fit says so.
     collect: one copy of a tree that `call` returned.
   """
@@ -61,7 +63,7 @@ class Program:
   values: Values
   make: Callable[[Values], State]
   call: Callable[[State, int, int, Values], tuple[State, PyTree]]
-  compile: Callable[[int], int] | None
+  compile: Callable[[int], Callable[[], int]] | None
   trace: Callable[[int], None]
   collect: Callable[[PyTree], PyTree]
 
@@ -324,12 +326,21 @@ class _Calls:
   def trace(self, count: int) -> None:
     self.jitted.eval_shape(*self.arguments(count if self.made.scan else 1))  # jit keeps the trace
 
-  def compile(self, count: int) -> int:
+  def compile(self, count: int) -> Callable[[], int]:
     length = count if self.made.scan else 1
-    made = self.compiled[length] = self.jitted.lower(*self.arguments(length)).compile()
-    used = made.memory_analysis()
-    sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
-    return sum(sizes) - used.alias_size_in_bytes
+    lowered = self.jitted.lower(*self.arguments(length))
+    # The compiler leaves Python free: in the meantime something else can be traced and compiled.
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    future = pool.submit(lowered.compile)
+    pool.shutdown(wait=False)
+
+    def finish() -> int:
+      made = self.compiled[length] = future.result()
+      used = made.memory_analysis()
+      sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
+      return int(sum(sizes) - used.alias_size_in_bytes)
+
+    return finish
 
   def once(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
     items = self.made.split(self.made.read(at, count))

@@ -136,8 +136,17 @@ class Search:
       some = [i % len(group.indices) for i in range(points)]
       program = self.build(group, stacked_values(group, some, self.seeds), points)
       assert program.compile is not None
-      self.programs[g, points] = program, program.compile(self.length)
+      finish = program.compile(self.length)
+      self.warm(g, program)
+      self.programs[g, points] = program, finish()
     return self.programs[g, points]
+
+  def warm(self, g: int, program: Program) -> None:
+    """Compiles what a chunk begins and ends with, while its own program is being compiled."""
+    leaves = jax.tree.leaves(program.shapes)
+    # Only where the memory surely suffices: what the chunk needs is not known yet.
+    if 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) < self.memory:
+      self.measured(g, self.dispatch.spread(program.initial()), [])
 
   def chunk(
     self,
@@ -240,7 +249,8 @@ class Search:
     for s, good in enumerate(finite):
       # The log's NaN is JSON's null.
       steps = [line["step"] for line in history if line["loss"][s] is None]
-      bad.append(steps[0] if steps else None if good else int(history[-1]["step"]))
+      last = int(history[-1]["step"]) if history else 0
+      bad.append(steps[0] if steps else None if good else last)
     return {"metrics": {name: np.asarray(found) for name, found in numbers.items()}, "bad": bad}
 
 
