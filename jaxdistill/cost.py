@@ -17,7 +17,16 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-__all__ = ["flops", "latency", "parameters", "size_bytes", "throughput", "xla_flops"]
+__all__ = [
+  "flops",
+  "flops_or_none",
+  "latency",
+  "parameters",
+  "size_bytes",
+  "throughput",
+  "timed",
+  "xla_flops",
+]
 
 PyTree = Any
 # Calls that throughput lets run ahead: enough to hide the host, few enough to keep their outputs.
@@ -40,7 +49,7 @@ _REDUCTIONS = frozenset({
 })
 # Their cost is in no jaxpr and not one per element: better no number than a wrong one.
 _OPAQUE = frozenset({
-  "call_hi_primitive", "cholesky", "eig", "eigh", "ffi_call", "fft", "hessenberg",
+  "call_exported", "call_hi_primitive", "cholesky", "eig", "eigh", "ffi_call", "fft", "hessenberg",
   "householder_product", "io_callback", "lu", "pallas_call", "pure_callback", "qr",
   "ragged_dot_general", "schur", "svd", "triangular_solve", "tridiagonal", "tridiagonal_solve",
 })
@@ -113,6 +122,22 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
   48
   """
   return _count_whole(jax.make_jaxpr(fn)(*args))
+
+
+def flops_or_none(fn: Callable[..., Any], *args: Any) -> int | None:
+  """`flops`, or None where the function holds an operation whose cost cannot be read off.
+
+  Args:
+    fn: a function of arrays.
+    *args: its arguments, or their shapes.
+
+  >>> flops_or_none(jax.numpy.linalg.inv, np.eye(2)) is None
+  True
+  """
+  try:
+    return flops(fn, *args)
+  except ValueError:
+    return None
 
 
 def _count(jaxpr: Any, live: Sequence[bool]) -> int:
@@ -290,11 +315,31 @@ def latency(
   if repeats < 1 or warmup < 1:
     raise ValueError(f"repeats and warmup must be at least 1, got {repeats} and {warmup}.")
   call = _warm(fn, args, warmup, seconds)
+  return timed(lambda: jax.block_until_ready(call()), repeats=repeats, seconds=seconds)
+
+
+def timed(
+  call: Callable[[], Any], *, repeats: int = 100, seconds: float = 10.0
+) -> dict[str, float]:
+  """Time of a call that returns when it is done, as a user's program makes it.
+
+  Args:
+    call: a function without arguments. It is called once before the clock starts.
+    repeats: how many calls to time.
+    seconds: stop after this long, but not before one call.
+
+  Returns:
+    As `latency`.
+
+  >>> timed(lambda: None, repeats=3)["calls"]
+  3.0
+  """
+  call()
   times: list[float] = []
   stop = time.perf_counter() + seconds
   while len(times) < repeats and (not times or time.perf_counter() < stop):
     start = time.perf_counter()
-    jax.block_until_ready(call())
+    call()
     times.append(1000 * (time.perf_counter() - start))
   median, p95 = np.percentile(times, [50, 95])
   return {"median": float(median), "p95": float(p95), "calls": float(len(times))}

@@ -25,7 +25,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import accept, arguments, manifest
+from jaxdistill import accept, arguments, cost, manifest
 from jaxdistill.checkpoint import Checkpoints, load_variables, save_variables
 from jaxdistill.leaves import from_outline, named, outline
 from jaxdistill.run import read_config, write_json
@@ -113,8 +113,9 @@ def save_student(
     raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
   shapes, instances = _shapes(variables, stacked)
   name = name or network.name
+  infer = _inference(network, variables, normalize)
   with _one_device():
-    program, about = _export(_inference(network, variables, normalize), shapes, inputs, name)
+    program, about = _export(infer, shapes, inputs, name)
   parameters = shapes.get("params", shapes) if isinstance(shapes, Mapping) else shapes
   info = {
     "name": name,
@@ -122,6 +123,7 @@ def save_student(
     "instances": instances,
     "stacked": stacked,
     "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
+    "flops": _flops_of_one(infer, shapes, inputs),
     # JAX has no list of the earlier releases that know this one's StableHLO; they may try.
     "jax": jax.__version__,
     "jax_least": jax.__version__,
@@ -250,6 +252,15 @@ def _inference(
     return network.apply(given, seen, train=False, key=None)[0].logits
 
   return program
+
+
+def _flops_of_one(infer: _Program, shapes: PyTree, inputs: PyTree) -> int | None:
+  """Counted here: nothing can be counted in a program that was loaded."""
+  one = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), inputs)
+  try:
+    return cost.flops_or_none(infer, shapes, one)
+  except Exception:  # Anything may be wrong with a module that nobody here wrote.
+    return None
 
 
 def _each(program: _Program, mapper: Callable[..., Any]) -> _Program:

@@ -19,7 +19,16 @@ from jaxdistill.fit_arguments import check_hyper
 from jaxdistill.students import Values
 from jaxdistill.types import Network, Objective, as_objective
 
-__all__ = ["Group", "Point", "grouped", "product", "seed_pairs", "stacked_values"]
+__all__ = [
+  "Group",
+  "Point",
+  "Single",
+  "grouped",
+  "product",
+  "seed_pairs",
+  "single",
+  "stacked_values",
+]
 
 # The values of one point by keyword.
 Point = Mapping[str, Any]
@@ -140,6 +149,51 @@ def grouped(
       target = group.optimizer if _takes(rates, name) else group.hyper
       target[name] = np.array([_number(name, point[name]) for point in members[key]])
   return list(groups.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Single:
+  """One point as `jaxdistill.train.fit` takes it.
+
+  Attributes:
+    objective: the objective, made with the values that are part of it.
+    hyper: the numbers for its keywords.
+    optimizer: the optimiser, made with its numbers.
+    rates: those numbers.
+  """
+
+  objective: Objective
+  hyper: dict[str, float]
+  optimizer: optax.GradientTransformation
+  rates: dict[str, float]
+
+
+def single(point: Point, student: Network, objective: Any, optimizer: Any, steps: int) -> Single:
+  """A point by itself, to train it alone.
+
+  Args:
+    point: its values, without the name of a student.
+    student: the network.
+    objective: as in `grouped`.
+    optimizer: as in `grouped`.
+    steps: of the run.
+
+  Raises:
+    TypeError: as `grouped`.
+    ValueError: as `grouped`.
+
+  >>> from jaxdistill.recipes import kd
+  >>> rated = lambda rate=0.1: optax.sgd(rate)
+  >>> single({"temperature": 2, "rate": 0.5}, None, kd, rated, 10).hyper
+  {'temperature': 2.0}
+  """
+  group = grouped([point], student, objective, optimizer, None, steps)[0]
+  hyper, rates = (
+    {name: float(values[0]) for name, values in given.items()}
+    for given in (group.hyper, group.optimizer)
+  )
+  made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(**rates)
+  return Single(group.objective, hyper, made, rates)
 
 
 def stacked_values(group: Group, rows: Sequence[int], seeds: int) -> Values:

@@ -80,7 +80,8 @@ def rows_of(table):
 
 
 def test_there_are_notebooks():
-  assert [path.name for path in NOTEBOOKS] == ["bring_your_own.ipynb", "quickstart.ipynb"]
+  names = ["bring_your_own", "compress", "quickstart"]
+  assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -129,3 +130,20 @@ def test_bring_your_own_distils_with_few_labels_and_calls_the_student(executed):
   (again,) = re.findall(r"200 parameters, accuracy ([\d.]+)%", text)
   assert abs(float(again) - found["student, distilled"]) < 3
   assert len(outputs(notebook, "image/png")) == 1
+
+
+@pytest.mark.slow
+def test_compress_ends_with_files_and_a_report(executed):
+  notebook = executed(ROOT / "colabs" / "compress.ipynb")
+  text = "".join(outputs(notebook, "stdout"))
+  assert len(re.findall(r"student\.\S+: [\d,]+ bytes, passed: True", text)) == 3
+  assert "without Flax and jaxdistill: True" in text
+  said, labels = (
+    re.search(rf"{name}\s+\[([\d ]+)\]", text)[1].split() for name in ("classes", "labels")
+  )
+  assert sum(a == b for a, b in zip(said, labels, strict=True)) >= 6
+  (table,) = outputs(notebook, "text/markdown")
+  assert table.count("**chosen**") == 1
+  assert "over the budget: bytes" in table
+  assert len(outputs(notebook, "image/png")) == 1
+  assert any("srcdoc" in page for page in outputs(notebook, "text/html"))

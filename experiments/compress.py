@@ -1,0 +1,287 @@
+"""The best student within a budget: candidates, search, assistant, final runs and report.
+
+Convolutional (digits) or residual (CIFAR-100) networks of several widths and depths are measured
+and counted; those over the budget are dropped before any training, the others trained by successive
+halving over temperature and weights (`jaxdistill.compress`). Where the best one stays far behind
+the teacher, a network over the budget is tried as a teaching assistant (Mirzadeh et al.,
+"Improved Knowledge Distillation via Teacher Assistant", 2020). Choices are made on validation.
+
+Command:   python experiments/compress.py --out runs/compress
+Short:     python experiments/compress.py --short --max-bytes 150000 --out runs/compress-short
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import pathlib
+import sys
+import time
+from typing import Literal
+
+import jax
+import optax
+import tyro
+
+from jaxdistill import (
+  budget,
+  capture,
+  compare,
+  compress,
+  data,
+  evaluate,
+  export,
+  models,
+  optimizers,
+  recipes,
+  report,
+  run,
+  sweep,
+  teachers,
+  train,
+)
+
+SCRIPT = "experiments/compress.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What defines a run; saved as config.json."""
+
+  dataset: Literal["digits", "cifar100"] = "digits"
+  max_latency_ms: float | None = None
+  """Of one call; the digits' default budget is 0.6 ms at batch 64, CIFAR-100's 400,000 bytes."""
+  at_batch: int = 64
+  """The batch size of that call."""
+  max_bytes: int | None = None
+  max_flops: int | None = None
+  """Of one example."""
+  max_parameters: int | None = None
+  temperatures: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0)
+  soft_weights: tuple[float, ...] = (0.5, 0.9)
+  """The labels get what is left to 1."""
+  search_seeds: int = 3
+  seeds: int = 5
+  rungs: int = 3
+  """Of successive halving, a third of the points going on after each."""
+  batch_size: int = 64
+  epochs: int = 60
+  teacher_epochs: int = 60
+  teacher_shift: int = 1
+  """Pixels by which the digits' teacher sees its images shifted, as in digits.py."""
+  fraction: int = 100
+  """Percent of the training split that is used."""
+  gap: float = 0.02
+  """How far behind the teacher a student has to be before an assistant is tried."""
+
+
+# CIFAR-100 as its literature trains it, and what a laptop's CPU finishes in minutes.
+CIFAR = Config(dataset="cifar100", epochs=240, teacher_epochs=240, search_seeds=2)
+SHORT = dataclasses.replace(
+  CIFAR,
+  temperatures=(2.0, 4.0),
+  soft_weights=(0.9,),
+  search_seeds=1,
+  seeds=2,
+  rungs=2,
+  epochs=3,
+  teacher_epochs=4,
+  fraction=5,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a run is carried out; changes no number beyond rounding."""
+
+  out: pathlib.Path = pathlib.Path("runs/compress")
+  """Folder of the run; a run that was stopped goes on there."""
+  evaluate: pathlib.Path | None = None
+  """Evaluate the run in this folder again instead of training."""
+  split: Literal["train", "validation", "test"] = "test"
+  """The split to evaluate on."""
+  data_dir: str | None = None
+  """Where TFDS keeps its data sets; its own default when left out."""
+  short: bool = False
+  """Start from CIFAR-100's short setting for a CPU."""
+  export: bool = True
+  """Export the chosen student, each file checked in a process of its own."""
+
+
+def within(config: Config) -> budget.Budget:
+  """The budget: what was given, or the data set's own."""
+  limits = {
+    "latency_ms": config.max_latency_ms,
+    "bytes": config.max_bytes,
+    "flops": config.max_flops,
+    "parameters": config.max_parameters,
+  }
+  if all(limit is None for limit in limits.values()):
+    limits |= {"latency_ms": 0.6} if config.dataset == "digits" else {"bytes": 400_000}
+  return budget.Budget(batch_size=config.at_batch, **limits)
+
+
+def networks(config: Config):
+  """The teacher, and the candidates by name."""
+  if config.dataset == "digits":
+    teacher = models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+
+    def build(width: int, depth: int):
+      return models.ConvNet((width,) * depth, (1, 2, 1)[:depth], dense=4 * width)
+
+    candidates = compress.family(build, width=[4, 8, 16, 32], depth=[2, 3])
+  else:
+    teacher = models.resnet8x4() if config.fraction < 100 else models.resnet56()
+
+    def build(depth: int, width: int):
+      return models.ResNet(depth, 100, width=(width, width, 2 * width, 4 * width))
+
+    depths = [8] if config.fraction < 100 else [8, 14, 20]
+    candidates = compress.family(build, depth=depths, width=[4, 8, 16])
+  return capture.linen(teacher, name="teacher"), candidates
+
+
+def optimizer(config: Config, steps: int):
+  if config.dataset == "digits":
+    return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+  return optimizers.sgd(0.05, steps=steps, weight_decay=5e-4)
+
+
+def normalize(config: Config):
+  return data.DIGITS if config.dataset == "digits" else data.CIFAR
+
+
+def load(config: Config, split: str, data_dir: str | None):
+  names = data.splits(config.dataset, data_dir=data_dir)
+  name = names[split]
+  if split == "train" and config.fraction < 100 and config.dataset == "cifar100":
+    name = f"train[:{config.fraction * 450}]"
+  return data.load(config.dataset, name, data_dir=data_dir)
+
+
+def train_all(config: Config, options: Options) -> None:
+  examples = load(config, "train", options.data_dir)
+
+  def shown(augmentation, data_seed: int = 0):
+    return data.on_device(
+      examples,
+      batch_size=config.batch_size,
+      data_seed=data_seed,
+      augmentation=augmentation,
+      normalize=normalize(config),
+    )
+
+  if config.dataset == "digits":
+    taught, source = data.crop(config.teacher_shift), shown(data.identity)
+  else:
+    taught = data.identity if config.fraction < 100 else data.crop_flip(padding=4)
+    source = shown(taught)
+  held_out = load(config, "validation", options.data_dir)
+  validation = data.evaluation_batches(held_out, batch_size=256, normalize=normalize(config))
+  teacher, candidates = networks(config)
+  steps = config.teacher_epochs * source.steps_per_epoch
+  learned = train.fit(
+    teacher,
+    recipes.labels(),
+    data=shown(taught, data_seed=100),  # an order that no student sees
+    optimizer=optimizer(config, steps),
+    steps=steps,
+    seed=100,
+    validate=evaluate.validator(teacher, validation),
+    validate_every=5 * source.steps_per_epoch,
+    folder=options.out / "teacher",
+    scan=config.dataset == "digits" or jax.default_backend() != "cpu",
+    progress="teacher",
+  )
+  steps = config.epochs * source.steps_per_epoch
+  points = sweep.product(soft_weight=config.soft_weights, temperature=config.temperatures)
+  found = compress.run(
+    candidates,
+    within=within(config),
+    teacher=teachers.frozen(teacher),
+    teacher_variables=learned.variables,
+    data=source,
+    validation=validation,
+    optimizer=optimizer(config, steps),
+    steps=steps,
+    folder=options.out,
+    points=[{**point, "hard_weight": round(1 - point["soft_weight"], 6)} for point in points],
+    seeds=range(config.search_seeds),
+    final_seeds=range(config.seeds),
+    halving=sweep.Halving(3, config.rungs),
+    gap=config.gap,
+    teacher_run=options.out / "teacher",
+    config={"experiment": "compress", **dataclasses.asdict(config)},
+  )
+  print(f"\n{found.table()}\n")
+
+
+def export_all(config: Config, options: Options) -> None:
+  _, candidates = networks(config)
+  told = compress.told(options.out)
+  kinds = ["stablehlo", "safetensors", "int8_weights"]
+  if importlib.util.find_spec("jax2onnx"):  # pip install '.[export]'
+    kinds.append("onnx")
+  found = export.run(
+    options.out,
+    load(config, "validation", options.data_dir),
+    kinds=kinds,
+    network=candidates[told["chosen"]],
+    normalize=normalize(config),
+    instance=told["instance"],
+    batch_size=config.at_batch,
+  )
+  for file in found["files"]:
+    state = f"{file['bytes']:,} bytes, checked" if file["passed"] else f"failed: {file['problem']}"
+    print(f"{options.out / 'exports' / file['file']}: {state}")
+
+
+def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
+  examples = load(config, options.split, options.data_dir)
+  batches = data.evaluation_batches(examples, batch_size=256, normalize=normalize(config))
+  teacher, candidates = networks(config)
+  chosen = compress.told(folder)["chosen"]
+  path, result = compare.runs(
+    folder,
+    network=candidates[chosen],
+    reference=(
+      evaluate.teacher_predictor(teachers.frozen(teacher)),
+      teachers.restore(folder / "teacher"),
+    ),
+    batches=batches,
+    descriptions={
+      "teacher": "the network that is to be replaced",
+      "baseline": f"{chosen}, trained on labels alone",
+      "student": f"{chosen}, distilled; chosen within {within(config).describe()}",
+    },
+    dataset=f"{config.dataset} {examples.version}",
+    split=options.split,
+    examples=examples,
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+  )
+  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  return path
+
+
+def main(config: Config, options: Options) -> None:
+  began = time.perf_counter()
+  if options.evaluate is not None:
+    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+  else:
+    train_all(config, options)
+    if options.export:
+      export_all(config, options)
+    measure(config, options, options.out)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def parse(args: list[str]) -> tuple[Config, Options]:
+  config = SHORT if "--short" in args else CIFAR if "cifar100" in args else Config()
+  default = (config, Options())
+  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+
+
+if __name__ == "__main__":
+  main(*parse(sys.argv[1:]))

@@ -1,0 +1,284 @@
+"""What a student may cost, what networks do cost where they run, and whether one is inside.
+
+Costs are those of the deployed call: stored inputs in, NumPy logits out, normalisation included.
+``python -m jaxdistill.budget RUN --latency-ms 0.2`` measures a finished run's student in a process
+of its own and fails where it costs more, in a build's pipeline for example.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import accept, arguments, capacity, cost, deployed
+from jaxdistill.types import Network
+
+__all__ = [
+  "UNITS",
+  "Budget",
+  "BudgetError",
+  "main",
+  "measure",
+  "measure_run",
+  "nearest",
+  "separately",
+]
+
+PyTree = Any
+
+# Of rounds of timing the slowest counts: a student is inside its budget on a machine's worse days.
+_ROUNDS = 3
+UNITS = {"latency_ms": "ms", "bytes": "bytes", "flops": "FLOPs", "parameters": "parameters"}
+
+
+class BudgetError(ValueError):
+  """No candidate is inside the budget; the message has the nearest one and what it costs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+  """What a student may cost; None is no limit, and at least one is given.
+
+  Attributes:
+    latency_ms: milliseconds of one call, from stored inputs to NumPy logits, on this device.
+    batch_size: of that call.
+    bytes: of all variables as they are stored.
+    flops: floating-point operations of one example, see `jaxdistill.cost.flops`.
+    parameters: how many there are, see `jaxdistill.cost.parameters`.
+
+  Raises:
+    ValueError: there is no limit, or one is not positive.
+  """
+
+  latency_ms: float | None = None
+  batch_size: int = 1
+  bytes: int | None = None
+  flops: int | None = None
+  parameters: int | None = None
+
+  def __post_init__(self) -> None:
+    arguments.whole("batch_size", self.batch_size)
+    if not self.limits():
+      raise ValueError(
+        "the budget has no limit; give latency_ms, bytes, flops or parameters, or several of them."
+      )
+    for name, limit in self.limits().items():
+      arguments.number(name, limit, above=0)
+
+  def limits(self) -> dict[str, float]:
+    """The limits that are given, by name."""
+    given = {name: getattr(self, name) for name in UNITS}
+    return {name: limit for name, limit in given.items() if limit is not None}
+
+  def shares(self, costs: Mapping[str, Any]) -> dict[str, float]:
+    """What part of each limit is used; infinite where the cost is not known.
+
+    Args:
+      costs: from `measure`.
+
+    >>> Budget(bytes=100, parameters=10).shares({"bytes": 150, "parameters": 5})
+    {'bytes': 1.5, 'parameters': 0.5}
+    """
+
+    def share(cost: float | None, limit: float) -> float:
+      return math.inf if cost is None else cost / limit
+
+    return {name: share(costs.get(name), limit) for name, limit in self.limits().items()}
+
+  def inside(self, costs: Mapping[str, Any]) -> bool:
+    """Whether no limit is exceeded.
+
+    Args:
+      costs: from `measure`.
+    """
+    return all(share <= 1 for share in self.shares(costs).values())
+
+  def describe(self) -> str:
+    """The limits in words."""
+    words = [f"{limit:,g} {UNITS[name]}" for name, limit in self.limits().items()]
+    if self.latency_ms is not None:
+      words[0] += f" at batch {self.batch_size}"
+    return ", ".join(words)
+
+
+def measure(
+  network: Network | Callable[[PyTree, PyTree], Any],
+  stored: PyTree,
+  *,
+  variables: PyTree = None,
+  normalize: Callable[[Any], Any] | None = None,
+  batch_size: int = 1,
+  seconds: float = 0.3,
+) -> dict[str, Any]:
+  """What a network costs as it would be deployed, trained or not.
+
+  Args:
+    network: the network; or a function ``(variables, normalised inputs) -> logits``.
+    stored: shapes and dtypes of the inputs of one example, as the data set stores them.
+    variables: its variables; by default new ones of the network, which cost the same.
+    normalize: what is done to stored inputs before the network sees them.
+    batch_size: of the timed call.
+    seconds: of each of three rounds of timing, the slowest of which counts.
+
+  Returns:
+    ``latency_ms`` (the median of a round's calls), ``bytes``, ``flops`` of one example (None where
+    they cannot be counted) and ``parameters``.
+
+  >>> from jaxdistill import capture, models
+  >>> network = capture.linen(models.MLP(widths=(4,), num_classes=3))
+  >>> found = measure(network, jax.ShapeDtypeStruct((5,), "float32"), seconds=0.01)
+  >>> found["parameters"], found["bytes"], found["flops"]
+  (39, 156, 75)
+  """
+  arguments.whole("batch_size", batch_size)
+  arguments.number("seconds", seconds, above=0)
+  apply = _logits(network) if isinstance(network, Network) else network
+
+  def infer(variables: PyTree, inputs: PyTree) -> Any:
+    return apply(variables, inputs if normalize is None else normalize(inputs))
+
+  def example(size: int) -> PyTree:
+    return jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), leaf.dtype), stored)
+
+  if variables is None:
+    if not isinstance(network, Network):
+      raise ValueError("variables must be given for a function; a Network makes its own.")
+
+    def made(key: Any, inputs: PyTree) -> PyTree:
+      return network.init(key, inputs if normalize is None else normalize(inputs))
+
+    key = jax.random.key(0)
+    variables = jax.jit(made, compiler_options=capacity.quick())(key, example(1))
+  inputs, compiled = example(batch_size), jax.jit(infer)
+  expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+  variables = jax.device_put(variables)
+
+  def call() -> np.ndarray:
+    return np.asarray(compiled(variables, accept.batch(inputs, expected, "network")[0]))
+
+  return {
+    "latency_ms": _slowest(call, seconds),
+    "bytes": cost.size_bytes(variables),
+    "flops": cost.flops_or_none(infer, variables, example(1)),
+    "parameters": cost.parameters(variables),
+  }
+
+
+def measure_run(
+  run: str | pathlib.Path, *, batch_size: int = 1, instance: int = 0, seconds: float = 0.3
+) -> dict[str, Any]:
+  """What the student of a finished run costs, by its saved program alone.
+
+  Args:
+    run: the run's folder, see `jaxdistill.deployed.load_student`.
+    batch_size: of the timed call.
+    instance: which of its networks.
+    seconds: of each of three rounds of timing.
+
+  Returns:
+    As `measure`.
+  """
+  student = deployed.load_student(run, instance=instance)
+  some = jax.tree.map(
+    lambda leaf: np.zeros((batch_size, *leaf.shape[1:]), leaf.dtype), student.expected
+  )
+  return {
+    "latency_ms": _slowest(lambda: np.asarray(student(some)), seconds),
+    "bytes": cost.size_bytes(student.variables),
+    "flops": student.info.get("flops"),  # a program that is loaded cannot be counted
+    "parameters": student.info["parameters"],
+  }
+
+
+def separately(run: str | pathlib.Path, budget: Budget, *, instance: int = 0) -> dict[str, Any]:
+  """`measure_run` in a process of its own, as another program would run the student.
+
+  Args:
+    run: the run's folder.
+    budget: its ``batch_size`` is timed.
+    instance: which of the run's networks.
+
+  Raises:
+    RuntimeError: the process failed; the message has its last line.
+  """
+  command = [sys.executable, "-m", "jaxdistill.budget", str(run), "--json"]
+  command += ["--batch-size", str(budget.batch_size), "--instance", str(instance)]
+  made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+  if made.returncode:
+    last = (made.stderr.strip().splitlines() or ["no message"])[-1]
+    raise RuntimeError(f"timing the student of {run} in a process of its own failed: {last}")
+  found: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+  return found
+
+
+def nearest(budget: Budget, costs: Mapping[str, Mapping[str, Any]]) -> str:
+  """The candidate that exceeds a budget least, by its worst limit.
+
+  Args:
+    budget: the budget.
+    costs: each candidate's, from `measure`.
+
+  >>> nearest(Budget(bytes=10), {"large": {"bytes": 90}, "small": {"bytes": 30}})
+  'small'
+  """
+  return min(costs, key=lambda name: (max(budget.shares(costs[name]).values()), name))
+
+
+def _logits(network: Network) -> Callable[[PyTree, PyTree], Any]:
+  return lambda variables, inputs: network.apply(variables, inputs, train=False, key=None)[0].logits
+
+
+def _slowest(call: Callable[[], Any], seconds: float) -> float:
+  """The largest median of some rounds of calls, in milliseconds."""
+  medians = [cost.timed(call, repeats=1000, seconds=seconds)["median"] for _ in range(_ROUNDS)]
+  return max(medians)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """The command: measures a run's student, and says whether it is inside a budget.
+
+  Args:
+    args: the command line, without the program's name.
+
+  Returns:
+    The exit status: 0 inside the budget, 1 beyond it, 2 for wrong arguments.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxdistill.budget", description="What a run's student costs, and its budget."
+  )
+  parser.add_argument("run", help="the run's folder")
+  parser.add_argument("--instance", type=int, default=0, help="which of the run's networks")
+  parser.add_argument("--batch-size", type=int, default=1, help="of the timed call")
+  parser.add_argument("--latency-ms", type=float)
+  parser.add_argument("--bytes", type=int)
+  parser.add_argument("--flops", type=int)
+  parser.add_argument("--parameters", type=int)
+  parser.add_argument("--json", action="store_true", help="print the costs alone, as JSON")
+  given = parser.parse_args(args)
+  costs = measure_run(given.run, batch_size=given.batch_size, instance=given.instance)
+  if given.json:
+    print(json.dumps(costs))
+    return 0
+  for name, unit in UNITS.items():
+    print(f"{costs[name]:>16,.6g} {unit}" if costs[name] is not None else f"{'unknown':>16} {unit}")
+  limits = {name: getattr(given, name) for name in UNITS}
+  if all(limit is None for limit in limits.values()):
+    return 0
+  budget = Budget(batch_size=given.batch_size, **limits)
+  inside = budget.inside(costs)
+  print(f"{'inside' if inside else 'NOT inside'} the budget of {budget.describe()}")
+  return 0 if inside else 1
+
+
+if __name__ == "__main__":
+  sys.exit(main())
