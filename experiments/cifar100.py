@@ -232,7 +232,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     },
     dataset=f"CIFAR-100 {examples.version}",
     split=options.split,
-    examples=len(examples),
+    examples=examples,
     seeds=range(config.seeds),
     varied="initialisation and data order",
     commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),

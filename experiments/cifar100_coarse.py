@@ -259,7 +259,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     },
     dataset=f"CIFAR-100 {coarse.version}, 20 coarse classes",
     split=options.split,
-    examples=len(coarse),
+    examples=coarse,
     seeds=range(config.seeds),
     varied="initialisation and data order",
     commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),

@@ -202,7 +202,7 @@ def run(
   tried = job.assist(student, best, assistants, gap, path)
   variables = job.final(student, best, tried, path)
   job.look(teacher_run, student, best, variables["baseline"], folder=path, known=warned)
-  accuracy = {kind: job.validated(student, each) for kind, each in variables.items()}
+  quality = {kind: job.validated(student, each) for kind, each in variables.items()}
   values = best.values
   if tried is not None and tried.row is not None and tried.helps:
     values = tried.row.values
@@ -219,7 +219,7 @@ def run(
     metric=metric,
     network=student,
     variables=variables["student"],
-    validation=accuracy,
+    validation=quality,
   )
   made.write(path)
   return made

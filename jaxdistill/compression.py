@@ -20,7 +20,7 @@ from jaxdistill.data import Source
 from jaxdistill.points import Point, Single, single
 from jaxdistill.program import Optimizer
 from jaxdistill.recipes import labels
-from jaxdistill.selection import Result, Row, score
+from jaxdistill.selection import METRICS, Result, Row, score
 from jaxdistill.shortlist import Assistant
 from jaxdistill.side_by_side import inputs_of, some_key, students_by
 from jaxdistill.types import Batch, Network, Teacher, make_batch
@@ -78,17 +78,19 @@ class Job:
     file = path / "teacher.json"
     costs = kept(file, ["bytes"]) or self.costs(logits, self.teacher_variables)
     run_lib.write_json(file, costs)
-    return {**costs, self.metric: float(self.teacher_quality()[self.metric])}
+    quality = self.teacher_quality()
+    return {**costs, **{name: float(quality[name]) for name in METRICS}}
 
   def teacher_quality(self) -> dict[str, np.ndarray]:
     """The teacher on validation."""
     predict = evaluate.teacher_predictor(self.teacher)
     return evaluate.evaluate(predict, self.teacher_variables, self.validation)
 
-  def validated(self, network: Network, variables: PyTree) -> np.ndarray:
-    """Some students' metric on validation, ``[S]``."""
+  def validated(self, network: Network, variables: PyTree) -> dict[str, np.ndarray]:
+    """Some students on validation, ``[S]`` each."""
     predict = evaluate.predictor(network)
-    return evaluate.evaluate(predict, variables, self.validation, stacked=True)[self.metric]
+    found = evaluate.evaluate(predict, variables, self.validation, stacked=True)
+    return {name: found[name] for name in METRICS}
 
   def look(
     self,

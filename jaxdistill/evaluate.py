@@ -10,10 +10,18 @@ import flax.errors
 import jax
 import numpy as np
 
-from jaxdistill import arguments, cost, metrics
+from jaxdistill import arguments, cost, metrics, predictions
 from jaxdistill.types import Batch, Network, Teacher
 
-__all__ = ["Predict", "costs", "evaluate", "predictor", "teacher_predictor", "validator"]
+__all__ = [
+  "Predict",
+  "costs",
+  "evaluate",
+  "examine",
+  "predictor",
+  "teacher_predictor",
+  "validator",
+]
 
 PyTree = Any
 
@@ -68,27 +76,69 @@ def evaluate(
     ``accuracy_where_teacher_wrong``; each of shape ``[S]`` when ``stacked``, else ``[]``. NaN
     where a number is undefined.
   """
-  arguments.function(
-    "predict", predict, "(variables, batch) -> logits", arguments=2, instead="See predictor."
-  )
-  if reference is not None and not (isinstance(reference, tuple) and len(reference) == 2):
-    raise TypeError(f"reference must be (predict, variables), got {arguments.show(reference)}.")
-  sums = _compile(predict, reference[0] if reference else None, stacked)(
+  _check_models(predict, reference)
+  sums, _ = _compile(predict, reference[0] if reference else None, stacked)(
     variables, reference[1] if reference else None, batches
   )
   return metrics.finish(jax.device_get(sums))
 
 
+def examine(
+  predict: Predict,
+  variables: PyTree,
+  batches: Batch,
+  *,
+  reference: tuple[Predict, PyTree] | None = None,
+  stacked: bool = False,
+) -> tuple[dict[str, np.ndarray], predictions.Answers]:
+  """What `evaluate` does, and in the same pass what the model said of each example.
+
+  Args:
+    predict: as in `evaluate`.
+    variables: as in `evaluate`.
+    batches: as in `evaluate`.
+    reference: as in `evaluate`.
+    stacked: as in `evaluate`.
+
+  Returns:
+    ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that `predictions.counted`
+    picks, in their order; S is 1 where nothing is stacked.
+  """
+  _check_models(predict, reference)
+  sums, each = _compile(predict, reference[0] if reference else None, stacked, each=True)(
+    variables, reference[1] if reference else None, batches
+  )
+  where = predictions.counted(batches)
+  joined = {
+    name: np.atleast_2d(np.concatenate(parts, axis=-1))[:, where]
+    for name, parts in jax.device_get(each).items()
+  }
+  return metrics.finish(jax.device_get(sums)), predictions.Answers(**joined)
+
+
+def _check_models(predict: Any, reference: Any) -> None:
+  arguments.function(
+    "predict", predict, "(variables, batch) -> logits", arguments=2, instead="See predictor."
+  )
+  if reference is not None and not (isinstance(reference, tuple) and len(reference) == 2):
+    raise TypeError(f"reference must be (predict, variables), got {arguments.show(reference)}.")
+
+
+_Sums = dict[str, jax.Array]
+
+
 def _compile(
-  predict: Predict, reference: Predict | None, stacked: bool
-) -> Callable[[PyTree, PyTree, Batch], dict[str, jax.Array]]:
+  predict: Predict, reference: Predict | None, stacked: bool, *, each: bool = False
+) -> Callable[[PyTree, PyTree, Batch], tuple[_Sums, dict[str, list[jax.Array]]]]:
   """One program for a batch, dispatched for each; sums are added on the device.
+
+  With ``each``, the answers on each example come along, batch by batch.
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
   classes: list[int] = []
 
-  def batch_sums(variables: PyTree, taught: Any, batch: Batch) -> dict[str, jax.Array]:
+  def batch_sums(variables: PyTree, taught: Any, batch: Batch) -> tuple[_Sums, _Sums]:
     logits = predict(variables, batch)
     if not hasattr(logits, "shape"):
       raise TypeError(f"predict must return logits [B, K], got {arguments.show(logits)}")
@@ -97,20 +147,22 @@ def _compile(
     sums = metrics.classification_sums(logits, batch.labels, where)
     if taught is not None:
       sums |= metrics.fidelity_sums(logits, taught, batch.labels, where)
-    return sums
+    return sums, predictions.answers(logits, batch.labels) if each else {}
 
   over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
 
   @jax.jit
   def one(
     variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
-  ) -> dict[str, jax.Array]:
+  ) -> tuple[_Sums, _Sums]:
     batch = jax.tree.map(lambda leaf: leaf[i], batches)
     # The reference is run once a batch, whatever the number of seeds.
     taught = None if reference is None else reference(reference_variables, batch)
     return over_models(variables, taught, batch)
 
-  def run(variables: PyTree, reference_variables: PyTree, batches: Batch) -> dict[str, jax.Array]:
+  def run(
+    variables: PyTree, reference_variables: PyTree, batches: Batch
+  ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
     _check_batches(batches)
     uneven = (ValueError,) if stacked else ()  # vmap's, over leaves of different lengths
     try:
@@ -124,8 +176,9 @@ def _compile(
     _check_labels(batches, classes[-1] if classes else None)
     # Added outside: sums that go into the program, first from the host and then from a device,
     # have it compiled twice.
-    each = (one(variables, reference_variables, batches, i) for i in range(len(batches.weight)))
-    return functools.reduce(metrics.add_sums, each)
+    found = [one(variables, reference_variables, batches, i) for i in range(len(batches.weight))]
+    sums = functools.reduce(metrics.add_sums, (sums for sums, _ in found))
+    return sums, {name: [rows[name] for _, rows in found] for name in found[0][1]}
 
   return run
 
@@ -171,7 +224,7 @@ def validator(
   compiled = _compile(predictor(network), None, stacked)
 
   def validate(variables: PyTree) -> dict[str, np.ndarray]:
-    numbers = metrics.finish(jax.device_get(compiled(variables, None, batches)))
+    numbers = metrics.finish(jax.device_get(compiled(variables, None, batches)[0]))
     return {name: numbers[name] for name in ("accuracy", "nll", "ece")}
 
   return validate
@@ -203,16 +256,9 @@ def costs(
   return {
     "parameters": cost.parameters(variables),
     "bytes": cost.size_bytes(variables),
-    "flops": _flops(predict, variables, one),
+    "flops": cost.flops_or_none(predict, variables, one),
     "xla_flops": cost.xla_flops(predict, variables, one),
     "latency_ms": cost.latency(predict, variables, one, seconds=seconds),
     "throughput": cost.throughput(predict, variables, batch, examples=size, seconds=seconds),
     "throughput_batch": size,
   }
-
-
-def _flops(predict: Predict, variables: PyTree, one: Batch) -> int | None:
-  try:
-    return cost.flops(predict, variables, one)
-  except ValueError:  # an operation that a jaxpr does not tell the cost of
-    return None

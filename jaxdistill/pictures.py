@@ -7,6 +7,7 @@ of colour vision (Okabe, Ito, 2008), and series by their markers too.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from jaxdistill import arguments, metrics
 
-__all__ = ["curves", "intervals", "models"]
+__all__ = ["curves", "frontier", "intervals", "models", "png"]
 
 # A mean; or a mean and its standard deviation, None or NaN where there is none.
 Value = float | tuple[float, float | None]
@@ -138,6 +139,77 @@ def curves(
   return _saved(figure, path)
 
 
+def frontier(
+  path: str | os.PathLike[str] | None,
+  points: Mapping[str, tuple[float, float, float | None]],
+  *,
+  front: Sequence[str] = (),
+  chosen: str | None = None,
+  hollow: Sequence[str] = (),
+  limit: float | None = None,
+  xlabel: str,
+  ylabel: str,
+  title: str = "",
+) -> Any:
+  """Models by what they cost and how good they are, the first entry set off as the teacher.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    points: by name ``(cost, value, std of the value or None)``; numbered in the picture, and named
+      beside it.
+    front: those on the Pareto front, by increasing cost, joined by a line.
+    chosen: the one that was chosen.
+    hollow: those that were not trained to the end.
+    limit: of the cost, as a vertical line.
+    xlabel: what the cost is; its axis is logarithmic.
+    ylabel: what the values are.
+    title: above the picture.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  >>> points = {"teacher": (0.3, 99.0, None), "a": (0.1, 97.0, 0.2), "b": (0.05, 96.0, 0.4)}
+  >>> figure = frontier(None, points, front=["b", "a"], xlabel="ms", ylabel="accuracy, %")
+  >>> figure.axes[0].get_xscale()
+  'log'
+  """
+  _check_entries("points", points)
+  figure, axes = _axes(8.2, 4.4, ylabel=ylabel, title=title)
+  axes.set_xscale("log")
+  axes.xaxis.set_major_formatter("{x:g}")
+  axes.xaxis.set_minor_formatter("{x:g}")
+  axes.tick_params(axis="x", which="both", labelsize=8)
+  for i, (name, (at, value, std)) in enumerate(points.items()):
+    colour = _KINDS[0] if i == 0 else _KINDS[1] if name == chosen else _KINDS[2]
+    marker, size = ("s", 6) if i == 0 else ("*", 13) if name == chosen else ("o", 6)
+    label = f"{i}  {name}" if i else name
+    label += ", chosen" if name == chosen else ", stopped early" if name in hollow else ""
+    axes.errorbar(
+      at,
+      value,
+      yerr=std,
+      color=colour,
+      fmt=marker,
+      ms=size,
+      mfc="white" if name in hollow else colour,
+      capsize=3,
+      elinewidth=1,
+      label=label,
+    )
+    if i:
+      axes.annotate(f"{i}", (at, value), (7, 4), textcoords="offset points", fontsize=9)
+  line = [points[name][:2] for name in front]
+  if len(line) > 1:
+    axes.plot(*zip(*line, strict=True), color=_KINDS[2], alpha=0.5, label="Pareto front", zorder=0)
+  if limit is not None:
+    axes.axvline(limit, color="#8a8a8a", linestyle="--", linewidth=1.2, label=f"budget {limit:,g}")
+  axes.set_xlabel(xlabel)
+  axes.margins(x=0.1)
+  axes.grid(alpha=0.2)
+  figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+  return _saved(figure, path)
+
+
 def intervals(
   path: str | os.PathLike[str] | None,
   rows: Mapping[str, Value],
@@ -186,6 +258,35 @@ def intervals(
   if lines:
     figure.legend(loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
   return _saved(figure, path)
+
+
+def png(picture: np.ndarray) -> bytes:
+  """A picture as a PNG file's bytes, for a page to hold.
+
+  Args:
+    picture: uint8 ``[H, W]`` or ``[H, W, 1]`` grey, ``[H, W, 3]`` colours, ``[H, W, 4]`` with an
+      opacity.
+
+  Returns:
+    The file.
+
+  >>> png(np.zeros((2, 2), np.uint8))[1:4]
+  b'PNG'
+  """
+  import matplotlib.image
+
+  if picture.ndim == 2:
+    picture = picture[..., None]
+  if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
+    raise ValueError(
+      f"picture must be uint8 [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got "
+      f"{arguments.show(picture)}."
+    )
+  if picture.shape[2] == 1:
+    picture = np.repeat(picture, 3, axis=2)
+  file = io.BytesIO()
+  matplotlib.image.imsave(file, picture, format="png")
+  return file.getvalue()
 
 
 def _axes(width: float, height: float, *, ylabel: str = "", title: str = "") -> tuple[Any, Any]:

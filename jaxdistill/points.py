@@ -182,9 +182,9 @@ def single(point: Point, student: Network, objective: Any, optimizer: Any, steps
     TypeError: as `grouped`.
     ValueError: as `grouped`.
 
-  >>> from jaxdistill.recipes import kd
-  >>> rated = lambda rate=0.1: optax.sgd(rate)
-  >>> single({"temperature": 2, "rate": 0.5}, None, kd, rated, 10).hyper
+  >>> from jaxdistill import capture, models, recipes
+  >>> network, rated = capture.linen(models.MLP()), lambda rate=0.1: optax.sgd(rate)
+  >>> single({"temperature": 2, "rate": 0.5}, network, recipes.kd, rated, 10).hyper
   {'temperature': 2.0}
   """
   group = grouped([point], student, objective, optimizer, None, steps)[0]

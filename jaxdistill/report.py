@@ -1,41 +1,51 @@
-"""The report of a comparison: teacher, baseline (labels alone) and distilled student.
+"""The report of a run: teacher, baseline (labels alone) and distilled student.
 
 `build` makes the numbers of ``report.json``, whose schema is ``report.schema.json`` beside this
-file; `write` puts them into a run's folder as JSON, Markdown and a picture.
+file; `write` puts them into a run's folder as JSON, Markdown, a picture, and ``report.html``, from
+which one can decide whether to ship the student. ``python -m jaxdistill.report RUN`` makes the
+pages again from the folder alone; ``python -m jaxdistill.report RUN_A RUN_B`` compares two runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.resources
 import json
 import os
 import pathlib
-import platform
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdistill import arguments, evaluate, metrics, pictures
+from jaxdistill import analysis, arguments, evaluate, evidence, metrics, page, versus, versus_page
+from jaxdistill import predictions as predictions_lib
 from jaxdistill import run as run_lib
+from jaxdistill.decision import decide
+from jaxdistill.environment import environment
+from jaxdistill.predictions import Answers, Predictions
+from jaxdistill.report_text import markdown, picture, table, verdict
 from jaxdistill.types import Batch
 
 __all__ = [
   "Measured",
   "build",
   "environment",
+  "main",
   "markdown",
   "measure",
   "picture",
+  "render",
   "schema",
   "table",
   "write",
 ]
 
-MODELS = ("teacher", "baseline", "student")
 QUALITIES = ("accuracy", "top5", "nll", "ece", "brier")
+FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +56,13 @@ class Measured:
     quality: from `evaluate.evaluate`; arrays ``[S]`` over seeds, or scalars.
     costs: from `evaluate.costs`.
     description: what it is, in a few words.
+    answers: what it said of each example, from `evaluate.examine`; None where nobody asked.
   """
 
   quality: Mapping[str, np.ndarray]
   costs: Mapping[str, Any]
   description: str = ""
+  answers: Answers | None = None
 
 
 def measure(
@@ -76,13 +88,17 @@ def measure(
     description: what it is, in a few words.
 
   Returns:
-    The model's quality and costs.
+    The model's quality, its answers and its costs.
   """
   one = jax.tree.map(lambda leaf: leaf[0], variables) if stacked else variables
+  quality, answers = evaluate.examine(
+    predict, variables, batches, reference=reference, stacked=stacked
+  )
   return Measured(
-    quality=evaluate.evaluate(predict, variables, batches, reference=reference, stacked=stacked),
+    quality=quality,
     costs=evaluate.costs(predict, one, batches) if costs is None else costs,
     description=description,
+    answers=answers,
   )
 
 
@@ -100,11 +116,11 @@ def build(
   seeds: Sequence[int],
   varied: str,
   teacher: Measured,
-  baseline: Measured,
+  baseline: Measured | None = None,
   student: Measured,
   commands: Sequence[str] = (),
 ) -> dict[str, Any]:
-  """Assembles a report from three measured models.
+  """Assembles a report from the measured models.
 
   Args:
     dataset: the data set's name and version.
@@ -113,32 +129,32 @@ def build(
     seeds: the seeds that baseline and student were trained from.
     varied: what the ± is over, in words.
     teacher: a single instance, or several.
-    baseline: the student's network trained on labels alone.
+    baseline: the student's network trained on labels alone. None where there is none: what
+      distillation gained is then unknown, and the report says so.
     student: the distilled student, evaluated with the teacher as its reference.
     commands: how to repeat it.
 
   Returns:
     A dictionary that satisfies `schema`.
   """
-  parts = {"teacher": teacher, "baseline": baseline, "student": student}
+  parts = {"teacher": teacher, "student": student}
+  if baseline is not None:
+    parts = {"teacher": teacher, "baseline": baseline, "student": student}
   _check_parts(parts, len(seeds))
   arguments.whole("examples", examples)
   accuracy = {name: np.atleast_1d(part.quality["accuracy"]) for name, part in parts.items()}
-  gap = metrics.gap_closed(
-    accuracy["teacher"], accuracy["baseline"], accuracy["student"], examples=examples
-  )
-  gain = metrics.difference(accuracy["student"], accuracy["baseline"])
-  fidelity = ("agreement", "kl", "accuracy_where_teacher_wrong")
+  gap, gain = _gap(accuracy, examples)
   report = {
+    "version": evidence.VERSION,
     "dataset": dataset,
     "split": split,
     "examples": examples,
     "seeds": list(seeds),
     "varied": varied,
-    "verdict": _verdict(accuracy, gain),
+    "verdict": verdict(accuracy, gain),
     "models": {name: _model(part) for name, part in parts.items()},
-    "fidelity": {name: _spread(student.quality[name]) for name in fidelity},
-    "baseline_fidelity": {name: _spread(baseline.quality[name]) for name in fidelity},
+    "fidelity": _fidelity(student),
+    "baseline_fidelity": None if baseline is None else _fidelity(baseline),
     "gain": gain,
     "gap_closed": gap,
     "environment": environment(),
@@ -147,43 +163,42 @@ def build(
   return run_lib.to_json(report)
 
 
+def _gap(
+  accuracy: Mapping[str, np.ndarray], examples: int
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Share of the gap and gain, of what is finite; an unknown share says why."""
+  finite = {name: values[np.isfinite(values)] for name, values in accuracy.items()}
+  unknown = {"value": None, "low": None, "high": None}
+  if "baseline" not in finite:
+    note = "There is no baseline, the same network trained on labels alone."
+    return {**unknown, "note": note}, None
+  empty = [name for name, values in finite.items() if not values.size]
+  if empty:
+    note = f"The accuracy of {' and '.join(empty)} is not a number."
+    known = "teacher" in empty and len(empty) == 1
+    gain = metrics.difference(finite["student"], finite["baseline"]) if known else None
+    return {**unknown, "note": note}, gain
+  gap = metrics.gap_closed(
+    finite["teacher"], finite["baseline"], finite["student"], examples=examples
+  )
+  return gap, metrics.difference(finite["student"], finite["baseline"])
+
+
 def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
   for name, part in parts.items():
     if not isinstance(part, Measured):
       raise TypeError(f"{name} must be from report.measure, got {arguments.show(part)}.")
-    fidelity = () if name == "teacher" else ("agreement", "kl", "accuracy_where_teacher_wrong")
+    fidelity = () if name == "teacher" else FIDELITY
     missing = sorted({*QUALITIES, *fidelity} - set(part.quality))
     if missing:
       raise ValueError(f"{name} lacks {missing}; measure it with reference=(predict, variables).")
     values = np.atleast_1d(part.quality["accuracy"])
-    if not np.all((values >= 0) & (values <= 1)):
+    if np.any((values < 0) | (values > 1)):
       raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")
     if name != "teacher" and len(values) != seeds:
       raise ValueError(
         f"seeds has {seeds} and {name} {len(values)} instances; give each one's seed."
       )
-
-
-def environment() -> dict[str, Any]:
-  """Hardware and versions that the numbers were produced with."""
-  return {
-    "device": jax.devices()[0].device_kind,
-    "devices": jax.device_count(),
-    "processor": _processor(),
-    "cores": os.cpu_count(),
-    "python": platform.python_version(),
-    "jax": jax.__version__,
-    "numpy": np.__version__,
-  }
-
-
-def _processor() -> str:
-  """The processor's own name where the system tells it."""
-  try:
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()
 
 
 def _spread(values: Any) -> dict[str, Any]:
@@ -194,195 +209,40 @@ def _spread(values: Any) -> dict[str, Any]:
   return {"mean": mean, "std": std}
 
 
+def _fidelity(part: Measured) -> dict[str, Any]:
+  return {name: _spread(part.quality[name]) for name in FIDELITY}
+
+
 def _model(part: Measured) -> dict[str, Any]:
   values = np.atleast_1d(part.quality["accuracy"])
+  spreads = {name: _spread(part.quality[name]) for name in QUALITIES}
   return {
     "description": part.description,
     "instances": len(values),
-    **{name: _spread(part.quality[name]) for name in QUALITIES},
+    # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
+    **spreads,
+    "accuracy": evidence.spread(values),
     "accuracy_per_seed": values,
     **part.costs,
   }
 
 
-def _verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any]) -> str:
-  student, baseline = accuracy["student"].mean(), accuracy["baseline"].mean()
-  error = gain["standard_error"]
-  change = f"{100 * abs(student - baseline):.2f} points"
-  where = f"({100 * student:.2f}% against {100 * baseline:.2f}%)"
-  if error is None:
-    word = "higher" if student > baseline else "lower or equal"
-    return f"One seed: the distilled student's accuracy is {change} {word} {where}; no error known."
-  margin = f"standard error of the difference {100 * error:.2f}"
-  beyond = abs(student - baseline) / error if error else float("inf")
-  if beyond > 1 and student != baseline:
-    sure = beyond > 2
-    if student > baseline:
-      word = "helps" if sure else "seems to help"
-      return f"Distillation {word}: {change} over labels alone {where}, {margin}."
-    word = "hurts" if sure else "seems to hurt"
-    return f"Distillation {word}: {change} under labels alone {where}, {margin}."
-  return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
+def write(
+  folder: str | os.PathLike[str],
+  report: Mapping[str, Any],
+  *,
+  predictions: Predictions | None = None,
+) -> pathlib.Path:
+  """Writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``, ``predictions.npz``.
 
-
-def _percent(spread: Mapping[str, Any]) -> str:
-  if spread["mean"] is None:
-    return "–"
-  mean = f"{100 * spread['mean']:.2f}"
-  return mean if spread["std"] is None else f"{mean} ± {100 * spread['std']:.2f}"
-
-
-def _number(spread: Mapping[str, Any]) -> str:
-  if spread["mean"] is None:
-    return "–"
-  mean = f"{spread['mean']:.4f}"
-  return mean if spread["std"] is None else f"{mean} ± {spread['std']:.4f}"
-
-
-def _count(value: float | None) -> str:
-  if value is None:
-    return "–"
-  for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if value >= unit:
-      return f"{value / unit:.3g} {name}"
-  return f"{value:.3g}"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-  """Rows as a Markdown table that is aligned as plain text too."""
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-  def line(row: Sequence[str]) -> str:
-    cells = [
-      row[0].ljust(widths[0]),
-      *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-    ]
-    return "| " + " | ".join(cells) + " |"
-
-  rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-  return "\n".join([line(rows[0]), line(rule), *(line(row) for row in rows[1:])])
-
-
-def table(report: Mapping[str, Any]) -> str:
-  """The one table: quality, agreement with the teacher, and cost of the three models."""
-  models = report["models"]
-  agreement = {
-    "teacher": "–",
-    "baseline": _percent(report["baseline_fidelity"]["agreement"]),
-    "student": _percent(report["fidelity"]["agreement"]),
-  }
-  rows = [["", *MODELS]]
-
-  def add(label: str, show: Any) -> None:
-    rows.append([label, *(show(models[name]) for name in MODELS)])
-
-  add("accuracy, %", lambda m: _percent(m["accuracy"]))
-  add("top-5, %", lambda m: _percent(m["top5"]))
-  add("negative log-likelihood", lambda m: _number(m["nll"]))
-  add("calibration error, %", lambda m: _percent(m["ece"]))
-  add("Brier score", lambda m: _number(m["brier"]))
-  rows.append(["agrees with teacher, %", *(agreement[name] for name in MODELS)])
-  add("parameters", lambda m: f"{m['parameters']:,}")
-  add("bytes", lambda m: f"{m['bytes']:,}")
-  add("FLOPs an example", lambda m: _count(m["flops"]))
-  add("FLOPs by XLA's count", lambda m: _count(m["xla_flops"]))
-  add("latency, ms", lambda m: f"{m['latency_ms']['median']:.3f}")
-  add("latency, 95th pct, ms", lambda m: f"{m['latency_ms']['p95']:.3f}")
-  add("examples a second", lambda m: _count(m["throughput"]))
-  return _grid(rows)
-
-
-def _gap_sentence(gap: Mapping[str, Any]) -> str:
-  if gap["value"] is None:
-    return f"Share of the gap closed: undefined. {gap['note']}"
-  share = f"Share of the gap closed: {100 * gap['value']:.0f}%"
-  if gap["low"] is None:
-    return f"{share}."
-  return f"{share} (95% bootstrap interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)."
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-  """``report.md``: the verdict, the tables, and how to repeat it."""
-  models, where = report["models"], report["environment"]
-  fidelity = [["", "baseline", "student"]]
-  for name, label, show in (
-    ("agreement", "agreement, %", _percent),
-    ("kl", "KL to the teacher, nats", _number),
-    ("accuracy_where_teacher_wrong", "accuracy where the teacher is wrong, %", _percent),
-  ):
-    both = (report["baseline_fidelity"][name], report["fidelity"][name])
-    fidelity.append([label, *(show(spread) for spread in both)])
-  lines = [
-    f"# {report['dataset']}, {report['split']} split",
-    "",
-    report["verdict"],
-    "",
-    _gap_sentence(report["gap_closed"]),
-    "",
-    f"{report['examples']:,} examples. Mean ± standard deviation over "
-    f"{len(report['seeds'])} seeds ({report['varied']}); no ± where there is one instance. The "
-    "last checkpoint of every run.",
-    "",
-    table(report),
-    "",
-    "Latency is at batch 1, throughput at batch "
-    f"{models['student']['throughput_batch']}, on {where['processor']} ({where['cores']} cores), "
-    f"JAX device {where['device']} × {where['devices']}.",
-    "",
-    "## How far they agree with the teacher",
-    "",
-    _grid(fidelity),
-    "",
-    "## What they are",
-    "",
-    *(f"- **{name}**: {models[name]['description']}" for name in MODELS),
-    "",
-    "![accuracy](accuracy.png)",
-    "",
-    "## How to repeat it",
-    "",
-    "```",
-    *report["commands"],
-    "```",
-    "",
-    f"Python {where['python']}, jax {where['jax']}, numpy {where['numpy']}.",
-    "",
-  ]
-  return "\n".join(lines)
-
-
-def picture(report: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:
-  """Accuracy of the three models: every seed a dot, the mean with its standard deviation.
-
-  Args:
-    report: from `build`.
-    path: where the PNG goes; None writes none.
-
-  Returns:
-    The figure, Matplotlib's, which a notebook shows.
-  """
-  labels = {"teacher": "teacher", "baseline": "labels alone", "student": "distilled"}
-  models = report["models"]
-  return pictures.models(
-    path,
-    {
-      f"{labels[name]}\n{models[name]['parameters']:,} parameters": 100
-      * np.asarray(models[name]["accuracy_per_seed"], np.float64)
-      for name in MODELS
-    },
-    ylabel=f"accuracy on the {report['split']} split, %",
-    title=f"{report['dataset']}: {len(report['seeds'])} seeds, mean ± std",
-  )
-
-
-def write(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> pathlib.Path:
-  """Writes ``report.json``, ``report.md`` and ``accuracy.png``.
-
-  A report on another split than ``test`` gets the split's name: ``report-validation.json``.
+  A report on another split than ``test`` gets the split's name: ``report-validation.json``. Numbers
+  are written first: whatever should go wrong with a page, they are there.
 
   Args:
     folder: the run's folder.
     report: from `build`.
+    predictions: the answers on each example; None makes a report without classes, calibration
+      diagrams, lost examples and slices, which says so.
 
   Returns:
     The path of the Markdown report.
@@ -392,10 +252,149 @@ def write(folder: str | os.PathLike[str], report: Mapping[str, Any]) -> pathlib.
     raise TypeError(f"report must be what report.build returns, got {arguments.show(report)}.")
   if not folder.is_dir():
     raise NotADirectoryError(f"folder={os.fspath(folder)!r} is no folder; give the run's.")
-  suffix = "" if report["split"] == "test" else f"-{report['split']}"
-  run_lib.write_json(folder / f"report{suffix}.json", report)
-  picture(report, folder / f"accuracy{suffix}.png")
-  text = markdown(report).replace("(accuracy.png)", f"(accuracy{suffix}.png)")
-  path = folder / f"report{suffix}.md"
-  path.write_text(text)
+  end = evidence.suffix(report["split"])
+  answers = None if predictions is None else f"predictions{end}.npz"
+  run_lib.write_json(folder / f"report{end}.json", {**report, "predictions": answers})
+  if predictions is not None and answers is not None:
+    predictions_lib.save(folder / answers, predictions)
+  render(folder, split=report["split"])
+  return folder / f"report{end}.md"
+
+
+def render(
+  folder: str | os.PathLike[str],
+  *,
+  split: str = "test",
+  metadata: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Makes the pages of a report again from a run's folder alone; runs no network.
+
+  What is missing, broken or of another version is said on the page, never an error. The numbers
+  that follow from the answers (``classes``, ``slices``, ``decision``, ...) are put into
+  ``report.json`` anew, where that is whole and of this version; what was measured stays.
+
+  Args:
+    folder: the run's folder.
+    split: which split's report.
+    metadata: columns to slice the split by from now on, beside those that it is sliced by already,
+      see `predictions.column`.
+
+  Returns:
+    The path of ``report.html``.
+
+  Raises:
+    FileNotFoundError: the folder has nothing to make a report of.
+    ValueError: a column does not fit, or there are no answers on each example to slice.
+  """
+  found = evidence.read(folder, split)
+  if metadata:
+    _slice(found, metadata)
+    found = evidence.read(folder, split)
+  derived = _derived(found)
+  end = evidence.suffix(split)
+  report = {**found.report, **_as_json(derived), "problems": found.problems}
+  if found.intact:
+    run_lib.write_json(found.folder / f"report{end}.json", report)
+  picture(report, found.folder / f"accuracy{end}.png")
+  text = markdown(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
+  run_lib.write_text(found.folder / f"report{end}.md", text)
+  path = found.folder / f"report{end}.html"
+  run_lib.write_text(path, page.build(found, derived))
   return path
+
+
+def _slice(found: evidence.Evidence, metadata: Mapping[str, Any]) -> None:
+  """Puts more columns beside the answers."""
+  answers = found.predictions
+  if answers is None:
+    raise ValueError(
+      f"{os.fspath(found.folder)!r} has no answers on each example that could be sliced "
+      f"({' '.join(found.problems)})."
+    )
+  size = found.report.get("examples")
+  columns = {
+    str(name): predictions_lib.column(str(name), values, answers.index, size)
+    for name, values in metadata.items()
+  }
+  path = found.folder / f"predictions{evidence.suffix(found.split)}.npz"
+  sliced = dataclasses.replace(answers, columns={**answers.columns, **columns})
+  predictions_lib.save(path, sliced)
+
+
+def _derived(found: evidence.Evidence) -> dict[str, Any]:
+  """What follows from the answers on each example, and the decision."""
+  answers = found.predictions
+  known = answers is not None and len(answers) > 0 and "student" in answers.models
+  classes = analysis.classes(answers) if answers is not None and known else []
+  slices = analysis.slices(answers) if answers is not None and known else {}
+  lost = None
+  if answers is not None and known and "teacher" in answers.models:
+    lost = analysis.lost(answers)
+  decision = decide(found, classes, slices)
+  return {"decision": decision, "classes": classes, "slices": slices, "lost": lost}
+
+
+def _as_json(derived: Mapping[str, Any]) -> dict[str, Any]:
+  lost = derived["lost"]
+  numbers = None
+  if lost is not None:
+    numbers = {
+      "known": lost.known,
+      "sure": lost.sure,
+      "lost": lost.most,
+      "sometimes": len(lost.rows),
+      "baseline_right": lost.baseline_right,
+      "gained": lost.gained,
+    }
+  return {**derived, "lost": numbers}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """The command; returns the exit code.
+
+  Args:
+    args: the command line's words; those of the process by default.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxdistill.report",
+    description="Makes a run's report again from its folder, or compares two runs.",
+  )
+  parser.add_argument("run", type=pathlib.Path, help="the run's folder")
+  parser.add_argument("other", type=pathlib.Path, nargs="?", help="a run to compare it with")
+  parser.add_argument("--split", default="test", help="which split's report (test)")
+  parser.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="the comparison's page (comparison.html); its .md and .json lie beside it",
+  )
+  parser.add_argument(
+    "--metadata",
+    type=pathlib.Path,
+    help="a CSV file whose columns slice the split: a head, and a row for each of its examples",
+  )
+  options = parser.parse_args(args)
+  if options.metadata is not None and options.other is not None:
+    parser.error("--metadata is of one run's report; name one run")
+  if options.out is not None and options.other is None:
+    parser.error("--out is of a comparison; name two runs")
+  try:
+    if options.other is None:
+      columns = predictions_lib.read_columns(options.metadata) if options.metadata else None
+      path = render(options.run, split=options.split, metadata=columns)
+      found = evidence.read(options.run, options.split)
+      print(found.report.get("verdict") or "There is no verdict.")
+      for problem in found.problems:
+        print(f"- {problem}", file=sys.stderr)
+    else:
+      compared = versus.compare(options.run, options.other, split=options.split)
+      path = versus_page.write(options.out or pathlib.Path("comparison.html"), compared)
+      print(versus.markdown(compared.numbers))
+  except (OSError, ValueError) as error:
+    print(error, file=sys.stderr)
+    return 1
+  print(f"Report: {path}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

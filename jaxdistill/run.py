@@ -26,6 +26,7 @@ __all__ = [
   "restore_config",
   "to_json",
   "write_json",
+  "write_text",
 ]
 
 
@@ -54,8 +55,13 @@ def to_json(value: Any) -> Any:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that the file is never seen half written."""
+  write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+  temporary.write_bytes(text.encode("utf-8", "replace"))
   os.replace(temporary, path)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxdistill import pictures
 from jaxdistill import run as run_lib
 from jaxdistill.budget import UNITS, Budget
-from jaxdistill.selection import METRICS, Row, score
+from jaxdistill.selection import METRICS, Row
 from jaxdistill.types import Network
 
 __all__ = ["Assistant", "Candidate", "Compressed"]
@@ -85,14 +85,14 @@ class Compressed:
   Attributes:
     budget: the budget.
     candidates: all of them.
-    teacher: the teacher's costs, and its metric on validation.
+    teacher: the teacher's costs, and its metrics on validation.
     chosen: the chosen candidate's name.
     values: the chosen point's values.
     assistant: what came of a teaching assistant; None where none was wanted.
     metric: what was chosen by.
     network: the chosen network.
     variables: its variables, leaves ``[S, ...]`` over the final seeds.
-    validation: the metric of ``student`` and ``baseline`` on validation, ``[S]`` each.
+    validation: the metrics of ``student`` and ``baseline`` on validation, ``[S]`` each.
   """
 
   budget: Budget
@@ -104,12 +104,12 @@ class Compressed:
   metric: str
   network: Network
   variables: PyTree = dataclasses.field(repr=False)
-  validation: dict[str, np.ndarray]
+  validation: dict[str, dict[str, np.ndarray]]
 
   @property
   def instance(self) -> int:
     """Which of the final students is best on validation."""
-    return int(np.argmax(METRICS[self.metric] * self.validation["student"]))
+    return int(np.argmax(METRICS[self.metric] * self.validation["student"][self.metric]))
 
   @property
   def costs(self) -> dict[str, Any]:
@@ -120,25 +120,36 @@ class Compressed:
 
   def sentence(self) -> str:
     """What was chosen, what it costs, and what distillation adds to it."""
-    student, baseline = (self.validation[name] for name in ("student", "baseline"))
     trained = sum(c.row is not None for c in self.candidates)
     values = ", ".join(f"{n} {v:g}" for n, v in self.values.items() if isinstance(v, int | float))
     used = ", ".join(
       f"{_number(self.costs[name])} of {_number(limit)} {UNITS[name]}"
       for name, limit in self.budget.limits().items()
     )
+    quality = "; ".join(
+      f"{name} {_spread(self.validation['student'][name])} against "
+      f"{_spread(self.validation['baseline'][name])} on labels alone and "
+      f"{self.teacher[name]:.4f} of the teacher"
+      for name in self._shown()
+    )
     text = (
       f"Chosen: {self.chosen} ({values}), of {len(self.candidates)} candidates, {trained} of them "
       f"inside the budget. It uses {used}, timed in a process of its own. On validation, "
-      f"{self.metric} {_spread(student)} against {_spread(baseline)} on labels alone and "
-      f"{self.teacher[self.metric]:.4f} of the teacher (mean ± std over {len(student)} seeds)."
+      f"{quality} (mean ± std over {len(self.validation['student']['accuracy'])} seeds)."
     )
     return text if self.assistant is None else f"{text} {self.assistant.sentence()}"
 
-  def front(self) -> list[str]:
-    """The candidates trained to the end that no other beats in both latency and the metric."""
+  def front(self, over: str = "latency_ms") -> list[str]:
+    """The candidates trained to the end that no other beats in both a cost and accuracy.
+
+    Args:
+      over: the cost.
+
+    Returns:
+      Their names, by increasing cost.
+    """
     trained = {
-      c.name: (c.costs["latency_ms"], float(np.mean(score(c.row, self.metric))))
+      c.name: (c.costs[over], float(np.mean(c.row.metrics["accuracy"])))
       for c in self.candidates
       if c.row is not None and c.row.status == "finished"
     }
@@ -155,23 +166,30 @@ class Compressed:
     return sorted((n for n in finite if not beaten(n)), key=lambda n: finite[n][0])
 
   def table(self) -> str:
-    """The candidates as a Markdown table, the teacher's row first, and the sentence."""
+    """The candidates as a Markdown table, the teacher's row first, and the sentence.
+
+    Metrics are those on validation, of each candidate's best point as far as it was trained.
+    """
+    shown = self._shown()
     lines = [
-      "| | parameters | bytes | FLOPs | latency, ms | " + f"{self.metric} (validation) | |",
-      "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+      f"| | parameters | bytes | FLOPs | latency, ms | {' | '.join(shown)} | |",
+      "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(shown) + " --- |",
     ]
     costs = [_number(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
-    lines.append(f"| teacher | {' | '.join(costs)} | {self.teacher[self.metric]:.4f} | |")
+    values = [f"{self.teacher[name]:.4f}" for name in shown]
+    lines.append(f"| teacher | {' | '.join([*costs, *values])} | |")
     for candidate in self.candidates:
       costs = [_number(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
-      value = "" if candidate.row is None else _spread(candidate.row.metrics[self.metric])
-      lines.append(
-        f"| {candidate.name} | {' | '.join(costs)} | {value} | {self._fate(candidate)} |"
-      )
+      row = candidate.row
+      values = ["" if row is None else _spread(row.metrics[name]) for name in shown]
+      cells = [candidate.name, *costs, *values, self._fate(candidate)]
+      lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", self.sentence()])
 
   def write(self, folder: pathlib.Path) -> None:
     """Writes ``candidates.md``, ``candidates.csv``, ``budget.json`` and ``frontier.png``.
+
+    A limit other than latency has a picture of its own, ``frontier-bytes.png``.
 
     Args:
       folder: where.
@@ -193,9 +211,11 @@ class Compressed:
     }
     run_lib.write_json(folder / "budget.json", found)
     self.picture(folder / "frontier.png")
+    for name in set(self.budget.limits()) - {"latency_ms"}:
+      self.picture(folder / f"frontier-{name}.png", name)
 
   def picture(self, path: pathlib.Path | None, over: str = "latency_ms") -> Any:
-    """Draws the metric over a cost: candidates, the front of the trained ones, the budget.
+    """Draws accuracy over a cost: candidates, the front of the trained ones, the budget.
 
     Args:
       path: of the PNG; None writes none.
@@ -204,29 +224,31 @@ class Compressed:
     Returns:
       The figure, Matplotlib's.
     """
-    scale = 100 if self.metric == "accuracy" else 1
     points: dict[str, tuple[float, float, float | None]]
-    points = {"teacher": (self.teacher[over], scale * self.teacher[self.metric], None)}
+    points = {"teacher": (self.teacher[over], 100 * self.teacher["accuracy"], None)}
     for candidate in self.candidates:
       if candidate.row is not None:
-        values = scale * candidate.row.metrics[self.metric]
+        values = 100 * candidate.row.metrics["accuracy"]
         std = float(np.std(values, ddof=1)) if len(values) > 1 else None
         points[candidate.name] = (candidate.costs[over], float(np.mean(values)), std)
-    unit = " (%)" if scale == 100 else ""
     return pictures.frontier(
       path,
       points,
-      front=self.front() if over == "latency_ms" else [],
+      front=self.front(over),
       chosen=self.chosen,
       hollow=[c.name for c in self.candidates if c.row is not None and c.row.status == "dropped"],
       limit=self.budget.limits().get(over),
       xlabel=over.replace("_ms", f" of a batch of {self.budget.batch_size} (ms)"),
-      ylabel=f"validation {self.metric}{unit}",
+      ylabel="validation accuracy (%)",
       title=f"Candidates within {self.budget.describe()}",
     )
 
   def _candidate(self, name: str) -> Candidate:
     return next(candidate for candidate in self.candidates if candidate.name == name)
+
+  def _shown(self) -> list[str]:
+    """The metric that was chosen by, and accuracy."""
+    return list(dict.fromkeys([self.metric, "accuracy"]))
 
   def _fate(self, candidate: Candidate) -> str:
     if candidate.name == self.chosen:
@@ -240,15 +262,17 @@ class Compressed:
   def _csv(self) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["candidate", *UNITS, "seed", self.metric, "step", "fate"])
+    table.writerow(["candidate", *UNITS, "seed", *METRICS, "step", "fate"])
     for candidate in self.candidates:
       costs = [candidate.costs[name] for name in UNITS]
       fate = self._fate(candidate).strip("*")
       row = candidate.row
-      for s, value in enumerate([] if row is None else row.metrics[self.metric]):
-        table.writerow([candidate.name, *costs, s, float(value), row.step if row else "", fate])
       if row is None:
-        table.writerow([candidate.name, *costs, "", "", "", fate])
+        table.writerow([candidate.name, *costs, *[""] * (len(METRICS) + 2), fate])
+        continue
+      for s in range(len(row.metrics["accuracy"])):
+        values = [float(row.metrics[name][s]) for name in METRICS]
+        table.writerow([candidate.name, *costs, s, *values, row.step, fate])
     return text.getvalue()
 
 

@@ -70,7 +70,8 @@ def digits(tmp_path_factory):
 
 def test_a_run_leaves_what_was_promised(digits):
   folder, _ = digits
-  assert {"config.json", "report.json", "report.md", "accuracy.png"} <= set(os.listdir(folder))
+  files = {"report.json", "report.md", "report.html", "predictions.npz", "accuracy.png"}
+  assert {"config.json", *files} <= set(os.listdir(folder))
   for part in ("teacher", "baseline", "student"):
     assert {"config.json", "metrics.jsonl", "checkpoints"} <= set(os.listdir(folder / part))
   assert "_CHECK" not in os.listdir(folder)

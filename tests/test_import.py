@@ -8,8 +8,11 @@ import pytest
 # From a tenth to half a second each; imported by the first call that needs them.
 HEAVY = (
   "grain",
+  "jax2onnx",
   "matplotlib",
+  "onnxruntime",
   "orbax",
+  "qwix",
   "safetensors",
   "scipy",
   "sklearn",
