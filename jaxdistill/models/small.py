@@ -46,8 +46,12 @@ def patches_convolution(
     pads = jax.lax.padtype_to_pads(x.shape[1:3], taps, (stride, stride), padding)
   x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
   height, width = ((size - tap) // stride + 1 for size, tap in zip(x.shape[1:3], taps, strict=True))
+  # lax.slice, since NumPy's indexing becomes a gather where the batch size is symbolic (an export).
+  ends = stride * (height - 1) + 1, stride * (width - 1) + 1
   slices = [
-    x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+    jax.lax.slice(
+      x, (0, i, j, 0), (x.shape[0], i + ends[0], j + ends[1], x.shape[3]), (1, stride, stride, 1)
+    )
     for i in range(taps[0])
     for j in range(taps[1])
   ]
