@@ -58,10 +58,12 @@ The page is made from the docstrings by `{command}`; to change it, change those.
 - **`where` leaves examples out** of losses that compare examples (or positions) with each other: an
   example that is out is in no pair and no mean, may hold anything, and has the value 0.
 - **Precision.** bfloat16 and float16 are computed in float32; float64 stays float64.
-- **Finite in, finite out,** value and gradient: logits of ±1e4, equal rows, features that are all
-  0, two classes, a batch of one. The divergences also take classes masked to −inf in both networks,
-  and leave them out of every sum and mean: `cross_entropy`, `decoupled_kd`, `generalized_jsd`,
-  `reverse_kl`, `skew_kl`, `skew_reverse_kl`, `soft_target_kl` and `total_variation`.
+- **Finite in, finite out,** value and gradient: logits of any size (beyond ±1e30 they count as
+  that), equal rows, features that are all 0, two classes, a batch of one; but squares of features
+  leave float32 where these differ by more than 1e19. The divergences also take classes masked to
+  −inf in both networks, and leave them out of every sum and mean: `cross_entropy`, `decoupled_kd`,
+  `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`, `soft_target_kl` and
+  `total_variation`.
 
 Logarithms are natural, ‖·‖ is the Euclidean norm, and `mean_c` is a mean over what the index c
 counts.

@@ -46,9 +46,9 @@ class Program:
       ``dataclasses.replace(program, values=...)``, compile nothing anew.
     make: ``values -> the state at step 0``.
     call: ``(state, step, count, values) -> (state, sums)``; donates the state.
-    compile: ``count -> (() -> the memory that a chunk of so many steps needs)``, in bytes; what `call`
-      then runs. The compiler is at work until the inner call returns. None where the dispatch
-      cannot say (``pmap``).
+    compile: ``count -> (() -> the memory that a chunk of so many steps needs)``, in bytes; what
+      `call` then runs. The compiler is at work until the inner call returns. None where the
+      dispatch cannot say (``pmap``).
     trace: ``count ->``; traces a chunk, so that what does not fit says so.
     collect: one copy of a tree that `call` returned.
   """

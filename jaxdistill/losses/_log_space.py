@@ -18,6 +18,8 @@ __all__ = [
   "MASKED",
   "AnyArray",
   "Scalar",
+  "absolute",
+  "bounded",
   "check_positive",
   "check_share",
   "distribution",
@@ -39,6 +41,24 @@ Scalar = float | int | np.number | Num[AnyArray, ""]
 # from itself is 0, so that values and gradients need no second mask. Whatever is below it counts as
 # masked too: the lowest float, as some networks mask with, would be −inf after the temperature.
 MASKED = -1e30
+
+
+def absolute(x: Array) -> Array:
+  """The absolute value, with a gradient of 0 at 0, as PyTorch's; JAX's own is 1 there.
+
+  >>> jax.grad(absolute)(0.0).item(), absolute(jnp.array(-2.0)).item()
+  (0.0, 2.0)
+  """
+  return x * jax.lax.stop_gradient(jnp.sign(x))
+
+
+def bounded(x: Array) -> Array:
+  """Within ±1e30, so that neither a difference nor a small temperature leaves float32.
+
+  >>> bounded(jnp.array([3e38, 1.0])).tolist() == [jnp.float32(1e30).item(), 1.0]
+  True
+  """
+  return jnp.clip(x, MASKED, -MASKED)
 
 
 def check_positive(name: str, value: Scalar) -> None:
@@ -122,7 +142,7 @@ def is_masked(logits: Array) -> Array:
 
 
 def soften(logits: Array, temperature: Array | float) -> Array:
-  """Logits over temperature, with `MASKED` where they are −inf or nearly.
+  """Logits over temperature, with about `MASKED` where they are −inf or nearly.
 
   >>> softened = soften(jnp.array([2.0, -jnp.inf]), 2.0)
   >>> softened[0].item(), softened[1].item() < -1e29
@@ -130,7 +150,9 @@ def soften(logits: Array, temperature: Array | float) -> Array:
   """
   masked = is_masked(logits)
   # Masked before the division too: −inf would make the temperature's gradient NaN.
-  return jnp.where(masked, MASKED, jnp.where(masked, 0.0, logits) / temperature)
+  # Less at a high temperature, whose square multiplies it.
+  low = MASKED / jax.lax.stop_gradient(jnp.maximum(temperature, 1.0))
+  return jnp.where(masked, low, bounded(jnp.where(masked, 0.0, logits)) / temperature)
 
 
 def log_probabilities(

@@ -29,12 +29,13 @@ class Banks(NamedTuple):
   A pytree of arrays, to be carried, checkpointed and sharded like any state; `init_banks` makes it.
 
   Attributes:
-    student: ``[N, D]``, unit rows.
-    teacher: ``[N, D]``, unit rows.
-    labels: ``[N]``, the classes of the examples, from which negatives are chosen.
-    log_normalizers: ``[2]``, logarithms of the normalisers Z of the student's scores (against the
-      teacher's bank) and of the teacher's (against the student's).
-    normalized: whether they have been set, which the first batch does.
+    student: ``[N, D]``, unit rows; float32 from `init_banks`, whatever the networks' dtype.
+    teacher: ``[N, D]``, likewise.
+    labels: ``[N]`` int32, the classes of the examples, from which negatives are chosen.
+    log_normalizers: ``[2]`` float32, logarithms of the normalisers Z of the student's scores
+      (against the teacher's bank) and of the teacher's (against the student's); 0 until they are
+      set.
+    normalized: ``[]`` bool, whether they have been set, which the first batch does.
 
   Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
 
@@ -174,7 +175,8 @@ def contrastive_bank(
       own share only: use ``jit``.
     key: a random key. An example's draw depends on it and on the example's index alone.
     negatives: m, drawn without replacement from the examples of other classes; where there are
-      fewer, all of them, each counted m / (their number) times. 16384 is the paper's.
+      fewer, all of them, each counted m / (their number) times, in the sum and in Z's mean; where
+      there is none, the second sum is 0. 16384 is the paper's.
     temperature: > 0. 0.07 is the published code's.
     momentum: how much of a row is kept at an update, in [0, 1]. 0.5 is the published code's.
     where: ``[B]``, which examples take part (not 0); the others may hold anything, have the value

@@ -19,6 +19,7 @@ from jaxdistill.losses._log_space import (
   MASKED,
   AnyArray,
   Scalar,
+  absolute,
   check_positive,
   check_share,
   distribution,
@@ -249,7 +250,7 @@ def total_variation(
   0.25
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
-  return squared * 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
+  return squared * 0.5 * jnp.sum(absolute(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
 def skew_kl(

@@ -244,9 +244,10 @@ def activation_boundary(
   same_width(student, teacher)
   student, teacher = map_pair(student, teacher)
   margin = jnp.asarray(margin, student.dtype)
-  off = jnp.where((student > -margin) & (teacher <= 0), jnp.square(student + margin), 0.0)
-  on = jnp.where((student <= margin) & (teacher > 0), jnp.square(student - margin), 0.0)
-  return jnp.sum(off + on, axis=(1, 2, 3))
+  # Picked before the square: what does not count may be too large for one.
+  off = jnp.where((student > -margin) & (teacher <= 0), student + margin, 0.0)
+  on = jnp.where((student <= margin) & (teacher > 0), student - margin, 0.0)
+  return jnp.sum(jnp.square(off) + jnp.square(on), axis=(1, 2, 3))
 
 
 def overhaul(
@@ -291,7 +292,8 @@ def overhaul(
   margin = jnp.asarray(margin, student.dtype).reshape(1, 1, 1, -1)
   target = jnp.where(teacher > margin, teacher, margin)
   counts = (teacher > 0) | (student > target)
-  return jnp.sum(jnp.where(counts, jnp.square(student - target), 0.0), axis=(1, 2, 3))
+  # Picked before the square: what does not count may be too large for one.
+  return jnp.sum(jnp.square(jnp.where(counts, student - target, 0.0)), axis=(1, 2, 3))
 
 
 def overhaul_margin(

@@ -13,18 +13,21 @@ and logarithms are natural.
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
 from jaxdistill.losses._log_space import (
   AnyArray,
   Scalar,
+  bounded,
   check_positive,
   float_arrays,
   log_probabilities,
   one_hot,
   pair,
 )
+from jaxdistill.losses._maps import tame
 from jaxdistill.losses.divergences import (
   cross_entropy,
   decoupled_kd,
@@ -93,7 +96,7 @@ def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*ba
 
   Args:
     logits: ``[..., K]``, no class masked to −inf. A row of equal logits gives zeros, with a
-      gradient of the order of 1e7.
+      gradient of 0; the formula's own, of the order of 1e7, would end a run.
 
   Returns:
     ``[..., K]``, float32 (or float64).
@@ -107,11 +110,11 @@ def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*ba
   [[-1.0, 0.0, 1.0]]
   """
   (z,) = float_arrays(logits)
-  # From the first class on, so that rounding in the mean cannot show in a row of equal logits.
-  z = z - z[..., :1]
-  z = z - jnp.mean(z, axis=-1, keepdims=True)
+  # A scale of more than 1e9 cancels, but for the 1e-7; its square would not be finite.
+  z = tame(bounded(z), -1)
+  z = _centred(z, axis=-1)
   spread = _norm(z, axis=-1) / max(z.shape[-1] - 1, 1) ** 0.5
-  return z / (1e-7 + spread)
+  return _moving(z, spread) / (1e-7 + spread)
 
 
 def inter_class_correlation(
@@ -125,6 +128,8 @@ def inter_class_correlation(
   temperature² · (1 − a·b / (‖a‖‖b‖ + 1e-8)), which is 1 − Pearson's correlation over the classes,
   a = q − mean_k q, b = p − mean_k p,
   p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+  The gradient is 0 for a row of equal logits (a head that starts at 0), where the formula's own is
+  of the order of 1e7.
 
   Args:
     student_logits: ``[..., K]``, q's logits; no class masked to −inf.
@@ -148,7 +153,7 @@ def inter_class_correlation(
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
   q, p = jnp.exp(log_q), jnp.exp(log_p)
-  a, b = q - jnp.mean(q, axis=-1, keepdims=True), p - jnp.mean(p, axis=-1, keepdims=True)
+  a, b = _centred(q, axis=-1), _centred(p, axis=-1)
   return squared * (1 - _cosine(a, b, axis=-1))
 
 
@@ -200,6 +205,9 @@ def intra_class_correlation(
   count = jnp.sum(counted, axis=axes, keepdims=True).astype(student.dtype)
 
   def centre(x: Array) -> Array:
+    # From the largest on, so that rounding in the mean cannot show where all are equal.
+    largest = jnp.max(jnp.where(counted, x, 0.0), axis=axes, keepdims=True)
+    x = x - jax.lax.stop_gradient(largest)
     mean = jnp.sum(jnp.where(counted, x, 0.0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
     return jnp.where(counted, x - mean, 0.0)
 
@@ -256,6 +264,18 @@ def one_for_all(
   return -jnp.sum(targets * log_q, axis=-1)
 
 
+def _centred(x: Array, axis: int) -> Array:
+  """Less the mean over an axis, and exactly 0 where all are equal."""
+  # From the first one on, so that rounding in the mean cannot show.
+  x = x - jax.lax.index_in_dim(x, 0, axis)
+  return x - jnp.mean(x, axis=axis, keepdims=True)
+
+
+def _moving(x: Array, size: Array) -> Array:
+  """The same values, without a gradient where the size is 0."""
+  return jnp.where(size > 0, x, jax.lax.stop_gradient(x))
+
+
 def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
   """Euclidean norm, axes kept, with a gradient of 0 at 0."""
   squared = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
@@ -265,5 +285,8 @@ def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 def _cosine(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
   """Cosine of two arrays over axes, with DIST's 1e-8 in the denominator."""
+  sizes = _norm(a, axis), _norm(b, axis)
+  # Beside a size of 0 the 1e-8 is all there is, and the gradient would be 1e8 times the other side.
+  a, b = _moving(a, sizes[0]), _moving(b, sizes[1])
   dot = jnp.sum(a * b, axis=axis, keepdims=True)
-  return jnp.squeeze(dot / (_norm(a, axis) * _norm(b, axis) + 1e-8), axis=axis)
+  return jnp.squeeze(dot / (sizes[0] * sizes[1] + 1e-8), axis=axis)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxdistill.losses._log_space import AnyArray
+from jaxdistill.losses._log_space import AnyArray, absolute
 from jaxdistill.losses._maps import huber, norm, product, rows, same_width, tame, unit
 from jaxdistill.losses.contrast import Banks, contrastive, contrastive_bank, init_banks
 
@@ -53,7 +53,7 @@ def similarity_preserving(
   """Similarity-preserving distillation (SP, SPKD): which examples excite the same units.
 
   mean_j (G_student − G_teacher)²_ij, G = f fᵀ, ``[B, B]``, each row divided by
-  max(its norm, 1e-12), f = student or teacher flattened to ``[B, D]``.
+  max(its Euclidean norm, 1e-12), f = student or teacher flattened to ``[B, D]``.
 
   Args:
     student: ``[B, ...]``, the last map or a vector; its width need not be the teacher's.
@@ -258,7 +258,7 @@ def correlation_congruence(
   same_width(student, teacher)
   student, teacher, valid = rows(student, teacher, where)
   same_width(student, teacher)
-  size = jnp.abs(student - teacher)
+  size = absolute(student - teacher)
   values = jnp.sum(size[:-1] * size[1:], axis=1)
   return jnp.where(valid[:-1] & valid[1:], values, 0.0)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxdistill.losses._log_space import MASKED, AnyArray, float_arrays, kl
+from jaxdistill.losses._log_space import MASKED, AnyArray, absolute, float_arrays, kl
 from jaxdistill.losses._maps import map_pair, product, same_width, tame, unit
 
 __all__ = [
@@ -24,6 +24,9 @@ __all__ = [
   "inter_channel_correlation",
   "neuron_selectivity",
 ]
+
+# Products of larger queries and keys leave float32.
+_LARGEST = 1e15
 
 
 def attention_transfer(
@@ -90,7 +93,7 @@ def factor_transfer(
   [1.0]
   """
   student, teacher = map_pair(student, teacher)
-  return jnp.mean(jnp.abs(_attention(student) - _attention(teacher)), axis=(1, 2))
+  return jnp.mean(absolute(_attention(student) - _attention(teacher)), axis=(1, 2))
 
 
 def neuron_selectivity(
@@ -99,8 +102,8 @@ def neuron_selectivity(
   """Neuron selectivity transfer (NST): where channels fire, by maximum mean discrepancy.
 
   mean_cc' k(t_c, t_c') + mean_cc' k(s_c, s_c') − 2 mean_cc' k(s_c, t_c'), k(a, b) = (aᵀb)²,
-  s_c = n(channel c of student), t_c = n(channel c of teacher), flattened to ``[H·W]``,
-  n(v) = v / max(‖v‖, 1e-12); every pair counts, c = c' too.
+  s_c = n(channel c of student), t_c = n(channel c of teacher), flattened to ``[H·W]`` after the
+  maps have been pooled to one size, n(v) = v / max(‖v‖, 1e-12); every pair counts, c = c' too.
 
   Args:
     student: ``[B, H, W, C]``; its channels need not be the teacher's.
@@ -273,6 +276,7 @@ def attention_relation(
   def log_attention(x: Array) -> Array:
     # Before the product as well as after it: a value that is masked only later can still leak NaN.
     x = jnp.where(valid[..., None], x, 0.0).reshape(*x.shape[:2], num_heads, -1)
+    x = jnp.clip(x, -_LARGEST, _LARGEST)
     scores = product("bqhd,bkhd->bhqk", x, x) / x.shape[-1] ** 0.5
     return jax.nn.log_softmax(jnp.where(valid[:, None, None, :], scores, MASKED), axis=-1)
 
