@@ -10,7 +10,7 @@ import flax.errors
 import jax
 import numpy as np
 
-from jaxdistill import arguments, cost, metrics, predictions
+from jaxdistill import arguments, capacity, cost, metrics, predictions
 from jaxdistill.types import Batch, Network, Teacher
 
 __all__ = [
@@ -151,7 +151,7 @@ def _compile(
 
   over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=capacity.brief())
   def one(
     variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
   ) -> tuple[_Sums, _Sums]:

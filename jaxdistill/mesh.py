@@ -242,11 +242,18 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
     raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
   mesh = data_parallel() if mesh is None else mesh
   everywhere, over = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
 
   def put_by(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
     def put(leaf: Any) -> Any:
       if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      if on_cpu and getattr(leaf, "sharding", sharding) != sharding:
+        # JAX would compile a program to cut an array of its own into parts.
+        if _is_key(leaf):
+          words = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
+          return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        leaf = np.asarray(leaf)
       return jax.device_put(leaf, sharding, may_alias=False)  # as in `with_jit`
 
     return lambda tree: jax.tree.map(put, tree)

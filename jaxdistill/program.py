@@ -272,6 +272,10 @@ class _Made:
       chunk = over_students(chunk, self.seeds_by, shared_axes, len(self.sources), self.at_once)
     # Abstract first: what does not fit together says so before anything is compiled.
     shapes = jax.eval_shape(initial, keys, values, starts, *given)
+    begin = jax.jit(
+      initial,
+      compiler_options=quick(),
+    )
     calls = _Calls(self, chunk, teacher_variables, shared, shapes, values, head)
     can_trace = dispatch.axis_name is None
     return Program(
@@ -283,7 +287,7 @@ class _Made:
       stacked=stacked,
       shapes=shapes,
       values=values,
-      make=lambda values: jax.jit(initial, compiler_options=quick())(keys, values, starts, *given),
+      make=lambda values: begin(keys, values, starts, *given),
       call=calls.run,
       compile=calls.compile if can_trace else None,
       trace=calls.trace if can_trace else lambda count: None,

@@ -244,7 +244,7 @@ class Search:
       network = self.deployed(self.groups[g])
       self.validators[g] = evaluate.validator(network, self.validation, stacked=True)
     numbers = self.validators[g](deployed_variables(state, objective))
-    finite = np.asarray(_finite_students((state.params, state.model_state)))
+    finite = _finite_students((state.params, state.model_state))
     bad: list[int | None] = []
     for s, good in enumerate(finite):
       # The log's NaN is JSON's null.
@@ -254,11 +254,17 @@ class Search:
     return {"metrics": {name: np.asarray(found) for name, found in numbers.items()}, "bad": bad}
 
 
-@jax.jit
-def _finite_students(tree: PyTree) -> Any:
+def _finite_students(tree: PyTree) -> np.ndarray:
+  """Which students are finite, ``[S]``: on the device where that spares the way to the host."""
+  if jax.default_backend() == "cpu":  # there is no way, and nothing has to be compiled
+    return _finite(np, jax.tree.map(np.asarray, tree))
+  return np.asarray(jax.jit(_finite, static_argnums=0)(jnp, tree))
+
+
+def _finite(xp: Any, tree: PyTree) -> Any:
   leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  each = [jnp.all(jnp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves]
-  return jnp.all(jnp.stack(each), axis=0)
+  each = [xp.all(xp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves]
+  return xp.all(xp.stack(each), axis=0)
 
 
 def _outcome(path: pathlib.Path) -> dict[str, Any] | None:

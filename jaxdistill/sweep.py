@@ -191,7 +191,7 @@ def run(
     optimizer=optimizer,
     steps=steps,
     teacher=teacher,
-    teacher_variables=teacher_variables,
+    teacher_variables=jax.device_put(teacher_variables),  # once, and not wherever it is read
     validation=validation,
     memory=capacity.available(list(mesh.devices.flat)) if memory is None else memory,
     by=by,
