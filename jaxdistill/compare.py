@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import analysis, evaluate, exhibits, predictions, report, teachers
+from jaxdistill import evaluate, predictions, report, teachers
 from jaxdistill.examples import Examples, Records
+from jaxdistill.pages import analysis, exhibits
 from jaxdistill.predictions import Predictions
 from jaxdistill.types import Batch, Network
 

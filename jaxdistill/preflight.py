@@ -1,7 +1,7 @@
 """Pre-flight checks: what is wrong with a distillation run, before it costs anything.
 
 `check` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow. The
-checks themselves are functions of `jaxdistill.teacher_checks` and `jaxdistill.pair_checks`.
+checks themselves are functions of `jaxdistill.checks`: ``teacher_checks`` and ``pair_checks``.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import jax
 import numpy as np
 
 from jaxdistill import arguments, cost, evaluate, teachers
-from jaxdistill import pair_checks as pair
 from jaxdistill import run as run_lib
-from jaxdistill import teacher_checks as taught
+from jaxdistill.checks import pair_checks as pair
+from jaxdistill.checks import teacher_checks as taught
+from jaxdistill.checks.findings import Finding, PreflightWarning
+from jaxdistill.checks.probes import batches_of, curve, predictions, probe_terms, taught_further
 from jaxdistill.data import Source
-from jaxdistill.findings import Finding, PreflightWarning
 from jaxdistill.fit_arguments import check_hyper, check_networks
-from jaxdistill.probes import batches_of, curve, predictions, probe_terms, taught_further
 from jaxdistill.types import Batch, Network, Objective, Teacher, Transform, as_objective
 
 __all__ = ["FILE", "Finding", "PreflightWarning", "check"]

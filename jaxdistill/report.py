@@ -21,13 +21,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import analysis, arguments, evaluate, evidence, metrics, page, versus, versus_page
+from jaxdistill import arguments, evaluate, metrics
 from jaxdistill import predictions as predictions_lib
 from jaxdistill import run as run_lib
-from jaxdistill.decision import decide
 from jaxdistill.environment import environment
+from jaxdistill.pages import (
+  analysis,
+  evidence,
+  page,
+  versus,
+  versus_page,
+)
+from jaxdistill.pages.decision import decide
+from jaxdistill.pages.report_text import markdown, picture, table, verdict
 from jaxdistill.predictions import Answers, Predictions
-from jaxdistill.report_text import markdown, picture, table, verdict
 from jaxdistill.types import Batch
 
 __all__ = [

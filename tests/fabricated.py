@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from jaxdistill import analysis, report
+from jaxdistill import report
+from jaxdistill.pages import analysis
 from jaxdistill.predictions import Answers, Predictions
 
 COSTS = {"flops": 1000, "xla_flops": None, "throughput": 1e4, "throughput_batch": 128}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import fabricated
-from jaxdistill import analysis, data, evaluate, exhibits, metrics, predictions
+from jaxdistill import data, evaluate, metrics, predictions
+from jaxdistill.pages import analysis, exhibits
 from jaxdistill.predictions import Answers, Column, Predictions
 
 

@@ -14,20 +14,17 @@ import scipy.special
 
 import networks
 from jaxdistill import (
-  calibration,
   capture,
   data,
   evaluate,
   losses,
   models,
-  pair_checks,
   preflight,
-  probes,
   recipes,
-  teacher_checks,
   teachers,
   train,
 )
+from jaxdistill.checks import calibration, pair_checks, probes, teacher_checks
 from jaxdistill.types import Objective, Term, as_objective, make_batch
 
 CLASSES = 3

@@ -17,15 +17,11 @@ import pytest
 import scipy.stats
 
 import fabricated
-from jaxdistill import (
+from jaxdistill import compare, data, evaluate, predictions, report
+from jaxdistill.pages import (
   analysis,
-  compare,
-  data,
   decision,
-  evaluate,
   evidence,
-  predictions,
-  report,
   versus,
   versus_page,
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxdistill import significance
+from jaxdistill.pages import significance
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 12), (8, 10), (12, 12), (671, 697)])

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.evidence import Evidence
-from jaxdistill.markup import element, scrolled, table
-from jaxdistill.report_text import DASH
+from jaxdistill.pages.evidence import Evidence
+from jaxdistill.pages.markup import element, scrolled, table
+from jaxdistill.pages.report_text import DASH
 
 __all__ = ["exports", "findings", "repeat", "size"]
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import analysis, arguments, predictions, run_files
+from jaxdistill import arguments, predictions
+from jaxdistill.pages import analysis, run_files
+from jaxdistill.pages.report_text import MODELS
 from jaxdistill.predictions import Predictions
-from jaxdistill.report_text import MODELS
 
 __all__ = ["VERSION", "Evidence", "names", "read", "spread", "suffix"]
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import arguments, charts, page_groups
+from jaxdistill import arguments
 from jaxdistill import run as run_lib
-from jaxdistill.decision import ratio
-from jaxdistill.markup import Element, document, element, section, table
-from jaxdistill.report_text import count, signed
-from jaxdistill.versus import LEVEL, Compared, markdown, rows, test_rows
+from jaxdistill.pages import charts, page_groups
+from jaxdistill.pages.decision import ratio
+from jaxdistill.pages.markup import Element, document, element, section, table
+from jaxdistill.pages.report_text import count, signed
+from jaxdistill.pages.versus import LEVEL, Compared, markdown, rows, test_rows
 
 __all__ = ["write"]
 

@@ -11,11 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import analysis, charts, page_files, page_groups, report_text
-from jaxdistill.decision import ratio
-from jaxdistill.evidence import Evidence
-from jaxdistill.markup import Element, document, element, section, table
-from jaxdistill.report_text import DASH, MODELS, count, percent, signed
+from jaxdistill.pages import (
+  analysis,
+  charts,
+  page_files,
+  page_groups,
+  report_text,
+)
+from jaxdistill.pages.decision import ratio
+from jaxdistill.pages.evidence import Evidence
+from jaxdistill.pages.markup import Element, document, element, section, table
+from jaxdistill.pages.report_text import DASH, MODELS, count, percent, signed
 
 __all__ = ["build"]
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import analysis, arguments, evidence, significance
+from jaxdistill import arguments
 from jaxdistill import run as run_lib
-from jaxdistill.evidence import Evidence
+from jaxdistill.pages import analysis, evidence, significance
+from jaxdistill.pages.evidence import Evidence
+from jaxdistill.pages.report_text import DASH, count, grid, number, percent, signed
 from jaxdistill.predictions import Predictions
-from jaxdistill.report_text import DASH, count, grid, number, percent, signed
 
 __all__ = ["LEVEL", "Compared", "compare", "markdown", "rows", "test_rows"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import significance
+from jaxdistill.pages import significance
 from jaxdistill.predictions import Column, Predictions
 
 __all__ = ["Lost", "classes", "groups", "lost", "quality", "reliability", "slices"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.markup import Element, element
+from jaxdistill.pages.markup import Element, element
 
 __all__ = ["MARKS", "against", "curves", "dots", "gap", "legend", "reliability"]
 

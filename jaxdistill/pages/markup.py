@@ -146,7 +146,7 @@ def document(title: str, *children: Any) -> str:
     element("meta", name="viewport", content="width=device-width, initial-scale=1"),
     element("meta", name="color-scheme", content="light dark"),
     element("title", title),
-    element("style", (importlib.resources.files("jaxdistill") / "page.css").read_text()),
+    element("style", (importlib.resources.files("jaxdistill.pages") / "page.css").read_text()),
   )
   page = element("html", head, element("body", element("main", *children)), lang="en")
   return "<!DOCTYPE html>\n" + ElementTree.tostring(page, encoding="unicode", method="html") + "\n"

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxdistill.evidence import Evidence, names
-from jaxdistill.report_text import signed
+from jaxdistill.pages.evidence import Evidence, names
+from jaxdistill.pages.report_text import signed
 
 __all__ = ["decide", "ratio"]
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import charts, pictures
-from jaxdistill.analysis import Lost
-from jaxdistill.evidence import Evidence, names
-from jaxdistill.markup import Element, element, image, table
+from jaxdistill import pictures
+from jaxdistill.pages import charts
+from jaxdistill.pages.analysis import Lost
+from jaxdistill.pages.evidence import Evidence, names
+from jaxdistill.pages.markup import Element, element, image, table
+from jaxdistill.pages.report_text import DASH, MODELS, signed
 from jaxdistill.predictions import Predictions
-from jaxdistill.report_text import DASH, MODELS, signed
 
 __all__ = ["by_change", "change_cell", "classes", "gallery", "lost", "slices", "tile"]
 

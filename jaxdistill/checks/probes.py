@@ -18,8 +18,8 @@ import optax
 
 from jaxdistill import arguments, losses
 from jaxdistill import run as run_lib
-from jaxdistill.calibration import calibrating_temperature, losses_at
 from jaxdistill.capacity import quick
+from jaxdistill.checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.data import Source
 from jaxdistill.evaluate import Predict, predictor
 from jaxdistill.state import State, init_state

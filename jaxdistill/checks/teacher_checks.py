@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jaxdistill import arguments, metrics
-from jaxdistill.calibration import RANGE, calibrating_temperature, losses_at, smoothed_losses
 from jaxdistill.capacity import quick
-from jaxdistill.findings import Finding, percent
+from jaxdistill.checks.calibration import RANGE, calibrating_temperature, losses_at, smoothed_losses
+from jaxdistill.checks.findings import Finding, percent
 
 __all__ = [
   "LINES",

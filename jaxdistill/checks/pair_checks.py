@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import arguments
-from jaxdistill.findings import Finding, quoted
-from jaxdistill.probes import ProbedTerm
+from jaxdistill.checks.findings import Finding, quoted
+from jaxdistill.checks.probes import ProbedTerm
 
 __all__ = ["capacity_gap", "no_labels", "unequal_gradients", "uniform_targets"]
 
