@@ -123,6 +123,7 @@ def test_a_budget_that_is_none(limits, match):
     budget.Budget(**limits)
 
 
+@pytest.mark.slow
 def test_what_is_over_the_budget_is_dropped_and_the_best_of_the_rest_is_chosen(compressed):
   folder, found = compressed
   fates = {candidate.name: candidate.row is None for candidate in found.candidates}
@@ -149,6 +150,7 @@ def test_what_is_over_the_budget_is_dropped_and_the_best_of_the_rest_is_chosen(c
   np.testing.assert_allclose(loaded.predict(x), own, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_baseline_has_no_teacher_and_its_own_rate(compressed):
   folder, _ = compressed
   config = json.loads((folder / "baseline" / "config.json").read_text())
@@ -159,6 +161,7 @@ def test_the_baseline_has_no_teacher_and_its_own_rate(compressed):
   assert json.loads((folder / "student" / "config.json").read_text())["teacher"] is not None
 
 
+@pytest.mark.slow
 def test_the_folder_tells_it(compressed):
   folder, found = compressed
   table = (folder / "candidates.md").read_text()
@@ -173,6 +176,7 @@ def test_the_folder_tells_it(compressed):
   assert len(rows) == 1 + 2 + 1  # one seed each, and the one that was not trained
 
 
+@pytest.mark.slow
 def test_what_speaks_against_it_is_told(compressed):
   """A teacher at chance, and what comes of that once the baseline is known."""
   folder, _ = compressed
@@ -185,6 +189,7 @@ def test_what_speaks_against_it_is_told(compressed):
     job(folder).look(None, known=[preflight.Finding(**finding) for finding in told])
 
 
+@pytest.mark.slow
 def test_a_compression_that_was_stopped_goes_on(compressed, tmp_path, monkeypatch):
   """Another choice by other timings is impossible: what was measured is kept."""
   folder, whole = compressed
@@ -260,6 +265,7 @@ def job(folder, **options):
   return compression.Job(objective=recipes.kd, metric="accuracy", **given)
 
 
+@pytest.mark.slow
 def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
   """The one nearest to the geometric mean teaches, if its student is better beyond noise."""
   mine = job(tmp_path, points=[{"temperature": 4.0}])
@@ -352,6 +358,7 @@ def test_a_family_is_every_combination():
     compress.family(lambda width: width, width=[2])
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_run_and_fails_beyond_the_budget(compressed, capsys):
   folder, found = compressed
   run = str(folder / "student")

@@ -242,3 +242,29 @@ def test_temperatures_are_swept_and_one_is_chosen(tmp_path, capsys):
   assert len(chosen["test"]["accuracy"]) == 2
   files = set(os.listdir(tmp_path / "t" / "sweep"))
   assert {"table.md", "table.csv", "sweep.png"} <= files
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::jaxdistill.preflight.PreflightWarning")
+def test_a_student_is_chosen_exported_and_reported_within_a_budget(tmp_path, capsys):
+  few = ["--epochs", "2", "--teacher-epochs", "2", "--search-seeds", "1", "--seeds", "2"]
+  few += ["--temperatures", "4", "--soft-weights", "0.9", "--rungs", "1", "--max-bytes", "6000"]
+  run("compress", [*few, "--out", tmp_path / "c", "--data-dir", tmp_path])
+  told = read(tmp_path / "c", "budget.json")
+  assert told["inside"] is True
+  assert told["costs"]["bytes"] <= 6000
+  assert {"frontier.png", "frontier-bytes.png", "report.html"} <= set(os.listdir(tmp_path / "c"))
+  listed = read(tmp_path / "c" / "exports", "exports.json")
+  assert all(file["passed"] for file in listed["files"])
+  assert "Budget met: bytes at most 6,000" in (tmp_path / "c" / "report.html").read_text()
+  assert "NOT" not in capsys.readouterr().out
+
+
+def test_compress_takes_the_budget_that_is_given():
+  script = importlib.import_module("compress")
+  given, _ = script.parse(["--max-bytes", "5"])
+  assert script.within(given).limits() == {"bytes": 5}
+  assert script.within(script.parse([])[0]).limits() == {"latency_ms": 0.6}
+  short, _ = script.parse(["--short", "--max-bytes", "150000"])
+  assert (short.dataset, short.epochs, short.max_bytes) == ("cifar100", 3, 150000)
+  assert all(name.startswith("depth 8") for name in script.networks(short)[1])
