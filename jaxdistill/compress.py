@@ -286,7 +286,7 @@ def _nothing_fits(within: Budget, costs: Mapping[str, Mapping[str, Any]]) -> str
   name = budget.nearest(within, costs)
   over = {n: share for n, share in within.shares(costs[name]).items() if share > 1}
   beyond = ", ".join(
-    f"{costs[name][n]:,.4g} {budget.UNITS[n]} ({share:.2f} times the limit)"
+    f"{costs[name][n]:,.4g} {budget.UNITS[n]} ({share:.2f} times what is allowed)"
     if costs[name][n] is not None
     else f"an unknown number of {budget.UNITS[n]}"
     for n, share in over.items()

@@ -264,7 +264,7 @@ def test_compress_takes_the_budget_that_is_given():
   script = importlib.import_module("compress")
   given, _ = script.parse(["--max-bytes", "5"])
   assert script.within(given).limits() == {"bytes": 5}
-  assert script.within(script.parse([])[0]).limits() == {"latency_ms": 0.6}
+  assert script.within(script.parse([])[0]).limits() == {"latency_ms": 0.75}
   short, _ = script.parse(["--short", "--max-bytes", "150000"])
   assert (short.dataset, short.epochs, short.max_bytes) == ("cifar100", 3, 150000)
   assert all(name.startswith("depth 8") for name in script.networks(short)[1])
