@@ -7,6 +7,22 @@ the teacher, a network over the budget is tried as a teaching assistant (Mirzade
 "Improved Knowledge Distillation via Teacher Assistant", 2020). Choices are made on validation.
 
 Command:   python experiments/compress.py --out runs/compress
+Hardware:  two cores of an AMD EPYC, no accelerator (Python 3.11, jax 0.10.2)
+Time:      155 seconds, compilation, exports and report included
+Expected:  a student that uses most of its budget, above the same network on labels alone
+Got:       within 0.75 ms at batch 64 (a tenth to spare), three of eight candidates were over the
+           budget; chosen: width 16, depth 2 (19,578 parameters, the teacher has 320,714), 0.46 ms
+           in a process of its own. On the 697 test images: teacher 98.85, labels alone 97.07 ± 0.43,
+           distilled 97.76 ± 0.13 % (mean ± std over five seeds, initialisation and data order), a
+           gain of 0.69 points with a standard error of 0.20. The latencies of a shared machine
+           differ by a third from run to run, and with them who is inside the budget: another run
+           chose width 32, depth 2, with 98.48 ± 0.22 against 97.62 ± 0.13 %.
+
+The teacher sees its images shifted, the students do not, which is what there is to gain, as in
+digits.py. By accuracy in place of nll, and in three rungs, the search chose temperature 1 and
+gained nothing: 110 validation images tell accuracies apart in steps of 0.9 points. Those runs
+printed test accuracies too, so the numbers above are not blind.
+
 Short:     python experiments/compress.py --short --max-bytes 150000 --out runs/compress-short
 """
 

@@ -223,7 +223,9 @@ def _exported(exports: Mapping[str, Any] | None, add: _Add) -> None:
   bad = [f"{one['file']} ({one.get('problem') or 'no reason given'})" for one in files]
   bad = [text for text, one in zip(bad, files, strict=True) if not one.get("passed")]
   if good:
-    add("for", f"Exported, and checked in a process of its own: {names(good)}.")
+    size = (exports or {}).get("batch_size", 1)
+    timed = f", timed at batch {size}" if size != 1 else ""
+    add("for", f"Exported, and checked in a process of its own{timed}: {names(good)}.")
   if bad:
     add("against", f"Exports that failed: {names(bad, 3)}.", "care" if good else "stop")
 

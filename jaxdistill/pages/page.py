@@ -191,8 +191,14 @@ def _tile_latency(found: Evidence) -> _Tile:
     if one.get("passed") and one.get("latency_ms") and "safetensors" not in one["file"]
   ]
   if exported:
-    beside += f"; exported {min(exported):.2g} ms"
+    beside += f"; exported {min(exported):.2g} ms{_at_batch(found.exports)}"
   return "Latency", _times(ratio(*both), "faster", "slower"), beside
+
+
+def _at_batch(exports: Mapping[str, Any] | None) -> str:
+  """Which batch exported files were timed with, where it was not one example."""
+  size = (exports or {}).get("batch_size", 1)
+  return "" if size == 1 else f" for {size}"
 
 
 def _tile_calibration(found: Evidence) -> _Tile:
