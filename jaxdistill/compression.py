@@ -187,7 +187,7 @@ class Job:
       seed=[seed for seed, _ in seeds],
       hyper=one.hyper,
       validate=evaluate.validator(network, self.validation, stacked=True),
-      validate_every=max(1, self.steps // 10),
+      validate_every=max(self.data.steps_per_epoch, self.steps // 10),
       folder=folder,
       config={"optimizer": one.rates},
       seeds_by=by,

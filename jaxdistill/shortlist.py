@@ -134,7 +134,7 @@ class Compressed:
     )
     text = (
       f"Chosen: {self.chosen} ({values}), of {len(self.candidates)} candidates, {trained} of them "
-      f"inside the budget. It uses {used}, timed in a process of its own. On validation, "
+      f"inside the budget. It uses {used}, measured in a process of its own. On validation, "
       f"{quality} (mean ± std over {len(self.validation['student']['accuracy'])} seeds)."
     )
     return text if self.assistant is None else f"{text} {self.assistant.sentence()}"
