@@ -25,8 +25,8 @@ printed test accuracies too, so the numbers above are not blind.
 
 Short:     python experiments/compress.py --short --max-bytes 150000 --out runs/compress-short
 Got:       in a quarter of an hour, ResNet-8 of width 8 (93,040 bytes; the teacher has 4.9 million),
-           its four files checked: teacher 9.34, labels alone 4.23 ± 0.25, distilled 4.03 ± 0.25 % on
-           test. A twentieth of the data for three epochs: it shows that all of it runs, no more.
+           its four files checked: teacher 9.34, labels alone 4.23 ± 0.25, distilled 4.03 ± 0.25 %
+           on test. A twentieth of the data for three epochs: it shows that all of it runs, no more.
            The full setting wants a GPU and has not been run by us.
 """
 
