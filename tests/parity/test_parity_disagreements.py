@@ -352,3 +352,25 @@ def test_pytorchs_softplus_is_straight_beyond_20():
   differ(ours, straight, *near, least=1e-12)
   with np.errstate(over="ignore"):
     assert np.isinf(np.log(1 + np.exp(raw[2:]))).all()
+
+
+def test_torchdistills_standardized_kd_has_a_gradient_of_1e7_at_equal_logits():
+  """Ours has none from that row there: its ratio is of nothing to nothing. The values agree."""
+  random = np.random.default_rng(9)
+  student, teacher = random.normal(size=(3, 4)), random.normal(size=(3, 4))
+  student[1] = 0.0
+  labels = np.array([2, 0, 3])
+  published_loss = torchdistill.LogitStdKDLoss(**PATHS, temperature=2.0, alpha=1, beta=1.0)
+
+  def ours(s, t, y):
+    soft = losses.soft_target_kl(
+      losses.standardize_logits(s), losses.standardize_logits(t), temperature=2.0
+    )
+    return losses.cross_entropy(s, y) + soft
+
+  theirs = evaluate_theirs(called(published_loss), student, teacher, labels)
+  mine = evaluate_ours(ours, student, teacher, labels)
+  close(mine[0].mean(), theirs[0])
+  assert np.abs(theirs[1][0][1]).max() > 1e4
+  hard = evaluate_ours(lambda s, t, y: losses.cross_entropy(s, y), student, teacher, labels)
+  close(mine[1][0][1], hard[1][0][1])
