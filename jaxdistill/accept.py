@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdistill.paths import describe
 
-__all__ = ["batch"]
+__all__ = ["batch", "stored"]
 
 PyTree = Any
 
@@ -50,6 +50,25 @@ def batch(inputs: PyTree, expected: PyTree, name: str) -> tuple[PyTree, int]:
   if 0 in sizes.values() or len(set(sizes.values())) > 1:
     raise ValueError(f"the batch sizes must be equal and at least 1; they are {sizes}.")
   return jax.tree.unflatten(structure, arrays), sizes[labels[0]]
+
+
+def stored(leaf: Any) -> jax.ShapeDtypeStruct:
+  """The shape of one example as it is stored, in a dtype that JAX has enabled.
+
+  Args:
+    leaf: anything with a shape and a dtype.
+
+  Raises:
+    TypeError: it has neither, or a dtype that JAX has not.
+
+  >>> stored(np.zeros((2, 3)))
+  ShapeDtypeStruct(shape=(2, 3), dtype=float32)
+  """
+  if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+    raise TypeError(f"stored has {leaf!r} for a leaf; give jax.ShapeDtypeStruct(shape, dtype).")
+  if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_)):
+    raise TypeError(f"stored has the dtype {leaf.dtype}, which JAX has not; tokenize text first.")
+  return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
 def _array(label: str, value: Any, expected: Any) -> Any:

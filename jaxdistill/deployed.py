@@ -108,7 +108,7 @@ def save_student(
     raise TypeError(
       f"normalize={normalize!r} is no function; give views.normalizer((mean, std)), for example."
     )
-  inputs = jax.tree.map(_one, stored, is_leaf=lambda leaf: leaf is None)
+  inputs = jax.tree.map(accept.stored, stored, is_leaf=lambda leaf: leaf is None)
   if not jax.tree.leaves(inputs):
     raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
   shapes, instances = _shapes(variables, stacked)
@@ -388,15 +388,6 @@ def _absent(run: pathlib.Path) -> str:
     f"deployed.save_student({str(run)!r}, network, teachers.restore({str(run)!r}, step={at}), "
     "stored=..., normalize=...)."
   )
-
-
-def _one(leaf: Any) -> jax.ShapeDtypeStruct:
-  """The shape of one example, in a dtype that JAX has enabled."""
-  if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-    raise TypeError(f"stored has {leaf!r} for a leaf; give jax.ShapeDtypeStruct(shape, dtype).")
-  if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_)):
-    raise TypeError(f"stored has the dtype {leaf.dtype}, which JAX has not; tokenize text first.")
-  return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))
 
 
 def _shapes(variables: PyTree, stacked: bool) -> tuple[PyTree, int]:

@@ -134,7 +134,7 @@ def from_network(
     tree = jax.tree.unflatten(structure, [given[name] for name in names])
     return network.apply(tree, seen, train=False, key=None)[0].logits
 
-  shapes = jax.tree.map(_one, stored, is_leaf=lambda leaf: leaf is None)
+  shapes = jax.tree.map(accept.stored, stored, is_leaf=lambda leaf: leaf is None)
   if not jax.tree.leaves(shapes):
     raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
   program = Program(name or network.name, leaves, call, shapes)
@@ -244,12 +244,3 @@ def _host(leaf: Any) -> Any:
   """A copy that lies on no device, or on one; keys of random streams stay as they are."""
   keys = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return leaf if keys else np.asarray(leaf)
-
-
-def _one(leaf: Any) -> jax.ShapeDtypeStruct:
-  """The shape of one example, in a dtype that JAX has enabled."""
-  if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-    raise TypeError(f"stored has {leaf!r} for a leaf; give jax.ShapeDtypeStruct(shape, dtype).")
-  if not any(jnp.issubdtype(leaf.dtype, kind) for kind in (jnp.number, jnp.bool_)):
-    raise TypeError(f"stored has the dtype {leaf.dtype}, which JAX has not; tokenize text first.")
-  return jax.ShapeDtypeStruct(leaf.shape, jax.dtypes.canonicalize_dtype(leaf.dtype))

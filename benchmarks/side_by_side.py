@@ -1,0 +1,104 @@
+"""Several students in one program: side by side or one after another, convolutions in two ways.
+
+The convolutional student of the digits (8, 16, 16 channels, a dense layer of 64; batch 64), its
+convolutions by `jax.lax` or as patches and one matrix product, trained with soft targets from
+logits in memory: under ``vmap`` in one dispatch of many steps or of one, and one after another
+(``unroll``) in dispatches of one step. This is what `jaxdistill.sweep.students_by` goes by.
+
+Command:   python benchmarks/side_by_side.py    (results: benchmarks/results/side_by_side.json)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+
+from jaxdistill import capture, data, mesh, models, recipes, report
+from jaxdistill.program import build
+from jaxdistill.teachers import cached, frozen
+from jaxdistill.types import as_objective
+
+WAYS = [
+  ("lax", "vmap", True),
+  ("lax", "vmap", False),
+  ("lax", "unroll", False),
+  ("patches", "vmap", True),
+  ("patches", "vmap", False),
+  ("patches", "unroll", False),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What to measure."""
+
+  students: tuple[int, ...] = (1, 4, 8)
+  steps: int = 30
+  """In one timing; a dispatch under scan."""
+  repeats: int = 3
+  """Timings of each way; the least counts, which whatever else runs touches least."""
+  out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "side_by_side.json"
+
+
+def measure(source, conv: str, by: str, scan: bool, students: int, options: Options) -> float:
+  """Milliseconds of a step of one of the students."""
+  module = models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64, conv=conv)
+  values = {"hyper": {"temperature": jnp.linspace(1.0, 8.0, students)}, "optimizer": {}}
+  dispatch = mesh.with_students(mesh.data_parallel(jax.devices()[:1]))
+  program = build(
+    capture.linen(module, name="student"),
+    as_objective(recipes.kd()),
+    [source] * students,
+    optax.adam(1e-3),
+    [0] * students,
+    None,
+    None,
+    dispatch,
+    values=values,
+    seeds_by=by,
+    scan=scan,
+  )
+  state = dispatch.spread(program.initial())
+  times = []
+  for i in range(options.repeats + 1):  # the first compiles
+    began = time.perf_counter()
+    state, sums = program.run(state, i * options.steps, options.steps)
+    jax.block_until_ready((state, sums))
+    times.append(time.perf_counter() - began)
+  return 1000 * min(times[1:]) / options.steps / students
+
+
+def main(options: Options) -> None:
+  examples = data.load("digits", data.splits("digits")["train"])
+  source = data.on_device(examples, batch_size=64, data_seed=0, normalize=data.DIGITS)
+  teacher = capture.linen(models.MLP((32,)), name="teacher")
+  variables = teacher.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
+  source = cached(frozen(teacher), variables, source, progress=None)
+  found = {}
+  print(f"{'milliseconds a student-step':34}" + "".join(f"{n:>8}" for n in options.students))
+  for conv, by, scan in WAYS:
+    name = f"{conv}, {by}, {'many steps' if scan else 'one step'} a dispatch"
+    found[name] = [measure(source, conv, by, scan, n, options) for n in options.students]
+    print(f"{name:34}" + "".join(f"{value:8.2f}" for value in found[name]), flush=True)
+  best = {
+    conv: min(ms[-1] for name, ms in found.items() if name.startswith(conv))
+    for conv in ("lax", "patches")
+  }
+  result = {"environment": report.environment(), "students": options.students, "ms": found}
+  options.out.parent.mkdir(exist_ok=True)
+  options.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
+  print(
+    f"\nratio of the best with lax to the best with patches: {best['lax'] / best['patches']:.2f}"
+  )
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Options))
