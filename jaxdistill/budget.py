@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import subprocess
 import sys
@@ -31,6 +32,7 @@ __all__ = [
   "measure",
   "measure_run",
   "nearest",
+  "number",
   "separately",
 ]
 
@@ -38,6 +40,7 @@ PyTree = Any
 
 # Of rounds of timing the slowest counts: a student is inside its budget on a machine's worse days.
 _ROUNDS = 3
+_TIME_LIMIT = 600
 UNITS = {"latency_ms": "ms", "bytes": "bytes", "flops": "FLOPs", "parameters": "parameters"}
 
 
@@ -103,6 +106,24 @@ class Budget:
 
     return {name: share(name, limit) for name, limit in self.limits().items()}
 
+  def needed(self, costs: Mapping[str, Any]) -> dict[str, float]:
+    """Which limits would have to be raised for such costs, and to what.
+
+    Args:
+      costs: from `measure`.
+
+    >>> Budget(latency_ms=1.0, bytes=50).needed({"latency_ms": 1.8, "bytes": 40})
+    {'latency_ms': 2.001}
+    """
+    over = [name for name, share in self.shares(costs).items() if 1 < share < math.inf]
+    raised = {}
+    for name in over:
+      if name == "latency_ms":
+        raised[name] = math.ceil(1000 * costs[name] / (1 - self.spare)) / 1000
+      else:
+        raised[name] = math.ceil(costs[name])
+    return raised
+
   def inside(self, costs: Mapping[str, Any]) -> bool:
     """Whether no limit is exceeded.
 
@@ -113,7 +134,7 @@ class Budget:
 
   def describe(self) -> str:
     """The limits in words."""
-    words = [f"{limit:,g} {UNITS[name]}" for name, limit in self.limits().items()]
+    words = [f"{number(limit)} {UNITS[name]}" for name, limit in self.limits().items()]
     if self.latency_ms is not None:
       words[0] += f" at batch {self.batch_size}"
       words[0] += f" ({100 * self.spare:g}% of it to spare)" if self.spare else ""
@@ -217,15 +238,27 @@ def separately(run: str | pathlib.Path, budget: Budget, *, instance: int = 0) ->
     budget: its ``batch_size`` is timed.
     instance: which of the run's networks.
 
+  Returns:
+    As `measure`.
+
   Raises:
     RuntimeError: the process failed; the message has its last line.
   """
   command = [sys.executable, "-m", "jaxdistill.budget", str(run), "--json"]
   command += ["--batch-size", str(budget.batch_size), "--instance", str(instance)]
-  made = subprocess.run(command, capture_output=True, text=True, timeout=600)
+  # A GPU's memory is mostly this process's, and the other one needs little of it.
+  environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+  environment.pop("XLA_FLAGS", None)  # such as devices that are made up
+  failed = f"timing the student of {run} in a process of its own failed"
+  try:
+    made = subprocess.run(
+      command, env=environment, capture_output=True, text=True, timeout=_TIME_LIMIT
+    )
+  except subprocess.TimeoutExpired as error:
+    raise RuntimeError(f"{failed}: it was not done after {_TIME_LIMIT} s.") from error
   if made.returncode:
-    last = (made.stderr.strip().splitlines() or ["no message"])[-1]
-    raise RuntimeError(f"timing the student of {run} in a process of its own failed: {last}")
+    last = (made.stderr.strip().splitlines() or [f"exit status {made.returncode}"])[-1]
+    raise RuntimeError(f"{failed}: {last}")
   found: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
   return found
 
@@ -241,6 +274,17 @@ def nearest(budget: Budget, costs: Mapping[str, Mapping[str, Any]]) -> str:
   'small'
   """
   return min(costs, key=lambda name: (max(budget.shares(costs[name]).values()), name))
+
+
+def number(value: float | None) -> str:
+  """A cost as a table shows it.
+
+  >>> number(93_040), number(0.45953), number(None)
+  ('93,040', '0.4595', '–')
+  """
+  if value is None:
+    return "–"
+  return f"{value:,.4g}" if value < 1000 else f"{round(value):,}"
 
 
 def _logits(network: Network) -> Callable[[PyTree, PyTree], Any]:

@@ -8,11 +8,12 @@ trained anew, beside the same network on labels alone, as two ordinary runs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ from jaxdistill.selection import Result, Row, score
 from jaxdistill.shortlist import Candidate, Compressed
 from jaxdistill.types import Batch, Network, Teacher
 
-__all__ = ["Budget", "BudgetError", "Compressed", "family", "run", "told"]
+__all__ = ["Budget", "BudgetError", "Compressed", "affordable", "family", "run", "told"]
 
 PyTree = Any
 
@@ -77,6 +78,34 @@ def family(
   return made
 
 
+def affordable(
+  candidates: Mapping[str, Network], within: Budget, data: Source
+) -> dict[str, dict[str, Any]]:
+  """What all candidates cost; fails at once where none is inside the budget.
+
+  Args:
+    candidates: networks by name.
+    within: the budget.
+    data: where batches come from, for what is stored and how it is normalised.
+
+  Returns:
+    Each one's costs, see `jaxdistill.budget.measure`.
+
+  Raises:
+    BudgetError: no candidate is inside the budget; the message has the nearest one.
+  """
+  _check(candidates, within, 0)
+  costs = {
+    name: budget.measure(
+      network, data.stored, normalize=data.normalize, batch_size=within.batch_size
+    )
+    for name, network in candidates.items()
+  }
+  if not any(within.inside(found) for found in costs.values()):
+    raise BudgetError(_nothing_fits(within, costs))
+  return costs
+
+
 def told(folder: str | pathlib.Path) -> dict[str, Any]:
   """What a finished compression chose: its ``budget.json``.
 
@@ -116,6 +145,8 @@ def run(
   assistants: Mapping[str, Network] | None = None,
   gap: float = 0.02,
   metric: str = "accuracy",
+  costs: Mapping[str, Mapping[str, Any]] | None = None,
+  teacher_network: Network | None = None,
   teacher_run: str | pathlib.Path | None = None,
   config: Mapping[str, Any] | None = None,
   progress: bool = True,
@@ -148,7 +179,10 @@ def run(
     gap: how far behind the teacher, as a share of the validation examples, a student has to be
       before an assistant is tried; and by more than two standard errors over its seeds.
     metric: the validation metric to choose by.
-    teacher_run: the teacher's run folder, whose curves tell whether it was trained to the end.
+    costs: what `affordable` measured; measured here by default.
+    teacher_network: the network whose variables ``teacher_variables`` are, for the pre-flight check
+      whether a few more steps still improve it.
+    teacher_run: the teacher's run folder, whose curves tell that where they are long enough.
     config: what else defines the search, the optimiser's settings for example.
     progress: whether to show progress bars.
 
@@ -160,7 +194,10 @@ def run(
 
   Raises:
     BudgetError: no candidate is inside the budget; the message has the nearest one.
-    ValueError: an argument does not fit.
+    FloatingPointError: no point of the search stayed finite.
+    RuntimeError: the student could not be timed in a process of its own.
+    ValueError: an argument does not fit, or the folder holds another compression.
+    jaxdistill.train.Stopped: the process was asked to stop.
 
   Source of the assistant: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant",
   2020.
@@ -179,21 +216,23 @@ def run(
     seeds=seed_pairs(seeds),
     final_seeds=seed_pairs(final_seeds),
     metric=metric,
+    teacher_network=teacher_network,
+    teacher_run=teacher_run,
     progress=progress,
   )
   for network in candidates.values():
     job.one(network, job.points[0])  # says what is wrong before anything is measured
-  path = arguments.folder("folder", folder)
-  costs = kept(path / "costs.json", candidates) or {
-    one: job.costs(network) for one, network in candidates.items()
-  }
-  fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
-  if not fit:
-    raise BudgetError(_nothing_fits(within, costs))
   about = {"budget": dataclasses.asdict(within), "candidates": list(candidates), "gap": gap}
-  path = run_lib.claim(path, {**(config or {}), **about})
-  run_lib.write_json(path / "costs.json", costs)
-  warned = job.look(teacher_run)
+  path = run_lib.claim(arguments.folder("folder", folder), {**(config or {}), **about})
+  with _given_back(path):
+    known = costs or _kept_costs(path, candidates, within) or affordable(candidates, within, data)
+    costs = {one: dict(known[one]) for one in candidates}
+    fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
+    if not fit:
+      raise BudgetError(_nothing_fits(within, costs))
+  run_lib.write_json(path / "costs.json", {"batch_size": within.batch_size, "costs": costs})
+  largest = max(fit, key=lambda one: costs[one]["parameters"])
+  warned = job.look(fit[largest], job.points[0], path)
   found = job.search(fit, path / "search", sweep.Halving(3, 3) if halving is None else halving)
   name, checked = _first_inside(job, fit, found, path)
   student, best = fit[name], found.rows[_best_row(found, name)]
@@ -201,7 +240,7 @@ def run(
     assistants = {one: network for one, network in candidates.items() if one not in fit}
   tried = job.assist(student, best, assistants, gap, path)
   variables = job.final(student, best, tried, path)
-  job.look(teacher_run, student, best, variables["baseline"], folder=path, known=warned)
+  job.look(student, best.values, path, variables["baseline"], known=warned)
   quality = {kind: job.validated(student, each) for kind, each in variables.items()}
   values = best.values
   if tried is not None and tried.row is not None and tried.helps:
@@ -255,7 +294,7 @@ def _first_inside(
       run_lib.write_json(file, checked)
     if job.within.inside(checked[name]):
       return name, checked
-  raise BudgetError(_nothing_fits(job.within, checked))
+  raise BudgetError(_nothing_fits(job.within, checked, path))
 
 
 def _rank(row: Row, job: Job) -> tuple[int, float]:
@@ -276,22 +315,48 @@ def _best_row(found: Result, name: str) -> int:
 
 
 def _candidate(
-  name: str, costs: dict[str, Any], found: Result | None, checked: dict[str, Any] | None
+  name: str, costs: Mapping[str, Any], found: Result | None, checked: dict[str, Any] | None
 ) -> Candidate:
   row = None if found is None else found.rows[_best_row(found, name)]
-  return Candidate(name=name, costs=costs, row=row, checked=checked)
+  return Candidate(name=name, costs=dict(costs), row=row, checked=checked)
 
 
-def _nothing_fits(within: Budget, costs: Mapping[str, Mapping[str, Any]]) -> str:
+@contextlib.contextmanager
+def _given_back(path: pathlib.Path) -> Iterator[None]:
+  """Gives the folder back where no candidate is inside the budget: a larger one may have it."""
+  begun = (path / "costs.json").is_file()
+  try:
+    yield
+  except BudgetError:
+    if not begun:
+      (path / "config.json").unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        path.rmdir()  # if there is nothing else in it
+    raise
+
+
+def _kept_costs(
+  path: pathlib.Path, candidates: Mapping[str, Network], within: Budget
+) -> dict[str, dict[str, Any]]:
+  """The costs that the folder was begun with, if they are of these candidates and this batch."""
+  found = kept(path / "costs.json", ["batch_size", "costs"])
+  same = found and found["batch_size"] == within.batch_size
+  return dict(found["costs"]) if same and set(found["costs"]) == set(candidates) else {}
+
+
+def _nothing_fits(
+  within: Budget, costs: Mapping[str, Mapping[str, Any]], folder: pathlib.Path | None = None
+) -> str:
   name = budget.nearest(within, costs)
-  over = {n: share for n, share in within.shares(costs[name]).items() if share > 1}
-  beyond = ", ".join(
-    f"{costs[name][n]:,.4g} {budget.UNITS[n]} ({share:.2f} times what is allowed)"
-    if costs[name][n] is not None
-    else f"an unknown number of {budget.UNITS[n]}"
-    for n, share in over.items()
-  )
+  over = [n for n, share in within.shares(costs[name]).items() if share > 1]
+  has = ", ".join(f"{budget.number(costs[name][n])} {budget.UNITS[n]}" for n in over)
+  raised = within.needed(costs[name])
+  enough = " and ".join(f"{n}={limit:,}" for n, limit in raised.items())
+  where = "" if folder is None else f", in another folder than {folder}"
+  fix = f"a budget of {enough} would do{where}"
+  if len(raised) < len(over):
+    fix = "some of it cannot be counted, and a budget must not limit that"
   return (
     f"no candidate is inside the budget of {within.describe()}. The nearest of {len(costs)}, "
-    f"{name!r}, has {beyond}: raise the budget to that, or give smaller candidates."
+    f"{name!r}, has {has}: {fix}; or give smaller candidates."
   )

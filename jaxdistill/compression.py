@@ -46,6 +46,8 @@ class Job:
   seeds: list[tuple[int, int]]
   final_seeds: list[tuple[int, int]]
   metric: str
+  teacher_network: Network | None
+  teacher_run: Any
   progress: bool
 
   def one(self, network: Network, point: Point, objective: Any = None) -> Single:
@@ -94,34 +96,28 @@ class Job:
 
   def look(
     self,
-    teacher_run: Any,
-    student: Network | None = None,
-    best: Row | None = None,
+    student: Network,
+    point: Point,
+    folder: pathlib.Path,
     baseline: PyTree = None,
-    *,
-    folder: pathlib.Path | None = None,
     known: Sequence[preflight.Finding] = (),
   ) -> list[preflight.Finding]:
-    """The pre-flight checks, of the teacher alone or of all; warns of what is not `known`."""
-    more: dict[str, Any] = {}
-    if student is not None and best is not None:
-      one = self.one(student, _without_student(best.values))
-      more = {
-        "student": student,
-        "objective": one.objective,
-        "hyper": one.hyper,
-        "data": self.data,
-        "steps": self.steps,
-        "baseline": teachers.unstack(baseline),
-        "folder": folder,
-      }
+    """The pre-flight checks, with the baseline once there is one; warns of what is not `known`."""
+    one = self.one(student, _without_student(point))
     found = preflight.check(
+      student,
+      one.objective,
+      hyper=one.hyper,
+      data=self.data,
+      steps=self.steps,
       teacher=self.teacher,
       teacher_variables=self.teacher_variables,
+      teacher_network=self.teacher_network,
+      teacher_run=self.teacher_run,
       validation=self.validation,
-      teacher_run=teacher_run,
+      baseline=None if baseline is None else teachers.unstack(baseline),
+      folder=folder,
       warn=False,
-      **more,
     )
     before = {finding.check for finding in known}
     for finding in found:
@@ -217,6 +213,15 @@ class Job:
       return Assistant(None, round(middle), float(np.mean(behind)), None, np.zeros(0), False)
     name = min(usable, key=lambda n: abs(math.log(sizes[n] / middle)))
     network, values = between[name], _without_student(direct.values)
+    if direct.status == "dropped":  # the others were passed over for what they cost
+      direct = self.swept(
+        student,
+        self.objective,
+        [values],
+        path / "direct",
+        teacher=self.teacher,
+        teacher_variables=self.teacher_variables,
+      ).rows[0]
     learned = self.fit(
       network,
       self.one(network, values),
@@ -235,7 +240,7 @@ class Job:
     )
     row = found.rows[found.best]
     gain = score(row, self.metric) - score(direct, self.metric)
-    helps = float(np.mean(gain)) > max(0.0, _standard_error(gain))
+    helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, _standard_error(gain))
     return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, network, learned)
 
   def shapes(self, network: Network) -> PyTree:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill import pictures
 from jaxdistill import run as run_lib
-from jaxdistill.budget import UNITS, Budget
+from jaxdistill.budget import UNITS, Budget, number
 from jaxdistill.selection import METRICS, Row
 from jaxdistill.types import Network
 
@@ -49,8 +49,8 @@ class Assistant:
     row: the best point of the student that it taught.
     gain: of that student over the one taught directly, ``[S]`` over the search's seeds, positive
       for better.
-    helps: whether the mean gain is above its standard error; the chosen student then learns from
-      the assistant.
+    helps: whether the mean gain is above its standard error (with one seed it has none, and the
+      answer is no); the chosen student then learns from the assistant.
     network: the assistant's.
     variables: its variables, leaves ``[1, ...]``.
   """
@@ -74,6 +74,8 @@ class Assistant:
       )
     gain = f"{float(np.mean(self.gain)):+.4f}"
     word = "helped, and teaches the student" if self.helps else "did not help beyond noise"
+    if len(self.gain) == 1:
+      word = "was tried with one seed, which tells no noise"
     assistant = f"a teaching assistant ({self.name}, {self.parameters:,} parameters)"
     return f"{behind}; {assistant} {word} ({gain})."
 
@@ -123,7 +125,7 @@ class Compressed:
     trained = sum(c.row is not None for c in self.candidates)
     values = ", ".join(f"{n} {v:g}" for n, v in self.values.items() if isinstance(v, int | float))
     used = ", ".join(
-      f"{_number(self.costs[name])} of {_number(limit)} {UNITS[name]}"
+      f"{number(self.costs[name])} of {number(limit)} {UNITS[name]}"
       for name, limit in self.budget.limits().items()
     )
     quality = "; ".join(
@@ -170,16 +172,16 @@ class Compressed:
 
     Metrics are those on validation, of each candidate's best point as far as it was trained.
     """
-    shown = self._shown()
+    shown, timed = self._shown(), f"ms at batch {self.budget.batch_size}"
     lines = [
-      f"| | parameters | bytes | FLOPs | latency, ms | {' | '.join(shown)} | |",
+      f"| | parameters | bytes | FLOPs | {' | '.join([timed, *shown])} | |",
       "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(shown) + " --- |",
     ]
-    costs = [_number(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
+    costs = [number(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
     values = [f"{self.teacher[name]:.4f}" for name in shown]
     lines.append(f"| teacher | {' | '.join([*costs, *values])} | |")
     for candidate in self.candidates:
-      costs = [_number(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
+      costs = [number(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
       row = candidate.row
       values = ["" if row is None else _spread(row.metrics[name]) for name in shown]
       cells = [candidate.name, *costs, *values, self._fate(candidate)]
@@ -194,8 +196,8 @@ class Compressed:
     Args:
       folder: where.
     """
-    (folder / "candidates.md").write_text(self.table() + "\n")
-    (folder / "candidates.csv").write_text(self._csv())
+    run_lib.write_text(folder / "candidates.md", self.table() + "\n")
+    run_lib.write_text(folder / "candidates.csv", self._csv())
     found = {
       "budget": dataclasses.asdict(self.budget),
       "chosen": self.chosen,
@@ -279,12 +281,6 @@ class Compressed:
 def _over(budget: Budget, costs: dict[str, Any]) -> str:
   over = {name: share for name, share in budget.shares(costs).items() if share > 1}
   return ", ".join(f"{name.removesuffix('_ms')} {share:.3g} times" for name, share in over.items())
-
-
-def _number(value: float | None) -> str:
-  if value is None:
-    return "–"
-  return f"{value:,.4g}" if value < 1000 else f"{round(value):,}"
 
 
 def _spread(values: np.ndarray) -> str:
