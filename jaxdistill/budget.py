@@ -113,7 +113,7 @@ class Budget:
       costs: from `measure`.
 
     >>> Budget(latency_ms=1.0, bytes=50).needed({"latency_ms": 1.8, "bytes": 40})
-    {'latency_ms': 2.001}
+    {'latency_ms': 2.0}
     """
     over = [name for name, share in self.shares(costs).items() if 1 < share < math.inf]
     raised = {}

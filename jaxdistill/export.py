@@ -4,7 +4,8 @@
 a process of its own by its own runtime, before it gets its name, and compared with the student on
 held-out examples: one that fails is not kept. ``python -m jaxdistill.export RUN --with
 module:function`` does the same from a command line, where ``function()`` gives the keywords of
-`run`, and without ``--with`` looks whether the exports of a run are still what they were.
+`run` (those of the command line come first), and without ``--with`` looks whether the exports of a
+run are still what they were.
 """
 
 from __future__ import annotations
@@ -12,24 +13,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import pathlib
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxdistill import arguments, deployed, folding, int8, manifest, onnx_files, portable
+from jaxdistill import arguments, deployed, folding, int8, onnx_files, portable
 from jaxdistill.examples import Examples
-from jaxdistill.exported import default_tolerance, file, split_examples
+from jaxdistill.exported import default_tolerance, file, split_examples, wrong
 from jaxdistill.leaves import named
 from jaxdistill.portable import Program
 from jaxdistill.run import write_json
-from jaxdistill.separate import ExportError, compare, execute, top1
+from jaxdistill.separate import ExportError, compare, top1
 from jaxdistill.types import Network
 
 __all__ = ["KINDS", "ExportError", "file", "main", "run", "saved", "verify"]
@@ -38,6 +40,8 @@ PyTree = Any
 
 FOLDER, LIST, EXAMPLE = "exports", "exports.json", "example.npz"
 _VERSION = 1
+# What is true of one export, and so is told of each file: those of an earlier one stay.
+_OF_ONE_EXPORT = ("batch_size", "examples", "split", "student_accuracy")
 # What each kind's file is called, and which weights it has.
 KINDS = {
   "stablehlo": ("student.stablehlo", "float"),
@@ -95,15 +99,16 @@ def run(
 
   Args:
     run: the run's folder.
-    held_out: examples as stored, or ``(inputs, labels)``.
-    kinds: which of `KINDS`; by default all that can be made of what is given.
+    held_out: examples as stored, of a split that training did not see, or ``(inputs, labels)``;
+      every file is compared with the student on all of them.
+    kinds: which of `KINDS`, one or several; by default all that can be made of what is given.
     network: the student's network, for ONNX, folding and int8 activations; without it, its saved
       program is all there is.
     normalize: what is done to stored inputs before the network sees them.
     calibration: inputs of the training split, as stored, for int8 activations.
     fold: whether BatchNorm is folded into the layers before it.
     skip: kernels that int8 activations leave alone; see `jaxdistill.int8.activations`.
-    instance: which of the networks of a run over several seeds.
+    instance: which of the networks of a run over several seeds; the list names it.
     accuracy_loss: see `file`.
     tolerance: see `file`.
     batch_size: see `file`.
@@ -112,7 +117,9 @@ def run(
 
   Returns:
     What ``exports.json`` says. A kind that failed is there with ``passed`` false and its
-    ``problem``, and has no file. Kinds exported before, of the same student, stay listed.
+    ``problem``, and has no file. Kinds exported before, of the same student, stay listed, each with
+    the ``batch_size``, ``examples``, ``split`` and ``student_accuracy`` that were its own: those of
+    the list, and its ``instance``, are of the latest export.
 
   Raises:
     FileNotFoundError: there is no finished run.
@@ -120,6 +127,7 @@ def run(
       not compute what the run's student does.
   """
   chosen = _chosen(kinds, network, calibration, fold)
+  arguments.whole("batch_size", batch_size)  # before a file of an earlier export is given up
   inputs, labels, split = split_examples(held_out)
   base = saved(run, instance=instance)
   student = base.logits(inputs)
@@ -165,7 +173,8 @@ def run(
       problem = str(error) if named_here else arguments.short(error)
       for old in (folder / name, folder / f"{name}.json"):
         old.unlink(missing_ok=True)
-      entry = {"file": name, "passed": False, "problem": problem}
+      own = {key: listed[key] for key in _OF_ONE_EXPORT}
+      entry = {"file": name, "passed": False, "problem": problem, **own}
     rest = [other for other in listed["files"] if other["file"] != name]
     listed["files"] = [*rest, {"kind": kind, **entry}]
     write_json(folder / LIST, listed)
@@ -198,32 +207,10 @@ def verify(run: str | os.PathLike[str], *, time_limit: float = 300.0) -> dict[st
   except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
     raise ExportError(f"{folder / EXAMPLE} cannot be read ({error}); export again.") from error
   return {
-    entry["file"]: _wrong(folder / entry["file"], entry, example, student, time_limit)
+    entry["file"]: wrong(folder / entry["file"], entry, example, student, time_limit)
     for entry in listed["files"]
     if entry["passed"]
   }
-
-
-def _wrong(
-  path: pathlib.Path, entry: Any, example: Any, student: np.ndarray, time_limit: float
-) -> str | None:
-  """What is wrong with a file that was good."""
-  if not path.is_file():
-    return "it is missing"
-  size = path.stat().st_size
-  if size != entry["bytes"]:
-    return f"it has {size} bytes, {entry['bytes']} were written"
-  if manifest.sha256(path) != entry["sha256"]:
-    return "it is not as it was written (its SHA-256 differs)"
-  if path.suffix == ".safetensors":
-    return None
-  wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))
-  try:
-    ran = execute(path, example, calls=0, time_limit=time_limit, wide=wide)
-  except ExportError as error:
-    return str(error)
-  within = entry["tolerance"] is not None
-  return compare(student, ran.logits, entry["tolerance"] or 0.0, within=within)["problem"]
 
 
 def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]:
@@ -236,7 +223,10 @@ def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]
     raise ValueError("fold=True needs network=, whose operations can be seen; the run has none.")
   if kinds is None:
     return [k for k in KINDS if not any(k in lacking for lacking in lacks.values())]
-  unknown = sorted(set([kinds] if isinstance(kinds, str) else kinds) - set(KINDS))
+  kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+  if not kinds:
+    raise ValueError("kinds is empty; leave it out for all that can be made.")
+  unknown = sorted(set(kinds) - set(KINDS))
   if unknown:
     raise ValueError(f"kinds has {unknown}; they are {list(KINDS)}.")
   for need, lacking in lacks.items():
@@ -305,7 +295,9 @@ def _earlier(folder: pathlib.Path, digest: str) -> list[dict[str, Any]]:
   try:
     listed = _read(folder)
     if listed.get("student") == digest:
-      return [entry for entry in listed["files"] if entry.get("kind") in KINDS]
+      # An entry of a list that did not yet tell it of each file has what the list says.
+      shared = {key: listed[key] for key in _OF_ONE_EXPORT if key in listed}
+      return [{**shared, **entry} for entry in listed["files"] if entry.get("kind") in KINDS]
   except (ExportError, FileNotFoundError):
     pass
   for name, _ in KINDS.values():
@@ -331,12 +323,20 @@ def main(args: Sequence[str] | None = None) -> int:
   parser.add_argument("run", type=pathlib.Path, help="the run's folder")
   parser.add_argument("--with", dest="given", metavar="MODULE:FUNCTION", help="keywords of run")
   parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="by default all")
-  parser.add_argument("--fold", action="store_true", help="fold BatchNorm")
-  parser.add_argument("--batch-size", type=int, default=1, help="to time a call with")
+  parser.add_argument("--fold", action="store_true", default=None, help="fold BatchNorm")
+  parser.add_argument("--batch-size", type=int, help="to time a call with; by default 1")
   options = parser.parse_args(args)
+  asked = {"kinds": options.kinds, "fold": options.fold, "batch_size": options.batch_size}
+  asked = {name: value for name, value in asked.items() if value is not None}
   module, _, function = (options.given or "").partition(":")
-  if options.given and not (module and function):
-    parser.error(f"--with {options.given} must be module:function")
+  if options.given and not (module and function and module[0] != "."):
+    parser.error(f"--with {options.given} must be module:function, as in my_export:given")
+  if asked and not options.given:
+    words = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    parser.error(
+      f"{words} without --with MODULE:FUNCTION would do nothing: without it nothing is exported, "
+      "the files that are there are looked at. Give --with, whose function returns held_out=."
+    )
   try:
     if not options.given:
       found = verify(options.run)
@@ -345,16 +345,39 @@ def main(args: Sequence[str] | None = None) -> int:
           f"{name}: {problem or 'as it was checked'}", file=sys.stderr if problem else sys.stdout
         )
       return int(any(found.values()))
-    sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-    keywords = dict(getattr(importlib.import_module(module), function)())
-    keywords |= {"fold": True} if options.fold else {}
-    listed = run(options.run, kinds=options.kinds, batch_size=options.batch_size, **keywords)
+    listed = run(options.run, **_keywords(options.run, options.given, asked))
   except (ExportError, OSError, ValueError) as error:
     print(error, file=sys.stderr)
     return 1
   for entry in listed["files"]:
     print(_line(entry), file=sys.stdout if entry["passed"] else sys.stderr)
   return int(not all(entry["passed"] for entry in listed["files"]))
+
+
+def _keywords(folder: pathlib.Path, given: str, asked: dict[str, Any]) -> dict[str, Any]:
+  """The keywords of `run`, of ``module:function`` and then of the command line."""
+  module, _, function = given.partition(":")
+  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
+  try:
+    make = getattr(importlib.import_module(module), function, None)
+    if not callable(make):
+      raise ValueError(f"--with {given}: {module} has no function {function}.")
+    made = make()
+  except ImportError as error:
+    raise ValueError(
+      f"--with {given}: {arguments.short(error)}. MODULE is a name as import takes it, found from "
+      "the current folder; what it imports must be installed."
+    ) from error
+  if not isinstance(made, Mapping):
+    raise ValueError(
+      f"--with {given} must return a dict of keywords of export.run, got {arguments.show(made)}."
+    )
+  keywords = {**made, **asked}
+  try:
+    split_examples(inspect.signature(run).bind(folder, **keywords).arguments["held_out"])
+  except TypeError as error:
+    raise ValueError(f"--with {given} must return keywords of export.run: {error}.") from error
+  return keywords
 
 
 def _line(entry: dict[str, Any]) -> str:

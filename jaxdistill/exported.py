@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from jaxdistill.portable import Program
 from jaxdistill.run import write_json
 from jaxdistill.separate import ExportError, compare, execute, top1
 
-__all__ = ["default_tolerance", "file", "split_examples"]
+__all__ = ["default_tolerance", "file", "split_examples", "wrong"]
 
 PyTree = Any
 
@@ -59,13 +60,14 @@ def file(
     accuracy_loss: by how much its accuracy may then be below the student's; by default one point.
       Without labels, the share of examples whose top-1 may be another.
     tolerance: of a logit; see the module for the default.
-    batch_size: with which a call is timed.
+    batch_size: with which a call is timed, from NumPy arrays to a NumPy array in every runtime.
     seconds: how long to time.
     time_limit: seconds after which the process is ended.
 
   Returns:
     What ``exports.json`` says of it: ``file``, ``bytes``, ``sha256``, ``runtime``, ``accuracy``,
-    ``agreement``, ``largest_difference``, ``tolerance``, ``latency_ms`` ...
+    ``agreement``, ``largest_difference``, ``tolerance``, ``latency_ms`` ... and, for this file,
+    ``batch_size`` of a timed call, ``examples``, ``split`` and ``student_accuracy`` of the check.
 
   Raises:
     ExportError: it cannot be loaded or fails its comparison; no file of that name is left.
@@ -84,7 +86,7 @@ def file(
   if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
     raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
   arguments.whole("batch_size", batch_size)
-  inputs, labels, _ = split_examples(held_out)
+  inputs, labels, split = split_examples(held_out)
   student = program.logits(inputs) if student is None else student
   if tolerance is None:
     tolerance = default_tolerance(program, student)
@@ -120,7 +122,10 @@ def file(
     "runtime": ran.runtime,
     "platform": ran.platform,
     "passed": True,
+    "batch_size": batch_size,
     "examples": len(student),
+    "split": split,
+    "student_accuracy": before,
     "accuracy": accuracy,
     **result,
     "tolerance": None if rounded else tolerance,
@@ -129,6 +134,40 @@ def file(
     "unfolded": list(program.unfolded),
     "least_jax": about.get("least_jax"),
   }
+
+
+def wrong(
+  path: pathlib.Path,
+  entry: Mapping[str, Any],
+  example: Mapping[str, np.ndarray],
+  student: np.ndarray,
+  time_limit: float,
+) -> str | None:
+  """What is wrong with a file that was good: another size or digest, other logits; or None.
+
+  Args:
+    path: the file.
+    entry: what `file` said of it.
+    example: inputs ``[N, ...]`` by name.
+    student: its logits of them, ``[N, ..., K]``.
+    time_limit: seconds after which the process is ended.
+  """
+  if not path.is_file():
+    return "it is missing"
+  size = path.stat().st_size
+  if size != entry["bytes"]:
+    return f"it has {size} bytes, {entry['bytes']} were written"
+  if manifest.sha256(path) != entry["sha256"]:
+    return "it is not as it was written (its SHA-256 differs)"
+  if path.suffix == ".safetensors":
+    return None
+  wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))
+  try:
+    ran = execute(path, example, calls=0, time_limit=time_limit, wide=wide)
+  except ExportError as error:
+    return str(error)
+  within = entry["tolerance"] is not None
+  return compare(student, ran.logits, entry["tolerance"] or 0.0, within=within)["problem"]
 
 
 def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from jaxdistill.pages import (
 )
 from jaxdistill.pages.decision import decide
 from jaxdistill.pages.report_text import markdown, picture, table, verdict
+from jaxdistill.pages.run_files import BROKEN
 from jaxdistill.predictions import Answers, Predictions
 from jaxdistill.types import Batch
 
@@ -302,7 +303,10 @@ def render(
   report = {**found.report, **_as_json(derived), "problems": found.problems}
   if found.intact:
     run_lib.write_json(found.folder / f"report{end}.json", report)
-  picture(report, found.folder / f"accuracy{end}.png")
+  try:
+    picture(report, found.folder / f"accuracy{end}.png")
+  except BROKEN as error:
+    found.problems.append(f"The picture of the accuracies could not be drawn ({error!r}).")
   text = markdown(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
   run_lib.write_text(found.folder / f"report{end}.md", text)
   path = found.folder / f"report{end}.html"

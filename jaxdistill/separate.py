@@ -34,7 +34,9 @@ class Ran(NamedTuple):
     logits: ``[N, ..., K]``.
     runtime: what ran it, with its version.
     platform: on what.
-    latency_ms: ``{"median", "p95", "calls"}`` of one call, or None where it was not timed.
+    latency_ms: ``{"median", "p95", "calls"}`` of one call, from NumPy arrays to a NumPy array in
+      either runtime (with JAX, what goes to the device and comes back), or None where it was not
+      timed.
   """
 
   logits: np.ndarray

@@ -1,6 +1,7 @@
 """Exported files: each kind checked in a process of its own, folded, in int8, damaged, older."""
 
 import functools
+import importlib
 import json
 import os
 import pathlib
@@ -31,6 +32,7 @@ from jaxdistill import (
   separate,
   weights,
 )
+from jaxdistill.runtimes import run_stablehlo
 
 Shape = jax.ShapeDtypeStruct
 QUICK = {"seconds": 0.02}
@@ -231,13 +233,35 @@ def test_a_run_folder_is_enough_for_what_needs_no_network(small, finished, copie
   _, listed = finished
   assert [entry["passed"] for entry in listed["files"]] == [True, True]
   # A kind exported later stands beside the others, if it is the same student's.
-  later = export.run(copied, (images, None), kinds=["int8_weights"], accuracy_loss=0.1, **QUICK)
+  options = {"kinds": "int8_weights", "accuracy_loss": 0.1, "batch_size": 2}
+  later = export.run(copied, (images[:100], None), **options, **QUICK)
   assert [e["kind"] for e in later["files"]] == ["stablehlo", "safetensors", "int8_weights"]
   assert later["student_accuracy"] is None
   assert later["files"][-1]["accuracy"] is None
+  # Each file has the batch and the examples that were its own; the list those of the latest.
+  for entry, size, number, right in zip(
+    later["files"], (1, 1, 2), (150, 150, 100), (0.9, 0.9, None), strict=True
+  ):
+    assert (entry["batch_size"], entry["examples"], entry["split"]) == (size, number, "")
+    assert entry["student_accuracy"] == (None if right is None else pytest.approx(right))
+  assert (later["batch_size"], later["examples"], later["instance"]) == (2, 100, 0)
   read = weights.safetensors(copied / "exports" / "student.safetensors")
   saved = deployed.load_student(copied).variables
   jax.tree.map(np.testing.assert_array_equal, read, saved)
+
+
+def test_a_list_that_told_nothing_of_each_file_is_read_as_it_was(small, copied):
+  _, _, images, labels, _ = small
+  path = copied / "exports" / "exports.json"
+  listed = json.loads(path.read_text())
+  own = ("batch_size", "split", "student_accuracy")
+  listed["files"] = [{k: e[k] for k in e if k not in own} for e in listed["files"]]
+  path.write_text(json.dumps({**listed, "batch_size": 7, "split": "validation"}))
+  held_out = data.from_arrays(images, labels)
+  later = export.run(copied, held_out, kinds="safetensors", batch_size=2, **QUICK)
+  found = {entry["kind"]: entry for entry in later["files"]}
+  assert (found["stablehlo"]["batch_size"], found["stablehlo"]["split"]) == (7, "validation")
+  assert (found["safetensors"]["batch_size"], found["safetensors"]["split"]) == (2, held_out.split)
 
 
 def test_files_of_another_student_do_not_stay(small, copied):
@@ -550,7 +574,11 @@ def test_what_does_not_fit_is_named_before_long_work(small, folder, monkeypatch)
   for options, message in [
     ({"kinds": ["onxn"]}, "onxn"),
     ({"kinds": ["onnx"]}, "need network="),
+    ({"kinds": "onxn"}, "onxn"),
+    ({"kinds": []}, "kinds is empty"),
+    ({"kinds": "int8_weights_onnx"}, r"kinds=\['int8_weights_onnx'\] need network="),
     ({"kinds": ["int8"], "network": network}, "need calibration="),
+    ({"batch_size": 0}, "batch_size"),
     ({"fold": True}, "needs network="),
     ({"network": network, "kinds": ["stablehlo"]}, "normalize="),
   ]:
@@ -582,8 +610,71 @@ def test_the_command(small, folder, monkeypatch, capsys):
   assert "accuracy 90.00%" in capsys.readouterr().out
   assert export.main([str(folder)]) == 0
   assert "student.stablehlo: as it was checked" in capsys.readouterr().out
+  for words in (["--with", "my_export"], ["--with", ".my_export:given"], ["--fold"]):
+    with pytest.raises(SystemExit):
+      export.main([str(folder), *words])
+  assert "--fold without --with" in capsys.readouterr().err
   with pytest.raises(SystemExit):
-    export.main([str(folder), "--with", "my_export"])
+    export.main([str(folder), "--kinds", "onnx", "--batch-size", "4"])
+  assert "--kinds, --batch-size without --with" in capsys.readouterr().err
+  # What the function says of the kinds holds where the command line says nothing.
+  module.given = lambda: {"held_out": (images, labels), "kinds": "safetensors", "seconds": 0.02}
+  assert export.main([str(folder), "--with", "my_export:given", "--batch-size", "3"]) == 0
+  listed = json.loads((folder / "exports" / "exports.json").read_text())
+  assert [(e["kind"], e["batch_size"]) for e in listed["files"]] == [
+    ("stablehlo", 1),
+    ("safetensors", 3),
+  ]
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ("no_such_module:given", "No module named 'no_such_module'"),
+    ("my_export:absent", "my_export has no function absent"),
+    ("my_export:number", "has no function number"),
+    ("my_export:needs", "No module named 'no_such_library'"),
+    ("my_export:nothing", "must return a dict of keywords of export.run, got None"),
+    ("my_export:misspelt", "unexpected keyword argument 'netwrok'"),
+    ("my_export:without", "'held_out'"),
+    ("my_export:strange", "held_out must be data.Examples"),
+  ],
+)
+def test_a_wrong_function_is_one_line(tmp_path, monkeypatch, capsys, given, message):
+  module = type(sys)("my_export")
+  module.number, module.nothing, module.without = 3, lambda: None, dict
+  module.misspelt = lambda: {"held_out": ([0], [0]), "netwrok": None}
+  module.strange = lambda: {"held_out": 3}
+  module.needs = lambda: importlib.import_module("no_such_library")
+  monkeypatch.setitem(sys.modules, "my_export", module)
+  monkeypatch.setattr(sys, "path", [*sys.path])
+  assert export.main([str(tmp_path), "--with", given]) == 1
+  told = capsys.readouterr().err
+  assert message in told
+  assert told.startswith(f"--with {given}")
+  assert told.count("\n") == 1
+
+
+def test_stablehlo_is_timed_from_numpy_to_numpy_as_onnx_is(program, tmp_path, monkeypatch):
+  path = tmp_path / "net.stablehlo"
+  path.write_bytes(portable.stablehlo(program)[0])
+  np.savez(tmp_path / "in.npz", inputs=np.zeros((4, 8, 8, 1), np.uint8))
+  given, asked = [], []
+
+  class Answer:
+    def __array__(self, dtype=None, copy=None):
+      asked.append(True)
+      return np.zeros((4, 5), np.float32)
+
+  def call(*leaves):
+    given.extend(map(type, leaves))
+    return Answer()
+
+  monkeypatch.setattr(jax, "jit", lambda program: call)
+  run_stablehlo.main([str(path), str(tmp_path / "in.npz"), str(tmp_path / "out"), "--calls", "5"])
+  # Once for the logits, three to warm up, five that are timed.
+  assert given == [np.ndarray] * 9
+  assert len(asked) == 9
 
 
 def test_the_page_of_documentation_runs(tmp_path, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from jaxdistill.pages import (
   analysis,
   decision,
   evidence,
+  run_files,
   versus,
   versus_page,
 )
@@ -103,7 +104,7 @@ def test_a_page_has_all_that_was_promised(made):
   numbers = json.loads((made / "report.json").read_text())
   assert numbers["verdict"] in shown.text
   assert "Ship it with care." in shown.text
-  assert "Check before the run: The teacher is large. Take another." in shown.text
+  assert "Pre-flight check: The teacher is large. Take another." in shown.text
   assert "Budget met: parameters at most 200 (it has 100)." in shown.text
   assert "closes" in shown.text
   assert "10 times fewer parameters" in shown.text
@@ -262,6 +263,34 @@ BROKEN = {
     lambda f: edited(f, lambda n: n.update(seeds=3, gain=[1], fidelity={"kl": 2}, examples="x")),
     "The report's 'seeds' is not what it should be: 3",
   ),
+  "a latency that is null": (
+    lambda f: edited(f, lambda n: n["models"]["student"]["latency_ms"].update(median=None)),
+    "The student's 'latency_ms' is not what it should be: {'median': None",
+  ),
+  "a latency without its percentile": (
+    lambda f: edited(f, lambda n: n["models"]["teacher"]["latency_ms"].pop("p95")),
+    "The teacher's 'latency_ms' is not what it should be: {'median': 0.4}",
+  ),
+  "examples that are null": (
+    lambda f: edited(f, lambda n: n.update(examples=None)),
+    "The report's 'examples' is not what it should be: None",
+  ),
+  "a gain in words": (
+    lambda f: edited(f, lambda n: n["gain"].update(mean="much")),
+    "The report's 'gain' is not what it should be: {'mean': 'much'",
+  ),
+  "an interval with one end": (
+    lambda f: edited(f, lambda n: n["gap_closed"].update(high=None)),
+    "The report's 'gap_closed' is not what it should be: {'value'",
+  ),
+  "instances in words": (
+    lambda f: edited(f, lambda n: n["models"]["student"].update(instances="three")),
+    "The student's 'instances' is not what it should be: 'three'",
+  ),
+  "no size": (
+    lambda f: edited(f, lambda n: n["models"]["teacher"].update(parameters=None)),
+    "Whether it is smaller than the teacher is unknown.",
+  ),
   "an export of another kind": (
     lambda f: fabricated.exported(f, latency_ms="fast"),
     "The section “Exported files” could not be made of these files",
@@ -355,6 +384,35 @@ def test_broken_inputs_give_a_report_that_says_so(name, made, tmp_path):
     assert (folder / "report.json").read_bytes() == before
   if name in ("a torn report", "no report"):
     assert {"calibration", "classes", "lost"} <= set(shown.sections)
+
+
+def leaves(value, path=()):
+  inner = list(value.items()) if isinstance(value, dict) else []
+  return [path] * bool(path) + [p for key, one in inner for p in leaves(one, (*path, key))]
+
+
+@pytest.mark.parametrize("junk", [None, "junk", -1, {"mean": []}], ids=repr)
+def test_no_number_stops_the_words(made, junk):
+  """Whatever stands anywhere: what the check keeps, and what slips past it, gives both texts."""
+  found = dataclasses.replace(evidence.read(made), predictions=None)
+  again = ("classes", "slices", "lost", "problems", "decision")  # what `render` makes anew
+  measured = {k: found.report[k] for k in found.report if k not in (*again, "environment")}
+  for path in leaves(measured):
+    for checked in (True, False):
+      numbers = json.loads(json.dumps(measured))
+      place = numbers
+      for key in path[:-1]:
+        place = place[key]
+      place[path[-1]] = junk
+      if (path[:1] == ("models",) and len(path) < 3) or path[0] == "split":
+        continue  # evidence.read makes a report of the answers then
+      numbers = run_files.sound(numbers, []) if checked else numbers
+      one = dataclasses.replace(found, report=numbers)
+      decided = decision.decide(one)
+      assert decided["word"], path
+      text = report.markdown({**numbers, "decision": decided})
+      assert "How to repeat it" in text or "could not be made" in text
+      assert not checked or "of these" not in text, (path, text)
 
 
 def test_without_a_baseline_the_gain_is_unknown(tmp_path):
@@ -460,7 +518,7 @@ def test_the_decision_follows_its_rules(tmp_path):
   assert decided(good, tmp_path / "a")["word"] == "Ship it"
   missed = decided(good, tmp_path / "b", budget={"latency_ms": 0.05})
   assert missed["word"] == "Do not ship it"
-  assert missed["sentence"] == "Budget missed: latency in ms at most 0.05, but it has 0.1."
+  assert missed["sentence"] == "Budget missed: latency at most 0.05 ms at batch 1, but it has 0.1."
   # A latency that another process measured, for that batch.
   costs = {"budget": {"latency_ms": 0.5, "batch_size": 8}, "costs": {"latency_ms": 0.4}}
   assert decided(good, tmp_path / "c", budget=costs)["word"] == "Ship it"
@@ -484,6 +542,80 @@ def test_the_decision_follows_its_rules(tmp_path):
   assert found["word"] == "Ship it with care"
   texts = [reason["text"] for reason in found["reasons"] if reason["weight"] == "care"]
   assert any("lost beyond noise against labels alone: 2 (−" in text for text in texts)
+
+
+def gained(folder, student, baseline):
+  """A report of ``[S, N]`` that are right or wrong."""
+  found = fabricated.gathered(student.shape[1], seeds=len(student))
+  for name, right in (("student", student), ("baseline", baseline)):
+    answers = found.models[name]
+    predicted = np.where(right, found.labels, (found.labels + 1) % 4).astype(np.int32)
+    found.models[name] = dataclasses.replace(answers, predicted=predicted)
+  return decided(found, folder), found
+
+
+def test_a_gain_must_be_beyond_seeds_and_examples(tmp_path):
+  # All seeds gain three examples of 400, one a fourth: certain over seeds, not over examples.
+  baseline = np.ones((3, 400), bool)
+  baseline[:, :60] = False
+  baseline[0, 60], student = False, baseline.copy()
+  student[:, :3] = True
+  few, found = gained(tmp_path / "few", student, baseline)
+  right = [found.correct(name).mean(axis=1) for name in ("student", "baseline")]
+  # The student does not vary, nearly: SciPy warns of what is constant.
+  right[0] = right[0] + [0, 1e-9, 0]
+  assert scipy.stats.ttest_ind(*right, equal_var=False).pvalue < 0.03
+  assert few["word"] == "Ship it with care"
+  assert few["sentence"].startswith("Over these seeds it is better than labels alone (0.83 ± 0.08")
+  # 10/3 of 400, ± 1.96 · √((3 + 1/9) / 400 − (1/120)²) / √399 = 0.86; the seeds' part is small.
+  text = "on 400 examples a difference of that size is within their noise (95% interval −0.03 to +1"
+  assert text in few["sentence"]
+  assert not any("beyond the noise" in one["text"] for one in few["reasons"])
+  # Four and that one: the normal law's interval excludes 0, five heads of five are no proof.
+  student[:, :4] = True
+  assert "(p = 0.062)" in gained(tmp_path / "four", student, baseline)[0]["sentence"]
+  student[:, :30] = True
+  many = gained(tmp_path / "many", student, baseline)[0]
+  assert many["sentence"].startswith("It beats labels alone beyond the noise of seeds and of exam")
+  assert gained(tmp_path / "less", baseline, student)[0]["word"] == "Do not ship it"
+  # Three seeds, 2.4 standard errors: beyond the rule of thumb, p = 0.14 by Welch's test.
+  spread = np.ones((3, 400), bool)
+  for seed, wrong in enumerate((30, 50, 70)):
+    spread[seed, :wrong] = False
+  better = np.ones((3, 400), bool)
+  better[:, :22] = False
+  noise, found = gained(tmp_path / "noise", better, spread)
+  change = fabricated.built(found)["gain"]
+  assert change["mean"] > 2 * change["standard_error"]
+  assert noise["word"] == "No case for it"
+  text = json.loads((tmp_path / "noise" / "report.json").read_text())["verdict"]
+  assert "seems to help" in text
+  assert "over seeds" in text
+
+
+def test_a_budget_is_told_in_full(tmp_path):
+  found = fabricated.gathered()
+  limits = {"latency_ms": 0.75, "batch_size": 64, "flops": 1.25e6, "parameters": 100.00001}
+  costs = {"latency_ms": 0.4594729, "flops": 93_040.0, "parameters": 100}
+  texts = [
+    r["text"]
+    for r in decided(found, tmp_path, budget={"budget": limits, "costs": costs})["reasons"]
+  ]
+  assert "Budget met: latency at most 0.75 ms at batch 64 (it has 0.4595)." in texts
+  assert "Budget met: FLOPs at most 1,250,000 (it has 93,040)." in texts
+  assert "Budget met: parameters at most 100.00001 (it has 100)." in texts
+
+
+def test_checks_that_found_nothing_are_one_line(tmp_path):
+  folder = fabricated.run(tmp_path / "run")
+  assert "preflight" not in page(folder).sections
+  (folder / "preflight.json").write_text("[]")
+  report.render(folder)
+  assert "Checked, nothing found." in page(folder).text
+  (folder / "budget.json").write_text(json.dumps({"budget": {"parameters": 1000}}))
+  report.render(folder)
+  assert "Checked before and after the training, nothing found." in page(folder).text
+  assert "Checked before and after the training" in (folder / "report.md").read_text()
 
 
 def test_an_experiments_end_gathers_everything(tmp_path):

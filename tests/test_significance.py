@@ -87,6 +87,19 @@ def test_a_change_must_be_beyond_examples_and_seeds():
   assert empty == {"change": None, "error": None, "p_value": None}
 
 
+def test_welchs_test_is_scipys():
+  random = np.random.default_rng(8)
+  for sizes in ((2, 2), (3, 5), (20, 4)):
+    sides = [random.normal(i, 1 + i, size) for i, size in enumerate(sizes)]
+    known = scipy.stats.ttest_ind(*sides, equal_var=False).pvalue
+    assert significance.welch(*sides) == pytest.approx(known, rel=1e-9)
+  # A side that does not vary: one sample against a known mean.
+  known = scipy.stats.ttest_1samp([0.9, 0.92, 0.97], 0.8).pvalue
+  assert significance.welch([0.9, 0.92, 0.97], [0.8] * 4) == pytest.approx(known, rel=1e-9)
+  with pytest.raises(ValueError, match="at least two runs"):
+    significance.welch([1.0], [1.0, 2.0])
+
+
 def test_unpaired_seeds_have_a_larger_error():
   random = np.random.default_rng(2)
   shared = random.normal(0, 0.3, (5, 1))

@@ -246,7 +246,8 @@ def reliability(name: str, bins: Mapping[str, np.ndarray], label: str) -> Elemen
 
   Args:
     name: the model's.
-    bins: from `jaxdistill.analysis.reliability`, ``[S, bins]``; drawn over all seeds together.
+    bins: from `jaxdistill.pages.analysis.reliability`, ``[S, bins]``; drawn over all seeds
+      together.
     label: what the chart is.
 
   Returns:

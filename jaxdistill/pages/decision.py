@@ -2,8 +2,10 @@
 
 The rules are few and stand here. A reason *stops* (labels alone are better; a budget is missed; no
 exported file passed its check), asks for *care* (a class fell beyond noise, confidence is worse,
-a check before the run warned, a file failed), or is a *note*. Beyond noise means two standard
-errors for a mean over seeds, and what `jaxdistill.analysis.groups` says for a class or a slice.
+a check warned, a file failed, a gain over these seeds is within the noise of examples), or is a
+*note*. A gain is beyond noise where Welch's test over seeds says so and, with answers on each
+example, the interval over examples and seeds excludes 0; a class or a slice where
+`jaxdistill.pages.analysis.groups` says so, and a calibration error beyond two standard errors.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxdistill.pages import significance
 from jaxdistill.pages.evidence import Evidence, names
+from jaxdistill.pages.page_files import nothing_found
 from jaxdistill.pages.report_text import signed
+from jaxdistill.pages.run_files import BROKEN
+from jaxdistill.predictions import Predictions
 
 __all__ = ["decide", "ratio"]
 
@@ -31,10 +37,11 @@ _AT_LEAST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
   "throughput": lambda m: m.get("throughput"),
 }
 
+_LEVEL = 0.05  # as in jaxdistill.pages.analysis
 _FEW = 10  # examples of a class, of which nothing short of a collapse would be seen
 _CALLED = {
-  "latency_ms": "latency in ms",
-  "latency_ms_p95": "95th percentile of the latency in ms",
+  "latency_ms": "latency",
+  "latency_ms_p95": "95th percentile of the latency",
   "flops": "FLOPs",
   "ece": "calibration error",
   "throughput": "examples a second",
@@ -46,7 +53,7 @@ def decide(
   classes: Sequence[Mapping[str, Any]] = (),
   slices: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-  """The decision and its reasons.
+  """The decision and its reasons; what cannot be judged for broken numbers is a reason itself.
 
   Args:
     found: what the run's folder holds.
@@ -65,49 +72,112 @@ def decide(
     reasons.append({"side": side, "weight": weight, "text": text})
 
   student = models.get("student") or {}
-  _accuracy(found.report, models, add)
-  _cost(student, models.get("teacher") or {}, add)
-  _calibration(models, add)
-  _groups(classes, slices or {}, add)
-  _exported(found.exports, add)
-  _budget(found.budget, student, add)
-  for one in found.findings:
-    fix = f" {one['fix']}" if one["fix"] else ""
-    add("against", f"Check before the run: {one['message']}{fix}", "care")
+  beats = ""
+  for what, make in (
+    ("the gain over labels alone", lambda: _gain(found, models, add)),
+    ("accuracy", lambda: _accuracy(found.report, models, add)),
+    ("what it costs", lambda: _cost(student, models.get("teacher") or {}, add)),
+    ("confidence", lambda: _calibration(models, add)),
+    ("classes and slices", lambda: _groups(classes, slices or {}, add)),
+    ("exported files", lambda: _exported(found.exports, add)),
+    ("the budget", lambda: _budget(found.budget, student, add)),
+    ("the pre-flight checks", lambda: _checks(found, add)),
+  ):
+    try:
+      beats = make() or beats
+    except BROKEN as error:
+      text = f"What is there on {what} could not be judged of these files ({error!r})."
+      add("unknown", text, "care")
   for doubt in found.doubts:
     add("against", doubt, "care")
-  return {**_verdict(reasons, student), "reasons": reasons}
+  try:
+    known = _mean(student, "accuracy") is not None
+  except BROKEN:
+    known = False
+  return {**_verdict(reasons, known, beats), "reasons": reasons}
 
 
 _Add = Callable[..., None]
 
 
-def _accuracy(report: Mapping[str, Any], models: Mapping[str, Any], add: _Add) -> None:
-  student = _mean(models.get("student"), "accuracy")
-  teacher = _mean(models.get("teacher"), "accuracy")
-  gain = report.get("gain") or {}
+def _gain(found: Evidence, models: Mapping[str, Any], add: _Add) -> str:
+  """Whether it beats labels alone; returns the sentence on it for a student that may be shipped."""
+  gain = found.report.get("gain") or {}
   change, error = gain.get("mean"), gain.get("standard_error")
   if change is None:
     add("unknown", "What distillation gained over labels alone was not measured.", "care")
-  elif error is None:
-    add(
-      "unknown", f"One seed: {signed(100 * change)} points over labels alone may be noise.", "care"
+    return ""
+  if error is None:
+    text = f"One seed: {signed(100 * change)} points over labels alone may be noise."
+    add("unknown", text, "care")
+    return ""
+  points = f"{100 * abs(change):.2f} ± {100 * error:.2f}"
+  if not _beyond_seeds(models, change, error):
+    text = (
+      f"Its gain over labels alone ({signed(100 * change)} ± {100 * error:.2f} points, standard "
+      "error over seeds) is noise."
     )
-  else:
-    amount = f"{100 * abs(change):.2f} ± {100 * error:.2f} points"
-    if change > 2 * error:
-      add("for", f"It is {amount} more accurate than the same network trained on labels alone.")
-    elif change < -2 * error:
-      add("against", f"The same network on labels alone is {amount} better: ship that.", "stop")
-    else:
-      text = (
-        f"Its gain over labels alone ({signed(100 * change)} ± {100 * error:.2f} points) is noise."
-      )
-      add("against", text, "draw")
+    add("against", text, "draw")
+    return ""
+  tested = _over_examples(found.predictions, change > 0)
+  within = ""
+  if tested is not None and not tested[0]:
+    size = len(found.predictions or ())
+    within = f"on {size:,} examples a difference of that size is within their noise ({tested[1]})"
+  if change < 0:
+    text = f"The same network on labels alone is {points} points better: ship that."
+    if within:
+      text = f"The same network on labels alone is {points} points better over these seeds"
+      text += f" (though {within}): ship that."
+    add("against", text, "stop")
+    return ""
+  if within:
+    text = f"Over these seeds it is better than labels alone ({points} points), but {within}."
+    add("against", text, "care")
+    return text
+  ends = "" if tested is None else f"; {tested[1]} over examples and seeds"
+  text = f"It is {points} points more accurate than the same network trained on labels alone"
+  add("for", f"{text} (standard error over seeds{ends}).")
+  if tested is None:
+    text = "whether other examples would say the same is unknown, without answers on each"
+    add("unknown", f"Its gain is beyond the noise of seeds; {text}.")
+    return "It beats labels alone beyond the noise of seeds."
+  return "It beats labels alone beyond the noise of seeds and of examples."
+
+
+def _beyond_seeds(models: Mapping[str, Any], change: float, error: float) -> bool:
+  each = [
+    [v for v in (models.get(name) or {}).get("accuracy_per_seed") or [] if v is not None]
+    for name in ("student", "baseline")
+  ]
+  if min(map(len, each)) < 2:  # an older file: all that is left is the rule of thumb
+    return abs(change) > 2 * error
+  return significance.welch(*each) < _LEVEL
+
+
+def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | None:
+  """Whether a gain (a loss, if not `more`) is beyond the noise of examples and seeds; in words."""
+  if found is None or not len(found) or not {"student", "baseline"} <= found.models.keys():
+    return None
+  tested = significance.change(found.correct("student"), found.correct("baseline"))
+  change, error, p_value = (tested[key] or 0.0 for key in ("change", "error", "p_value"))
+  low, high = change - 1.96 * error, change + 1.96 * error
+  if not (low > 0 if more else high < 0):
+    return False, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+  # So few examples may differ that the normal law's interval is too short.
+  if p_value >= _LEVEL:
+    return False, f"p = {p_value:.2g}"
+  return True, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+
+
+def _accuracy(report: Mapping[str, Any], models: Mapping[str, Any], add: _Add) -> None:
+  student = _mean(models.get("student"), "accuracy")
+  teacher = _mean(models.get("teacher"), "accuracy")
+  change = (report.get("gain") or {}).get("mean")
   gap = report.get("gap_closed") or {}
   if gap.get("value") is not None:
     ends = ""
-    if gap.get("low") is not None:
+    if gap.get("low") is not None and gap.get("high") is not None:
       ends = f" (95% interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)"
     side = "for" if gap["value"] > 0 else "against"
     add(side, f"It closes {100 * gap['value']:.0f}% of the gap to the teacher{ends}.")
@@ -144,9 +214,15 @@ def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> 
     return
   smaller = f"{_times(size)} times fewer parameters than the teacher" if size else ""
   faster = f"its latency is {_times(speed)} times lower" if speed else ""
-  if (size or 0) > 1 and (speed is None or speed >= 1):
+  if size is None:
+    add("unknown", "Whether it is smaller than the teacher is unknown.")
+    if (speed or 0) >= 1:
+      add("for", f"{faster.capitalize()} than the teacher's.")
+    else:
+      add("against", f"It is no faster than the teacher here (×{speed or 0:.2g}).", "care")
+  elif size > 1 and (speed is None or speed >= 1):
     add("for", f"It has {' and '.join(part for part in (smaller, faster) if part)}.")
-  elif (size or 0) > 1:
+  elif size > 1:
     add("against", f"It has {smaller}, but is no faster here (×{speed or 0:.2g}).", "care")
   else:
     add("against", "It is no smaller than the teacher.", "care")
@@ -237,6 +313,32 @@ def _timed(entry: Mapping[str, Any]) -> str:
   return f" ({median:.2g} ms)" if isinstance(median, int | float) else ""
 
 
+def _checks(found: Evidence, add: _Add) -> None:
+  if found.findings is None:
+    return
+  for one in found.findings:
+    fix = f" {one['fix']}" if one["fix"] else ""
+    add("against", f"Pre-flight check: {one['message']}{fix}", "care")
+  if not found.findings:
+    add("for", nothing_found(found))
+
+
+def _plain(limit: float, value: float) -> tuple[str, str]:
+  """Two numbers in full, to as few digits as tell them apart.
+
+  >>> _plain(1.25e6, 93_040), _plain(0.75, 0.4594729)
+  (('1,250,000', '93,040'), ('0.75', '0.4595'))
+  """
+
+  def show(number: float, digits: int) -> str:
+    if abs(number) < 1000:
+      return f"{number:.{digits}g}"
+    return f"{number:,.0f}" if float(number).is_integer() or digits < 6 else f"{number:,.{digits}g}"
+
+  texts = show(limit, 4), show(value, 4)
+  return texts if texts[0] != texts[1] or limit == value else (show(limit, 12), show(value, 12))
+
+
 def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) -> None:
   limits, costs = budget.get("limits") or {}, budget.get("costs") or {}
   batch = limits.get("batch_size", 1)
@@ -249,36 +351,42 @@ def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) ->
     own = None if name.startswith("latency") and batch != 1 else get(student)
     value = costs.get(name, own)
     called = _CALLED.get(name, name)
-    words = f"{called} at {'least' if least else 'most'} {limit:,g}"
+    texts = _plain(limit, limit if value is None else value)
+    unit = f" ms at batch {batch:g}" if name.startswith("latency") else ""
+    words = f"{called} at {'least' if least else 'most'} {texts[0]}{unit}"
     if value is None:
       add("unknown", f"Budget: {words} could not be looked at.", "care")
     elif value >= limit if least else value <= limit:
-      add("for", f"Budget met: {words} (it has {value:,.4g}).")
+      add("for", f"Budget met: {words} (it has {texts[1]}).")
     else:
-      add("against", f"Budget missed: {words}, but it has {value:,.4g}.", "stop")
+      add("against", f"Budget missed: {words}, but it has {texts[1]}.", "stop")
 
 
-def _mean(model: Mapping[str, Any] | None, key: str) -> float | None:
+def _mean(model: Mapping[str, Any] | None, key: str) -> Any:
   return ((model or {}).get(key) or {}).get("mean")
 
 
-def _verdict(reasons: Sequence[Mapping[str, str]], student: Mapping[str, Any]) -> dict[str, str]:
+def _verdict(reasons: Sequence[Mapping[str, str]], known: bool, beats: str) -> dict[str, str]:
   def of(side: str, weight: str) -> list[str]:
     return [r["text"] for r in reasons if r["side"] == side and r["weight"] == weight]
 
   stops, cares, unknown = of("against", "stop"), of("against", "care"), of("unknown", "care")
   if stops:
     return {"word": "Do not ship it", "sentence": stops[0]}
-  if _mean(student, "accuracy") is None:
+  if not known:
     return {"word": "Undecided", "sentence": "The student's accuracy is unknown."}
   if unknown:
     return {"word": "Undecided", "sentence": unknown[0]}
   if of("against", "draw"):
     text = "Nothing here speaks for distillation over labels alone, nor against it."
     return {"word": "No case for it", "sentence": text}
-  if cares:
-    more = "One point speaks" if len(cares) == 1 else f"{len(cares)} points speak"
-    text = f"It beats labels alone beyond noise. {more} against it; read below before you ship."
+  others = [text for text in cares if text != beats]
+  if others:
+    more = "One point speaks" if len(others) == 1 else f"{len(others)} points speak"
+    more += " against it as well" if len(others) < len(cares) else " against it"
+    text = f"{beats} {more}; read below before you ship."
     return {"word": "Ship it with care", "sentence": text}
-  text = "It beats labels alone beyond noise, and nothing measured here forbids it."
+  if cares:
+    return {"word": "Ship it with care", "sentence": beats}
+  text = f"{beats.removesuffix('.')}, and nothing measured here forbids it."
   return {"word": "Ship it", "sentence": text}

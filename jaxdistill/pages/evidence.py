@@ -42,7 +42,7 @@ class Evidence:
     predictions: the answers on each example, or None.
     curves: the lines of ``metrics.jsonl`` by run (``teacher``, ``baseline``, ``student``).
     exports: ``exports/exports.json`` or None; each file with a ``problem`` where it has one.
-    findings: of the checks before the run, ``{"check", "message", "fix"}``.
+    findings: of the pre-flight checks, ``{"check", "message", "fix"}``; None where there were none.
     budget: ``{"limits": {name: limit}, "costs": {name: cost}}`` from ``budget.json``; empty where
       there is none.
     configs: ``config.json`` of the folder (by the name ``""``) and of each run in it.
@@ -57,7 +57,7 @@ class Evidence:
   predictions: Predictions | None
   curves: dict[str, list[dict[str, Any]]]
   exports: dict[str, Any] | None
-  findings: list[dict[str, str]]
+  findings: list[dict[str, str]] | None
   budget: dict[str, Any]
   configs: dict[str, dict[str, Any]]
   problems: list[str]
@@ -116,7 +116,7 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     predictions=found,
     curves=curves,
     exports=run_files.exports(folder, problems),
-    findings=run_files.findings(folder, problems),
+    findings=run_files.preflight(folder, problems),
     budget=run_files.budget(folder / "budget.json", problems),
     configs={name: run_files.config(folder / name, problems) for name in ("", *MODELS)},
     problems=doubts + problems,

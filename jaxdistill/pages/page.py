@@ -1,7 +1,7 @@
 """``report.html``: one file that opens anywhere, from which one can decide whether to ship.
 
-Made of what `jaxdistill.evidence.read` found in a run's folder. A section that cannot be made of a
-broken or older file says so, and the others are made.
+Made of what `jaxdistill.pages.evidence.read` found in a run's folder. A section that cannot be made
+of a broken or older file says so, and the others are made.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from jaxdistill.pages.decision import ratio
 from jaxdistill.pages.evidence import Evidence
 from jaxdistill.pages.markup import Element, document, element, section, table
 from jaxdistill.pages.report_text import DASH, MODELS, count, percent, signed
+from jaxdistill.pages.run_files import BROKEN
 
 __all__ = ["build"]
 
 _COLOURS = {"Ship it": "good", "Do not ship it": "bad"}
-# What a broken or foreign file can bring about in the code that shows it.
-_BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 
 
 def build(found: Evidence, derived: Mapping[str, Any]) -> str:
@@ -51,12 +50,12 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
     ("Slices", "slices", lambda: page_groups.slices(derived["slices"])),
     ("Training", "training", lambda: _training(found)),
     ("Exported files", "exports", lambda: page_files.exports(found)),
-    ("Checks before the run", "preflight", lambda: page_files.findings(found)),
+    ("Pre-flight checks", "preflight", lambda: page_files.findings(found)),
     ("How to repeat it", "repeat", lambda: page_files.repeat(found)),
   ):
     try:
       made = make()
-    except _BROKEN as error:
+    except BROKEN as error:
       problems.append(f"The section “{title}” could not be made of these files ({error!r}).")
       continue
     if made:
@@ -112,7 +111,7 @@ def _ship(found: Evidence, derived: Mapping[str, Any]) -> Element:
   for make in (_tile_accuracy, _tile_size, _tile_latency, _tile_calibration):
     try:
       tiles.append(make(found))
-    except _BROKEN:
+    except BROKEN:
       continue
   tiles.append(page_groups.tile(derived["classes"]))
   shown = [_tile_of(*made) for made in tiles if made is not None]

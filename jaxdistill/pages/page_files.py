@@ -1,4 +1,4 @@
-"""The parts of a report's page about files: exports, checks before the run, how to repeat it."""
+"""The parts of a report's page about files: exports, pre-flight checks, how to repeat it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxdistill.pages.evidence import Evidence
 from jaxdistill.pages.markup import element, scrolled, table
 from jaxdistill.pages.report_text import DASH
 
-__all__ = ["exports", "findings", "repeat", "size"]
+__all__ = ["exports", "findings", "nothing_found", "repeat", "size"]
 
 
 def size(value: float | None) -> str:
@@ -36,7 +36,8 @@ def exports(found: Evidence) -> list[Any]:
     latency = one.get("latency_ms") or {}
     passed = bool(one.get("passed"))
     least = f"; needs jax {one['least_jax']} or newer" if one.get("least_jax") else ""
-    told = f"{one.get('problem') or ''}" if not passed else f"passed{least}"
+    other = _of_earlier_export(one, found.exports)
+    told = f"{one.get('problem') or ''}" if not passed else f"passed{least}{other}"
     rows.append(
       [
         one["file"],
@@ -71,6 +72,17 @@ def exports(found: Evidence) -> list[Any]:
   ]
 
 
+def _of_earlier_export(one: Mapping[str, Any], listed: Mapping[str, Any]) -> str:
+  """What was another for a file that an earlier export left than the text above the table says."""
+  forms = {"batch_size": "batch {}", "examples": "{} examples", "split": "{} split"}
+  other = [
+    form.format(one[name])
+    for name, form in forms.items()
+    if one.get(name) and one[name] != listed.get(name)
+  ]
+  return f"; of an earlier export: {', '.join(other)}" if other else ""
+
+
 def _milliseconds(latency: Mapping[str, Any]) -> str:
   median, high = latency.get("median"), latency.get("p95")
   if median is None:
@@ -87,15 +99,23 @@ def _scientific(value: Any) -> str:
 
 
 def findings(found: Evidence) -> list[Any]:
-  """The section about the checks before the run."""
+  """The section about the pre-flight checks; one line where they found nothing."""
+  if found.findings is None:
+    return []
   rows = [
     [one["check"] or "check", element("span", f"{one['message']} {one['fix']}")]
     for one in found.findings
   ]
   if not rows:
-    return []
+    return [element("p", nothing_found(found))]
   head = ["check", "what it found, and what to do"]
   return [table(head, rows, caption="Warnings", prose=True)]
+
+
+def nothing_found(found: Evidence) -> str:
+  """That the checks found nothing; a compression, which has a budget, checks twice."""
+  when = " before and after the training" if found.budget else ""
+  return f"Checked{when}, nothing found."
 
 
 def repeat(found: Evidence) -> list[Any]:

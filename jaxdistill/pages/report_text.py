@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import pictures
+from jaxdistill.pages import significance
+from jaxdistill.pages.run_files import BROKEN
 
 __all__ = [
   "DASH",
@@ -35,7 +37,10 @@ DASH = "–"
 
 
 def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
-  """Whether distillation helped, in one sentence.
+  """Whether distillation helped, in one sentence; its error is that over seeds alone.
+
+  It helps (or hurts) where Welch's test over seeds has p < 0.05, and seems to beyond one standard
+  error. Whether other examples would say the same is the decision's question.
 
   Args:
     accuracy: ``[S]`` by model; values that are not finite are no part of it.
@@ -63,10 +68,10 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
   if error is None:
     word = "higher" if student > baseline else "lower or equal"
     return f"One seed: the distilled student's accuracy is {change} {word} {where}; no error known."
-  margin = f"standard error of the difference {100 * error:.2f}"
+  margin = f"standard error of the difference over seeds {100 * error:.2f}"
   beyond = abs(student - baseline) / error if error else float("inf")
   if beyond > 1 and student != baseline:
-    sure = beyond > 2
+    sure = significance.welch(values["student"], values["baseline"]) < 0.05
     if student > baseline:
       word = "helps" if sure else "seems to help"
       return f"Distillation {word}: {change} over labels alone {where}, {margin}."
@@ -155,7 +160,11 @@ def rows(report: Mapping[str, Any]) -> list[list[str]]:
     lines.append([label, *(show(models[name]) for name in names)])
 
   def timed(key: str) -> Any:
-    return lambda m: f"{m['latency_ms'][key]:.3f}" if m.get("latency_ms") else DASH
+    def show(model: Mapping[str, Any]) -> str:
+      value = (model.get("latency_ms") or {}).get(key)
+      return DASH if value is None else f"{value:.3f}"
+
+    return show
 
   def whole(key: str) -> Any:
     return lambda m: DASH if m.get(key) is None else f"{m[key]:,}"
@@ -202,27 +211,45 @@ def gap_sentence(gap: Mapping[str, Any] | None) -> str:
   if gap.get("value") is None:
     return f"Share of the gap closed: undefined. {gap.get('note') or ''}".strip()
   share = f"Share of the gap closed: {100 * gap['value']:.0f}%"
-  if gap.get("low") is None:
+  if gap.get("low") is None or gap.get("high") is None:
     return f"{share}."
   return f"{share} (95% bootstrap interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)."
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-  """``report.md``: the verdict, the tables, and how to repeat it."""
-  models = report.get("models") or {}
-  names = [name for name in MODELS if name in models]
+  """``report.md``: verdict, tables, how to repeat it; a part of broken numbers says so."""
+  lines = [f"# {report.get('dataset', DASH)}, {report.get('split', DASH)} split", ""]
+  for what, make in (
+    ("verdict", _headline),
+    ("decision", _decided),
+    ("table", _measured),
+    ("agreement with the teacher", _agreement),
+    ("classes and slices", _by_groups),
+    ("models", _described),
+    ("commands", _repeat),
+  ):
+    try:
+      lines += [str(line) for line in make(report)]
+    except BROKEN as error:
+      lines += [f"The part on {what} could not be made of these numbers ({error!r}).", ""]
+  return "\n".join(lines)
+
+
+def _headline(report: Mapping[str, Any]) -> list[str]:
+  said = report.get("verdict") or "There is no verdict."
+  return [said, "", gap_sentence(report.get("gap_closed")), ""]
+
+
+def _measured(report: Mapping[str, Any]) -> list[str]:
+  """The table, and how its numbers came about."""
   where = report.get("environment") or {}
   seeds = len(report.get("seeds") or [])
-  batch = models.get("student", {}).get("throughput_batch", DASH)
-  lines = [
-    f"# {report.get('dataset', DASH)}, {report.get('split', DASH)} split",
-    "",
-    report.get("verdict") or "There is no verdict.",
-    "",
-    gap_sentence(report.get("gap_closed")),
-    "",
-    *_decided(report),
-    f"{report.get('examples', 0):,} examples. Mean ± standard deviation over {seeds} seeds "
+  student = (report.get("models") or {}).get("student") or {}
+  batch = student.get("throughput_batch", DASH)
+  examples = report.get("examples")
+  size = "An unknown number of" if examples is None else f"{examples:,}"
+  return [
+    f"{size} examples. Mean ± standard deviation over {seeds} seeds "
     f"({report.get('varied', DASH)}); no ± where there is one instance. The last checkpoint of "
     "every run.",
     "",
@@ -232,17 +259,29 @@ def markdown(report: Mapping[str, Any]) -> str:
     f"({where.get('cores', DASH)} cores), JAX device {where.get('device', DASH)} × "
     f"{where.get('devices', DASH)}.",
     "",
-    "## How far they agree with the teacher",
-    "",
-    grid(fidelity_rows(report)),
-    "",
-    *_by_groups(report),
+  ]
+
+
+def _agreement(report: Mapping[str, Any]) -> list[str]:
+  return ["## How far they agree with the teacher", "", grid(fidelity_rows(report)), ""]
+
+
+def _described(report: Mapping[str, Any]) -> list[str]:
+  models = report.get("models") or {}
+  names = [name for name in MODELS if name in models]
+  return [
     "## What they are",
     "",
     *(f"- **{name}**: {models[name].get('description', '')}" for name in names),
     "",
     "![accuracy](accuracy.png)",
     "",
+  ]
+
+
+def _repeat(report: Mapping[str, Any]) -> list[str]:
+  where = report.get("environment") or {}
+  return [
     "## How to repeat it",
     "",
     "```",
@@ -253,7 +292,6 @@ def markdown(report: Mapping[str, Any]) -> str:
     f"{where.get('numpy', DASH)}.",
     "",
   ]
-  return "\n".join(lines)
 
 
 def _decided(report: Mapping[str, Any]) -> list[str]:

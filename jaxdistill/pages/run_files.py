@@ -13,9 +13,20 @@ from typing import Any
 
 from jaxdistill import arguments, manifest
 
-__all__ = ["budget", "config", "exports", "findings", "mapping", "read_json", "sound"]
+__all__ = [
+  "BROKEN",
+  "budget",
+  "config",
+  "exports",
+  "mapping",
+  "preflight",
+  "read_json",
+  "sound",
+]
 
 EXPORTS = 1  # the version of exports.json that is known
+# What a broken or foreign file can bring about in the code that shows it.
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError)
 
 
 def read_json(path: pathlib.Path, what: str, problems: list[str]) -> Any:
@@ -110,21 +121,27 @@ def _file_problem(folder: pathlib.Path, entry: Mapping[str, Any]) -> str | None:
   return None
 
 
-def findings(run: pathlib.Path, problems: list[str]) -> list[dict[str, str]]:
-  """What checks before the run found: ``check``, ``message`` and ``fix`` of each.
+def preflight(run: pathlib.Path, problems: list[str]) -> list[dict[str, str]] | None:
+  """What the pre-flight checks found: ``check``, ``message`` and ``fix`` of each.
 
   Args:
     run: the run's folder; ``preflight.json`` is looked for there, and in its ``student/``.
     problems: where sentences go.
+
+  Returns:
+    The findings; none of them where all was well, and None where nothing was checked.
   """
   every: list[Any] = []
+  checked = False
   for path in (run / "preflight.json", run / "student" / "preflight.json"):
-    found = read_json(path, "The checks before the run", problems)
+    found = read_json(path, "What the pre-flight checks found", problems)
+    checked |= isinstance(found, list)
     if found is not None and not isinstance(found, list):
       problems.append("preflight.json is no list of findings.")
     every += found if isinstance(found, list) else []
   keys = ("check", "message", "fix")
-  return [{key: str(one.get(key) or "") for key in keys} for one in every if isinstance(one, dict)]
+  rows = [{key: str(one.get(key) or "") for key in keys} for one in every if isinstance(one, dict)]
+  return rows if checked else None
 
 
 def budget(path: pathlib.Path, problems: list[str]) -> dict[str, dict[str, Any]]:
@@ -147,12 +164,48 @@ _SPREADS = ("accuracy", "top5", "nll", "ece", "brier")
 _NUMBERS = ("parameters", "bytes", "flops", "xla_flops", "throughput", "throughput_batch")
 
 
+# What report.schema.json allows to be null; and what is null where it was no finite number.
+_NULL = {"gain", "baseline_fidelity", "flops", "xla_flops"}
+
+
 def _number(value: Any) -> bool:
-  return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+  return value is None or _known(value)
 
 
-def _numbers(value: Any) -> bool:
-  return isinstance(value, dict) and all(_number(v) or isinstance(v, str) for v in value.values())
+def _known(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> bool:
+  return _known(value) and value > 0
+
+
+def _whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _texts(value: Any) -> bool:
+  return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
+def _spread(value: Any) -> bool:
+  return isinstance(value, dict) and _number(value.get("mean")) and _number(value.get("std"))
+
+
+def _gain(value: Any) -> bool:
+  error = value.get("standard_error") if isinstance(value, dict) else None
+  return isinstance(value, dict) and _known(value.get("mean")) and _number(error)
+
+
+def _gap(value: Any) -> bool:
+  if not isinstance(value, dict) or not isinstance(value.get("note") or "", str):
+    return False
+  ends = [value.get("low"), value.get("high")]
+  return _number(value.get("value")) and (ends == [None, None] or all(map(_known, ends)))
+
+
+def _latency(value: Any) -> bool:
+  return isinstance(value, dict) and all(_positive(value.get(key)) for key in ("median", "p95"))
 
 
 def sound(report: dict[str, Any], problems: list[str]) -> dict[str, Any]:
@@ -165,19 +218,23 @@ def sound(report: dict[str, Any], problems: list[str]) -> dict[str, Any]:
   Returns:
     The report less such entries, which are then like those that are missing.
   """
-  lists, texts = ("seeds", "commands"), ("dataset", "split", "varied", "verdict")
+  texts = ("dataset", "split", "varied", "verdict")
   checks: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(("gain", "gap_closed", "environment"), _numbers),
+    "gain": _gain,
+    "gap_closed": _gap,
+    "environment": lambda value: isinstance(value, dict),
     **dict.fromkeys(("fidelity", "baseline_fidelity"), _spreads),
-    **dict.fromkeys(lists, lambda value: isinstance(value, list)),
+    "seeds": lambda value: isinstance(value, list),
+    "commands": _texts,
     **dict.fromkeys(texts, lambda value: isinstance(value, str)),
-    "examples": lambda value: isinstance(value, int),
+    "examples": _whole,
   }
   kept = _kept(report, checks, "The report's", problems)
   of_model: dict[str, Callable[[Any], bool]] = {
-    **dict.fromkeys(_SPREADS, _numbers),
-    **dict.fromkeys(_NUMBERS, _number),
-    "latency_ms": _numbers,
+    **dict.fromkeys(_SPREADS, _spread),
+    **dict.fromkeys(_NUMBERS, _positive),
+    "latency_ms": _latency,
+    "instances": _whole,
     "accuracy_per_seed": lambda value: isinstance(value, list) and all(map(_number, value)),
     "description": lambda value: isinstance(value, str),
   }
@@ -189,7 +246,7 @@ def sound(report: dict[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def _spreads(value: Any) -> bool:
-  return isinstance(value, dict) and all(map(_numbers, value.values()))
+  return isinstance(value, dict) and all(map(_spread, value.values()))
 
 
 def _kept(
@@ -200,7 +257,7 @@ def _kept(
 ) -> dict[str, Any]:
   kept = {}
   for name, value in values.items():
-    if value is None or name not in checks or checks[name](value):
+    if name not in checks or (value is None and name in _NULL) or checks[name](value):
       kept[name] = value
     else:
       problems.append(f"{whose} {name!r} is not what it should be: {arguments.show(value)}.")

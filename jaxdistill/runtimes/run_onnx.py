@@ -2,8 +2,9 @@
 
 INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the model's inputs, by name; with
 ``logits`` too, as in ``example.npz``, the difference from them is printed. OUTPUT.npy receives the
-logits ``[N, ...]``, OUTPUT.json what ran them and how long a call lasts. This file needs NumPy and
-onnxruntime alone; copy it, or its `run`, to where the model is deployed.
+logits ``[N, ...]``, OUTPUT.json what ran them and how many ms a call lasts, from NumPy arrays to a
+NumPy array. This file needs NumPy and onnxruntime alone; copy it, or its `run`, to where the model
+is deployed.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
 INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the program's inputs, in order; with
 ``logits`` too, as in ``example.npz``, the difference from them is printed. OUTPUT.npy receives the
-logits ``[N, ...]``, OUTPUT.json what ran them and how long a call lasts. With ``--weights
-FILE.safetensors`` the program takes these as its first argument, by name. This file needs JAX,
-NumPy and flatbuffers (and safetensors for weights); copy it, or its `load`, to where the program
-is deployed.
+logits ``[N, ...]``, OUTPUT.json what ran them and how many ms a call lasts, from NumPy arrays to a
+NumPy array: what goes to the device and comes back is part of it, weights are there before. With
+``--weights FILE.safetensors`` the program takes these as its first argument, by name. This file
+needs JAX, NumPy and flatbuffers (and safetensors for weights); copy it, or its `load`, to where the
+program is deployed.
 """
 
 import argparse
@@ -120,12 +121,12 @@ def main(args: Sequence[str] | None = None) -> None:
   call = jax.jit(program)
   size = len(inputs[0])
   logits = run(call, inputs, min(options.batch_size, size))
-  some = jax.device_put([array[np.arange(options.latency_batch) % size] for array in inputs])
+  some = [array[np.arange(options.latency_batch) % size] for array in inputs]
   times = []
   begin = time.perf_counter()
   for index in range(options.calls + 3 if options.calls else 0):  # three to compile and warm up
     start = time.perf_counter()
-    jax.block_until_ready(call(*some))
+    np.asarray(call(*some))  # to NumPy and from it, as ONNX Runtime is timed
     if index >= 3:
       times.append(1000 * (time.perf_counter() - start))
     if times and time.perf_counter() - begin > options.seconds:
