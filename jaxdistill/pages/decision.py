@@ -295,22 +295,23 @@ def _exported(exports: Mapping[str, Any] | None, add: _Add) -> None:
   if not files:
     add("unknown", "No exported file was checked in its own runtime.")
     return
-  good = [one["file"] + _timed(one) for one in files if one.get("passed")]
+  batch = (exports or {}).get("batch_size", 1)
+  good = [one["file"] + _timed(one, batch) for one in files if one.get("passed")]
   bad = [f"{one['file']} ({one.get('problem') or 'no reason given'})" for one in files]
   bad = [text for text, one in zip(bad, files, strict=True) if not one.get("passed")]
   if good:
-    size = (exports or {}).get("batch_size", 1)
-    timed = f", timed at batch {size}" if size != 1 else ""
-    add("for", f"Exported, and checked in a process of its own{timed}: {names(good)}.")
+    add("for", f"Exported, and checked in a process of its own: {names(good)}.")
   if bad:
     add("against", f"Exports that failed: {names(bad, 3)}.", "care" if good else "stop")
 
 
-def _timed(entry: Mapping[str, Any]) -> str:
-  """An exported file's latency in its own runtime, where it was measured."""
+def _timed(entry: Mapping[str, Any], batch: Any) -> str:
+  """An exported file's latency in its own runtime, where it was measured; the list's batch."""
   latency = entry.get("latency_ms")
   median = latency.get("median") if isinstance(latency, Mapping) else None
-  return f" ({median:.2g} ms)" if isinstance(median, int | float) else ""
+  size = entry.get("batch_size", batch)
+  at = "" if size == 1 else f" at batch {size}"
+  return f" ({median:.2g} ms{at})" if isinstance(median, int | float) else ""
 
 
 def _checks(found: Evidence, add: _Add) -> None:

@@ -184,20 +184,15 @@ def _tile_latency(found: Evidence) -> _Tile:
   if both[0] is not None:
     beside += f"; the teacher {both[0]:.2g} ms"
   exported = [
-    one["latency_ms"]["median"]
+    (one["latency_ms"]["median"], one.get("batch_size", (found.exports or {}).get("batch_size", 1)))
     for one in (found.exports or {}).get("files") or []
     # Weights alone are no program.
     if one.get("passed") and one.get("latency_ms") and "safetensors" not in one["file"]
   ]
   if exported:
-    beside += f"; exported {min(exported):.2g} ms{_at_batch(found.exports)}"
+    median, batch = min(exported)
+    beside += f"; exported {median:.2g} ms" + ("" if batch == 1 else f" for {batch}")
   return "Latency", _times(ratio(*both), "faster", "slower"), beside
-
-
-def _at_batch(exports: Mapping[str, Any] | None) -> str:
-  """Which batch exported files were timed with, where it was not one example."""
-  size = (exports or {}).get("batch_size", 1)
-  return "" if size == 1 else f" for {size}"
 
 
 def _tile_calibration(found: Evidence) -> _Tile:
