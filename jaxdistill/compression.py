@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -20,7 +21,7 @@ from jaxdistill.data import Source
 from jaxdistill.points import Point, Single, single
 from jaxdistill.program import Optimizer
 from jaxdistill.recipes import labels
-from jaxdistill.selection import METRICS, Result, Row, score
+from jaxdistill.selection import METRICS, Result, Row, score, standard_error
 from jaxdistill.shortlist import Assistant
 from jaxdistill.side_by_side import inputs_of, some_key, students_by
 from jaxdistill.types import Batch, Network, Teacher, make_batch
@@ -49,6 +50,11 @@ class Job:
   teacher_network: Network | None
   teacher_run: Any
   progress: bool
+
+  @property
+  def taught(self) -> dict[str, Any]:
+    """The teacher, as a sweep and a run take it."""
+    return {"teacher": self.teacher, "teacher_variables": self.teacher_variables}
 
   def one(self, network: Network, point: Point, objective: Any = None) -> Single:
     """A point as `train.fit` takes it."""
@@ -80,9 +86,10 @@ class Job:
     file = path / "teacher.json"
     costs = kept(file, ["bytes"]) or self.costs(logits, self.teacher_variables)
     run_lib.write_json(file, costs)
-    quality = self.teacher_quality()
+    quality = self.teacher_quality
     return {**costs, **{name: float(quality[name]) for name in METRICS}}
 
+  @functools.cached_property
   def teacher_quality(self) -> dict[str, np.ndarray]:
     """The teacher on validation."""
     predict = evaluate.teacher_predictor(self.teacher)
@@ -160,8 +167,7 @@ class Job:
       points,
       folder,
       halving=halving,
-      teacher=self.teacher,
-      teacher_variables=self.teacher_variables,
+      **self.taught,
     )
 
   def fit(
@@ -201,8 +207,8 @@ class Job:
     path: pathlib.Path,
   ) -> Assistant | None:
     """Tries a teaching assistant where the student is too far behind its teacher."""
-    behind = float(self.teacher_quality()["accuracy"]) - direct.metrics["accuracy"]
-    error = _standard_error(behind)
+    behind = float(self.teacher_quality["accuracy"]) - direct.metrics["accuracy"]
+    error = standard_error(behind)
     if float(np.mean(behind)) <= max(gap, 2 * error):
       return None
     small, large = (cost.parameters(v) for v in (self.shapes(student), self.teacher_variables))
@@ -219,16 +225,14 @@ class Job:
         self.objective,
         [values],
         path / "direct",
-        teacher=self.teacher,
-        teacher_variables=self.teacher_variables,
+        **self.taught,
       ).rows[0]
     learned = self.fit(
       network,
       self.one(network, values),
       path / "assistant",
       self.seeds[:1],
-      teacher=self.teacher,
-      teacher_variables=self.teacher_variables,
+      **self.taught,
     )
     found = self.swept(
       student,
@@ -240,7 +244,7 @@ class Job:
     )
     row = found.rows[found.best]
     gain = score(row, self.metric) - score(direct, self.metric)
-    helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, _standard_error(gain))
+    helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, standard_error(gain))
     return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, network, learned)
 
   def shapes(self, network: Network) -> PyTree:
@@ -277,10 +281,6 @@ class Job:
 
 def _without_student(values: Mapping[str, Any]) -> dict[str, Any]:
   return {name: value for name, value in values.items() if name != "student"}
-
-
-def _standard_error(values: np.ndarray) -> float:
-  return float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def kept(path: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:

@@ -67,7 +67,10 @@ def saved(run: str | os.PathLike[str], *, instance: int = 0) -> Program:
   Returns:
     The program. Raises what `jaxdistill.deployed.load_student` raises.
   """
-  student = deployed.load_student(run, instance=instance)
+  return _as_program(deployed.load_student(run, instance=instance))
+
+
+def _as_program(student: deployed.Student) -> Program:
   leaves, structure = named("variables", student.variables), jax.tree.structure(student.variables)
   names = list(leaves)
 
@@ -129,12 +132,13 @@ def run(
   chosen = _chosen(kinds, network, calibration, fold)
   arguments.whole("batch_size", batch_size)  # before a file of an earlier export is given up
   inputs, labels, split = split_examples(held_out)
-  base = saved(run, instance=instance)
+  loaded = deployed.load_student(run, instance=instance)
+  base = exact = _as_program(loaded)
   student = base.logits(inputs)
-  variables = deployed.load_student(run, instance=instance).variables
-  exact = base
   if network is not None:
-    exact = portable.from_network(network, variables, stored=base.inputs, normalize=normalize)
+    exact = portable.from_network(
+      network, loaded.variables, stored=base.inputs, normalize=normalize
+    )
     _same(exact, inputs, student)
   folder = pathlib.Path(run).absolute() / FOLDER
   folder.mkdir(exist_ok=True)

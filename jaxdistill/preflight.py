@@ -352,8 +352,8 @@ class _Asked:
     found = pair.capacity_gap(
       self.size_of_teacher,
       cost.parameters(variables),
-      teacher_flops=_flops(self.taught, self.teacher_variables, self.one),
-      student_flops=_flops(evaluate.predictor(self.student), variables, self.one),
+      teacher_flops=cost.flops_or_none(self.taught, self.teacher_variables, self.one),
+      student_flops=cost.flops_or_none(evaluate.predictor(self.student), variables, self.one),
     )
     return [found]
 
@@ -388,10 +388,3 @@ class _Asked:
     assert self.held_out is not None
     temperature = max(self.temperatures, default=None)
     return [taught.misleading(*self.held_out, temperature=temperature)]
-
-
-def _flops(predict: evaluate.Predict, variables: PyTree, one: Any) -> int | None:
-  try:
-    return cost.flops(predict, variables, one)
-  except ValueError:  # an operation that a jaxpr does not tell the cost of
-    return None

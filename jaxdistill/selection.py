@@ -16,7 +16,7 @@ from jaxdistill import pictures
 from jaxdistill import run as run_lib
 from jaxdistill.types import Network
 
-__all__ = ["METRICS", "Result", "Row", "best_of", "score"]
+__all__ = ["METRICS", "Result", "Row", "best_of", "score", "standard_error"]
 
 PyTree = Any
 
@@ -51,6 +51,19 @@ def score(row: Row, metric: str) -> np.ndarray:
   return METRICS[metric] * row.metrics[metric]
 
 
+def standard_error(values: np.ndarray) -> float:
+  """The standard error of a mean over seeds, ``[S]``; 0 for one seed, which tells of none.
+
+  Args:
+    values: one for each seed; differences, for a comparison seed by seed.
+
+  >>> standard_error(np.array([1.0, 3.0])), standard_error(np.array([1.0]))
+  (1.0, 0.0)
+  """
+  count = len(values)
+  return float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+
+
 def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
   """The finished point with the best mean, and those that it does not clearly beat.
 
@@ -75,9 +88,7 @@ def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
   ties = []
   for i in finished:
     behind = score(rows[best], metric) - score(rows[i], metric)
-    count = len(behind)
-    error = float(np.std(behind, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
-    if i != best and float(np.mean(behind)) <= error:
+    if i != best and float(np.mean(behind)) <= standard_error(behind):
       ties.append(i)
   return best, ties
 

@@ -269,11 +269,13 @@ class _Job:
     halving = Halving(rungs=1) if halving is None else halving
     dispatch = mesh_lib.with_students(self.mesh)
 
-    def side_by_side(group: Group) -> str:
-      return students_by(group.student, inputs_of(sources[0])) if self.by is None else self.by
+    ways = {
+      id(group.student): self.by or students_by(group.student, inputs_of(sources[0]))
+      for group in groups
+    }
 
     def build_program(group: Group, values: Values, count: int) -> Program:
-      by = side_by_side(group)
+      by = ways[id(group.student)]
       return build(
         group.student,
         group.objective,
@@ -302,7 +304,7 @@ class _Job:
       validation=self.validation,
       memory=self.memory,
       devices=self.mesh.devices.size,
-      most=lambda group: len(points) if side_by_side(group) == "vmap" else UNROLLED,
+      most=lambda group: len(points) if ways[id(group.student)] == "vmap" else UNROLLED,
       dispatch=dispatch,
       folder=folder,
       asked_to_stop=asked_to_stop,

@@ -292,7 +292,9 @@ def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
   mine = job(tmp_path, points=[{"temperature": 4.0}])
   student = mlps(2)["width 2"]
   between = mlps(3, 8, 20, 50)  # student 23, teacher 323 parameters: the mean is 86
-  monkeypatch.setattr(compression.Job, "teacher_quality", lambda self: {"accuracy": np.array(0.9)})
+  monkeypatch.setattr(
+    compression.Job, "teacher_quality", property(lambda self: {"accuracy": np.array(0.9)})
+  )
   assert mine.assist(student, row([0.89, 0.89]), between, 0.02, tmp_path) is None
   assert mine.assist(student, row([0.6, 1.0]), between, 0.02, tmp_path) is None  # noise
   tried = mine.assist(student, row([0.0, 0.01]), between, 0.02, tmp_path)
@@ -311,7 +313,9 @@ def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
 
 def test_an_assistant_that_is_not_there_is_asked_for(tmp_path, monkeypatch):
   mine = job(tmp_path)
-  monkeypatch.setattr(compression.Job, "teacher_quality", lambda self: {"accuracy": np.array(0.9)})
+  monkeypatch.setattr(
+    compression.Job, "teacher_quality", property(lambda self: {"accuracy": np.array(0.9)})
+  )
   tried = mine.assist(mlps(2)["width 2"], row([0.5, 0.5]), mlps(99), 0.02, tmp_path)
   assert not tried.helps
   assert "40.0 points behind" in tried.sentence()

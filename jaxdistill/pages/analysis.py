@@ -18,7 +18,6 @@ __all__ = ["Lost", "classes", "groups", "lost", "quality", "reliability", "slice
 
 BINS = 15  # as in jaxdistill.metrics
 SURE = 0.8
-LEVEL = 0.05
 
 
 def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
@@ -102,7 +101,7 @@ def groups(found: Predictions, column: Column) -> list[dict[str, Any]]:
     corrected = _changes(pairs)
     for row, one in zip(rows, corrected, strict=True):
       p_value = one["p_value"]
-      beyond = p_value is not None and p_value < LEVEL
+      beyond = p_value is not None and p_value < significance.LEVEL
       row["changes"][reference] = {**one, "beyond_noise": beyond}
   return rows
 

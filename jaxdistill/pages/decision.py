@@ -37,7 +37,6 @@ _AT_LEAST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
   "throughput": lambda m: m.get("throughput"),
 }
 
-_LEVEL = 0.05  # as in jaxdistill.pages.analysis
 _FEW = 10  # examples of a class, of which nothing short of a collapse would be seen
 _CALLED = {
   "latency_ms": "latency",
@@ -152,7 +151,7 @@ def _beyond_seeds(models: Mapping[str, Any], change: float, error: float) -> boo
   ]
   if min(map(len, each)) < 2:  # an older file: all that is left is the rule of thumb
     return abs(change) > 2 * error
-  return significance.welch(*each) < _LEVEL
+  return significance.welch(*each) < significance.LEVEL
 
 
 def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | None:
@@ -165,7 +164,7 @@ def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | 
   if not (low > 0 if more else high < 0):
     return False, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
   # So few examples may differ that the normal law's interval is too short.
-  if p_value >= _LEVEL:
+  if p_value >= significance.LEVEL:
     return False, f"p = {p_value:.2g}"
   return True, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
 

@@ -20,7 +20,7 @@ from jaxdistill.pages import (
 )
 from jaxdistill.pages.decision import ratio
 from jaxdistill.pages.evidence import Evidence
-from jaxdistill.pages.markup import Element, document, element, section, table
+from jaxdistill.pages.markup import Element, document, element, section, table, tile
 from jaxdistill.pages.report_text import DASH, MODELS, count, percent, signed
 from jaxdistill.pages.run_files import BROKEN
 
@@ -114,7 +114,7 @@ def _ship(found: Evidence, derived: Mapping[str, Any]) -> Element:
     except BROKEN:
       continue
   tiles.append(page_groups.tile(derived["classes"]))
-  shown = [_tile_of(*made) for made in tiles if made is not None]
+  shown = [tile(*made) for made in tiles if made is not None]
   return element(
     "div",
     element("h2", decision["word"] + "."),
@@ -127,15 +127,6 @@ def _ship(found: Evidence, derived: Mapping[str, Any]) -> Element:
       class_="sides",
     ),
     class_=f"ship {colour}",
-  )
-
-
-def _tile_of(label: str, value: str, beside: str) -> Element:
-  return element(
-    "div",
-    element("dt", label),
-    element("dd", value, class_="value"),
-    element("dd", beside, class_="beside"),
   )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxdistill.pages.evidence import Evidence
 from jaxdistill.pages.markup import element, scrolled, table
-from jaxdistill.pages.report_text import DASH
+from jaxdistill.pages.report_text import DASH, count
 
 __all__ = ["exports", "findings", "nothing_found", "repeat", "size"]
 
@@ -21,10 +21,7 @@ def size(value: float | None) -> str:
   """
   if value is None:
     return DASH
-  for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-    if value >= unit:
-      return f"{value / unit:.3g} {name}"
-  return f"{value:g} bytes"
+  return f"{value:g} bytes" if value < 1e3 else f"{count(value)}B"
 
 
 def exports(found: Evidence) -> list[Any]:

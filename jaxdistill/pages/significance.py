@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+  "LEVEL",
   "bootstrap",
   "change",
   "holm",
@@ -21,6 +22,9 @@ __all__ = [
   "welch",
   "wilson",
 ]
+
+# A p-value below it is beyond noise, on every page.
+LEVEL = 0.05
 
 FLIPS = 9_999  # a p-value is then known to about 0.002 where it is 0.05
 _BOUND = 3.18  # how much heavier the tail of a sum of random signs can be than the normal law's

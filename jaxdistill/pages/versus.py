@@ -22,12 +22,11 @@ from jaxdistill.pages.evidence import Evidence
 from jaxdistill.pages.report_text import DASH, count, grid, number, percent, signed
 from jaxdistill.predictions import Predictions
 
-__all__ = ["LEVEL", "Compared", "compare", "markdown", "rows", "test_rows"]
+__all__ = ["AS", "Compared", "compare", "markdown", "rows", "test_rows"]
 
 VERSION = 1
-LEVEL = 0.05
 # The colours and marks of two of the three models stand for the two runs.
-_AS = {"a": "student", "b": "baseline"}
+AS = {"a": "student", "b": "baseline"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ def compare(
     "split": a.split,
     "examples": len(answers),
     "paired_seeds": paired,
-    "runs": {side: _side(found[side], names[side], answers, _AS[side]) for side in ("a", "b")},
+    "runs": {side: _side(found[side], names[side], answers, AS[side]) for side in ("a", "b")},
     "accuracy": tested,
     "mcnemar": _tests(right["a"], right["b"], a.seeds, b.seeds),
     "agreement": _agreement(answers),
@@ -199,7 +198,7 @@ def _agreement(answers: Predictions) -> float:
 def _classes(answers: Predictions) -> list[dict[str, Any]]:
   rows = []
   for row in analysis.classes(answers):
-    shares = {side: row["accuracy"][model] for side, model in _AS.items()}
+    shares = {side: row["accuracy"][model] for side, model in AS.items()}
     change = row["changes"].get("baseline")
     rows.append(
       {"name": row["name"], "examples": row["examples"], "accuracy": shares, "change": change}
@@ -215,7 +214,7 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
   points = f"{100 * abs(tested['change']):.2f} points"
   means = [100 * runs[side]["accuracy"]["mean"] for side in ("a", "b")]
   where = f"({means[0]:.2f}% against {means[1]:.2f}%; {interval}, p = {tested['p_value']:.2g})"
-  if tested["p_value"] >= LEVEL:
+  if tested["p_value"] >= significance.LEVEL:
     return (
       f"No difference beyond noise between {runs['a']['name']} and {runs['b']['name']} {where}."
     )

@@ -11,17 +11,16 @@ import numpy as np
 
 from jaxdistill import arguments
 from jaxdistill import run as run_lib
-from jaxdistill.pages import charts, page_groups
+from jaxdistill.pages import charts, page_groups, significance
 from jaxdistill.pages.decision import ratio
-from jaxdistill.pages.markup import Element, document, element, section, table
+from jaxdistill.pages.markup import Element, document, element, section, table, tile
 from jaxdistill.pages.report_text import count, signed
-from jaxdistill.pages.versus import LEVEL, Compared, markdown, rows, test_rows
+from jaxdistill.pages.versus import AS, Compared, markdown, rows, test_rows
 
 __all__ = ["write"]
 
 _SHOWN, _LISTED = 12, 40  # examples that only one of the two knows
 # The colours and marks of two of the three models stand for the two runs.
-_AS = {"a": "student", "b": "baseline"}
 
 
 def write(path: str | os.PathLike[str], compared: Compared) -> pathlib.Path:
@@ -49,14 +48,14 @@ def write(path: str | os.PathLike[str], compared: Compared) -> pathlib.Path:
 def _page(compared: Compared) -> str:
   numbers = compared.numbers
   names = {side: numbers["runs"][side]["name"] for side in ("a", "b")}
-  heads = [element("span", names[side], class_=_AS[side]) for side in ("a", "b")]
+  heads = [element("span", names[side], class_=AS[side]) for side in ("a", "b")]
   title = f"{names['a']} against {names['b']}"
   lines = rows(numbers)
   where = (
     f"{numbers['dataset']}, {numbers['split']} split; {numbers['examples']:,} examples, paired."
   )
   problems = [element("li", one) for one in numbers["problems"] + numbers["notes"]]
-  sure = numbers["accuracy"]["p_value"] < LEVEL
+  sure = numbers["accuracy"]["p_value"] < significance.LEVEL
   return document(
     f"{title}: comparison",
     element("p", "Comparison of two runs", class_="kicker"),
@@ -66,7 +65,7 @@ def _page(compared: Compared) -> str:
     element(
       "div",
       element("h2", "A difference." if sure else "No difference beyond noise."),
-      element("dl", [_tile(*t) for t in _tiles(numbers, names)], class_="tiles"),
+      element("dl", [tile(*t) for t in _tiles(numbers, names)], class_="tiles"),
       class_=f"ship {'good' if sure else 'care'}",
     ),
     element("aside", element("h2", "Worth knowing"), element("ul", problems), class_="problems")
@@ -102,18 +101,9 @@ def _tiles(numbers: Mapping[str, Any], names: Mapping[str, str]) -> list[tuple[s
   return tiles
 
 
-def _tile(label: str, value: str, beside: str) -> Element:
-  return element(
-    "div",
-    element("dt", label),
-    element("dd", value, class_="value"),
-    element("dd", beside, class_="beside"),
-  )
-
-
 def _points(numbers: Mapping[str, Any]) -> Element | None:
   points = {}
-  for side, name in _AS.items():
+  for side, name in AS.items():
     one = numbers["runs"][side]
     if one["parameters"] and one["accuracy"]["mean"] is not None:
       std = one["accuracy"]["std"]
@@ -121,7 +111,7 @@ def _points(numbers: Mapping[str, Any]) -> Element | None:
       points[name] = (float(one["parameters"]), accuracy, None if std is None else 100 * std)
   if len({point[0] for point in points.values()}) < 2:
     return None  # of one size there is nothing to see
-  words = {_AS[side]: numbers["runs"][side]["name"] for side in ("a", "b")}
+  words = {AS[side]: numbers["runs"][side]["name"] for side in ("a", "b")}
   made = charts.against(
     points, xlabel="parameters", show=count, label="Accuracy against size", words=words
   )
@@ -155,7 +145,7 @@ def _class_parts(
         model: None
         if row["accuracy"][side]["mean"] is None
         else 100 * row["accuracy"][side]["mean"]
-        for side, model in _AS.items()
+        for side, model in AS.items()
       },
     )
     for row in ordered[:14]
@@ -170,7 +160,7 @@ def _class_parts(
     for row in ordered[:40]
   ]
   head = ["class", "examples", *heads, "difference"]
-  words = {_AS[side]: name for side, name in names.items()}
+  words = {AS[side]: name for side, name in names.items()}
   return [
     element("p", "Those that differ most come first; “lower” and “higher” are said only beyond the "
             "noise of examples and seeds, corrected for the number of classes.", class_="note"),
@@ -182,7 +172,7 @@ def _class_parts(
 
 def _examples(compared: Compared, names: Mapping[str, str]) -> list[Any]:
   made: list[Any] = []
-  words = {_AS[side]: name for side, name in names.items()}
+  words = {AS[side]: name for side, name in names.items()}
   for side, name in names.items():
     only = compared.only[side]
     made.append(element("h3", f"Only {name}: {len(only):,}"))
