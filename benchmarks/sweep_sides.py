@@ -82,15 +82,17 @@ def jax_parts(task):
 
 def swept(task):
   """(a) This library's sweep."""
+  import gc
   import os
 
   import jax
   import optax
 
-  from jaxdistill import recipes, sweep, teachers
+  from jaxdistill import capture, data, models, recipes, sweep, teachers  # noqa: F401, see gc
 
-  # As in experiments/temperature.py: a device for each core.
+  # As in experiments/temperature.py: a device for each core, and nothing imported is collected.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+  gc.freeze()
   student, teacher, variables, source, validation = jax_parts(task)
   began = time.perf_counter()
   result = sweep.run(

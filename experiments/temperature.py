@@ -23,6 +23,7 @@ too, so the numbers above are not blind.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pathlib
 import sys
@@ -169,4 +170,6 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 if __name__ == "__main__":
   # One device for each core: a CPU computes small students faster side by side than each on all.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+  # The garbage collector need not walk all that was imported, again and again and at the end.
+  gc.freeze()
   main(*parse(sys.argv[1:]))

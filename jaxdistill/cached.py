@@ -23,10 +23,10 @@ from jaxdistill import arguments, cache_files
 from jaxdistill import fingerprints as prints
 from jaxdistill.filling import Files, Filler, Store
 from jaxdistill.manifest import MANIFEST
-from jaxdistill.sources import Part, Source
+from jaxdistill.sources import Part, Source, to_device
 from jaxdistill.types import Batch, Network, Outputs, Teacher
 
-__all__ = ["DTYPES", "LIMIT", "cached", "compare"]
+__all__ = ["DTYPES", "LIMIT", "cached", "compare", "looked_up"]
 
 PyTree = Any
 
@@ -185,10 +185,21 @@ def _on_device(source: Source, store: Store) -> Source:
   """All views as arrays of the program; a batch takes its rows out of them."""
   # One array, in which row ``view * N + index`` is one example's.
   arrays = {
-    name: jnp.asarray(np.concatenate([store.view(v)[name] for v in range(store.count)]))
+    name: to_device(np.concatenate([store.view(v)[name] for v in range(store.count)]))
     for name in store.layout
   }
-  size, views = store.size, store.count
+  return looked_up(source, arrays, store.size, store.count)
+
+
+def looked_up(source: Source, arrays: PyTree, size: int, views: int = 1) -> Source:
+  """A source whose batches take their rows out of arrays of the program.
+
+  Args:
+    source: without a teacher's outputs.
+    arrays: ``{"logits": [V * N, ...], "features/<name>": [V * N, ...]}``, pending ones too.
+    size: N.
+    views: V.
+  """
 
   def cut(shared: PyTree, item: PyTree) -> Batch:
     batch = source.cut(shared[0], item)

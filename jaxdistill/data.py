@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import arguments
+from jaxdistill.capacity import by_work
 from jaxdistill.dicts import check_classes, from_dicts, from_sequence, row_reader
 from jaxdistill.examples import Examples, Records, from_arrays
 from jaxdistill.labels import label_mask, some_labels
@@ -32,6 +32,7 @@ from jaxdistill.sources import (
   cutter,
   example_shapes,
   on_device,
+  to_device,
   view_count,
   view_numbers,
 )
@@ -130,19 +131,26 @@ def evaluation_batches(
   rows = np.arange(count * batch_size, dtype=np.int32)
   real = rows < size
   rows = np.where(real, rows, 0).astype(np.int32)
-  stored = jax.tree.map(lambda leaf: jnp.asarray(leaf[rows]), examples.inputs)
-  inputs = jax.jit(normalizer(normalize))(stored)
+  stored = jax.tree.map(lambda leaf: leaf[rows], examples.inputs)
+  finish = normalizer(normalize)
 
   def batched(leaf: Any) -> Any:
-    return jnp.reshape(jnp.asarray(leaf), (count, batch_size, *leaf.shape[1:]))
+    return leaf.reshape(count, batch_size, *leaf.shape[1:])
 
+  def shown(stored: PyTree) -> PyTree:
+    return jax.tree.map(batched, finish(stored))
+
+  rest = {
+    "labels": np.where(real & (known[rows] > 0), examples.labels[rows], 0),
+    "weight": real.astype(np.float32),
+    "labelled": np.where(real, known[rows], np.float32(0)),
+    "index": rows,
+    "view": np.zeros_like(rows),
+  }
+  options = by_work(shown, stored, calls=1)
   return Batch(
-    inputs=jax.tree.map(batched, inputs),
-    labels=batched(np.where(real & (known[rows] > 0), examples.labels[rows], 0)),
-    weight=batched(real.astype(np.float32)),
-    labelled=batched(np.where(real, known[rows], np.float32(0))),
-    index=batched(rows),
-    view=batched(np.zeros_like(rows)),
+    inputs=jax.jit(shown, compiler_options=options)(stored),
+    **to_device(jax.tree.map(batched, rest)),
   )
 
 

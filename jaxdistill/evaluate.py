@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,12 @@ import jax
 import numpy as np
 
 from jaxdistill import arguments, capacity, cost, metrics, predictions
+from jaxdistill.ahead import Ahead
 from jaxdistill.types import Batch, Network, Teacher
 
 __all__ = [
   "Predict",
+  "Validator",
   "costs",
   "evaluate",
   "examine",
@@ -80,7 +83,7 @@ def evaluate(
   sums, _ = _compile(predict, reference[0] if reference else None, stacked)(
     variables, reference[1] if reference else None, batches
   )
-  return metrics.finish(jax.device_get(sums))
+  return metrics.finish(sums)
 
 
 def examine(
@@ -113,7 +116,7 @@ def examine(
     name: np.atleast_2d(np.concatenate(parts, axis=-1))[:, where]
     for name, parts in jax.device_get(each).items()
   }
-  return metrics.finish(jax.device_get(sums)), predictions.Answers(**joined)
+  return metrics.finish(sums), predictions.Answers(**joined)
 
 
 def _check_models(predict: Any, reference: Any) -> None:
@@ -124,15 +127,21 @@ def _check_models(predict: Any, reference: Any) -> None:
     raise TypeError(f"reference must be (predict, variables), got {arguments.show(reference)}.")
 
 
-_Sums = dict[str, jax.Array]
+_Sums = dict[str, Any]
 
 
 def _compile(
-  predict: Predict, reference: Predict | None, stacked: bool, *, each: bool = False
-) -> Callable[[PyTree, PyTree, Batch], tuple[_Sums, dict[str, list[jax.Array]]]]:
-  """One program for a batch, dispatched for each; sums are added on the device.
+  predict: Predict,
+  reference: Predict | None,
+  stacked: bool,
+  *,
+  once: bool = True,
+  each: bool = False,
+) -> _Compiled:
+  """One program for a batch, dispatched for each.
 
-  With ``each``, the answers on each example come along, batch by batch.
+  Without ``once``, it is meant for many calls. With ``each``, the answers on each example come
+  along, batch by batch.
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
@@ -151,7 +160,6 @@ def _compile(
 
   over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
 
-  @functools.partial(jax.jit, compiler_options=capacity.brief())
   def one(
     variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
   ) -> tuple[_Sums, _Sums]:
@@ -160,27 +168,53 @@ def _compile(
     taught = None if reference is None else reference(reference_variables, batch)
     return over_models(variables, taught, batch)
 
-  def run(
-    variables: PyTree, reference_variables: PyTree, batches: Batch
-  ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
+  return _Compiled(one, stacked, classes, once)
+
+
+@dataclasses.dataclass(eq=False)
+class _Compiled:
+  """What `_compile` returns; ``classes`` holds their number once ``function`` was traced."""
+
+  function: Callable[..., Any]
+  stacked: bool
+  classes: list[int]
+  once: bool
+  one: Ahead | None = None
+
+  def check(self, variables: PyTree, reference_variables: PyTree, batches: Batch) -> None:
+    """Whether the arguments go together."""
     _check_batches(batches)
-    uneven = (ValueError,) if stacked else ()  # vmap's, over leaves of different lengths
+    uneven = (ValueError,) if self.stacked else ()  # vmap's, over leaves of different lengths
     try:
-      jax.eval_shape(one, variables, reference_variables, batches, 0)
+      jax.eval_shape(self.function, variables, reference_variables, batches, 0)
     except (*_MISFITS, *uneven) as error:
       raise ValueError(
         f"the variables (or the teacher's, in reference) do not fit the network, with "
-        f"stacked={stacked}: {arguments.short(error)} A run over seeds needs stacked=True, one "
-        "alone stacked=False."
+        f"stacked={self.stacked}: {arguments.short(error)} A run over seeds needs stacked=True, "
+        "one alone stacked=False."
       ) from error
-    _check_labels(batches, classes[-1] if classes else None)
-    # Added outside: sums that go into the program, first from the host and then from a device,
-    # have it compiled twice.
-    found = [one(variables, reference_variables, batches, i) for i in range(len(batches.weight))]
-    sums = functools.reduce(metrics.add_sums, (sums for sums, _ in found))
-    return sums, {name: [rows[name] for _, rows in found] for name in found[0][1]}
+    _check_labels(batches, self.classes[-1] if self.classes else None)
 
-  return run
+  def compile(self, variables: PyTree, reference_variables: PyTree, batches: Batch) -> Ahead:
+    """Begins to compile in the background."""
+    self.check(variables, reference_variables, batches)
+    given = variables, reference_variables, batches, 0
+    calls = len(batches.weight)
+    options = capacity.by_work(self.function, *given, calls=calls) if self.once else capacity.long()
+    self.one = Ahead(jax.jit(self.function, compiler_options=options))
+    self.one.compile(*given)
+    return self.one
+
+  def __call__(
+    self, variables: PyTree, reference_variables: PyTree, batches: Batch
+  ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
+    one = self.one or self.compile(variables, reference_variables, batches)
+    self.check(variables, reference_variables, batches)
+    found = [one(variables, reference_variables, batches, i) for i in range(len(batches.weight))]
+    # Added on the host, where nothing has to be compiled for it and float64 counts on.
+    sums = jax.tree.map(np.float64, jax.device_get([sums for sums, _ in found]))
+    total = functools.reduce(metrics.add_sums, sums)
+    return total, {name: [rows[name] for _, rows in found] for name in found[0][1]}
 
 
 def _check_batches(batches: Any) -> None:
@@ -206,28 +240,45 @@ def _check_labels(batches: Batch, classes: int | None) -> None:
 
 
 def validator(
-  network: Network, batches: Batch, *, stacked: bool = False
-) -> Callable[[PyTree], dict[str, np.ndarray]]:
+  network: Network, batches: Batch, *, stacked: bool = False, often: bool = True
+) -> Validator:
   """What `jaxdistill.train.fit` takes as ``validate``: compiled once, called often.
 
   Args:
     network: the network that is trained.
     batches: the validation split, from `jaxdistill.data.evaluation_batches`.
     stacked: whether several seeds are trained at once.
+    often: whether it is called in every epoch, say; what is called once and computes little is
+      compiled quickly, and runs slower.
 
   Returns:
-    ``variables -> {"accuracy", "nll", "ece"}``.
+    ``variables -> {"accuracy", "nll", "ece"}``, see `Validator`.
   """
   if not isinstance(network, Network):
     raise TypeError(f"network must be a Network, got {arguments.show(network)}.")
   _check_batches(batches)
-  compiled = _compile(predictor(network), None, stacked)
+  return Validator(_compile(predictor(network), None, stacked, once=not often), batches)
 
-  def validate(variables: PyTree) -> dict[str, np.ndarray]:
-    numbers = metrics.finish(jax.device_get(compiled(variables, None, batches)[0]))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Validator:
+  """What `validator` makes: ``variables -> {"accuracy", "nll", "ece"}``."""
+
+  _compiled: _Compiled
+  _batches: Batch
+
+  def compile(self, variables: PyTree) -> None:
+    """Begins to compile in the background, so that the first call need not.
+
+    Args:
+      variables: what it will be called with, or their shapes, dtypes and shardings.
+    """
+    self._compiled.compile(variables, None, self._batches)
+
+  def __call__(self, variables: PyTree) -> dict[str, np.ndarray]:
+    """The metrics of these variables."""
+    numbers = metrics.finish(self._compiled(variables, None, self._batches)[0])
     return {name: numbers[name] for name in ("accuracy", "nll", "ece")}
-
-  return validate
 
 
 def costs(

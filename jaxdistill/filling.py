@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import arguments, cache_files
-from jaxdistill.capacity import quick
+from jaxdistill.capacity import by_work
 from jaxdistill.fingerprints import PROBES, sketch
 from jaxdistill.progress import bar
 from jaxdistill.sources import Source
@@ -54,8 +54,11 @@ class Filler:
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
 
-    self.outputs = _program(teacher, source.cut, dtype, features, self.steps <= 16)
-    _, made, _ = jax.eval_shape(self.outputs, variables, source.shared, next(self.items(0)))
+    outputs = _function(teacher, source.cut, dtype, features)
+    given = variables, source.shared, next(self.items(0))
+    _, made, _ = jax.eval_shape(outputs, *given)
+    options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
+    self.outputs = _program(outputs, tuple((options or {}).items()))
     self.layout = {
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
     }
@@ -99,14 +102,10 @@ class Filler:
 
 
 @functools.lru_cache(maxsize=4)
-def _program(
-  teacher: Teacher,
-  cut: Callable[[PyTree, PyTree], Any],
-  dtype: str,
-  features: tuple[str, ...],
-  few: bool,
+def _function(
+  teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
 ) -> Callable[..., Any]:
-  """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
+  """What runs the teacher on a batch; sources that differ in their seed alone have the same."""
 
   def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
     batch = cut(shared, item)
@@ -118,7 +117,14 @@ def _program(
     }
     return batch.index, kept, problems
 
-  return jax.jit(outputs, compiler_options=quick() if few else None)
+  return outputs
+
+
+@functools.lru_cache(maxsize=4)
+def _program(
+  outputs: Callable[..., Any], options: tuple[tuple[str, Any], ...]
+) -> Callable[..., Any]:
+  return jax.jit(outputs, compiler_options=dict(options) or None)
 
 
 def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxdistill import arguments, capacity
+from jaxdistill import arguments
 
 __all__ = [
   "AXIS",
@@ -263,7 +263,7 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
       whole, part = PartitionSpec(), PartitionSpec(AXIS)
       specs = (part, whole, whole, whole, part)
       run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
-    return jax.jit(run, donate_argnums=0, compiler_options=capacity.brief())
+    return jax.jit(run, donate_argnums=0)
 
   return Dispatch(
     devices=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxdistill.data import Source
-from jaxdistill.teachers import cached
+from jaxdistill import fingerprints
+from jaxdistill.cached import looked_up
+from jaxdistill.filling import Filler, Store
+from jaxdistill.pending import Pending
+from jaxdistill.side_by_side import some_key
+from jaxdistill.sources import Source, to_device
 from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
 
 __all__ = ["once", "used_features"]
@@ -33,19 +38,19 @@ def used_features(
   Returns:
     Their names: those whose array goes into an operation.
   """
-  key = jax.random.key(0)
-  params, state = jax.eval_shape(lambda: objective.init(key, student, teacher))
-  # Schedules and what has no default are traced as numbers: any will do.
-  given = {
-    name: jnp.asarray(value if isinstance(value, int | float) else 1.0, float)
-    for name, value in objective.hyper.items()
-  }
+  key = some_key()
+  params, state = jax.eval_shape(lambda key: objective.init(key, student, teacher), key)
 
   def apply(teacher: Outputs, rest: PyTree) -> Any:
-    params, state, student, batch = rest
+    params, state, student, batch, key = rest
+    # Schedules and what has no default are traced as numbers: any will do.
+    given = {
+      name: jnp.asarray(value if isinstance(value, int | float) else 1.0, float)
+      for name, value in objective.hyper.items()
+    }
     return objective.apply(params, state, student, teacher, batch, key=key, **given)
 
-  traced = jax.make_jaxpr(apply)(teacher, (params, state, student, batch)).jaxpr
+  traced = jax.make_jaxpr(apply)(teacher, (params, state, student, batch, key)).jaxpr
   seen = {id(v) for equation in traced.eqns for v in equation.invars}
   seen |= {id(v) for v in traced.outvars}
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(teacher)]
@@ -89,7 +94,7 @@ def once(
     def forward(key: Any, inputs: PyTree) -> Outputs:
       return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
 
-    ours = jax.eval_shape(forward, jax.eval_shape(lambda: jax.random.key(0)), batch.inputs)
+    ours = jax.eval_shape(forward, some_key(), batch.inputs)
     return used_features(objective, ours, theirs, batch)
 
   features = sorted({name for learner in learners for name in used(*learner)})
@@ -97,13 +102,20 @@ def once(
   row = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
   if first.whole.size * row > memory:
     return None
-  made = cached(
-    teacher,
-    variables,
-    first,
-    dtype="float64" if theirs.logits.dtype == jnp.float64 else "float32",
-    features=features,
-    limit=memory,
-    progress=None,
-  )
+  dtype = "float64" if theirs.logits.dtype == jnp.float64 else "float32"
+  fill = Filler(teacher, variables, first, dtype, tuple(features), batch_size=256)
+  store = Store(1, fill.layout, fill.size, fill=fill)
+
+  @functools.cache
+  def arrays() -> dict[str, jax.Array]:
+    store.complete()
+    made: dict[str, jax.Array] = to_device(store.view(0))
+    return made
+
+  def pending(name: str, row: jax.ShapeDtypeStruct) -> Pending:
+    return Pending((fill.size, *row.shape), row.dtype, lambda: arrays()[name])
+
+  # The teacher runs while the compiler is at the students' program, which takes its shapes alone.
+  made = looked_up(first, {n: pending(n, row) for n, row in fill.layout.items()}, fill.size)
+  made = dataclasses.replace(made, teacher=fingerprints.short(fingerprints.of_variables(variables)))
   return [dataclasses.replace(made, data_seed=source.data_seed) for source in sources]

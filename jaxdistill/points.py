@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import optax
 
@@ -207,7 +207,7 @@ def stacked_values(group: Group, rows: Sequence[int], seeds: int) -> Values:
   Returns:
     Leaves ``[len(rows) * seeds]``, of JAX's default float.
   """
-  dtype = jnp.zeros(()).dtype
+  dtype = jax.dtypes.canonicalize_dtype(np.float64)
 
   def of(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {n: np.repeat(v[list(rows)], seeds).astype(dtype) for n, v in values.items()}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 import optax
 
 from jaxdistill import arguments
-from jaxdistill.capacity import quick
+from jaxdistill.ahead import Ahead
+from jaxdistill.capacity import by_work, quick
 from jaxdistill.data import Source
 from jaxdistill.fit_arguments import check_seeds
 from jaxdistill.mesh import Dispatch, check_divides
+from jaxdistill.pending import ready
 from jaxdistill.state import State, init_state
 from jaxdistill.step import make_step
 from jaxdistill.students import Values, of_group, over_students, shared_arrays, start_axes, turns
@@ -46,9 +48,9 @@ class Program:
       ``dataclasses.replace(program, values=...)``, compile nothing anew.
     make: ``values -> the state at step 0``.
     call: ``(state, step, count, values) -> (state, sums)``; donates the state.
-    compile: ``count -> (() -> the memory that a chunk of so many steps needs)``, in bytes; what
-      `call` then runs. The compiler is at work until the inner call returns. None where the
-      dispatch cannot say (``pmap``).
+    compile: ``(count, times) -> (() -> the memory that a chunk of so many steps needs)``, in bytes;
+      what `make` and `call` then run, so many times in a training. The compiler is at work until
+      the inner call returns. None where the dispatch cannot say (``pmap``).
     trace: ``count ->``; traces a chunk, so that what does not fit says so.
     collect: one copy of a tree that `call` returned.
   """
@@ -63,7 +65,7 @@ class Program:
   values: Values
   make: Callable[[Values], State]
   call: Callable[[State, int, int, Values], tuple[State, PyTree]]
-  compile: Callable[[int], Callable[[], int]] | None
+  compile: Callable[[int, int], Callable[[], int]] | None
   trace: Callable[[int], None]
   collect: Callable[[PyTree], PyTree]
 
@@ -185,9 +187,10 @@ def build(
       "unroll": not scan,
     },
   )
-  keys = jnp.stack([jax.random.key(s) for s in seeds])
   values = {"hyper": {}, "optimizer": {}} if values is None else values
-  return made.program(keys, values, teacher_variables, (start, objective_start))
+  return made.program(
+    np.array(seeds, np.uint32), values, teacher_variables, (start, objective_start)
+  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -214,11 +217,11 @@ class _Made:
     return made
 
   def initial(
-    self, key: Any, mine: Values, starts: Any, variables: PyTree, shared: PyTree, item: PyTree
+    self, seed: Any, mine: Values, starts: Any, variables: PyTree, shared: PyTree, item: PyTree
   ) -> State:
     source = self.sources[0]
     return init_state(
-      key,
+      jax.random.key(seed),
       self.student,
       self.objective,
       self.optimizer_of(mine),
@@ -255,28 +258,32 @@ class _Made:
     return self.dispatch.split(items, 2 if self.stacked else 1)
 
   def program(
-    self, keys: Any, values: Values, teacher_variables: PyTree, starts: tuple[PyTree, PyTree]
+    self, seeds: Any, values: Values, teacher_variables: PyTree, starts: tuple[PyTree, PyTree]
   ) -> Program:
-    stacked, dispatch, students = self.stacked, self.dispatch, len(keys)
+    stacked, dispatch, students = self.stacked, self.dispatch, len(seeds)
     shared, shared_axes = shared_arrays(self.sources)
     head = self.read(0, 1)
     self.split(head)  # a batch that does not divide by the devices says so here
     first = jax.tree.map(lambda leaf: leaf[0, 0] if stacked else leaf[0], head)
     given = (teacher_variables, of_group(shared, shared_axes, 0), first)
-    initial, chunk, keys = self.initial, self.chunk, keys if stacked else keys[0]
+    initial, chunk, seeds = self.initial, self.chunk, seeds if stacked else seeds[0]
     if stacked:
-      one = jax.tree.map(lambda leaf: leaf[0], (keys, values))
-      plain = jax.eval_shape(initial, *one, (None, None), *given)
-      axes = start_axes(starts, plain, students)
+      one = jax.tree.map(lambda leaf: np.asarray(leaf)[0], (seeds, values))
+      axes: Any = (None, None)
+      if any(start is not None for start in starts):
+        plain = jax.eval_shape(initial, *one, (None, None), *given)
+        axes = start_axes(starts, plain, students)
       initial = jax.vmap(initial, in_axes=(0, 0, axes, None, None, None))
       chunk = over_students(chunk, self.seeds_by, shared_axes, len(self.sources), self.at_once)
     # Abstract first: what does not fit together says so before anything is compiled.
-    shapes = jax.eval_shape(initial, keys, values, starts, *given)
-    begin = jax.jit(
-      initial,
-      compiler_options=quick(),
-    )
+    shapes = jax.eval_shape(initial, seeds, values, starts, *given)
+    begin = Ahead(jax.jit(initial, compiler_options=quick()))
     calls = _Calls(self, chunk, teacher_variables, shared, shapes, values, head)
+
+    def compile(count: int, times: int) -> Callable[[], int]:
+      begin.compile(seeds, values, starts, *given)  # at work while the chunk is traced
+      return calls.compile(count, times)
+
     can_trace = dispatch.axis_name is None
     return Program(
       source=self.sources[0],
@@ -287,9 +294,9 @@ class _Made:
       stacked=stacked,
       shapes=shapes,
       values=values,
-      make=lambda values: begin(keys, values, starts, *given),
+      make=lambda values: begin(seeds, values, starts, *ready(given)),
       call=calls.run,
-      compile=calls.compile if can_trace else None,
+      compile=compile if can_trace else None,
       trace=calls.trace if can_trace else lambda count: None,
       collect=dispatch.collect,
     )
@@ -311,9 +318,15 @@ class _Calls:
     dispatch = made.dispatch
     self.made = made
     self.jitted: Any = dispatch.compile(chunk)
-    self.fixed = (dispatch.place(teacher_variables), dispatch.place(shared))
+    self.given = (teacher_variables, shared)
     self.shapes, self.values, self.head = shapes, values, head
     self.compiled: dict[int, Callable[..., Any]] = {}
+
+  @functools.cached_property
+  def fixed(self) -> tuple[PyTree, PyTree]:
+    """The teacher's variables and the shared arrays, where the program takes them."""
+    placed: tuple[PyTree, PyTree] = self.made.dispatch.place(ready(self.given))
+    return placed
 
   def arguments(self, count: int) -> tuple[Any, ...]:
     """The shapes of a chunk's arguments, and where they lie."""
@@ -325,21 +338,22 @@ class _Calls:
 
     state, values = self.made.dispatch.spread((self.shapes, self.values))
     items = jax.tree.map(longer, self.made.split(self.head))
-    return (state, *self.fixed, items, values)
+    fixed = self.made.dispatch.place(jax.eval_shape(lambda given: given, self.given))
+    return (state, *fixed, items, values)
 
   def trace(self, count: int) -> None:
     self.jitted.eval_shape(*self.arguments(count if self.made.scan else 1))  # jit keeps the trace
 
-  def compile(self, count: int) -> Callable[[], int]:
+  def compile(self, count: int, times: int) -> Callable[[], int]:
     length = count if self.made.scan else 1
-    lowered = self.jitted.lower(*self.arguments(length))
-    # The compiler leaves Python free: in the meantime something else can be traced and compiled.
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    future = pool.submit(lowered.compile)
-    pool.shutdown(wait=False)
+    given = self.arguments(length)
+    options = by_work(self.jitted.__wrapped__, *given, calls=times * count // length)
+    ahead = Ahead(self.jitted)
+    ahead.compile(*given, options=options)
 
     def finish() -> int:
-      made = self.compiled[length] = future.result()
+      _ = self.fixed  # what is pending is computed while the compiler is at work
+      made = self.compiled[length] = ahead.compiled()
       used = made.memory_analysis()
       sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
       return int(sum(sizes) - used.alias_size_in_bytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -55,6 +56,7 @@ class Search:
     groups: the points by program.
     values: each point's values, in the order in which they were given.
     seeds: how many students a point has.
+    steps: of the last rung.
     length: steps of one dispatch.
     save_every: steps between checkpoints.
     build: ``(a group, values, how many points) -> Program``.
@@ -73,6 +75,7 @@ class Search:
   groups: list[Group]
   values: list[dict[str, Any]]
   seeds: int
+  steps: int
   length: int
   save_every: int
   build: Callable[[Group, Values, int], Program]
@@ -86,7 +89,7 @@ class Search:
   asked_to_stop: Callable[[int], bool]
   progress: str | None
   programs: dict[tuple[int, int], tuple[Program, int]] = dataclasses.field(default_factory=dict)
-  validators: dict[int, Any] = dataclasses.field(default_factory=dict)
+  validators: dict[int, evaluate.Validator] = dataclasses.field(default_factory=dict)
 
   def rung(
     self, number: int, until: int, alive: Sequence[int], before: dict[int, Found], *, keep: bool
@@ -136,17 +139,22 @@ class Search:
       some = [i % len(group.indices) for i in range(points)]
       program = self.build(group, stacked_values(group, some, self.seeds), points)
       assert program.compile is not None
-      finish = program.compile(self.length)
-      self.warm(g, program)
-      self.programs[g, points] = program, finish()
+      # What a chunk ends with is compiled while its own program is traced.
+      deployed = functools.partial(deployed_variables, objective=group.objective)
+      shapes = jax.eval_shape(deployed, program.shapes)
+      self.validator(g).compile(self.dispatch.spread(shapes))
+      self.programs[g, points] = (
+        program,
+        program.compile(self.length, math.ceil(self.steps / self.length))(),
+      )
     return self.programs[g, points]
 
-  def warm(self, g: int, program: Program) -> None:
-    """Compiles what a chunk begins and ends with, while its own program is being compiled."""
-    leaves = jax.tree.leaves(program.shapes)
-    # Only where the memory surely suffices: what the chunk needs is not known yet.
-    if 4 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) < self.memory:
-      self.measured(g, self.dispatch.spread(program.initial()), [])
+  def validator(self, g: int) -> evaluate.Validator:
+    """What measures a group's students."""
+    if g not in self.validators:
+      network = self.deployed(self.groups[g])
+      self.validators[g] = evaluate.validator(network, self.validation, stacked=True, often=False)
+    return self.validators[g]
 
   def chunk(
     self,
@@ -240,10 +248,7 @@ class Search:
   def measured(self, g: int, state: State, history: list[dict[str, Any]]) -> dict[str, Any]:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
     objective = self.groups[g].objective
-    if g not in self.validators:
-      network = self.deployed(self.groups[g])
-      self.validators[g] = evaluate.validator(network, self.validation, stacked=True)
-    numbers = self.validators[g](deployed_variables(state, objective))
+    numbers = self.validator(g)(deployed_variables(state, objective))
     finite = _finite_students((state.params, state.model_state))
     bad: list[int | None] = []
     for s, good in enumerate(finite):

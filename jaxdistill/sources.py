@@ -42,12 +42,25 @@ __all__ = [
   "on_device",
   "rows_of",
   "rows_padded",
+  "to_device",
   "view_count",
   "view_numbers",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
 Part = tuple[int, int]
+
+
+def to_device(tree: PyTree) -> PyTree:
+  """Host arrays on the device, in JAX's own dtypes, and nothing is compiled for it.
+
+  Args:
+    tree: NumPy arrays.
+
+  Returns:
+    The same tree, copied.
+  """
+  return jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +92,8 @@ class Source:
   Another batch size is ``dataclasses.replace(source, batch_size=...)``.
 
   Attributes:
-    shared: arrays on the device, an argument of the compiled program; None for streams.
+    shared: arrays on the device (or `jaxdistill.pending` ones), an argument of the compiled
+      program; None for streams.
     cut: ``(shared, item) -> Batch``: pure; augments, and normalises last.
     read: ``(data_seed, batch_size, step, count, part) -> items``; call `items` instead.
     size: the number of examples.
@@ -235,9 +249,8 @@ def on_device(
   finish = normalizer(normalize)
   return Source(
     shared={
-      "inputs": jax.tree.map(jnp.asarray, examples.inputs),
-      "labels": jnp.asarray(np.where(known > 0, examples.labels, 0)),
-      "labelled": jnp.asarray(known),
+      **to_device({"labels": np.where(known > 0, examples.labels, 0), "labelled": known}),
+      "inputs": to_device(examples.inputs),
     },
     cut=cutter(augmentation, finish),
     read=read,

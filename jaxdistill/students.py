@@ -100,7 +100,7 @@ def turns(sources: Sequence[Source]) -> int:
   return count if not rest and alike == alike[:count] * rounds else len(alike)
 
 
-def of_group(shared: PyTree, axes: PyTree, group: int) -> PyTree:
+def of_group(shared: PyTree, axes: PyTree, group: Any) -> PyTree:
   """One source's arrays out of those of `shared_arrays`."""
   return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[group], shared, axes)
 
@@ -157,33 +157,40 @@ def _side_by_side(
   over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1), out_axes=1)
 
   def run(state: State, variables: PyTree, shared: PyTree, items: PyTree, values: Values) -> Any:
-    points = state.step.shape[0] // groups
+    count = state.step.shape[0]
+    points, most = count // groups, count if at_once is None else at_once
+
+    def train_group(group: Any, its_items: PyTree, students: Any) -> Any:
+      its_shared = of_group(shared, shared_axes, group)
+      return _in_sets(
+        lambda some: of_source(some[0], variables, its_shared, its_items, some[1]), students, most
+      )
+
+    if groups == 1:  # the other axis would be traced for nothing
+      return train_group(0, jax.tree.map(lambda x: x[0], items), (state, values))
     folded = jax.tree.map(lambda x: x.reshape(points, groups, *x.shape[1:]), (state, values))
-    if at_once is None or at_once >= points * groups:
-      made = over(folded[0], variables, shared, items, folded[1])
-    elif at_once >= groups:
-      size = _divisor(points, at_once // groups)
-      sets = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), folded)
-      made = jax.lax.map(lambda one: over(one[0], variables, shared, items, one[1]), sets)
-      made = jax.tree.map(lambda x: x.reshape(points, *x.shape[2:]), made)
+    if most >= groups:
+      made = _in_sets(
+        lambda some: over(some[0], variables, shared, items, some[1]), folded, most // groups
+      )
     else:
-      size = _divisor(points, at_once)
-
-      def of_group(item: Any) -> Any:
-        group, its_items, its_students = item
-        its_shared = jax.tree.map(lambda x, axis: x if axis < 0 else x[group], shared, shared_axes)
-        sets = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), its_students)
-        each = jax.lax.map(
-          lambda one: of_source(one[0], variables, its_shared, its_items, one[1]), sets
-        )
-        return jax.tree.map(lambda x: x.reshape(points, *x.shape[2:]), each)
-
       by_group = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), folded)
-      made = jax.lax.map(of_group, (jnp.arange(groups), items, by_group))
+      made = jax.lax.map(lambda one: train_group(*one), (jnp.arange(groups), items, by_group))
       made = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), made)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
 
   return run
+
+
+def _in_sets(train: Callable[[Any], Any], students: Any, most: int) -> Any:
+  """Trains sets of so many students at most, one set after another in a loop."""
+  count = jax.tree.leaves(students)[0].shape[0]
+  if most >= count:
+    return train(students)
+  size = _divisor(count, most)
+  sets = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), students)
+  made = jax.lax.map(train, sets)
+  return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), made)
 
 
 def _divisor(number: int, most: int) -> int:

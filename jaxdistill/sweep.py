@@ -297,6 +297,7 @@ class _Job:
       groups=groups,
       values=[dict(point) for point in points],
       seeds=len(pairs),
+      steps=self.steps,
       length=_length(self.steps, halving.until(0, self.steps)),
       save_every=self.save_every,
       build=build_program,
