@@ -9,7 +9,8 @@ many steps, from one teacher's weights, and measure each student on the validati
 - sweep: `jaxdistill.sweep.run`;
 - one after another: `jaxdistill.train.fit` for each, with the teacher in the step;
 - PyTorch: an ordinary loop, the teacher run on every batch;
-- PyTorch, precomputed: the same, with the teacher's outputs computed once before.
+- PyTorch, precomputed: the same, with the teacher's outputs computed once before;
+- bare JAX: the floor for 20 MLPs, one function by hand, compiled with the sweep's options.
 
 Each side is a process of its own, and its time is the process's: start-up, imports, compilation
 and set-up count. Sides that go one after another train a part of the students, as the table says,
@@ -51,6 +52,7 @@ NAMES = {
   "alone": "one after another",
   "pytorch": "PyTorch",
   "precomputed": "PyTorch, precomputed",
+  "bare": "bare JAX",
 }
 
 
@@ -60,9 +62,9 @@ class Options:
 
   networks: tuple[str, ...] = ("MLP", "ConvNet")
   counts: tuple[int, ...] = (20, 300)
-  sides: tuple[str, ...] = ("sweep", "alone", "pytorch", "precomputed")
+  sides: tuple[str, ...] = ("sweep", "alone", "pytorch", "precomputed", "bare")
   repeats: int = 3
-  """How often the sweep runs; the median counts."""
+  """How often the sweep and bare JAX run; the median counts."""
   one_in: int = 20
   """Sides that go one after another train one student in so many, and at least four."""
   epochs: int = 30
@@ -132,7 +134,7 @@ def call(side, task):
 def measure(side, task, options):
   """The seconds that all students of a task take on one side."""
   count = len(task.students())
-  if side == "sweep":
+  if side in ("sweep", "bare"):
     runs = sorted((call(side, task) for _ in range(options.repeats)), key=lambda run: run[0])
     wall, printed = runs[len(runs) // 2]
     printed["inside"] = printed.pop("seconds")
@@ -189,7 +191,8 @@ def main(options: Options) -> None:
         written[f"pytorch_threads/{network}"] = {"taken": threads, "seconds_each": tried}
       for count in options.counts:
         task = dataclasses.replace(task_of(options, file, network, count), threads=threads)
-        found = {side: measure(side, task, options) for side in sides}
+        some = [side for side in sides if side != "bare" or (network, count) == ("MLP", 20)]
+        found = {side: measure(side, task, options) for side in some}
         show(network, count, found)
         results[f"{network}/{count}"] = found
         for side in found if "sweep" in found else ():
