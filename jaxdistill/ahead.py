@@ -29,7 +29,7 @@ class Ahead:
 
     Args:
       *args: arguments, or their shapes, dtypes and shardings.
-      options: of the compiler, for what `compiled` gives; a call takes those of the function.
+      options: of the compiler, for what `compiled` gives. A call has none of them, and compiles.
     """
     lowered = self.function.lower(*args)
     pool = concurrent.futures.ThreadPoolExecutor(1)
@@ -45,7 +45,7 @@ class Ahead:
     """Calls the function, once it is compiled.
 
     ``jax.jit`` keeps what it lowered together with its executable: arguments like those that it was
-    compiled for compile nothing more, and others are compiled as ever.
+    compiled for, without ``options``, compile nothing more, and others are compiled as ever.
     """
     if self.pending is not None:
       self.pending.result()

@@ -135,13 +135,13 @@ def _compile(
   reference: Predict | None,
   stacked: bool,
   *,
-  once: bool = True,
+  calls: int | None = 1,
   each: bool = False,
 ) -> _Compiled:
   """One program for a batch, dispatched for each.
 
-  Without ``once``, it is meant for many calls. With ``each``, the answers on each example come
-  along, batch by batch.
+  With ``each``, the answers on each example come along, batch by batch. ``calls`` is how often all
+  batches are gone through; None for many times.
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
@@ -168,7 +168,7 @@ def _compile(
     taught = None if reference is None else reference(reference_variables, batch)
     return over_models(variables, taught, batch)
 
-  return _Compiled(one, stacked, classes, once)
+  return _Compiled(one, stacked, classes, calls)
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,7 +178,7 @@ class _Compiled:
   function: Callable[..., Any]
   stacked: bool
   classes: list[int]
-  once: bool
+  calls: int | None
   one: Ahead | None = None
 
   def check(self, variables: PyTree, reference_variables: PyTree, batches: Batch) -> None:
@@ -196,11 +196,11 @@ class _Compiled:
     _check_labels(batches, self.classes[-1] if self.classes else None)
 
   def compile(self, variables: PyTree, reference_variables: PyTree, batches: Batch) -> Ahead:
-    """Begins to compile in the background."""
-    self.check(variables, reference_variables, batches)
-    given = variables, reference_variables, batches, 0
-    calls = len(batches.weight)
-    options = capacity.by_work(self.function, *given, calls=calls) if self.once else capacity.long()
+    """Begins to compile in the background; checked arguments."""
+    given, options = (variables, reference_variables, batches, 0), capacity.long()
+    if self.calls is not None:
+      calls = self.calls * len(batches.weight)
+      options = capacity.by_work(self.function, *given, calls=calls)
     self.one = Ahead(jax.jit(self.function, compiler_options=options))
     self.one.compile(*given)
     return self.one
@@ -208,8 +208,8 @@ class _Compiled:
   def __call__(
     self, variables: PyTree, reference_variables: PyTree, batches: Batch
   ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
-    one = self.one or self.compile(variables, reference_variables, batches)
     self.check(variables, reference_variables, batches)
+    one = self.one or self.compile(variables, reference_variables, batches)
     found = [one(variables, reference_variables, batches, i) for i in range(len(batches.weight))]
     # Added on the host, where nothing has to be compiled for it and float64 counts on.
     sums = jax.tree.map(np.float64, jax.device_get([sums for sums, _ in found]))
@@ -239,17 +239,13 @@ def _check_labels(batches: Batch, classes: int | None) -> None:
     )
 
 
-def validator(
-  network: Network, batches: Batch, *, stacked: bool = False, often: bool = True
-) -> Validator:
+def validator(network: Network, batches: Batch, *, stacked: bool = False) -> Validator:
   """What `jaxdistill.train.fit` takes as ``validate``: compiled once, called often.
 
   Args:
     network: the network that is trained.
     batches: the validation split, from `jaxdistill.data.evaluation_batches`.
     stacked: whether several seeds are trained at once.
-    often: whether it is called in every epoch, say; what is called once and computes little is
-      compiled quickly, and runs slower.
 
   Returns:
     ``variables -> {"accuracy", "nll", "ece"}``, see `Validator`.
@@ -257,7 +253,7 @@ def validator(
   if not isinstance(network, Network):
     raise TypeError(f"network must be a Network, got {arguments.show(network)}.")
   _check_batches(batches)
-  return Validator(_compile(predictor(network), None, stacked, once=not often), batches)
+  return Validator(_compile(predictor(network), None, stacked, calls=None), batches)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -267,12 +263,16 @@ class Validator:
   _compiled: _Compiled
   _batches: Batch
 
-  def compile(self, variables: PyTree) -> None:
+  def compile(self, variables: PyTree, *, calls: int | None = None) -> None:
     """Begins to compile in the background, so that the first call need not.
 
     Args:
       variables: what it will be called with, or their shapes, dtypes and shardings.
+      calls: how often it will be called: what computes little in all of them is compiled quickly,
+        and runs slower. None for many times.
     """
+    self._compiled.calls = calls
+    self._compiled.check(variables, None, self._batches)
     self._compiled.compile(variables, None, self._batches)
 
   def __call__(self, variables: PyTree) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxdistill import arguments
+from jaxdistill import arguments, capacity
 
 __all__ = [
   "AXIS",
@@ -241,7 +241,9 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
   if jax.process_count() > 1:
     raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
   mesh = data_parallel() if mesh is None else mesh
-  everywhere, over = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec(AXIS)))
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  # On one device an array that comes out of a program is not said to be split.
+  over = NamedSharding(mesh, PartitionSpec(AXIS)) if mesh.devices.size > 1 else everywhere
   on_cpu = mesh.devices.flat[0].platform == "cpu"
 
   def put_by(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
@@ -263,7 +265,7 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
       whole, part = PartitionSpec(), PartitionSpec(AXIS)
       specs = (part, whole, whole, whole, part)
       run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
-    return jax.jit(run, donate_argnums=0)
+    return jax.jit(run, donate_argnums=0, compiler_options=capacity.long())
 
   return Dispatch(
     devices=1,

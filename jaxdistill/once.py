@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill import fingerprints
 from jaxdistill.cached import looked_up
-from jaxdistill.filling import Filler, Store
+from jaxdistill.filling import Filler
 from jaxdistill.pending import Pending
 from jaxdistill.side_by_side import some_key
 from jaxdistill.sources import Source, to_device
@@ -40,14 +41,16 @@ def used_features(
   """
   key = some_key()
   params, state = jax.eval_shape(lambda key: objective.init(key, student, teacher), key)
+  # Schedules and what has no default are traced as numbers: any will do. On the host, where an
+  # objective may branch on one.
+  dtype = jax.dtypes.canonicalize_dtype(float)
+  given = {
+    name: np.asarray(value if isinstance(value, int | float) else 1.0, dtype)
+    for name, value in objective.hyper.items()
+  }
 
   def apply(teacher: Outputs, rest: PyTree) -> Any:
     params, state, student, batch, key = rest
-    # Schedules and what has no default are traced as numbers: any will do.
-    given = {
-      name: jnp.asarray(value if isinstance(value, int | float) else 1.0, float)
-      for name, value in objective.hyper.items()
-    }
     return objective.apply(params, state, student, teacher, batch, key=key, **given)
 
   traced = jax.make_jaxpr(apply)(teacher, (params, state, student, batch, key)).jaxpr
@@ -99,17 +102,15 @@ def once(
 
   features = sorted({name for learner in learners for name in used(*learner)})
   kept = [theirs.logits, *(theirs.features[name] for name in features)]
-  row = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
-  if first.whole.size * row > memory:
+  each = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
+  if first.whole.size * each > memory:
     return None
   dtype = "float64" if theirs.logits.dtype == jnp.float64 else "float32"
   fill = Filler(teacher, variables, first, dtype, tuple(features), batch_size=256)
-  store = Store(1, fill.layout, fill.size, fill=fill)
 
   @functools.cache
   def arrays() -> dict[str, jax.Array]:
-    store.complete()
-    made: dict[str, jax.Array] = to_device(store.view(0))
+    made: dict[str, jax.Array] = to_device(fill(0, lambda batches: None))
     return made
 
   def pending(name: str, row: jax.ShapeDtypeStruct) -> Pending:

@@ -14,6 +14,9 @@ class Pending(jax.ShapeDtypeStruct):
   """An array's shape and dtype, which is all that tracing and compiling take, and how to get it."""
 
   __slots__ = ["make"]
+  # Shapes that are the same are equal; arrays that are still to come are not.
+  __eq__ = object.__eq__
+  __hash__ = object.__hash__
 
   def __init__(self, shape: Sequence[int], dtype: Any, make: Callable[[], jax.Array]) -> None:
     """An array that is not there yet.

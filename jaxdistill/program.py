@@ -280,7 +280,7 @@ class _Made:
     begin = Ahead(jax.jit(initial, compiler_options=quick()))
     calls = _Calls(self, chunk, teacher_variables, shared, shapes, values, head)
 
-    def compile(count: int, times: int) -> Callable[[], int]:
+    def compile_both(count: int, times: int) -> Callable[[], int]:
       begin.compile(seeds, values, starts, *given)  # at work while the chunk is traced
       return calls.compile(count, times)
 
@@ -296,7 +296,7 @@ class _Made:
       values=values,
       make=lambda values: begin(seeds, values, starts, *ready(given)),
       call=calls.run,
-      compile=compile if can_trace else None,
+      compile=compile_both if can_trace else None,
       trace=calls.trace if can_trace else lambda count: None,
       collect=dispatch.collect,
     )
@@ -318,7 +318,8 @@ class _Calls:
     dispatch = made.dispatch
     self.made = made
     self.jitted: Any = dispatch.compile(chunk)
-    self.given = (teacher_variables, shared)
+    self.given: Any = (teacher_variables, shared)
+    self.abstract = jax.eval_shape(lambda given: given, self.given)
     self.shapes, self.values, self.head = shapes, values, head
     self.compiled: dict[int, Callable[..., Any]] = {}
 
@@ -326,6 +327,7 @@ class _Calls:
   def fixed(self) -> tuple[PyTree, PyTree]:
     """The teacher's variables and the shared arrays, where the program takes them."""
     placed: tuple[PyTree, PyTree] = self.made.dispatch.place(ready(self.given))
+    self.given = None  # what was stacked for this program alone is not kept twice
     return placed
 
   def arguments(self, count: int) -> tuple[Any, ...]:
@@ -338,7 +340,7 @@ class _Calls:
 
     state, values = self.made.dispatch.spread((self.shapes, self.values))
     items = jax.tree.map(longer, self.made.split(self.head))
-    fixed = self.made.dispatch.place(jax.eval_shape(lambda given: given, self.given))
+    fixed = self.made.dispatch.place(self.abstract)
     return (state, *fixed, items, values)
 
   def trace(self, count: int) -> None:

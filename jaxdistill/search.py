@@ -69,7 +69,8 @@ class Search:
     folder: where students are kept; None for memory.
     asked_to_stop: ``step -> whether to save and leave``.
     progress: the bar's label.
-    programs: those that were built, by group and number of points.
+    programs: those that were built, by group and number of points, and the bytes that they need.
+    validators: what measures each group's students.
   """
 
   groups: list[Group]
@@ -139,21 +140,20 @@ class Search:
       some = [i % len(group.indices) for i in range(points)]
       program = self.build(group, stacked_values(group, some, self.seeds), points)
       assert program.compile is not None
+      chunks = math.ceil(len(group.indices) / points)
       # What a chunk ends with is compiled while its own program is traced.
       deployed = functools.partial(deployed_variables, objective=group.objective)
       shapes = jax.eval_shape(deployed, program.shapes)
-      self.validator(g).compile(self.dispatch.spread(shapes))
-      self.programs[g, points] = (
-        program,
-        program.compile(self.length, math.ceil(self.steps / self.length))(),
-      )
+      self.validator(g).compile(self.dispatch.spread(shapes), calls=chunks)
+      finish = program.compile(self.length, chunks * math.ceil(self.steps / self.length))
+      self.programs[g, points] = program, finish()
     return self.programs[g, points]
 
   def validator(self, g: int) -> evaluate.Validator:
     """What measures a group's students."""
     if g not in self.validators:
       network = self.deployed(self.groups[g])
-      self.validators[g] = evaluate.validator(network, self.validation, stacked=True, often=False)
+      self.validators[g] = evaluate.validator(network, self.validation, stacked=True)
     return self.validators[g]
 
   def chunk(
@@ -206,6 +206,8 @@ class Search:
     values = stacked_values(group, filled, self.seeds)
     program = dataclasses.replace(program, values=values)
     kept = None if path is None else Checkpoints(path / "checkpoints", keep_last=1, keep_best=False)
+    # Without checkpoints nothing stops a dispatch short, which would compile one of that length.
+    save = until if kept is None else self.save_every
     try:
       state, at = begin(program, kept)
       if states is not None and at == 0:
@@ -227,7 +229,7 @@ class Search:
           program,
           state,
           at,
-          every=Intervals(until, log=self.length, validate=until, save=self.save_every),
+          every=Intervals(until, log=self.length, validate=until, save=save),
           dispatch=self.dispatch,
           log=log,
           saved=kept,

@@ -58,9 +58,9 @@ def to_device(tree: PyTree) -> PyTree:
     tree: NumPy arrays.
 
   Returns:
-    The same tree, copied.
+    The same tree; on a CPU it may share the arrays' memory.
   """
-  return jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), tree)
+  return jax.tree.map(jax.device_put, tree)
 
 
 @dataclasses.dataclass(frozen=True)

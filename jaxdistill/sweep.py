@@ -139,8 +139,8 @@ def run(
     folder: the sweep's folder: ``table.md``, ``table.csv``, ``chosen.json``, ``sweep.png``, and
       the students' checkpoints.
     config: what else defines the sweep, for ``config.json``.
-    checkpoint_every: steps between checkpoints of the students in training; a tenth of the run, but
-      at least a thousand steps, by default.
+    checkpoint_every: steps between checkpoints of the students in training; about a tenth of the
+      run, but at least a thousand steps, by default.
     progress: the progress bar's label; None for silence.
 
   Returns:
@@ -196,7 +196,7 @@ def run(
     memory=capacity.available(list(mesh.devices.flat)) if memory is None else memory,
     by=by,
     mesh=mesh,
-    save_every=max(1000, steps // 10) if checkpoint_every is None else checkpoint_every,
+    save_every=checkpoint_every,
     progress=progress,
     options={
       "hyper": dict(hyper or {}),
@@ -250,7 +250,7 @@ class _Job:
   memory: int
   by: str | None
   mesh: jax.sharding.Mesh
-  save_every: int
+  save_every: int | None
   progress: str | None
   options: dict[str, Any]
 
@@ -268,6 +268,7 @@ class _Job:
     teacher, variables, sources = self.taught(groups, pairs)
     halving = Halving(rungs=1) if halving is None else halving
     dispatch = mesh_lib.with_students(self.mesh)
+    length = _length(self.steps, halving.until(0, self.steps))
 
     ways = {
       id(group.student): self.by or students_by(group.student, inputs_of(sources[0]))
@@ -298,8 +299,8 @@ class _Job:
       values=[dict(point) for point in points],
       seeds=len(pairs),
       steps=self.steps,
-      length=_length(self.steps, halving.until(0, self.steps)),
-      save_every=self.save_every,
+      length=length,
+      save_every=self.save_every or length * math.ceil(max(1000, self.steps // 10) / length),
       build=build_program,
       deployed=_deployed,
       validation=self.validation,
