@@ -8,14 +8,14 @@ of all V and all seeds are trained side by side, from one cache for each seed.
 
 Command:   python experiments/views.py --out runs/views
 Hardware:  two cores of an AMD EPYC, no accelerator (Python 3.11, jax 0.10.2)
-Time:      189 seconds with other work beside it, 103 of one processor; compilation included
+Time:      45 seconds, compilation included
 Expected:  accuracy rises with V and levels off well before all nine
-Got:       teacher 97.85 % on the 697 test images. Views: distilled and labels alone, %
-             1:  92.94 ± 0.83  90.99 ± 0.88
-             2:  95.12 ± 0.65  94.49 ± 1.71
-             4:  95.58 ± 0.74  95.75 ± 1.29
-             8:  96.07 ± 0.33  96.47 ± 0.74
-             9:  96.27 ± 0.37  96.50 ± 0.74
+Got:       teacher 97.70 % on the 697 test images. Views: distilled and labels alone, %
+             1:  93.14 ± 0.72  90.96 ± 0.89
+             2:  94.92 ± 0.63  94.43 ± 1.62
+             4:  95.55 ± 0.83  95.67 ± 1.21
+             8:  96.44 ± 0.48  96.50 ± 0.74
+             9:  96.47 ± 0.60  96.41 ± 0.71
            mean ± std over five seeds; initialisation, data order and what the views show all varied
 
 Eight views are within the noise of all nine, and one or two are not enough. With shifted images
