@@ -18,9 +18,9 @@ Got:       teacher 97.42 %. MLP: labels alone 95.81 ± 0.60, chosen (temperature
 So on this task the temperature hardly matters beyond 2, and the search says so. The convolutions
 come near their teacher on labels alone, and there is nothing to gain (with --rate 3e-3: 97.22 ±
 0.41 alone, 97.10 ± 0.26 chosen); at the MLP's high rate their results hang on rounding, and with
-other options of the compiler the gain was +1.12 (standard error 1.03), at another point. The rate is that of
-1e-3, 3e-3, 1e-2 and 2e-2 at which the chosen MLP validated best; those runs printed test accuracies
-too, so the numbers above are not blind.
+other options of the compiler the gain was +1.12 (standard error 1.03), at another point. The rate
+is that of 1e-3, 3e-3, 1e-2 and 2e-2 at which the chosen MLP validated best; those runs printed test
+accuracies too, so the numbers above are not blind.
 """
 
 from __future__ import annotations
