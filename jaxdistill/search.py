@@ -251,7 +251,9 @@ class Search:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
     objective = self.groups[g].objective
     numbers = self.validator(g)(deployed_variables(state, objective))
-    finite = _finite_students((state.params, state.model_state))
+    # Weights may be finite and what they compute not; without labels there is nothing to see it by.
+    sane = np.isfinite(numbers["nll"]) | np.isnan(numbers["accuracy"])
+    finite = _finite_students((state.params, state.model_state)) & sane
     bad: list[int | None] = []
     for s, good in enumerate(finite):
       # The log's NaN is JSON's null.

@@ -265,6 +265,15 @@ def test_a_point_that_is_not_finite_is_marked_and_the_others_go_on(parts, plain,
     swept(parts, points[1:2])
 
 
+def test_a_point_whose_weights_are_finite_and_whose_outputs_are_not_is_marked_too(parts):
+  """One step at that rate: weights of 1e30, and logits beyond float32."""
+  points = [POINTS[0], {**POINTS[0], "learning_rate": 1e30}]
+  result = swept(parts, points, metric="nll", steps=1)
+  assert [row.status for row in result.rows] == ["finished", "not finite"]
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.students(1)))
+  assert result.best == 0
+
+
 def test_halving_drops_points_and_the_others_are_trained_as_ever(parts, plain):
   result = swept(
     parts, POINTS, seeds=SEEDS, halving=sweep.Halving(factor=2, rungs=3), devices=jax.devices()[:1]
