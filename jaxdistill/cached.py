@@ -23,7 +23,7 @@ from jaxdistill import arguments, cache_files
 from jaxdistill import fingerprints as prints
 from jaxdistill.filling import Files, Filler, Store
 from jaxdistill.manifest import MANIFEST
-from jaxdistill.sources import Part, Source, to_device
+from jaxdistill.sources import Part, Source
 from jaxdistill.types import Batch, Network, Outputs, Teacher
 
 __all__ = ["DTYPES", "LIMIT", "cached", "compare", "looked_up"]
@@ -185,10 +185,9 @@ def _on_device(source: Source, store: Store) -> Source:
   """All views as arrays of the program; a batch takes its rows out of them."""
   # One array, in which row ``view * N + index`` is one example's.
   arrays = {
-    name: to_device(np.concatenate([store.view(v)[name] for v in range(store.count)]))
-    for name in store.layout
+    name: np.concatenate([store.view(v)[name] for v in range(store.count)]) for name in store.layout
   }
-  return looked_up(source, arrays, store.size, store.count)
+  return looked_up(source, jax.device_put(arrays), store.size, store.count)
 
 
 def looked_up(source: Source, arrays: PyTree, size: int, views: int = 1) -> Source:

@@ -20,6 +20,12 @@ _SHARE = 0.8
 # to 0.02 ns more than `long`, and compiles their sweeps in 0.3 to 0.7 s less.
 _LITTLE = 2**28
 _MUCH = 2**34
+_QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  "xla_cpu_use_fusion_emitters": False,
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def activations(function: Callable[..., Any], *args: Any) -> int:
@@ -133,17 +139,12 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
 
 def quick() -> dict[str, Any] | None:
   """Compiler options for a program that costs more to compile than to run."""
-  return _on_cpu(
-    xla_backend_optimization_level=0,
-    xla_llvm_disable_expensive_passes=True,
-    xla_cpu_use_fusion_emitters=False,
-    xla_cpu_parallel_codegen_split_count=1,
-  )
+  return _on_cpu(_QUICK)
 
 
 def brief() -> dict[str, Any] | None:
   """Compiler options for a program that takes about as long to compile as to run."""
-  return _on_cpu(xla_backend_optimization_level=1, xla_cpu_use_fusion_emitters=False)
+  return _on_cpu({"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False})
 
 
 def long() -> dict[str, Any] | None:
@@ -151,10 +152,10 @@ def long() -> dict[str, Any] | None:
 
   A third less to compile than by default, and as fast.
   """
-  return _on_cpu(xla_backend_optimization_level=1)
+  return _on_cpu({"xla_backend_optimization_level": 1})
 
 
-def _on_cpu(**options: Any) -> dict[str, Any] | None:
+def _on_cpu(options: dict[str, Any]) -> dict[str, Any] | None:
   """The options that this compiler knows."""
   if jax.default_backend() != "cpu":
     return None
@@ -163,13 +164,7 @@ def _on_cpu(**options: Any) -> dict[str, Any] | None:
 
 @functools.cache
 def _known() -> frozenset[str]:
-  """Which of the options there are: they come and go with the compiler's versions."""
-  some = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-    "xla_cpu_parallel_codegen_split_count": 1,
-  }
+  """Which of `_QUICK`, all that are used, there are: they come and go with the versions."""
 
   def accepted(options: dict[str, Any]) -> bool:
     try:
@@ -178,6 +173,6 @@ def _known() -> frozenset[str]:
       return False
     return True
 
-  if accepted(some):
-    return frozenset(some)
-  return frozenset(name for name, value in some.items() if accepted({name: value}))
+  if accepted(_QUICK):
+    return frozenset(_QUICK)
+  return frozenset(name for name, value in _QUICK.items() if accepted({name: value}))

@@ -32,7 +32,6 @@ from jaxdistill.sources import (
   cutter,
   example_shapes,
   on_device,
-  to_device,
   view_count,
   view_numbers,
 )
@@ -150,7 +149,7 @@ def evaluation_batches(
   options = by_work(shown, stored, calls=1)
   return Batch(
     inputs=jax.jit(shown, compiler_options=options)(stored),
-    **to_device(jax.tree.map(batched, rest)),
+    **jax.device_put(jax.tree.map(batched, rest)),
   )
 
 

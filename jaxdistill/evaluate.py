@@ -195,12 +195,14 @@ class _Compiled:
       ) from error
     _check_labels(batches, self.classes[-1] if self.classes else None)
 
-  def compile(self, variables: PyTree, reference_variables: PyTree, batches: Batch) -> Ahead:
+  def compile(
+    self, variables: PyTree, reference_variables: PyTree, batches: Batch, calls: int | None
+  ) -> Ahead:
     """Begins to compile in the background; checked arguments."""
     given, options = (variables, reference_variables, batches, 0), capacity.long()
-    if self.calls is not None:
-      calls = self.calls * len(batches.weight)
-      options = capacity.by_work(self.function, *given, calls=calls)
+    if calls is not None:
+      each = len(batches.weight)
+      options = capacity.by_work(self.function, *given, calls=calls * each)
     self.one = Ahead(jax.jit(self.function, compiler_options=options))
     self.one.compile(*given)
     return self.one
@@ -209,7 +211,7 @@ class _Compiled:
     self, variables: PyTree, reference_variables: PyTree, batches: Batch
   ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
     self.check(variables, reference_variables, batches)
-    one = self.one or self.compile(variables, reference_variables, batches)
+    one = self.one or self.compile(variables, reference_variables, batches, self.calls)
     found = [one(variables, reference_variables, batches, i) for i in range(len(batches.weight))]
     # Added on the host, where nothing has to be compiled for it and float64 counts on.
     sums = jax.tree.map(np.float64, jax.device_get([sums for sums, _ in found]))
@@ -271,9 +273,8 @@ class Validator:
       calls: how often it will be called: what computes little in all of them is compiled quickly,
         and runs slower. None for many times.
     """
-    self._compiled.calls = calls
     self._compiled.check(variables, None, self._batches)
-    self._compiled.compile(variables, None, self._batches)
+    self._compiled.compile(variables, None, self._batches, calls)
 
   def __call__(self, variables: PyTree) -> dict[str, np.ndarray]:
     """The metrics of these variables."""

@@ -58,7 +58,7 @@ class Filler:
     given = variables, source.shared, next(self.items(0))
     _, made, _ = jax.eval_shape(outputs, *given)
     options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
-    self.outputs = _program(outputs, tuple((options or {}).items()))
+    self.outputs = jax.jit(outputs, compiler_options=options)
     self.layout = {
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
     }
@@ -105,7 +105,7 @@ class Filler:
 def _function(
   teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
 ) -> Callable[..., Any]:
-  """What runs the teacher on a batch; sources that differ in their seed alone have the same."""
+  """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
 
   def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
     batch = cut(shared, item)
@@ -118,13 +118,6 @@ def _function(
     return batch.index, kept, problems
 
   return outputs
-
-
-@functools.lru_cache(maxsize=4)
-def _program(
-  outputs: Callable[..., Any], options: tuple[tuple[str, Any], ...]
-) -> Callable[..., Any]:
-  return jax.jit(outputs, compiler_options=dict(options) or None)
 
 
 def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:

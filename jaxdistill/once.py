@@ -17,7 +17,7 @@ from jaxdistill.cached import looked_up
 from jaxdistill.filling import Filler
 from jaxdistill.pending import Pending
 from jaxdistill.side_by_side import some_key
-from jaxdistill.sources import Source, to_device
+from jaxdistill.sources import Source
 from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
 
 __all__ = ["once", "used_features"]
@@ -110,7 +110,7 @@ def once(
 
   @functools.cache
   def arrays() -> dict[str, jax.Array]:
-    made: dict[str, jax.Array] = to_device(fill(0, lambda batches: None))
+    made: dict[str, jax.Array] = jax.device_put(fill(0, lambda batches: None))
     return made
 
   def pending(name: str, row: jax.ShapeDtypeStruct) -> Pending:

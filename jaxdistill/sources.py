@@ -42,25 +42,12 @@ __all__ = [
   "on_device",
   "rows_of",
   "rows_padded",
-  "to_device",
   "view_count",
   "view_numbers",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
 Part = tuple[int, int]
-
-
-def to_device(tree: PyTree) -> PyTree:
-  """Host arrays on the device, in JAX's own dtypes, and nothing is compiled for it.
-
-  Args:
-    tree: NumPy arrays.
-
-  Returns:
-    The same tree; on a CPU it may share the arrays' memory.
-  """
-  return jax.tree.map(jax.device_put, tree)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,10 +235,14 @@ def on_device(
 
   finish = normalizer(normalize)
   return Source(
-    shared={
-      **to_device({"labels": np.where(known > 0, examples.labels, 0), "labelled": known}),
-      "inputs": to_device(examples.inputs),
-    },
+    # Not by jnp.asarray, which compiles a program for each shape.
+    shared=jax.device_put(
+      {
+        "inputs": examples.inputs,
+        "labels": np.where(known > 0, examples.labels, 0),
+        "labelled": known,
+      }
+    ),
     cut=cutter(augmentation, finish),
     read=read,
     size=len(examples),

@@ -300,7 +300,9 @@ class _Job:
       seeds=len(pairs),
       steps=self.steps,
       length=length,
-      save_every=self.save_every or length * math.ceil(max(1000, self.steps // 10) / length),
+      save_every=length * math.ceil(max(1000, self.steps // 10) / length)
+      if self.save_every is None
+      else self.save_every,
       build=build_program,
       deployed=_deployed,
       validation=self.validation,

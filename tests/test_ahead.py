@@ -26,7 +26,6 @@ from jaxdistill import (
 )
 from jaxdistill.mesh import with_jit
 from jaxdistill.program import build
-from jaxdistill.sources import to_device
 from jaxdistill.types import as_objective
 
 
@@ -146,12 +145,16 @@ def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
 
 
 def test_host_arrays_go_to_the_device_without_a_program():
-  host = {"a": np.arange(3), "b": np.ones((2, 5), np.float64)}
+  examples = data.from_arrays(np.ones((3, 5), np.float64), np.arange(3), num_classes=3)
   with compiled() as names:
-    made = to_device(host)
+    made = data.on_device(examples, batch_size=3, data_seed=0).shared
   assert names == []
-  assert {name: leaf.dtype for name, leaf in made.items()} == {"a": jnp.int32, "b": jnp.float32}
-  assert made["a"].tolist() == [0, 1, 2]
+  assert {name: leaf.dtype for name, leaf in made.items()} == {
+    "inputs": jnp.float32,
+    "labels": jnp.int32,
+    "labelled": jnp.float32,
+  }
+  assert made["labels"].tolist() == [0, 1, 2]
 
 
 def test_a_validator_compiled_ahead_compiles_nothing_more():
