@@ -23,7 +23,9 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, mesh, models, program, recipes, report, teachers
+from jaxdistill import data, networks, recipes, teachers, train
+from jaxdistill.networks import models
+from jaxdistill.runs import environment
 from jaxdistill.types import as_objective
 
 PAIR = ("resnet32x4", "resnet8x4")
@@ -60,7 +62,7 @@ def main(options: Options) -> None:
     )
 
   source = source_of(1)
-  teacher, student = (capture.linen(getattr(models, name)(num_classes=100)) for name in PAIR)
+  teacher, student = (networks.linen(getattr(models, name)(num_classes=100)) for name in PAIR)
   variables = jax.jit(teacher.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
   teach = teachers.frozen(teacher)
 
@@ -81,8 +83,8 @@ def main(options: Options) -> None:
   }
   runs, states = {}, {}
   for name, (objective, batches, (given, its)) in sides.items():
-    dispatch = mesh.with_jit(mesh.data_parallel(jax.devices()[:1]))
-    made = program.build(
+    dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
+    made = train.build_program(
       student,
       as_objective(objective),
       batches,
@@ -109,7 +111,7 @@ def main(options: Options) -> None:
     print(f"  {name:<26} {epoch:9.1f} s an epoch of 50,000  {share:6.3f} of plain")
   print(f"  filling a view of {options.examples} (compiled in it): {filling:.1f} s")
   written = {
-    "environment": report.environment(),
+    "environment": environment(),
     "pair": PAIR,
     "batch_size": options.batch_size,
     "rounds": options.rounds,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 
-from jaxdistill import losses, report
+from jaxdistill import losses, runs
 
 LIMIT = 0.1
 
@@ -153,7 +153,7 @@ def main(options: Options) -> None:
     results[name] = {"ours": ours / megabyte, "naive": naive / megabyte, "ratio": ratio}
     print(f"{name:<54}{ours / megabyte:10.2f}{naive / megabyte:11.2f}{ratio:8.4f}")
   options.out.parent.mkdir(parents=True, exist_ok=True)
-  written = {"environment": report.environment(), "limit": LIMIT, "megabytes": results}
+  written = {"environment": runs.environment(), "limit": LIMIT, "megabytes": results}
   options.out.write_text(json.dumps(written, indent=2) + "\n")
   print(f"ratio {worst:.4f}")
   if worst >= LIMIT:

@@ -28,8 +28,8 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, models, recipes, report, step, teachers
-from jaxdistill.state import init_state
+from jaxdistill import data, networks, recipes, runs, teachers, train
+from jaxdistill.train import init_state
 
 LIMIT = 1.05
 
@@ -55,14 +55,14 @@ def pairs():
   digits = data.from_arrays(small, random.integers(0, 10, 990), num_classes=10)
   return {
     "ResNet-20 to ResNet-8 half as wide, 32x32x3, crop and flip": (
-      models.ResNet(depth=20, num_classes=100),
-      models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)),
+      networks.models.ResNet(depth=20, num_classes=100),
+      networks.models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)),
       (cifar, data.CIFAR, data.crop_flip(4)),
       1,  # XLA computes its own convolutions slowly inside a loop on a CPU
     ),
     "ConvNet 32, 64, 64 to 8, 16, 16, 8x8x1, crop": (
-      models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256),
-      models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+      networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256),
+      networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
       (digits, data.DIGITS, data.crop(1)),
       45,
     ),
@@ -72,7 +72,7 @@ def pairs():
 def sides(teacher, student, examples, chunk, options):
   """The three programs, as functions that train one chunk and do not wait for it."""
   held, normalize, augmentation = examples
-  teacher, student = capture.linen(teacher), capture.linen(student)
+  teacher, student = networks.linen(teacher), networks.linen(student)
   common = {"batch_size": options.batch_size, "data_seed": 0, "normalize": normalize}
   here = data.on_device(held, augmentation=augmentation, **common)
   stream = data.streamed(held, augmentation=augmentation, prefetch=options.prefetch, **common)
@@ -80,7 +80,7 @@ def sides(teacher, student, examples, chunk, options):
   batch = jax.jit(here.cut)(here.shared, item)
   optimizer, objective, teach = optax.adam(1e-3), recipes.kd(), teachers.frozen(teacher)
   variables = teacher.init(jax.random.key(1), batch.inputs)
-  take = step.make_step(student, teach, objective, optimizer)
+  take = train.make_step(student, teach, objective, optimizer)
   init = jax.jit(
     lambda key, v: init_state(
       key, student, objective, optimizer, batch, teacher=teach, teacher_variables=v
@@ -159,7 +159,7 @@ def main(options: Options) -> None:
         f"{found['examples_per_second']:>12.0f}{found['over_the_step']:>12.3f}"
       )
   options.out.parent.mkdir(parents=True, exist_ok=True)
-  written = {"environment": report.environment(), "batch_size": options.batch_size}
+  written = {"environment": runs.environment(), "batch_size": options.batch_size}
   written |= {"rounds": options.rounds, "load": os.getloadavg(), "pairs": results}
   options.out.write_text(json.dumps(written, indent=2) + "\n")
   for side in ("through Grain", "on the device"):

@@ -1,7 +1,7 @@
 """The PyTorch side of the benchmarks: the same networks, and distillation as its users write it.
 
 The networks have the shapes, the layers and, but for what their libraries choose themselves, the
-arithmetic of `jaxdistill.models`; `count` lets a benchmark check that the parameters are as many.
+arithmetic of `jaxdistill.networks.models`; `count` lets a benchmark check that the parameters are as many.
 Everything here is plain PyTorch in its defaults: eager, NCHW, the teacher under `torch.no_grad`.
 
 Needs the extra ``peers``: pip install 'jaxdistill[peers]'.
@@ -20,7 +20,7 @@ def count(*modules):
 
 
 def mlp(widths=(16,), inputs=64, num_classes=10):
-  """`jaxdistill.models.MLP`."""
+  """`jaxdistill.networks.models.MLP`."""
   layers = [nn.Flatten()]
   for width in widths:
     layers += [nn.Linear(inputs, width), nn.ReLU()]
@@ -29,7 +29,7 @@ def mlp(widths=(16,), inputs=64, num_classes=10):
 
 
 def convnet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256, size=8, num_classes=10):
-  """`jaxdistill.models.ConvNet`, for square images of one channel."""
+  """`jaxdistill.networks.models.ConvNet`, for square images of one channel."""
   layers, before = [], 1
   for after, stride in zip(channels, strides, strict=True):
     layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.ReLU()]
@@ -39,7 +39,7 @@ def convnet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256, size=8, num_cla
 
 
 class Block(nn.Module):
-  """`jaxdistill.models.resnet.BasicBlock`."""
+  """`jaxdistill.networks.models.resnet.BasicBlock`."""
 
   def __init__(self, before, after, stride):
     super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-  """`jaxdistill.models.ResNet`; gives logits and ``stage3``."""
+  """`jaxdistill.networks.models.ResNet`; gives logits and ``stage3``."""
 
   def __init__(self, depth, num_classes=100, width=(16, 16, 32, 64)):
     super().__init__()
@@ -83,7 +83,7 @@ class ResNet(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """`jaxdistill.models.vit.EncoderBlock`."""
+  """`jaxdistill.networks.models.vit.EncoderBlock`."""
 
   def __init__(self, width, num_heads):
     super().__init__()
@@ -104,7 +104,7 @@ class EncoderBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-  """`jaxdistill.models.VisionTransformer`, mean pooling; gives logits and ``pooled``."""
+  """`jaxdistill.networks.models.VisionTransformer`, mean pooling; gives logits and ``pooled``."""
 
   def __init__(self, width, depth, num_heads, patch_size=4, num_classes=100, size=32):
     super().__init__()

@@ -3,7 +3,7 @@
 The convolutional student of the digits (8, 16, 16 channels, a dense layer of 64; batch 64), its
 convolutions by `jax.lax` or as patches and one matrix product, trained with soft targets from
 logits in memory: under ``vmap`` in one dispatch of many steps or of one, and one after another
-(``unroll``) in dispatches of one step. This is what `jaxdistill.sweep.students_by` goes by.
+(``unroll``) in dispatches of one step. This is what `jaxdistill.search.students_by` goes by.
 
 Command:   python benchmarks/side_by_side.py    (results: benchmarks/results/side_by_side.json)
 """
@@ -21,9 +21,9 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, mesh, models, recipes, report
-from jaxdistill.program import build
+from jaxdistill import data, networks, recipes, runs, train
 from jaxdistill.teachers import cached, frozen
+from jaxdistill.train import build_program
 from jaxdistill.types import as_objective
 
 WAYS = [
@@ -50,11 +50,11 @@ class Options:
 
 def measure(source, conv: str, by: str, scan: bool, students: int, options: Options) -> float:
   """Milliseconds of a step of one of the students."""
-  module = models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64, conv=conv)
+  module = networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64, conv=conv)
   values = {"hyper": {"temperature": jnp.linspace(1.0, 8.0, students)}, "optimizer": {}}
-  dispatch = mesh.with_students(mesh.data_parallel(jax.devices()[:1]))
-  program = build(
-    capture.linen(module, name="student"),
+  dispatch = train.with_students(train.data_parallel(jax.devices()[:1]))
+  program = build_program(
+    networks.linen(module, name="student"),
     as_objective(recipes.kd()),
     [source] * students,
     optax.adam(1e-3),
@@ -79,7 +79,7 @@ def measure(source, conv: str, by: str, scan: bool, students: int, options: Opti
 def main(options: Options) -> None:
   examples = data.load("digits", data.splits("digits")["train"])
   source = data.on_device(examples, batch_size=64, data_seed=0, normalize=data.DIGITS)
-  teacher = capture.linen(models.MLP((32,)), name="teacher")
+  teacher = networks.linen(networks.models.MLP((32,)), name="teacher")
   variables = teacher.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
   source = cached(frozen(teacher), variables, source, progress=None)
   found = {}
@@ -92,7 +92,7 @@ def main(options: Options) -> None:
     conv: min(ms[-1] for name, ms in found.items() if name.startswith(conv))
     for conv in ("lax", "patches")
   }
-  result = {"environment": report.environment(), "students": options.students, "ms": found}
+  result = {"environment": runs.environment(), "students": options.students, "ms": found}
   options.out.parent.mkdir(exist_ok=True)
   options.out.write_text(json.dumps(result, indent=2, default=str) + "\n")
   print(

@@ -27,8 +27,8 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, losses, mesh, models, recipes, report, step, teachers
-from jaxdistill.state import init_state
+from jaxdistill import data, losses, networks, recipes, runs, teachers, train
+from jaxdistill.train import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,19 +47,21 @@ def pairs():
   vit = {"patch_size": 4, "num_classes": 100}
   return {
     "convolutional (ResNet-20 to ResNet-8, half as wide)": (
-      capture.linen(models.ResNet(depth=20, num_classes=100), features=["stage3"]),
-      capture.linen(
-        models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)), features=["stage3"]
+      networks.linen(networks.models.ResNet(depth=20, num_classes=100), features=["stage3"]),
+      networks.linen(
+        networks.models.ResNet(depth=8, num_classes=100, width=(8, 8, 16, 32)), features=["stage3"]
       ),
       "stage3",
       "resnets",
     ),
     "attention (ViT width 128, depth 4 to width 64, depth 2)": (
-      capture.linen(
-        models.VisionTransformer(width=128, depth=4, num_heads=4, **vit), features=["pooled"]
+      networks.linen(
+        networks.models.VisionTransformer(width=128, depth=4, num_heads=4, **vit),
+        features=["pooled"],
       ),
-      capture.linen(
-        models.VisionTransformer(width=64, depth=2, num_heads=2, **vit), features=["pooled"]
+      networks.linen(
+        networks.models.VisionTransformer(width=64, depth=2, num_heads=2, **vit),
+        features=["pooled"],
       ),
       "pooled",
       "transformers",
@@ -103,8 +105,8 @@ def sides(teacher, student, layer, options):
 
   objective = recipes.combine(recipes.kd(), recipes.hint(layer, layer))
   hyper = {"temperature": optax.linear_schedule(4.0, 2.0, 1000)}
-  take = step.make_step(student, teach, objective, optimizer, hyper=hyper)
-  dispatch = mesh.with_jit(mesh.data_parallel(jax.devices()[:1]))
+  take = train.make_step(student, teach, objective, optimizer, hyper=hyper)
+  dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
   ours = dispatch.compile(
     lambda state, v, shared, item: take(state, v, dispatch.constrain(source.cut(shared, item)))
   )
@@ -215,7 +217,7 @@ def main(options: Options) -> None:
     for side, value in results[name].items():
       print(f"  {side:<20} {value:9.3f}" + ("" if "over" in side else " ms"))
   options.out.parent.mkdir(parents=True, exist_ok=True)
-  written = {"environment": report.environment(), "batch_size": options.batch_size}
+  written = {"environment": runs.environment(), "batch_size": options.batch_size}
   written["load"] = os.getloadavg()
   if both:
     written["torch"] = importlib.metadata.version("torch")

@@ -6,7 +6,7 @@ Students: an MLP 64-16-10, and the teacher's shape with 8, 16, 16 channels and a
 three soft weights and five seeds. All sides train the same networks on the same batches for as
 many steps, from one teacher's weights, and measure each student on the validation split at its end.
 
-- sweep: `jaxdistill.sweep.run`;
+- sweep: `jaxdistill.search.sweep`;
 - one after another: `jaxdistill.train.fit` for each, with the teacher in the step;
 - PyTorch: an ordinary loop, the teacher run on every batch;
 - PyTorch, precomputed: the same, with the teacher's outputs computed once before;
@@ -39,7 +39,7 @@ import tyro
 from flax import traverse_util
 from sweep_sides import Task
 
-from jaxdistill import capture, data, models, recipes, report, train
+from jaxdistill import data, networks, recipes, runs, train
 
 TARGETS = {
   ("MLP", 20): {"pytorch": 10, "alone": 5},
@@ -96,7 +96,9 @@ def prepare(options, file):
   )
   steps = options.epochs * source.steps_per_epoch
   orders = [dataclasses.replace(source, data_seed=s).items(0, steps)["index"] for s in range(5)]
-  teacher = capture.linen(models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256))
+  teacher = networks.linen(
+    networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+  )
   fitted = train.fit(
     teacher,
     recipes.labels(),
@@ -178,7 +180,7 @@ def main(options: Options) -> None:
   if importlib.util.find_spec("torch") is None:
     print("PyTorch is not installed: its two sides are left out (pip install 'jaxdistill[peers]').")
     sides = [side for side in sides if side not in ("pytorch", "precomputed")]
-  written = {"environment": report.environment(), **dataclasses.asdict(options), "out": None}
+  written = {"environment": runs.environment(), **dataclasses.asdict(options), "out": None}
   written["load"] = os.getloadavg()
   results, ratios = {}, []
   with tempfile.TemporaryDirectory() as folder:

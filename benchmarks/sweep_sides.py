@@ -55,16 +55,16 @@ def nested(file):
 
 def jax_parts(task):
   """Networks, sources, validation and teacher, for the two sides of this library."""
-  from jaxdistill import capture, data, models
+  from jaxdistill import data, networks
 
   file = np.load(task.file)
   students = {
-    "MLP": lambda: models.MLP(widths=(16,)),
-    "ConvNet": lambda: models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+    "MLP": lambda: networks.models.MLP(widths=(16,)),
+    "ConvNet": lambda: networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
   }
-  student = capture.linen(students[task.network](), name="student")
-  teacher = capture.linen(
-    models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256), name="teacher"
+  student = networks.linen(students[task.network](), name="student")
+  teacher = networks.linen(
+    networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256), name="teacher"
   )
   source = data.on_device(
     data.from_arrays(file["images"], file["labels"], name="digits"),
@@ -88,17 +88,18 @@ def swept(task):
   import jax
   import optax
 
-  from jaxdistill import capture, data, models, recipes, sweep, teachers  # noqa: F401, see gc
+  from jaxdistill import recipes, search, teachers
+  from jaxdistill.networks import _linen, models  # noqa: F401, see gc
 
   # As in experiments/temperature.py: a device for each core, and nothing imported is collected.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   gc.freeze()
   student, teacher, variables, source, validation = jax_parts(task)
   began = time.perf_counter()
-  result = sweep.run(
+  result = search.sweep(
     student,
     recipes.kd(),
-    points=sweep.product(temperature=task.temperatures, soft_weight=task.soft_weights),
+    points=search.product(temperature=task.temperatures, soft_weight=task.soft_weights),
     seeds=task.seeds,
     data=source,
     optimizer=optax.adam(task.rate),
@@ -116,10 +117,10 @@ def alone(task):
   """(b) This library's `train.fit` for one student after another, the teacher in the step."""
   import optax
 
-  from jaxdistill import evaluate, recipes, teachers, train
+  from jaxdistill import evaluation, recipes, teachers, train
 
   student, teacher, variables, source, validation = jax_parts(task)
-  validate = evaluate.validator(student, validation)
+  validate = evaluation.validator(student, validation)
   seconds, accuracies = [], []
   for temperature, soft_weight, seed in task.students():
     began = time.perf_counter()
@@ -150,15 +151,15 @@ def bare(task):
   import jax.numpy as jnp
   import optax
 
-  from jaxdistill import capacity, models
+  from jaxdistill import _compile, networks
 
   began = time.perf_counter()
   file = np.load(task.file)
-  teacher = models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
-  student, optimizer = models.MLP(widths=(16,)), optax.adam(task.rate)
+  teacher = networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+  student, optimizer = networks.models.MLP(widths=(16,)), optax.adam(task.rate)
   images, held_out = (file[n].astype(np.float32) / 16 for n in ("images", "validation_images"))
   labels, wanted = (file[n].astype(np.int32) for n in ("labels", "validation_labels"))
-  known = jax.jit(teacher.apply, compiler_options=capacity.quick())(nested(file), images)
+  known = jax.jit(teacher.apply, compiler_options=_compile.quick())(nested(file), images)
 
   def train(arrays, held_out, wanted, order, temperature, weight):
     def loss(variables, rows):
@@ -181,7 +182,7 @@ def bare(task):
   temperatures, weights, _ = (np.array(values) for values in zip(*task.students(), strict=True))
   over_students = jax.vmap(train, in_axes=(None, None, None, None, 0, 0))
   given = (images, labels, known), held_out, wanted, file["orders"][0].astype(np.int32)
-  compiled = jax.jit(over_students, compiler_options=capacity.brief())
+  compiled = jax.jit(over_students, compiler_options=_compile.brief())
   accuracies = np.asarray(compiled(*given, temperatures, weights))
   return [time.perf_counter() - began], accuracies.tolist()
 

@@ -30,21 +30,8 @@ from typing import Literal
 import jax
 import tyro
 
-from jaxdistill import (
-  capture,
-  compare,
-  data,
-  evaluate,
-  mesh,
-  models,
-  optimizers,
-  projectors,
-  recipes,
-  report,
-  run,
-  teachers,
-  train,
-)
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
+from jaxdistill.networks import models
 
 SCRIPT = "experiments/cifar100.py"
 
@@ -54,7 +41,7 @@ class Config:
   """What defines a run; saved as config.json."""
 
   teacher: str = "resnet56"
-  """A factory of jaxdistill.models."""
+  """A factory of jaxdistill.networks.models."""
   student: str = "resnet20"
   teachers: int = 1
   seeds: int = 5
@@ -110,19 +97,19 @@ class Options:
   """Also write TensorBoard event files."""
 
 
-def networks(config: Config, axis_name: str | None = None):
+def build_networks(config: Config, axis_name: str | None = None):
   def build(name: str):
     there = [n for n in models.__all__ if n.startswith(("resnet", "wrn"))]
     if name not in there:
       raise SystemExit(f"{name!r} is no CIFAR network; there are {', '.join(there)}.")
     module = getattr(models, name)(num_classes=100, axis_name=axis_name)
-    return capture.linen(module, features=[config.hint_layer], name=name)
+    return networks.linen(module, features=[config.hint_layer], name=name)
 
   return build(config.teacher), build(config.student)
 
 
 def ensemble(config: Config):
-  teacher, _ = networks(config)
+  teacher, _ = build_networks(config)
   return teachers.ensemble([teacher] * config.teachers)
 
 
@@ -138,7 +125,7 @@ def split_of(config: Config, name: str, data_dir: str | None) -> str:
 def train_all(config: Config, options: Options) -> None:
   # BatchNorm is given the axis, so that it sees the whole batch under pmap as it does under jit.
   mapped = options.dispatch == "pmap"
-  dispatch = mesh.with_pmap() if mapped else mesh.with_jit()
+  dispatch = train.with_pmap() if mapped else train.with_jit()
   examples = data.load(
     "cifar100", split_of(config, "train", options.data_dir), data_dir=options.data_dir
   )
@@ -149,8 +136,8 @@ def train_all(config: Config, options: Options) -> None:
     )
     validation = data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
 
-  networks(config)  # a wrong name says so before the folder is claimed
-  folder = run.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
+  build_networks(config)  # a wrong name says so before the folder is claimed
+  folder = runs.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
 
   def fit(name, network, plain, objective, seeds, epochs, **teacher):
     source = data.on_device(
@@ -166,11 +153,15 @@ def train_all(config: Config, options: Options) -> None:
       network,
       objective,
       data=sources,
-      optimizer=optimizers.sgd(config.learning_rate, steps=steps, weight_decay=config.weight_decay),
+      optimizer=train.optimizers.sgd(
+        config.learning_rate, steps=steps, weight_decay=config.weight_decay
+      ),
       steps=steps,
       seed=seeds,
       dispatch=dispatch,
-      validate=None if validation is None else evaluate.validator(plain, validation, stacked=True),
+      validate=None
+      if validation is None
+      else evaluation.validator(plain, validation, stacked=True),
       folder=folder / name,
       config={"experiment": f"cifar100/{name}"},
       seeds_by=options.seeds_by,
@@ -180,8 +171,8 @@ def train_all(config: Config, options: Options) -> None:
       **teacher,
     )
 
-  plain_teacher, plain_student = networks(config)
-  teacher, student = networks(config, axis_name=mesh.AXIS if mapped else None)
+  plain_teacher, plain_student = build_networks(config)
+  teacher, student = build_networks(config, axis_name=train.AXIS if mapped else None)
   # Teachers get seeds of their own, so that no student shares its data order with one.
   own = range(100, 100 + config.teachers)
   members = fit("teacher", teacher, plain_teacher, recipes.labels(), own, config.teacher_epochs)
@@ -194,7 +185,9 @@ def train_all(config: Config, options: Options) -> None:
   )
   if config.hint_weight > 0:
     layer = config.hint_layer
-    projector = functools.partial(projectors.between, axis_name=mesh.AXIS if mapped else None)
+    projector = functools.partial(
+      recipes.projectors.between, axis_name=train.AXIS if mapped else None
+    )
     weight = config.hint_weight
     hint = recipes.hint(layer, f"0/{layer}", hint_weight=weight, projector=projector)
     objective = recipes.combine(objective, hint)
@@ -214,12 +207,12 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   split = split_of(config, options.split, options.data_dir)
   examples = data.load("cifar100", split, data_dir=options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=200, normalize=data.CIFAR)
-  _, network = networks(config)
+  _, network = build_networks(config)
   reference = (
-    evaluate.teacher_predictor(ensemble(config)),
+    evaluation.teacher_predictor(ensemble(config)),
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
-  path, result = compare.runs(
+  path, result = reports.compare_students(
     folder,
     network=network,
     reference=reference,
@@ -235,16 +228,16 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     examples=examples,
     seeds=range(config.seeds),
     varied="initialisation and data order",
-    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+    commands=runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  print(f"\n{reports.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     measure(config, options, options.out)

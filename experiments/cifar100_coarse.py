@@ -35,19 +35,8 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import (
-  capture,
-  compare,
-  data,
-  evaluate,
-  models,
-  optimizers,
-  recipes,
-  report,
-  run,
-  teachers,
-  train,
-)
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
+from jaxdistill.networks import models
 
 SCRIPT = "experiments/cifar100_coarse.py"
 
@@ -57,7 +46,7 @@ class Config:
   """What defines a run; saved as config.json."""
 
   teacher: str = "resnet56"
-  """A factory of jaxdistill.models; or "convnet-64-128-256", a ConvNet of these channels."""
+  """A factory of jaxdistill.networks.models; or "convnet-64-128-256", a ConvNet of these channels."""
   student: str = "resnet20"
   seeds: int = 5
   published: bool = False
@@ -116,17 +105,17 @@ class Options:
 def network(name: str, num_classes: int):
   if name.startswith("convnet-"):
     channels = tuple(int(c) for c in name.split("-")[1:])
-    module = models.ConvNet(
+    module = networks.models.ConvNet(
       channels=channels,
       strides=(2,) * len(channels),
       dense=2 * channels[-1],
       num_classes=num_classes,
     )
-    return capture.linen(module, name=name)
+    return networks.linen(module, name=name)
   there = [n for n in models.__all__ if n.startswith(("resnet", "wrn"))]
   if name not in there:
     raise SystemExit(f"{name!r} is no network; there are convnet-8-16-32, {', '.join(there)}.")
-  return capture.linen(getattr(models, name)(num_classes=num_classes), name=name)
+  return networks.linen(getattr(models, name)(num_classes=num_classes), name=name)
 
 
 def load(config: Config, split: str, data_dir: str | None) -> tuple[data.Examples, data.Examples]:
@@ -178,8 +167,8 @@ def train_all(config: Config, options: Options) -> None:
   fewer = dataclasses.replace(
     coarse, inputs=coarse.inputs[:seen], labels=coarse.labels[:seen], ids=coarse.ids[:seen]
   )
-  folder = run.claim(options.out, {"experiment": "cifar100-coarse", **dataclasses.asdict(config)})
-  run.write_json(folder / "coarse_of_fine.json", groups)
+  folder = runs.claim(options.out, {"experiment": "cifar100-coarse", **dataclasses.asdict(config)})
+  runs.write_json(folder / "coarse_of_fine.json", groups)
 
   def fit(name, model, examples, seeds, validation, objective, **teacher):
     own = "teacher_" if name == "teacher" else ""
@@ -194,10 +183,10 @@ def train_all(config: Config, options: Options) -> None:
     steps = epochs * source.steps_per_epoch
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     if config.optimizer == "sgd":
-      optimizer = optimizers.sgd(rate, steps=steps)
+      optimizer = train.optimizers.sgd(rate, steps=steps)
     validate = None
     if validation is not None:
-      validate = evaluate.validator(model, batches_of(validation), stacked=True)
+      validate = evaluation.validator(model, batches_of(validation), stacked=True)
     return train.fit(
       model,
       objective,
@@ -244,9 +233,9 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   groups = json.loads((folder / "coarse_of_fine.json").read_text())
   teacher = teachers.grouped(network(config.teacher, 100), groups)
   taught = teachers.unstack(teachers.restore(folder / "teacher"))[0]
-  reference = (evaluate.teacher_predictor(teacher), taught)
+  reference = (evaluation.teacher_predictor(teacher), taught)
   length = f"{config.epochs} epochs of {config.fraction} % of the training split"
-  path, result = compare.runs(
+  path, result = reports.compare_students(
     folder,
     network=network(config.student, 20),
     reference=reference,
@@ -262,16 +251,16 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     examples=coarse,
     seeds=range(config.seeds),
     varied="initialisation and data order",
-    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+    commands=runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  print(f"\n{reports.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     measure(config, options, options.out)

@@ -2,7 +2,7 @@
 
 Convolutional (digits) or residual (CIFAR-100) networks of several widths and depths are measured
 and counted; those over the budget are dropped before any training, the others trained by successive
-halving over temperature and weights (`jaxdistill.compress`). Where the best one stays far behind
+halving over temperature and weights (`jaxdistill.search`). Where the best one stays far behind
 the teacher, a network over the budget is tried as a teaching assistant (Mirzadeh et al.,
 "Improved Knowledge Distillation via Teacher Assistant", 2020). Choices are made on validation.
 
@@ -45,22 +45,16 @@ import optax
 import tyro
 
 from jaxdistill import (
-  budget,
-  capture,
-  compare,
-  compress,
   data,
-  evaluate,
+  evaluation,
   export,
-  models,
-  optimizers,
+  networks,
   recipes,
-  report,
-  run,
-  sweep,
+  reports,
+  runs,
+  search,
   teachers,
   train,
-  views,
 )
 
 SCRIPT = "experiments/compress.py"
@@ -131,7 +125,7 @@ class Options:
   """Export the chosen student, each file checked in a process of its own."""
 
 
-def within(config: Config) -> budget.Budget:
+def within(config: Config) -> search.Budget:
   """The budget: what was given, or the data set's own."""
   limits = {
     "latency_ms": config.max_latency_ms,
@@ -141,37 +135,37 @@ def within(config: Config) -> budget.Budget:
   }
   if all(limit is None for limit in limits.values()):
     limits |= {"latency_ms": 0.75} if config.dataset == "digits" else {"bytes": 400_000}
-  return budget.Budget(batch_size=config.at_batch, **limits)
+  return search.Budget(batch_size=config.at_batch, **limits)
 
 
-def networks(config: Config):
+def build_networks(config: Config):
   """The teacher, and the candidates by name."""
   if config.dataset == "digits":
-    teacher = models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+    teacher = networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
 
     def build(width: int, depth: int):
-      return models.ConvNet((width,) * depth, (1, 2, 1)[:depth], dense=4 * width)
+      return networks.models.ConvNet((width,) * depth, (1, 2, 1)[:depth], dense=4 * width)
 
-    candidates = compress.family(build, width=[4, 8, 16, 32], depth=[2, 3])
+    candidates = search.family(build, width=[4, 8, 16, 32], depth=[2, 3])
   else:
-    teacher = models.resnet8x4() if config.fraction < 100 else models.resnet56()
+    teacher = networks.models.resnet8x4() if config.fraction < 100 else networks.models.resnet56()
 
     def build(depth: int, width: int):
-      return models.ResNet(depth, 100, width=(width, width, 2 * width, 4 * width))
+      return networks.models.ResNet(depth, 100, width=(width, width, 2 * width, 4 * width))
 
     depths = [8] if config.fraction < 100 else [8, 14, 20]
-    candidates = compress.family(build, depth=depths, width=[4, 8, 16])
-  return capture.linen(teacher, name="teacher"), candidates
+    candidates = search.family(build, depth=depths, width=[4, 8, 16])
+  return networks.linen(teacher, name="teacher"), candidates
 
 
 def optimizer(config: Config, steps: int):
   if config.dataset == "digits":
     return optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-  return optimizers.sgd(0.05, steps=steps, weight_decay=5e-4)
+  return train.optimizers.sgd(0.05, steps=steps, weight_decay=5e-4)
 
 
 def normalize(config: Config):
-  return data.DIGITS if config.dataset == "digits" else views.normalizer(data.CIFAR)
+  return data.DIGITS if config.dataset == "digits" else data.normalizer(data.CIFAR)
 
 
 def load(config: Config, split: str, data_dir: str | None):
@@ -201,8 +195,8 @@ def train_all(config: Config, options: Options) -> None:
     source = shown(taught)
   held_out = load(config, "validation", options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=256, normalize=normalize(config))
-  teacher, candidates = networks(config)
-  costs = compress.affordable(candidates, within(config), source)  # before any training
+  teacher, candidates = build_networks(config)
+  costs = search.affordable(candidates, within(config), source)  # before any training
   steps = config.teacher_epochs * source.steps_per_epoch
   learned = train.fit(
     teacher,
@@ -211,15 +205,15 @@ def train_all(config: Config, options: Options) -> None:
     optimizer=optimizer(config, steps),
     steps=steps,
     seed=100,
-    validate=evaluate.validator(teacher, validation),
+    validate=evaluation.validator(teacher, validation),
     validate_every=5 * source.steps_per_epoch,
     folder=options.out / "teacher",
     scan=config.dataset == "digits" or jax.default_backend() != "cpu",
     progress="teacher",
   )
   steps = config.epochs * source.steps_per_epoch
-  points = sweep.product(soft_weight=config.soft_weights, temperature=config.temperatures)
-  found = compress.run(
+  points = search.product(soft_weight=config.soft_weights, temperature=config.temperatures)
+  found = search.compress(
     candidates,
     within=within(config),
     teacher=teachers.frozen(teacher),
@@ -232,7 +226,7 @@ def train_all(config: Config, options: Options) -> None:
     points=[{**point, "hard_weight": round(1 - point["soft_weight"], 6)} for point in points],
     seeds=range(config.search_seeds),
     final_seeds=range(config.seeds),
-    halving=sweep.Halving(3, config.rungs),
+    halving=search.Halving(3, config.rungs),
     gap=config.gap,
     metric=config.metric,
     costs=costs,
@@ -244,13 +238,13 @@ def train_all(config: Config, options: Options) -> None:
 
 
 def export_all(config: Config, options: Options) -> None:
-  _, candidates = networks(config)
-  told = compress.told(options.out)
+  _, candidates = build_networks(config)
+  told = search.read_choice(options.out)
   kinds = ["stablehlo", "safetensors"]
   for kind, needs in {"onnx": "jax2onnx", "int8_weights": "qwix"}.items():
     if importlib.util.find_spec(needs):  # pip install '.[export]'
       kinds.append(kind)
-  found = export.run(
+  found = export.export(
     options.out,
     load(config, "test", options.data_dir),  # what was chosen on tells less
     kinds=kinds,
@@ -267,13 +261,13 @@ def export_all(config: Config, options: Options) -> None:
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   examples = load(config, options.split, options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=256, normalize=normalize(config))
-  teacher, candidates = networks(config)
-  chosen = compress.told(folder)["chosen"]
-  path, result = compare.runs(
+  teacher, candidates = build_networks(config)
+  chosen = search.read_choice(folder)["chosen"]
+  path, result = reports.compare_students(
     folder,
     network=candidates[chosen],
     reference=(
-      evaluate.teacher_predictor(teachers.frozen(teacher)),
+      evaluation.teacher_predictor(teachers.frozen(teacher)),
       teachers.restore(folder / "teacher"),
     ),
     batches=batches,
@@ -287,16 +281,16 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     examples=examples,
     seeds=range(config.seeds),
     varied="initialisation and data order",
-    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+    commands=runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  print(f"\n{reports.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     if options.export:

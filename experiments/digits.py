@@ -31,19 +31,7 @@ import jax
 import optax
 import tyro
 
-from jaxdistill import (
-  capture,
-  compare,
-  data,
-  evaluate,
-  mesh,
-  models,
-  recipes,
-  report,
-  run,
-  teachers,
-  train,
-)
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 
 SCRIPT = "experiments/digits.py"
 
@@ -91,33 +79,33 @@ class Options:
   """Also write TensorBoard event files."""
 
 
-def networks(config: Config):
+def build_networks(config: Config):
   def build(channels: tuple[int, ...], dense: int):
     strides = (1, 2, *[1] * (len(channels) - 2))
-    return models.ConvNet(channels=channels, strides=strides, dense=dense)
+    return networks.models.ConvNet(channels=channels, strides=strides, dense=dense)
 
   teacher = build(config.teacher_channels, config.teacher_dense)
   student = build(config.student_channels, config.student_dense)
   return (
-    capture.linen(teacher, features=["hidden"], name="teacher"),
-    capture.linen(student, features=["hidden"], name="student"),
+    networks.linen(teacher, features=["hidden"], name="teacher"),
+    networks.linen(student, features=["hidden"], name="student"),
   )
 
 
 def ensemble(config: Config):
-  network, _ = networks(config)
+  network, _ = build_networks(config)
   return teachers.ensemble([network] * config.teachers, rule=config.rule)
 
 
 def train_all(config: Config, options: Options) -> None:
-  dispatch = mesh.with_jit() if options.dispatch == "jit" else mesh.with_pmap()
+  dispatch = train.with_jit() if options.dispatch == "jit" else train.with_pmap()
   names = data.splits("digits")
   examples = data.load("digits", names["train"], data_dir=options.data_dir)
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
 
-  networks(config)  # a wrong name says so before the folder is claimed
-  folder = run.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
+  build_networks(config)  # a wrong name says so before the folder is claimed
+  folder = runs.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
 
   def fit(name, network, objective, seeds, epochs, rate, shift=0, **teacher):
     source = data.on_device(
@@ -138,7 +126,7 @@ def train_all(config: Config, options: Options) -> None:
       steps=steps,
       seed=seeds,
       dispatch=dispatch,
-      validate=evaluate.validator(network, validation, stacked=True),
+      validate=evaluation.validator(network, validation, stacked=True),
       validate_every=10 * source.steps_per_epoch,
       folder=folder / name,
       config={"experiment": f"digits/{name}"},
@@ -147,7 +135,7 @@ def train_all(config: Config, options: Options) -> None:
       **teacher,
     )
 
-  teacher, student = networks(config)
+  teacher, student = build_networks(config)
   # Teachers get seeds of their own, so that no student shares its data order with one.
   members = fit(
     "teacher",
@@ -183,13 +171,13 @@ def train_all(config: Config, options: Options) -> None:
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
-  _, network = networks(config)
+  _, network = build_networks(config)
   reference = (
-    evaluate.teacher_predictor(ensemble(config)),
+    evaluation.teacher_predictor(ensemble(config)),
     teachers.unstack(teachers.restore(folder / "teacher")),
   )
   student = f"ConvNet {config.student_channels}"
-  path, result = compare.runs(
+  path, result = reports.compare_students(
     folder,
     network=network,
     reference=reference,
@@ -205,16 +193,16 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     metadata={"mean ink (0 to 16)": examples.inputs.mean(axis=(1, 2, 3))},
     seeds=range(config.first_seed, config.first_seed + config.seeds),
     varied="initialisation and data order",
-    commands=run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+    commands=runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
   )
-  print(f"\n{report.table(result)}\n\n{result['verdict']}\nReport: {path}")
+  print(f"\n{reports.table(result)}\n\n{result['verdict']}\nReport: {path}")
   return path
 
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     measure(config, options, options.out)

@@ -40,7 +40,7 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, evaluate, metrics, models, recipes, run, teachers, train
+from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train
 
 SCRIPT = "experiments/few_labels.py"
 
@@ -83,10 +83,10 @@ class Options:
   """Where TFDS keeps its data sets; its own default when left out."""
 
 
-def networks(config: Config):
+def build_networks(config: Config):
   def build(channels: tuple[int, ...], dense: int, name: str):
     strides = (1, 2, *[1] * (len(channels) - 2))
-    return capture.linen(models.ConvNet(channels, strides, dense), name=name)
+    return networks.linen(networks.models.ConvNet(channels, strides, dense), name=name)
 
   return (
     build(config.teacher_channels, config.teacher_dense, "teacher"),
@@ -114,8 +114,8 @@ def train_all(config: Config, options: Options) -> None:
   examples = data.load("digits", data.splits("digits")["train"], data_dir=options.data_dir)
   held_out = data.load("digits", data.splits("digits")["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
-  teacher, student = networks(config)
-  folder = run.claim(options.out, {"experiment": "few-labels", **dataclasses.asdict(config)})
+  teacher, student = build_networks(config)
+  folder = runs.claim(options.out, {"experiment": "few-labels", **dataclasses.asdict(config)})
 
   def source_of(seed: int, shift: int = 0, labelled: Any = None) -> data.Source:
     return data.on_device(
@@ -136,7 +136,7 @@ def train_all(config: Config, options: Options) -> None:
       optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
       steps=steps,
       seed=seeds,
-      validate=evaluate.validator(network, validation, stacked=True),
+      validate=evaluation.validator(network, validation, stacked=True),
       validate_every=10 * sources[0].steps_per_epoch,
       folder=folder / name,
       progress=name,
@@ -202,11 +202,11 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
   trained_on = len(data.load("digits", data.splits("digits")["train"], data_dir=options.data_dir))
   batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
-  teacher, student = networks(config)
+  teacher, student = build_networks(config)
 
   def accuracy(network, name: str) -> np.ndarray:
-    found = evaluate.evaluate(
-      evaluate.predictor(network), teachers.restore(folder / name), batches, stacked=True
+    found = evaluation.evaluate(
+      evaluation.predictor(network), teachers.restore(folder / name), batches, stacked=True
     )
     return 100 * np.asarray(found["accuracy"], np.float64)
 
@@ -220,10 +220,10 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     row = {"share": share, "labels": round(share * trained_on)}
     row |= {"alone_mean": None, "alone_std": None, "gain": None, "gain_error": None}
     if before is not None:
-      row["alone_mean"], row["alone_std"] = metrics.mean_std(before)
-      gain = metrics.difference(after, before)
+      row["alone_mean"], row["alone_std"] = evaluation.metrics.mean_std(before)
+      gain = evaluation.metrics.difference(after, before)
       row |= {"gain": gain["mean"], "gain_error": gain["standard_error"]}
-    row["distilled_mean"], row["distilled_std"] = metrics.mean_std(after)
+    row["distilled_mean"], row["distilled_std"] = evaluation.metrics.mean_std(after)
     rows.append(row | {"teacher": taught})
   return write(config, options, folder, rows, len(examples))
 
@@ -293,7 +293,7 @@ def write(
     writer.writeheader()
     writer.writerows(rows)
   picture(rows, options.split, config.seeds).savefig(folder / f"{name}.png")
-  commands = run.commands(SCRIPT, config, folder, options.split, options.data_dir)
+  commands = runs.commands(SCRIPT, config, folder, options.split, options.data_dir)
   lines = [
     f"# Few labels on digits, {options.split} split",
     "",
@@ -319,7 +319,7 @@ def write(
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     measure(config, options, options.out)

@@ -43,22 +43,8 @@ import jax
 import numpy as np
 import tyro
 
-from jaxdistill import (
-  capture,
-  cost,
-  data,
-  evaluate,
-  metrics,
-  models,
-  optimizers,
-  pictures,
-  recipes,
-  run,
-  selection,
-  sweep,
-  teachers,
-  train,
-)
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, search, teachers, train
+from jaxdistill.search import _choice
 
 SCRIPT = "experiments/methods.py"
 FEATURES = ("stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact")), "pooled")
@@ -202,7 +188,7 @@ class Trained:
 
   point: Mapping[str, float]
   factor: float | None
-  validated: sweep.Row
+  validated: search.Row
   network: Any
   variables: Any
 
@@ -230,14 +216,14 @@ class Bench:
     self.teacher = self.network(config.teacher_depth, config.teacher_width, "teacher")
     self.student = self.network(config.student_depth, config.student_width, "student")
     settings = {"experiment": "methods", **dataclasses.asdict(config)}
-    self.folder = run.claim(options.out, settings)
+    self.folder = runs.claim(options.out, settings)
 
   def network(self, depth: int, width: tuple[int, ...], name: str) -> Any:
     """A ResNet, as matrix products on a CPU, which are fast for many students at once."""
     classes = 10 if self.config.dataset == "digits" else 100
     conv = "patches" if jax.default_backend() == "cpu" else "lax"
-    return capture.linen(
-      models.ResNet(depth, classes, width=width, conv=conv), features=FEATURES, name=name
+    return networks.linen(
+      networks.models.ResNet(depth, classes, width=width, conv=conv), features=FEATURES, name=name
     )
 
   def source(self, augmentation: Any, data_seed: int = 0) -> data.Source:
@@ -257,7 +243,7 @@ class Bench:
   def optimizer(self, steps: int, rate: float | None = None) -> Any:
     """The same for all."""
     rate = self.config.rate if rate is None else rate
-    return optimizers.sgd(rate, steps=steps, weight_decay=self.config.weight_decay)
+    return train.optimizers.sgd(rate, steps=steps, weight_decay=self.config.weight_decay)
 
   def fit(self, name: str, network: Any, objective: Any, epochs: int, **rest: Any) -> train.Fitted:
     """A single run: the teacher, and a stage of which all students take the result."""
@@ -275,9 +261,11 @@ class Bench:
       **rest,
     )
 
-  def sweep(self, name: str, objective: Any, points: Any, epochs: int, **rest: Any) -> sweep.Result:
+  def sweep(
+    self, name: str, objective: Any, points: Any, epochs: int, **rest: Any
+  ) -> search.Result:
     """The students of some points, each from all seeds."""
-    return sweep.run(
+    return search.sweep(
       self.student,
       objective,
       points=points,
@@ -330,7 +318,7 @@ def after_a_stage(
       devices=jax.devices()[:1],
     )
     made.append(dataclasses.replace(trained(config, second), factor=factor, point=points[i]))
-  best, ties = selection.best_of([one.validated for one in made], "accuracy")
+  best, ties = _choice.best_of([one.validated for one in made], "accuracy")
   return made[0 if 0 in ties else best]
 
 
@@ -340,7 +328,7 @@ def scaled(objective: Any, weights: tuple[str, ...], factors: tuple[float, ...])
   return [{name: factor * published[name] for name in weights} for factor in factors]
 
 
-def trained(config: Config, found: sweep.Result) -> Trained:
+def trained(config: Config, found: search.Result) -> Trained:
   """The students of the first factor, or of the one that is clearly better."""
   index = 0 if 0 in found.ties else found.best
   row = found.rows[index]
@@ -350,9 +338,9 @@ def trained(config: Config, found: sweep.Result) -> Trained:
 
 def measure(bench: Bench, row: Trained, taught: dict[str, Any], name: str) -> dict[str, Any]:
   """A row of the table, but for its gain."""
-  reference = (evaluate.teacher_predictor(taught["teacher"]), taught["teacher_variables"])
-  found = evaluate.evaluate(
-    evaluate.predictor(row.network),
+  reference = (evaluation.teacher_predictor(taught["teacher"]), taught["teacher_variables"])
+  found = evaluation.evaluate(
+    evaluation.predictor(row.network),
     row.variables,
     bench.measured,
     reference=reference,
@@ -362,13 +350,13 @@ def measure(bench: Bench, row: Trained, taught: dict[str, Any], name: str) -> di
     "method": name,
     "factor": row.factor,
     "weights": " ".join(f"{n}={value:g}" for n, value in row.point.items()),
-    "parameters": cost.parameters(teachers.unstack(row.variables)[0]),
+    "parameters": evaluation.cost.parameters(teachers.unstack(row.variables)[0]),
   }
   measured = {"validation": row.validated.metrics["accuracy"]} | {
     n: found[n] for n in ("accuracy", "agreement")
   }
   for label, values in measured.items():
-    mean, std = metrics.mean_std(100 * np.asarray(values, np.float64))
+    mean, std = evaluation.metrics.mean_std(100 * np.asarray(values, np.float64))
     line |= {f"{label}_mean": mean, f"{label}_std": std}
   return line | {"seeds": (100 * np.asarray(found["accuracy"], np.float64)).tolist()}
 
@@ -407,7 +395,7 @@ def write(
   baseline, *others = rows
   line = (baseline["accuracy_mean"], baseline["accuracy_std"])
   shown = {row["method"]: (row["accuracy_mean"], row["accuracy_std"]) for row in others or rows}
-  pictures.intervals(
+  reports.figures.intervals(
     folder / f"{name}.png",
     shown,
     xlabel=f"accuracy on the {options.split} split, %",
@@ -415,7 +403,7 @@ def write(
     lines={"labels alone": line, "teacher": teacher},
   )
   made = table(rows, teacher, parameters)
-  command = run.command(SCRIPT, config, out=folder, split=options.split, data_dir=options.data_dir)
+  command = runs.command(SCRIPT, config, out=folder, split=options.split, data_dir=options.data_dir)
   factors = ", ".join(f"{factor:g}" for factor in config.factors)
   lines = [
     f"# All recipes on {config.dataset}, {options.split} split",
@@ -467,17 +455,22 @@ def compare(config: Config, options: Options) -> pathlib.Path:
     augmentation=bench.shifted,
   )
   taught = {"teacher": teachers.frozen(bench.teacher), "teacher_variables": learned.variables}
-  quality = evaluate.evaluate(evaluate.predictor(bench.teacher), learned.variables, bench.measured)
+  quality = evaluation.evaluate(
+    evaluation.predictor(bench.teacher), learned.variables, bench.measured
+  )
   alone = trained(config, bench.sweep("labels", recipes.labels(), [{}], config.epochs))
   baseline = measure(bench, alone, taught, "labels alone") | {"gain": None, "gain_error": None}
   rows = []
   for name in options.methods or METHODS:
     row = measure(bench, students(bench, name, METHODS[name], taught), taught, name)
-    gain = metrics.difference(row["seeds"], baseline["seeds"])
+    gain = evaluation.metrics.difference(row["seeds"], baseline["seeds"])
     rows.append(row | {"gain": gain["mean"], "gain_error": gain["standard_error"]})
     print(f"{name}: {row['accuracy_mean']:.2f} %, {gain['mean']:+.2f} over labels alone")
   rows.sort(key=lambda row: -row["accuracy_mean"])
-  teacher, parameters = 100 * float(quality["accuracy"]), cost.parameters(learned.variables)
+  teacher, parameters = (
+    100 * float(quality["accuracy"]),
+    evaluation.cost.parameters(learned.variables),
+  )
   return write(bench, options, [baseline, *rows], teacher, parameters)
 
 

@@ -2,7 +2,7 @@
 
 Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, advise to try
 temperatures from 1 to 20; here they are tried, with three weights and five seeds each, as one
-compiled program (`jaxdistill.sweep`). The choice is made on the validation images; the test images
+compiled program (`jaxdistill.search`). The choice is made on the validation images; the test images
 are read once, for the chosen point and for the same student on labels alone.
 
 Command:   python experiments/temperature.py --out runs/temperature
@@ -39,7 +39,7 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import capture, data, evaluate, models, recipes, run, sweep, teachers, train
+from jaxdistill import data, evaluation, networks, recipes, runs, search, teachers, train
 
 SCRIPT = "experiments/temperature.py"
 
@@ -72,21 +72,21 @@ class Options:
   """Where TFDS keeps its data sets; its own default when left out."""
 
 
-def networks(config: Config):
-  teacher = models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
+def build_networks(config: Config):
+  teacher = networks.models.ConvNet(channels=(32, 64, 64), strides=(1, 2, 1), dense=256)
   students = {
-    "mlp": models.MLP(widths=(16,)),
-    "convolutions": models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
+    "mlp": networks.models.MLP(widths=(16,)),
+    "convolutions": networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64),
   }
   return (
-    capture.linen(teacher, name="teacher"),
-    capture.linen(students[config.student], name=config.student),
+    networks.linen(teacher, name="teacher"),
+    networks.linen(students[config.student], name=config.student),
   )
 
 
 def points(config: Config) -> list[dict[str, float]]:
   """Temperatures and weights, of which soft and hard add up to 1."""
-  made = sweep.product(soft_weight=config.soft_weights, temperature=config.temperatures)
+  made = search.product(soft_weight=config.soft_weights, temperature=config.temperatures)
   return [{**point, "hard_weight": round(1 - point["soft_weight"], 6)} for point in made]
 
 
@@ -104,8 +104,8 @@ def main(config: Config, options: Options) -> None:
     data.evaluation_batches(splits[name], batch_size=256, normalize=data.DIGITS)
     for name in ("validation", "test")
   )
-  teacher, student = networks(config)
-  folder = run.claim(options.out, {"experiment": "temperature", **dataclasses.asdict(config)})
+  teacher, student = build_networks(config)
+  folder = runs.claim(options.out, {"experiment": "temperature", **dataclasses.asdict(config)})
 
   learned = train.fit(
     teacher,
@@ -117,11 +117,11 @@ def main(config: Config, options: Options) -> None:
     folder=folder / "teacher",
     progress="teacher",
   )
-  quality = evaluate.evaluate(evaluate.predictor(teacher), learned.variables, test)
+  quality = evaluation.evaluate(evaluation.predictor(teacher), learned.variables, test)
   seeds = range(config.first_seed, config.first_seed + config.seeds)
 
-  def swept(name: str, objective, over: Sequence[dict[str, float]], **taught) -> sweep.Result:
-    return sweep.run(
+  def swept(name: str, objective, over: Sequence[dict[str, float]], **taught) -> search.Result:
+    return search.sweep(
       student,
       objective,
       points=over,
@@ -156,7 +156,7 @@ def _percent(values: np.ndarray) -> str:
   return f"{100 * np.mean(values):.2f}{std} %"
 
 
-def _gain(result: sweep.Result, baseline: sweep.Result) -> str:
+def _gain(result: search.Result, baseline: search.Result) -> str:
   """The chosen students against those on labels alone, seed by seed."""
   gain = 100 * (result.test["accuracy"] - baseline.test["accuracy"])
   error = (

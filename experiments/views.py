@@ -37,18 +37,7 @@ import numpy as np
 import optax
 import tyro
 
-from jaxdistill import (
-  capture,
-  data,
-  evaluate,
-  metrics,
-  models,
-  pictures,
-  recipes,
-  run,
-  teachers,
-  train,
-)
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 
 SCRIPT = "experiments/views.py"
 
@@ -90,10 +79,10 @@ class Options:
   """Where TFDS keeps its data sets; its own default when left out."""
 
 
-def networks(config: Config):
+def build_networks(config: Config):
   def build(channels: tuple[int, ...], dense: int, name: str):
     strides = (1, 2, *[1] * (len(channels) - 2))
-    return capture.linen(models.ConvNet(channels, strides, dense), name=name)
+    return networks.linen(networks.models.ConvNet(channels, strides, dense), name=name)
 
   return (
     build(config.teacher_channels, config.teacher_dense, "teacher"),
@@ -116,8 +105,8 @@ def train_all(config: Config, options: Options) -> None:
   examples = data.load("digits", names["train"], data_dir=options.data_dir)
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
-  teacher, student = networks(config)
-  folder = run.claim(options.out, {"experiment": "views", **dataclasses.asdict(config)})
+  teacher, student = build_networks(config)
+  folder = runs.claim(options.out, {"experiment": "views", **dataclasses.asdict(config)})
 
   def source_of(views: int | None) -> data.Source:
     return data.on_device(
@@ -140,7 +129,7 @@ def train_all(config: Config, options: Options) -> None:
       optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
       steps=steps,
       seed=seeds,
-      validate=evaluate.validator(network, validation, stacked=True),
+      validate=evaluation.validator(network, validation, stacked=True),
       validate_every=10 * unbounded.steps_per_epoch,
       folder=folder / name,
       config={"experiment": f"views/{name}", "views": list(config.views)},
@@ -182,11 +171,11 @@ def train_all(config: Config, options: Options) -> None:
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
-  teacher, student = networks(config)
+  teacher, student = build_networks(config)
 
   def accuracy(network, name: str) -> np.ndarray:
     variables = teachers.restore(folder / name)
-    found = evaluate.evaluate(evaluate.predictor(network), variables, batches, stacked=True)
+    found = evaluation.evaluate(evaluation.predictor(network), variables, batches, stacked=True)
     return 100 * np.asarray(found["accuracy"], np.float64)
 
   taught = float(accuracy(teacher, "teacher")[0])
@@ -196,10 +185,10 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   rows = []
   for views, before, after in zip(config.views, alone, distilled, strict=True):
     row: dict[str, Any] = {"views": views}
-    row["distilled_mean"], row["distilled_std"] = metrics.mean_std(after)
-    row["labels_mean"], row["labels_std"] = metrics.mean_std(before)
+    row["distilled_mean"], row["distilled_std"] = evaluation.metrics.mean_std(after)
+    row["labels_mean"], row["labels_std"] = evaluation.metrics.mean_std(before)
     # Of the same seeds with the most views.
-    missing = metrics.difference(after, distilled[-1])
+    missing = evaluation.metrics.difference(after, distilled[-1])
     row |= {"to_last": missing["mean"], "to_last_error": missing["standard_error"]}
     rows.append(row | {"teacher": taught})
   return write(config, options, folder, rows, len(examples))
@@ -242,7 +231,7 @@ def write(
     )
 
   choices = (2 * config.shift + 1) ** 2
-  pictures.curves(
+  reports.figures.curves(
     folder / f"{name}.png",
     config.views,
     {"distilled": series("distilled"), "labels alone": series("labels")},
@@ -265,7 +254,7 @@ def write(
     f"![accuracy over the number of views]({name}.png)",
     "",
     "```",
-    *run.commands(SCRIPT, config, folder, options.split, options.data_dir),
+    *runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
     "```",
     "",
   ]
@@ -278,7 +267,7 @@ def write(
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(run.restore_config(options.evaluate, Config), options, options.evaluate)
+    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
     train_all(config, options)
     measure(config, options, options.out)

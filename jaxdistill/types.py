@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import arguments
+from jaxdistill import _check
 
 __all__ = [
   "Batch",
@@ -157,7 +157,7 @@ def as_objective(objective: Any) -> Objective:
   """
   if isinstance(objective, Objective):
     return objective
-  arguments.function(
+  _check.function(
     "objective",
     objective,
     "(student, teacher, batch, *, ...) -> {name: Term}, or an Objective",
@@ -195,7 +195,7 @@ def as_objective(objective: Any) -> Objective:
 class Network:
   """A pure apply function and how to make its variables.
 
-  Built by `jaxdistill.capture.linen` (or another adapter), never by hand in a training script.
+  Built by `jaxdistill.networks.linen` (or another adapter), never by hand in a training script.
 
   Attributes:
     init: ``(key, inputs) -> variables``: ``{"params": ..., "batch_stats": ..., ...}``.
@@ -212,7 +212,6 @@ class Network:
 
 # ``(variables, batch) -> Outputs``, with gradients stopped inside.
 Teacher = Callable[[PyTree, Batch], Outputs]
-
 # ``(key, batch) -> batch``: mixes or changes examples before both networks see them.
 Transform = Callable[[Any, Batch], Batch]
 

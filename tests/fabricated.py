@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 
-from jaxdistill import report
-from jaxdistill.pages import analysis
-from jaxdistill.predictions import Answers, Predictions
+from jaxdistill import reports
+from jaxdistill.evaluation.predictions import Answers, Predictions
+from jaxdistill.reports._pages import analysis
 
 COSTS = {"flops": 1000, "xla_flops": None, "throughput": 1e4, "throughput_batch": 128}
 TEACHER = {**COSTS, "parameters": 1000, "bytes": 4000, "latency_ms": {"median": 0.4, "p95": 0.5}}
@@ -37,7 +37,7 @@ def gathered(size=400, *, seeds=3, classes=4, student=0.93, baseline=0.85, seed=
 
 
 def measured(found, name):
-  """A model of those answers, as `report.measure` would have measured it."""
+  """A model of those answers, as `reports.measure_model` would have measured it."""
   quality = analysis.quality(found, name)
   teacher = found.models["teacher"].predicted
   agreement = (found.models[name].predicted == teacher[:1]).mean(axis=1)
@@ -45,13 +45,13 @@ def measured(found, name):
   quality |= {"top5": np.ones(len(agreement)), "brier": some, "agreement": agreement}
   quality |= {"kl": some, "accuracy_where_teacher_wrong": some}
   costs = TEACHER if name == "teacher" else STUDENT
-  return report.Measured(quality, costs, DESCRIBED[name], found.models[name])
+  return reports.Measured(quality, costs, DESCRIBED[name], found.models[name])
 
 
 def built(found, **changed):
   """The report of those answers; other measurements may stand in a model's place."""
   parts = {name: measured(found, name) for name in found.models} | changed
-  return report.build(
+  return reports.build_report(
     dataset=found.dataset,
     split=found.split,
     examples=len(found),
@@ -80,7 +80,7 @@ def run(folder, found=None, **changed):
   folder.mkdir(exist_ok=True)
   logs(folder)
   (folder / "config.json").write_text(json.dumps({"experiment": "made up", "rate": 0.1}))
-  report.write(folder, built(found, **changed), predictions=found)
+  reports.write_report(folder, built(found, **changed), predictions=found)
   return folder
 
 

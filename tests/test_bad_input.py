@@ -22,26 +22,18 @@ from flax import nnx
 from tensorflow_datasets.core import registered
 
 MODULES = [
-  "capture",
-  "capture_nnx",
-  "checkpoint",
   "data",
-  "deployed",
-  "evaluate",
+  "evaluation",
+  "export",
   "losses",
-  "mesh",
-  "optimizers",
-  "precision",
-  "projectors",
+  "networks",
   "recipes",
-  "report",
-  "run",
+  "reports",
+  "runs",
+  "search",
   "teachers",
-  "tfds_data",
   "train",
-  "transforms",
   "types",
-  "weights",
 ]
 X, Y = np.zeros((16, 4), np.float32), np.arange(16) % 3
 NAN, ONE = float("nan"), np.ones(8)
@@ -63,8 +55,9 @@ def j():
   sys.meta_path[:] = [f for f in finders if not type(f).__module__.startswith("jaxtyping")]
   try:
     user = {n: importlib.import_module(f"jaxdistill.{n}") for n in MODULES}
-    for name in user["data"].__all__:  # some are looked up when they are first asked for
-      setattr(user["data"], name, getattr(user["data"], name))
+    for room in user.values():  # a door imports what is asked for
+      for name in room.__all__:
+        getattr(room, name)
   finally:
     sys.meta_path[:] = finders
     for name in ours():
@@ -90,7 +83,7 @@ class Net(nn.Module):
 
 
 def network(j, *fields, **options):
-  return j.capture.linen(Net(*fields), **{"features": ["mid"], **options})
+  return j.networks.linen(Net(*fields), **{"features": ["mid"], **options})
 
 
 def variables(width=7, classes=3):
@@ -108,7 +101,7 @@ def fit(j, folder=None, *, student=None, objective=None, devices=2, **options):
     options |= {"teacher": j.teachers.frozen(network(j, 7))}
     options.setdefault("teacher_variables", variables())
   options = {"data": source(j), "optimizer": optax.adam(1e-2), "steps": 2, **options}
-  options.setdefault("dispatch", j.mesh.with_jit(j.mesh.data_parallel(jax.devices()[:devices])))
+  options.setdefault("dispatch", j.train.with_jit(j.train.data_parallel(jax.devices()[:devices])))
   student = network(j) if student is None else student
   objective = j.recipes.kd() if objective is None else objective
   return j.train.fit(student, objective, progress=None, folder=folder, **options)
@@ -142,14 +135,14 @@ HALF = {"temperature": lambda step: 4.0 if step < 2 else 2.0}
 FIT = [
   # the networks
   (lambda j: {"student": network(j, 5, 4)}, "4 classes.* and the teacher 3"),
-  (lambda j: {"student": Net()}, r"student must be a Network.*capture\.linen"),
-  (lambda j: {"student": nnx.Linear(4, 3, rngs=nnx.Rngs(0))}, r"capture_nnx\.nnx"),
+  (lambda j: {"student": Net()}, r"student must be a Network.*networks\.linen"),
+  (lambda j: {"student": nnx.Linear(4, 3, rngs=nnx.Rngs(0))}, r"networks\.nnx"),
   (lambda j: {"student": network(j, features=["gone"])}, "'gone': nothing of that name"),
   (lambda j: {"objective": j.recipes.hint("gone", "mid")}, "student_layer='gone' is not among"),
   (lambda j: {"objective": j.recipes.hint("mid", "gone")}, "teacher_layer='gone' is not among"),
   (lambda j: {"objective": unprojected(j)}, "differ in width.*use a projector"),
   (lambda j: {"teacher": network(j, 7), "teacher_variables": variables()}, r"teachers\.frozen"),
-  (told(teacher=Net(7), teacher_variables=None), "is a bare module; give capture"),
+  (told(teacher=Net(7), teacher_variables=None), "is a bare module; give networks"),
   (told(teacher=None, teacher_variables=variables()), "teacher is None"),
   (told(teacher_variables=None), r"does not run with teacher_variables \(none\)"),
   (told(teacher_variables=variables(9)), "does not run with teacher_variables"),
@@ -200,15 +193,15 @@ FIT = [
   (told(seeds_by="pmap"), "seeds_by='pmap'"),
   (told(scan="yes"), "scan='yes' must be True or False"),
   (told(select="nll"), "validate is None"),
-  (told(validate={"accuracy": 1}), r"validate must be a function.*evaluate\.validator"),
+  (told(validate={"accuracy": 1}), r"validate must be a function.*evaluation\.validator"),
   (told(validate=lambda: {}), "validate must be a function"),
   (told(callback=3), "callback must be a function"),
-  (lambda j: {"transform": j.transforms.mixup}, "transform must be a function"),
+  (lambda j: {"transform": j.data.transforms.mixup}, "transform must be a function"),
   (told(transform=lambda key, batch: None), "transform must return a Batch"),
   (told(config=[1]), "config must be a mapping"),
   (told(optimizer=0.1), "optimizer must be an optax optimiser"),
   (told(optimizer=optax.adam), r"call it: optax\.adam"),
-  (lambda j: {"dispatch": j.mesh.with_jit}, "dispatch must be what"),
+  (lambda j: {"dispatch": j.train.with_jit}, "dispatch must be what"),
 ]
 
 
@@ -289,22 +282,22 @@ def test_data_refuses(j, call, message):
 def evaluated(j, values, predict=None, classes=3, **options):
   examples = j.data.from_arrays(X, Y % classes if classes == 3 else Y + 2)
   batches = j.data.evaluation_batches(examples, batch_size=8)
-  predict = j.evaluate.predictor(network(j, 7)) if predict is None else predict
-  return j.evaluate.evaluate(predict, values, batches, **options)
+  predict = j.evaluation.predictor(network(j, 7)) if predict is None else predict
+  return j.evaluation.evaluate(predict, values, batches, **options)
 
 
 S = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 A = np.zeros((4, 3), np.float32)
 PARTS = [
-  (lambda j: j.capture.linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), "must be a Linen module"),
-  (lambda j: j.capture.linen(Net), "make one, module"),
-  (lambda j: j.capture.linen(network(j)), "must be a Linen module"),
-  (lambda j: j.capture_nnx.nnx(Net()), r"use capture\.linen"),
+  (lambda j: j.networks.linen(nnx.Linear(4, 3, rngs=nnx.Rngs(0))), "must be a Linen module"),
+  (lambda j: j.networks.linen(Net), "make one, module"),
+  (lambda j: j.networks.linen(network(j)), "must be a Linen module"),
+  (lambda j: j.networks.nnx(Net()), r"use networks\.linen"),
   (lambda j: network(j, features=[3]), "name a path"),
   (lambda j: network(j, train_flag=True), "train_flag=True must be"),
   (lambda j: network(j).apply(STACKED, X, train=False), "the variables, or the inputs, do not fit"),
-  (lambda j: j.precision.mixed(Net()), "network must be a Network"),
-  (lambda j: j.precision.mixed(network(j), compute="bf16"), "must be a floating dtype"),
+  (lambda j: j.networks.mixed_precision(Net()), "network must be a Network"),
+  (lambda j: j.networks.mixed_precision(network(j), compute="bf16"), "must be a floating dtype"),
   *[(lambda j, t=t: j.recipes.kd(temperature=t), "temperature") for t in (0, -1.0, NAN, ONE, "4")],
   (lambda j: j.recipes.kd(soft_weight=-1.0), "soft_weight must be at least 0"),
   (lambda j: j.recipes.labels(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]"),
@@ -315,23 +308,26 @@ PARTS = [
   (lambda j: j.losses.soft_target_kl(A, A, temperature=None), "temperature must be"),
   (lambda j: j.losses.soft_target_kl(A, A[:, :2]), "must have one shape"),
   (lambda j: j.losses.cross_entropy(A, np.zeros(4)), "labels must be integers"),
-  (lambda j: j.projectors.between(S, jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)), "projector"),
-  (lambda j: j.optimizers.sgd(NAN, steps=4), "learning_rate=nan"),
-  (lambda j: j.optimizers.adamw("0.1", steps=4), "learning_rate='0.1'"),
-  (lambda j: j.optimizers.sgd(0.1, steps=0), "steps=0"),
-  (lambda j: j.transforms.mixup(0), "num_classes=0"),
-  (lambda j: j.transforms.mixup(3, concentration=None), "concentration=None must be"),
-  (lambda j: j.transforms.smooth_labels(3, amount="a"), "amount=a must be"),
-  (lambda j: j.mesh.data_parallel([]), "devices is empty"),
-  (lambda j: j.mesh.data_parallel(2), "devices=2 must be devices"),
-  (lambda j: j.mesh.data_parallel(jax.devices()[:1] * 2), "more than once"),
-  (lambda j: j.mesh.with_jit(jax.make_mesh((2,), ("x",))), r"use mesh\.data_parallel\(\)"),
+  (
+    lambda j: j.recipes.projectors.between(S, jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)),
+    "projector",
+  ),
+  (lambda j: j.train.optimizers.sgd(NAN, steps=4), "learning_rate=nan"),
+  (lambda j: j.train.optimizers.adamw("0.1", steps=4), "learning_rate='0.1'"),
+  (lambda j: j.train.optimizers.sgd(0.1, steps=0), "steps=0"),
+  (lambda j: j.data.transforms.mixup(0), "num_classes=0"),
+  (lambda j: j.data.transforms.mixup(3, concentration=None), "concentration=None must be"),
+  (lambda j: j.data.transforms.smooth_labels(3, amount="a"), "amount=a must be"),
+  (lambda j: j.train.data_parallel([]), "devices is empty"),
+  (lambda j: j.train.data_parallel(2), "devices=2 must be devices"),
+  (lambda j: j.train.data_parallel(jax.devices()[:1] * 2), "more than once"),
+  (lambda j: j.train.with_jit(jax.make_mesh((2,), ("x",))), r"use train\.data_parallel\(\)"),
   (lambda j: evaluated(j, OTHER), "do not fit the network"),
   (lambda j: evaluated(j, variables(), stacked=True), "stacked=True"),
   (lambda j: evaluated(j, STACKED), "stacked=False"),
   (lambda j: evaluated(j, variables(), predict=3), "predict must be a function"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
-  (lambda j: j.evaluate.validator(network(j), source(j)), "batches must be"),
+  (lambda j: j.evaluation.validator(network(j), source(j)), "batches must be"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
 ]
 
@@ -370,27 +366,35 @@ def written(path, content=b"garbage"):
 
 FILES = [
   *[
-    (lambda j, p, n=n: getattr(j.weights, n)(p / "none"), FileNotFoundError, "path=.*none")
+    (lambda j, p, n=n: getattr(j.networks.weights, n)(p / "none"), FileNotFoundError, "path=.*none")
     for n in ("orbax", "msgpack", "safetensors")
   ],
-  (lambda j, p: j.weights.msgpack(written(p / "a")), Exception, "truncated, or no msgpack"),
-  (lambda j, p: j.weights.safetensors(written(p / "a")), Exception, "truncated, or no safetensors"),
-  (lambda j, p: j.weights.orbax(written(p / "a")), ValueError, "is a file"),
-  (lambda j, p: j.weights.msgpack(None), TypeError, "path=None must be a path"),
   (
-    lambda j, p: j.checkpoint.load_variables(p / "none"),
+    lambda j, p: j.networks.weights.msgpack(written(p / "a")),
+    Exception,
+    "truncated, or no msgpack",
+  ),
+  (
+    lambda j, p: j.networks.weights.safetensors(written(p / "a")),
+    Exception,
+    "truncated, or no safetensors",
+  ),
+  (lambda j, p: j.networks.weights.orbax(written(p / "a")), ValueError, "is a file"),
+  (lambda j, p: j.networks.weights.msgpack(None), TypeError, "path=None must be a path"),
+  (
+    lambda j, p: j.runs.load_variables(p / "none"),
     FileNotFoundError,
     "no checkpoint at path",
   ),
-  (lambda j, p: j.checkpoint.load_variables(3), TypeError, "path=3 must be a path"),
-  (lambda j, p: j.checkpoint.Checkpoints(p, keep_last=1.5), TypeError, "keep_last=1.5"),
-  (lambda j, p: j.checkpoint.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
-  (lambda j, p: j.checkpoint.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
-  (lambda j, p: j.deployed.load_student(p / "none"), FileNotFoundError, "no such folder"),
-  (lambda j, p: j.deployed.save_student(p, Net(), {}, stored=S), TypeError, "must be a Network"),
+  (lambda j, p: j.runs.load_variables(3), TypeError, "path=3 must be a path"),
+  (lambda j, p: j.runs.Checkpoints(p, keep_last=1.5), TypeError, "keep_last=1.5"),
+  (lambda j, p: j.runs.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
+  (lambda j, p: j.runs.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
+  (lambda j, p: j.export.load_student(p / "none"), FileNotFoundError, "no such folder"),
+  (lambda j, p: j.export.save_student(p, Net(), {}, stored=S), TypeError, "must be a Network"),
   (lambda j, p: j.teachers.restore(p), FileNotFoundError, "holds no checkpoints"),
-  (lambda j, p: j.run.read_config(p), FileNotFoundError, "no config.json"),
-  (lambda j, p: j.run.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),
+  (lambda j, p: j.runs.read_config(p), FileNotFoundError, "no config.json"),
+  (lambda j, p: j.runs.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),
   (lambda j, p: fit(j, written(p / "a")), NotADirectoryError, "is a file"),
   (lambda j, p: fit(j, written(p / "a") / "run"), OSError, "cannot be written"),
   (lambda j, p: fit(j, p / "run", **claimed_by(p)), ValueError, "holds a run of another config"),
@@ -432,14 +436,14 @@ def test_nan_in_a_loss_stops_at_its_step_and_the_folder_is_free_again(j, tmp_pat
     "term 'odd' is not finite at step 2",
   )
   # Nothing was saved, so the corrected run may have the folder, whatever was changed.
-  j.run.claim(tmp_path / "run", {"rate": 2})
+  j.runs.claim(tmp_path / "run", {"rate": 2})
 
 
 def test_what_was_trained_is_kept_where_a_validation_fails(j, tmp_path):
   run = {"folder": tmp_path / "run", "steps": 4, "validate_every": 2}
   run |= {"objective": term()(j), "teacher": None, "devices": 1}
   check(lambda: fit(j, validate=lambda v: 0.5, **run), TypeError, "validate must return {name:")
-  with j.checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+  with j.runs.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
     assert saved.steps() == [2]
   again = fit(j, validate=lambda v: {"accuracy": 1.0}, **run)
   assert [line["step"] for line in again.history] == [4]

@@ -14,7 +14,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jaxdistill import data, report
+from jaxdistill import data, reports
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -83,7 +83,7 @@ def test_a_run_leaves_what_was_promised(digits):
 
 def test_the_report_satisfies_its_schema(digits):
   found = read(digits[0])
-  schema = report.schema()
+  schema = reports.report_schema()
   jsonschema.Draft202012Validator.check_schema(schema)
   jsonschema.validate(found, schema)
   assert found["examples"] == 697
@@ -138,7 +138,7 @@ def test_cifar100_trains_and_reports(tfds_dir, tmp_path, monkeypatch):
   )
   run("cifar100", [*CIFAR, "--out", tmp_path, "--data-dir", tfds_dir])
   found = read(tmp_path)
-  jsonschema.validate(found, report.schema())
+  jsonschema.validate(found, reports.report_schema())
   assert found["examples"] == 100
   assert found["models"]["student"]["parameters"] == 83_892
   assert found["models"]["teacher"]["parameters"] == 181_108
@@ -151,11 +151,11 @@ def test_fine_classes_teach_coarse_ones(tfds_dir, tmp_path, monkeypatch):
   monkeypatch.setattr(
     script.data, "records", lambda name, split, **rest: records(name, fewer[split], **rest)
   )
-  quick = functools.partial(script.evaluate.costs, seconds=0.1)
-  monkeypatch.setattr(script.evaluate, "costs", quick)
+  quick = functools.partial(script.evaluation.costs, seconds=0.1)
+  monkeypatch.setattr(script.evaluation, "costs", quick)
   run("cifar100_coarse", [*COARSE, "--out", tmp_path, "--data-dir", tfds_dir])
   found = read(tmp_path)
-  jsonschema.validate(found, report.schema())
+  jsonschema.validate(found, reports.report_schema())
   assert found["examples"] == 100
   groups = read(tmp_path, "coarse_of_fine.json")
   assert np.bincount(groups).tolist() == [5] * 20
@@ -245,7 +245,7 @@ def test_temperatures_are_swept_and_one_is_chosen(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::jaxdistill.preflight.PreflightWarning")
+@pytest.mark.filterwarnings("ignore::jaxdistill.search.PreflightWarning")
 def test_a_student_is_chosen_exported_and_reported_within_a_budget(tmp_path, capsys):
   few = ["--epochs", "2", "--teacher-epochs", "2", "--search-seeds", "1", "--seeds", "2"]
   few += ["--temperatures", "4", "--soft-weights", "0.9", "--rungs", "1", "--max-bytes", "6000"]

@@ -22,24 +22,71 @@ HEAVY = (
 )
 
 
-MODULES = "train, recipes, evaluate, teachers, models, capture, data, checkpoint, deployed, mesh"
+ROOMS = (
+  "data",
+  "evaluation",
+  "export",
+  "losses",
+  "networks",
+  "recipes",
+  "reports",
+  "runs",
+  "search",
+  "teachers",
+  "train",
+)
+
+
+def imported(program):
+  """What a program has imported at its end."""
+  program += "\nimport sys; print(*sorted(sys.modules))"
+  made = subprocess.run(
+    [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+  )
+  return set(made.stdout.split())
 
 
 def test_heavy_libraries_are_imported_where_they_are_used():
-  program = (
-    f"from jaxdistill import {MODULES}\n"
-    "import sys\n"
-    f"print(sorted({{name.split('.')[0] for name in sys.modules}} & {set(HEAVY)}))"
-  )
-  made = subprocess.run(
-    [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
-  )
-  assert made.stdout.strip() == "[]", made.stderr or made.stdout
+  # Every name of every door but those of TFDS, which is what they are for.
+  program = f"""
+import importlib
+for room in {ROOMS}:
+  door = importlib.import_module("jaxdistill." + room)
+  for name in door.__all__:
+    if (room, name) not in {[("data", name) for name in ("Digits", "load", "records", "splits")]}:
+      getattr(door, name)
+"""
+  assert not {name.split(".")[0] for name in imported(program)} & set(HEAVY)
 
 
-def test_names_of_the_data_door_are_there_without_tfds():
-  from jaxdistill import data, tfds_data
+def test_the_package_opens_one_room_at_a_time():
+  found = imported("import jaxdistill as jd")
+  assert {name for name in found if name.startswith("jaxdistill")} == {
+    "jaxdistill",
+    "jaxdistill._door",
+  }
+  assert "jax" not in found
+  found = imported("import jaxdistill as jd\njd.losses.soft_target_kl")
+  rooms = {name.split(".")[1] for name in found if name.startswith("jaxdistill.")}
+  assert rooms == {"_check", "_door", "losses"}
+  assert not {name.split(".")[0] for name in found} & {*HEAVY, "flax", "optax"}
 
-  assert data.load is tfds_data.load
+
+def test_the_six_words_and_fit_are_at_the_top():
+  import jaxdistill as jd
+  from jaxdistill import train, types
+
+  for name in ("Batch", "Network", "Objective", "Outputs", "Teacher", "Term"):
+    assert getattr(jd, name) is getattr(types, name)
+  assert jd.fit is train.fit
+  assert {*ROOMS} < {*jd.__all__} <= {*dir(jd)}
+  assert len(jd.__all__) == 6 + 1 + len(ROOMS)
+
+
+def test_a_door_says_what_it_has_not():
+  from jaxdistill import data
+  from jaxdistill.data import _tfds
+
+  assert data.load is _tfds.load
   with pytest.raises(AttributeError, match="'loda'"):
     data.loda  # noqa: B018

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Num
 
-from jaxdistill import arguments
+from jaxdistill import _check
 
 __all__ = [
   "MASKED",
@@ -36,7 +36,6 @@ __all__ = [
 AnyArray = Array | np.ndarray
 # A hyper-parameter: a number, or a scalar array (of a schedule, or of a sweep under vmap).
 Scalar = float | int | np.number | Num[AnyArray, ""]
-
 # Stands for −inf where a class is masked. Its exponential is 0 and, being finite, its difference
 # from itself is 0, so that values and gradients need no second mask. Whatever is below it counts as
 # masked too: the lowest float, as some networks mask with, would be −inf after the temperature.
@@ -68,7 +67,7 @@ def check_positive(name: str, value: Scalar) -> None:
   """
   if isinstance(value, float | int | np.number) and 0 < value < np.inf:
     return
-  arguments.number(name, value, above=0)
+  _check.number(name, value, above=0)
 
 
 def check_share(name: str, value: Scalar) -> None:
@@ -76,7 +75,7 @@ def check_share(name: str, value: Scalar) -> None:
 
   >>> check_share("beta", 0.5)
   """
-  arguments.number(name, value, least=0, most=1)
+  _check.number(name, value, least=0, most=1)
 
 
 def float_arrays(*arrays: Any) -> list[Array]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxdistill.losses._log_space import float_arrays
-from jaxdistill.pooling import average_pool
+from jaxdistill.losses.pooling import average_pool
 
 __all__ = [
   "SMALLEST_NORM",
@@ -34,7 +34,6 @@ __all__ = [
 SMALLEST_NORM = 1e-12
 # Squares of larger numbers come near float32's end.
 LARGEST = 1e9
-
 # Accelerators round the factors of a float32 product by default; a loss must not.
 product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 

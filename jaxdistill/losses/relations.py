@@ -9,21 +9,30 @@ teacher is the business of the teacher's forward pass.
 anything and have the value 0. All of these depend on who is in the batch: under ``pmap`` or
 gradient accumulation that is the device's share or the micro-batch.
 
-The losses that compare student with teacher directly, `contrastive` and `contrastive_bank`, are
-written in `contrast`.
+`contrastive` and `contrastive_bank` compare student with teacher directly: a student's example
+against the teacher's others, within the batch or in a bank of every example that has been seen.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
-from jaxdistill.losses._log_space import AnyArray, absolute
+from jaxdistill.losses._log_space import (
+  MASKED,
+  AnyArray,
+  Scalar,
+  absolute,
+  check_positive,
+  check_share,
+)
 from jaxdistill.losses._maps import huber, norm, product, rows, same_width, tame, unit
-from jaxdistill.losses.contrast import Banks, contrastive, contrastive_bank, init_banks
 
 __all__ = [
   "Banks",
@@ -277,3 +286,273 @@ def _mean(pairs: Array, valid: Array) -> Array:
   both = valid[:, None] & valid[None, :]
   count = jnp.maximum(jnp.sum(valid), 1).astype(pairs.dtype)
   return jnp.sum(jnp.where(both, pairs, 0.0), axis=1) / count
+
+
+# The published code's guard in its denominators.
+CRD_EPSILON = 1e-7
+
+
+class Banks(NamedTuple):
+  """Memory banks (CRD): an embedding of every training example by each network.
+
+  A pytree of arrays, to be carried, checkpointed and sharded like any state; `init_banks` makes it.
+
+  Attributes:
+    student: ``[N, D]``, unit rows; float32 from `init_banks`, whatever the networks' dtype.
+    teacher: ``[N, D]``, likewise.
+    labels: ``[N]`` int32, the classes of the examples, from which negatives are chosen.
+    log_normalizers: ``[2]`` float32, logarithms of the normalisers Z of the student's scores
+      (against the teacher's bank) and of the teacher's (against the student's); 0 until they are
+      set.
+    normalized: ``[]`` bool, whether they have been set, which the first batch does.
+
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: here they are a value, carried like any state; in RepDistiller they are buffers of a
+  module, without the classes, since its data loader draws the negatives.
+
+  >>> init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2).student.shape
+  (3, 2)
+  """
+
+  student: Any
+  teacher: Any
+  labels: Any
+  log_normalizers: Any
+  normalized: Any
+
+
+def init_banks(key: Any, labels: Integer[AnyArray, " N"], width: int) -> Banks:
+  """Memory banks (CRD) before the first batch: random unit rows.
+
+  Both banks ``[len(labels), width]``: uniform in ±√(3 / width), then each row divided by its norm.
+
+  Args:
+    key: a random key.
+    labels: ``[N]``, the class of every training example, in the order of its index. Distinct
+      numbers (``arange(N)``) make every other example a negative.
+    width: D, of the embeddings; 128 in the published code.
+
+  Returns:
+    The banks, with no normalisers yet.
+
+  Raises:
+    ValueError: ``width`` is not positive.
+
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: rows are of norm 1 here; RepDistiller leaves them as they are drawn, which is 1 on
+  average.
+
+  >>> banks = init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2)
+  >>> jnp.linalg.norm(banks.teacher, axis=1).round(3).tolist(), banks.normalized.item()
+  ([1.0, 1.0, 1.0], False)
+  """
+  check_positive("width", width)
+  bound = math.sqrt(3 / width)
+  student, teacher = (
+    unit(jax.random.uniform(each, (len(labels), width), jnp.float32, -bound, bound))
+    for each in jax.random.split(key)
+  )
+  return Banks(
+    student=student,
+    teacher=teacher,
+    labels=jnp.asarray(labels, jnp.int32),
+    log_normalizers=jnp.zeros(2, jnp.float32),
+    normalized=jnp.zeros((), bool),
+  )
+
+
+def contrastive(
+  student: Float[AnyArray, "B ..."],
+  teacher: Float[AnyArray, "B ..."],
+  *,
+  temperature: Scalar = 0.07,
+  where: Shaped[AnyArray, " B"] | None = None,
+) -> Float[Array, " B"]:
+  """Contrastive distillation within the batch (InfoNCE), both ways round.
+
+  ½ (−log softmax_j(s_i·t_j / temperature) − log softmax_j(t_i·s_j / temperature)), both at j = i,
+  s_i = n(student_i), t_i = n(teacher_i), n(v) = v / max(‖v‖, 1e-12).
+
+  Args:
+    student: ``[B, ...]``, flattened; embedded in the teacher's width.
+    teacher: ``[B, ...]``, likewise.
+    temperature: > 0. 0.07 is CRD's and MoCo's.
+    where: ``[B]``, which examples take part (not 0); the others are nobody's negatives, may hold
+      anything and have the value 0. None is all.
+
+  Returns:
+    ``[B]``, in nats; 0 for a batch of one. It is not 0 at equality, and depends on who is in the
+    batch: under ``pmap`` or gradient accumulation that is the device's share or the micro-batch.
+
+  Raises:
+    ValueError: the widths differ, or ``temperature`` is not positive.
+
+  Source: van den Oord, Li, Vinyals, "Representation Learning with Contrastive Predictive Coding",
+  2018.
+
+  Other codes: here are both directions, as in CLIP; the paper and MoCo have one of them. CRD is
+  `contrastive_bank`.
+
+  >>> values = contrastive(jnp.eye(2), jnp.eye(2), temperature=1.0)
+  >>> [round(value, 4) for value in values.tolist()]  # log(1 + exp(-1))
+  [0.3133, 0.3133]
+  """
+  check_positive("temperature", temperature)
+  same_width(student, teacher)
+  student, teacher, valid = rows(student, teacher, where)
+  same_width(student, teacher)
+  scores = product("id,jd->ij", unit(student), unit(teacher))
+  scores = scores / jnp.asarray(temperature, scores.dtype)
+  forth = jax.nn.log_softmax(jnp.where(valid[None, :], scores, MASKED), axis=1)
+  back = jax.nn.log_softmax(jnp.where(valid[:, None], scores, MASKED), axis=0)
+  return jnp.where(valid, -0.5 * (jnp.diagonal(forth) + jnp.diagonal(back)), 0.0)
+
+
+def contrastive_bank(
+  student: Float[AnyArray, "B D"],
+  teacher: Float[AnyArray, "B E"],
+  labels: Integer[AnyArray, " B"],
+  index: Integer[AnyArray, " B"],
+  banks: Banks,
+  *,
+  key: Any,
+  negatives: int = 16384,
+  temperature: Scalar = 0.07,
+  momentum: Scalar = 0.5,
+  where: Shaped[AnyArray, " B"] | None = None,
+) -> tuple[Float[Array, " B"], Banks]:
+  """Contrastive representation distillation (CRD), against banks of all training examples.
+
+  Σ over two sides of [log((P₊ + c) / P₊) + Σ over negatives of log((P₋ + c) / (m/N))],
+  m = negatives, N = the banks' rows, c = m/N + 1e-7, P = exp(v·row / temperature) / Z.
+  One side has v = n(student_i) and the teacher's bank, the other v = n(teacher_i) and the
+  student's, n(v) = v / max(‖v‖, 1e-12). P₊ is of the bank's row index_i, P₋ of m rows of
+  classes other than labels_i, the same rows for both sides.
+
+  Z is set by the first batch, for each side, and then kept in the banks: N · the mean of exp(v·row
+  / temperature) over the examples and over their 1 + m rows, own and negatives. Rows are those of
+  ``banks`` as given: they are updated after scoring.
+
+  Args:
+    student: ``[B, D]``, embeddings as wide as the banks (a projector's; both are trained).
+    teacher: ``[B, D]``, likewise.
+    labels: ``[B]``, the examples' classes.
+    index: ``[B]``, which rows of the banks the examples are; no two of one batch the same.
+    banks: from `init_banks`, or from the call before. Under ``pmap`` each device would remember its
+      own share only: use ``jit``.
+    key: a random key. An example's draw depends on it and on the example's index alone.
+    negatives: m, drawn without replacement from the examples of other classes; where there are
+      fewer, all of them, each counted m / (their number) times, in the sum and in Z's mean; where
+      there is none, the second sum is 0. 16384 is the paper's.
+    temperature: > 0. 0.07 is the published code's.
+    momentum: how much of a row is kept at an update, in [0, 1]. 0.5 is the published code's.
+    where: ``[B]``, which examples take part (not 0); the others may hold anything, have the value
+      0, and change neither rows nor normalisers. None is all.
+
+  Returns:
+    (values ``[B]``, banks). After scoring, row index_i of each bank becomes n(momentum · row +
+    (1 − momentum) · v), v its own network's; no gradient passes through banks or normalisers.
+
+  Raises:
+    ValueError: the widths differ, or a number is out of its range.
+
+  Source: Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020.
+
+  Other codes: this, as the mean over the batch, is RepDistiller's number (its weight is 0.8); there
+  the data loader draws the negatives. mdistiller's copy loses updates of the banks on all devices
+  but the first, torchdistill's fails unless the negatives are passed in.
+
+  >>> banks = init_banks(jax.random.key(0), jnp.array([0, 1, 0]), 2)
+  >>> values, banks = contrastive_bank(
+  ...     jnp.eye(2), jnp.eye(2), jnp.array([0, 1]), jnp.array([2, 1]), banks,
+  ...     key=jax.random.key(1), negatives=2)
+  >>> values.shape, banks.normalized.item()
+  ((2,), True)
+  """
+  check_positive("negatives", negatives)
+  check_positive("temperature", temperature)
+  check_share("momentum", momentum)
+  same_width(student, teacher)
+  for bank in ("student", "teacher"):
+    same_width(student, getattr(banks, bank), ("student", f"banks.{bank}"))
+  student, teacher, valid = rows(student, teacher, where)
+  student, teacher = unit(student), unit(teacher)
+  # A bank is state: what was seen before, not what is being trained.
+  banks = jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.asarray(x)), banks)
+  index = jnp.where(valid, jnp.asarray(index, jnp.int32), 0)
+  drawn = _draw(key, jnp.asarray(labels, jnp.int32), index, banks.labels, negatives)
+
+  def score(vectors: Array, bank: Array) -> tuple[Array, Array]:
+    bank, scale = bank.astype(vectors.dtype), jnp.asarray(temperature, vectors.dtype)
+    # One product with the whole bank: gathering rows instead would hold [B, negatives, D].
+    everyone = product("bd,nd->bn", vectors, bank) / scale
+    return everyone, product("bd,bd->b", vectors, bank[index]) / scale
+
+  sides = [score(student, banks.teacher), score(teacher, banks.student)]
+  fresh = jnp.stack([_log_normalizer(*side, drawn, valid, negatives) for side in sides])
+  keep = banks.normalized | ~jnp.any(valid)
+  log_z = jnp.where(keep, banks.log_normalizers, fresh.astype(banks.log_normalizers.dtype))
+  values = jnp.zeros_like(student[:, 0])
+  for (scores, own), z in zip(sides, log_z.astype(values.dtype), strict=True):
+    values = values + _noise_contrast(scores - z, own - z, drawn, negatives)
+  banks = banks._replace(
+    student=_remember(banks.student, student, index, valid, momentum),
+    teacher=_remember(banks.teacher, teacher, index, valid, momentum),
+    log_normalizers=log_z,
+    normalized=banks.normalized | jnp.any(valid),
+  )
+  return jnp.where(valid, values, 0.0), banks
+
+
+def _draw(key: Any, labels: Array, index: Array, bank_labels: Array, negatives: int) -> Array:
+  """Which rows ``[B, N]`` are the negatives: of other classes, all of them if they are too few."""
+
+  def one(label: Array, index: Array) -> Array:
+    # The largest of independent random numbers are a sample without replacement.
+    bits = jax.random.bits(jax.random.fold_in(key, index), bank_labels.shape, jnp.uint32)
+    other = bank_labels != label
+    ranked = jnp.where(other, (bits >> 1).astype(jnp.int32), -1)
+    last = jnp.sort(ranked)[max(len(bank_labels) - negatives, 0)]
+    return other & (ranked >= last)
+
+  return jax.vmap(one)(labels, index)
+
+
+def _repeats(drawn: Array, negatives: int, dtype: Any) -> Array:
+  """How often each drawn row counts ``[B]``, so that they are as many as was asked for."""
+  return negatives / jnp.maximum(jnp.sum(drawn, axis=1), 1).astype(dtype)
+
+
+def _log_normalizer(scores: Array, own: Array, drawn: Array, valid: Array, negatives: int) -> Array:
+  """Logarithm of N · mean exp(score) over the valid examples' own rows and negatives."""
+  scores, own = jax.lax.stop_gradient((scores, own))
+  others = jax.nn.logsumexp(jnp.where(drawn, scores, MASKED), axis=1)
+  others = others + jnp.log(_repeats(drawn, negatives, scores.dtype))
+  total = jax.nn.logsumexp(jnp.where(valid, jnp.logaddexp(own, others), MASKED))
+  each = jnp.where(jnp.any(drawn, axis=1), 1.0 + negatives, 1.0)
+  count = jnp.sum(jnp.where(valid, each, 0.0)).astype(scores.dtype)
+  return total - jnp.log(jnp.maximum(count, 1)) + math.log(scores.shape[1])
+
+
+# Its parts are as large as the scores, and cheaper to compute again than to keep.
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _noise_contrast(log_p: Array, log_own: Array, drawn: Array, negatives: int) -> Array:
+  """One side of CRD per example, from log P of all rows and of its own."""
+  share = negatives / log_p.shape[1]
+  # In log space, and as log(1 + x): thousands of terms near 0 are summed.
+  own = jax.nn.softplus(math.log(share + CRD_EPSILON) - log_own)
+  terms = jax.nn.softplus(jnp.logaddexp(log_p, math.log(CRD_EPSILON)) - math.log(share))
+  others = jnp.sum(jnp.where(drawn, terms, 0.0), axis=1)
+  return own + _repeats(drawn, negatives, log_p.dtype) * others
+
+
+def _remember(bank: Array, vectors: Array, index: Array, valid: Array, momentum: Scalar) -> Array:
+  """The bank with the valid examples' rows moved towards their vectors."""
+  old = bank[index]
+  keep = jnp.asarray(momentum, bank.dtype)
+  mixed = keep * old + (1 - keep) * jax.lax.stop_gradient(vectors).astype(bank.dtype)
+  # Opposite vectors leave a rounding, and a rounding's direction means nothing.
+  mixed = jnp.where(norm(mixed, -1) > 1e-6, unit(mixed), old)
+  return bank.at[jnp.where(valid, index, len(bank))].set(mixed, mode="drop")

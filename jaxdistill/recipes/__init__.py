@@ -2,53 +2,44 @@
 
 A recipe returns an objective. `combine` adds objectives up, so that a method is put together from
 parts: ``combine(kd(), hint("hidden", "0/hidden"))``. A method of your own needs none of this: a
-function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an objective.
+function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an objective. `projectors` are
+what a recipe trains beside the student.
 """
 
+from jaxdistill.recipes import projectors as projectors
 from jaxdistill.recipes.basics import combine, fitnet, hint, kd, labels
 from jaxdistill.recipes.crd import crd
-from jaxdistill.recipes.features import (
-  attention_transfer,
-  nst,
-  overhaul,
-  overhaul_margins,
-  vid,
-)
+from jaxdistill.recipes.features import attention_transfer, nst, overhaul, overhaul_margins, vid
 from jaxdistill.recipes.logits import ctkd, dist, dkd, kd_standardized, ofa
-from jaxdistill.recipes.relations import (
-  correlation_congruence,
-  pkt,
-  rkd,
-  similarity_preserving,
-)
+from jaxdistill.recipes.relations import correlation_congruence, pkt, rkd, similarity_preserving
 from jaxdistill.recipes.review import reviewkd
 from jaxdistill.recipes.simkd import simkd
 from jaxdistill.recipes.stages import activation_boundary, factor_transfer, fsp
 
 __all__ = [
-  "activation_boundary",
-  "attention_transfer",
-  "combine",
-  "correlation_congruence",
-  "crd",
-  "ctkd",
-  "dist",
-  "dkd",
-  "factor_transfer",
-  "fitnet",
-  "fsp",
-  "hint",
-  "kd",
-  "kd_standardized",
-  "labels",
-  "nst",
-  "ofa",
-  "overhaul",
-  "overhaul_margins",
-  "pkt",
-  "reviewkd",
-  "rkd",
-  "similarity_preserving",
-  "simkd",
-  "vid",
+  "activation_boundary",  # activation boundaries (AB)
+  "attention_transfer",  # attention transfer (AT): where in the image each stage's energy is
+  "combine",  # adds objectives up: the union of their terms
+  "correlation_congruence",  # correlation congruence (CC)
+  "crd",  # contrastive representation distillation (CRD), with banks of all training examples
+  "ctkd",  # curriculum temperature (CTKD): the temperature is learned against the student
+  "dist",  # DIST: correlations of predictions
+  "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
+  "factor_transfer",  # factor transfer (FT)
+  "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
+  "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's
+  "hint",  # matches one intermediate layer, through a projector where the widths differ
+  "kd",  # soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015
+  "kd_standardized",  # logit standardisation (LSKD)
+  "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
+  "nst",  # neuron selectivity transfer (NST): where each channel fires, and the labels
+  "ofa",  # one-for-all distillation (OFA-KD)
+  "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the ReLU, and the labels
+  "overhaul_margins",  # the margins of `overhaul` from the teacher's BatchNorms
+  "pkt",  # probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour
+  "reviewkd",  # reviewKD: the student's stages, fused from the top down, match the teacher's
+  "rkd",  # relational knowledge distillation (RKD): distances of pairs and angles of triples
+  "similarity_preserving",  # similarity-preserving distillation (SP)
+  "simkd",  # simKD: the student's last map is made the teacher's
+  "vid",  # variational information distillation (VID): the teacher's stages
 ]

@@ -8,9 +8,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._pieces import Running, check_weights, feature, init_modules, with_labels
-from jaxdistill.recipes._predictions import both_logits
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.recipes._parts import (
+  Running,
+  both_logits,
+  check_weights,
+  feature,
+  init_modules,
+  with_labels,
+)
 from jaxdistill.types import (
   Batch,
   Deployed,
@@ -36,14 +43,14 @@ def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> Objecti
   Returns:
     An objective function with the one term ``labels``. It needs no teacher.
   """
-  arguments.scheduled("hard_weight", hard_weight, least=0)
-  arguments.number("label_smoothing", label_smoothing, least=0, most=1)
+  _check.scheduled("hard_weight", hard_weight, least=0)
+  _check.number("label_smoothing", label_smoothing, least=0, most=1)
 
   def objective(
     student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = hard_weight
   ) -> dict[str, Term]:
     del teacher
-    arguments.number("hard_weight", hard_weight, least=0)
+    _check.number("hard_weight", hard_weight, least=0)
     values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
     return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
 
@@ -67,7 +74,7 @@ def kd(
   Returns:
     An objective function with the terms ``labels`` and ``soft``.
   """
-  arguments.scheduled("temperature", temperature, above=0)
+  _check.scheduled("temperature", temperature, above=0)
   check_weights(soft_weight=soft_weight)
 
   def objective(
@@ -78,7 +85,7 @@ def kd(
     temperature: Any = temperature,
     soft_weight: Any = soft_weight,
   ) -> dict[str, Term]:
-    arguments.number("soft_weight", soft_weight, least=0)
+    _check.number("soft_weight", soft_weight, least=0)
     ours, theirs = both_logits("kd", student, teacher)
     soft = losses.soft_target_kl(ours, theirs, temperature=temperature)
     return {"soft": Term(soft, weight=soft_weight)}
@@ -117,12 +124,12 @@ def hint(
       can't be matched.
   """
   keyword = f"{name}_weight"
-  arguments.scheduled(keyword, hint_weight, least=0)
-  arguments.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
-  arguments.function("projector", projector, "(student, teacher) -> module", arguments=2)
+  _check.scheduled(keyword, hint_weight, least=0)
+  _check.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
+  _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
   for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
     if not isinstance(layer, str):
-      raise TypeError(f"{argument}={arguments.show(layer)} must be a feature's name.")
+      raise TypeError(f"{argument}={_check.show(layer)} must be a feature's name.")
 
   def module_for(student: Outputs, teacher: Outputs | None) -> nn.Module | None:
     ours = feature(student, student_layer, "student_layer")

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import arguments, losses
-from jaxdistill.recipes._examples import (
+from jaxdistill import _check, losses
+from jaxdistill.recipes._parts import (
   check_layers,
+  check_weights,
   embed,
   init_embeddings,
   present,
+  with_labels,
 )
-from jaxdistill.recipes._pieces import check_weights, with_labels
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["crd"]
@@ -66,7 +67,7 @@ def crd(
     negatives: 16384 there, drawn from other classes; all of them where they are fewer.
     momentum: how much of a row is kept at an update, 0.5 there.
     width: of both embeddings and of the banks, 128 there.
-    axis_name: `mesh.AXIS` under ``pmap``; None under ``jit``.
+    axis_name: `train.AXIS` under ``pmap``; None under ``jit``.
 
   Returns:
     An `Objective` with the terms ``labels`` and ``crd``; it learns the linear maps ``student`` and
@@ -81,10 +82,10 @@ def crd(
   """
   layers = check_layers(student_layer, teacher_layer)
   check_weights(crd_weight=crd_weight)
-  arguments.scheduled("crd_temperature", crd_temperature, above=0)
-  arguments.number("momentum", momentum, least=0, most=1)
-  arguments.whole("negatives", negatives)
-  arguments.whole("width", width)
+  _check.scheduled("crd_temperature", crd_temperature, above=0)
+  _check.number("momentum", momentum, least=0, most=1)
+  _check.whole("negatives", negatives)
+  _check.whole("width", width)
   classes = _classes(labels)
   hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
 
@@ -145,9 +146,7 @@ def _classes(labels: Any) -> np.ndarray:
   """The data set's labels, as integers ``[N]``."""
   classes = np.asarray(labels)
   if not np.issubdtype(classes.dtype, np.integer):
-    raise TypeError(
-      f"labels must be the data set's integer labels [N], got {arguments.show(labels)}."
-    )
+    raise TypeError(f"labels must be the data set's integer labels [N], got {_check.show(labels)}.")
   if classes.ndim != 1 or not classes.size:
     raise ValueError(
       f"labels must be the data set's labels [N], one for each example, got {classes.shape}."

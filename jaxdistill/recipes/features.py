@@ -1,6 +1,6 @@
 """Recipes that match layers in one stage: AT, NST, VID and the overhaul (OFD).
 
-Each is complete with its published term on the labels. Layers are named as `jaxdistill.models`
+Each is complete with its published term on the labels. Layers are named as `jaxdistill.networks.models`
 sows them; the methods that train the student's layers first are in `stages`, ReviewKD in `review`.
 """
 
@@ -15,16 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._matched import (
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.recipes._parts import (
+  Running,
+  check_weights,
   convolution_init,
+  feature,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
   total,
+  with_labels,
 )
-from jaxdistill.recipes._pieces import Running, check_weights, feature, with_labels
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
@@ -194,7 +198,7 @@ def vid(
   5.0
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  arguments.number("init_variance", init_variance, above=1e-5)
+  _check.number("init_variance", init_variance, above=1e-5)
 
   def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
     found = {}

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxdistill import arguments, losses
-from jaxdistill.recipes._examples import (
+from jaxdistill import _check, losses
+from jaxdistill.recipes._parts import (
   both_features,
   check_layers,
+  check_weights,
   embed,
   init_embeddings,
   present,
+  with_labels,
 )
-from jaxdistill.recipes._pieces import check_weights, with_labels
 from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
 
 __all__ = ["correlation_congruence", "pkt", "rkd", "similarity_preserving"]
@@ -197,7 +198,7 @@ def correlation_congruence(
   """
   layers = check_layers(student_layer, teacher_layer)
   check_weights(correlation_weight=correlation_weight)
-  arguments.whole("width", width)
+  _check.whole("width", width)
   defaults = {"correlation_weight": correlation_weight}
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:

@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._matched import layer_pairs, learned, total
-from jaxdistill.recipes._pieces import Running, feature, with_labels
-from jaxdistill.recipes._predictions import EPOCH
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.recipes._parts import (
+  EPOCH,
+  Running,
+  feature,
+  layer_pairs,
+  learned,
+  total,
+  with_labels,
+)
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["reviewkd"]
@@ -36,7 +43,7 @@ def reviewkd(
   """ReviewKD: the student's stages, fused from the top down, match the teacher's, and the labels.
 
   ``hard_weight * cross_entropy + review_warmup * review_weight * Σ_stages hierarchical_context``.
-  The topmost feature goes through a `projectors.ReviewFusion` of its own; every other one is fused
+  The topmost feature goes through a `recipes.projectors.ReviewFusion` of its own; every other one is fused
   with what the fusion above it leaves over. Fusions (``fusion<i>``, counted from the bottom) are
   trained with the student.
 
@@ -74,8 +81,8 @@ def reviewkd(
   0.5
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  arguments.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
-  arguments.whole("max_mid", max_mid)
+  _check.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
+  _check.whole("max_mid", max_mid)
 
   def fusions(student: Outputs, teacher: Outputs | None) -> list[tuple[str, Any, Any, Any]]:
     """From the top down: name, module, shape of what goes in, the teacher's name."""

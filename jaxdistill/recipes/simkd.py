@@ -10,9 +10,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import arguments, losses, pooling
-from jaxdistill.recipes._examples import both_features, check_layers
-from jaxdistill.recipes._pieces import Running, check_weights, feature, hard_term, init_modules
+from jaxdistill import _check, losses
+from jaxdistill.losses import pooling
+from jaxdistill.recipes._parts import (
+  Running,
+  both_features,
+  check_layers,
+  check_weights,
+  feature,
+  hard_term,
+  init_modules,
+)
 from jaxdistill.types import Batch, Deployed, Network, Objective, Outputs, Term, compute_dtype
 
 __all__ = ["simkd"]
@@ -58,8 +66,8 @@ def simkd(
     factor: by how much the projector's middle is narrower than the teacher's map, 2 in the
       published code; 4 and 8 are smaller and somewhat less accurate.
     head: ``(classifier, maps [B, H, W, C]) -> logits [B, K]``; by default the mean over positions,
-      then a dense layer, as in all networks of `jaxdistill.models` that end in maps.
-    projector: ``(student, teacher) -> module`` from the two maps' shapes, as `projectors.between`
+      then a dense layer, as in all networks of `jaxdistill.networks.models` that end in maps.
+    projector: ``(student, teacher) -> module`` from the two maps' shapes, as `recipes.projectors.between`
       is; by default the published 1x1, 3x3, 1x1 convolutions without bias, each with BatchNorm and
       ReLU.
     axis_name: the axis over which that projector's BatchNorm averages its statistics, under
@@ -83,7 +91,7 @@ def simkd(
   hyper = {"simkd_weight": simkd_weight}
   hyper |= {} if hard_weight is None else {"hard_weight": hard_weight}
   check_weights(**hyper)
-  arguments.whole("factor", factor)
+  _check.whole("factor", factor)
   if head is None:
     _check_dense(classifier)
   parts = _Parts(layers, head or _mean_and_dense, projector or _published(factor, axis_name))
@@ -262,7 +270,7 @@ def _check_dense(classifier: Any) -> None:
     raise TypeError(
       "classifier must be a dense layer's {'kernel': [C, K], 'bias': [K]}, such as "
       'teacher_variables["params"]["classifier"]; for another head give head=, a function '
-      f"(classifier, maps) -> logits. Got {arguments.show(classifier)}."
+      f"(classifier, maps) -> logits. Got {_check.show(classifier)}."
     )
 
 
@@ -273,8 +281,8 @@ def _check_head(head: Callable[..., Any], classifier: PyTree, maps: Any) -> None
   except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
     raise ValueError(
       f"the head does not take the teacher's map {tuple(maps.shape)} with the classifier's "
-      f"{jax.tree.map(jnp.shape, classifier)}: {arguments.short(error)} Give the classifier of "
+      f"{jax.tree.map(jnp.shape, classifier)}: {_check.short(error)} Give the classifier of "
       "this very teacher, and the layer that it follows (teacher_layer)."
     ) from error
   if getattr(logits, "ndim", 0) != 2 or logits.shape[0] != maps.shape[0]:
-    raise ValueError(f"head must return logits [B, K], got {arguments.show(logits)}.")
+    raise ValueError(f"head must return logits [B, K], got {_check.show(logits)}.")

@@ -30,16 +30,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxdistill import arguments, losses, projectors
-from jaxdistill.recipes._matched import (
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.recipes._parts import (
+  Running,
   convolution_init,
+  init_modules,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
   total,
+  with_labels,
 )
-from jaxdistill.recipes._pieces import Running, init_modules, with_labels
 from jaxdistill.recipes.basics import labels
 from jaxdistill.types import Batch, Objective, Outputs, Term, as_objective
 
@@ -247,7 +250,7 @@ def factor_transfer(
   """
   _check_stage(stage)
   pairs = layer_pairs((student_layer,), None if teacher_layer is None else (teacher_layer,))
-  arguments.number("ratio", ratio, above=0)
+  _check.number("ratio", ratio, above=0)
 
   def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
     ((ours, theirs),) = map_pairs(student, teacher, pairs)
@@ -341,7 +344,7 @@ class _Paraphraser(nn.Module):
 
 def _check_stage(stage: Any) -> None:
   if stage not in (None, 1, 2):
-    raise ValueError(f"stage={arguments.show(stage)} must be 1, 2, or None for both at once.")
+    raise ValueError(f"stage={_check.show(stage)} must be 1, 2, or None for both at once.")
 
 
 def _labels_alone(hard_weight: Any) -> Objective:

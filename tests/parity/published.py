@@ -4,8 +4,9 @@ Written for these tests, with PyTorch's own functions wherever it has them; chan
 does the gradients, and each returns the number that is published: the mean over the batch.
 """
 
-import beside
 from torch.distributions import Bernoulli, Categorical, kl_divergence
+
+import beside
 
 torch = beside.torch
 functional = torch.nn.functional

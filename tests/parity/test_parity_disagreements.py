@@ -7,8 +7,9 @@ formula that our docstring names. What agrees is in the other files.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import published
 import pytest
+
+import published
 from beside import (
   OUTPUTS,
   PAIR,
@@ -23,7 +24,6 @@ from beside import (
   torch,
   torchdistill,
 )
-
 from jaxdistill import losses
 
 pytestmark = pytest.mark.parity

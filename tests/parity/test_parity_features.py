@@ -2,11 +2,11 @@
 
 import jax
 import numpy as np
-import published
 import pytest
 import scipy.stats
-from beside import PAIR, PATHS, called, check, close, first, numbers, torch, torchdistill
 
+import published
+from beside import PAIR, PATHS, called, check, close, first, numbers, torch, torchdistill
 from jaxdistill import losses
 
 pytestmark = pytest.mark.parity

@@ -2,10 +2,10 @@
 
 import jax
 import numpy as np
-import published
 import pytest
-from beside import PATHS, called, check, numbers, torch, torchdistill
 
+import published
+from beside import PATHS, called, check, numbers, torch, torchdistill
 from jaxdistill import losses
 
 pytestmark = pytest.mark.parity

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import published
 import pytest
-from beside import OUTPUTS, PATHS, called, check, close, numbers, torch, torchdistill
 
+import published
+from beside import OUTPUTS, PATHS, called, check, close, numbers, torch, torchdistill
 from jaxdistill import losses
 
 pytestmark = pytest.mark.parity

@@ -1,0 +1,213 @@
+"""Checks of single arguments, whose errors name the argument, its value and what it must be."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+__all__ = [
+  "VariablesError",
+  "folder",
+  "function",
+  "number",
+  "scheduled",
+  "shapes",
+  "short",
+  "show",
+  "switch",
+  "whole",
+]
+
+
+class VariablesError(ValueError):
+  """Variables do not fit the network that they are given to, or the inputs do not."""
+
+
+def show(value: Any) -> str:
+  """A value as a message names it: arrays by dtype and shape, the rest cut off where it is long.
+
+  >>> show(np.ones(3)), show("4")
+  ('an array of float64 and shape (3,)', "'4'")
+  """
+  if hasattr(value, "shape") and hasattr(value, "dtype") and np.shape(value) != ():
+    return f"an array of {value.dtype} and shape {tuple(value.shape)}"
+  text = " ".join(repr(value).split())
+  return text if len(text) <= 100 else f"{text[:100]}... ({type(value).__name__})"
+
+
+def short(error: BaseException) -> str:
+  """The kind and the first line of an error, which may be a page long.
+
+  >>> short(ValueError("one"))
+  'ValueError: one'
+  """
+  return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+def whole(
+  name: str, value: Any, *, least: int | None = 1, most: int | None = None, instead: str = ""
+) -> int:
+  """An integer of a range; neither a bool nor a float, not even 4.0.
+
+  Args:
+    name: the argument's.
+    value: what was given.
+    least: the least that it may be; None where the caller looks at that.
+    most: the most, or None.
+    instead: what else may be given, for the message: ``", or None for none"``.
+
+  Returns:
+    The integer.
+
+  Raises:
+    TypeError: it is no integer.
+    ValueError: it is out of range.
+
+  >>> whole("steps", np.int64(3))
+  3
+  """
+  within = f"at least {least}" if most is None else f"in {least} .. {most}"
+  must = "an integer" if least is None else f"an integer, {within}"
+  try:
+    if isinstance(value, bool | np.bool_):
+      raise TypeError("a bool counts nothing")
+    found = operator.index(value)
+  except TypeError as error:
+    raise TypeError(
+      f"{name}={show(value)} must be {must}{instead}; got {type(value).__name__}."
+    ) from error
+  if (least is not None and found < least) or (most is not None and found > most):
+    raise ValueError(f"{name}={found} must be {within}{instead}.")
+  return found
+
+
+def number(
+  name: str,
+  value: Any,
+  *,
+  least: float = -math.inf,
+  most: float = math.inf,
+  above: float | None = None,
+) -> None:
+  """A finite number or scalar array of a range; one that is traced passes unread.
+
+  Args:
+    name: the argument's.
+    value: what was given.
+    least: the least that it may be.
+    most: the most.
+    above: what it must be larger than, or None.
+
+  Raises:
+    TypeError: it is no number.
+    ValueError: it is an array of several, not finite, or out of range.
+
+  >>> number("temperature", 4.0, above=0)
+  """
+  if above is not None:
+    wanted = "positive" if above == 0 else f"above {above:g}"
+  elif math.isfinite(least) and math.isfinite(most):
+    wanted = f"in [{least:g}, {most:g}]"
+  else:
+    wanted = f"at least {least:g}" if math.isfinite(least) else "finite"
+  if isinstance(value, bool | str | bytes) or value is None or np.shape(value) != ():
+    kind = ValueError if hasattr(value, "shape") else TypeError
+    raise kind(f"{name} must be {wanted}: one number, got {show(value)}.")
+  if isinstance(value, jax.core.Tracer):
+    return
+  try:
+    found = float(value)
+  except (TypeError, ValueError) as error:
+    raise TypeError(f"{name} must be {wanted}: one number, got {show(value)}.") from error
+  inside = least <= found <= most and (above is None or found > above)
+  if not math.isfinite(found) and wanted != "finite":
+    raise ValueError(f"{name} must be {wanted} and finite, got {found}.")
+  if not inside or not math.isfinite(found):
+    raise ValueError(f"{name} must be {wanted}, got {found}.")
+
+
+def scheduled(
+  name: str, value: Any, *, above: float | None = None, least: float = -math.inf
+) -> None:
+  """What `number` takes, or a schedule: a function of the step.
+
+  >>> scheduled("soft_weight", lambda step: 0.5, least=0)
+  """
+  if callable(value):
+    function(name, value, "step -> number", arguments=1)
+  else:
+    number(name, value, above=above, least=least)
+
+
+def function(
+  name: str,
+  value: Any,
+  takes: str,
+  *,
+  arguments: int,
+  instead: str = "",
+  keywords_may_lack: bool = False,
+) -> None:
+  """A function of so many positional arguments.
+
+  Args:
+    name: the argument's.
+    value: what was given.
+    takes: what it should look like: ``"variables -> {name: number}"``.
+    arguments: with how many positional arguments it is called.
+    instead: advice, for the message.
+    keywords_may_lack: whether keywords without a default are given later.
+
+  Raises:
+    TypeError: it is none, or cannot be called so.
+
+  >>> function("callback", print, "(step, record)", arguments=2)
+  """
+  advice = f" {instead}" if instead else ""
+  if not callable(value):
+    raise TypeError(f"{name} must be a function {takes}, got {show(value)}.{advice}")
+  try:
+    signature = inspect.signature(value)
+    (signature.bind_partial if keywords_may_lack else signature.bind)(*[None] * arguments)
+  except TypeError as error:
+    raise TypeError(
+      f"{name} must be a function {takes}, and {show(value)} does not take that: {error}.{advice}"
+    ) from error
+  except ValueError:
+    pass  # builtins without a signature
+
+
+def switch(name: str, value: Any) -> None:
+  """A bool, where a word would pass for True.
+
+  >>> switch("scan", False)
+  """
+  if not isinstance(value, bool | np.bool_):
+    raise TypeError(f"{name}={show(value)} must be True or False.")
+
+
+def folder(name: str, value: Any) -> pathlib.Path:
+  """A path.
+
+  >>> folder("run", "runs/a").name
+  'a'
+  """
+  if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+    raise TypeError(f"{name}={show(value)} must be a path, such as 'runs/first'.")
+  return pathlib.Path(value)
+
+
+def shapes(value: Any) -> str:
+  """A value's shapes, for a message.
+
+  >>> shapes({"c": np.zeros((2, 3)), "h": np.zeros(2)})
+  "{'c': (2, 3), 'h': (2,)}"
+  """
+  return str(jax.tree.map(lambda leaf: getattr(leaf, "shape", type(leaf).__name__), value))

@@ -1,0 +1,74 @@
+"""Examples to batches: sources, their order and views, streams, transforms, TFDS.
+
+Examples (`load`, `from_arrays`, `from_dicts`) become a source of training batches (`on_device`,
+`streamed`, `iterated`, `mixed`) or `evaluation_batches`; an `Augmentation` says what a batch shows
+of an example, and a transform mixes a whole batch.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.data import transforms as transforms
+  from jaxdistill.data._examples import (
+    Examples,
+    Records,
+    from_arrays,
+    from_dicts,
+    from_sequence,
+    some_labels,
+  )
+  from jaxdistill.data._sources import Part, Source, evaluation_batches, mixed, on_device
+  from jaxdistill.data._streams import iterated, record_files, streamed
+  from jaxdistill.data._tfds import Digits, load, records, splits
+  from jaxdistill.data._views import (
+    CIFAR,
+    DIGITS,
+    Augmentation,
+    Normalize,
+    augment,
+    choice,
+    crop,
+    crop_flip,
+    divide_by,
+    epoch_order,
+    identity,
+    normalizer,
+  )
+
+__all__ = [
+  "CIFAR",  # mean and standard deviation of CIFAR's channels
+  "DIGITS",  # the largest value of the handwritten digits
+  "Augmentation",  # what may happen to an input before it is normalised
+  "Digits",  # handwritten digits that come with scikit-learn, as a TFDS set: no download
+  "Examples",  # a split in memory, as stored: not normalised, not augmented
+  "Normalize",  # what `normalize` may be: a function, (mean, std), or None
+  "Part",  # which share of a batch a process reads: (its number, of how many)
+  "Records",  # random access to dicts of features
+  "Source",  # where training batches come from, from the first step to the last
+  "augment",  # augments a batch: each example by the choice, or the key, of this view of it
+  "choice",  # which of finitely many augmentations a view of an example shows
+  "crop",  # random crops of a padded image, all numbered: shifts by up to ``padding`` pixels
+  "crop_flip",  # random crops and their mirror images, all numbered: what CIFAR is trained with
+  "divide_by",  # a normalisation that casts to float32 and divides
+  "epoch_order",  # the order in which an epoch shows the examples: a permutation of ``0 .. size-1``
+  "evaluation_batches",  # all examples as stacked batches ``[N, B, ...]`` in their own order
+  "from_arrays",  # makes `Examples` of a user's own arrays
+  "from_dicts",  # reads rows that are dicts into memory: all of them, once
+  "from_sequence",  # opens rows that can be asked for by number
+  "identity",  # the augmentation that shows every example as it is
+  "iterated",  # batches of a stream that can only be iterated, in the stream's own order
+  "load",  # reads a whole TFDS split into memory, without TensorFlow
+  "mixed",  # mixes unlabelled transfer data into every batch, at a fixed share of it
+  "normalizer",  # the function that a ``normalize`` argument stands for
+  "on_device",  # keeps all examples on the device; an item is a row of indices
+  "record_files",  # random access to the records of ArrayRecord files, one after another
+  "records",  # opens a TFDS split for random access; nothing is decoded yet
+  "some_labels",  # chooses which labels may be used: a share of them, the classes in proportion
+  "splits",  # which parts of a TFDS set are train, validation and test: split strings for `load`
+  "streamed",  # reads batches through Grain; an item carries the rows themselves
+  "transforms",  # transforms of a batch, ``(key, Batch) -> Batch``, that both networks then see
+]
+
+__getattr__, __dir__ = lazy(__name__)

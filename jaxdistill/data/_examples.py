@@ -1,0 +1,669 @@
+"""Examples of a data set before they are batches: arrays in memory, or records read one by one.
+
+Inputs are one array, or a dict of arrays where a network takes several (tokens and a mask, say).
+Data sets that give rows as dicts (Hugging Face's, a list, a generator, a class of one's own) are
+read by `from_dicts` and `from_sequence`: no such library is imported here, rows are iterated, or
+asked for by number, and nothing more. `some_labels` and `label_mask` say which labels may be used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float32
+
+from jaxdistill import _check
+from jaxdistill.data._views import epoch_order
+
+__all__ = [
+  "Examples",
+  "Records",
+  "check_classes",
+  "from_arrays",
+  "from_dicts",
+  "from_sequence",
+  "label_mask",
+  "row_reader",
+  "some_labels",
+]
+
+# A label is an int32.
+_MOST_CLASSES = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+  """A split in memory, as stored: not normalised, not augmented.
+
+  Attributes:
+    inputs: ``[N, ...]``: uint8 images, floats, or bytes (an object array) for text; or a dict of
+      such arrays.
+    labels: ``[N]`` int32; zeros where the set has none.
+    ids: ``[N]`` strings, unique within the set.
+    num_classes: K; labels are 0 .. K-1. 0 where the set has no labels.
+    name: of the data set, for reports.
+    version: of the data set, for reports.
+    split: TFDS's words for the part that was read.
+    label_names: what the classes are called; empty where nobody said.
+  """
+
+  inputs: Any
+  labels: np.ndarray
+  ids: np.ndarray
+  num_classes: int
+  name: str
+  version: str = ""
+  split: str = ""
+  label_names: tuple[str, ...] = ()
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The inputs and labels of these rows, in this order."""
+    return jax.tree.map(lambda leaf: leaf[rows], self.inputs), self.labels[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Random access to dicts of features, decoded when read. For sets that memory does not hold.
+
+  Attributes:
+    source: ``source.__getitems__(rows)``, or ``source[row]`` where there is no such method, gives
+      dicts of features.
+    inputs: the feature that is the input, or a tuple of features that become a dict of inputs; None
+      where ``transform`` makes the inputs of the whole dict.
+    labels: the feature that is the label, or None.
+    num_classes: K; 0 where the set has no labels.
+    name: of the data set, for reports.
+    version: of the data set, for reports.
+    split: TFDS's words for the part that was read.
+    label_names: what the classes are called; labels that are such names become their numbers.
+    transform: applied to each input when it is read, and must give one shape for all.
+    prepared: whether TFDS wrote the files, so that what cannot be read is damaged.
+    ids: ``() -> [N]`` ids, unique within the set; None where the row's number is all there is.
+  """
+
+  source: Any  # not Sequence: whoever checks the type would read a record
+  inputs: str | tuple[str, ...] | None
+  labels: str | None
+  num_classes: int
+  name: str
+  version: str = ""
+  split: str = ""
+  label_names: tuple[str, ...] = ()
+  transform: Callable[[Any], Any] | None = None
+  prepared: bool = True
+  ids: Callable[[], Sequence[str]] | None = None
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def features(self, rows: np.ndarray) -> list[dict[str, Any]]:
+    """The decoded features of these rows, one dict each."""
+    problem = "some of its records are empty"  # so reads a file cut off at a block's border
+    wanted = [int(row) for row in rows]
+    try:
+      many = getattr(self.source, "__getitems__", None)
+      examples = many(wanted) if many else [self.source[row] for row in wanted]
+    except (RuntimeError, OSError, LookupError, TypeError, ValueError) as error:
+      if not self.prepared:
+        raise RuntimeError(
+          f"Rows {wanted[:5]} of {self.name!r} cannot be read ({type(error).__name__}: {error})."
+        ) from error
+      examples, problem = [], str(error)
+    if not self.prepared and len(examples) != len(wanted):
+      raise RuntimeError(
+        f"{len(wanted)} rows of {self.name!r} were asked for, but __getitems__ of "
+        f"{type(self.source).__name__} gave {len(examples)}."
+      )
+    empty = self.prepared and any(example[self.inputs] is None for example in examples)
+    if not examples or empty:
+      raise RuntimeError(
+        f"Split {self.split!r} of {self.name!r} cannot be read, its files are damaged ({problem}): "
+        "delete the prepared data set and prepare it again."
+      )
+    return examples
+
+  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The inputs and labels of these rows, in this order."""
+    return self.stack(self.features(rows), rows)
+
+  def read_ids(self) -> list[str]:
+    """The ids of all rows, in their order."""
+    return [str(row) for row in range(len(self))] if self.ids is None else list(self.ids())
+
+  def stack(
+    self, examples: Iterable[Any], rows: Iterable[int] | np.ndarray | None = None
+  ) -> tuple[Any, np.ndarray]:
+    """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
+    numbers, made, labels = [], [], []
+    for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
+      numbers.append(int(row))
+      made.append(self._inputs(example, numbers[-1]))
+      self._check_alike(made, numbers)
+      labels.append(0 if self.labels is None else self._label(example, numbers[-1]))
+    if not made:
+      raise ValueError(
+        f"{self.name!r} gave no rows: it is empty, or an iterator that was used up before."
+      )
+    if not isinstance(made[0], dict):
+      inputs: Any = _joined(made, self.inputs, self.name, numbers)
+    else:
+      inputs = {k: _joined([one[k] for one in made], k, self.name, numbers) for k in made[0]}
+    return inputs, np.array(labels, np.int32)
+
+  def _inputs(self, example: Any, row: int) -> Any:
+    """One example's inputs as arrays (or bytes, for text)."""
+    if self.inputs is None:
+      value = self._checked(example, row)
+    elif isinstance(self.inputs, tuple):
+      value = {key: self._feature(example, row, key) for key in self.inputs}
+    else:
+      value = self._feature(example, row, self.inputs)
+    if self.transform is not None:
+      _check.function("transform", self.transform, "of a row (or its input)", arguments=1)
+      try:
+        value = self.transform(value)
+      except Exception as error:
+        error.add_note(f"raised by transform at row {row} of {self.name!r}")
+        raise
+    if isinstance(value, Mapping):
+      if not value:
+        raise ValueError(f"The inputs of row {row} of {self.name!r} are an empty dict.")
+      return {key: self._array(one, row, key) for key, one in value.items()}
+    return self._array(value, row, self.inputs)
+
+  def _checked(self, example: Any, row: int) -> Mapping[str, Any]:
+    if not isinstance(example, Mapping):
+      raise TypeError(
+        f"rows of {self.name!r} must be dicts, but row {row} is a {type(example).__name__}: make "
+        "dicts of them, e.g. ({'image': x, 'label': y} for x, y in rows), or use from_arrays. (A "
+        "data frame gives rows by to_dict('records').)"
+      )
+    return example
+
+  def _feature(self, example: Any, row: int, key: str) -> Any:
+    example = self._checked(example, row)
+    if key not in example:
+      key = str(key)
+      near = [one for one in example if key in str(one) or str(one) in key]
+      near = near or difflib.get_close_matches(key, map(str, example), n=2, cutoff=0.5)
+      hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+      raise ValueError(
+        f"row {row} of {self.name!r} has no {key!r}; it has {sorted(map(str, example))}.{hint} "
+        "Name what is the input by inputs= and what is the label by labels= (None without labels)."
+      )
+    if example[key] is None:
+      raise ValueError(
+        f"{key!r} of row {row} of {self.name!r} is None: leave such rows out, or, where it is the "
+        "label, put 0 there and mark the row as unlabelled by labelled= of the source."
+      )
+    return example[key]
+
+  def _array(self, value: Any, row: int, key: Any) -> Any:
+    if self.prepared and isinstance(value, bytes):
+      return value
+    where = f"{key or 'what transform made'!r} of row {row} of {self.name!r}"
+    if getattr(value, "mode", None) == "P" and hasattr(value, "getbands"):
+      raise ValueError(
+        f"{where} is a picture with a palette, whose numbers are no colours: convert it, e.g. "
+        "transform=lambda row: row['image'].convert('RGB')."
+      )
+    try:
+      array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+      raise ValueError(
+        f"{where} cannot be made an array ({error}): make it one of fixed shape in transform=."
+      ) from error
+    if array.dtype.kind in "OSU":
+      raise ValueError(
+        f"{where} is {'text' if array.dtype.kind in 'SU' else type(value).__name__}, not numbers: "
+        "make numbers of it (tokenize text) in transform=."
+      )
+    # Grey pictures get the axis of channels that networks and crops expect.
+    return array[..., None] if hasattr(value, "getbands") and array.ndim == 2 else array
+
+  def _check_alike(self, made: list[Any], numbers: list[int]) -> None:
+    """Raises where the last inputs made have other keys or shapes than the first."""
+    first, last = (
+      {k: np.shape(v) for k, v in one.items()} if isinstance(one, dict) else np.shape(one)
+      for one in (made[0], made[-1])
+    )
+    if first != last:
+      raise ValueError(
+        f"The inputs of {self.name!r} differ in shape: row {numbers[0]} has {first}, row "
+        f"{numbers[-1]} has {last}. Give all rows one shape (crop, resize, pad, convert) by "
+        "transform=."
+      )
+
+  def _label(self, example: Any, row: int) -> int:
+    value = self._feature(example, row, str(self.labels))
+    if isinstance(value, bytes):
+      value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+      if value in self.label_names:
+        return self.label_names.index(value)
+      given = f"not one of label_names={self.label_names!r}" if self.label_names else "text"
+      raise ValueError(
+        f"{self.labels!r} of row {row} of {self.name!r} is {given}, namely {value!r}: pass "
+        "label_names=, all class names in the order of their numbers, e.g. "
+        f"sorted({{row[{self.labels!r}] for row in rows}})."
+      )
+    label = np.asarray(value)
+    if label.shape or label.dtype.kind not in "iub":
+      raise ValueError(
+        f"{self.labels!r} of row {row} of {self.name!r} must be one integer, got {label.dtype} of "
+        f"shape {label.shape}: take argmax of a one-hot row; labels=None where there is no class."
+      )
+    # K is 0 while nobody knows it: who reads all the rows finds out.
+    if label < 0 or (self.num_classes and label >= self.num_classes):
+      raise ValueError(_wrong_label(int(label), row, self.num_classes, self.name, self.split))
+    return int(label)
+
+
+def _joined(values: list[Any], key: Any, name: str, rows: list[int]) -> np.ndarray:
+  if isinstance(values[0], bytes):  # NumPy would cut trailing zeros off fixed-length strings
+    return np.array(values, dtype=object)
+  joined = np.stack(values)
+  _check_finite(joined, key, name, rows)
+  return joined
+
+
+def _check_finite(array: np.ndarray, key: Any, name: str, rows: Any = None) -> None:
+  """Raises where a float input is not a number; infinities may be meant (a mask)."""
+  if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+    return
+  with np.errstate(invalid="ignore"):
+    if not np.isnan(np.min(array)):  # no copy, unlike isnan of the whole
+      return
+  bad = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
+  what = "inputs" if key is None else f"inputs {key!r}"
+  raise ValueError(
+    f"The {what} of {name!r} hold NaN in {len(bad)} of {len(array)} rows, first in row "
+    f"{bad[0] if rows is None else rows[bad[0]]}: fill them in, or leave those rows out."
+  )
+
+
+def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) -> str:
+  where = f"split {split!r} of {name!r}" if split else repr(name)
+  range_ = (
+    f"in 0 .. {num_classes - 1} (num_classes={num_classes})" if num_classes else "at 0 or more"
+  )
+  return (
+    f"labels of {where} must lie {range_}, but row {row} has {label}. -1 stands for a label that "
+    "is withheld: choose a split that has them, or labels=None."
+  )
+
+
+def _as_arrays(inputs: Any) -> Any:
+  """Inputs as an array or a dict of arrays, all of one length."""
+
+  def one(key: str | None, value: Any) -> np.ndarray:
+    what = "inputs" if key is None else f"inputs[{key!r}]"
+    if isinstance(value, Mapping):
+      raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
+    try:
+      array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+      raise ValueError(
+        f"{what} cannot be made one array ({error}): give all examples one shape."
+      ) from error
+    if array.dtype.kind == "c" or (
+      array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
+    ):
+      raise ValueError(f"{what} must be real numbers (or text), got {_check.show(array)}.")
+    if array.ndim == 0 or len(array) == 0:
+      raise ValueError(f"{what} must hold at least one example, got an array of {array.shape}.")
+    return array
+
+  if not isinstance(inputs, Mapping):
+    return one(None, inputs)
+  made = {key: one(key, value) for key, value in inputs.items()}
+  sizes = {key: len(value) for key, value in made.items()}
+  if len(set(sizes.values())) != 1:
+    raise ValueError(f"inputs must be arrays of one length, one row an example, got {sizes}.")
+  return made
+
+
+def from_arrays(
+  inputs: Any,
+  labels: Any,
+  *,
+  num_classes: int | None = None,
+  ids: Any = None,
+  name: str = "arrays",
+  split: str = "",
+  label_names: Sequence[str] = (),
+) -> Examples:
+  """Makes `Examples` of a user's own arrays.
+
+  Args:
+    inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
+      everything else stays.
+    labels: ``[N]`` integers, 0 for an example without one (see `data.on_device`'s ``labelled``);
+      None where the set has no labels.
+    num_classes: K; one more than the largest label by default.
+    ids: ``[N]``; the row's number by default.
+    name: for reports.
+    split: for reports.
+    label_names: K names, or none.
+
+  Returns:
+    The examples; arrays are not copied where their types fit.
+
+  Raises:
+    ValueError: lengths differ, there is no example, an input is NaN, or a label is out of range.
+
+  >>> examples = from_arrays(np.zeros((3, 2), np.float32), [0, 2, 1])
+  >>> len(examples), examples.num_classes, examples.labels.dtype.name
+  (3, 3, 'int32')
+  """
+  inputs = _as_arrays(inputs)
+  for key, leaf in inputs.items() if isinstance(inputs, dict) else [(None, inputs)]:
+    _check_finite(leaf, key, name)
+  size = len(jax.tree.leaves(inputs)[0])
+  if labels is None:
+    if num_classes or label_names:
+      raise ValueError(
+        "num_classes and label_names are of labels, and labels is None: leave them out."
+      )
+    labels, num_classes = np.zeros(size, np.int32), 0
+  labels = np.asarray(labels)
+  if labels.shape != (size,):
+    raise ValueError(f"labels must be of shape ({size},) like inputs, got {labels.shape}.")
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(
+      f"labels must be integers, got {labels.dtype}. Names become numbers by "
+      "label_names, labels = np.unique(labels, return_inverse=True)."
+    )
+  if num_classes is None:
+    num_classes = int(labels.max()) + 1
+  _check.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
+  wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
+  if len(wrong):
+    row = int(wrong[0])
+    raise ValueError(_wrong_label(int(labels[row]), row, num_classes, name, split))
+  ids = np.arange(size).astype(str) if ids is None else np.asarray(ids).astype(str)
+  if ids.shape != (size,):
+    raise ValueError(f"ids must be of shape ({size},) like inputs, got {ids.shape}.")
+  if label_names and len(label_names) != num_classes:
+    raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(label_names)}.")
+  return Examples(
+    inputs=inputs,
+    labels=labels.astype(np.int32, copy=False),
+    ids=ids,
+    num_classes=num_classes,
+    name=name,
+    split=split,
+    label_names=tuple(label_names),
+  )
+
+
+def from_dicts(
+  rows: Any,
+  *,
+  inputs: str | tuple[str, ...] = "image",
+  labels: str | None = "label",
+  transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None = None,
+  label_names: Sequence[str] = (),
+  name: str = "rows",
+  limit: int | None = None,
+) -> Examples:
+  """Reads rows that are dicts into memory: all of them, once.
+
+  Values are whatever `numpy.asarray` takes: pictures of PIL (grey ones become ``[H, W, 1]``),
+  lists, arrays of NumPy, JAX or torch.
+
+  Args:
+    rows: any iterable of dicts: a split of Hugging Face's ``datasets``, a list, a generator.
+    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
+    labels: the key of the label, an integer or one of ``label_names``; None without labels.
+    transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
+      looked at then.
+    num_classes: K; by default as many as there are names, or one more than the largest label.
+    label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+    name: for reports.
+    limit: how many rows to read at most, for an iterable without an end.
+
+  Returns:
+    The examples, in the order in which the rows came.
+
+  Raises:
+    TypeError: ``rows`` is no iterable of dicts.
+    ValueError: there is no row, a key is missing, shapes differ, an input is text or NaN, or a
+      label is text or out of range; the message names the row.
+
+  >>> rows = [{"image": [0.0, 1.0], "label": "cat"}, {"image": [1.0, 1.0], "label": "dog"}]
+  >>> examples = from_dicts(rows, label_names=("cat", "dog"))
+  >>> examples.inputs.shape, examples.labels.tolist()
+  ((2, 2), [0, 1])
+  """
+  _check_rows("from_dicts", rows)
+  if not isinstance(rows, Iterable):
+    raise TypeError(f"from_dicts needs an iterable of dicts, got {type(rows).__name__}.")
+  if limit is not None:
+    _check.whole("limit", limit, instead=", or None for all rows")
+  reader = row_reader(
+    rows,
+    inputs=inputs,
+    labels=labels,
+    transform=transform,
+    num_classes=num_classes,
+    label_names=label_names,
+    name=name,
+  )
+  stacked, numbers = reader.stack(itertools.islice(rows, limit))
+  return from_arrays(
+    stacked,
+    None if labels is None else numbers,
+    num_classes=reader.num_classes or None,
+    name=name,
+    label_names=reader.label_names,
+  )
+
+
+def from_sequence(
+  rows: Any,
+  *,
+  inputs: str | tuple[str, ...] = "image",
+  labels: str | None = "label",
+  transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None = None,
+  label_names: Sequence[str] = (),
+  name: str = "rows",
+) -> Records:
+  """Opens rows that can be asked for by number; `data.streamed` reads them when their turn comes.
+
+  Args:
+    rows: has ``__len__``, and gives a dict by ``rows[number]`` or a list of dicts by
+      ``rows.__getitems__(numbers)``: a split of Hugging Face's ``datasets``, a torch ``Dataset``
+      of dicts, a list. Several threads read it at once.
+    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
+    labels: the key of the label, an integer or one of ``label_names``; None without labels.
+    transform: makes the inputs (an array or a dict of arrays) of a whole row, as in `from_dicts`.
+    num_classes: K; may be left out only where there are names, since not all labels are read.
+    label_names: K names; by default those that ``rows.features`` tells.
+    name: for reports.
+
+  Returns:
+    The records; row 0 has been read, to see that it can be.
+
+  Raises:
+    TypeError: ``rows`` has no length or no rows by number, or they are no dicts.
+    ValueError: ``rows`` is empty, ``num_classes`` is missing, or row 0 does not fit.
+
+  >>> rows = [{"tokens": [5, 7], "mask": [1, 0], "label": 1}]
+  >>> records = from_sequence(rows, inputs=("tokens", "mask"), num_classes=2)
+  >>> records.read(np.array([0]))[0]["tokens"].tolist()
+  [[5, 7]]
+  """
+  _check_rows("from_sequence", rows)
+  if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+    raise TypeError(
+      f"from_sequence needs rows with a length and rows by number, got {type(rows).__name__}: what "
+      "can only be iterated goes to from_dicts (into memory) or to iterated (a stream)."
+    )
+  if len(rows) == 0:
+    raise ValueError(f"rows of {name!r} are empty: a source needs at least one example.")
+  reader = row_reader(
+    rows,
+    inputs=inputs,
+    labels=labels,
+    transform=transform,
+    num_classes=num_classes,
+    label_names=label_names,
+    name=name,
+  )
+  check_classes("from_sequence", reader)
+  records = dataclasses.replace(reader, source=rows)
+  records.read(np.arange(1))
+  return records
+
+
+def row_reader(
+  rows: Any,
+  *,
+  inputs: str | tuple[str, ...],
+  labels: str | None,
+  transform: Callable[[Any], Any] | None,
+  num_classes: int | None,
+  label_names: Sequence[str],
+  name: str,
+) -> Records:
+  """`Records` without a source, whose `Records.stack` makes arrays of rows; see `from_dicts`.
+
+  Its ``num_classes`` is 0 where neither the caller nor the rows' ``features`` tell it.
+  """
+  if isinstance(inputs, list):
+    inputs = tuple(inputs)
+  if labels is None and (num_classes or label_names):
+    raise ValueError(
+      "num_classes and label_names are of labels, and labels is None: leave them out."
+    )
+  if num_classes is not None:
+    _check.whole("num_classes", num_classes)
+  names = tuple(label_names)
+  if names and num_classes not in (None, len(names)):
+    raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(names)}.")
+  features = getattr(rows, "features", None)
+  if labels is not None and not names and isinstance(features, Mapping):
+    names = tuple(getattr(features.get(labels), "names", None) or ())
+    names = names if num_classes in (None, len(names)) else ()
+  return Records(
+    source=(),
+    inputs=None if transform else inputs,
+    labels=labels,
+    num_classes=num_classes or len(names),
+    name=name,
+    label_names=names,
+    transform=transform,
+    prepared=False,
+  )
+
+
+def check_classes(where: str, reader: Records) -> None:
+  """Raises where there are labels and nobody said how many classes."""
+  if reader.labels is not None and not reader.num_classes:
+    raise ValueError(
+      f"num_classes must be given: {where} does not read every label of {reader.name!r} first. "
+      "(label_names do as well; or labels=None.)"
+    )
+
+
+def _check_rows(where: str, rows: Any) -> None:
+  """Raises for what people pass for rows by mistake."""
+  if isinstance(rows, Mapping):
+    keys = sorted(map(str, rows))
+    raise TypeError(
+      f"{where} needs rows, one dict for each example, got one {type(rows).__name__} with {keys}: "
+      "of splits pass one, e.g. rows['train']; columns of arrays go to from_arrays."
+    )
+  if isinstance(rows, str | bytes):
+    raise TypeError(f"{where} needs rows that are dicts, got the text {rows!r}: open it first.")
+
+
+# In the place of an epoch's number, for the order in which labels are given out.
+_LABELS = 0x6C6162656C
+
+
+def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
+  """The mask of labels that may be used, ``[N]`` float32."""
+  if labelled is None:
+    return np.full(len(examples), float(examples.num_classes > 0), np.float32)
+  mask = np.asarray(labelled)
+  if mask.shape != (len(examples),) or not np.isin(mask, (0, 1)).all():
+    raise ValueError(
+      f"labelled must be {len(examples)} zeros and ones, one for each example of "
+      f"{examples.name!r}, got {mask.dtype} of shape {mask.shape}."
+    )
+  if examples.num_classes == 0 and mask.any():
+    raise ValueError(f"labelled must be all 0: {examples.name!r} has no labels.")
+  return mask.astype(np.float32)
+
+
+def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[np.ndarray, " N"]:
+  """Chooses which labels may be used: a share of them, the classes in proportion.
+
+  Exactly ``round(share * N)`` labels, at least one of each class, and of each class its share of
+  them to within one where that leaves every class its one. With one ``data_seed``, a larger share
+  contains a smaller one.
+
+  Args:
+    examples: with labels.
+    share: ``0 .. 1``; 0 leaves no label.
+    data_seed: decides which; a number that other sources use may be used here too.
+
+  Returns:
+    ``[N]``: 1 where the label may be used, for the argument ``labelled`` of a source.
+
+  Raises:
+    TypeError: the labels are not in memory.
+    ValueError: ``share`` is out of range or too small for one label of each class, or there are
+      no labels.
+
+  >>> from jaxdistill.data import from_arrays
+  >>> examples = from_arrays(np.zeros((8, 1)), [0, 0, 0, 0, 0, 0, 1, 1])
+  >>> few = some_labels(examples, 0.5, data_seed=0)
+  >>> float(few.sum()), float(few[6:].sum())
+  (4.0, 1.0)
+  """
+  if not isinstance(examples, Examples):
+    raise TypeError(
+      f"some_labels needs Examples, whose labels are in memory, got {type(examples).__name__}."
+    )
+  if examples.num_classes == 0:
+    raise ValueError(f"{examples.name!r} has no labels to choose from.")
+  _check.number("share", share, least=0, most=1)
+  size = len(examples)
+  present, count = np.unique(examples.labels), round(share * size)
+  if share > 0 and count < len(present):
+    raise ValueError(
+      f"share={share} of {size} examples is {count} labels, too few for one of each of the "
+      f"{len(present)} classes: take a share of at least {_rounded_up(len(present), size)}, or 0."
+    )
+  order = epoch_order(data_seed, _LABELS, size)
+  quantile = np.zeros(size)
+  for label in present:
+    rows = order[examples.labels[order] == label]
+    quantile[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+    quantile[rows[0]] = 0.0
+  # A prefix of one order for all shares, so that the larger contains the smaller.
+  chosen = order[np.argsort(quantile[order], kind="stable")][:count]
+  mask = np.zeros(size, np.float32)
+  mask[chosen] = 1
+  return mask
+
+
+def _rounded_up(count: int, size: int) -> float:
+  """The least share of a few digits that still makes ``count`` of ``size``."""
+  share = float(np.ceil(count / size * 1e6) / 1e6)
+  return share if round(share * size) >= count else count / size

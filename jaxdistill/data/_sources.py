@@ -1,0 +1,543 @@
+"""Where batches come from: what a source is, arrays on the device, and two sources in every batch.
+
+A `Source` hands out items (which rows, which view) and one pure function, ``cut``, that makes a
+`Batch` of an item inside the compiled program. Sources differ in where the rows come from and in
+nothing else, so the batches of those on the device (`on_device`) and of streamed ones
+(`jaxdistill.data.streamed`) are equal bit by bit. `evaluation_batches` is no source: all examples,
+once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import _check
+from jaxdistill._compile import by_work
+from jaxdistill.data._examples import Examples, label_mask
+from jaxdistill.data._views import (
+  Augmentation,
+  Normalize,
+  augment,
+  check_augmentation,
+  check_seed,
+  epoch_order,
+  identity,
+  normalizer,
+)
+from jaxdistill.types import Batch, PyTree
+
+__all__ = [
+  "Part",
+  "Source",
+  "Whole",
+  "check_in_memory",
+  "cutter",
+  "evaluation_batches",
+  "example_shapes",
+  "index_and_view",
+  "mixed",
+  "on_device",
+  "rows_of",
+  "rows_padded",
+  "view_count",
+  "view_numbers",
+]
+
+# Of several processes that share every batch: which one this is, and how many there are.
+Part = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+  """Every example of a source once, in its own order: what a cache of a teacher is filled from.
+
+  Attributes:
+    size: how many examples, transfer data included: what a batch's ``index`` counts.
+    every: ``(data_seed, batch_size, view) -> items`` for ``cut``, one by one, of this view of every
+      example. A batch repeats an example rather than be smaller than the others.
+    rows: ``items -> (index, view)`` on the host, each ``[count, B]``, as ``cut`` will give them.
+    ids: ``() -> [size]`` strings, unique.
+  """
+
+  size: int
+  every: Callable[[int, int, int], Iterator[PyTree]]
+  rows: Callable[[PyTree], tuple[np.ndarray, np.ndarray]]
+  ids: Callable[[], Sequence[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where training batches come from, from the first step to the last.
+
+  Batches are never padded: an epoch has ``size // (batch_size - transfer)`` steps, and what is left
+  over at its end is not shown in that epoch. Another seed is
+  ``dataclasses.replace(source, data_seed=...)``, which shares the arrays and the function: the
+  items of several seeds may be stacked and cut under ``vmap``, since an item carries its seed.
+  Another batch size is ``dataclasses.replace(source, batch_size=...)``.
+
+  Attributes:
+    shared: arrays on the device (or `jaxdistill._compile` ones), an argument of the compiled
+      program; None for streams.
+    cut: ``(shared, item) -> Batch``: pure; augments, and normalises last.
+    read: ``(data_seed, batch_size, step, count, part) -> items``; call `items` instead.
+    size: the number of examples.
+    batch_size: B.
+    data_seed: decides order and views.
+    num_classes: K.
+    normalize: what ``cut`` applies last: a function of the inputs as stored, ``[B, ...]``.
+    stored: one example's inputs as stored: ``jax.ShapeDtypeStruct``, or a dict of them.
+    views: V; epoch e shows view e mod V of every example. None: every epoch shows a new one.
+    name: of the data, for reports.
+    share: which part of each batch comes from a second, unlabelled stream.
+    version: of the data.
+    augmentation: its name. Where it is ``"identity"``, no view depends on ``data_seed``.
+    whole: how every example is shown once; None for streams that only iterate.
+    teacher: where batches bring a teacher's outputs along, which teacher's: a fingerprint.
+  """
+
+  shared: PyTree
+  cut: Callable[[PyTree, PyTree], Batch]
+  read: Callable[[int, int, int, int, Part], PyTree]
+  size: int
+  batch_size: int
+  data_seed: int
+  num_classes: int
+  normalize: Callable[[Any], Any]
+  stored: PyTree
+  views: int | None = None
+  name: str = "data"
+  share: float = 0.0
+  version: str = ""
+  augmentation: str = "identity"
+  whole: Whole | None = None
+  teacher: str | None = None
+
+  def __post_init__(self) -> None:
+    check_seed(self.data_seed)
+    _check.whole("size", self.size)
+    _check.whole("batch_size", self.batch_size, least=None)
+    if self.share and not 1 <= self.transfer < self.batch_size:
+      raise ValueError(
+        f"share={self.share} of batch_size={self.batch_size} is {self.transfer} rows of transfer "
+        "data, but both streams need at least one row of every batch: choose another share, or a "
+        "larger batch_size."
+      )
+    if not 1 <= self.batch_size - self.transfer <= self.size:
+      raise ValueError(
+        f"batch_size={self.batch_size} must lie in 1 .. {self.size}, the size of {self.name!r}"
+        f"{' beside transfer data' if self.share else ''}: training batches are never padded."
+      )
+    if self.views is not None:
+      _check.whole("views", self.views, instead=", or None")
+
+  @property
+  def transfer(self) -> int:
+    """How many examples of each batch come from a second, unlabelled stream."""
+    return round(self.share * self.batch_size)
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """How many whole batches an epoch has."""
+    return self.size // (self.batch_size - self.transfer)
+
+  def items(self, step: int, count: int, part: Part = (0, 1)) -> PyTree:
+    """What steps ``step .. step+count-1`` need, stacked: leaves ``[count, ...]``.
+
+    Any step may be asked for, and ``count`` may cross the end of an epoch. Streams are fast where
+    every call goes on from the last.
+
+    Args:
+      step: the first step, from 0.
+      count: how many steps.
+      part: ``(p, P)``: process p of P gets rows ``p*B/P .. (p+1)*B/P`` of every batch (of both
+        streams' shares of it, where there are two), and reads no others.
+
+    Returns:
+      A tree. Leaves ``[count]`` are numbers; those with more axes have the batch axis second.
+
+    Raises:
+      ValueError: ``step`` or ``count`` is out of range, or a batch does not divide by P.
+    """
+    _check.whole("step", step, least=0)
+    _check.whole("count", count, least=1)
+    process, processes = part
+    if not 0 <= process < processes:
+      raise ValueError(f"part must be (p, P) with 0 <= p < P, got {part}.")
+    if self.batch_size % processes or self.transfer % processes:
+      of_them = f", of which {self.transfer} are transfer data," if self.transfer else ""
+      raise ValueError(
+        f"batch_size={self.batch_size}{of_them} does not divide by the {processes} processes that "
+        f"share every batch: take multiples of {processes}."
+      )
+    return self.read(self.data_seed, self.batch_size, step, count, part)
+
+
+def on_device(
+  examples: Examples,
+  *,
+  batch_size: int,
+  data_seed: int,
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  labelled: Any = None,
+) -> Source:
+  """Keeps all examples on the device; an item is a row of indices.
+
+  Args:
+    examples: from `load`, `from_arrays` or `from_dicts`.
+    batch_size: B, at most the number of examples.
+    data_seed: decides order and views, ``0 .. 2**32 - 1``.
+    augmentation: applied to the inputs as stored.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch (for the one
+      view that there is, without augmentation).
+    normalize: see `normalizer`.
+    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
+      set has no labels). A label that may not be used does not reach the batch.
+
+  Returns:
+    The source.
+
+  Raises:
+    ValueError: ``batch_size``, ``views``, ``data_seed`` or ``labelled`` does not fit.
+    TypeError: the inputs cannot lie on a device.
+
+  >>> from jaxdistill.data import from_arrays
+  >>> examples = from_arrays(np.arange(6, dtype=np.float32)[:, None], [0, 1, 0, 1, 0, 1])
+  >>> source = on_device(examples, batch_size=2, data_seed=0)
+  >>> items = source.items(step=0, count=3)
+  >>> batch = source.cut(source.shared, jax.tree.map(lambda leaf: leaf[1], items))
+  >>> source.steps_per_epoch, items["index"].shape, batch.inputs.shape
+  (3, (3, 2), (2, 1))
+  """
+  check_in_memory("on_device", examples)
+  views = view_count(augmentation, views)
+  known = label_mask(examples, labelled)
+  latest: dict[int, tuple[int, np.ndarray]] = {}
+
+  def order(seed: int, epoch: int) -> np.ndarray:
+    if seed not in latest or latest[seed][0] != epoch:
+      latest[seed] = epoch, epoch_order(seed, epoch, len(examples))
+    return latest[seed][1]
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    numbers = np.arange(step, step + count)
+    steps = len(examples) // batch
+    rows = [rows_of(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
+    return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
+
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    for index in rows_padded(len(examples), batch):
+      yield {"index": index, **view_numbers(seed, np.asarray(view), None)}
+
+  finish = normalizer(normalize)
+  return Source(
+    # Not by jnp.asarray, which compiles a program for each shape.
+    shared=jax.device_put(
+      {
+        "inputs": examples.inputs,
+        "labels": np.where(known > 0, examples.labels, 0),
+        "labelled": known,
+      }
+    ),
+    cut=cutter(augmentation, finish),
+    read=read,
+    size=len(examples),
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=examples.num_classes,
+    normalize=finish,
+    stored=example_shapes(examples.inputs, examples.name),
+    views=views,
+    name=examples.name,
+    version=examples.version,
+    augmentation=augmentation.name,
+    whole=Whole(len(examples), every, index_and_view, lambda: examples.ids.tolist()),
+  )
+
+
+def cutter(
+  augmentation: Augmentation, finish: Callable[[Any], Any]
+) -> Callable[[PyTree, PyTree], Batch]:
+  """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
+  check_augmentation(augmentation)
+
+  def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    index = item["index"]
+    rows = item
+    if shared is not None:
+      rows = jax.tree.map(lambda leaf: jnp.take(leaf, index, 0, mode="clip"), shared)
+    inputs = augment(augmentation, rows["inputs"], item["data_seed"], index, item["view"])
+    return Batch(
+      inputs=finish(inputs),
+      labels=rows["labels"],
+      weight=jnp.ones(index.shape, jnp.float32),
+      labelled=rows["labelled"],
+      index=index,
+      view=jnp.broadcast_to(item["view"], index.shape),
+    )
+
+  return cut
+
+
+def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
+  """The rows that a process gets of one step of an epoch."""
+  process, processes = part
+  mine = batch_size // processes
+  first = step * batch_size + process * mine
+  return order[first : first + mine]
+
+
+def rows_padded(size: int, batch_size: int) -> Iterator[np.ndarray]:
+  """All rows in their own order, in batches of one size: the last row comes again at the end."""
+  for first in range(0, size, batch_size):
+    yield np.minimum(np.arange(first, first + batch_size, dtype=np.int32), size - 1)
+
+
+def index_and_view(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
+  """The ``rows`` of a `Whole` of a source that is no mix."""
+  index = np.asarray(items["index"])
+  return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+
+
+def view_count(augmentation: Augmentation, views: int | None) -> int | None:
+  """V: what was asked for; 1 where all views are the same."""
+  check_augmentation(augmentation)
+  return 1 if views is None and augmentation.choices == 1 else views
+
+
+def view_numbers(seed: int, epochs: np.ndarray, views: int | None) -> dict[str, np.ndarray]:
+  """The part of an item that has no batch axis: the view and the seed."""
+  view = epochs if views is None else epochs % views
+  return {"view": np.asarray(view, np.int32), "data_seed": np.full(view.shape, seed, np.uint32)}
+
+
+def check_in_memory(argument: str, examples: Any) -> None:
+  """Raises where examples are not arrays that a device takes."""
+  arrays = isinstance(examples, Examples)
+  dtypes = [leaf.dtype for leaf in jax.tree.leaves(examples.inputs)] if arrays else []
+  if not arrays or any(dtype.kind in "OSU" for dtype in dtypes):
+    raise TypeError(
+      f"{argument} needs Examples with numeric inputs (from load, from_arrays or from_dicts), got "
+      f"{type(examples).__name__} {' '.join(map(str, dtypes))}: use streamed for Records, and "
+      "tokenize text first."
+    )
+
+
+def example_shapes(inputs: PyTree, name: str) -> PyTree:
+  """The shape and dtype of one of these inputs as a device holds it."""
+
+  def one(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+    if leaf.dtype.kind in "OSU":
+      raise TypeError(f"The inputs of {name!r} are text, which no device takes: tokenize it first.")
+    return jax.ShapeDtypeStruct(leaf.shape[1:], jax.dtypes.canonicalize_dtype(leaf.dtype))
+
+  return jax.tree.map(one, inputs)
+
+
+def mixed(source: Source, transfer: Source, *, share: float) -> Source:
+  """Mixes unlabelled transfer data into every batch, at a fixed share of it.
+
+  A batch keeps ``source.batch_size`` rows: first those of ``source``, then ``round(share * B)`` of
+  ``transfer``, whose labels, if it has any, do not reach the batch. Epochs are counted by
+  ``source``; ``transfer`` runs through epochs of its own, in an order of its own that the mix's
+  ``data_seed`` decides (whatever ``data_seed`` and ``batch_size`` it had itself).
+
+  Args:
+    source: where the labelled rows come from.
+    transfer: any other source: in memory, streamed or iterated.
+    share: the part of each batch that is transfer data, between 0 and 1.
+
+  Returns:
+    The source. Its ``index`` counts on from ``source.size`` for transfer rows; ``normalize`` and
+    ``stored`` are those of ``source``. Each of the two shows its own views; the mix has as many as
+    the one with more.
+
+  Raises:
+    TypeError: one of the two is no `Source`.
+    ValueError: one of them is a mix, one of them would have no row in a batch, or their inputs
+      differ in structure, shape or dtype once normalised.
+
+  >>> from jaxdistill.data import from_arrays
+  >>> from jaxdistill.data import on_device
+  >>> def make(value, size):
+  ...   examples = from_arrays(np.full((size, 2), value, np.float32), np.ones(size, np.int32))
+  ...   return on_device(examples, batch_size=4, data_seed=0)
+  >>> mix = mixed(make(0.0, 6), make(5.0, 8), share=0.25)
+  >>> batch = mix.cut(mix.shared, jax.tree.map(lambda leaf: leaf[0], mix.items(0, 1)))
+  >>> batch.inputs[:, 0].tolist(), batch.labelled.tolist(), mix.steps_per_epoch
+  ([0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 0.0], 2)
+  """
+  for argument, one in (("source", source), ("transfer", transfer)):
+    if not isinstance(one, Source):
+      raise TypeError(
+        f"{argument} must be a Source (from on_device, streamed or iterated), got "
+        f"{type(one).__name__}."
+      )
+    if one.teacher is not None:
+      raise ValueError(
+        f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
+      )
+    if one.share:
+      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
+  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
+    raise ValueError(
+      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
+      "out, for nothing else train on the transfer source with labelled all 0."
+    )
+  seen = [_normalised(one) for one in (source, transfer)]
+  if seen[0] != seen[1]:
+    raise ValueError(
+      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
+      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
+    )
+
+  known = [one.views for one in (source, transfer) if one.views is not None]
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    more = round(share * batch)
+    if more > transfer.size:
+      raise ValueError(
+        f"share={share} of batch_size={batch} is {more} rows of transfer data, but "
+        f"{transfer.name!r} has {transfer.size}: lower share or batch_size."
+      )
+    return {
+      "source": source.read(seed, batch - more, step, count, part),
+      "transfer": transfer.read(_other_seed(seed), more, step, count, part),
+    }
+
+  def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    mine = source.cut(shared[0], item["source"])
+    more = transfer.cut(shared[1], item["transfer"])
+    more = dataclasses.replace(
+      more,
+      labels=jnp.zeros_like(mine.labels, shape=more.labels.shape),
+      labelled=jnp.zeros_like(more.labelled),
+      index=more.index + jnp.int32(source.size),
+    )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), mine, more)
+
+  return Source(
+    shared=(source.shared, transfer.shared),
+    cut=cut,
+    read=read,
+    size=source.size,
+    batch_size=source.batch_size,
+    data_seed=source.data_seed,
+    num_classes=source.num_classes,
+    normalize=source.normalize,
+    stored=source.stored,
+    views=max(known) if len(known) == 2 else None,
+    name=f"{source.name} with {share:g} of {transfer.name}",
+    share=share,
+    version=" with ".join(v for v in (source.version, transfer.version) if v),
+    augmentation=" with ".join(dict.fromkeys((source.augmentation, transfer.augmentation))),
+    whole=_both(source, transfer),
+  )
+
+
+def _other_seed(seed: int) -> int:
+  """The seed of a mix's transfer data."""
+  # An odd factor and an even, fixed-point-free shift: seeds stay apart, and none maps to itself.
+  return (seed * 2654435761 + 0x7472616E) % 2**32
+
+
+def _both(source: Source, transfer: Source) -> Whole | None:
+  """Every example of a mix: a batch has rows of both, and the smaller of the two comes again."""
+  first, second = source.whole, transfer.whole
+  if first is None or second is None:
+    return None
+
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    half = max(1, batch // 2)
+    mine = _again(first, seed, half, view % (source.views or view + 1))
+    more = _again(second, _other_seed(seed), half, view % (transfer.views or view + 1))
+    for _ in range(-(-max(first.size, second.size) // half)):
+      yield {"source": next(mine), "transfer": next(more)}
+
+  def rows(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
+    mine, more = first.rows(items["source"]), second.rows(items["transfer"])
+    return (
+      np.concatenate([mine[0], more[0] + np.int32(source.size)], axis=1),
+      np.concatenate([mine[1], more[1]], axis=1),
+    )
+
+  def ids() -> list[str]:
+    return [f"source/{id}" for id in first.ids()] + [f"transfer/{id}" for id in second.ids()]
+
+  return Whole(first.size + second.size, every, rows, ids)
+
+
+def _again(whole: Whole, seed: int, batch_size: int, view: int) -> Iterator[PyTree]:
+  while True:
+    yield from whole.every(seed, batch_size, view)
+
+
+def _normalised(source: Source) -> str:
+  """A source's inputs as networks see them: structure, shapes and dtypes, as text."""
+  batch = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
+  made = jax.eval_shape(source.normalize, batch)
+  return str(jax.tree.map(lambda one: f"{one.dtype}{list(one.shape[1:])}", made))
+
+
+def evaluation_batches(
+  examples: Examples, *, batch_size: int, normalize: Normalize = None, labelled: Any = None
+) -> Batch:
+  """All examples as stacked batches ``[N, B, ...]`` in their own order, the last one padded.
+
+  A padded row repeats row 0 with label 0, ``weight`` 0 and ``labelled`` 0, so that it counts for
+  nothing and is still an input that a network can take.
+
+  Args:
+    examples: from `load`, `from_arrays` or `from_dicts`.
+    batch_size: B; may exceed the number of examples.
+    normalize: see `normalizer`.
+    labelled: ``[N]``, as in `on_device`.
+
+  Returns:
+    A `Batch` whose leaves have the axes ``[N, B]`` first: scan over N, or index it.
+
+  Raises:
+    ValueError: ``batch_size`` or ``labelled`` does not fit.
+    TypeError: the inputs cannot lie on a device.
+
+  >>> examples = from_arrays(np.ones((3, 1), np.float32), [0, 1, 1])
+  >>> batches = evaluation_batches(examples, batch_size=2)
+  >>> batches.weight.tolist(), batches.labels.tolist()
+  ([[1.0, 1.0], [1.0, 0.0]], [[0, 1], [1, 0]])
+  """
+  _check.whole("batch_size", batch_size)
+  check_in_memory("evaluation_batches", examples)
+  known = label_mask(examples, labelled)
+  size = len(examples)
+  count = -(-size // batch_size)
+  rows = np.arange(count * batch_size, dtype=np.int32)
+  real = rows < size
+  rows = np.where(real, rows, 0).astype(np.int32)
+  stored = jax.tree.map(lambda leaf: leaf[rows], examples.inputs)
+  finish = normalizer(normalize)
+
+  def batched(leaf: Any) -> Any:
+    return leaf.reshape(count, batch_size, *leaf.shape[1:])
+
+  def shown(stored: PyTree) -> PyTree:
+    return jax.tree.map(batched, finish(stored))
+
+  rest = {
+    "labels": np.where(real & (known[rows] > 0), examples.labels[rows], 0),
+    "weight": real.astype(np.float32),
+    "labelled": np.where(real, known[rows], np.float32(0)),
+    "index": rows,
+    "view": np.zeros_like(rows),
+  }
+  options = by_work(shown, stored, calls=1)
+  return Batch(
+    inputs=jax.jit(shown, compiler_options=options)(stored),
+    **jax.device_put(jax.tree.map(batched, rest)),
+  )

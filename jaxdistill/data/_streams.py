@@ -1,0 +1,358 @@
+"""Batches that are read as they are needed: through Grain, or from any stream that can resume.
+
+`streamed` reads examples by number, in the order that a source on the device has. `iterated` takes
+a stream that can only be iterated, in the stream's own order.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxdistill import _check
+from jaxdistill.data._examples import Examples, Records, check_classes, label_mask, row_reader
+from jaxdistill.data._sources import (
+  Part,
+  Source,
+  Whole,
+  cutter,
+  example_shapes,
+  index_and_view,
+  rows_of,
+  rows_padded,
+  view_count,
+  view_numbers,
+)
+from jaxdistill.data._views import Augmentation, Normalize, epoch_order, identity, normalizer
+from jaxdistill.types import PyTree
+
+if TYPE_CHECKING:
+  pass
+
+__all__ = ["iterated", "record_files", "resumable", "streamed"]
+
+# Several threads ask for the same epoch.
+_remembered_order = functools.lru_cache(maxsize=4)(epoch_order)
+
+
+def streamed(
+  examples: Examples | Records,
+  *,
+  batch_size: int,
+  data_seed: int,
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  labelled: Any = None,
+  prefetch: int = 4,
+  workers: int = 0,
+) -> Source:
+  """Reads batches through Grain; an item carries the rows themselves.
+
+  Args:
+    examples: arrays, or `Records` for what memory does not hold.
+    batch_size: B, at most the number of examples.
+    data_seed: decides order and views, ``0 .. 2**32 - 1``.
+    augmentation: applied on the device to the inputs as read.
+    views: V, as in `on_device`.
+    normalize: see `normalizer`.
+    labelled: ``[N]``, whether an example's label may be used, as in `on_device`.
+    prefetch: how many batches are read ahead, by as many threads.
+    workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
+      Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
+
+  Returns:
+    The source; the same batches in the same order as `on_device`.
+
+  Raises:
+    ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
+      does not fit.
+    TypeError: the inputs are text, which no device takes.
+  """
+  _check.whole("prefetch", prefetch)
+  _check.whole("workers", workers, least=0)
+  if not isinstance(examples, Examples | Records):
+    raise TypeError(
+      f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
+      f"{_check.show(examples)}."
+    )
+  views = view_count(augmentation, views)
+  known = label_mask(examples, labelled)
+  fetch = functools.partial(_fetch, examples, known, views)
+
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    for index in rows_padded(len(examples), batch):
+      yield _item(examples, known, index, view_numbers(seed, np.asarray(view), None))
+
+  def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
+    return _stream(functools.partial(fetch, seed, batch, part), step, prefetch, workers)
+
+  finish = normalizer(normalize)
+  return Source(
+    shared=None,
+    cut=cutter(augmentation, finish),
+    read=resumable(start),
+    size=len(examples),
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=examples.num_classes,
+    normalize=finish,
+    stored=example_shapes(examples.read(np.arange(1))[0], examples.name),
+    views=views,
+    name=examples.name,
+    version=examples.version,
+    augmentation=augmentation.name,
+    whole=Whole(len(examples), every, index_and_view, functools.partial(_ids, examples)),
+  )
+
+
+def resumable(
+  start: Callable[[int, int, Part, int], Iterator[PyTree]],
+) -> Callable[[int, int, int, int, Part], PyTree]:
+  """A `Source`'s ``read`` of streams that ``start(data_seed, batch_size, part, step)`` opens."""
+  open_streams: dict[Any, tuple[int, Iterator[PyTree]]] = {}
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    key = (seed, batch, part)
+    at, stream = open_streams.pop(key, (-1, iter(())))
+    if at != step:
+      stream = start(*key, step)
+    pieces = [next(stream) for _ in range(count)]
+    open_streams[key] = step + count, stream
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces)
+
+  # Also at exit: Grain's threads and processes must end before the modules that end them.
+  weakref.finalize(read, open_streams.clear)
+  return read
+
+
+def _fetch(
+  examples: Examples | Records,
+  known: np.ndarray,
+  views: int | None,
+  seed: int,
+  batch_size: int,
+  part: Part,
+  step: int,
+) -> dict[str, Any]:
+  """The item of one step of a stream. NumPy only: it runs in threads and in other processes."""
+  epoch, first = divmod(step, len(examples) // batch_size)
+  index = rows_of(_remembered_order(seed, epoch, len(examples)), first, batch_size, part)
+  return _item(examples, known, index, view_numbers(seed, np.asarray(epoch), views))
+
+
+def _item(
+  examples: Examples | Records, known: np.ndarray, index: np.ndarray, numbers: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  inputs, labels = examples.read(index)
+  return {
+    "index": index,
+    "inputs": inputs,
+    "labels": np.where(known[index] > 0, labels, 0).astype(np.int32),
+    "labelled": known[index],
+    **numbers,
+  }
+
+
+def _ids(examples: Examples | Records) -> list[str]:
+  """The ids of all examples; of records they are read when somebody asks."""
+  return examples.ids.tolist() if isinstance(examples, Examples) else examples.read_ids()
+
+
+def _stream(
+  fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
+) -> Iterator[PyTree]:
+  """The items of all steps from ``step`` on, read ahead by Grain."""
+  import grain  # a second to import, and only streams need it
+
+  steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
+  stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
+  if workers:
+    _parse_flags()
+    stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+  return iter(stream)
+
+
+def record_files(paths: Sequence[str]) -> Any:
+  """Random access to the records of ArrayRecord files, one after another, by Grain's threads.
+
+  Args:
+    paths: the files.
+
+  Returns:
+    ``len(records)`` and ``records.__getitems__(numbers)`` -> bytes.
+  """
+  import grain
+
+  _parse_flags()
+  return grain.sources.ArrayRecordDataSource(list(paths))
+
+
+def _parse_flags() -> None:
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():  # Grain reads its flags, which a plain script never parses
+    flags.FLAGS.mark_as_parsed()
+
+
+def __getattr__(name: str) -> Any:
+  # TFDS takes a quarter of a second to import, and data of one's own does without it.
+  if name not in ("Digits", "load", "records", "splits"):
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  from jaxdistill.data import _tfds
+
+  return getattr(_tfds, name)
+
+
+def iterated(
+  open: Callable[[int], Iterable[Mapping[str, Any]]],
+  *,
+  size: int,
+  batch_size: int,
+  data_seed: int,
+  inputs: str | tuple[str, ...] = "image",
+  labels: str | None = "label",
+  transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None = None,
+  label_names: Sequence[str] = (),
+  augmentation: Augmentation = identity,
+  views: int | None = None,
+  normalize: Normalize = None,
+  name: str = "stream",
+) -> Source:
+  """Batches of a stream that can only be iterated, in the stream's own order.
+
+  To go on from a step, the stream is opened at that step's epoch and read up to the step: a resumed
+  run waits for the rows that it skips, though none is made an array. Rows are read by whoever asks
+  for them, not ahead: a stream that is slow to read should read ahead itself. A resumed run is
+  exact where ``open`` gives the same rows for the same epoch.
+
+  Args:
+    open: ``epoch -> iterable of dicts``, anew at every call, e.g. ``lambda epoch: rows``; where
+      Hugging Face shuffles a stream, ``lambda epoch: rows.set_epoch(epoch) or rows``.
+    size: how many rows an epoch has. Rows beyond it are not shown.
+    batch_size: B, at most ``size``.
+    data_seed: decides what views show; the order is the stream's own.
+    inputs: as in `from_dicts`.
+    labels: as in `from_dicts`.
+    transform: as in `from_dicts`; each process makes only its own rows of a batch.
+    num_classes: K; may be left out where there are names or no labels.
+    label_names: as in `from_dicts`.
+    augmentation: applied on the device to the inputs as read.
+    views: V, as in `on_device`. A batch's ``index`` is a row's place in its epoch, so a view comes
+      back only where every epoch has the same order.
+    normalize: see `normalizer`.
+    name: for reports.
+
+  Returns:
+    The source; the first row has been read once, to see what it holds.
+
+  Raises:
+    TypeError: ``open`` does not take an epoch, or gives no iterable of dicts.
+    ValueError: a number is out of range, a row does not fit, or ``open`` gives an iterator that it
+      gave before.
+    RuntimeError: an epoch ended before its last batch; when that is asked for.
+
+  >>> rows = [{"image": [float(row)], "label": row % 2} for row in range(5)]
+  >>> source = iterated(lambda epoch: rows, size=5, batch_size=2, data_seed=0, num_classes=2)
+  >>> source.items(1, 2)["inputs"][..., 0].tolist()
+  [[2.0, 3.0], [0.0, 1.0]]
+  """
+  again = _opened(open, 0, name)
+  if isinstance(again, Iterator) and _opened(open, 0, name) is again:
+    raise ValueError(
+      f"open of {name!r} gives the same iterator at every call, which is used up after one epoch: "
+      "make a new one at every call, e.g. open=lambda epoch: read_rows()."
+    )
+  _check.whole("size", size)
+  _check.whole("batch_size", batch_size, least=None)
+  reader = row_reader(
+    again,
+    inputs=inputs,
+    labels=labels,
+    transform=transform,
+    num_classes=num_classes,
+    label_names=label_names,
+    name=name,
+  )
+  check_classes("iterated", reader)
+  first, _ = reader.stack(itertools.islice(again, 1))
+  views = view_count(augmentation, views)
+
+  def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
+    epoch, done = divmod(step, size // batch)
+    while True:
+      rows = iter(_opened(open, epoch, name))
+      seen = sum(1 for _ in itertools.islice(rows, done * batch))
+      for begin in range(done * batch, size - batch + 1, batch):
+        low = begin + part[0] * batch // part[1]
+        index = np.arange(low, low + batch // part[1], dtype=np.int32)
+        mine = []
+        # Every process reads all of a batch, so that all notice where an epoch is too short.
+        for row in itertools.islice(rows, batch):
+          if index[0] <= seen <= index[-1]:
+            mine.append(row)
+          seen += 1
+        if seen < begin + batch:
+          raise RuntimeError(
+            f"Epoch {epoch} of {name!r} ended after {seen} rows, but size={size} and batches of "
+            f"{batch} need {size // batch * batch}: set size to what an epoch has, and let open "
+            "start anew at every call."
+          )
+        made, numbers = reader.stack(mine, index)
+        known = np.full(index.shape, float(labels is not None), np.float32)
+        yield {
+          "index": index,
+          "inputs": made,
+          "labels": numbers,
+          "labelled": known,
+          **view_numbers(seed, np.asarray(epoch), views),
+        }
+      epoch, done = epoch + 1, 0
+
+  finish = normalizer(normalize)
+  return Source(
+    shared=None,
+    cut=cutter(augmentation, finish),
+    read=resumable(start),
+    size=size,
+    batch_size=batch_size,
+    data_seed=data_seed,
+    num_classes=reader.num_classes,
+    normalize=finish,
+    stored=example_shapes(first, name),
+    views=views,
+    name=name,
+    augmentation=augmentation.name,
+  )
+
+
+def _opened(open: Any, epoch: int, name: str) -> Any:
+  """What ``open`` gives for an epoch, checked."""
+  if not callable(open):
+    raise TypeError(
+      f"open of {name!r} must be a function of the epoch that starts anew, e.g. "
+      f"open=lambda epoch: rows, got {type(open).__name__}."
+    )
+  try:
+    inspect.signature(open).bind(epoch)
+  except TypeError as error:
+    raise TypeError(
+      f"open of {name!r} must take one argument, the epoch's number ({error}): "
+      "open=lambda epoch: rows."
+    ) from error
+  except ValueError:
+    pass  # builtins without a signature
+  rows = open(epoch)
+  if isinstance(rows, Mapping | str | bytes) or not isinstance(rows, Iterable):
+    raise TypeError(
+      f"open({epoch}) of {name!r} must give an iterable of dicts, got {type(rows).__name__}."
+    )
+  return rows

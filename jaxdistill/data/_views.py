@@ -1,0 +1,358 @@
+"""What an epoch shows: its order, the views of an example, augmentation and normalisation.
+
+Everything random here is a function of numbers: an epoch's order of ``(data_seed, epoch)``, what a
+view shows of ``(data_seed, index, view)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Int32, Integer, PyTree, Shaped
+
+from jaxdistill import _check
+
+__all__ = [
+  "CIFAR",
+  "DIGITS",
+  "Augmentation",
+  "Normalize",
+  "augment",
+  "check_augmentation",
+  "check_seed",
+  "choice",
+  "crop",
+  "crop_flip",
+  "divide_by",
+  "epoch_order",
+  "identity",
+  "normalizer",
+]
+
+# A function of a batch of inputs; or (mean, standard deviation) by channel; or None.
+Normalize = Callable[[Any], Any] | tuple[tuple[float, ...], tuple[float, ...]] | None
+# The word of a key that a plain seed leaves 0, so that no view shares its bits with a dropout mask.
+_VIEWS = np.uint32(0x76696577)
+
+
+def divide_by(largest: float) -> Callable[[Any], Array]:
+  """A normalisation that casts to float32 and divides.
+
+  Args:
+    largest: what becomes 1.
+
+  Returns:
+    A function of the inputs, of any shape.
+
+  >>> divide_by(16.0)(jnp.array([0, 8, 16], jnp.uint8)).tolist()
+  [0.0, 0.5, 1.0]
+  """
+  _check.number("largest", largest, above=0)
+
+  def apply(inputs: Any) -> Array:
+    """Inputs as float32, divided."""
+    _check_one_array("divide_by", inputs, f"divide_by({largest:g})")
+    return inputs.astype(jnp.float32) / jnp.float32(largest)
+
+  return apply
+
+
+# The channels' mean and standard deviation over CIFAR-100's training pixels, scaled to 0 .. 1, as
+# distillation code has them since RepDistiller (Tian et al., Contrastive Representation
+# Distillation, 2020).
+CIFAR = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+# scikit-learn's digits are stored as 0 .. 16.
+DIGITS = divide_by(16.0)
+
+
+def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
+  """The function that a ``normalize`` argument stands for.
+
+  Args:
+    normalize: a function of the inputs ``[B, ...]`` (of the dict of them, where there are several);
+      or ``(mean, std)`` over the last axis, for one array of inputs in 0 .. 1 (uint8 is divided by
+      255 first); or None, which scales every uint8 array to 0 .. 1 and leaves others alone.
+
+  Returns:
+    A pure function of the inputs; float32 where they were uint8.
+
+  Raises:
+    ValueError: ``(mean, std)`` is not two rows of one length, or a std is not positive; when it is
+      applied: to a dict, or to another number of channels.
+
+  >>> float(normalizer(((0.5,), (0.25,)))(jnp.full((1, 2, 2, 1), 255, jnp.uint8))[0, 0, 0, 0])
+  2.0
+  """
+  if callable(normalize):
+    _check.function("normalize", normalize, "of the inputs [B, ...]", arguments=1)
+    return normalize
+  if normalize is None:
+    return functools.partial(jax.tree.map, _scaled)
+  if isinstance(normalize, str) or not hasattr(normalize, "__len__") or len(normalize) != 2:
+    raise ValueError(f"normalize must be (mean, std), a function or None, got {normalize!r}.")
+  channels = np.shape(normalize[0])
+  if len(channels) != 1 or np.shape(normalize[1]) != channels or not _positive(*normalize):
+    raise ValueError(
+      "normalize=(mean, std) needs one mean and one positive std for each channel, got "
+      f"{normalize!r}."
+    )
+
+  def apply(inputs: Any) -> Array:
+    _check_one_array("normalize=(mean, std)", inputs, "data.normalizer((mean, std))")
+    if 1 not in (channels[0], inputs.shape[-1]) and channels[0] != inputs.shape[-1]:
+      raise ValueError(
+        f"normalize=(mean, std) is of {channels[0]} channels, but the inputs {inputs.shape} have "
+        f"{inputs.shape[-1]} on their last axis: give as many, or one for all."
+      )
+    scale = 255.0 if inputs.dtype == jnp.uint8 else 1.0
+    shape = (1,) * (inputs.ndim - 1) + (-1,)
+    # A difference and a quotient leave the compiler nothing to fuse into other bits.
+    mean, std = (jnp.asarray(np.multiply(v, scale), jnp.float32).reshape(shape) for v in normalize)
+    return (inputs.astype(jnp.float32) - mean) / std
+
+  return apply
+
+
+def _positive(mean: Any, std: Any) -> bool:
+  return bool(
+    np.all(np.isfinite(mean)) and np.all(np.isfinite(std)) and np.all(np.asarray(std) > 0)
+  )
+
+
+def _scaled(leaf: Any) -> Any:
+  """One array of inputs with uint8 scaled to 0 .. 1."""
+  return divide_by(255.0)(leaf) if leaf.dtype == jnp.uint8 else leaf
+
+
+def _check_one_array(what: str, inputs: Any, instead: str) -> None:
+  """Raises where a function of one array meets a dict of inputs."""
+  if isinstance(inputs, Mapping):
+    key = sorted(inputs)[0]
+    raise ValueError(
+      f"{what} is for one array, but the inputs are a dict with {sorted(inputs)}: pass a function "
+      f"that says which, e.g. lambda inputs: {{**inputs, {key!r}: {instead}(inputs[{key!r}])}}."
+    )
+
+
+def epoch_order(data_seed: int, epoch: int, size: int) -> Int32[np.ndarray, " size"]:
+  """The order in which an epoch shows the examples: a permutation of ``0 .. size-1``.
+
+  The rows sorted by raw Philox words, a stream that NumPy guarantees across versions; JAX, its
+  version, its flags and its devices have no part in it.
+
+  Args:
+    data_seed: ``0 .. 2**32 - 1``.
+    epoch: counted from 0.
+    size: the number of examples.
+
+  Returns:
+    ``[size]`` int32.
+
+  >>> sorted(epoch_order(0, 3, 5).tolist())
+  [0, 1, 2, 3, 4]
+  """
+  check_seed(data_seed)
+  # The counter's lowest word counts the draws, so that epochs cannot overlap.
+  bits = np.random.Philox(key=data_seed, counter=[0, 0, 0, epoch])
+  return np.argsort(bits.random_raw(size), kind="stable").astype(np.int32)
+
+
+def _view_key(data_seed: Any, index: Any) -> Array:
+  """The key of an example's views."""
+  words = jnp.stack([_VIEWS, jnp.asarray(data_seed, jnp.uint32)])
+  return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index)
+
+
+def choice(
+  data_seed: Integer[Any, ""] | int,
+  index: Integer[Any, ""] | int,
+  view: Integer[Any, ""] | int,
+  choices: int,
+) -> Int[Array, ""]:
+  """Which of finitely many augmentations a view of an example shows.
+
+  Views ``0 .. choices-1`` of an example run through all choices in a random order of its own, the
+  next ``choices`` views through all of them in another. The order is uniform over all
+  permutations: every view of a round gets a random word, and shows the rank of its own. That costs
+  ``choices`` hashes and comparisons, no sort: 0.3 ms for a batch of 128 and 162 choices on one CPU
+  core. The words come from threefry's ``fold_in`` alone, so that no flag of JAX changes them.
+
+  Args:
+    data_seed: ``0 .. 2**32 - 1``.
+    index: which example.
+    view: which view of it, from 0.
+    choices: how many augmentations there are.
+
+  Returns:
+    A number in ``0 .. choices-1``, int32.
+
+  >>> shown = jax.jit(jax.vmap(lambda view: choice(0, 7, view, 4)))(jnp.arange(4))
+  >>> sorted(shown.tolist())
+  [0, 1, 2, 3]
+  """
+  if choices == 1:
+    return jnp.zeros((), jnp.int32)
+  view = jnp.asarray(view, jnp.int32)
+  mine = view % jnp.int32(choices)
+  candidates = jnp.arange(choices, dtype=jnp.int32)
+  # One word for each view of this round, of which there are as many as choices.
+  keys = jax.vmap(jax.random.fold_in, (None, 0))(
+    _view_key(data_seed, index), view - mine + candidates
+  )
+  words = jax.random.key_data(keys)[:, 0]
+  before = (words < words[mine]) | ((words == words[mine]) & (candidates < mine))
+  return jnp.sum(before, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """What may happen to an input before it is normalised; never changes its shape or dtype.
+
+  Attributes:
+    apply: ``(input, choice) -> input`` for one example (the dict of its inputs, where there are
+      several), pure, to be mapped over a batch: ``choice``
+      is a number in ``0 .. choices-1`` (int32), or a random key where ``choices`` is None.
+    choices: how many augmentations there are; None for infinitely many.
+    name: tells augmentations apart, in a cache of a teacher's outputs.
+  """
+
+  apply: Callable[[Any, Any], Any]
+  choices: int | None
+  name: str = "custom"
+
+  def __post_init__(self) -> None:
+    if self.choices is not None and self.choices < 1:
+      raise ValueError(f"choices must be at least 1, or None, got {self.choices}.")
+
+
+identity = Augmentation(lambda inputs, number: inputs, choices=1, name="identity")
+
+
+def crop(padding: int) -> Augmentation:
+  """Random crops of a padded image, all numbered: shifts by up to ``padding`` pixels.
+
+  The image is framed by ``padding`` black pixels (before normalisation) and a crop of the old size
+  is taken out of it: ``(2 * padding + 1)**2`` choices. Choice c is the crop at row ``c // n`` and
+  column ``c % n``, with ``n = 2 * padding + 1``; the middle one is the image itself.
+
+  Args:
+    padding: in pixels, not negative; 0 is `identity`.
+
+  Returns:
+    An augmentation of images ``[H, W, C]``.
+
+  Raises:
+    ValueError: ``padding`` is negative.
+
+  >>> crop(1).apply(jnp.arange(4).reshape(2, 2, 1), jnp.int32(0))[..., 0].tolist()
+  [[0, 0], [0, 0]]
+  """
+  _check.whole("padding", padding, least=0)
+  if padding == 0:
+    return identity
+  positions = 2 * padding + 1
+
+  def apply(image: Any, number: Any) -> Array:
+    if isinstance(image, Mapping):
+      key = "image" if "image" in image else sorted(image)[0]
+      raise ValueError(
+        f"crops are of images [H, W, C], but the inputs are a dict with {sorted(image)}: make an "
+        "Augmentation that says which of them, e.g. Augmentation(lambda inputs, number: "
+        f"{{**inputs, {key!r}: crops.apply(inputs[{key!r}], number)}}, choices=crops.choices)."
+      )
+    if image.ndim != 3:
+      raise ValueError(f"crops are of images [H, W, C], got inputs of shape {image.shape}.")
+    framed = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+    start = (number // jnp.int32(positions), number % jnp.int32(positions), jnp.int32(0))
+    return jax.lax.dynamic_slice(framed, start, image.shape)
+
+  return Augmentation(apply, choices=positions**2, name=f"crop({padding})")
+
+
+def crop_flip(padding: int = 4) -> Augmentation:
+  """Random crops and their mirror images, all numbered: what CIFAR is trained with.
+
+  Choice c is `crop`'s choice ``c // 2``, mirrored where c is odd: 162 choices for padding 4.
+
+  Args:
+    padding: in pixels; 4 as in He et al., Deep Residual Learning, 2016.
+
+  Returns:
+    An augmentation of images ``[H, W, C]``.
+
+  Raises:
+    ValueError: ``padding`` is negative.
+  """
+  crops = crop(padding)
+
+  def apply(image: Any, number: Any) -> Array:
+    cropped = crops.apply(image, number // jnp.int32(2))
+    return jnp.where(number % jnp.int32(2) == 1, cropped[:, ::-1], cropped)
+
+  return Augmentation(apply, choices=2 * (crops.choices or 1), name=f"crop_flip({padding})")
+
+
+def augment(
+  augmentation: Augmentation,
+  inputs: PyTree[Shaped[Any, "B ..."]],
+  data_seed: Integer[Any, ""] | int,
+  index: Integer[Any, " B"],
+  view: Integer[Any, ""] | int,
+) -> PyTree[Shaped[Any, "B ..."]]:
+  """Augments a batch: each example by the choice, or the key, of this view of it.
+
+  Args:
+    augmentation: what may happen.
+    inputs: as stored: an array, or a dict of them.
+    data_seed: ``0 .. 2**32 - 1``.
+    index: which examples these are.
+    view: which view of them, from 0.
+
+  Returns:
+    Inputs of the same shape and dtype.
+
+  Raises:
+    ValueError: the augmentation changes structure, shape or dtype.
+
+  >>> images = jnp.ones((2, 4, 4, 1), jnp.uint8)
+  >>> made = jax.jit(lambda view: augment(crop_flip(1), images, 0, jnp.arange(2), view))(5)
+  >>> made.shape, made.dtype.name
+  ((2, 4, 4, 1), 'uint8')
+  """
+  choices = augmentation.choices
+  if augmentation.apply is identity.apply:
+    return inputs
+  if choices is None:
+    chosen = jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
+  else:
+    chosen = jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
+  made = jax.vmap(augmentation.apply)(inputs, chosen)
+  before, after = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", t) for t in (inputs, made))
+  if before != after:
+    raise ValueError(
+      f"An augmentation keeps the inputs' shapes and dtypes, but {before} became {after}: resize "
+      "when the data is read, scale in normalize=."
+    )
+  return made
+
+
+def check_seed(data_seed: int) -> None:
+  """Raises where a seed does not fit the 32 bits that every part of this file gives it."""
+  try:
+    _check.whole("data_seed", data_seed, least=0, most=2**32 - 1)
+  except ValueError:
+    raise ValueError(f"data_seed must lie in 0 .. 2**32 - 1, got {data_seed}.") from None
+
+
+def check_augmentation(augmentation: Any) -> None:
+  """Raises for what is no augmentation."""
+  if not isinstance(augmentation, Augmentation):
+    raise TypeError(
+      f"augmentation={_check.show(augmentation)} must be an Augmentation, such as crop_flip(4)."
+    )

@@ -1,0 +1,301 @@
+"""Transforms of a batch, ``(key, Batch) -> Batch``, that both networks then see.
+
+They run inside the compiled step, before the teacher and the student, so that the teacher answers
+for the very inputs that the student gets. They are drawn anew at every step and are no views: a
+teacher's outputs that were computed beforehand do not belong to them, and a batch that brings
+``batch.teacher`` along can't be mixed.
+
+Labels become ``[B, K]`` distributions in float32, which `losses.cross_entropy` takes. A row without
+a label (``labelled`` 0) is all 0, whatever its label was, and stays masked by ``labelled``.
+
+Under `pmap` a device mixes the examples of its share, under ``jit`` those of the global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import _check
+from jaxdistill.types import Batch, Transform, compute_dtype
+
+__all__ = ["compose", "cutmix", "mixup", "smooth_labels"]
+
+PyTree = Any
+
+
+def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
+  """Mixes every example with another one of the batch, inputs and labels alike.
+
+  λ · x_i + (1 − λ) · x_j and λ · y_i + (1 − λ) · y_j with λ ~ Beta(concentration, concentration),
+  one λ for the batch and the partners j a permutation of it, as in the authors' code.
+
+  A mixed example is labelled if both of its parts are (where a tenth is labelled, a hundredth of
+  the pairs is), weighs the product of their weights (so that a padded row counts nowhere), and
+  keeps i's ``index`` and ``view``.
+
+  Args:
+    num_classes: K.
+    concentration: > 0; towards 0 examples stay as they are, 1 mixes in any proportion. 0.2 is the
+      paper's for ImageNet (1 for CIFAR).
+
+  Returns:
+    ``(key, batch) -> batch``. ``batch.inputs`` is a floating array ``[B, ...]`` or a tree of them,
+    mixed in float32 (or float64) and of the dtype it was; ``batch.labels`` is ``[B]`` integers or
+    ``[B, K]`` floats.
+
+  Raises:
+    ValueError: ``num_classes`` or ``concentration`` is out of range; and when traced: the inputs
+      are integers, the labels neither of the two, or the batch brings its teacher's outputs.
+
+  Source: Zhang, Cisse, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018.
+
+  >>> batch = Batch(jnp.zeros((2, 3)), jnp.array([1, 0]), jnp.ones(2), jnp.ones(2), None, None)
+  >>> mixed = mixup(4, concentration=1.0)(jax.random.key(0), batch)
+  >>> mixed.labels.shape, mixed.labels.sum(axis=1).tolist()
+  ((2, 4), [1.0, 1.0])
+  """
+  _check_classes(num_classes)
+  _check_concentration(concentration)
+
+  def transform(key: Any, batch: Batch) -> Batch:
+    _check_mixable("mixup", batch)
+    share_key, partner_key = jax.random.split(key)
+    share = _beta(share_key, concentration)
+    partner = jax.random.permutation(partner_key, batch.labels.shape[0])
+
+    def mix(path: Any, x: Any) -> jax.Array:
+      x = jnp.asarray(x)
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+          f"mixup averages inputs, and inputs{jax.tree_util.keystr(path)} is {x.dtype}; normalise "
+          "to floats first (normalize=... of the data source), or use cutmix."
+        )
+      dtype = compute_dtype(x)
+      return _blend(share, x.astype(dtype), x[partner].astype(dtype)).astype(x.dtype)
+
+    inputs = jax.tree_util.tree_map_with_path(mix, batch.inputs)
+    return _mixed("mixup", batch, inputs, partner, share, num_classes)
+
+  return transform
+
+
+def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
+  """Pastes a box of another image of the batch into every image.
+
+  λ ~ Beta(concentration, concentration) and a centre, uniform over the pixels, are drawn once for
+  the batch; the box has sides ⌊H √(1 − λ)⌋ and ⌊W √(1 − λ)⌋, made even, and is cut off at the
+  image's edges. Labels are λ' · y_i + (1 − λ') · y_j, where 1 − λ' is the exact share of the pixels
+  that came from j. Partners, ``labelled``, ``weight``, ``index`` and ``view`` as in `mixup`.
+
+  Args:
+    num_classes: K.
+    concentration: > 0. 1, the paper's, makes λ uniform. The authors' code leaves half of CIFAR's
+      batches as they are; this one mixes every batch, as theirs does for ImageNet.
+
+  Returns:
+    ``(key, batch) -> batch``. ``batch.inputs`` is images ``[B, H, W, C]`` of any dtype, or a tree
+    of them with one H and W; ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats.
+
+  Raises:
+    ValueError: ``num_classes`` or ``concentration`` is out of range; and when traced: the inputs
+      are no images, the labels neither of the two, or the batch brings its teacher's outputs.
+
+  Source: Yun et al., "CutMix: Regularization Strategy to Train Strong Classifiers with Localizable
+  Features", 2019.
+
+  >>> images = jnp.arange(2.0).reshape(2, 1, 1, 1) * jnp.ones((2, 4, 4, 1))
+  >>> batch = Batch(images, jnp.array([0, 1]), jnp.ones(2), jnp.ones(2), None, None)
+  >>> mixed = cutmix(2)(jax.random.key(0), batch)
+  >>> bool(jnp.all(mixed.inputs.mean(axis=(1, 2, 3)) == mixed.labels[:, 1]))
+  True
+  """
+  _check_classes(num_classes)
+  _check_concentration(concentration)
+
+  def transform(key: Any, batch: Batch) -> Batch:
+    _check_mixable("cutmix", batch)
+    height, width = _image_size(batch.inputs)
+    box_key, partner_key = jax.random.split(key)
+    inside, share = _box(box_key, height, width, concentration)
+    partner = jax.random.permutation(partner_key, batch.labels.shape[0])
+
+    def paste(x: Any) -> jax.Array:
+      x = jnp.asarray(x)
+      return jnp.where(inside[None, :, :, None], x[partner], x)
+
+    inputs = jax.tree.map(paste, batch.inputs)
+    return _mixed("cutmix", batch, inputs, partner, share, num_classes)
+
+  return transform
+
+
+def smooth_labels(num_classes: int, *, amount: float = 0.1) -> Transform:
+  """Spreads a share of every label evenly over the classes.
+
+  (1 − amount) · y + amount / K. Inputs stay as they are. It commutes with `mixup` and `cutmix`, and
+  with integer labels is `losses.cross_entropy`'s ``label_smoothing``.
+
+  Args:
+    num_classes: K.
+    amount: in [0, 1]; 0.1 is the paper's.
+
+  Returns:
+    ``(key, batch) -> batch``. ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats; the key is
+    not used.
+
+  Raises:
+    ValueError: ``num_classes`` or ``amount`` is out of range; when traced: the labels are neither.
+
+  Source: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016.
+
+  >>> labels, known = jnp.array([1, 0]), jnp.array([1.0, 0.0])
+  >>> batch = Batch(jnp.zeros((2, 3)), labels, jnp.ones(2), known, None, None)
+  >>> smooth_labels(2, amount=0.5)(jax.random.key(0), batch).labels.tolist()
+  [[0.25, 0.75], [0.0, 0.0]]
+  """
+  _check_classes(num_classes)
+  if isinstance(amount, str) or amount is None or not 0 <= amount <= 1:
+    raise ValueError(f"amount={amount} must be in [0, 1]: the share that is spread, such as 0.1.")
+
+  def transform(key: Any, batch: Batch) -> Batch:
+    del key
+    labels = _distributions("smooth_labels", batch, num_classes)
+    keep, spread = (jnp.asarray(v, labels.dtype) for v in (1 - amount, amount / num_classes))
+    return dataclasses.replace(batch, labels=_where_labelled(batch, keep * labels + spread))
+
+  return transform
+
+
+def compose(*transforms: Transform) -> Transform:
+  """One transform after another, each with a key of its own.
+
+  Args:
+    *transforms: ``(key, batch) -> batch``; the first is applied first. None of them leaves a batch
+      as it is.
+
+  Returns:
+    ``(key, batch) -> batch``.
+
+  Raises:
+    TypeError: one of them can't be called.
+
+  >>> batch = Batch(jnp.zeros((1, 3)), jnp.array([1]), jnp.ones(1), jnp.ones(1), None, None)
+  >>> both = compose(smooth_labels(2, amount=0.5), mixup(2))
+  >>> both(jax.random.key(0), batch).labels.tolist()
+  [[0.25, 0.75]]
+  """
+  for i, transform in enumerate(transforms):
+    if not callable(transform):
+      raise TypeError(
+        f"transforms[{i}]={transform!r} must be a function (key, batch) -> batch; give "
+        "compose(first, second), not a list of them."
+      )
+
+  def composed(key: Any, batch: Batch) -> Batch:
+    for i, transform in enumerate(transforms):
+      batch = transform(jax.random.fold_in(key, i), batch)
+    return batch
+
+  return composed
+
+
+def _beta(key: Any, concentration: float) -> jax.Array:
+  """A number from Beta(concentration, concentration): G / (G + G') of two gamma variables."""
+  shape = jnp.asarray(concentration, jnp.float32)
+  # By their logarithms, since small concentrations underflow; and in one draw, where
+  # jax.random.beta compiles two of the same.
+  mine, other = jax.random.loggamma(key, shape, (2,), jnp.float32)
+  return jax.nn.sigmoid(mine - other)
+
+
+def _blend(share: jax.Array, mine: jax.Array, others: jax.Array) -> jax.Array:
+  share = share.astype(mine.dtype)
+  return share * mine + (1 - share) * others
+
+
+def _box(key: Any, height: int, width: int, concentration: float) -> tuple[jax.Array, jax.Array]:
+  """Which pixels ``[H, W]`` are pasted, and the exact share of those that are not."""
+  share_key, row_key, column_key = jax.random.split(key, 3)
+  side = jnp.sqrt(1 - _beta(share_key, concentration))
+
+  def within(centre_key: Any, length: int) -> jax.Array:
+    half = jnp.floor(side * length).astype(jnp.int32) // 2
+    centre = jax.random.randint(centre_key, (), 0, length, jnp.int32)
+    at = jnp.arange(length, dtype=jnp.int32)
+    return (at >= centre - half) & (at < centre + half)
+
+  rows, columns = within(row_key, height), within(column_key, width)
+  area = jnp.sum(rows, dtype=jnp.int32) * jnp.sum(columns, dtype=jnp.int32)
+  share = 1 - area.astype(jnp.float32) / (height * width)
+  return rows[:, None] & columns[None, :], share
+
+
+def _image_size(inputs: PyTree) -> tuple[int, int]:
+  shapes = [tuple(np.shape(leaf)) for leaf in jax.tree.leaves(inputs)]
+  sizes = {shape[1:3] for shape in shapes}
+  if any(len(shape) != 4 for shape in shapes) or len(sizes) != 1:
+    raise ValueError(
+      f"cutmix pastes into images [B, H, W, C] of one size, and inputs have shapes {shapes}; use "
+      "mixup, or reshape them."
+    )
+  return sizes.pop()
+
+
+def _mixed(
+  by: str, batch: Batch, inputs: PyTree, partner: jax.Array, share: jax.Array, num_classes: int
+) -> Batch:
+  """The batch with mixed inputs, and everything else that follows from who was mixed with whom."""
+  labels = _distributions(by, batch, num_classes)
+  weight, labelled = (jnp.asarray(v) for v in (batch.weight, batch.labelled))
+  batch = dataclasses.replace(
+    batch, inputs=inputs, weight=weight * weight[partner], labelled=labelled * labelled[partner]
+  )
+  # What was half a label is none now.
+  mixed = _where_labelled(batch, _blend(share, labels, labels[partner]))
+  return dataclasses.replace(batch, labels=mixed)
+
+
+def _distributions(by: str, batch: Batch, num_classes: int) -> jax.Array:
+  """Labels as ``[B, K]``; all 0 where there is none."""
+  labels = jnp.asarray(batch.labels)
+  whole = jnp.issubdtype(labels.dtype, jnp.integer)
+  if whole and labels.ndim == 1:
+    # In int32, since one_hot counts the classes in the labels' dtype and a uint8 would wrap.
+    labels = jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=jnp.float32)
+  elif whole or labels.ndim != 2 or labels.shape[1] != num_classes:
+    raise ValueError(
+      f"{by}({num_classes}) needs labels [B] of integers or [B, {num_classes}] of floats, got "
+      f"{labels.dtype} of shape {labels.shape}; give num_classes of the data, or jax.nn.one_hot."
+    )
+  return _where_labelled(batch, labels.astype(compute_dtype(labels)))
+
+
+def _where_labelled(batch: Batch, labels: jax.Array) -> jax.Array:
+  # Replaced, not multiplied: what stands for an unknown label may be NaN.
+  return jnp.where(jnp.asarray(batch.labelled)[:, None] != 0, labels, 0)
+
+
+def _check_mixable(by: str, batch: Batch) -> None:
+  if batch.teacher is not None:
+    raise ValueError(
+      f"{by}: the batch brings batch.teacher along, which answered for inputs that are not mixed; "
+      f"give fit a teacher that sees the batch, or leave {by} out."
+    )
+
+
+def _check_classes(num_classes: int) -> None:
+  _check.whole("num_classes", num_classes, instead=": the width of the logits")
+
+
+def _check_concentration(concentration: float) -> None:
+  if isinstance(concentration, str) or concentration is None or not 0 < concentration < math.inf:
+    raise ValueError(
+      f"concentration={concentration} must be positive, such as 0.2; to mix nothing, leave the "
+      "transform out."
+    )

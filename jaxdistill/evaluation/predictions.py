@@ -1,0 +1,399 @@
+"""What each model said of each example, kept beside a report so that no network is run again.
+
+`answers` turns logits into three numbers an example; `jaxdistill.evaluation.examine` gathers them
+over a split; `Predictions` holds them for all models with the labels, and `save` and `load` keep it
+as ``predictions.npz``. Comparisons, slices and the page of a report are made of nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxdistill import _check
+from jaxdistill.types import Batch
+
+__all__ = [
+  "Answers",
+  "Column",
+  "Predictions",
+  "answers",
+  "column",
+  "counted",
+  "load",
+  "read_columns",
+  "save",
+]
+
+FORMAT = 1
+FEW = 20  # as many different numbers, and each is a slice of its own; else quartiles
+MANY = 200  # slices of a column; the rarest are put together
+# What comes of a file that is no archive, is cut off, has a flipped bit or lacks a part.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, TypeError, ValueError)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answers:
+  """One model's answers on N examples, for each of its S instances.
+
+  Attributes:
+    predicted: ``[S, N]`` int32, the first of the largest logits; −1 where a logit is NaN.
+    confidence: ``[S, N]`` float32, the probability of that class.
+    probability: ``[S, N]`` float32, the probability of the label.
+  """
+
+  predicted: np.ndarray
+  confidence: np.ndarray
+  probability: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Column:
+  """What slices a split: a value of each example, as the number of its slice.
+
+  Attributes:
+    codes: ``[N]`` int32; −1 where the value is missing.
+    names: what the slices are called. One that no example belongs to stays, and is empty.
+  """
+
+  codes: np.ndarray
+  names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Predictions:
+  """The answers of several models on the labelled examples of a split.
+
+  Attributes:
+    index: ``[N]``, which example of the split each is; pairs two runs.
+    labels: ``[N]`` int32.
+    models: answers by the model's name (``teacher``, ``baseline``, ``student``).
+    dataset: the data set's name and version.
+    split: which split was read.
+    seeds: those of baseline and student, in the order of S.
+    label_names: what the classes are called; empty where nobody said.
+    num_classes: K.
+    columns: metadata by name, see `column`.
+    shown: some examples to look at, by ``index``: a picture ``[H, W]`` or ``[H, W, 3]`` uint8, or a
+      text.
+  """
+
+  index: np.ndarray
+  labels: np.ndarray
+  models: dict[str, Answers]
+  dataset: str
+  split: str
+  seeds: tuple[int, ...] = ()
+  label_names: tuple[str, ...] = ()
+  num_classes: int = 0
+  columns: dict[str, Column] = dataclasses.field(default_factory=dict)
+  shown: dict[int, np.ndarray | str] = dataclasses.field(default_factory=dict)
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def correct(self, model: str) -> np.ndarray:
+    """Whether each instance of a model is right on each example, ``[S, N]``."""
+    return self.models[model].predicted == self.labels
+
+  def name(self, label: int) -> str:
+    """What a class is called, or its number; "not a number" for a prediction that is none."""
+    if label < 0:
+      return "not a number"
+    return self.label_names[label] if label < len(self.label_names) else str(int(label))
+
+  def take(self, rows: np.ndarray) -> Predictions:
+    """The same of some examples, by their place in ``index``."""
+    models = {
+      name: Answers(**{f: getattr(one, f)[:, rows] for f in _FIELDS})
+      for name, one in self.models.items()
+    }
+    columns = {name: Column(one.codes[rows], one.names) for name, one in self.columns.items()}
+    return dataclasses.replace(
+      self, index=self.index[rows], labels=self.labels[rows], models=models, columns=columns
+    )
+
+
+_FIELDS = ("predicted", "confidence", "probability")
+
+
+def answers(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> dict[str, Array]:
+  """A batch's answers, on the device.
+
+  Args:
+    logits: ``[B, K]``; computed in float32 whatever their dtype.
+    labels: ``[B]``; one out of range gets the probability NaN.
+
+  Returns:
+    ``predicted`` int32, ``confidence`` and ``probability`` float32, each ``[B]``, as in `Answers`.
+
+  >>> found = answers(jnp.array([[0.0, 0.0], [jnp.nan, 0.0]]), jnp.array([1, 1]))
+  >>> found["predicted"].tolist(), found["probability"].tolist()
+  ([0, -1], [0.5, nan])
+  """
+  logits = logits.astype(jnp.float32)
+  probabilities = jax.nn.softmax(logits, axis=1)
+  known = (labels >= 0) & (labels < logits.shape[1])
+  truth = jnp.where(known, labels, 0).astype(jnp.int32)
+  probability = jnp.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
+  bad = jnp.isnan(logits).any(axis=1)
+  return {
+    "predicted": jnp.where(bad, -1, jnp.argmax(logits, axis=1)).astype(jnp.int32),
+    "confidence": jnp.where(bad, jnp.nan, jnp.max(probabilities, axis=1)),
+    "probability": jnp.where(known & ~bad, probability, jnp.nan),
+  }
+
+
+def counted(batches: Batch) -> np.ndarray:
+  """Which rows of stacked batches are examples with a label, ``[N · B]``: what answers are of."""
+  return (np.asarray(batches.weight) * np.asarray(batches.labelled)).reshape(-1) > 0
+
+
+def column(name: str, values: Any, index: np.ndarray, size: int | None = None) -> Column:
+  """A column of metadata as slices.
+
+  Texts, truth values and whole numbers of at most 20 different values are a slice each; other
+  numbers are cut at their quartiles. None, NaN and empty texts are missing.
+
+  Args:
+    name: the column's, for messages.
+    values: one for each example of the split; or ``(codes, names)``, where a name that no example
+      has is a slice that is empty.
+    index: ``[N]``, the examples that answers are of.
+    size: how many examples the split has; None where nobody knows.
+
+  Returns:
+    The slices of those examples.
+
+  Raises:
+    ValueError: the column is not as long as the split, or a code has no name.
+
+  >>> found = column("font", ["serif", "sans", None], np.arange(3))
+  >>> found.codes.tolist(), found.names
+  ([1, 0, -1], ('sans', 'serif'))
+  """
+  names: Sequence[Any] | None = None
+  if isinstance(values, tuple) and len(values) == 2 and np.ndim(values[0]) == 1:
+    values, names = values
+  found = np.asarray(values)
+  least = int(index.max(initial=-1)) + 1
+  if found.ndim != 1 or len(found) < least or (size is not None and len(found) != size):
+    raise ValueError(
+      f"metadata[{name!r}] must have one value for each of the {size or least} examples of the "
+      f"split, got {_check.show(found)}."
+    )
+  found = found[index]
+  if names is not None:
+    if (
+      found.dtype.kind not in "iu"
+      or found.min(initial=0) < -1
+      or found.max(initial=-1) >= len(names)
+    ):
+      raise ValueError(
+        f"metadata[{name!r}] has codes that are no numbers of its {len(names)} names (−1 is "
+        "missing)."
+      )
+    return Column(found.astype(np.int32), tuple(str(one) for one in names))
+  if found.dtype.kind == "b":
+    return Column(found.astype(np.int32), ("no", "yes"))
+  if found.dtype.kind in "iuf":
+    return _numbers(found.astype(np.float64))
+  return _texts(np.array([_text(one) for one in found], dtype=object))
+
+
+def read_columns(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
+  """Columns of metadata from a CSV file with a head; a column of numbers alone is numbers.
+
+  Args:
+    path: the file; a row for each example of the split, in its order.
+
+  Returns:
+    What `column` takes, by name; an empty cell is missing.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it has no head, or rows of different lengths.
+  """
+  path = _check.folder("path", path)
+  with path.open(newline="", encoding="utf-8-sig") as file:
+    head, *rows = list(csv.reader(file)) or [[]]
+  uneven = [i for i, row in enumerate(rows) if len(row) != len(head)]
+  if not head or uneven:
+    at = f"; row {uneven[0] + 1} has {len(rows[uneven[0]])} cells for {len(head)}" if uneven else ""
+    raise ValueError(f"{path} must be CSV: a line of names, and a row for each example{at}.")
+  columns: dict[str, list[Any]] = {}
+  for i, name in enumerate(head):
+    cells = [row[i].strip() for row in rows]
+    try:
+      columns[name] = [float(cell) if cell else float("nan") for cell in cells]
+    except ValueError:
+      columns[name] = cells
+  return columns
+
+
+def _numbers(found: np.ndarray) -> Column:
+  there = np.isfinite(found)
+  values, codes = np.unique(found[there], return_inverse=True)
+  if len(values) > FEW:
+    edges = np.unique(np.quantile(found[there], [0, 0.25, 0.5, 0.75, 1]))
+    codes = np.clip(np.searchsorted(edges, found[there], side="left") - 1, 0, len(edges) - 2)
+    names = tuple(f"{a:.4g} to {b:.4g}" for a, b in itertools.pairwise(edges))
+  else:
+    names = tuple(f"{value:g}" for value in values)
+  every = np.full(len(found), -1, np.int32)
+  every[there] = codes
+  return Column(every, names)
+
+
+def _texts(found: np.ndarray) -> Column:
+  there = found != ""
+  values, codes, counts = np.unique(
+    found[there].astype(str), return_inverse=True, return_counts=True
+  )
+  names = [str(value) for value in values]
+  if len(names) > MANY:
+    kept = np.sort(np.argsort(-counts, kind="stable")[: MANY - 1])
+    renumbered = np.full(len(names), MANY - 1)
+    renumbered[kept] = np.arange(MANY - 1)
+    codes, names = renumbered[codes], [names[k] for k in kept] + [f"{len(names) - MANY + 1} others"]
+  every = np.full(len(found), -1, np.int32)
+  every[there] = codes
+  return Column(every, tuple(names))
+
+
+def _text(value: Any) -> str:
+  if value is None or (isinstance(value, float) and np.isnan(value)):
+    return ""
+  return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
+  """Writes ``predictions.npz``, so that the file is never seen half written.
+
+  Args:
+    path: the file.
+    found: what goes in.
+
+  Returns:
+    The file's path.
+  """
+  path = _check.folder("path", path)
+  arrays: dict[str, np.ndarray] = {
+    "index": np.asarray(found.index, np.int64),
+    "labels": np.asarray(found.labels, np.int32),
+  }
+  for name, one in found.models.items():
+    for field in _FIELDS:
+      kind = np.int32 if field == "predicted" else np.float32
+      arrays[f"model/{name}/{field}"] = np.asarray(getattr(one, field), kind)
+  for i, sliced in enumerate(found.columns.values()):
+    arrays[f"column/{i}"] = np.asarray(sliced.codes, np.int32)
+  texts = {}
+  for index, shown in found.shown.items():
+    if isinstance(shown, str):
+      texts[str(index)] = shown
+    else:
+      arrays[f"shown/{index}"] = np.asarray(shown, np.uint8)
+  about = {
+    "format": FORMAT,
+    "dataset": found.dataset,
+    "split": found.split,
+    "seeds": [int(seed) for seed in found.seeds],
+    "label_names": list(found.label_names),
+    "num_classes": int(found.num_classes),
+    "models": list(found.models),
+    "columns": [[name, list(one.names)] for name, one in found.columns.items()],
+    "texts": texts,
+  }
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as file:
+    # As bytes: an array of text would lose a zero at its end.
+    about_bytes = np.frombuffer(json.dumps(about).encode(), np.uint8)
+    np.savez_compressed(file, allow_pickle=False, about=about_bytes, **arrays)
+  os.replace(temporary, path)
+  return path
+
+
+def load(path: str | os.PathLike[str]) -> Predictions:
+  """Reads ``predictions.npz``; every part is checked by the archive's own checksum.
+
+  Args:
+    path: the file.
+
+  Returns:
+    What was saved.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged, or was written by a newer version.
+  """
+  path = _check.folder("path", path)
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is not there; measure the run again to make it.")
+  try:
+    # Opened here, since NumPy leaves a file open that is no archive.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+      parts = {name: archive[name] for name in archive.files}
+    about = json.loads(parts["about"].tobytes())
+    version = about["format"]
+    found = _assembled(about, parts) if version == FORMAT else None
+  except _DAMAGE as error:
+    raise ValueError(
+      f"{path} is damaged ({_check.short(error)}): measure the run again."
+    ) from error
+  if found is None:
+    raise ValueError(
+      f"{path} is of format {version!r} and this version reads {FORMAT}: use the version of "
+      "jaxdistill that wrote it, or measure the run again."
+    )
+  return found
+
+
+def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Predictions:
+  models = {
+    name: Answers(**{field: parts[f"model/{name}/{field}"] for field in _FIELDS})
+    for name in about["models"]
+  }
+  size = len(parts["labels"])
+  columns = {
+    name: Column(parts[f"column/{i}"], tuple(names))
+    for i, (name, names) in enumerate(about["columns"])
+  }
+  lengths = [len(parts["index"]), *(len(one.codes) for one in columns.values())]
+  for one in models.values():
+    if one.predicted.ndim != 2 or one.predicted.shape != one.confidence.shape:
+      raise ValueError("a model's answers are not [S, N]")
+    lengths += [one.predicted.shape[1], one.probability.shape[1]]
+  if set(lengths) != {size}:
+    raise ValueError(f"its parts are of {sorted(set(lengths) | {size})} examples")
+  if parts["labels"].min(initial=0) < 0 or len(np.unique(parts["index"])) != size:
+    raise ValueError("a label is below 0, or an example is there twice")
+  if any(one.codes.max(initial=-1) >= len(one.names) for one in columns.values()):
+    raise ValueError("a slice has no name")
+  shown: dict[int, np.ndarray | str] = {int(k): str(v) for k, v in about["texts"].items()}
+  shown |= {int(n.split("/")[1]): v for n, v in parts.items() if n.startswith("shown/")}
+  return Predictions(
+    index=parts["index"],
+    labels=parts["labels"],
+    models=models,
+    dataset=str(about["dataset"]),
+    split=str(about["split"]),
+    seeds=tuple(about["seeds"]),
+    label_names=tuple(map(str, about["label_names"])),
+    num_classes=int(about["num_classes"]),
+    columns=columns,
+    shown=shown,
+  )

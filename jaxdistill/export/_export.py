@@ -1,0 +1,540 @@
+"""Exports: the deployed network alone as files that other programs run, each one checked.
+
+`export` writes what is asked for into a run's ``exports/``; `export_file` writes one. Every file is
+loaded in a process of its own by its own runtime, before it gets its name, and compared with the
+student on held-out examples: one that fails is not kept.
+
+**The tolerance** is a share of the largest logit that the student puts out on the held-out
+examples. One float32 operation rounds by 6e-8 of its result, and another order of the sums in a
+hundred layers comes to less than 1e-4 of the logits: that is the tolerance of float32. Networks
+that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64 1e-9. Where the
+student's margin is larger, the top-1 must be the same. Files in int8 are judged by their accuracy
+instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import _check, runs
+from jaxdistill.data import Examples
+from jaxdistill.export import _folding, _int8, _onnx, _program, _student
+from jaxdistill.export._process import ExportError, compare_logits, run_file, top1
+from jaxdistill.export._program import Program
+from jaxdistill.networks import weights
+from jaxdistill.runs import named_leaves, write_json
+from jaxdistill.types import Network
+
+__all__ = [
+  "KINDS",
+  "default_tolerance",
+  "export",
+  "export_file",
+  "load_program",
+  "problem_of",
+  "split_examples",
+  "verify_exports",
+]
+
+PyTree = Any
+FOLDER, LIST, EXAMPLE = "exports", "exports.json", "example.npz"
+_VERSION = 1
+# What is true of one export, and so is told of each file: those of an earlier one stay.
+_OF_ONE_EXPORT = ("batch_size", "examples", "split", "student_accuracy")
+# What each kind's file is called, and which weights it has.
+KINDS = {
+  "stablehlo": ("student.stablehlo", "float"),
+  "onnx": ("student.onnx", "float"),
+  "safetensors": ("student.safetensors", "float"),
+  "int8_weights": ("student.int8_weights.stablehlo", "int8_weights"),
+  "int8_weights_onnx": ("student.int8_weights.onnx", "int8_weights"),
+  "int8_weights_safetensors": ("student.int8_weights.safetensors", "int8_weights"),
+  "int8": ("student.int8.stablehlo", "int8"),
+}
+
+
+def load_program(run: str | os.PathLike[str], *, instance: int = 0) -> Program:
+  """The student of a finished run as a program, from its folder alone.
+
+  Its operations are compiled: it becomes StableHLO, safetensors and int8 weights, while ONNX,
+  folding and int8 activations need the network (`jaxdistill.export._program.from_network`).
+
+  Args:
+    run: the run's folder.
+    instance: which of the networks of a run over several seeds.
+
+  Returns:
+    The program. Raises what `jaxdistill.export.load_student` raises.
+  """
+  return _as_program(_student.load_student(run, instance=instance))
+
+
+def _as_program(student: _student.Student) -> Program:
+  leaves, structure = (
+    named_leaves("variables", student.variables),
+    jax.tree.structure(student.variables),
+  )
+  names = list(leaves)
+
+  def call(given: Any, inputs: PyTree) -> Any:
+    return student.program(jax.tree.unflatten(structure, [given[name] for name in names]), inputs)
+
+  inputs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), student.expected)
+  return Program(student.info["name"], leaves, call, inputs, tuple(student.info["platforms"]))
+
+
+def export(
+  run: str | os.PathLike[str],
+  held_out: Examples | tuple[PyTree, Any],
+  *,
+  kinds: Collection[str] | None = None,
+  network: Network | None = None,
+  normalize: Callable[[Any], Any] | None = None,
+  calibration: PyTree = None,
+  fold: bool = False,
+  skip: Collection[str] = (),
+  instance: int = 0,
+  accuracy_loss: float = 0.01,
+  tolerance: float | None = None,
+  batch_size: int = 1,
+  seconds: float = 2.0,
+  time_limit: float = 300.0,
+) -> dict[str, Any]:
+  """Exports the student of a finished run into ``<run>/exports``, and checks every file.
+
+  Args:
+    run: the run's folder.
+    held_out: examples as stored, of a split that training did not see, or ``(inputs, labels)``;
+      every file is compared with the student on all of them.
+    kinds: which of `KINDS`, one or several; by default all that can be made of what is given.
+    network: the student's network, for ONNX, folding and int8 activations; without it, its saved
+      program is all there is.
+    normalize: what is done to stored inputs before the network sees them.
+    calibration: inputs of the training split, as stored, for int8 activations.
+    fold: whether BatchNorm is folded into the layers before it.
+    skip: kernels that int8 activations leave alone; see `jaxdistill.export.quantize_activations`.
+    instance: which of the networks of a run over several seeds; the list names it.
+    accuracy_loss: see `export_file`.
+    tolerance: see `export_file`.
+    batch_size: see `export_file`.
+    seconds: see `export_file`.
+    time_limit: see `export_file`.
+
+  Returns:
+    What ``exports.json`` says. A kind that failed is there with ``passed`` false and its
+    ``problem``, and has no file. Kinds exported before, of the same student, stay listed, each with
+    the ``batch_size``, ``examples``, ``split`` and ``student_accuracy`` that were its own: those of
+    the list, and its ``instance``, are of the latest export.
+
+  Raises:
+    FileNotFoundError: there is no finished run.
+    ValueError: a kind is unknown or needs what is not given, or the network with ``normalize`` does
+      not compute what the run's student does.
+  """
+  chosen = _chosen(kinds, network, calibration, fold)
+  _check.whole("batch_size", batch_size)  # before a file of an earlier export is given up
+  inputs, labels, split = split_examples(held_out)
+  loaded = _student.load_student(run, instance=instance)
+  base = exact = _as_program(loaded)
+  student = base.logits(inputs)
+  if network is not None:
+    exact = _program.from_network(
+      network, loaded.variables, stored=base.inputs, normalize=normalize
+    )
+    _same(exact, inputs, student)
+  folder = pathlib.Path(run).absolute() / FOLDER
+  folder.mkdir(exist_ok=True)
+  digest = _digest(base)
+  listed: dict[str, Any] = {
+    "version": _VERSION,
+    "student": digest,
+    "instance": instance,
+    "batch_size": batch_size,
+    "examples": len(student),
+    "split": split,
+    "student_accuracy": top1(student, labels),
+    "files": _earlier(folder, digest),
+  }
+  some = jax.tree.map(lambda leaf: np.asarray(leaf)[:16], inputs)
+  example = dict(zip(_onnx.input_names(base), jax.tree.leaves(some), strict=True))
+  _save(folder / EXAMPLE, {**example, "logits": student[:16]})
+  makers = _makers(exact, fold, calibration, skip)
+  for kind in chosen:
+    name, which = KINDS[kind]
+    try:
+      entry = export_file(
+        folder / name,
+        makers[which](),
+        held_out,
+        student=student,
+        rounded=which != "float",
+        accuracy_loss=accuracy_loss,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        seconds=seconds,
+        time_limit=time_limit,
+      )
+    except Exception as error:  # The other kinds are as good as before.
+      named_here = isinstance(error, ExportError | ImportError | ValueError)
+      problem = str(error) if named_here else _check.short(error)
+      for old in (folder / name, folder / f"{name}.json"):
+        old.unlink(missing_ok=True)
+      own = {key: listed[key] for key in _OF_ONE_EXPORT}
+      entry = {"file": name, "passed": False, "problem": problem, **own}
+    rest = [other for other in listed["files"] if other["file"] != name]
+    listed["files"] = [*rest, {"kind": kind, **entry}]
+    write_json(folder / LIST, listed)
+  return json.loads((folder / LIST).read_text())
+
+
+def verify_exports(
+  run: str | os.PathLike[str], *, time_limit: float = 300.0
+) -> dict[str, str | None]:
+  """Looks whether the exports of a run are what was checked, and still load and compute the same.
+
+  Each file's size and digest are compared with ``exports.json``; StableHLO and ONNX are run again,
+  in a process of their own, on the examples of ``example.npz``.
+
+  Args:
+    run: the run's folder.
+    time_limit: seconds for each process.
+
+  Returns:
+    For each file listed as good what is wrong with it, or None.
+
+  Raises:
+    FileNotFoundError: the run has no exports.
+    ExportError: the list is damaged, or of another version.
+  """
+  folder = _check.folder("run", run).absolute() / FOLDER
+  listed = _read(folder)
+  try:
+    with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
+      example = {name: arrays[name] for name in arrays.files}
+    student = example.pop("logits")
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    raise ExportError(f"{folder / EXAMPLE} cannot be read ({error}); export again.") from error
+  return {
+    entry["file"]: problem_of(folder / entry["file"], entry, example, student, time_limit)
+    for entry in listed["files"]
+    if entry["passed"]
+  }
+
+
+def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]:
+  """The kinds, if what they need is given."""
+  lacks: dict[str, list[str]] = {
+    "network": [k for k in KINDS if network is None and (k.endswith("onnx") or k == "int8")],
+    "calibration": [k for k in KINDS if calibration is None and k == "int8"],
+  }
+  if fold and network is None:
+    raise ValueError("fold=True needs network=, whose operations can be seen; the run has none.")
+  if kinds is None:
+    return [k for k in KINDS if not any(k in lacking for lacking in lacks.values())]
+  kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+  if not kinds:
+    raise ValueError("kinds is empty; leave it out for all that can be made.")
+  unknown = sorted(set(kinds) - set(KINDS))
+  if unknown:
+    raise ValueError(f"kinds has {unknown}; they are {list(KINDS)}.")
+  for need, lacking in lacks.items():
+    missing = [kind for kind in kinds if kind in lacking]
+    if missing:
+      raise ValueError(f"kinds={missing} need {need}=, which is not given.")
+  return [kind for kind in KINDS if kind in kinds]
+
+
+def _makers(
+  exact: Program, fold: bool, calibration: Any, skip: Any
+) -> dict[str, Callable[[], Any]]:
+  """The program of each precision, made when it is first asked for."""
+  made: dict[str, Program] = {}
+
+  def once(name: str, make: Callable[[], Program]) -> Callable[[], Program]:
+    return lambda: made[name] if name in made else made.setdefault(name, make())
+
+  floats = once("float", lambda: _folding.fold(exact) if fold else exact)
+  return {
+    "float": floats,
+    "int8_weights": once("int8_weights", lambda: _int8.quantize_weights(floats())),
+    "int8": once("int8", lambda: _int8.quantize_activations(floats(), calibration, skip=skip)),
+  }
+
+
+def _same(exact: Program, inputs: PyTree, student: np.ndarray) -> None:
+  """Raises where the network is not the student's, or is fed in another way."""
+  some = jax.tree.map(lambda leaf: leaf[:64], inputs)
+  problem = compare_logits(student[:64], exact.logits(some), default_tolerance(exact, student))[
+    "problem"
+  ]
+  if problem:
+    raise ValueError(
+      f"network={exact.name} with its normalize is not what the run saved: {problem}. Give the "
+      "student's own network, and normalize= as the data were normalised in training."
+    )
+
+
+def _digest(program: Program) -> str:
+  """What tells one student from another."""
+  found = hashlib.sha256(program.name.encode())
+  for name, leaf in sorted(program.leaves.items()):
+    found.update(name.encode() + np.asarray(leaf).tobytes())
+  return found.hexdigest()
+
+
+def _read(folder: pathlib.Path) -> dict[str, Any]:
+  """The list of exports."""
+  path = folder / LIST
+  if not path.is_file():
+    raise FileNotFoundError(f"{folder.parent} has no {FOLDER}/{LIST}: export.export makes it.")
+  try:
+    listed = json.loads(path.read_text())
+    version = listed["version"]
+    whole = version != _VERSION or all({"file", "passed"} <= set(e) for e in listed["files"])
+    if not whole:
+      raise ValueError("an entry has no file")
+  except (ValueError, KeyError, TypeError) as error:
+    raise ExportError(f"{path} is damaged ({error}); export again.") from error
+  if version != _VERSION:
+    raise ExportError(f"{path} is of version {version}, and this is {_VERSION}; export again.")
+  return listed
+
+
+def _earlier(folder: pathlib.Path, digest: str) -> list[dict[str, Any]]:
+  """What was exported before of this student; files of another are removed."""
+  try:
+    listed = _read(folder)
+    if listed.get("student") == digest:
+      # An entry of a list that did not yet tell it of each file has what the list says.
+      shared = {key: listed[key] for key in _OF_ONE_EXPORT if key in listed}
+      return [{**shared, **entry} for entry in listed["files"] if entry.get("kind") in KINDS]
+  except (ExportError, FileNotFoundError):
+    pass
+  for name, _ in KINDS.values():
+    for path in (folder / name, folder / f"{name}.json"):
+      path.unlink(missing_ok=True)
+  return []
+
+
+def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+  temporary = path.with_name(path.name + ".tmp")
+  with temporary.open("wb") as opened:
+    np.savez(opened, **arrays)
+  os.replace(temporary, path)
+
+
+# Of the largest logit, by the bytes of the narrowest float in the network; see the module.
+_SHARES = {2: 0.05, 4: 1e-4, 8: 1e-9}
+
+
+def export_file(
+  path: str | os.PathLike[str],
+  program: Program,
+  held_out: Examples | tuple[PyTree, Any],
+  *,
+  student: np.ndarray | None = None,
+  rounded: bool = False,
+  accuracy_loss: float = 0.01,
+  tolerance: float | None = None,
+  batch_size: int = 1,
+  seconds: float = 2.0,
+  time_limit: float = 300.0,
+) -> dict[str, Any]:
+  """Exports a program as one file, runs it in a process of its own, and keeps it if that is right.
+
+  Args:
+    path: ``.stablehlo`` (any JAX from ``least_jax`` on, see the ``.json`` beside it), ``.onnx``, or
+      ``.safetensors`` (the weights by path; checked by running the program with what is read).
+    program: from `saved` or `jaxdistill.export._program.from_network`, folded or quantised or not.
+    held_out: examples as stored, or ``(inputs, labels)``; labels may be None.
+    student: the logits ``[N, ..., K]`` that the file is compared with; the program's by default.
+    rounded: whether it is judged by its accuracy (int8) instead of its logits.
+    accuracy_loss: by how much its accuracy may then be below the student's; by default one point.
+      Without labels, the share of examples whose top-1 may be another.
+    tolerance: of a logit; see the module for the default.
+    batch_size: with which a call is timed, from NumPy arrays to a NumPy array in every runtime.
+    seconds: how long to time.
+    time_limit: seconds after which the process is ended.
+
+  Returns:
+    What ``exports.json`` says of it: ``file``, ``bytes``, ``sha256``, ``runtime``, ``accuracy``,
+    ``agreement``, ``largest_difference``, ``tolerance``, ``latency_ms`` ... and, for this file,
+    ``batch_size`` of a timed call, ``examples``, ``split`` and ``student_accuracy`` of the check.
+
+  Raises:
+    ExportError: it cannot be loaded or fails its comparison; no file of that name is left.
+    ImportError: a library is missing; the message says which to install.
+    ValueError: the program cannot be exported in this form, or an argument does not fit.
+
+  >>> call = lambda leaves, x: x @ leaves["params/kernel"]
+  >>> inputs = jax.ShapeDtypeStruct((2,), jnp.float32)
+  >>> program = Program("net", {"params/kernel": jnp.eye(2)}, call, inputs)
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   made = file(f"{folder}/net.stablehlo", program, (np.eye(2, dtype=np.float32), [0, 1]))
+  >>> made["accuracy"], made["agreement"], made["folded"]
+  (1.0, 1.0, [])
+  """
+  target = _check.folder("path", path).absolute()
+  if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
+    raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
+  _check.whole("batch_size", batch_size)
+  inputs, labels, split = split_examples(held_out)
+  student = program.logits(inputs) if student is None else student
+  if tolerance is None:
+    tolerance = default_tolerance(program, student)
+  _check.number("tolerance", tolerance, least=0)
+  target.parent.mkdir(parents=True, exist_ok=True)
+  beside = target.with_name(target.name + ".json")
+  try:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".checking-") as folder:
+      made = pathlib.Path(folder, target.name)
+      about = _write(made, program)
+      given = dict(zip(_onnx.input_names(program), jax.tree.leaves(inputs), strict=True))
+      options: dict[str, Any] = {"latency_batch": batch_size, "seconds": seconds}
+      ran = _run(made, program, given, **options, time_limit=time_limit)
+      result = compare_logits(student, ran.logits, tolerance, within=not rounded)
+      accuracy, before = top1(ran.logits, labels), top1(student, labels)
+      problem = result["problem"] or (
+        _too_low(accuracy, before, result["agreement"], accuracy_loss) if rounded else None
+      )
+      if problem:
+        raise ExportError(f"{target.name} is not kept: {problem}.")
+      for extra in made.parent.glob(f"{made.name}.json"):
+        os.replace(extra, beside)
+      os.replace(made, target)
+  except BaseException:
+    # One of an earlier export is not what was asked for now.
+    for old in (target, beside):
+      old.unlink(missing_ok=True)
+    raise
+  return {
+    "file": target.name,
+    "bytes": target.stat().st_size,
+    "sha256": runs.sha256(target),
+    "runtime": ran.runtime,
+    "platform": ran.platform,
+    "passed": True,
+    "batch_size": batch_size,
+    "examples": len(student),
+    "split": split,
+    "student_accuracy": before,
+    "accuracy": accuracy,
+    **result,
+    "tolerance": None if rounded else tolerance,
+    "latency_ms": ran.latency_ms,
+    "folded": list(program.folded),
+    "unfolded": list(program.unfolded),
+    "least_jax": about.get("least_jax"),
+  }
+
+
+def problem_of(
+  path: pathlib.Path,
+  entry: Mapping[str, Any],
+  example: Mapping[str, np.ndarray],
+  student: np.ndarray,
+  time_limit: float,
+) -> str | None:
+  """What is wrong with a file that was good: another size or digest, other logits; or None.
+
+  Args:
+    path: the file.
+    entry: what `export_file` said of it.
+    example: inputs ``[N, ...]`` by name.
+    student: its logits of them, ``[N, ..., K]``.
+    time_limit: seconds after which the process is ended.
+  """
+  if not path.is_file():
+    return "it is missing"
+  size = path.stat().st_size
+  if size != entry["bytes"]:
+    return f"it has {size} bytes, {entry['bytes']} were written"
+  if runs.sha256(path) != entry["sha256"]:
+    return "it is not as it was written (its SHA-256 differs)"
+  if path.suffix == ".safetensors":
+    return None
+  wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))
+  try:
+    ran = run_file(path, example, calls=0, time_limit=time_limit, wide=wide)
+  except ExportError as error:
+    return str(error)
+  within = entry["tolerance"] is not None
+  return compare_logits(student, ran.logits, entry["tolerance"] or 0.0, within=within)["problem"]
+
+
+def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
+  """Writes a file in the form of its suffix; what is known of it."""
+  if path.suffix == ".onnx":
+    path.write_bytes(_onnx.onnx_bytes(program))
+    return {}
+  if path.suffix == ".safetensors":
+    weights.save_safetensors(path, program.leaves)
+    return {}
+  serialized, about = _program.stablehlo(program)
+  path.write_bytes(serialized)
+  shapes = jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs)
+  write_json(path.with_name(path.name + ".json"), {**about, "inputs": shapes})
+  return about
+
+
+def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], **options: Any) -> Any:
+  """Runs a file; weights by the program that takes them as an argument."""
+  leaves = [*program.leaves.values(), *jax.tree.leaves(program.inputs)]
+  options["wide"] = any(np.dtype(leaf.dtype).itemsize == 8 for leaf in leaves)
+  if path.suffix != ".safetensors":
+    return run_file(path, inputs, **options)
+  serialized, _ = _program.stablehlo(program, weights=False)
+  runner = path.with_name("runner.stablehlo")
+  runner.write_bytes(serialized)
+  return run_file(runner, inputs, weights=path, **options)
+
+
+def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
+  """Inputs, labels and the split's name."""
+  if isinstance(held_out, Examples):
+    labels = held_out.labels if held_out.num_classes else None
+    inputs, split = held_out.inputs, held_out.split
+  elif isinstance(held_out, tuple) and len(held_out) == 2:
+    (inputs, labels), split = held_out, ""
+  else:
+    raise TypeError(
+      f"held_out must be data.Examples or (inputs, labels), got {_check.show(held_out)}."
+    )
+  labels = None if labels is None else np.asarray(labels)
+  sizes = {len(leaf) for leaf in jax.tree.leaves(inputs)} | (
+    {len(labels)} if labels is not None else set()
+  )
+  if len(sizes) != 1 or 0 in sizes:
+    raise ValueError(f"held_out needs examples, as many inputs as labels; it has {sorted(sizes)}.")
+  return inputs, labels, split
+
+
+def default_tolerance(program: Program, student: np.ndarray) -> float:
+  """How far apart two logits may be; see the module."""
+  floats = {v.aval.dtype for e in _program.traced(program).equations for v in e.outvars}
+  floats = {d for d in floats if jnp.issubdtype(d, jnp.floating)}
+  least = min((np.dtype(d).itemsize for d in floats), default=4)
+  return _SHARES.get(least, 0.05) * float(np.max(np.abs(student), initial=0.0))
+
+
+def _too_low(
+  accuracy: float | None, before: float | None, agreement: float, loss: float
+) -> str | None:
+  if accuracy is not None and before is not None and accuracy < before - loss:
+    return (
+      f"its accuracy is {accuracy:.2%} and the student's {before:.2%}; {loss:.2%} less is allowed"
+    )
+  if accuracy is None and agreement < 1 - loss:
+    return f"its top-1 is the student's on {agreement:.2%}, and {1 - loss:.2%} is asked for"
+  return None

@@ -1,0 +1,101 @@
+"""The command ``jaxdistill export``: a finished run's student as files, each one checked.
+
+``--with module:function`` names a function that gives the keywords of `jaxdistill.export.export`
+(those of the command line come first). Without it nothing is exported: the files that are there are
+looked at again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxdistill import _check
+from jaxdistill.export._export import KINDS, export, split_examples, verify_exports
+from jaxdistill.export._process import ExportError
+
+__all__ = ["main"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """The command; returns the exit code, 1 where a file failed.
+
+  Args:
+    args: the command line's words; those of the process by default.
+  """
+  parser = argparse.ArgumentParser(prog="jaxdistill export", description=__doc__)
+  parser.add_argument("run", type=pathlib.Path, help="the run's folder")
+  parser.add_argument("--with", dest="given", metavar="MODULE:FUNCTION", help="keywords of run")
+  parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="by default all")
+  parser.add_argument("--fold", action="store_true", default=None, help="fold BatchNorm")
+  parser.add_argument("--batch-size", type=int, help="to time a call with; by default 1")
+  options = parser.parse_args(args)
+  asked = {"kinds": options.kinds, "fold": options.fold, "batch_size": options.batch_size}
+  asked = {name: value for name, value in asked.items() if value is not None}
+  module, _, function = (options.given or "").partition(":")
+  if options.given and not (module and function and module[0] != "."):
+    parser.error(f"--with {options.given} must be module:function, as in my_export:given")
+  if asked and not options.given:
+    words = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
+    parser.error(
+      f"{words} without --with MODULE:FUNCTION would do nothing: without it nothing is exported, "
+      "the files that are there are looked at. Give --with, whose function returns held_out=."
+    )
+  try:
+    if not options.given:
+      found = verify_exports(options.run)
+      for name, problem in found.items():
+        print(
+          f"{name}: {problem or 'as it was checked'}", file=sys.stderr if problem else sys.stdout
+        )
+      return int(any(found.values()))
+    listed = export(options.run, **_keywords(options.run, options.given, asked))
+  except (ExportError, OSError, ValueError) as error:
+    print(error, file=sys.stderr)
+    return 1
+  for entry in listed["files"]:
+    print(_line(entry), file=sys.stdout if entry["passed"] else sys.stderr)
+  return int(not all(entry["passed"] for entry in listed["files"]))
+
+
+def _keywords(folder: pathlib.Path, given: str, asked: dict[str, Any]) -> dict[str, Any]:
+  """The keywords of `export`, of ``module:function`` and then of the command line."""
+  module, _, function = given.partition(":")
+  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
+  try:
+    make = getattr(importlib.import_module(module), function, None)
+    if not callable(make):
+      raise ValueError(f"--with {given}: {module} has no function {function}.")
+    made = make()
+  except ImportError as error:
+    raise ValueError(
+      f"--with {given}: {_check.short(error)}. MODULE is a name as import takes it, found from "
+      "the current folder; what it imports must be installed."
+    ) from error
+  if not isinstance(made, Mapping):
+    raise ValueError(
+      f"--with {given} must return a dict of keywords of export.export, got {_check.show(made)}."
+    )
+  keywords = {**made, **asked}
+  try:
+    split_examples(inspect.signature(export).bind(folder, **keywords).arguments["held_out"])
+  except TypeError as error:
+    raise ValueError(f"--with {given} must return keywords of export.export: {error}.") from error
+  return keywords
+
+
+def _line(entry: dict[str, Any]) -> str:
+  if not entry["passed"]:
+    return f"{entry['file']}: {entry['problem']}"
+  accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:.2%}, "
+  latency = f"{entry['latency_ms']['median']:.3f} ms" if entry["latency_ms"] else "not timed"
+  return (
+    f"{entry['file']}: {entry['bytes'] / 1e3:.1f} kB, {accuracy}agrees with the student on "
+    f"{entry['agreement']:.2%}, {latency} in {entry['runtime']} on {entry['platform']}"
+  )

@@ -1,0 +1,361 @@
+"""Paths to features, and what else the adapters of foreign modules share.
+
+Which of the values that a network sowed or captured is meant: Flax keeps them in a nested dict, by
+submodule and name, as tuples with one entry for each call; a submodule's output is kept under the
+name of its method. `jaxdistill.networks` and `jaxdistill.networks` find features there, bind a
+module's arguments and find its logits with these functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill._check import shapes
+
+__all__ = [
+  "TRAIN_FLAGS",
+  "Path",
+  "bind",
+  "find",
+  "is_array",
+  "logits",
+  "names",
+  "parse",
+  "parse_flag",
+  "pick",
+  "signature",
+]
+
+# The names by which published modules are told whether they train; True where they ask the
+# opposite.
+TRAIN_FLAGS = {
+  "train": False,
+  "training": False,
+  "is_training": False,
+  "deterministic": True,
+  "use_running_average": True,
+  "eval_mode": True,
+  "inference": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+  """Where a feature comes from, when a string does not say enough.
+
+  Attributes:
+    path: a sown name (``"mid"``, ``"encoder/mid"``) or a submodule's path (``"encoder/Dense_0"``).
+    call: which of several calls, counted from 0 (-1 is the last); needed when there are several.
+    element: which part of an output that is a tuple, a dict or a dataclass; a tuple of such
+      indices for a nested output.
+    layer: which entry of the first axis. Under ``nn.scan`` and ``nn.vmap`` the values of all layers
+      come stacked along it; without ``layer`` they stay so, and the batch axis is not first.
+    method: the submodule's method whose output is meant.
+
+  >>> Path("shared", call=1)
+  Path(path='shared', call=1, element=None, layer=None, method='__call__')
+  """
+
+  path: str
+  call: int | None = None
+  element: int | str | tuple[int | str, ...] | None = None
+  layer: int | None = None
+  method: str = "__call__"
+
+
+def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]:
+  """Reads what a user gives as features.
+
+  Args:
+    features: paths, which are then the features' names too; or names mapped to paths. A string
+      ending in ``":1"`` means the second of several calls.
+
+  Returns:
+    A `Path` for each name.
+
+  Raises:
+    ValueError: a path is empty or comes twice, or ``features`` is one string.
+
+  >>> parse(["encoder/shared:1"])["encoder/shared:1"].call
+  1
+  """
+  if isinstance(features, str):
+    raise ValueError(f"features={features!r} must be a sequence of paths: features=[{features!r}].")
+  if not isinstance(features, Mapping):
+    twice = sorted({f for f in features if list(features).count(f) > 1})
+    if twice:
+      raise ValueError(f"features has {twice} more than once; name each one time.")
+    features = {f: f for f in features}
+  found = {}
+  for name, place in features.items():
+    path = Path(place) if isinstance(place, str) else place
+    if not isinstance(name, str) or not isinstance(path, Path):
+      raise TypeError(f"features has {name!r}: {place!r}; name a path, as text or as a Path.")
+    parts = re.fullmatch(r"(.*):(\d+)", path.path)
+    if parts and path.call is None:
+      path = dataclasses.replace(path, path=parts[1], call=int(parts[2]))
+    path = dataclasses.replace(path, path=path.path.strip("/"))
+    if not name or not path.path:
+      raise ValueError(
+        f"features has an empty name or path ({name!r}: {place!r}); name what is sown, or a "
+        "submodule."
+      )
+    found[name] = path
+  return found
+
+
+def parse_flag(train_flag: str) -> tuple[str, bool]:
+  """Reads a train flag that a user names.
+
+  Args:
+    train_flag: a name; ``"not frozen"`` inverts it.
+
+  Returns:
+    ``(name, whether it asks the opposite)``.
+
+  >>> parse_flag("train"), parse_flag("deterministic"), parse_flag("not frozen")
+  (('train', False), ('deterministic', True), ('frozen', True))
+  """
+  if not isinstance(train_flag, str):
+    raise TypeError(f"train_flag={train_flag!r} must be a flag's name, 'auto', or None.")
+  name = train_flag.removeprefix("not ").strip()
+  return name, TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+
+
+def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.Signature:
+  """What the method that an adapter calls takes, the module first.
+
+  Args:
+    module: a foreign module.
+    method: its name, a function of the module, or None for ``__call__``.
+
+  Returns:
+    The signature.
+
+  Raises:
+    ValueError: the module has no such method.
+
+  >>> list(signature({}, "get").parameters)
+  ['self', 'key', 'default']
+  """
+  if callable(method):
+    return inspect.signature(method)
+  chosen = getattr(type(module), method or "__call__", None)
+  if not callable(chosen):
+    raise ValueError(f"method={method or '__call__'!r} is no method of {type(module).__name__}.")
+  return inspect.signature(chosen)
+
+
+def bind(
+  signature: inspect.Signature,
+  inputs: Any,
+  arguments: Callable[[Any], Any] | None,
+  told: Mapping[str, Any],
+  label: str,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+  """What a module is called with.
+
+  Args:
+    signature: of the method, with the module first.
+    inputs: what the network sees.
+    arguments: ``inputs -> tuple`` or ``dict``; None passes ``inputs`` alone.
+    told: what else the module is told by name: the flags that are arguments, with their values.
+    label: what to call the module in messages.
+
+  Returns:
+    ``(positional arguments, keyword arguments)``.
+
+  Raises:
+    ValueError: ``arguments`` returned neither, or a flag, or the arguments do not fit.
+
+  >>> bind(inspect.signature(lambda module, x, train: x), 1, None, {"train": True}, "Net")
+  ((1,), {'train': True})
+  """
+  if not callable(arguments) and arguments is not None:
+    raise TypeError(f"{label}: arguments={arguments!r} must be a function inputs -> tuple or dict.")
+  given = (inputs,) if arguments is None else arguments(inputs)
+  if not isinstance(given, tuple | Mapping):
+    raise ValueError(
+      f"{label}: arguments returned a {type(given).__name__}; it must return a tuple "
+      "(positional) or a dict (keywords)."
+    )
+  args, keywords = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
+  twice = sorted(set(keywords) & set(told))
+  if twice:
+    raise ValueError(
+      f"{label}: arguments returned {twice}, which train_flag sets; leave them out of it, or "
+      "give train_flag=None."
+    )
+  keywords.update(told)
+  try:
+    signature.bind(None, *args, **keywords)
+  except TypeError as error:
+    raise ValueError(
+      f"{label} takes {signature}, which does not fit: {error}. Say how to call it with "
+      "arguments=lambda inputs: ..., which returns a tuple or a dict."
+    ) from error
+  return args, keywords
+
+
+def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
+  """Finds the logits in what a module returned.
+
+  Args:
+    out: what the module returned.
+    finder: ``out -> array``; None takes an array, or the key or attribute ``logits``.
+    label: what to call the module in messages.
+
+  Returns:
+    An array.
+
+  Raises:
+    ValueError: there is none.
+
+  >>> logits({"logits": np.zeros(2), "aux": None}, None, "Net").tolist()
+  [0.0, 0.0]
+  """
+  if finder is not None:
+    if not callable(finder):
+      raise TypeError(f"{label}: logits={finder!r} must be a function of what the module returns.")
+    found = finder(out)
+  elif is_array(out):
+    found = out
+  else:
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+  if not is_array(found):
+    how = "no logits were recognised in it" if finder is None else "logits= found no array"
+    raise ValueError(
+      f"{label} puts out a {type(out).__name__} of {shapes(out)}, and {how}; say "
+      "where its logits are with logits=lambda out: ..., which must return an array."
+    )
+  return found
+
+
+def find(sown: Any, path: Path) -> Any:
+  """Finds what was sown at a path, or else what the submodule there put out.
+
+  Args:
+    sown: the collection of sown and captured values.
+    path: where to look.
+
+  Returns:
+    The value as Flax keeps it, or None.
+
+  >>> find({"encoder": {"mid": (1.0,)}}, Path("encoder/mid"))
+  (1.0,)
+  """
+  node = sown
+  for part in path.path.split("/"):
+    if not isinstance(node, Mapping) or part not in node:
+      return None
+    node = node[part]
+  return node.get(path.method) if isinstance(node, Mapping) else node
+
+
+def pick(sown: Any, path: Path, label: str) -> Any:
+  """Takes the one array that a path means.
+
+  Args:
+    sown: the collection of sown and captured values.
+    path: where to look; `find` must find something there.
+    label: what to call the feature in messages.
+
+  Returns:
+    An array.
+
+  Raises:
+    ValueError: there are several values and the path does not say which, or there is no such call,
+      element or layer, or the value is no array.
+
+  >>> pick({"mid": (np.zeros(2), np.ones(2))}, Path("mid", call=1), "mid").tolist()
+  [1.0, 1.0]
+  """
+  calls = _calls(find(sown, path))
+  if path.call is None and len(calls) > 1:
+    options = ", ".join(repr(f"{path.path}:{i}") for i in range(len(calls)))
+    raise ValueError(f"{label} has {len(calls)} values in one call; say which: {options}.")
+  call = path.call or 0
+  if not -len(calls) <= call < len(calls):
+    raise ValueError(
+      f"{label} has {len(calls)} value(s), and call={call} is none of them; calls count from 0."
+    )
+  value = calls[call]
+  element = path.element
+  for part in () if element is None else element if isinstance(element, tuple) else (element,):
+    value = _element(value, part, label)
+  if not is_array(value):
+    raise ValueError(
+      f"{label} is a {type(value).__name__} of {shapes(value)}, not an array; say which part "
+      f"with Path({path.path!r}, element=...)."
+    )
+  if path.layer is None:
+    return value
+  layers = value.shape[0] if value.ndim else 0
+  if not -layers <= path.layer < layers:
+    raise ValueError(
+      f"{label} has the shape {value.shape}, and layer={path.layer} is not on its first axis."
+    )
+  return value[path.layer]
+
+
+def names(sown: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Lists a collection by the names that `parse` understands.
+
+  Args:
+    sown: the collection of sown and captured values.
+    prefix: the path of the module that it belongs to.
+
+  Returns:
+    ``{name: shape}``, or a pytree of shapes (``jax.ShapeDtypeStruct``) for a tuple or a dict.
+
+  >>> names({"encoder": {"__call__": (np.zeros(2), np.zeros(3))}, "mid": (np.zeros(1),)}).keys()
+  dict_keys(['encoder:0', 'encoder:1', 'mid'])
+  """
+  found = {}
+  for name, value in sown.items():
+    here = prefix if name == "__call__" else f"{prefix}/{name}".lstrip("/")
+    if isinstance(value, Mapping):
+      found.update(names(value, here))
+      continue
+    calls = _calls(value)
+    for i, entry in enumerate(calls):
+      found[here if len(calls) == 1 else f"{here}:{i}"] = jax.tree.map(_shape, entry)
+  return found
+
+
+def is_array(value: Any) -> bool:
+  """Whether a value is an array, or stands for one while a program is traced.
+
+  >>> is_array(np.zeros(2)), is_array([0.0, 0.0])
+  (True, False)
+  """
+  return isinstance(value, jax.Array | np.ndarray)
+
+
+def _calls(value: Any) -> tuple[Any, ...]:
+  # Sow makes a tuple with an entry for each call, unless it is given another way to reduce.
+  return value if type(value) is tuple else (value,)
+
+
+def _element(value: Any, part: int | str, label: str) -> Any:
+  if isinstance(part, str) and not isinstance(value, Mapping) and hasattr(value, part):
+    return getattr(value, part)
+  try:
+    if is_array(value):
+      raise TypeError("an array has no elements of this kind; its first axis is the batch")
+    return value[part]
+  except (KeyError, IndexError, TypeError) as error:
+    raise ValueError(
+      f"{label} is a {type(value).__name__} of {shapes(value)}; it has no element {part!r}."
+    ) from error
+
+
+def _shape(leaf: Any) -> Any:
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if hasattr(leaf, "dtype") else type(leaf)

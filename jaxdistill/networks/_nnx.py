@@ -1,0 +1,397 @@
+"""The adapter for Flax NNX: any NNX module becomes a `jaxdistill.types.Network`, unchanged.
+
+An NNX module holds its variables; a network is given them. So the adapter keeps the module's
+structure, and each call builds a module of its own from it and the variables, which is thrown away
+afterwards: what the user gave is never touched. Words, paths and messages are those of
+`jaxdistill.networks`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx as flax_nnx
+
+from jaxdistill import _check
+from jaxdistill.networks import _features, _nnx_graph
+from jaxdistill.networks._features import Path
+from jaxdistill.networks._nnx_graph import Flag, Slot, Tap
+from jaxdistill.types import Network, Outputs
+
+__all__ = ["nnx", "nnx_features", "nnx_variables"]
+
+PyTree = Any
+
+
+def nnx(
+  model: Any,
+  *,
+  features: Sequence[str] | Mapping[str, str | Path] = (),
+  train_flag: str | None = "auto",
+  arguments: Callable[[Any], tuple[Any, ...] | Mapping[str, Any]] | None = None,
+  logits: Callable[[Any], Any] | None = None,
+  method: str | Callable[..., Any] | None = None,
+  name: str | None = None,
+) -> Network:
+  """An NNX module as a `Network`.
+
+  A feature is a submodule's output, by its path (``"layers/0"``, ``"encoder/linear1"``), or what a
+  submodule sows as ``nnx.Intermediate``, by its path and name. ``"shared:1"`` means the second call
+  of a submodule (or the second value sown). A Linen module inside (``nnx.bridge.ToNNX``) is one
+  submodule. A feature that is not there is an error that lists those that are, raised by ``init``
+  and whenever ``apply`` is traced.
+
+  The variables are nested dicts by collection: ``params`` (``nnx.Param`` and its subclasses, which
+  are trained), ``batch_stats``, every other variable type by its name, and ``arrays`` for arrays
+  that are no ``nnx.Variable``. A variable that several submodules share is there once. In training,
+  the collections beside ``params`` are updated and returned; in evaluation, nothing is.
+
+  Random streams are no variables: in training each gets a key of its own, folded from the key of
+  ``apply``; in evaluation none is needed. A method that takes ``rngs`` is given them.
+
+  Args:
+    model: a function ``rngs -> module`` (``lambda rngs: Net(10, rngs=rngs)``), from which ``init``
+      makes variables that follow its key: a student. Or a module, whose own weights ``init``
+      returns as copies, whatever the key: a teacher.
+    features: paths, which are then the features' names too; or names of your own mapped to paths.
+    train_flag: how the module is told whether it trains. ``"auto"``: by its ``train()`` and
+      ``eval()``, by ``set_view`` where a submodule has its own, by each attribute and each argument
+      of its method called ``train``, ``training``, ``is_training``, and (inverted)
+      ``deterministic``, ``use_running_average``, ``eval_mode``, ``inference``. Any other string
+      names the one argument, or attribute of any submodule; ``"not frozen"`` inverts it. None: not
+      at all.
+    arguments: ``inputs -> tuple`` of positional or ``dict`` of keyword arguments, for several
+      inputs; by default ``inputs`` is the one positional argument.
+    logits: finds the logits in what the module returns. By default that is an array, or has a key
+      or an attribute ``logits``.
+    method: the method to call instead of ``__call__``; its name, or a function of the module.
+    name: for messages and reports; the module's class by default.
+
+  Returns:
+    The network. The function is run here once, abstractly.
+
+  Raises:
+    ValueError: ``model`` is neither; a feature is named twice or not at all; or the module has no
+      such train flag.
+
+  >>> def build(rngs):
+  ...   layers = flax_nnx.Linear(5, 4, rngs=rngs), flax_nnx.relu, flax_nnx.Linear(4, 3, rngs=rngs)
+  ...   return flax_nnx.Sequential(*layers)
+  >>> network = nnx(build, features=["layers/0"])
+  >>> x = jax.numpy.ones((2, 5))
+  >>> values = network.init(jax.random.key(0), x)
+  >>> outputs, state = network.apply(values, x, train=False, key=None)
+  >>> outputs.logits.shape, outputs.features["layers/0"].shape, state
+  ((2, 3), (2, 4), {})
+  """
+  if isinstance(model, flax_nnx.Module):
+    module: Any = model
+    make: Callable[[flax_nnx.Rngs], Any] = lambda rngs: model  # noqa: E731
+  else:
+    make = functools.partial(_nnx_graph.make, model)
+    module = flax_nnx.eval_shape(make, flax_nnx.Rngs(0))
+  signature = _features.signature(module, method)
+  graph, slots = _nnx_graph.split(module)
+  adapter = _Adapter(
+    make=make,
+    graph=graph,
+    slots=slots,
+    wanted=_features.parse(features),
+    signature=signature,
+    flags=_nnx_graph.find_flags(module, signature, train_flag),
+    auto=train_flag == "auto",
+    arguments=arguments,
+    logits=logits,
+    method=method,
+    name=name or type(module).__name__,
+  )
+  return Network(init=adapter.init, apply=adapter.apply, name=adapter.name)
+
+
+def nnx_variables(module: Any) -> dict[str, PyTree]:
+  """The variables of a module, as its network takes them.
+
+  Args:
+    module: an NNX module with values.
+
+  Returns:
+    ``{"params": ..., "batch_stats": ..., ...}``, nested dicts by path, see `nnx`. The arrays are
+    copies, since a training step overwrites its own.
+
+  Raises:
+    ValueError: ``module`` is no NNX module, or holds shapes instead of values.
+
+  >>> found = nnx_variables(flax_nnx.Linear(5, 4, rngs=flax_nnx.Rngs(0)))
+  >>> found["params"]["kernel"].shape
+  (5, 4)
+  """
+  if not isinstance(module, flax_nnx.Module):
+    raise ValueError(f"module={module!r} is a {type(module).__name__}, not an NNX module.")
+  found: dict[str, PyTree] = {"params": {}}
+  for slot in _nnx_graph.split(module)[1]:
+    for where, leaf in zip(slot.places, slot.leaves, strict=True):
+      if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        what = "/".join(where)
+        raise ValueError(
+          f"{type(module).__name__}: {what} is a {type(leaf).__name__}, not an array; give a "
+          "module with values (a ShapeDtypeStruct comes from nnx.eval_shape)."
+        )
+      if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        value = leaf
+      else:
+        value = jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)  # strongly typed
+      _nnx_graph.insert(found, where, value)
+  return found
+
+
+def nnx_features(network: Any, inputs: Any) -> dict[str, Any]:
+  """What can be captured from a network, by abstract evaluation only.
+
+  Args:
+    network: from `nnx`, or a module or function that `nnx` understands without further arguments.
+    inputs: what the network sees, or its shapes (``jax.ShapeDtypeStruct``).
+
+  Returns:
+    Names that `nnx` takes as ``features``, each with its shape; a tuple or a dict of shapes where
+    a `Path` has to say which ``element``.
+
+  Raises:
+    ValueError: ``network`` was not made by `nnx`.
+
+  >>> nnx_features(lambda rngs: flax_nnx.Sequential(flax_nnx.relu), jax.numpy.ones((2, 5)))
+  {}
+  """
+  if not isinstance(network, Network):
+    network = nnx(network)
+  adapter = getattr(network.apply, "__self__", None)
+  if not isinstance(adapter, _Adapter):
+    raise ValueError(
+      f"network {network.name!r} was not made by networks.nnx; give that one, or the NNX module."
+    )
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  shapes = jax.eval_shape(adapter.variables, key)
+  return adapter.survey(_Call(shapes, inputs, False, key))[0]
+
+
+class _Call(NamedTuple):
+  """One application of a network."""
+
+  variables: Mapping[str, PyTree]
+  inputs: Any
+  train: bool
+  key: Any
+
+
+class _Ran(NamedTuple):
+  module: flax_nnx.Module
+  out: Any
+  sown: dict[str, Any]
+  drawn: set[str]
+  taps: list[Tap]
+
+
+_Taps = Callable[[flax_nnx.Module], list[Tap]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Adapter:
+  """A module's structure and how to call it; ``init`` and ``apply`` are the network's."""
+
+  make: Callable[[flax_nnx.Rngs], flax_nnx.Module]
+  graph: Any
+  slots: list[Slot]
+  wanted: dict[str, Path]
+  signature: inspect.Signature
+  flags: list[Flag]
+  auto: bool
+  arguments: Callable[[Any], Any] | None
+  logits: Callable[[Any], Any] | None
+  method: str | Callable[..., Any] | None
+  name: str
+
+  def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
+    made = self.variables(key)
+    # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
+    check = lambda made, inputs, key: self.call(_Call(made, inputs, False, key))[0]  # noqa: E731
+    jax.eval_shape(check, made, inputs, key)
+    return made
+
+  def apply(
+    self, variables: Mapping[str, PyTree], inputs: Any, *, train: bool, key: Any = None
+  ) -> tuple[Outputs, dict[str, PyTree]]:
+    call = _Call(variables, inputs, train, key)
+    outputs, state, drawn = self.call(call)
+    if drawn:
+      # To split a stream is harmless as long as nothing comes of it: no output may differ between
+      # two keys, which `vmap` knows without computing.
+      def arrays(key: Any) -> list[Any]:
+        return jax.tree.leaves(self.call(call._replace(key=key))[:2])
+
+      keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+      try:
+        jax.eval_shape(jax.vmap(arrays, out_axes=None), keys)
+      except ValueError as error:
+        raise ValueError(self.explain_stream(drawn, train)) from error
+    return outputs, state
+
+  def variables(self, key: Any) -> dict[str, PyTree]:
+    return nnx_variables(self.make(flax_nnx.Rngs(key)))
+
+  def call(self, call: _Call) -> tuple[Outputs, dict[str, PyTree], set[str]]:
+    try:
+      ran = self.run(call, functools.partial(_nnx_graph.find_taps, list(self.wanted.values())))
+    except (TypeError, ValueError) as error:
+      stuck = [n for n, path in self.wanted.items() if not self.traces(call, [path])]
+      if not stuck or not self.traces(call, []):
+        raise
+      raise ValueError(self.explain_stuck(stuck, call)) from error
+    missing = [name for name, path in self.wanted.items() if _features.find(ran.sown, path) is None]
+    if missing:
+      raise ValueError(self.explain_missing(missing, call))
+    features = {
+      name: _features.pick(ran.sown, path, f"{self.name}: feature {name!r}")
+      for name, path in self.wanted.items()
+    }
+    outputs = Outputs(logits=_features.logits(ran.out, self.logits, self.name), features=features)
+    state = _nnx_graph.updated(self.slots, ran.module, self.name) if call.train else {}
+    return outputs, state, ran.drawn
+
+  def traces(self, call: _Call, wanted: Sequence[Path]) -> bool:
+    """Whether the module runs, abstractly, while these are captured."""
+    try:
+      self.look(call, functools.partial(_nnx_graph.find_taps, wanted))
+    except Exception:
+      return False
+    return True
+
+  def look(self, call: _Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
+    """Runs the module abstractly: the shapes of what is captured, and the modules watched."""
+    seen: list[Tap] = []
+    shapes: dict[str, Any] = {}
+
+    def body(variables: PyTree, inputs: Any, key: Any) -> int:
+      ran = self.run(_Call(variables, inputs, call.train, key), taps)
+      seen.extend(ran.taps)
+      shapes.update(_features.names(ran.sown))
+      return 0
+
+    jax.eval_shape(body, call.variables, call.inputs, call.key)
+    return shapes, seen
+
+  def run(self, call: _Call, find: _Taps) -> _Ran:
+    module = _nnx_graph.build(self.graph, self.slots, call.variables, call.key, self.name)
+    module = _nnx_graph.set_flags(module, self.flags, self.auto, call.train)
+    told: dict[str, Any] = {f.name: call.train != f.inverted for f in self.flags if f.argument}
+    if "rngs" in list(self.signature.parameters)[1:]:
+      told["rngs"] = flax_nnx.Rngs(_nnx_graph.stream_key(call.key, len(self.slots)))
+    args, keywords = _features.bind(self.signature, call.inputs, self.arguments, told, self.name)
+    streams = {"": module, "rngs": told.get("rngs")}
+    drawn = _nnx_graph.drawn(streams) if call.key is None else set()
+
+    def method() -> Any:
+      if callable(self.method):
+        return self.method(module, *args, **keywords)
+      return getattr(module, self.method or "__call__")(*args, **keywords)
+
+    found = find(module)
+    out, sown = _nnx_graph.run_tapped(module, method, found)
+    return _Ran(module, out, sown, drawn, found)
+
+  def survey(self, call: _Call) -> tuple[dict[str, Any], dict[str, set[str]], list[str]]:
+    """Runs the module abstractly and captures every submodule's output.
+
+    Returns:
+      ``(shapes by name, methods called by path, paths hidden by a transform)``.
+    """
+    output = frozenset({"__call__"})
+
+    def every(module: flax_nnx.Module) -> list[Tap]:
+      return [
+        Tap(tuple(map(str, path)), node, output if path else frozenset())
+        for path, node in flax_nnx.iter_modules(module)
+      ]
+
+    try:
+      shapes, seen = self.look(call, every)
+    except (TypeError, ValueError):
+      # Some transform allows no capture inside it: one module after the other shows which.
+      shapes, seen = {}, []
+      counts: list[int] = []
+
+      def none(module: flax_nnx.Module) -> list[Tap]:
+        counts.append(len(every(module)))
+        return []
+
+      def one(i: int, module: flax_nnx.Module) -> list[Tap]:
+        return every(module)[i : i + 1]
+
+      self.look(call, none)
+      for i in range(counts[0]):
+        with contextlib.suppress(TypeError, ValueError):
+          more, tapped = self.look(call, functools.partial(one, i))
+          shapes.update(more)
+          seen += tapped
+    called = {"/".join(tap.path): _nnx_graph.watched(tap) for tap in seen}
+    hidden = [
+      path
+      for path, methods in called.items()
+      if path and "__call__" in methods and not any(n.split(":")[0] == path for n in shapes)
+    ]
+    # What is inside a hidden module is hidden by the same transform.
+    return shapes, called, [p for p in hidden if not any(p.startswith(f"{q}/") for q in hidden)]
+
+  def explain_missing(self, missing: Sequence[str], call: _Call) -> str:
+    shapes, called, hidden = self.survey(call)
+    lines = [f"{self.name}: {len(missing)} of the features can't be found."]
+    for name in missing:
+      path, method = self.wanted[name].path, self.wanted[name].method
+      label = repr(name) if name == path else f"{name!r} (at {path!r})"
+      around = next((p for p in hidden if path == p or path.startswith(f"{p}/")), None)
+      if around is not None:
+        lines.append(
+          f"{label}: {around!r} runs inside a transform (nnx.scan, nnx.vmap, jax.lax.scan of "
+          "nnx.merge) that does not hand captured values out; give nnx.scan or nnx.vmap the module "
+          "itself, with an axis for nnx.Intermediate among its StateAxes."
+        )
+      elif called.get(path):
+        lines.append(
+          f"{label}: the submodule is called by {sorted(called[path])}, not by {method!r}; give "
+          f"Path({path!r}, method=...)."
+        )
+      else:
+        lines.append(f"{label}: nothing of that name is sown, and no such submodule is called.")
+    lines += _listed(shapes)
+    lines += [f"Hidden in a transform: {path}" for path in hidden]
+    return "\n".join(lines)
+
+  def explain_stuck(self, stuck: Sequence[str], call: _Call) -> str:
+    where = [self.wanted[name].path for name in stuck]
+    lines = [
+      f"{self.name}: {where} can't be captured: inside a transform whose branches or carry keep "
+      "their structure (nnx.cond, nnx.switch, nnx.while_loop, a module carried by nnx.scan), "
+      "nothing can be added."
+    ]
+    return "\n".join(lines + _listed(self.survey(call)[0]))
+
+  def explain_stream(self, drawn: set[str], train: bool) -> str:
+    draws = f"{self.name} draws from the random streams {sorted(drawn)}"
+    if train:
+      return f"{draws} in training; give apply a key."
+    told = sorted({flag.name for flag in self.flags} | ({"eval()"} if self.auto else set()))
+    return (
+      f"{draws} even with train=False, which it is told by {told or 'no flag'}; name its own flag "
+      "with train_flag=..., or give apply a key if it is meant to be random."
+    )
+
+
+def _listed(shapes: Mapping[str, Any]) -> list[str]:
+  lines = [f"  {name} {_check.shapes(shape)}" for name, shape in shapes.items()]
+  return ["Available:" if shapes else "Nothing is available.", *lines]

@@ -1,0 +1,57 @@
+"""Networks that sow what there is to distil from; modules nobody here wrote work as well.
+
+>>> from jaxdistill import networks
+>>> networks.models.resnet20(num_classes=100).depth
+20
+"""
+
+from jaxdistill.networks.models.resnet import (
+  BasicBlock,
+  ResNet,
+  resnet8,
+  resnet8x4,
+  resnet14,
+  resnet20,
+  resnet32,
+  resnet32x4,
+  resnet44,
+  resnet56,
+  resnet110,
+)
+from jaxdistill.networks.models.small import MLP, Conv3x3, ConvNet, patches_convolution
+from jaxdistill.networks.models.vit import EncoderBlock, VisionTransformer, vit_tiny
+from jaxdistill.networks.models.wide_resnet import (
+  WideBlock,
+  WideResNet,
+  wrn_16_1,
+  wrn_16_2,
+  wrn_40_1,
+  wrn_40_2,
+)
+
+__all__ = [
+  "MLP",
+  "BasicBlock",
+  "Conv3x3",
+  "ConvNet",
+  "EncoderBlock",
+  "ResNet",
+  "VisionTransformer",
+  "WideBlock",
+  "WideResNet",
+  "patches_convolution",
+  "resnet8",
+  "resnet8x4",
+  "resnet14",
+  "resnet20",
+  "resnet32",
+  "resnet32x4",
+  "resnet44",
+  "resnet56",
+  "resnet110",
+  "vit_tiny",
+  "wrn_16_1",
+  "wrn_16_2",
+  "wrn_40_1",
+  "wrn_40_2",
+]

@@ -1,0 +1,429 @@
+"""Projectors: small modules that turn a student's feature into the teacher's shape.
+
+They are trained with the student and absent from the deployed network. Their sizes are never typed
+in by hand: `between` takes them from the two features' shapes, and whoever builds one of the
+modules directly takes them from an abstract evaluation of both networks too. `ReviewFusion` is
+ReviewKD's: it fuses a stage with what came from the stages above it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxdistill.types import compute_dtype
+
+__all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
+
+
+class Linear(nn.Module):
+  """A linear map of the last axis, with bias: for vectors ``[B, D]`` and tokens ``[B, L, D]``.
+
+  Attributes:
+    features: the teacher's width.
+    use_bias: whether to add a bias.
+    kernel_init: initialises the kernel; Flax's default.
+    dtype: of the computation; None promotes from inputs and parameters.
+    param_dtype: of the parameters.
+
+  >>> module = Linear(features=4)
+  >>> module.init(jax.random.key(0), jnp.ones((2, 3)))["params"]["dense"]["kernel"].shape
+  (3, 4)
+  """
+
+  features: int
+  use_bias: bool = True
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
+  ) -> Float[Array, "B *axes E"]:
+    """Projects features.
+
+    Args:
+      x: ``[B, ..., D]``.
+      train: changes nothing here.
+
+    Returns:
+      ``[B, ..., features]``.
+    """
+    del train
+    return nn.Dense(
+      self.features,
+      use_bias=self.use_bias,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name="dense",
+    )(x)
+
+
+class LearnedTemperature(nn.Module):
+  """A temperature in [1, 21] that is trained against the student (CTKD).
+
+  lowest + span * sigmoid(theta). In the backward pass its gradient is multiplied by ``-reversal``,
+  so that an optimiser that makes the loss smaller moves theta to where the loss is larger.
+
+  Theta is one parameter, or with ``hidden`` the output of two linear maps with a ReLU between them
+  for each example's predictions: one temperature for each example.
+
+  Attributes:
+    lowest: 1 in the published code.
+    span: 20 in the published code.
+    initial: where theta starts (with ``hidden``, its bias); 1 in the published code, which makes a
+      temperature of 15.6.
+    hidden: None for one temperature; else the width between the linear maps, which are the paper's
+      and not in its code.
+    param_dtype: of the parameters.
+
+  Source: Li, Li, Yang, Zhao, Song, Luo, Li, Yang, "Curriculum Temperature for Knowledge
+  Distillation", 2023.
+
+  >>> module = LearnedTemperature()
+  >>> value, variables = module.init_with_output(jax.random.key(0), 0.5)
+  >>> round(value.item(), 2), variables["params"]["theta"].item()
+  (15.62, 1.0)
+  >>> slope = jax.grad(lambda reversal, v: module.apply(v, reversal), argnums=1)
+  >>> [round(slope(r, variables)["params"]["theta"].item(), 3) for r in (0.5, 1.0)]
+  [-1.966, -3.932]
+  """
+
+  lowest: float = 1.0
+  span: float = 20.0
+  initial: float = 1.0
+  hidden: int | None = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    reversal: Any,
+    predictions: Float[Array | np.ndarray, "*batch D"] | None = None,
+    *,
+    train: bool = False,
+  ) -> Float[Array, "*rows"]:
+    """The temperature.
+
+    Args:
+      reversal: how much of the gradient is turned round, a number: 0 is none of it, and the
+        temperature stays; 1 is all. May follow a schedule.
+      predictions: ``[..., D]``, with ``hidden`` only: both networks' logits side by side. No
+        gradient goes back into them.
+      train: changes nothing here.
+
+    Returns:
+      One number ``[]``, or ``[...]`` with ``hidden``.
+
+    Raises:
+      ValueError: there are predictions without ``hidden``, or the other way round.
+    """
+    del train
+    if (predictions is None) != (self.hidden is None):
+      raise ValueError(
+        f"hidden={self.hidden} and predictions {'without' if predictions is None else 'with'} "
+        "values: a temperature for each example needs both, hidden=128 say; one for all neither."
+      )
+    start = nn.initializers.constant(self.initial)
+    if predictions is None:
+      theta = self.param("theta", start, (), self.param_dtype)
+    else:
+      x = jax.lax.stop_gradient(jnp.asarray(predictions))
+      options = {"dtype": compute_dtype(x), "param_dtype": self.param_dtype}
+      x = jax.nn.relu(nn.Dense(self.hidden or 0, **options, name="dense1")(x))
+      theta = nn.Dense(1, bias_init=start, **options, name="dense2")(x)[..., 0]
+    value = self.lowest + self.span * jax.nn.sigmoid(theta)
+    fixed = jax.lax.stop_gradient(value)
+    # The difference is 0 exactly; only its gradient counts.
+    return fixed - jnp.asarray(reversal, value.dtype) * (value - fixed)
+
+
+class MLP(nn.Module):
+  """Two linear maps of the last axis with a ReLU between them.
+
+  Attributes:
+    hidden: width of the layer between.
+    features: the teacher's width.
+    dtype: of the computation; None promotes from inputs and parameters.
+    param_dtype: of the parameters.
+
+  >>> module = MLP(hidden=8, features=4)
+  >>> variables = module.init(jax.random.key(0), jnp.ones((2, 3)))
+  >>> module.apply(variables, jnp.ones((2, 3))).shape
+  (2, 4)
+  """
+
+  hidden: int
+  features: int
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
+  ) -> Float[Array, "B *axes E"]:
+    """Projects features.
+
+    Args:
+      x: ``[B, ..., D]``.
+      train: changes nothing here.
+
+    Returns:
+      ``[B, ..., features]``.
+    """
+    del train
+    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = jax.nn.relu(nn.Dense(self.hidden, **options, name="dense1")(x))
+    return nn.Dense(self.features, **options, name="dense2")(x)
+
+
+class Conv(nn.Module):
+  """FitNets' regressor for maps: a convolution with bias, BatchNorm, ReLU.
+
+  The convolution brings ``[H, W]`` to ``spatial``: with kernel 3 and stride 2 where it is twice as
+  large, transposed with kernel 4 and stride 2 where it is half as large, else with kernel
+  ``1 + H - spatial[0]`` by ``1 + W - spatial[1]`` and no padding, which is 1 x 1 at equal sizes.
+
+  Attributes:
+    features: the teacher's channels.
+    spatial: the teacher's height and width.
+    use_bias: whether the convolution adds a bias.
+    use_norm: whether BatchNorm follows.
+    use_relu: whether a ReLU follows. The projection cannot be negative then: leave it out for
+      teacher features from before their ReLU.
+    kernel_init: initialises the kernel; Flax's default.
+    axis_name: the mapped axis over which BatchNorm averages its statistics, under ``pmap``.
+    dtype: of the computation; None promotes from inputs and parameters.
+    param_dtype: of the parameters.
+
+  Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015; BatchNorm, ReLU and the choice
+  of the kernel as in the code of Tian, Krishnan, Isola, "Contrastive Representation Distillation",
+  2020.
+
+  >>> module = Conv(features=4, spatial=(4, 4))
+  >>> y, _ = module.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+  >>> y.shape
+  (2, 4, 4, 4)
+  """
+
+  features: int
+  spatial: tuple[int, int]
+  use_bias: bool = True
+  use_norm: bool = True
+  use_relu: bool = True
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
+  axis_name: str | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
+  ) -> Float[Array, "B H2 W2 D"]:
+    """Projects maps.
+
+    Args:
+      x: ``[B, H, W, C]``.
+      train: use and update the batch's own statistics.
+
+    Returns:
+      ``[B, *spatial, features]``.
+
+    Raises:
+      ValueError: ``spatial`` can't be reached from ``[H, W]``.
+    """
+    layer = _convolution(x.shape, (x.shape[0], *self.spatial, self.features))
+    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
+    y = layer(self.features, **kernel, **options, name="conv")(x)
+    if self.use_norm:
+      y = nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=self.axis_name,
+        **options,
+        name="norm",
+      )(y)
+    return jax.nn.relu(y) if self.use_relu else y
+
+
+def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.Module:
+  """Chooses a projector from a student's feature to a teacher's by their shapes.
+
+  `Linear` for vectors ``[B, D]`` and tokens ``[B, L, D]``, `Conv` for maps ``[B, H, W, C]``.
+
+  Args:
+    student: the student's feature, or its shape (``jax.ShapeDtypeStruct``).
+    teacher: the teacher's.
+    axis_name: for `Conv`'s BatchNorm, under ``pmap``.
+
+  Returns:
+    A module ``(x, *, train=False)``.
+
+  Raises:
+    ValueError: the features differ in rank or in their number of tokens, are neither vectors,
+      tokens nor maps, or have sizes that no convolution of `Conv` connects.
+
+  >>> between(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 4, 4, 5))).spatial
+  (4, 4)
+  """
+  ours, theirs = tuple(student.shape), tuple(teacher.shape)
+  if len(ours) != len(theirs) or len(ours) not in (2, 3, 4):
+    raise ValueError(
+      f"no projector leads from the student's feature {ours} to the teacher's {theirs}: both must "
+      "be vectors [B, D], tokens [B, L, D] or maps [B, H, W, C]. Pool or reshape one of them, or "
+      "give a projector of your own."
+    )
+  if len(ours) == 3 and ours[1] != theirs[1]:
+    raise ValueError(
+      f"the student's feature {ours} has {ours[1]} tokens and the teacher's {theirs} has "
+      f"{theirs[1]}; they must be the same tokens. Match other layers, or give a projector of your "
+      "own."
+    )
+  if len(ours) < 4:
+    return Linear(features=theirs[-1])
+  _convolution(ours, theirs)
+  return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
+
+
+def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
+  """The class of the layer that leads from one size to the other, but for its channels."""
+  ours, theirs = student[1:3], teacher[1:3]
+  if all(s == 2 * t for s, t in zip(ours, theirs, strict=True)):
+    return functools.partial(nn.Conv, kernel_size=(3, 3), strides=(2, 2), padding=1)
+  if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
+    # SAME pads the dilated input by 2 on each side: PyTorch's padding of 1 at kernel 4.
+    return functools.partial(nn.ConvTranspose, kernel_size=(4, 4), strides=(2, 2), padding="SAME")
+  if ours == theirs:
+    product = functools.partial(nn.Conv, kernel_size=(1, 1), padding="VALID")
+    return functools.partial(product, conv_general_dilated=_pointwise)
+  if all(s >= t for s, t in zip(ours, theirs, strict=True)):
+    kernel = tuple(1 + s - t for s, t in zip(ours, theirs, strict=True))
+    return functools.partial(nn.Conv, kernel_size=kernel, padding="VALID")
+  raise ValueError(
+    f"no convolution leads from the student's map {student} to the teacher's {teacher}: a side of "
+    "the student's must be half of the teacher's on both axes, or at least as long on both. Match "
+    "other layers, or give a projector of your own."
+  )
+
+
+def _pointwise(x: Any, kernel: Any, *args: Any, **options: Any) -> Any:
+  """A 1 x 1 convolution as the matrix product that it is: on a CPU its gradients are faster so."""
+  del args
+  return jnp.matmul(x, kernel[0, 0], precision=options.get("precision"))
+
+
+# PyTorch's kaiming_uniform_(a=1), and its default for a convolution.
+_fusion_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
+_attention_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class ReviewFusion(nn.Module):
+  """Attention-based fusion (ABF) of ReviewKD: one stage of the student, reviewed from above.
+
+  ``y = bn(conv1x1(x))``; with a residual r from the stage above, brought to the size of x,
+  ``y = y * a + r * b`` with ``[a, b] = sigmoid(conv1x1([y, r]))`` ``[B, H, W, 2]``. y, brought to
+  ``spatial``, is the residual for the stage below, and ``bn(conv3x3(y))`` is what is compared with
+  the teacher's stage. Sizes are changed by taking the nearest pixel, floor(i * size / new size).
+
+  Attributes:
+    mid: channels of y and of the residuals, the same in all stages.
+    features: the teacher's channels.
+    spatial: the teacher's height and width.
+    axis_name: the mapped axis over which BatchNorm averages its statistics, under ``pmap``.
+    dtype: of the computation; None promotes from inputs and parameters.
+    param_dtype: of the parameters.
+
+  Source: Chen, Liu, Zhao, Jia, "Distilling Knowledge via Knowledge Review", 2021.
+
+  >>> module = ReviewFusion(mid=4, features=5, spatial=(8, 8))
+  >>> x, residual = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 4, 4, 4))
+  >>> shapes = jax.eval_shape(module.init_with_output, jax.random.key(0), x, residual)
+  >>> [y.shape for y in shapes[0]]
+  [(2, 8, 8, 5), (2, 8, 8, 4)]
+  """
+
+  mid: int
+  features: int
+  spatial: tuple[int, int]
+  axis_name: str | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array | np.ndarray, "B H W C"],
+    residual: Float[Array | np.ndarray, "B H2 W2 mid"] | None = None,
+    *,
+    train: bool = False,
+  ) -> tuple[Float[Array, "B H3 W3 D"], Float[Array, "B H3 W3 mid"]]:
+    """Fuses a stage with the residual from above.
+
+    Args:
+      x: the student's stage ``[B, H, W, C]``.
+      residual: the second output of the fusion above, ``[B, H2, W2, mid]``; None for the topmost.
+      train: use and update the batch's own statistics.
+
+    Returns:
+      What is compared with the teacher, ``[B, *spatial, features]``, and the residual for the
+      stage below, ``[B, *spatial, mid]``.
+
+    Raises:
+      ValueError: ``residual`` has another number of channels than ``mid``.
+    """
+    if residual is not None and residual.shape[-1] != self.mid:
+      raise ValueError(
+        f"residual {residual.shape} must have mid={self.mid} channels: give all fusions one mid."
+      )
+    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    # A 1 x 1 convolution is a linear map of the channels.
+    y = nn.Dense(self.mid, use_bias=False, kernel_init=_fusion_init, **options, name="conv1")(x)
+    y = self._norm("norm1", train)(y)
+    if residual is not None:
+      above = _nearest(residual, (x.shape[1], x.shape[2])).astype(y.dtype)
+      both = jnp.concatenate([y, above], axis=-1)
+      attention = nn.Dense(2, kernel_init=_attention_init, **options, name="attention")(both)
+      attention = jax.nn.sigmoid(attention)
+      y = y * attention[..., :1] + above * attention[..., 1:]
+    y = _nearest(y, self.spatial)
+    out = nn.Conv(
+      self.features,
+      (3, 3),
+      padding=1,
+      use_bias=False,
+      kernel_init=_fusion_init,
+      **options,
+      name="conv2",
+    )(y)
+    return self._norm("norm2", train)(out), y
+
+  def _norm(self, name: str, train: bool) -> nn.Module:
+    return nn.BatchNorm(
+      use_running_average=not train,
+      momentum=0.9,
+      epsilon=1e-5,
+      axis_name=self.axis_name,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name=name,
+    )
+
+
+def _nearest(maps: Any, spatial: tuple[int, int]) -> Any:
+  """PyTorch's nearest interpolation; `jax.image.resize` takes pixels from their centres instead."""
+  for axis, size in zip((1, 2), spatial, strict=True):
+    old = maps.shape[axis]
+    if old != size:
+      maps = jnp.take(maps, np.arange(size) * old // size, axis=axis)
+  return maps

@@ -1,0 +1,43 @@
+"""report.json, report.md, report.html; figures; two runs compared.
+
+`build_report` puts together what `measure_model` found, `write_report` makes the files, and
+`render_report` makes the pages again from a run's folder alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.reports import figures as figures
+  from jaxdistill.reports._compare import compare_students, gather_predictions
+  from jaxdistill.reports._pages.report_text import markdown, picture, table
+  from jaxdistill.reports._pages.versus import compare_runs
+  from jaxdistill.reports._pages.versus_page import write_comparison
+  from jaxdistill.reports._report import (
+    Measured,
+    build_report,
+    measure_model,
+    render_report,
+    report_schema,
+    write_report,
+  )
+
+__all__ = [
+  "Measured",  # one model as `jaxdistill.evaluation` measured it
+  "build_report",  # assembles a report from the measured models
+  "compare_runs",  # compares the students of two runs on the examples that both were measured on
+  "compare_students",  # compares the runs ``baseline`` and ``student`` of an experiment's folder
+  "figures",  # pictures of results: models side by side, curves over a setting, methods in rows
+  "gather_predictions",  # what all models said of each example, with some to look at: lost ones
+  "markdown",  # ``report.md``: verdict, tables, how to repeat it; a part of broken numbers says so
+  "measure_model",  # evaluates a model and what it costs
+  "picture",  # accuracy of the models: every seed a dot, the mean with its standard deviation
+  "render_report",  # makes the pages of a report again from a run's folder alone; runs no network
+  "report_schema",  # the JSON schema that every ``report.json`` satisfies
+  "table",  # the one table: quality, agreement with the teacher, and cost of the models
+  "write_comparison",  # writes the page, and beside it the same as ``.md`` and ``.json``
+  "write_report",  # writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``
+]
+
+__getattr__, __dir__ = lazy(__name__)

@@ -1,0 +1,171 @@
+"""What an experiment ends with: teacher, labels alone and distillation, measured side by side."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxdistill import evaluation, teachers
+from jaxdistill.data import Examples, Records
+from jaxdistill.evaluation import predictions
+from jaxdistill.evaluation.predictions import Predictions
+from jaxdistill.reports import _report
+from jaxdistill.reports._pages import analysis, exhibits
+from jaxdistill.types import Batch, Network
+
+__all__ = ["compare_students", "gather_predictions"]
+
+PyTree = Any
+_KEPT = 64  # examples to look at: lost ones for the page, others for a comparison of two runs
+
+
+def compare_students(
+  folder: pathlib.Path,
+  *,
+  network: Network,
+  reference: tuple[evaluation.Predict, PyTree],
+  batches: Batch,
+  descriptions: Mapping[str, str],
+  examples: Examples | Records | int,
+  metadata: Mapping[str, Any] | None = None,
+  show: exhibits.Show | None = None,
+  **about: Any,
+) -> tuple[pathlib.Path, dict[str, Any]]:
+  """Compares the runs ``baseline`` and ``student`` of an experiment's folder with their teacher.
+
+  Where the folder has no ``baseline``, the report says that what distillation gained is unknown.
+
+  Args:
+    folder: the experiment's folder; the report is written there.
+    network: the network of both runs, each of which is over several seeds. What it costs is
+      measured once: timing it twice would show the clock's noise as a difference.
+    reference: the teacher, as ``(predict, variables)``.
+    batches: the split, from `jaxdistill.data.evaluation_batches`.
+    descriptions: what ``teacher``, ``baseline`` and ``student`` are, in a few words.
+    examples: the examples that the batches were made of, whose classes have names and which can be
+      looked at; or only how many there are.
+    metadata: columns to slice the split by, see `evaluation.predictions.column`.
+    show: how an example is shown, see `exhibits.chosen`.
+    **about: what `reports.build_report` takes beside the models.
+
+  Returns:
+    ``(the path of report.md, the report)``.
+
+  Raises:
+    FileNotFoundError: a run has no usable checkpoint.
+    ValueError: a run is not finished, or a column of metadata does not fit.
+  """
+  size = examples if isinstance(examples, int) else len(examples)
+  columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
+  predict = evaluation.predictor(network)
+  there = [name for name in ("baseline", "student") if _is_there(folder, name)]
+  stacked = {name: teachers.restore(folder / name) for name in there}
+  costs = evaluation.costs(predict, teachers.unstack(stacked["student"])[0], batches)
+  measured = {
+    "teacher": _report.measure_model(*reference, batches, description=descriptions["teacher"])
+  }
+  for name, variables in stacked.items():
+    measured[name] = _report.measure_model(
+      predict,
+      variables,
+      batches,
+      reference=reference,
+      stacked=True,
+      costs=costs,
+      description=descriptions[name],
+    )
+  result = _report.build_report(
+    teacher=measured["teacher"],
+    baseline=measured.get("baseline"),
+    student=measured["student"],
+    examples=size,
+    **about,
+  )
+  found = gather_predictions(
+    measured,
+    batches,
+    dataset=result["dataset"],
+    split=result["split"],
+    seeds=result["seeds"],
+    examples=None if isinstance(examples, int) else examples,
+    columns=columns,
+    show=show,
+  )
+  return _report.write_report(folder, result, predictions=found), result
+
+
+def _is_there(folder: pathlib.Path, name: str) -> bool:
+  return name == "student" or (folder / name).is_dir()
+
+
+def _columns(
+  metadata: Mapping[str, Any] | None, batches: Batch, size: int
+) -> dict[str, predictions.Column]:
+  if metadata is not None and not isinstance(metadata, Mapping):
+    raise TypeError("metadata must be columns by name: {'font': ['serif', 'sans', ...]}.")
+  index = _index(batches)
+  return {
+    str(name): predictions.column(str(name), values, index, size)
+    for name, values in (metadata or {}).items()
+  }
+
+
+def _index(batches: Batch) -> np.ndarray:
+  return np.asarray(batches.index).reshape(-1)[predictions.counted(batches)]
+
+
+def gather_predictions(
+  measured: Mapping[str, _report.Measured],
+  batches: Batch,
+  *,
+  dataset: str,
+  split: str,
+  seeds: Any = (),
+  examples: Examples | Records | None = None,
+  columns: Mapping[str, predictions.Column] | None = None,
+  show: exhibits.Show | None = None,
+) -> Predictions:
+  """What all models said of each example, with some to look at: lost ones, and hard ones.
+
+  Args:
+    measured: by model, from `reports.measure_model`, on these batches.
+    batches: the split.
+    dataset: the data set's name and version.
+    split: which split it is.
+    seeds: those of baseline and student.
+    examples: what the batches were made of; without it the inputs are shown as a network sees them,
+      and classes are numbers.
+    columns: of metadata, see `evaluation.predictions.column`.
+    show: how an example is shown, see `exhibits.chosen`.
+
+  Returns:
+    What `reports.write_report` keeps as ``predictions.npz``.
+  """
+  where = predictions.counted(batches)
+  answers = {name: one.answers for name, one in measured.items() if one.answers is not None}
+  labels = np.asarray(batches.labels).reshape(-1)[where]
+  largest = [int(labels.max(initial=-1))]
+  largest += [int(one.predicted.max(initial=-1)) for one in answers.values()]
+  found = Predictions(
+    index=_index(batches),
+    labels=labels,
+    models=answers,
+    dataset=dataset,
+    split=split,
+    seeds=tuple(int(seed) for seed in seeds),
+    label_names=() if examples is None else tuple(examples.label_names),
+    num_classes=max(largest) + 1 if examples is None else examples.num_classes,
+    columns=dict(columns or {}),
+  )
+  if not {"teacher", "student"} <= answers.keys() or not len(found):
+    return found
+  # The lost ones first, then what most students get wrong.
+  wrong = 1 - found.correct("student").mean(axis=0)
+  hard = np.argsort(-wrong, kind="stable")[: int(np.sum(wrong > 0))]
+  rows = list(dict.fromkeys([*analysis.lost(found).rows, *hard]))[:_KEPT]
+  source = batches if examples is None else examples
+  found.shown.update(exhibits.chosen(found.index[rows], source, show))
+  return found

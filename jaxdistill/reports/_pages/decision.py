@@ -1,0 +1,391 @@
+"""Whether to ship the student, and why: reasons for and against, taken from the numbers.
+
+The rules are few and stand here. A reason *stops* (labels alone are better; a budget is missed; no
+exported file passed its check), asks for *care* (a class fell beyond noise, confidence is worse,
+a check warned, a file failed, a gain over these seeds is within the noise of examples), or is a
+*note*. A gain is beyond noise where Welch's test over seeds says so and, with answers on each
+example, the interval over examples and seeds excludes 0; a class or a slice where
+`jaxdistill.reports._pages.analysis.groups` says so, and a calibration error beyond two standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxdistill.evaluation.predictions import Predictions
+from jaxdistill.reports._pages import significance
+from jaxdistill.reports._pages.evidence import Evidence, names
+from jaxdistill.reports._pages.page_files import nothing_found
+from jaxdistill.reports._pages.report_text import signed
+from jaxdistill.reports._pages.run_files import BROKEN
+
+__all__ = ["decide", "ratio"]
+
+# What a limit in budget.json is held against; more is better for those of the second.
+_AT_MOST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+  "parameters": lambda m: m.get("parameters"),
+  "bytes": lambda m: m.get("bytes"),
+  "flops": lambda m: m.get("flops"),
+  "latency_ms": lambda m: (m.get("latency_ms") or {}).get("median"),
+  "latency_ms_p95": lambda m: (m.get("latency_ms") or {}).get("p95"),
+  "ece": lambda m: (m.get("ece") or {}).get("mean"),
+}
+_AT_LEAST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+  "accuracy": lambda m: (m.get("accuracy") or {}).get("mean"),
+  "throughput": lambda m: m.get("throughput"),
+}
+_FEW = 10  # examples of a class, of which nothing short of a collapse would be seen
+_CALLED = {
+  "latency_ms": "latency",
+  "latency_ms_p95": "95th percentile of the latency",
+  "flops": "FLOPs",
+  "ece": "calibration error",
+  "throughput": "examples a second",
+}
+
+
+def decide(
+  found: Evidence,
+  classes: Sequence[Mapping[str, Any]] = (),
+  slices: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
+  """The decision and its reasons; what cannot be judged for broken numbers is a reason itself.
+
+  Args:
+    found: what the run's folder holds.
+    classes: from `analysis.classes`; empty where there are no answers on each example.
+    slices: from `analysis.slices`.
+
+  Returns:
+    ``word`` (``"Ship it"``, ``"Ship it with care"``, ``"No case for it"``, ``"Do not ship it"`` or
+    ``"Undecided"``), ``sentence``, and ``reasons``: ``{"side": "for" | "against" | "unknown",
+    "weight": "stop" | "care" | "note", "text"}``.
+  """
+  models = found.report.get("models") or {}
+  reasons: list[dict[str, str]] = []
+
+  def add(side: str, text: str, weight: str = "note") -> None:
+    reasons.append({"side": side, "weight": weight, "text": text})
+
+  student = models.get("student") or {}
+  beats = ""
+  for what, make in (
+    ("the gain over labels alone", lambda: _gain(found, models, add)),
+    ("accuracy", lambda: _accuracy(found.report, models, add)),
+    ("what it costs", lambda: _cost(student, models.get("teacher") or {}, add)),
+    ("confidence", lambda: _calibration(models, add)),
+    ("classes and slices", lambda: _groups(classes, slices or {}, add)),
+    ("exported files", lambda: _exported(found.exports, add)),
+    ("the budget", lambda: _budget(found.budget, student, add)),
+    ("the pre-flight checks", lambda: _checks(found, add)),
+  ):
+    try:
+      beats = make() or beats
+    except BROKEN as error:
+      text = f"What is there on {what} could not be judged of these files ({error!r})."
+      add("unknown", text, "care")
+  for doubt in found.doubts:
+    add("against", doubt, "care")
+  try:
+    known = _mean(student, "accuracy") is not None
+  except BROKEN:
+    known = False
+  return {**_verdict(reasons, known, beats), "reasons": reasons}
+
+
+_Add = Callable[..., None]
+
+
+def _gain(found: Evidence, models: Mapping[str, Any], add: _Add) -> str:
+  """Whether it beats labels alone; returns the sentence on it for a student that may be shipped."""
+  gain = found.report.get("gain") or {}
+  change, error = gain.get("mean"), gain.get("standard_error")
+  if change is None:
+    add("unknown", "What distillation gained over labels alone was not measured.", "care")
+    return ""
+  if error is None:
+    text = f"One seed: {signed(100 * change)} points over labels alone may be noise."
+    add("unknown", text, "care")
+    return ""
+  points = f"{100 * abs(change):.2f} ± {100 * error:.2f}"
+  if not _beyond_seeds(models, change, error):
+    text = (
+      f"Its gain over labels alone ({signed(100 * change)} ± {100 * error:.2f} points, standard "
+      "error over seeds) is noise."
+    )
+    add("against", text, "draw")
+    return ""
+  tested = _over_examples(found.predictions, change > 0)
+  within = ""
+  if tested is not None and not tested[0]:
+    size = len(found.predictions or ())
+    within = f"on {size:,} examples a difference of that size is within their noise ({tested[1]})"
+  if change < 0:
+    text = f"The same network on labels alone is {points} points better: ship that."
+    if within:
+      text = f"The same network on labels alone is {points} points better over these seeds"
+      text += f" (though {within}): ship that."
+    add("against", text, "stop")
+    return ""
+  if within:
+    text = f"Over these seeds it is better than labels alone ({points} points), but {within}."
+    add("against", text, "care")
+    return text
+  ends = "" if tested is None else f"; {tested[1]} over examples and seeds"
+  text = f"It is {points} points more accurate than the same network trained on labels alone"
+  add("for", f"{text} (standard error over seeds{ends}).")
+  if tested is None:
+    text = "whether other examples would say the same is unknown, without answers on each"
+    add("unknown", f"Its gain is beyond the noise of seeds; {text}.")
+    return "It beats labels alone beyond the noise of seeds."
+  return "It beats labels alone beyond the noise of seeds and of examples."
+
+
+def _beyond_seeds(models: Mapping[str, Any], change: float, error: float) -> bool:
+  each = [
+    [v for v in (models.get(name) or {}).get("accuracy_per_seed") or [] if v is not None]
+    for name in ("student", "baseline")
+  ]
+  if min(map(len, each)) < 2:  # an older file: all that is left is the rule of thumb
+    return abs(change) > 2 * error
+  return significance.welch(*each) < significance.LEVEL
+
+
+def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | None:
+  """Whether a gain (a loss, if not `more`) is beyond the noise of examples and seeds; in words."""
+  if found is None or not len(found) or not {"student", "baseline"} <= found.models.keys():
+    return None
+  tested = significance.change(found.correct("student"), found.correct("baseline"))
+  change, error, p_value = (tested[key] or 0.0 for key in ("change", "error", "p_value"))
+  low, high = change - 1.96 * error, change + 1.96 * error
+  if not (low > 0 if more else high < 0):
+    return False, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+  # So few examples may differ that the normal law's interval is too short.
+  if p_value >= significance.LEVEL:
+    return False, f"p = {p_value:.2g}"
+  return True, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+
+
+def _accuracy(report: Mapping[str, Any], models: Mapping[str, Any], add: _Add) -> None:
+  student = _mean(models.get("student"), "accuracy")
+  teacher = _mean(models.get("teacher"), "accuracy")
+  change = (report.get("gain") or {}).get("mean")
+  gap = report.get("gap_closed") or {}
+  if gap.get("value") is not None:
+    ends = ""
+    if gap.get("low") is not None and gap.get("high") is not None:
+      ends = f" (95% interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)"
+    side = "for" if gap["value"] > 0 else "against"
+    add(side, f"It closes {100 * gap['value']:.0f}% of the gap to the teacher{ends}.")
+  elif change is not None and gap.get("note"):
+    add("unknown", gap["note"])
+  if student is not None and teacher is not None:
+    less = 100 * (teacher - student)
+    if less > 0:
+      add("against", f"The price: {less:.2f} points less accuracy than the teacher.")
+    else:
+      add("for", f"It is as accurate as the teacher ({signed(-less)} points).")
+
+
+def ratio(more: float | None, less: float | None) -> float | None:
+  """How many times more; None where one is unknown.
+
+  >>> ratio(6, 2), ratio(None, 2)
+  (3.0, None)
+  """
+  if not more or not less or not math.isfinite(more) or not math.isfinite(less):
+    return None
+  return more / less
+
+
+def _times(value: float) -> str:
+  return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> None:
+  size = ratio(teacher.get("parameters"), student.get("parameters"))
+  speed = ratio(*((m.get("latency_ms") or {}).get("median") for m in (teacher, student)))
+  if size is None and speed is None:
+    add("unknown", "What teacher and student cost was not measured.")
+    return
+  smaller = f"{_times(size)} times fewer parameters than the teacher" if size else ""
+  faster = f"its latency is {_times(speed)} times lower" if speed else ""
+  if size is None:
+    add("unknown", "Whether it is smaller than the teacher is unknown.")
+    if (speed or 0) >= 1:
+      add("for", f"{faster.capitalize()} than the teacher's.")
+    else:
+      add("against", f"It is no faster than the teacher here (×{speed or 0:.2g}).", "care")
+  elif size > 1 and (speed is None or speed >= 1):
+    add("for", f"It has {' and '.join(part for part in (smaller, faster) if part)}.")
+  elif size > 1:
+    add("against", f"It has {smaller}, but is no faster here (×{speed or 0:.2g}).", "care")
+  else:
+    add("against", "It is no smaller than the teacher.", "care")
+
+
+def _calibration(models: Mapping[str, Any], add: _Add) -> None:
+  spreads = {name: (models.get(name) or {}).get("ece") or {} for name in models}
+  means: dict[str, float] = {
+    name: one["mean"] for name, one in spreads.items() if one.get("mean") is not None
+  }
+  if "student" not in means:
+    return
+  beside = {"teacher": "the teacher's", "baseline": "labels alone"}
+  others = ", ".join(f"{beside[n]} {100 * means[n]:.2f}%" for n in beside if n in means)
+  text = f"calibration error {100 * means['student']:.2f}%" + (f" ({others})" if others else "")
+  reference = "baseline" if "baseline" in means else "teacher"
+  if reference not in means:
+    return
+  instances = {n: max(1, int(models[n].get("instances") or 1)) for n in (reference, "student")}
+  error = math.sqrt(sum((spreads[n].get("std") or 0.0) ** 2 / instances[n] for n in instances))
+  change = means["student"] - means[reference]
+  if change > max(2 * error, 0.005):  # half a point is nobody's concern
+    add("against", f"Its confidence is less honest: {text}.", "care")
+  elif change < -2 * error:
+    add("for", f"Its confidence is more honest: {text}.")
+  else:
+    add("for", f"Its confidence is about as honest: {text}.")
+
+
+def _groups(
+  classes: Sequence[Mapping[str, Any]],
+  slices: Mapping[str, Sequence[Mapping[str, Any]]],
+  add: _Add,
+) -> None:
+  if not classes:
+    add("unknown", "Whether some classes lost more than others is unknown.")
+  against = {"baseline": "labels alone", "teacher": "the teacher"}
+  looked = [("Classes", classes, name) for name in against]
+  # Where the student is below its teacher, large slices all are: that is the price, said above.
+  looked += [(f"Slices of {name!r}", rows, "baseline") for name, rows in slices.items()]
+  for what, rows, reference in looked:
+    fell = [row for row in rows if _fell(row["changes"].get(reference))]
+    fell.sort(key=lambda row: row["changes"][reference]["change"])
+    if fell:
+      listed = [
+        f"{row['name']} ({signed(100 * row['changes'][reference]['change'], 1)} points)"
+        for row in fell
+      ]
+      weight = "care" if reference == "baseline" else "note"
+      text = f"{what} that lost beyond noise against {against[reference]}: {names(listed, 5)}."
+      add("against", text, weight)
+  sizes = [row["examples"] for row in classes if row["examples"]]
+  kinds = [r["changes"][k] for r in classes for k in against if r["changes"].get(k)]
+  if not kinds or any(_fell(one) for one in kinds):
+    return
+  if max(sizes, default=0) < _FEW:
+    text = f"at most {max(sizes, default=0)} examples each are too few to tell"
+    add("unknown", f"Whether some classes lost more than others is unknown: {text}.")
+    return
+  few = f" (the smallest has {min(sizes)} examples)" if min(sizes) < 3 * _FEW else ""
+  add("for", f"No class lost beyond noise, neither against labels alone nor the teacher{few}.")
+
+
+def _fell(change: Mapping[str, Any] | None) -> bool:
+  return bool(change and change.get("beyond_noise") and (change.get("change") or 0) < 0)
+
+
+def _exported(exports: Mapping[str, Any] | None, add: _Add) -> None:
+  files = (exports or {}).get("files") or []
+  if not files:
+    add("unknown", "No exported file was checked in its own runtime.")
+    return
+  batch = (exports or {}).get("batch_size", 1)
+  good = [one["file"] + _timed(one, batch) for one in files if one.get("passed")]
+  bad = [f"{one['file']} ({one.get('problem') or 'no reason given'})" for one in files]
+  bad = [text for text, one in zip(bad, files, strict=True) if not one.get("passed")]
+  if good:
+    add("for", f"Exported, and checked in a process of its own: {names(good)}.")
+  if bad:
+    add("against", f"Exports that failed: {names(bad, 3)}.", "care" if good else "stop")
+
+
+def _timed(entry: Mapping[str, Any], batch: Any) -> str:
+  """An exported file's latency in its own runtime, where it was measured; the list's batch."""
+  latency = entry.get("latency_ms")
+  median = latency.get("median") if isinstance(latency, Mapping) else None
+  size = entry.get("batch_size", batch)
+  at = "" if size == 1 else f" at batch {size}"
+  return f" ({median:.2g} ms{at})" if isinstance(median, int | float) else ""
+
+
+def _checks(found: Evidence, add: _Add) -> None:
+  if found.findings is None:
+    return
+  for one in found.findings:
+    fix = f" {one['fix']}" if one["fix"] else ""
+    add("against", f"Pre-flight check: {one['message']}{fix}", "care")
+  if not found.findings:
+    add("for", nothing_found(found))
+
+
+def _plain(limit: float, value: float) -> tuple[str, str]:
+  """Two numbers in full, to as few digits as tell them apart.
+
+  >>> _plain(1.25e6, 93_040), _plain(0.75, 0.4594729)
+  (('1,250,000', '93,040'), ('0.75', '0.4595'))
+  """
+
+  def show(number: float, digits: int) -> str:
+    if abs(number) < 1000:
+      return f"{number:.{digits}g}"
+    return f"{number:,.0f}" if float(number).is_integer() or digits < 6 else f"{number:,.{digits}g}"
+
+  texts = show(limit, 4), show(value, 4)
+  return texts if texts[0] != texts[1] or limit == value else (show(limit, 12), show(value, 12))
+
+
+def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) -> None:
+  limits, costs = budget.get("limits") or {}, budget.get("costs") or {}
+  batch = limits.get("batch_size", 1)
+  for name, limit in limits.items():
+    least = name in _AT_LEAST
+    get = (_AT_LEAST if least else _AT_MOST).get(name)
+    if get is None:
+      continue
+    # The report's own latency is of one example.
+    own = None if name.startswith("latency") and batch != 1 else get(student)
+    value = costs.get(name, own)
+    called = _CALLED.get(name, name)
+    texts = _plain(limit, limit if value is None else value)
+    unit = f" ms at batch {batch:g}" if name.startswith("latency") else ""
+    words = f"{called} at {'least' if least else 'most'} {texts[0]}{unit}"
+    if value is None:
+      add("unknown", f"Budget: {words} could not be looked at.", "care")
+    elif value >= limit if least else value <= limit:
+      add("for", f"Budget met: {words} (it has {texts[1]}).")
+    else:
+      add("against", f"Budget missed: {words}, but it has {texts[1]}.", "stop")
+
+
+def _mean(model: Mapping[str, Any] | None, key: str) -> Any:
+  return ((model or {}).get(key) or {}).get("mean")
+
+
+def _verdict(reasons: Sequence[Mapping[str, str]], known: bool, beats: str) -> dict[str, str]:
+  def of(side: str, weight: str) -> list[str]:
+    return [r["text"] for r in reasons if r["side"] == side and r["weight"] == weight]
+
+  stops, cares, unknown = of("against", "stop"), of("against", "care"), of("unknown", "care")
+  if stops:
+    return {"word": "Do not ship it", "sentence": stops[0]}
+  if not known:
+    return {"word": "Undecided", "sentence": "The student's accuracy is unknown."}
+  if unknown:
+    return {"word": "Undecided", "sentence": unknown[0]}
+  if of("against", "draw"):
+    text = "Nothing here speaks for distillation over labels alone, nor against it."
+    return {"word": "No case for it", "sentence": text}
+  others = [text for text in cares if text != beats]
+  if others:
+    more = "One point speaks" if len(others) == 1 else f"{len(others)} points speak"
+    more += " against it as well" if len(others) < len(cares) else " against it"
+    text = f"{beats} {more}; read below before you ship."
+    return {"word": "Ship it with care", "sentence": text}
+  if cares:
+    return {"word": "Ship it with care", "sentence": beats}
+  text = f"{beats.removesuffix('.')}, and nothing measured here forbids it."
+  return {"word": "Ship it", "sentence": text}

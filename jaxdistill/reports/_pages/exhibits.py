@@ -1,0 +1,138 @@
+"""Examples as something to look at: pictures where the inputs are pictures, else a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import _check
+from jaxdistill.data import Examples, Records
+from jaxdistill.evaluation.predictions import counted
+from jaxdistill.types import Batch
+
+__all__ = ["Show", "chosen", "view"]
+
+# The inputs of one example to a text, or to a picture [H, W] or [H, W, C].
+Show = Callable[[Any], Any]
+_SIDE = 96  # pixels; larger pictures are made smaller, so that a page stays small
+_LETTERS = 600
+
+
+def chosen(
+  rows: Sequence[int] | np.ndarray,
+  source: Examples | Records | Batch,
+  show: Show | None = None,
+) -> dict[int, np.ndarray | str]:
+  """Some examples of a split, to look at.
+
+  Args:
+    rows: their numbers in the split (``Batch.index``).
+    source: the examples as stored, or evaluation batches, whose inputs are as a network sees them.
+    show: the inputs of one example, as NumPy arrays, to a text or a picture: a tokenizer's decoder,
+      say. By default arrays ``[H, W]`` and ``[H, W, C]`` with 1, 3 or 4 channels are pictures,
+      bytes and strings are texts, and all else is written as numbers.
+
+  Returns:
+    By number a picture (uint8 ``[H, W]`` or ``[H, W, 3]``; floats are stretched from their least to
+    their largest value over all that are shown) or a text.
+
+  Raises:
+    TypeError: ``show`` is no function of one example, or gives neither.
+  """
+  numbers = [int(row) for row in rows]
+  if not numbers:
+    return {}
+  inputs = _inputs(np.array(numbers), source)
+  if show is not None:
+    _check.function("show", show, "inputs of one example -> text or picture", arguments=1)
+  made = []
+  for i in range(len(numbers)):
+    one = jax.tree.map(lambda leaf, i=i: leaf[i], inputs)
+    made.append(view(one) if show is None else _checked(show(one)))
+  return dict(zip(numbers, _stretched(made), strict=True))
+
+
+def view(one: Any) -> np.ndarray | str:
+  """One example's inputs as a picture (of any dtype) or a text.
+
+  >>> view({"premise": b"It rains.", "length": np.int32(2)}).splitlines()
+  ['premise: It rains.', 'length: 2']
+  """
+  if isinstance(one, Mapping):
+    parts = {key: view(value) for key, value in one.items()}
+    pictures = [part for part in parts.values() if not isinstance(part, str)]
+    if pictures:
+      return pictures[0]
+    return "\n".join(f"{key}: {part}" for key, part in parts.items())
+  if isinstance(one, bytes):
+    return one.decode("utf-8", "replace")[:_LETTERS]
+  if isinstance(one, str):
+    return one[:_LETTERS]
+  if isinstance(one, list | tuple):
+    return "\n".join(str(view(part)) for part in one)
+  array = np.asarray(one)
+  sides = array.shape[:2]
+  if array.ndim in (2, 3) and min(sides) >= 4 and (array.ndim == 2 or array.shape[2] in (1, 3, 4)):
+    return array
+  text = " ".join(f"{value:.4g}" for value in array.reshape(-1)[:40].tolist())
+  return text + (" …" if array.size > 40 else "")
+
+
+def _inputs(numbers: np.ndarray, source: Any) -> Any:
+  """Inputs of these examples as host arrays, this axis first."""
+  if isinstance(source, Batch):
+    every = np.asarray(source.index).reshape(-1)
+    real = np.flatnonzero(counted(source))
+    places = {int(every[place]): int(place) for place in real}
+    where = np.array([places[int(n)] for n in numbers])
+    size = source.weight.shape[1]
+    return jax.tree.map(lambda leaf: np.asarray(leaf[where // size, where % size]), source.inputs)
+  if not isinstance(source, Examples | Records):
+    raise TypeError(
+      f"source must be Examples, Records or evaluation batches, got {_check.show(source)}."
+    )
+  return source.read(numbers)[0]
+
+
+def _checked(made: Any) -> np.ndarray | str:
+  if isinstance(made, str):
+    return made[:_LETTERS]
+  if isinstance(made, bytes):
+    return made.decode("utf-8", "replace")[:_LETTERS]
+  array = np.asarray(made)
+  if array.dtype.kind in "biuf" and (
+    array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+  ):
+    return array
+  raise TypeError(
+    f"show must give a text or a picture [H, W] or [H, W, C], got {_check.show(made)}."
+  )
+
+
+def _stretched(made: Sequence[np.ndarray | str]) -> list[np.ndarray | str]:
+  """Pictures as uint8, all floats by one scale, and none larger than need be."""
+  floats = [m for m in made if not isinstance(m, str) and m.dtype != np.uint8 and m.size]
+  low = min((float(np.nanmin(m)) for m in floats), default=0.0)
+  high = max((float(np.nanmax(m)) for m in floats), default=1.0)
+  out: list[np.ndarray | str] = []
+  for one in made:
+    if isinstance(one, str):
+      out.append(one)
+      continue
+    if one.dtype != np.uint8:
+      span = (high - low) or 1.0
+      one = np.nan_to_num((one.astype(np.float64) - low) / span * 255).clip(0, 255).astype(np.uint8)
+    if one.ndim == 3 and one.shape[2] == 1:
+      one = one[..., 0]
+    factor = -(-max(one.shape[:2]) // _SIDE)
+    if factor > 1:  # means over blocks
+      height, width = (side // factor * factor for side in one.shape[:2])
+      blocks = one[:height, :width].reshape(
+        height // factor, factor, width // factor, factor, *one.shape[2:]
+      )
+      one = blocks.mean(axis=(1, 3)).astype(np.uint8)
+    out.append(one)
+  return out

@@ -1,0 +1,346 @@
+"""The report of a run: teacher, baseline (labels alone) and distilled student.
+
+`build_report` makes the numbers of ``report.json``, whose schema is ``report.schema.json`` beside this
+file; `write_report` puts them into a run's folder as JSON, Markdown, a picture, and ``report.html``, from
+which one can decide whether to ship the student. ``jaxdistill report RUN`` makes the
+pages again from the folder alone; ``jaxdistill report RUN_A RUN_B`` compares two runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import _check, evaluation, runs
+from jaxdistill.evaluation import metrics, predictions
+from jaxdistill.evaluation.predictions import Answers, Predictions
+from jaxdistill.reports._pages import analysis, evidence, page
+from jaxdistill.reports._pages.decision import decide
+from jaxdistill.reports._pages.report_text import markdown, picture, verdict
+from jaxdistill.reports._pages.run_files import BROKEN
+from jaxdistill.runs import environment
+from jaxdistill.types import Batch
+
+__all__ = [
+  "Measured",
+  "build_report",
+  "measure_model",
+  "render_report",
+  "report_schema",
+  "write_report",
+]
+
+QUALITIES = ("accuracy", "top5", "nll", "ece", "brier")
+FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+  """One model as `jaxdistill.evaluation` measured it.
+
+  Attributes:
+    quality: from `evaluation.evaluate`; arrays ``[S]`` over seeds, or scalars.
+    costs: from `evaluation.costs`.
+    description: what it is, in a few words.
+    answers: what it said of each example, from `evaluation.examine`; None where nobody asked.
+  """
+
+  quality: Mapping[str, np.ndarray]
+  costs: Mapping[str, Any]
+  description: str = ""
+  answers: Answers | None = None
+
+
+def measure_model(
+  predict: evaluation.Predict,
+  variables: Any,
+  batches: Batch,
+  *,
+  reference: tuple[evaluation.Predict, Any] | None = None,
+  stacked: bool = False,
+  costs: Mapping[str, Any] | None = None,
+  description: str = "",
+) -> Measured:
+  """Evaluates a model and what it costs.
+
+  Args:
+    predict: ``(variables, batch) -> logits``, see `evaluation.predictor`.
+    variables: its variables; leaves ``[S, ...]`` when ``stacked``.
+    batches: the split, from `jaxdistill.data.evaluation_batches`.
+    reference: the teacher as ``(predict, variables)``.
+    stacked: whether the variables are those of S seeds; costs are those of one.
+    costs: from `evaluation.costs`, where another model of the same network was measured already:
+      timing it twice would show the clock's noise as a difference.
+    description: what it is, in a few words.
+
+  Returns:
+    The model's quality, its answers and its costs.
+  """
+  one = jax.tree.map(lambda leaf: leaf[0], variables) if stacked else variables
+  quality, answers = evaluation.examine(
+    predict, variables, batches, reference=reference, stacked=stacked
+  )
+  return Measured(
+    quality=quality,
+    costs=evaluation.costs(predict, one, batches) if costs is None else costs,
+    description=description,
+    answers=answers,
+  )
+
+
+def report_schema() -> dict[str, Any]:
+  """The JSON schema that every ``report.json`` satisfies."""
+  text = (importlib.resources.files("jaxdistill.reports") / "report.schema.json").read_text()
+  return json.loads(text)
+
+
+def build_report(
+  *,
+  dataset: str,
+  split: str,
+  examples: int,
+  seeds: Sequence[int],
+  varied: str,
+  teacher: Measured,
+  baseline: Measured | None = None,
+  student: Measured,
+  commands: Sequence[str] = (),
+) -> dict[str, Any]:
+  """Assembles a report from the measured models.
+
+  Args:
+    dataset: the data set's name and version.
+    split: which split was read.
+    examples: how many examples it has.
+    seeds: the seeds that baseline and student were trained from.
+    varied: what the ± is over, in words.
+    teacher: a single instance, or several.
+    baseline: the student's network trained on labels alone. None where there is none: what
+      distillation gained is then unknown, and the report says so.
+    student: the distilled student, evaluated with the teacher as its reference.
+    commands: how to repeat it.
+
+  Returns:
+    A dictionary that satisfies `report_schema`.
+  """
+  parts = {"teacher": teacher, "student": student}
+  if baseline is not None:
+    parts = {"teacher": teacher, "baseline": baseline, "student": student}
+  _check_parts(parts, len(seeds))
+  _check.whole("examples", examples)
+  accuracy = {name: np.atleast_1d(part.quality["accuracy"]) for name, part in parts.items()}
+  gap, gain = _gap(accuracy, examples)
+  report = {
+    "version": evidence.VERSION,
+    "dataset": dataset,
+    "split": split,
+    "examples": examples,
+    "seeds": list(seeds),
+    "varied": varied,
+    "verdict": verdict(accuracy, gain),
+    "models": {name: _model(part) for name, part in parts.items()},
+    "fidelity": _fidelity(student),
+    "baseline_fidelity": None if baseline is None else _fidelity(baseline),
+    "gain": gain,
+    "gap_closed": gap,
+    "environment": environment(),
+    "commands": list(commands),
+  }
+  return runs.to_json(report)
+
+
+def _gap(
+  accuracy: Mapping[str, np.ndarray], examples: int
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+  """Share of the gap and gain, of what is finite; an unknown share says why."""
+  finite = {name: values[np.isfinite(values)] for name, values in accuracy.items()}
+  unknown = {"value": None, "low": None, "high": None}
+  if "baseline" not in finite:
+    note = "There is no baseline, the same network trained on labels alone."
+    return {**unknown, "note": note}, None
+  empty = [name for name, values in finite.items() if not values.size]
+  if empty:
+    note = f"The accuracy of {' and '.join(empty)} is not a number."
+    known = "teacher" in empty and len(empty) == 1
+    gain = metrics.difference(finite["student"], finite["baseline"]) if known else None
+    return {**unknown, "note": note}, gain
+  gap = metrics.gap_closed(
+    finite["teacher"], finite["baseline"], finite["student"], examples=examples
+  )
+  return gap, metrics.difference(finite["student"], finite["baseline"])
+
+
+def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
+  for name, part in parts.items():
+    if not isinstance(part, Measured):
+      raise TypeError(f"{name} must be from reports.measure_model, got {_check.show(part)}.")
+    fidelity = () if name == "teacher" else FIDELITY
+    missing = sorted({*QUALITIES, *fidelity} - set(part.quality))
+    if missing:
+      raise ValueError(f"{name} lacks {missing}; measure it with reference=(predict, variables).")
+    values = np.atleast_1d(part.quality["accuracy"])
+    if np.any((values < 0) | (values > 1)):
+      raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")
+    if name != "teacher" and len(values) != seeds:
+      raise ValueError(
+        f"seeds has {seeds} and {name} {len(values)} instances; give each one's seed."
+      )
+
+
+def _spread(values: Any) -> dict[str, Any]:
+  values = np.atleast_1d(values)
+  if not np.all(np.isfinite(values)):  # undefined on this split: a teacher that is never wrong
+    return {"mean": None, "std": None}
+  mean, std = metrics.mean_std(values)
+  return {"mean": mean, "std": std}
+
+
+def _fidelity(part: Measured) -> dict[str, Any]:
+  return {name: _spread(part.quality[name]) for name in FIDELITY}
+
+
+def _model(part: Measured) -> dict[str, Any]:
+  values = np.atleast_1d(part.quality["accuracy"])
+  spreads = {name: _spread(part.quality[name]) for name in QUALITIES}
+  return {
+    "description": part.description,
+    "instances": len(values),
+    # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
+    **spreads,
+    "accuracy": evidence.spread(values),
+    "accuracy_per_seed": values,
+    **part.costs,
+  }
+
+
+def write_report(
+  folder: str | os.PathLike[str],
+  report: Mapping[str, Any],
+  *,
+  predictions: Predictions | None = None,
+) -> pathlib.Path:
+  """Writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``, ``predictions.npz``.
+
+  A report on another split than ``test`` gets the split's name: ``report-validation.json``. Numbers
+  are written first: whatever should go wrong with a page, they are there.
+
+  Args:
+    folder: the run's folder.
+    report: from `build_report`.
+    predictions: the answers on each example; None makes a report without classes, calibration
+      diagrams, lost examples and slices, which says so.
+
+  Returns:
+    The path of the Markdown report.
+  """
+  folder = _check.folder("folder", folder)
+  if not isinstance(report, Mapping) or "split" not in report:
+    raise TypeError(f"report must be what reports.build_report returns, got {_check.show(report)}.")
+  if not folder.is_dir():
+    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is no folder; give the run's.")
+  end = evidence.suffix(report["split"])
+  answers = None if predictions is None else f"predictions{end}.npz"
+  runs.write_json(folder / f"report{end}.json", {**report, "predictions": answers})
+  if predictions is not None and answers is not None:
+    predictions.save(folder / answers, predictions)
+  render_report(folder, split=report["split"])
+  return folder / f"report{end}.md"
+
+
+def render_report(
+  folder: str | os.PathLike[str],
+  *,
+  split: str = "test",
+  metadata: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+  """Makes the pages of a report again from a run's folder alone; runs no network.
+
+  What is missing, broken or of another version is said on the page, never an error. The numbers
+  that follow from the answers (``classes``, ``slices``, ``decision``, ...) are put into
+  ``report.json`` anew, where that is whole and of this version; what was measured stays.
+
+  Args:
+    folder: the run's folder.
+    split: which split's report.
+    metadata: columns to slice the split by from now on, beside those that it is sliced by already,
+      see `evaluation.predictions.column`.
+
+  Returns:
+    The path of ``report.html``.
+
+  Raises:
+    FileNotFoundError: the folder has nothing to make a report of.
+    ValueError: a column does not fit, or there are no answers on each example to slice.
+  """
+  found = evidence.read(folder, split)
+  if metadata:
+    _slice(found, metadata)
+    found = evidence.read(folder, split)
+  derived = _derived(found)
+  end = evidence.suffix(split)
+  report = {**found.report, **_as_json(derived), "problems": found.problems}
+  if found.intact:
+    runs.write_json(found.folder / f"report{end}.json", report)
+  try:
+    picture(report, found.folder / f"accuracy{end}.png")
+  except BROKEN as error:
+    found.problems.append(f"The picture of the accuracies could not be drawn ({error!r}).")
+  text = markdown(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
+  runs.write_text(found.folder / f"report{end}.md", text)
+  path = found.folder / f"report{end}.html"
+  runs.write_text(path, page.build(found, derived))
+  return path
+
+
+def _slice(found: evidence.Evidence, metadata: Mapping[str, Any]) -> None:
+  """Puts more columns beside the answers."""
+  answers = found.predictions
+  if answers is None:
+    raise ValueError(
+      f"{os.fspath(found.folder)!r} has no answers on each example that could be sliced "
+      f"({' '.join(found.problems)})."
+    )
+  size = found.report.get("examples")
+  columns = {
+    str(name): predictions.column(str(name), values, answers.index, size)
+    for name, values in metadata.items()
+  }
+  path = found.folder / f"predictions{evidence.suffix(found.split)}.npz"
+  sliced = dataclasses.replace(answers, columns={**answers.columns, **columns})
+  predictions.save(path, sliced)
+
+
+def _derived(found: evidence.Evidence) -> dict[str, Any]:
+  """What follows from the answers on each example, and the decision."""
+  answers = found.predictions
+  known = answers is not None and len(answers) > 0 and "student" in answers.models
+  classes = analysis.classes(answers) if answers is not None and known else []
+  slices = analysis.slices(answers) if answers is not None and known else {}
+  lost = None
+  if answers is not None and known and "teacher" in answers.models:
+    lost = analysis.lost(answers)
+  decision = decide(found, classes, slices)
+  return {"decision": decision, "classes": classes, "slices": slices, "lost": lost}
+
+
+def _as_json(derived: Mapping[str, Any]) -> dict[str, Any]:
+  lost = derived["lost"]
+  numbers = None
+  if lost is not None:
+    numbers = {
+      "known": lost.known,
+      "sure": lost.sure,
+      "lost": lost.most,
+      "sometimes": len(lost.rows),
+      "baseline_right": lost.baseline_right,
+      "gained": lost.gained,
+    }
+  return {**derived, "lost": numbers}

@@ -1,0 +1,55 @@
+"""Many students: a sweep, the best one that a budget allows, and checks before either."""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.search._budget import (
+    Budget,
+    BudgetError,
+    measure_in_process,
+    measure_network,
+    measure_run,
+  )
+  from jaxdistill.search._checks.findings import Finding, PreflightWarning
+  from jaxdistill.search._choice import Result, Row
+  from jaxdistill.search._compress import (
+    Assistant,
+    Candidate,
+    Compressed,
+    affordable,
+    compress,
+    family,
+    read_choice,
+  )
+  from jaxdistill.search._grid import product
+  from jaxdistill.search._preflight import preflight
+  from jaxdistill.search._side_by_side import students_by
+  from jaxdistill.search._sweep import Halving, sweep
+
+__all__ = [
+  "Assistant",  # a teaching assistant that was tried, or wanted
+  "Budget",  # what a student may cost; None is no limit, and at least one is given
+  "BudgetError",  # no candidate is inside the budget
+  "Candidate",  # one candidate
+  "Compressed",  # what `jaxdistill.search.compress` returns
+  "Finding",  # what a check has found
+  "Halving",  # successive halving: after each rung the best 1/factor of the points go on
+  "PreflightWarning",  # something about a run that is about to start deserves a look
+  "Result",  # what `jaxdistill.search.sweep` returns
+  "Row",  # one point of a sweep
+  "affordable",  # what all candidates cost; fails at once where none is inside the budget
+  "compress",  # chooses, trains and saves the student that does best within a budget
+  "family",  # networks of one kind, for every combination of depth
+  "measure_in_process",  # `measure_run` in a process of its own
+  "measure_network",  # what a network costs as it would be deployed, trained or not
+  "measure_run",  # what the student of a finished run costs, by its saved program alone
+  "preflight",  # runs all checks that the arguments allow, and warns of what it finds
+  "product",  # every combination of the values of some keywords; the last keyword varies fastest
+  "read_choice",  # what a finished compression chose: its ``budget.json``
+  "students_by",  # the rule for how several students of one network are trained in one program
+  "sweep",  # trains a student for every point and seed, and chooses the point that validates best
+]
+
+__getattr__, __dir__ = lazy(__name__)

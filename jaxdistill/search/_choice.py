@@ -1,0 +1,266 @@
+"""Which point of a sweep is best, what its lead is worth, and the table and picture of all."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill import runs
+from jaxdistill.reports import figures
+from jaxdistill.types import Network
+
+__all__ = ["METRICS", "Result", "Row", "best_of", "score", "standard_error"]
+
+PyTree = Any
+# What a point may be chosen by, and which way is better.
+METRICS = {"accuracy": 1, "ece": -1, "nll": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One point of a sweep.
+
+  Attributes:
+    values: its values by keyword.
+    metrics: validation metrics, ``[S]`` over the seeds, NaN where a student was not finite.
+    step: how many steps its students were trained for.
+    status: ``"finished"``, ``"dropped"`` (by halving) or ``"not finite"`` (one of its students).
+  """
+
+  values: dict[str, Any]
+  metrics: dict[str, np.ndarray]
+  step: int
+  status: str
+
+
+def score(row: Row, metric: str) -> np.ndarray:
+  """A point's metric ``[S]``, turned so that higher is better.
+
+  Args:
+    row: the point.
+    metric: one of `METRICS`.
+  """
+  return METRICS[metric] * row.metrics[metric]
+
+
+def standard_error(values: np.ndarray) -> float:
+  """The standard error of a mean over seeds, ``[S]``; 0 for one seed, which tells of none.
+
+  Args:
+    values: one for each seed; differences, for a comparison seed by seed.
+
+  >>> standard_error(np.array([1.0, 3.0])), standard_error(np.array([1.0]))
+  (1.0, 0.0)
+  """
+  count = len(values)
+  return float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
+
+
+def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
+  """The finished point with the best mean, and those that it does not clearly beat.
+
+  Args:
+    rows: the points.
+    metric: one of `METRICS`.
+
+  Returns:
+    ``(index, ties)``: the ties are the finished points whose mean is within one standard error of
+    the difference, which is taken seed by seed; the best is not among them. With one seed there is
+    no such error, and only equal points tie.
+
+  Raises:
+    FloatingPointError: no point finished.
+  """
+  finished = [i for i, row in enumerate(rows) if row.status == "finished"]
+  if not finished:
+    raise FloatingPointError(
+      "no point of the sweep stayed finite; lower the learning rate or the weights."
+    )
+  best = max(finished, key=lambda i: (float(np.mean(score(rows[i], metric))), -i))
+  ties = []
+  for i in finished:
+    behind = score(rows[best], metric) - score(rows[i], metric)
+    if i != best and float(np.mean(behind)) <= standard_error(behind):
+      ties.append(i)
+  return best, ties
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What `jaxdistill.search.sweep` returns.
+
+  Attributes:
+    rows: the points, in the order in which they were given.
+    seeds: ``(seed, data_seed)`` of each point's students.
+    metric: what was chosen by.
+    best: the index of the chosen point.
+    ties: the points that it does not clearly beat, see `best_of`.
+    network: the chosen point's deployed network.
+    variables: its deployed variables, leaves ``[S, ...]`` over ``final_seeds``.
+    students: ``index -> the deployed variables`` of any point, leaves ``[S, ...]`` over ``seeds``.
+    final_seeds: those of ``seeds``, or those that the chosen point was trained anew from.
+    test: the chosen students on the test split, ``[S]`` by metric; None where none was given.
+  """
+
+  rows: list[Row]
+  seeds: list[tuple[int, int]]
+  metric: str
+  best: int
+  ties: list[int]
+  network: Network
+  variables: PyTree
+  students: Callable[[int], PyTree]
+  final_seeds: list[tuple[int, int]]
+  test: dict[str, np.ndarray] | None = None
+
+  @property
+  def chosen(self) -> dict[str, Any]:
+    """The chosen point's values."""
+    return self.rows[self.best].values
+
+  def table(self) -> str:
+    """All points as a Markdown table, and a sentence on the choice."""
+    names = list(self.rows[0].values)
+    lines = [
+      "| " + " | ".join([*names, f"{self.metric} (validation)", ""]) + " |",
+      "|" + " --- |" * (len(names) + 2),
+    ]
+    for i, row in enumerate(self.rows):
+      mark = "**chosen**" if i == self.best else "tie" if i in self.ties else ""
+      if row.status != "finished":
+        mark = f"{row.status}, step {row.step}"
+      cells = [_cell(row.values[name]) for name in names]
+      lines.append(
+        "| " + " | ".join([*cells, _spread(self.metric, row.metrics[self.metric]), mark]) + " |"
+      )
+    return "\n".join([*lines, "", self.sentence()])
+
+  def sentence(self) -> str:
+    """What was chosen, by how much, and what it does on the test split."""
+    row, count = self.rows[self.best], len(self.seeds)
+    values = ", ".join(f"{name} {_cell(value)}" for name, value in row.values.items())
+    over = f"mean ± std over {count} seeds" if count > 1 else "one seed"
+    text = f"Chosen on validation: {values or 'the one point'}, {self.metric} "
+    text += f"{_spread(self.metric, row.metrics[self.metric])} ({over})."
+    if self.ties:
+      text += (
+        f" {len(self.ties)} of {len(self.rows) - 1} other points are within one standard error of "
+        "the difference."
+      )
+    if self.test is not None:
+      anew = (
+        ""
+        if self.final_seeds == self.seeds
+        else f", trained anew from {len(self.final_seeds)} seeds"
+      )
+      text += (
+        f" On the test split, read once{anew}: {_spread(self.metric, self.test[self.metric])}."
+      )
+    return text
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Writes ``table.md``, ``table.csv`` (a line for each student), ``chosen.json``, a picture.
+
+    Args:
+      folder: the sweep's.
+    """
+    (folder / "table.md").write_text(self.table() + "\n")
+    (folder / "table.csv").write_text(self._csv())
+    chosen = {
+      "values": self.chosen,
+      "metric": self.metric,
+      "validation": self.rows[self.best].metrics,
+      "ties": [self.rows[i].values for i in self.ties],
+      "seeds": self.seeds,
+      "final_seeds": self.final_seeds,
+      "test": self.test,
+    }
+    runs.write_json(folder / "chosen.json", chosen)
+    self.picture(folder / "sweep.png")
+
+  def _csv(self) -> str:
+    names, metrics = list(self.rows[0].values), list(self.rows[0].metrics)
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*names, "seed", "data_seed", "status", "step", *metrics])
+    for row in self.rows:
+      for s, pair in enumerate(self.seeds):
+        found = [float(row.metrics[name][s]) for name in metrics]
+        table.writerow([*row.values.values(), *pair, row.status, row.step, *found])
+    return text.getvalue()
+
+  def picture(self, path: pathlib.Path) -> bool:
+    """Draws the metric over the keyword with most numbers, a curve for each of the other values.
+
+    Args:
+      path: of the PNG.
+
+    Returns:
+      Whether there was a keyword to draw it over.
+    """
+    numbers = {
+      name: sorted({row.values[name] for row in self.rows})
+      for name, value in self.rows[0].values.items()
+      if all(isinstance(row.values[name], int | float) for row in self.rows)
+    }
+    over = max(numbers, key=lambda name: len(numbers[name]), default=None)
+    if over is None or len(numbers[over]) < 2:
+      return False
+    x, names = numbers[over], _telling(self.rows, over)
+    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    scale = 100 if self.metric == "accuracy" else 1
+    for row in self.rows:
+      label = (
+        ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in row.values.items() if n in names)
+        or self.metric
+      )
+      mean, std = series.setdefault(label, (np.full(len(x), np.nan), np.full(len(x), np.nan)))
+      if row.status == "finished":
+        values = scale * row.metrics[self.metric]
+        mean[x.index(row.values[over])] = np.mean(values)
+        std[x.index(row.values[over])] = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    unit = " (%)" if scale == 100 else ""
+    figures.curves(
+      path,
+      x,
+      series,
+      xlabel=over.replace("_", " "),
+      ylabel=f"validation {self.metric}{unit}",
+      title=f"{len(self.rows)} points, {len(self.seeds)} seeds each: mean ± std",
+    )
+    return True
+
+
+def _telling(rows: Sequence[Row], over: str) -> list[str]:
+  """The keywords that tell curves apart, without those that follow from the others."""
+  names = [name for name in rows[0].values if name != over]
+
+  def curves(some: Sequence[str]) -> int:
+    return len({tuple(repr(row.values[name]) for name in some) for row in rows})
+
+  for name in reversed(names):
+    rest = [other for other in names if other != name]
+    if curves(rest) == curves(names):
+      names = rest
+  return names
+
+
+def _cell(value: Any) -> str:
+  return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _spread(metric: str, values: np.ndarray) -> str:
+  """Mean ± std; an accuracy in percent."""
+  scale, digits, unit = (100, 2, " %") if metric == "accuracy" else (1, 4, "")
+  mean = scale * float(np.mean(values))
+  if not math.isfinite(mean):
+    return "not finite"
+  std = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+  return f"{mean:.{digits}f}{std}{unit}"

@@ -1,0 +1,914 @@
+"""From a teacher to the best student that a budget allows.
+
+Candidates over the budget are dropped by measuring and counting, before any training. The others
+are trained by successive halving, with the sweep over temperature, weights and rates. Where the
+best one is far behind the teacher, a teaching assistant in between is tried. What is chosen is
+trained anew, beside the same network on labels alone, as two ordinary runs.
+
+`compress` walks through the stages, each a method of `Job`; `Compressed` is what was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import json
+import math
+import pathlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from jaxdistill import _check, evaluation, export, networks, runs, teachers, train
+from jaxdistill.data import Source
+from jaxdistill.evaluation import cost
+from jaxdistill.recipes import kd, labels
+from jaxdistill.reports import figures
+from jaxdistill.search import _budget, _preflight, _sweep
+from jaxdistill.search._budget import UNITS, Budget, BudgetError, show_cost
+from jaxdistill.search._checks import findings
+from jaxdistill.search._choice import METRICS, Result, Row, score, standard_error
+from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
+from jaxdistill.search._side_by_side import example_key, inputs_of, students_by
+from jaxdistill.train import Optimizer
+from jaxdistill.types import Batch, Network, Teacher, make_batch
+
+__all__ = [
+  "Assistant",
+  "Candidate",
+  "Compressed",
+  "Job",
+  "affordable",
+  "compress",
+  "family",
+  "measured_before",
+  "read_choice",
+]
+
+PyTree = Any
+# Hinton et al. 2015 have 1 to 20, and most papers one of these.
+_POINTS = tuple(
+  {"temperature": temperature, "soft_weight": soft, "hard_weight": round(1 - soft, 3)}
+  for temperature in (1.0, 2.0, 4.0, 8.0)
+  for soft in (0.5, 0.9)
+)
+
+
+def family(
+  build: Callable[..., nn.Module | Network],
+  *,
+  features: Sequence[str] | Mapping[str, str] = (),
+  **axes: Iterable[Any],
+) -> dict[str, Network]:
+  """Networks of one kind, for every combination of depth, width and whatever else it takes.
+
+  Args:
+    build: a function of the keywords that returns a Linen module, or a network.
+    features: of the modules, see `jaxdistill.networks.linen`.
+    **axes: the values of each keyword.
+
+  Returns:
+    The networks by name.
+
+  >>> from jaxdistill import networks
+  >>> list(family(lambda width, depth: networks.models.MLP([width] * depth), width=[4, 8], depth=[1]))
+  ['width 4, depth 1', 'width 8, depth 1']
+  """
+  made: dict[str, Network] = {}
+  for values in product(**axes):
+    name = ", ".join(f"{keyword} {value}" for keyword, value in values.items())
+    module = build(**values)
+    if isinstance(module, nn.Module):
+      module = networks.linen(module, features=features)
+    if not isinstance(module, Network):
+      raise TypeError(
+        f"build({name}) returned {_check.show(module)}; it must be a Linen module, or a Network."
+      )
+    made[name] = dataclasses.replace(module, name=name)
+  return made
+
+
+def affordable(
+  candidates: Mapping[str, Network], within: Budget, data: Source
+) -> dict[str, dict[str, Any]]:
+  """What all candidates cost; fails at once where none is inside the budget.
+
+  Args:
+    candidates: networks by name.
+    within: the budget.
+    data: where batches come from, for what is stored and how it is normalised.
+
+  Returns:
+    Each one's costs, see `jaxdistill.search.measure_network`.
+
+  Raises:
+    BudgetError: no candidate is inside the budget; the message has the nearest one.
+  """
+  _check_arguments(candidates, within, 0)
+  costs = {
+    name: _budget.measure_network(
+      network, data.stored, normalize=data.normalize, batch_size=within.batch_size
+    )
+    for name, network in candidates.items()
+  }
+  if not any(within.inside(found) for found in costs.values()):
+    raise BudgetError(_nothing_fits(within, costs))
+  return costs
+
+
+def read_choice(folder: str | pathlib.Path) -> dict[str, Any]:
+  """What a finished compression chose: its ``budget.json``.
+
+  Args:
+    folder: as `compress` was given it.
+
+  Returns:
+    ``chosen`` (the candidate's name), its ``values``, its ``costs`` in a process of its own, which
+    ``instance`` of the final seeds is best on validation, the ``sentence``, and more.
+
+  Raises:
+    FileNotFoundError: the compression is not finished, or there is none.
+  """
+  path = _check.folder("folder", folder) / "budget.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{path} is not there: the compression is not finished; run it again.")
+  found: dict[str, Any] = json.loads(path.read_text())
+  return found
+
+
+def compress(
+  candidates: Mapping[str, Network],
+  *,
+  within: Budget,
+  teacher: Teacher,
+  teacher_variables: PyTree,
+  data: Source,
+  validation: Batch,
+  optimizer: Optimizer,
+  steps: int,
+  folder: str | pathlib.Path,
+  objective: Any = kd,
+  points: Sequence[Point] = _POINTS,
+  seeds: Sequence[int] | Sequence[tuple[int, int]] = (0, 1, 2),
+  final_seeds: Sequence[int] | Sequence[tuple[int, int]] = (0, 1, 2, 3, 4),
+  halving: _sweep.Halving | None = None,
+  assistants: Mapping[str, Network] | None = None,
+  gap: float = 0.02,
+  metric: str = "accuracy",
+  costs: Mapping[str, Mapping[str, Any]] | None = None,
+  teacher_network: Network | None = None,
+  teacher_run: str | pathlib.Path | None = None,
+  config: Mapping[str, Any] | None = None,
+  progress: bool = True,
+) -> Compressed:
+  """Chooses, trains and saves the student that does best within a budget.
+
+  The folder gets ``search/`` (the sweep), ``student/`` and ``baseline/`` (the chosen network,
+  distilled and on labels alone: runs with checkpoints and a deployed student each),
+  ``candidates.md``, ``candidates.csv``, ``frontier.png``, ``budget.json``, ``preflight.json`` (what
+  `jaxdistill.search` found, which is warned of as well), and ``assistant/`` where one was tried.
+  What was stopped goes on there.
+
+  Args:
+    candidates: networks by name, see `family`; deployed as they are, so that recipes that deploy
+      something else (SimKD) are refused.
+    within: the budget.
+    teacher: ``(variables, batch) -> Outputs``.
+    teacher_variables: its variables.
+    data: where batches come from.
+    validation: the split to choose on; never the test split.
+    optimizer: an optax optimiser, or a function of keywords that ``points`` may vary.
+    steps: of every training that goes to its end.
+    folder: where all of it is kept.
+    objective: an objective, or a recipe: a function of keywords that returns one.
+    points: what is searched for each candidate, see `search.product`.
+    seeds: of the search.
+    final_seeds: of the chosen student and its baseline.
+    halving: how points are dropped; a third is kept in each of three rungs by default.
+    assistants: networks that may stand in between; the candidates over the budget by default.
+    gap: how far behind the teacher, as a share of the validation examples, a student has to be
+      before an assistant is tried; and by more than two standard errors over its seeds.
+    metric: the validation metric to choose by.
+    costs: what `affordable` measured; measured here by default.
+    teacher_network: the network whose variables ``teacher_variables`` are, for the pre-flight check
+      whether a few more steps still improve it.
+    teacher_run: the teacher's run folder, whose curves tell that where they are long enough.
+    config: what else defines the search, the optimiser's settings for example.
+    progress: whether to show progress bars.
+
+  Returns:
+    What was chosen, and all candidates.
+
+  Warns:
+    PreflightWarning: something speaks against this teacher, objective or student.
+
+  Raises:
+    BudgetError: no candidate is inside the budget; the message has the nearest one.
+    FloatingPointError: no point of the search stayed finite.
+    RuntimeError: the student could not be timed in a process of its own.
+    ValueError: an argument does not fit, or the folder holds another compression.
+    jaxdistill.train.Stopped: the process was asked to stop.
+
+  Source of the assistant: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant",
+  2020.
+  """
+  _check_arguments(candidates, within, gap)
+  job = Job(
+    within=within,
+    teacher=teacher,
+    teacher_variables=teacher_variables,
+    data=data,
+    validation=validation,
+    optimizer=optimizer,
+    steps=steps,
+    objective=objective,
+    points=list(points),
+    seeds=seed_pairs(seeds),
+    final_seeds=seed_pairs(final_seeds),
+    metric=metric,
+    teacher_network=teacher_network,
+    teacher_run=teacher_run,
+    progress=progress,
+  )
+  for network in candidates.values():
+    job.one(network, job.points[0])  # says what is wrong before anything is measured
+  about = {"budget": dataclasses.asdict(within), "candidates": list(candidates), "gap": gap}
+  path = runs.claim(_check.folder("folder", folder), {**(config or {}), **about})
+  with _given_back(path):
+    known = costs or _kept_costs(path, candidates, within) or affordable(candidates, within, data)
+    costs = {one: dict(known[one]) for one in candidates}
+    fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
+    if not fit:
+      raise BudgetError(_nothing_fits(within, costs))
+  runs.write_json(path / "costs.json", {"batch_size": within.batch_size, "costs": costs})
+  largest = max(fit, key=lambda one: costs[one]["parameters"])
+  warned = job.look(fit[largest], job.points[0], path)
+  found = job.search(fit, path / "search", _sweep.Halving(3, 3) if halving is None else halving)
+  name, checked = _first_inside(job, fit, found, path)
+  student, best = fit[name], found.rows[_best_row(found, name)]
+  if assistants is None:
+    assistants = {one: network for one, network in candidates.items() if one not in fit}
+  tried = job.assist(student, best, assistants, gap, path)
+  variables = job.final(student, best, tried, path)
+  job.look(student, best.values, path, variables["baseline"], known=warned)
+  quality = {kind: job.validated(student, each) for kind, each in variables.items()}
+  values = best.values
+  if tried is not None and tried.row is not None and tried.helps:
+    values = tried.row.values
+  made = Compressed(
+    budget=within,
+    candidates=[
+      _candidate(one, costs[one], found if one in fit else None, checked.get(one))
+      for one in candidates
+    ],
+    teacher=job.teacher_row(path),
+    chosen=name,
+    values={keyword: value for keyword, value in values.items() if keyword != "student"},
+    assistant=tried,
+    metric=metric,
+    network=student,
+    variables=variables["student"],
+    validation=quality,
+  )
+  made.write(path)
+  return made
+
+
+def _check_arguments(candidates: Any, within: Any, gap: Any) -> None:
+  if not isinstance(candidates, Mapping) or not candidates:
+    raise TypeError(
+      f"candidates={_check.show(candidates)} must be networks by name, as search.family makes."
+    )
+  wrong = [name for name, network in candidates.items() if not isinstance(network, Network)]
+  if wrong:
+    raise TypeError(f"candidates {wrong} are no networks; give networks.linen(module).")
+  if not isinstance(within, Budget):
+    raise TypeError(f"within={_check.show(within)} must be a search.Budget.")
+  _check.number("gap", gap, least=0)
+
+
+def _first_inside(
+  job: Job, students: Mapping[str, Network], found: Result, path: pathlib.Path
+) -> tuple[str, dict[str, dict[str, Any]]]:
+  """The best candidate that is inside the budget in a process of its own, too."""
+  file = path / "checked.json"
+  checked: dict[str, dict[str, Any]] = measured_before(file, [])
+  for name in sorted(students, key=lambda name: _rank(found.rows[_best_row(found, name)], job)):
+    if name not in checked:
+      folder = path / "checked"
+      variables = jax.tree.map(lambda leaf: leaf[0], found.students(_best_row(found, name)))
+      export.save_student(
+        folder, students[name], variables, stored=job.data.stored, normalize=job.data.normalize
+      )
+      checked[name] = _budget.measure_in_process(folder, job.within)
+      runs.write_json(file, checked)
+    if job.within.inside(checked[name]):
+      return name, checked
+  raise BudgetError(_nothing_fits(job.within, checked, path))
+
+
+def _rank(row: Row, job: Job) -> tuple[int, float]:
+  """Farther trained first, then better."""
+  mean = float(np.mean(score(row, job.metric)))
+  return -row.step, -mean if math.isfinite(mean) else math.inf
+
+
+def _best_row(found: Result, name: str) -> int:
+  """A candidate's best point, of those that went farthest."""
+  mine = [i for i, row in enumerate(found.rows) if row.values["student"] == name]
+
+  def key(i: int) -> tuple[int, float]:
+    mean = float(np.mean(score(found.rows[i], found.metric)))
+    return found.rows[i].step, mean if math.isfinite(mean) else -math.inf
+
+  return max(mine, key=key)
+
+
+def _candidate(
+  name: str, costs: Mapping[str, Any], found: Result | None, checked: dict[str, Any] | None
+) -> Candidate:
+  row = None if found is None else found.rows[_best_row(found, name)]
+  return Candidate(name=name, costs=dict(costs), row=row, checked=checked)
+
+
+@contextlib.contextmanager
+def _given_back(path: pathlib.Path) -> Iterator[None]:
+  """Gives the folder back where no candidate is inside the budget: a larger one may have it."""
+  begun = (path / "costs.json").is_file()
+  try:
+    yield
+  except BudgetError:
+    if not begun:
+      (path / "config.json").unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        path.rmdir()  # if there is nothing else in it
+    raise
+
+
+def _kept_costs(
+  path: pathlib.Path, candidates: Mapping[str, Network], within: Budget
+) -> dict[str, dict[str, Any]]:
+  """The costs that the folder was begun with, if they are of these candidates and this batch."""
+  found = measured_before(path / "costs.json", ["batch_size", "costs"])
+  same = found and found["batch_size"] == within.batch_size
+  return dict(found["costs"]) if same and set(found["costs"]) == set(candidates) else {}
+
+
+def _nothing_fits(
+  within: Budget, costs: Mapping[str, Mapping[str, Any]], folder: pathlib.Path | None = None
+) -> str:
+  name = _budget.nearest_to_budget(within, costs)
+  over = [n for n, share in within.shares(costs[name]).items() if share > 1]
+  has = ", ".join(f"{_budget.show_cost(costs[name][n])} {_budget.UNITS[n]}" for n in over)
+  raised = within.needed(costs[name])
+  enough = " and ".join(f"{n}={limit:,}" for n, limit in raised.items())
+  where = "" if folder is None else f", in another folder than {folder}"
+  fix = f"a budget of {enough} would do{where}"
+  if len(raised) < len(over):
+    fix = "some of it cannot be counted, and a budget must not limit that"
+  return (
+    f"no candidate is inside the budget of {within.describe()}. The nearest of {len(costs)}, "
+    f"{name!r}, has {has}: {fix}; or give smaller candidates."
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """What the stages have in common."""
+
+  within: Budget
+  teacher: Teacher
+  teacher_variables: PyTree
+  data: Source
+  validation: Batch
+  optimizer: Optimizer
+  steps: int
+  objective: Any
+  points: list[Point]
+  seeds: list[tuple[int, int]]
+  final_seeds: list[tuple[int, int]]
+  metric: str
+  teacher_network: Network | None
+  teacher_run: Any
+  progress: bool
+
+  @property
+  def taught(self) -> dict[str, Any]:
+    """The teacher, as a sweep and a run take it."""
+    return {"teacher": self.teacher, "teacher_variables": self.teacher_variables}
+
+  def one(self, network: Network, point: Point, objective: Any = None) -> OneStudent:
+    """A point as `train.fit` takes it."""
+    objective = self.objective if objective is None else objective
+    made = one_student(point, network, objective, self.optimizer, self.steps)
+    if made.objective.deployed is not None:
+      raise ValueError(
+        "the objective deploys another network than the candidates (as simkd does), and what was "
+        "measured would not be what is deployed; take a recipe that deploys the student itself."
+      )
+    return made
+
+  def costs(self, network: Any, variables: PyTree = None) -> dict[str, Any]:
+    """What a network, or a function with its variables, costs as it would be deployed."""
+    return _budget.measure_network(
+      network,
+      self.data.stored,
+      variables=variables,
+      normalize=self.data.normalize,
+      batch_size=self.within.batch_size,
+    )
+
+  def teacher_row(self, path: pathlib.Path) -> dict[str, Any]:
+    """What the teacher costs and how good it is, on validation."""
+
+    def logits(variables: PyTree, inputs: PyTree) -> Any:
+      return self.teacher(variables, make_batch(inputs)).logits
+
+    file = path / "teacher.json"
+    costs = measured_before(file, ["bytes"]) or self.costs(logits, self.teacher_variables)
+    runs.write_json(file, costs)
+    quality = self.teacher_quality
+    return {**costs, **{name: float(quality[name]) for name in METRICS}}
+
+  @functools.cached_property
+  def teacher_quality(self) -> dict[str, np.ndarray]:
+    """The teacher on validation."""
+    predict = evaluation.teacher_predictor(self.teacher)
+    return evaluation.evaluate(predict, self.teacher_variables, self.validation)
+
+  def validated(self, network: Network, variables: PyTree) -> dict[str, np.ndarray]:
+    """Some students on validation, ``[S]`` each."""
+    predict = evaluation.predictor(network)
+    found = evaluation.evaluate(predict, variables, self.validation, stacked=True)
+    return {name: found[name] for name in METRICS}
+
+  def look(
+    self,
+    student: Network,
+    point: Point,
+    folder: pathlib.Path,
+    baseline: PyTree = None,
+    known: Sequence[findings.Finding] = (),
+  ) -> list[findings.Finding]:
+    """The pre-flight checks, with the baseline once there is one; warns of what is not `known`."""
+    one = self.one(student, _without_student(point))
+    found = _preflight.preflight(
+      student,
+      one.objective,
+      hyper=one.hyper,
+      data=self.data,
+      steps=self.steps,
+      teacher=self.teacher,
+      teacher_variables=self.teacher_variables,
+      teacher_network=self.teacher_network,
+      teacher_run=self.teacher_run,
+      validation=self.validation,
+      baseline=None if baseline is None else teachers.unstack(baseline),
+      folder=folder,
+      warn=False,
+    )
+    before = {finding.check for finding in known}
+    for finding in found:
+      if finding.check not in before:
+        warnings.warn(f"{finding.check}: {finding}", findings.PreflightWarning, stacklevel=3)
+    return found
+
+  def swept(
+    self,
+    student: Any,
+    objective: Any,
+    points: Sequence[Point],
+    folder: pathlib.Path,
+    **options: Any,
+  ) -> Result:
+    """A sweep with what all of them have in common."""
+    return _sweep.sweep(
+      student,
+      objective,
+      points=points,
+      data=self.data,
+      optimizer=self.optimizer,
+      steps=self.steps,
+      seeds=self.seeds,
+      validation=self.validation,
+      metric=self.metric,
+      folder=folder,
+      progress=folder.name if self.progress else None,
+      **options,
+    )
+
+  def search(
+    self, students: Mapping[str, Network], folder: pathlib.Path, halving: _sweep.Halving
+  ) -> Result:
+    """Every point for every candidate, halved together."""
+    points = [{"student": name, **point} for name in students for point in self.points]
+    return self.swept(
+      students,
+      self.objective,
+      points,
+      folder,
+      halving=halving,
+      **self.taught,
+    )
+
+  def fit(
+    self,
+    network: Network,
+    one: OneStudent,
+    folder: pathlib.Path,
+    seeds: list[tuple[int, int]],
+    **teacher: Any,
+  ) -> PyTree:
+    """An ordinary run; its variables, leaves over the seeds."""
+    by = students_by(network, inputs_of(self.data))
+    return train.fit(
+      network,
+      one.objective,
+      data=[dataclasses.replace(self.data, data_seed=data_seed) for _, data_seed in seeds],
+      optimizer=one.optimizer,
+      steps=self.steps,
+      seed=[seed for seed, _ in seeds],
+      hyper=one.hyper,
+      validate=evaluation.validator(network, self.validation, stacked=True),
+      validate_every=max(self.data.steps_per_epoch, self.steps // 10),
+      folder=folder,
+      config={"optimizer": one.rates},
+      seeds_by=by,
+      scan=by == "vmap",
+      progress=folder.name if self.progress else None,
+      **teacher,
+    ).variables
+
+  def assist(
+    self,
+    student: Network,
+    direct: Row,
+    between: Mapping[str, Network],
+    gap: float,
+    path: pathlib.Path,
+  ) -> Assistant | None:
+    """Tries a teaching assistant where the student is too far behind its teacher."""
+    behind = float(self.teacher_quality["accuracy"]) - direct.metrics["accuracy"]
+    error = standard_error(behind)
+    if float(np.mean(behind)) <= max(gap, 2 * error):
+      return None
+    small, large = (cost.parameters(v) for v in (self.shapes(student), self.teacher_variables))
+    sizes = {name: cost.parameters(self.shapes(network)) for name, network in between.items()}
+    middle = math.sqrt(small * large)
+    usable = [name for name, size in sizes.items() if small < size < large]
+    if not usable:
+      return Assistant(None, round(middle), float(np.mean(behind)), None, np.zeros(0), False)
+    name = min(usable, key=lambda n: abs(math.log(sizes[n] / middle)))
+    network, values = between[name], _without_student(direct.values)
+    if direct.status == "dropped":  # the others were passed over for what they cost
+      direct = self.swept(
+        student,
+        self.objective,
+        [values],
+        path / "direct",
+        **self.taught,
+      ).rows[0]
+    learned = self.fit(
+      network,
+      self.one(network, values),
+      path / "assistant",
+      self.seeds[:1],
+      **self.taught,
+    )
+    found = self.swept(
+      student,
+      self.objective,
+      self.points,
+      path / "assisted",
+      teacher=teachers.frozen(network),
+      teacher_variables=teachers.unstack(learned)[0],
+    )
+    row = found.rows[found.best]
+    gain = score(row, self.metric) - score(direct, self.metric)
+    helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, standard_error(gain))
+    return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, network, learned)
+
+  def shapes(self, network: Network) -> PyTree:
+    """A network's variables, as shapes."""
+    return jax.eval_shape(network.init, example_key(), inputs_of(self.data))
+
+  def final(
+    self, network: Network, best: Row, tried: Assistant | None, path: pathlib.Path
+  ) -> dict[str, PyTree]:
+    """The chosen network distilled, and on labels alone at the rate that suits it there."""
+    teacher, variables, values = self.teacher, self.teacher_variables, best.values
+    if tried is not None and tried.helps:
+      assert tried.network is not None
+      assert tried.row is not None
+      teacher, variables = teachers.frozen(tried.network), teachers.unstack(tried.variables)[0]
+      values = tried.row.values
+    distilled = self.fit(
+      network,
+      self.one(network, _without_student(values)),
+      path / "student",
+      self.final_seeds,
+      teacher=teacher,
+      teacher_variables=variables,
+    )
+    rates = {repr(one.rates): one.rates for one in (self.one(network, p) for p in self.points)}
+    alone = list(rates.values())
+    if len(alone) > 1:
+      alone = [self.swept(network, labels(), alone, path / "labels").chosen]
+    plain = self.fit(
+      network, self.one(network, alone[0], labels()), path / "baseline", self.final_seeds
+    )
+    return {"student": distilled, "baseline": plain}
+
+
+def _without_student(values: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in values.items() if name != "student"}
+
+
+def measured_before(path: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
+  """What was measured when a folder was begun: a second measurement might choose otherwise.
+
+  Args:
+    path: a JSON file.
+    names: what it must have, to be what is asked for.
+
+  Returns:
+    What is in it; empty where there is no such file.
+  """
+  found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+  return found if set(names) <= set(found) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+  """One candidate.
+
+  Attributes:
+    name: its name.
+    costs: from `jaxdistill.search.measure_network`, before any training.
+    row: its best point; None where it was over the budget and not trained.
+    checked: what it costs in a process of its own; None where that was not asked.
+  """
+
+  name: str
+  costs: dict[str, Any]
+  row: Row | None
+  checked: dict[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assistant:
+  """A teaching assistant that was tried, or wanted.
+
+  Attributes:
+    name: the network's; None where none between student and teacher was given.
+    parameters: how many it has, or should have.
+    behind: how far the student was behind the teacher, as a share of the validation examples.
+    row: the best point of the student that it taught.
+    gain: of that student over the one taught directly, ``[S]`` over the search's seeds, positive
+      for better.
+    helps: whether the mean gain is above its standard error (with one seed it has none, and the
+      answer is no); the chosen student then learns from the assistant.
+    network: the assistant's.
+    variables: its variables, leaves ``[1, ...]``.
+  """
+
+  name: str | None
+  parameters: int
+  behind: float
+  row: Row | None
+  gain: np.ndarray
+  helps: bool
+  network: Network | None = dataclasses.field(default=None, repr=False)
+  variables: PyTree = dataclasses.field(default=None, repr=False)
+
+  def sentence(self) -> str:
+    """What came of it."""
+    behind = f"The student is {100 * self.behind:.1f} points behind its teacher on validation"
+    if self.name is None:
+      return (
+        f"{behind}, and no network between them was given: a teaching assistant of about "
+        f"{self.parameters:,} parameters might help (assistants=)."
+      )
+    gain = f"{float(np.mean(self.gain)):+.4f}"
+    word = "helped, and teaches the student" if self.helps else "did not help beyond noise"
+    if len(self.gain) == 1:
+      word = "was tried with one seed, which tells no noise"
+    assistant = f"a teaching assistant ({self.name}, {self.parameters:,} parameters)"
+    return f"{behind}; {assistant} {word} ({gain})."
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+  """What `jaxdistill.search.compress` returns.
+
+  Attributes:
+    budget: the budget.
+    candidates: all of them.
+    teacher: the teacher's costs, and its metrics on validation.
+    chosen: the chosen candidate's name.
+    values: the chosen point's values.
+    assistant: what came of a teaching assistant; None where none was wanted.
+    metric: what was chosen by.
+    network: the chosen network.
+    variables: its variables, leaves ``[S, ...]`` over the final seeds.
+    validation: the metrics of ``student`` and ``baseline`` on validation, ``[S]`` each.
+  """
+
+  budget: Budget
+  candidates: list[Candidate]
+  teacher: dict[str, Any]
+  chosen: str
+  values: dict[str, Any]
+  assistant: Assistant | None
+  metric: str
+  network: Network
+  variables: PyTree = dataclasses.field(repr=False)
+  validation: dict[str, dict[str, np.ndarray]]
+
+  @property
+  def instance(self) -> int:
+    """Which of the final students is best on validation."""
+    return int(np.argmax(METRICS[self.metric] * self.validation["student"][self.metric]))
+
+  @property
+  def costs(self) -> dict[str, Any]:
+    """What the chosen student costs in a process of its own."""
+    checked = self._candidate(self.chosen).checked
+    assert checked is not None
+    return checked
+
+  def sentence(self) -> str:
+    """What was chosen, what it costs, and what distillation adds to it."""
+    trained = sum(c.row is not None for c in self.candidates)
+    values = ", ".join(f"{n} {v:g}" for n, v in self.values.items() if isinstance(v, int | float))
+    used = ", ".join(
+      f"{show_cost(self.costs[name])} of {show_cost(limit)} {UNITS[name]}"
+      for name, limit in self.budget.limits().items()
+    )
+    quality = "; ".join(
+      f"{name} {_spread(self.validation['student'][name])} against "
+      f"{_spread(self.validation['baseline'][name])} on labels alone and "
+      f"{self.teacher[name]:.4f} of the teacher"
+      for name in self._shown()
+    )
+    text = (
+      f"Chosen: {self.chosen} ({values}), of {len(self.candidates)} candidates, {trained} of them "
+      f"inside the budget. It uses {used}, measured in a process of its own. On validation, "
+      f"{quality} (mean ± std over {len(self.validation['student']['accuracy'])} seeds)."
+    )
+    return text if self.assistant is None else f"{text} {self.assistant.sentence()}"
+
+  def front(self, over: str = "latency_ms") -> list[str]:
+    """The candidates trained to the end that no other beats in both a cost and accuracy.
+
+    Args:
+      over: the cost.
+
+    Returns:
+      Their names, by increasing cost.
+    """
+    trained = {
+      c.name: (c.costs[over], float(np.mean(c.row.metrics["accuracy"])))
+      for c in self.candidates
+      if c.row is not None and c.row.status == "finished"
+    }
+    finite = {name: found for name, found in trained.items() if np.isfinite(found[1])}
+
+    def beaten(name: str) -> bool:
+      time, value = finite[name]
+      return any(
+        t <= time and v >= value and (t, v) != (time, value)
+        for other, (t, v) in finite.items()
+        if other != name
+      )
+
+    return sorted((n for n in finite if not beaten(n)), key=lambda n: finite[n][0])
+
+  def table(self) -> str:
+    """The candidates as a Markdown table, the teacher's row first, and the sentence.
+
+    Metrics are those on validation, of each candidate's best point as far as it was trained.
+    """
+    shown, timed = self._shown(), f"ms at batch {self.budget.batch_size}"
+    lines = [
+      f"| | parameters | bytes | FLOPs | {' | '.join([timed, *shown])} | |",
+      "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(shown) + " --- |",
+    ]
+    costs = [show_cost(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
+    values = [f"{self.teacher[name]:.4f}" for name in shown]
+    lines.append(f"| teacher | {' | '.join([*costs, *values])} | |")
+    for candidate in self.candidates:
+      costs = [
+        show_cost(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")
+      ]
+      row = candidate.row
+      values = ["" if row is None else _spread(row.metrics[name]) for name in shown]
+      cells = [candidate.name, *costs, *values, self._fate(candidate)]
+      lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", self.sentence()])
+
+  def write(self, folder: pathlib.Path) -> None:
+    """Writes ``candidates.md``, ``candidates.csv``, ``budget.json`` and ``frontier.png``.
+
+    A limit other than latency has a picture of its own, ``frontier-bytes.png``.
+
+    Args:
+      folder: where.
+    """
+    runs.write_text(folder / "candidates.md", self.table() + "\n")
+    runs.write_text(folder / "candidates.csv", self._csv())
+    found = {
+      "budget": dataclasses.asdict(self.budget),
+      "chosen": self.chosen,
+      "values": self.values,
+      "costs": self.costs,
+      "inside": self.budget.inside(self.costs),
+      "instance": self.instance,
+      "metric": self.metric,
+      "validation": self.validation,
+      "teacher": self.teacher,
+      "assistant": None if self.assistant is None else self.assistant.sentence(),
+      "sentence": self.sentence(),
+    }
+    runs.write_json(folder / "budget.json", found)
+    self.picture(folder / "frontier.png")
+    for name in set(self.budget.limits()) - {"latency_ms"}:
+      self.picture(folder / f"frontier-{name}.png", name)
+
+  def picture(self, path: pathlib.Path | None, over: str = "latency_ms") -> Any:
+    """Draws accuracy over a cost: candidates, the front of the trained ones, the budget.
+
+    Args:
+      path: of the PNG; None writes none.
+      over: ``latency_ms``, ``bytes``, ``flops`` or ``parameters``.
+
+    Returns:
+      The figure, Matplotlib's.
+    """
+    points: dict[str, tuple[float, float, float | None]]
+    points = {"teacher": (self.teacher[over], 100 * self.teacher["accuracy"], None)}
+    for candidate in self.candidates:
+      if candidate.row is not None:
+        values = 100 * candidate.row.metrics["accuracy"]
+        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        points[candidate.name] = (candidate.costs[over], float(np.mean(values)), std)
+    return figures.frontier(
+      path,
+      points,
+      front=self.front(over),
+      chosen=self.chosen,
+      hollow=[c.name for c in self.candidates if c.row is not None and c.row.status == "dropped"],
+      limit=self.budget.limits().get(over),
+      xlabel=over.replace("_ms", f" of a batch of {self.budget.batch_size} (ms)"),
+      ylabel="validation accuracy (%)",
+      title=f"Candidates within {self.budget.describe()}",
+    )
+
+  def _candidate(self, name: str) -> Candidate:
+    return next(candidate for candidate in self.candidates if candidate.name == name)
+
+  def _shown(self) -> list[str]:
+    """The metric that was chosen by, and accuracy."""
+    return list(dict.fromkeys([self.metric, "accuracy"]))
+
+  def _fate(self, candidate: Candidate) -> str:
+    if candidate.name == self.chosen:
+      return "**chosen**"
+    if candidate.row is None:
+      return f"over the budget: {_over(self.budget, candidate.costs)}"
+    if candidate.checked is not None:
+      return f"over it in a process of its own: {_over(self.budget, candidate.checked)}"
+    return f"{candidate.row.status}, step {candidate.row.step}"
+
+  def _csv(self) -> str:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["candidate", *UNITS, "seed", *METRICS, "step", "fate"])
+    for candidate in self.candidates:
+      costs = [candidate.costs[name] for name in UNITS]
+      fate = self._fate(candidate).strip("*")
+      row = candidate.row
+      if row is None:
+        table.writerow([candidate.name, *costs, *[""] * (len(METRICS) + 2), fate])
+        continue
+      for s in range(len(row.metrics["accuracy"])):
+        values = [float(row.metrics[name][s]) for name in METRICS]
+        table.writerow([candidate.name, *costs, s, *values, row.step, fate])
+    return text.getvalue()
+
+
+def _over(budget: Budget, costs: dict[str, Any]) -> str:
+  over = {name: share for name, share in budget.shares(costs).items() if share > 1}
+  return ", ".join(f"{name.removesuffix('_ms')} {share:.3g} times" for name, share in over.items())
+
+
+def _spread(values: np.ndarray) -> str:
+  std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+  return f"{np.mean(values):.4f}{std}"

@@ -1,0 +1,397 @@
+"""Pre-flight checks: what is wrong with a distillation run, before it costs anything.
+
+`preflight` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow. The
+checks themselves are functions of `jaxdistill.search`: ``teacher_checks`` and ``pair_checks``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxdistill import _check, evaluation, runs, teachers
+from jaxdistill.data import Source
+from jaxdistill.evaluation import cost
+from jaxdistill.search._checks import pair_checks, teacher_checks
+from jaxdistill.search._checks.findings import Finding, PreflightWarning
+from jaxdistill.search._checks.probes import (
+  batches_of,
+  curve,
+  predictions,
+  probe_terms,
+  taught_further,
+)
+from jaxdistill.train import check_hyper, check_networks
+from jaxdistill.types import Batch, Network, Objective, Teacher, Transform, as_objective
+
+__all__ = ["FILE", "preflight"]
+
+PyTree = Any
+# In the run's folder: [{"check", "message", "fix", "values"}].
+FILE = "preflight.json"
+# Steps on a copy of the teacher, and the most examples in each: seconds on two cores of a CPU.
+_PROBE_STEPS, _PROBE_BATCH = 20, 64
+
+
+def preflight(
+  student: Network | None = None,
+  objective: Any = None,
+  *,
+  data: Source | Sequence[Source] | None = None,
+  teacher: Teacher | Network | None = None,
+  teacher_variables: PyTree = None,
+  hyper: Mapping[str, Any] | None = None,
+  steps: int = 1,
+  seed: int = 0,
+  start: Mapping[str, Any] | None = None,
+  objective_start: tuple[PyTree, PyTree] | None = None,
+  transform: Transform | None = None,
+  validation: Batch | None = None,
+  baseline: Any = None,
+  teacher_network: Network | Sequence[Network] | None = None,
+  teacher_run: str | os.PathLike[str] | None = None,
+  folder: str | os.PathLike[str] | None = None,
+  warn: bool = True,
+) -> list[Finding]:
+  """Runs all checks that the arguments allow, and warns of what it finds.
+
+  =================  ===============================================================
+  check              needs
+  =================  ===============================================================
+  hardly_better      ``teacher``, ``validation``, ``baseline``
+  not_trained        ``teacher_run``; or ``teacher_network`` and ``data``; or
+                     ``teacher`` and ``validation``
+  capacity_gap       ``student``, ``teacher``, ``data`` or ``validation``
+  no_labels          ``student``, ``objective``, ``data``
+  uniform_targets    ``objective`` with a ``temperature``, ``teacher``, ``data``
+  unequal_gradients  ``student``, ``objective``, ``data``
+  calibration        ``teacher``, ``validation``
+  =================  ===============================================================
+
+  Nothing that is given is changed. What is measured takes seconds: a few batches, at most 10,000
+  held-out examples, and 20 steps on a copy of the teacher.
+
+  Args:
+    student: the network that will be trained.
+    objective: what will be minimised.
+    data: where training batches come from; of several sources the first is looked at.
+    teacher: ``(variables, batch) -> Outputs``, or a network, which is then frozen. None where the
+      data brings the teacher's outputs along.
+    teacher_variables: its variables; a sequence of them for an ensemble.
+    hyper: the objective's keywords, as in `jaxdistill.train.fit`.
+    steps: how many the run will have: schedules are looked at in its first, middle and last step.
+    seed: of the initialisation and of the random keys.
+    start: values that the student starts from.
+    objective_start: likewise for the objective.
+    transform: ``(key, batch) -> batch`` before both networks.
+    validation: held-out batches, from `data.evaluation_batches`; never the test split.
+    baseline: students trained on labels alone: their accuracies on ``validation``, ``[S]``, or
+      their variables, a list (`teachers.unstack`), which gives a sharper comparison.
+    teacher_network: the network whose variables ``teacher_variables`` are, for probe steps; one
+      for each member of an ensemble, or one for all. Not needed where ``teacher`` is a network.
+    teacher_run: the teacher's run folder: its curve then stands in for probe steps, unless it is
+      too short or too noisy to tell.
+    folder: a run's folder, made if need be, into which ``preflight.json`` goes: a list of
+      ``{"check", "message", "fix", "values"}``.
+    warn: whether each finding is a `PreflightWarning` as well.
+
+  Returns:
+    The findings; an empty list where all is well.
+
+  Raises:
+    TypeError: an argument is of another kind than it must be.
+    ValueError: the arguments allow no check, or do not fit together.
+    FileNotFoundError: ``teacher_run`` holds no run.
+  """
+  if isinstance(teacher, Network):
+    teacher_network, teacher = teacher_network or teacher, teachers.frozen(teacher)
+  _check.switch("warn", warn)
+  asked = _Asked(
+    student=student,
+    objective=None if objective is None else as_objective(objective),
+    source=data[0] if isinstance(data, Sequence) and data else data,
+    teacher=teacher,
+    teacher_variables=teacher_variables,
+    hyper=hyper,
+    steps=steps,
+    seed=seed,
+    starts=(start, objective_start),
+    transform=transform,
+    validation=validation,
+    baseline=baseline,
+    teacher_network=teacher_network,
+    teacher_run=teacher_run,
+  )
+  place = None if folder is None else _made(folder)
+  findings = asked.findings()
+  if place is not None:
+    runs.write_json(place / FILE, [dataclasses.asdict(finding) for finding in findings])
+  for finding in findings if warn else ():
+    warnings.warn(f"{finding.check}: {finding}", PreflightWarning, stacklevel=2)
+  return findings
+
+
+def _made(folder: str | os.PathLike[str]) -> pathlib.Path:
+  place = _check.folder("folder", folder)
+  try:
+    place.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise type(error)(
+      f"folder={os.fspath(folder)!r} cannot be made ({error}); name one that can."
+    ) from error
+  return place
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Asked:
+  """What `preflight` was given; what several checks need is measured once."""
+
+  student: Network | None
+  objective: Objective | None
+  source: Any
+  teacher: Teacher | None
+  teacher_variables: PyTree
+  hyper: Mapping[str, Any] | None
+  steps: int
+  seed: int
+  starts: tuple[Any, Any]
+  transform: Transform | None
+  validation: Batch | None
+  baseline: Any
+  teacher_network: Any
+  teacher_run: Any
+
+  def __post_init__(self) -> None:
+    _check.whole("steps", self.steps)
+    _check.whole("seed", self.seed, least=0)
+    if self.source is not None and not isinstance(self.source, Source):
+      raise TypeError(f"data must be a Source, got {_check.show(self.source)}.")
+    split = self.validation
+    if split is not None and not (isinstance(split, Batch) and np.ndim(split.weight) >= 2):
+      raise TypeError(
+        f"validation must be what data.evaluation_batches makes, got {_check.show(split)}."
+      )
+    if self.student is not None:
+      check_networks(self.student, self.teacher, self.teacher_variables, self.starts[0])
+    _ = self.ran, self.members  # what is amiss with them says so before anything is measured
+    if self.baseline is not None and not (self.student and self.teacher and self.has_labels):
+      raise ValueError(
+        "baseline is compared with the teacher on held-out labels; give student, teacher and "
+        "validation too."
+      )
+
+  def findings(self) -> list[Finding]:
+    """All checks that can be made, in the order of the table."""
+    asked: list[tuple[Any, Callable[[], list[Finding | None]]]] = [
+      (self.baseline is not None, self.hardly_better),
+      (self.teacher_run or self.held_out or self.can_probe, self.not_trained),
+      (self.student and self.size_of_teacher and self.one is not None, self.capacity_gap),
+      (self.student and self.objective and self.source, self.terms),
+      (self.temperatures and self.source and self.taught, self.uniform_targets),
+      (self.held_out, self.calibration),
+    ]
+    if not any(able for able, _ in asked):
+      raise ValueError(
+        "check was given nothing to look at: give it what train.fit gets (student, objective, "
+        "data=, teacher=, teacher_variables=), and validation= for the teacher's quality."
+      )
+    found = [one for able, ask in asked if able for one in ask()]
+    return [finding for finding in found if finding is not None]
+
+  @functools.cached_property
+  def taught(self) -> evaluation.Predict | None:
+    """The teacher's logits, from wherever they come."""
+    if self.source is not None and self.source.teacher is not None:
+      return lambda variables, batch: batch.teacher.logits  # type: ignore[union-attr]
+    return None if self.teacher is None else evaluation.teacher_predictor(self.teacher)
+
+  @functools.cached_property
+  def batch(self) -> Batch:
+    """The run's first training batch."""
+    stacked = batches_of(self.source, 0, 1, transform=self.transform, seed=self.seed)
+    return jax.tree.map(lambda leaf: leaf[0], stacked)
+
+  @functools.cached_property
+  def one(self) -> Batch | None:
+    """A single example."""
+    if self.source is not None:
+      return jax.tree.map(lambda leaf: leaf[:1], self.batch)
+    if self.validation is not None:
+      return jax.tree.map(lambda leaf: leaf[0, :1], self.validation)
+    return None
+
+  @functools.cached_property
+  def ran(self) -> tuple[np.ndarray, np.ndarray, int | None] | None:
+    """The curve of the teacher's own run."""
+    return None if self.teacher_run is None else curve(self.teacher_run)
+
+  @functools.cached_property
+  def has_labels(self) -> bool:
+    """Whether there is a validation split with classes."""
+    split = self.validation
+    return (
+      split is not None
+      and np.issubdtype(split.labels.dtype, np.integer)
+      and bool(np.any(np.asarray(split.weight) != 0) and np.any(np.asarray(split.labelled) != 0))
+    )
+
+  @functools.cached_property
+  def held_out(self) -> tuple[np.ndarray, np.ndarray] | None:
+    """The teacher's logits and the labels on validation, where both are there."""
+    if self.teacher is None or not self.has_labels:
+      return None
+    predict = evaluation.teacher_predictor(self.teacher)
+    logits, labels = predictions(predict, [self.teacher_variables], self.validation)  # type: ignore[arg-type]
+    return logits[0], labels
+
+  @functools.cached_property
+  def right(self) -> np.ndarray:
+    """Which held-out examples the teacher is right on."""
+    assert self.held_out is not None
+    return np.argmax(self.held_out[0], axis=1) == self.held_out[1]
+
+  @functools.cached_property
+  def keywords(self) -> list[dict[str, Any]]:
+    """The objective's keywords at the run's first, middle and last step; once if they stay."""
+    assert self.objective is not None
+    hyper = check_hyper(self.hyper, self.objective, self.steps)
+    scheduled = {n: value for n, value in self.objective.hyper.items() if callable(value)}
+    hyper = {**scheduled, **hyper}
+    changes = any(callable(value) for value in hyper.values())
+    at = sorted({0, self.steps // 2, self.steps - 1}) if changes else [0]
+    return [{n: float(v(s)) if callable(v) else v for n, v in hyper.items()} for s in at]
+
+  @functools.cached_property
+  def temperatures(self) -> list[float]:
+    """The objective's temperatures, in the steps that are looked at."""
+    if self.objective is None:
+      return []
+    every = [{**self.objective.hyper, **keywords} for keywords in self.keywords]
+    found = [v for each in every for n, v in each.items() if n.split("_")[-1] == "temperature"]
+    return [float(np.max(np.asarray(value))) for value in found if value is not None]
+
+  @functools.cached_property
+  def size_of_teacher(self) -> int:
+    return 0 if self.teacher is None else cost.parameters(self.teacher_variables)
+
+  @functools.cached_property
+  def members(self) -> list[tuple[Network, PyTree]]:
+    """The networks that the teacher is made of, as far as they are known."""
+    networks, variables = self.teacher_network, self.teacher_variables
+    if networks is None or variables is None:
+      return []
+    variables = list(variables) if isinstance(variables, list | tuple) else [variables]
+    networks = list(networks) if isinstance(networks, list | tuple) else [networks] * len(variables)
+    if len(networks) != len(variables) or not all(isinstance(n, Network) for n in networks):
+      raise ValueError(
+        f"teacher_network has {len(networks)} networks for {len(variables)} members in "
+        "teacher_variables; give one Network for all of them, or one for each."
+      )
+    return list(zip(networks, variables, strict=True))
+
+  @functools.cached_property
+  def can_probe(self) -> bool:
+    return bool(self.members) and self.source is not None and self.source.num_classes > 0
+
+  def hardly_better(self) -> list[Finding | None]:
+    assert self.held_out is not None
+    assert self.student is not None
+    assert self.validation is not None
+    given, labels = self.baseline, self.held_out[1]
+    models = [given] if isinstance(given, Mapping) else given
+    if not all(isinstance(model, Mapping) for model in models):
+      return [teacher_checks.hardly_better(float(self.right.mean()), given, examples=len(labels))]
+    logits, _ = predictions(evaluation.predictor(self.student), models, self.validation)
+    right = np.argmax(logits, axis=-1) == labels
+    _, error = teacher_checks.mean_and_error(self.right.astype(np.float64) - right.mean(axis=0))
+    accuracies = right.mean(axis=1)
+    found = teacher_checks.hardly_better(
+      float(self.right.mean()), accuracies, examples=len(labels), paired_error=error
+    )
+    return [found]
+
+  def not_trained(self) -> list[Finding | None]:
+    found, told = None, False
+    if self.held_out is not None:
+      labels = self.held_out[1]
+      chance = float(np.bincount(labels).max() / len(labels))
+      found = teacher_checks.near_chance(
+        float(self.right.mean()), examples=len(labels), chance=chance
+      )
+    if found is None and self.ran is not None:
+      steps, losses, planned = self.ran
+      found = teacher_checks.still_falling(steps, losses, planned=planned)
+      told = teacher_checks.curve_tells(losses)
+    if found is None and not told and self.can_probe:
+      found = next(filter(None, self.probed()), None)
+    return [found]
+
+  def probed(self) -> Iterator[Finding | None]:
+    """A few steps on a copy of each member, on batches of the epoch that are not measured."""
+    small = self.source
+    if not small.share:
+      small = dataclasses.replace(small, batch_size=min(small.batch_size, _PROBE_BATCH))
+    epoch = small.steps_per_epoch
+    aside = max(1, min(16, epoch // 3))
+    held_out = batches_of(small, 0, aside)
+    if not np.issubdtype(held_out.labels.dtype, np.integer) or not np.any(held_out.labelled):
+      return
+    # An epoch of one batch has no other.
+    learned = batches_of(small, aside if epoch > 1 else 0, min(_PROBE_STEPS, max(epoch - aside, 1)))
+    for network in {id(network): network for network, _ in self.members}.values():
+      mine = [variables for its, variables in self.members if its is network]
+      for before, after in taught_further(network, mine, learned, held_out, steps=_PROBE_STEPS):
+        yield teacher_checks.still_learning(before, after)
+
+  def capacity_gap(self) -> list[Finding | None]:
+    assert self.student is not None
+    assert self.taught is not None
+    key = jax.random.key(self.seed)
+    variables = jax.eval_shape(lambda one: self.student.init(key, one.inputs), self.one)  # type: ignore[union-attr]
+    found = pair_checks.capacity_gap(
+      self.size_of_teacher,
+      cost.parameters(variables),
+      teacher_flops=cost.flops_or_none(self.taught, self.teacher_variables, self.one),
+      student_flops=cost.flops_or_none(evaluation.predictor(self.student), variables, self.one),
+    )
+    return [found]
+
+  def terms(self) -> list[Finding | None]:
+    """What is asked about the objective's terms."""
+    assert self.student is not None
+    assert self.objective is not None
+    terms = probe_terms(
+      self.student,
+      self.objective,
+      self.batch,
+      teacher=self.teacher,
+      teacher_variables=self.teacher_variables,
+      hyper=self.keywords,
+      start=self.starts[0],
+      objective_start=self.starts[1],
+      num_classes=self.source.num_classes,
+      seed=self.seed,
+    )
+    shared = self.source.shared
+    usable = not isinstance(shared, Mapping) or np.any(shared.get("labelled", 1))
+    labelled = self.source.num_classes > 0 and bool(usable)
+    return [pair_checks.no_labels(terms, labelled=labelled), pair_checks.unequal_gradients(terms)]
+
+  def uniform_targets(self) -> list[Finding | None]:
+    assert self.taught is not None
+    logits = jax.jit(self.taught)(self.teacher_variables, self.batch)
+    logits = np.asarray(logits).reshape(-1, logits.shape[-1])
+    return [pair_checks.uniform_targets(logits, self.temperatures)]
+
+  def calibration(self) -> list[Finding | None]:
+    assert self.held_out is not None
+    temperature = max(self.temperatures, default=None)
+    return [teacher_checks.misleading(*self.held_out, temperature=temperature)]

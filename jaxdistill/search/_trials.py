@@ -1,0 +1,362 @@
+"""How a sweep's points are trained: chunks that fit the memory, rungs, and what is on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import _compile, evaluation, runs
+from jaxdistill.runs import Checkpoints
+from jaxdistill.search._choice import Row
+from jaxdistill.search._grid import Group, stacked_values
+from jaxdistill.train import (
+  Dispatch,
+  Intervals,
+  Log,
+  Program,
+  State,
+  Values,
+  deployed_variables,
+  run_steps,
+  start_or_resume,
+)
+from jaxdistill.types import Batch, Network, Objective
+
+__all__ = ["Found", "Search"]
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """What came of one point's students at the end of a rung.
+
+  Attributes:
+    row: its numbers.
+    variables: reads the deployed variables, leaves ``[S, ...]`` over its seeds.
+    state: the whole state of the same, on the host, where another rung goes on from it.
+  """
+
+  row: Row
+  variables: Callable[[], PyTree]
+  state: State | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Search:
+  """The points' programs, and where their students are kept.
+
+  Attributes:
+    groups: the points by program.
+    values: each point's values, in the order in which they were given.
+    seeds: how many students a point has.
+    steps: of the last rung.
+    length: steps of one dispatch.
+    save_every: steps between checkpoints.
+    build: ``(a group, values, how many points) -> Program``.
+    deployed: ``a group -> its deployed network``.
+    validation: the split to choose on.
+    memory: bytes for a program, on each device.
+    devices: how many devices share the points.
+    most: ``a group -> the most points in one program``, whatever the memory.
+    dispatch: of the programs.
+    folder: where students are kept; None for memory.
+    asked_to_stop: ``step -> whether to save and leave``.
+    progress: the bar's label.
+    programs: those that were built, by group and number of points, and the bytes that they need.
+    validators: what measures each group's students.
+  """
+
+  groups: list[Group]
+  values: list[dict[str, Any]]
+  seeds: int
+  steps: int
+  length: int
+  save_every: int
+  build: Callable[[Group, Values, int], Program]
+  deployed: Callable[[Group], Network]
+  validation: Batch
+  memory: int
+  devices: int
+  most: Callable[[Group], int]
+  dispatch: Dispatch
+  folder: pathlib.Path | None
+  asked_to_stop: Callable[[int], bool]
+  progress: str | None
+  programs: dict[tuple[int, int], tuple[Program, int]] = dataclasses.field(default_factory=dict)
+  validators: dict[int, evaluation.Validator] = dataclasses.field(default_factory=dict)
+
+  def rung(
+    self, number: int, until: int, alive: Sequence[int], before: dict[int, Found], *, keep: bool
+  ) -> dict[int, Found]:
+    """Trains points up to a step.
+
+    Args:
+      number: of the rung.
+      until: the step.
+      alive: which points.
+      before: what came of them in the rung before; empty for the first.
+      keep: whether another rung goes on from their states.
+
+    Returns:
+      What came of each point.
+    """
+    found: dict[int, Found] = {}
+    for g, group in enumerate(self.groups):
+      rows = [row for row, index in enumerate(group.indices) if index in set(alive)]
+      if not rows:
+        continue
+      size = self.points_at_once(g, len(rows), f"{number}-{g}")
+      for c in range(0, len(rows), size):
+        chunk, name = rows[c : c + size], f"{number}-{g}-{c // size}"
+        states = [before[group.indices[row]].state for row in chunk] if before else None
+        found |= self.chunk(g, chunk, size, name, until, states, keep=keep)
+    return found
+
+  def points_at_once(self, g: int, count: int, name: str) -> int:
+    """How many points of a group one program trains; what a folder was begun with stays."""
+    plan = None if self.folder is None else self.folder / "students" / f"{name}.json"
+    if plan is not None and plan.is_file():
+      return int(json.loads(plan.read_text())["points_at_once"])
+    cap = self.devices * math.ceil(min(count, self.most(self.groups[g])) / self.devices)
+    size = _compile.that_fit(
+      lambda points: self.program(g, points)[1], cap, self.memory, multiple=self.devices
+    )
+    if plan is not None:
+      plan.parent.mkdir(exist_ok=True)
+      runs.write_json(plan, {"points_at_once": size})
+    return size
+
+  def program(self, g: int, points: int) -> tuple[Program, int]:
+    """The program of so many points of a group, and the bytes that it needs."""
+    if (g, points) not in self.programs:
+      group = self.groups[g]
+      some = [i % len(group.indices) for i in range(points)]
+      program = self.build(group, stacked_values(group, some, self.seeds), points)
+      assert program.compile is not None
+      chunks = math.ceil(len(group.indices) / points)
+      # What a chunk ends with is compiled while its own program is traced.
+      deployed = functools.partial(deployed_variables, objective=group.objective)
+      shapes = jax.eval_shape(deployed, program.shapes)
+      self.validator(g).compile(self.dispatch.spread(shapes), calls=chunks)
+      finish = program.compile(self.length, chunks * math.ceil(self.steps / self.length))
+      self.programs[g, points] = program, finish()
+    return self.programs[g, points]
+
+  def validator(self, g: int) -> evaluation.Validator:
+    """What measures a group's students."""
+    if g not in self.validators:
+      network = self.deployed(self.groups[g])
+      self.validators[g] = evaluation.validator(network, self.validation, stacked=True)
+    return self.validators[g]
+
+  def chunk(
+    self,
+    g: int,
+    rows: list[int],
+    size: int,
+    name: str,
+    until: int,
+    states: list[State | None] | None,
+    *,
+    keep: bool,
+  ) -> dict[int, Found]:
+    """Trains some points of a group side by side, or reads what was trained before."""
+    group, path = self.groups[g], None
+    if self.folder is not None:
+      path = self.folder / "students" / name
+      path.mkdir(parents=True, exist_ok=True)
+    outcome = None if path is None else _outcome(path)
+    state = None
+    if outcome is None or keep:
+      state, outcome = self.trained(g, rows, size, path, until, states)
+    found, deployed = {}, None
+    if path is None:
+      deployed = jax.device_get(deployed_variables(state, group.objective)) if state else None
+    host = _to_host(state) if keep and state is not None else None
+    for i, row in enumerate(rows):
+      mine = slice(i * self.seeds, (i + 1) * self.seeds)
+      index = group.indices[row]
+      found[index] = Found(
+        row=_row(self.values[index], outcome, mine, until),
+        variables=_reader(path, group.objective, deployed, mine),
+        state=None if host is None else _cut(host, mine),
+      )
+    return found
+
+  def trained(
+    self,
+    g: int,
+    rows: list[int],
+    size: int,
+    path: pathlib.Path | None,
+    until: int,
+    states: list[State | None] | None,
+  ) -> tuple[State, dict[str, Any]]:
+    """The students' state at a step, and their numbers there."""
+    group = self.groups[g]
+    filled = rows + [rows[-1]] * (size - len(rows))  # a chunk of another length compiles anew
+    program, _ = self.program(g, size)
+    values = stacked_values(group, filled, self.seeds)
+    program = dataclasses.replace(program, values=values)
+    kept = None if path is None else Checkpoints(path / "checkpoints", keep_last=1, keep_best=False)
+    # Without checkpoints nothing stops a dispatch short, which would compile one of that length.
+    save = until if kept is None else self.save_every
+    try:
+      state, at = start_or_resume(program, kept)
+      if states is not None and at == 0:
+        state, at = _joined(states + [states[-1]] * (size - len(rows)))
+      log = Log(
+        path,
+        steps=until,
+        at=at,
+        epoch=program.source.steps_per_epoch,
+        examples=program.examples_per_step,
+        schedules={},
+        progress=self.progress,
+        tensorboard=False,
+        select="accuracy",
+        callback=None,
+      )
+      try:
+        state = run_steps(
+          program,
+          state,
+          at,
+          every=Intervals(until, log=self.length, validate=until, save=save),
+          dispatch=self.dispatch,
+          log=log,
+          saved=kept,
+          asked_to_stop=self.asked_to_stop,
+          finite=False,
+        )
+        history = log.history
+      finally:
+        log.close()
+    finally:
+      if kept is not None:
+        kept.close()
+    outcome = self.measured(g, state, history)
+    if path is not None:
+      runs.write_json(path / "outcome.json", outcome)
+    return state, outcome
+
+  def measured(self, g: int, state: State, history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Validation of each student, and the step at which one was seen to be no longer finite."""
+    objective = self.groups[g].objective
+    numbers = self.validator(g)(deployed_variables(state, objective))
+    # Weights may be finite and what they compute not; without labels there is nothing to see it by.
+    sane = np.isfinite(numbers["nll"]) | np.isnan(numbers["accuracy"])
+    finite = _finite_students((state.params, state.model_state)) & sane
+    bad: list[int | None] = []
+    for s, good in enumerate(finite):
+      # The log's NaN is JSON's null.
+      steps = [line["step"] for line in history if line["loss"][s] is None]
+      last = int(history[-1]["step"]) if history else 0
+      bad.append(steps[0] if steps else None if good else last)
+    return {"metrics": {name: np.asarray(found) for name, found in numbers.items()}, "bad": bad}
+
+
+def _finite_students(tree: PyTree) -> np.ndarray:
+  """Which students are finite, ``[S]``: on the device where that spares the way to the host."""
+  if jax.default_backend() == "cpu":  # there is no way, and nothing has to be compiled
+    return _finite(np, jax.tree.map(np.asarray, tree))
+  return np.asarray(jax.jit(_finite, static_argnums=0)(jnp, tree))
+
+
+def _finite(xp: Any, tree: PyTree) -> Any:
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  each = [xp.all(xp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in leaves]
+  return xp.all(xp.stack(each), axis=0)
+
+
+def _outcome(path: pathlib.Path) -> dict[str, Any] | None:
+  """What a finished chunk wrote; a damaged file is as none, and the chunk goes on from its save."""
+  try:
+    found: dict[str, Any] = json.loads((path / "outcome.json").read_text())
+    found["metrics"] = {n: np.array(v, np.float64) for n, v in found["metrics"].items()}
+    return found if isinstance(found["bad"], list) else None
+  except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    return None
+
+
+def _row(values: dict[str, Any], outcome: dict[str, Any], mine: slice, until: int) -> Row:
+  bad = outcome["bad"][mine]
+  metrics = {
+    name: np.where([b is None for b in bad], np.asarray(found[mine], np.float64), np.nan)
+    for name, found in outcome["metrics"].items()
+  }
+  seen = [b for b in bad if b is not None]
+  if seen:
+    return Row(values, metrics, min(seen), "not finite")
+  return Row(values, metrics, until, "finished")
+
+
+def _reader(
+  path: pathlib.Path | None, objective: Objective, deployed: PyTree, mine: slice
+) -> Callable[[], PyTree]:
+  def read() -> PyTree:
+    variables = deployed
+    if path is not None:
+      with Checkpoints(path / "checkpoints") as saved:
+        step = saved.latest()
+        if step is None:
+          raise FileNotFoundError(
+            f"{path} holds no checkpoint that verifies; remove it, run again."
+          )
+        variables = saved.restore(step)["student" if objective.deployed is None else "deployed"]
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[mine], variables)
+
+  return read
+
+
+def _is_key(leaf: Any) -> bool:
+  return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _to_host(state: State) -> PyTree:
+  """Arrays on the host; a random key as its words and its kind."""
+
+  def bring(leaf: Any) -> Any:
+    if _is_key(leaf):
+      return _Key(np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf)))
+    return np.asarray(leaf)
+
+  return jax.tree.map(bring, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+  """A random key on the host."""
+
+  words: np.ndarray
+  kind: str
+
+
+def _cut(host: PyTree, mine: slice) -> PyTree:
+  def cut(leaf: Any) -> Any:
+    return _Key(leaf.words[mine], leaf.kind) if isinstance(leaf, _Key) else leaf[mine]
+
+  return jax.tree.map(cut, host)
+
+
+def _joined(states: Sequence[State | None]) -> tuple[State, int]:
+  """Some points' states side by side again, and their step."""
+
+  def join(*leaves: Any) -> Any:
+    if isinstance(leaves[0], _Key):
+      words = np.concatenate([leaf.words for leaf in leaves])
+      return jax.random.wrap_key_data(jnp.asarray(words), impl=leaves[0].kind)
+    return np.concatenate(leaves)
+
+  state = jax.tree.map(join, *states)
+  return state, int(state.step[0])

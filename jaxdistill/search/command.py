@@ -1,0 +1,50 @@
+"""The command ``jaxdistill budget``: what a run's student costs, and whether a budget allows it.
+
+It measures in a process of its own, which imports none of the code that trained the student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from jaxdistill.search._budget import UNITS, Budget, measure_run
+
+__all__ = ["main"]
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """The command: measures a run's student, and says whether it is inside a budget.
+
+  Args:
+    args: the command line, without the program's name.
+
+  Returns:
+    The exit status: 0 inside the budget, 1 beyond it, 2 for wrong arguments.
+  """
+  parser = argparse.ArgumentParser(
+    prog="jaxdistill budget", description="What a run's student costs, and its budget."
+  )
+  parser.add_argument("run", help="the run's folder")
+  parser.add_argument("--instance", type=int, default=0, help="which of the run's networks")
+  parser.add_argument("--batch-size", type=int, default=1, help="of the timed call")
+  parser.add_argument("--latency-ms", type=float)
+  parser.add_argument("--bytes", type=int)
+  parser.add_argument("--flops", type=int)
+  parser.add_argument("--parameters", type=int)
+  parser.add_argument("--json", action="store_true", help="print the costs alone, as JSON")
+  given = parser.parse_args(args)
+  costs = measure_run(given.run, batch_size=given.batch_size, instance=given.instance)
+  if given.json:
+    print(json.dumps(costs))
+    return 0
+  for name, unit in UNITS.items():
+    print(f"{costs[name]:>16,.6g} {unit}" if costs[name] is not None else f"{'unknown':>16} {unit}")
+  limits = {name: getattr(given, name) for name in UNITS}
+  if all(limit is None for limit in limits.values()):
+    return 0
+  budget = Budget(batch_size=given.batch_size, spare=0, **limits)
+  inside = budget.inside(costs)
+  print(f"{'inside' if inside else 'NOT inside'} the budget of {budget.describe()}")
+  return 0 if inside else 1

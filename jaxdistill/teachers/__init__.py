@@ -1,0 +1,46 @@
+"""Teachers: frozen, combined, narrowed to some classes, cached.
+
+A teacher is made here and nowhere else; what is made of teachers is a teacher again.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.teachers._cache import Filler, cached, compare_cache, with_outputs
+  from jaxdistill.teachers._cache_files import CacheError, verify_cache
+  from jaxdistill.teachers._frozen import (
+    RULES,
+    combine_logits,
+    ensemble,
+    frozen,
+    grouped,
+    layers,
+    restore,
+    subset,
+    unstack,
+  )
+  from jaxdistill.teachers._identity import short_digest, variables_identity
+
+__all__ = [
+  "RULES",  # how an ensemble may combine its members' logits
+  "CacheError",  # a cache is damaged, or half written
+  "Filler",  # runs the teacher over every example of a view
+  "cached",  # a source whose batches bring the teacher's outputs along
+  "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
+  "compare_cache",  # computes a sample of a cache again
+  "ensemble",  # any number of networks, of any architectures, as one teacher
+  "frozen",  # a network as a teacher: evaluated in inference mode, gradients stopped
+  "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1
+  "layers",  # a teacher's layers as a student's beginning
+  "restore",  # reads the deployed network's variables from a run folder of ours
+  "short_digest",  # 16 hexadecimal digits of what JSON holds
+  "subset",  # a teacher narrowed to some of its classes, and renormalised over them
+  "unstack",  # takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees
+  "variables_identity",  # paths, shapes, dtypes and checksum of a teacher's variables
+  "verify_cache",  # checks every digest, count and id of a cache
+  "with_outputs",  # a source whose batches take their rows out of arrays of the program
+]
+
+__getattr__, __dir__ = lazy(__name__)

@@ -1,0 +1,652 @@
+"""A teacher's outputs computed once: a source whose batches bring them along.
+
+Views are finite and numbered, so a cache is exact under augmentation: the teacher's answer to view
+v of an example is computed when v is first shown, and read back whenever it comes again. Nothing in
+the train step knows of it, since a step uses ``batch.teacher`` where there is one.
+
+`cached` is the source. A `Filler` computes the rows of a view; a `Store` keeps them in memory and
+`Files` on the disk, and find them again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill import _check
+from jaxdistill._compile import by_work
+from jaxdistill.data import Part, Source, record_files
+from jaxdistill.runs import MANIFEST, progress_bar
+from jaxdistill.teachers import _cache_files, _identity
+from jaxdistill.teachers._identity import PROBES, sketch
+from jaxdistill.types import Batch, Network, Outputs, Teacher
+
+__all__ = ["DTYPES", "LIMIT", "Files", "Filler", "Store", "cached", "compare_cache", "with_outputs"]
+
+PyTree = Any
+DTYPES = ("float16", "float32", "float64")
+# CIFAR-100's logits of all 162 views of crop_flip(4) take 3.2 GB as float32, half as float16.
+LIMIT = 4 * 2**30
+
+
+def cached(
+  teacher: Teacher | None,
+  teacher_variables: PyTree,
+  source: Source,
+  *,
+  dtype: str = "float32",
+  features: Sequence[str] = (),
+  folder: str | os.PathLike[str] | None = None,
+  in_advance: bool = False,
+  limit: int = LIMIT,
+  batch_size: int = 256,
+  progress: str | None = "cache",
+  asked: Any = None,
+) -> Source:
+  """A source whose batches bring the teacher's outputs along: each view of an example asked once.
+
+  Train with ``fit(student, objective, data=cached(...))`` and without a teacher. After V epochs of
+  a source with V views the teacher is never run again; a view is filled when it is first shown,
+  between two dispatches. Where there is no augmentation there is one view, filled at once, and
+  sources of other data seeds (``dataclasses.replace(made, data_seed=3)``) share it. With an
+  augmentation each data seed has views of its own, so each takes a cache.
+
+  What is complete and no larger than a quarter of the device's memory lies on the device; other
+  rows are kept in the host's memory, or read from the files as they are needed, and travel with the
+  items. A transform (mixup) changes the inputs that the teacher would see: not with a cache.
+
+  Args:
+    teacher: ``(variables, batch) -> Outputs``, see `jaxdistill.teachers`; it must answer to an
+      example alone, whatever else is in the batch. None opens a complete cache in ``folder``
+      without one, as another program wrote it (``docs/cache.md``).
+    teacher_variables: its variables.
+    source: from `data.on_device`, `streamed` or `mixed`, with finite ``views``.
+    dtype: of what is kept: ``"float32"``, ``"float16"`` (half the size; read back as float32), or
+      ``"float64"``.
+    features: which of the teacher's features to keep beside the logits.
+    folder: where the cache is kept, to be used again; in memory alone by default. It is refused
+      where it was made for another teacher, data set or augmentation; missing views are filled.
+    in_advance: fill all views now, under a progress bar.
+    limit: the most bytes that the cache may take; 4 GiB by default.
+    batch_size: examples in a batch while it is filled.
+    progress: the label of the bar while it is filled; None for silence.
+    asked: what the teacher is asked for, in your own words (anything that JSON holds), where it is
+      a function of yours that depends on more than its variables.
+
+  Returns:
+    The source; ``teacher`` is a fingerprint of what it brings along.
+
+  Raises:
+    TypeError: an argument is of another kind than it must be.
+    ValueError: the source has no finite views; the cache would exceed ``limit``; a feature is not
+      there; ``folder`` holds another cache, and the message says in what they differ.
+    CacheError: the folder's files are damaged.
+  """
+  _check_arguments(source, dtype, features, progress)
+  for name, value in (("limit", limit), ("batch_size", batch_size)):
+    _check.whole(name, value)
+  _check.switch("in_advance", in_advance)
+  if teacher is None:
+    store, about = _foreign(teacher_variables, source, folder)
+  else:
+    _check_teacher(teacher)
+    fill = Filler(teacher, teacher_variables, source, dtype, tuple(features), batch_size)
+    _check_size(limit, source, fill.layout)
+    about = {
+      **_identity.identity_of(source, _views(source), dtype, fill.layout),
+      "asked": _identity.asked_of(teacher, asked),
+      "teacher": _identity.variables_identity(teacher_variables),
+    }
+    store = Store(_views(source), fill.layout, fill.size, fill=fill, progress=progress)
+    if folder is not None:
+      store.files = _claimed(_check.folder("folder", folder), fill, about)
+  # Where the files are larger than that, they are read row by row.
+  store.keep = folder is None or _fits(_bytes(source, store.layout), "host")
+  if _views(source) == 1 or in_advance:
+    store.complete()
+  device = store.full and _fits(_bytes(source, store.layout), "device")
+  made = _on_device(source, store) if device else _beside(source, store)
+  return dataclasses.replace(made, teacher=_identity.short_digest(about))
+
+
+def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files:
+  """The files of a cache of ours, made or gone on with."""
+  source, views = fill.source, about["view_count"]
+  if (folder / MANIFEST).exists():
+    _check_same(folder, about)  # before anything is compiled
+  about = {
+    **about,
+    "teacher": {**about["teacher"], "outputs": fill.probe()},
+    "looks": _identity.views_identity(source, views),
+  }
+  whole: Any = source.whole
+  ids = whole.ids()
+  if len(set(ids)) != len(ids):
+    raise ValueError(f"the ids of {source.name!r} are not unique, and a cache is keyed by them.")
+  if not (folder / MANIFEST).exists():
+    _cache_files.create(folder, {**about, "libraries": _identity.libraries()}, ids)
+  _check_same(folder, about)
+  files = Files(folder, ids)
+  if jax.process_count() > 1 and not all(files.has(view) for view in range(views)):
+    raise ValueError(
+      f"folder={str(folder)!r} lacks views, and several processes would fill it: fill it by one "
+      "process before, with in_advance=True."
+    )
+  return files
+
+
+def _foreign(
+  teacher_variables: PyTree, source: Source, folder: str | os.PathLike[str] | None
+) -> tuple[Store, dict[str, Any]]:
+  """A complete cache, whoever wrote it."""
+  if teacher_variables is not None:
+    raise ValueError("teacher_variables are given and teacher is None; give the teacher too.")
+  if folder is None:
+    raise ValueError("teacher is None, and there is no folder to read its outputs from.")
+  path = _check.folder("folder", folder)
+  manifest = _cache_files.read_manifest(path)
+  kind = _cache_files.row_type(manifest["arrays"])
+  layout = {n: jax.ShapeDtypeStruct(kind[n].shape, kind[n].base) for n in kind.names or ()}
+  now = _identity.identity_of(source, _views(source), manifest["dtype"], layout)
+  _check_same(path, {**now, "looks": _identity.views_identity(source, _views(source))})
+  whole: Any = source.whole
+  store = Store(_views(source), layout, whole.size, files=Files(path, whole.ids()))
+  if not store.full:
+    lacking = [view for view in range(store.count) if not store.has(view)]
+    raise ValueError(
+      f"folder={str(folder)!r} lacks the views {lacking[:5]} of {store.count}, and there is no "
+      "teacher to fill them: let whoever wrote it write the rest."
+    )
+  written = {name: manifest.get(name) for name in ("teacher", "asked", "views")}
+  return store, {**now, **written}
+
+
+def _check_same(folder: pathlib.Path, now: dict[str, Any]) -> None:
+  lines = _identity.differences(_cache_files.read_manifest(folder), now)
+  if lines:
+    raise ValueError(
+      f"folder={str(folder)!r} is a cache of something else. {'; '.join(lines)}. Take another "
+      "folder, or what it was made with."
+    )
+
+
+def _views(source: Source) -> int:
+  """V."""
+  return 1 if source.augmentation == "identity" or source.views is None else source.views
+
+
+def _on_device(source: Source, store: Store) -> Source:
+  """All views as arrays of the program; a batch takes its rows out of them."""
+  # One array, in which row ``view * N + index`` is one example's.
+  arrays = {
+    name: np.concatenate([store.view(v)[name] for v in range(store.count)]) for name in store.layout
+  }
+  return with_outputs(source, jax.device_put(arrays), store.size, store.count)
+
+
+def with_outputs(source: Source, arrays: PyTree, size: int, views: int = 1) -> Source:
+  """A source whose batches take their rows out of arrays of the program.
+
+  Args:
+    source: without a teacher's outputs.
+    arrays: ``{"logits": [V * N, ...], "features/<name>": [V * N, ...]}``, pending ones too.
+    size: N.
+    views: V.
+  """
+
+  def cut(shared: PyTree, item: PyTree) -> Batch:
+    batch = source.cut(shared[0], item)
+    row = (batch.view % jnp.int32(views)) * jnp.int32(size) + batch.index
+    rows = jax.tree.map(lambda leaf: jnp.take(leaf, row, 0, mode="clip"), shared[1])
+    return dataclasses.replace(batch, teacher=_outputs(rows))
+
+  return dataclasses.replace(
+    source, shared=(source.shared, arrays), cut=cut, read=_read(source, source.read)
+  )
+
+
+def _beside(source: Source, store: Store) -> Source:
+  """Rows gathered on the host, which travel with the items."""
+  whole: Any = source.whole
+
+  def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    items = source.read(seed, batch, step, count, part)
+    index, view = whole.rows(items)
+    return {"items": items, "teacher": store.rows(index, view % store.count)}
+
+  def cut(shared: PyTree, item: PyTree) -> Batch:
+    batch = source.cut(shared, item["items"])
+    return dataclasses.replace(batch, teacher=_outputs(item["teacher"]))
+
+  return dataclasses.replace(source, cut=cut, read=_read(source, read), whole=None)
+
+
+def _read(
+  source: Source, read: Callable[[int, int, int, int, Part], PyTree]
+) -> Callable[[int, int, int, int, Part], PyTree]:
+  """The ``read`` of a cached source: of one data seed, unless nothing depends on it."""
+  if source.augmentation == "identity":
+    return read
+
+  def checked(seed: int, *rest: Any) -> PyTree:
+    if seed != source.data_seed:
+      raise ValueError(
+        f"data_seed={seed}, but these outputs were cached for data_seed={source.data_seed}, and "
+        f"what {source.augmentation} shows depends on it: cache the source of each seed."
+      )
+    return read(seed, *rest)
+
+  return checked
+
+
+def _outputs(rows: Mapping[str, Any]) -> Outputs:
+  """A batch's rows as the teacher put them out."""
+  values = {
+    name: value.astype(jnp.float32) if value.dtype == jnp.float16 else value
+    for name, value in rows.items()
+  }
+  logits = values.pop("logits")
+  return Outputs(logits=logits, features={n.split("/", 1)[1]: v for n, v in values.items()})
+
+
+def _check_arguments(
+  source: Any, dtype: str, features: Sequence[str], progress: str | None
+) -> None:
+  if not isinstance(source, Source):
+    raise TypeError(
+      f"source must be a Source (from data.on_device, streamed or mixed), got "
+      f"{_check.show(source)}."
+    )
+  if source.teacher is not None:
+    raise ValueError(f"source {source.name!r} brings a teacher's outputs along already.")
+  if source.whole is None:
+    raise ValueError(
+      f"source {source.name!r} only iterates, so an example cannot be found again: make it one of "
+      "data.from_sequence (or from_dicts) and streamed."
+    )
+  if source.views is None and source.augmentation != "identity":
+    raise ValueError(
+      f"source {source.name!r} shows a new view of {source.augmentation} in every epoch, and a "
+      "cache needs views that come again: make it with views=8, say."
+    )
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
+  if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise ValueError("dtype='float64' needs jax.enable_x64(True) around all of the run.")
+  if isinstance(features, str) or not all(isinstance(name, str) for name in features):
+    raise TypeError(f"features={_check.show(features)} must be a sequence of names.")
+  if not isinstance(progress, str | None):
+    raise TypeError(f"progress={progress!r} must be the bar's label, or None for no bar.")
+
+
+def _check_teacher(teacher: Any) -> None:
+  if isinstance(teacher, Network):
+    raise TypeError(f"teacher is the network {teacher.name!r}; give teachers.frozen(network).")
+  _check.function(
+    "teacher",
+    teacher,
+    "(variables, batch) -> Outputs",
+    arguments=2,
+    instead="Make one by teachers.frozen(network).",
+  )
+
+
+def _bytes(source: Source, layout: Mapping[str, Any]) -> int:
+  """What all views take."""
+  whole: Any = source.whole
+  row = sum(math.prod(r.shape) * np.dtype(r.dtype).itemsize for r in layout.values())
+  return _views(source) * whole.size * row
+
+
+def _check_size(limit: int, source: Source, layout: Mapping[str, Any]) -> None:
+  needed, whole = _bytes(source, layout), source.whole
+  if needed > limit:
+    each = ", ".join(f"{name} {row.dtype}{list(row.shape)}" for name, row in layout.items())
+    raise ValueError(
+      f"the cache would take {needed / 1e9:.3g} GB ({_views(source)} views of "
+      f"{whole and whole.size} examples, each {each}), and limit={limit} is {limit / 1e9:.3g} GB: "
+      "take fewer views or features, dtype='float16', or a higher limit."
+    )
+
+
+def _fits(size: int, where: str) -> bool:
+  """Whether so many bytes take no more than a quarter of a device's memory, or of the host's."""
+  stats = jax.local_devices()[0].memory_stats() if where == "device" else None
+  if stats and "bytes_limit" in stats:
+    return size <= stats["bytes_limit"] // 4
+  return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+def compare_cache(
+  teacher: Teacher, teacher_variables: PyTree, source: Source, folder: str | os.PathLike[str]
+) -> list[str]:
+  """Computes a sample of a cache again.
+
+  Args:
+    teacher: the teacher.
+    teacher_variables: its variables.
+    source: what the cache was made of.
+    folder: the cache.
+
+  Returns:
+    What differs, in words; nothing where the cache is this teacher's. Of a cache that another
+    program wrote, only the sample is compared.
+  """
+  path = _check.folder("folder", folder)
+  manifest = _cache_files.read_manifest(path)
+  names = [a["name"] for a in manifest["arrays"]]
+  features = tuple(n.split("/", 1)[1] for n in names if n.startswith("features/"))
+  fill = Filler(teacher, teacher_variables, source, manifest["dtype"], features, 64)
+  now = _identity.identity_of(source, _views(source), manifest["dtype"], fill.layout)
+  if "checksum" in (manifest.get("teacher") or {}):
+    variables = _identity.variables_identity(teacher_variables)
+    now |= {"asked": _identity.asked_of(teacher), "teacher": variables}
+  lines = _identity.differences(manifest, now)
+  if lines:
+    return lines
+  whole: Any = source.whole
+  files = Files(path, whole.ids())
+  there = _cache_files.complete_views(manifest)
+  for view in sorted({there[i] for i in (0, len(there) // 2, -1)}) if there else []:
+    rows = files.load(view)
+    # The first batch of the view, and one in the middle.
+    for number, item in enumerate(itertools.islice(fill.items(view), fill.steps // 2 + 1)):
+      if number not in (0, fill.steps // 2):
+        continue
+      index, made, _ = jax.device_get(fill.outputs(teacher_variables, source.shared, item))
+      for name, values in made.items():
+        error = np.max(np.abs(np.float64(values) - np.float64(rows[name][index])))
+        size = np.max(np.abs(np.float64(values)))
+        if not error <= 0.01 * size:  # float16 and TF32 are ten times better than that
+          lines.append(f"{name} in view {view} is off by {error:.3g}, of numbers up to {size:.3g}")
+  return lines
+
+
+# One view's rows, by example: ``{"logits": [N, ...], "features/<name>": [N, ...]}``.
+Rows = dict[str, np.ndarray]
+
+
+class Filler:
+  """Runs the teacher over every example of a view."""
+
+  def __init__(
+    self,
+    teacher: Teacher,
+    variables: PyTree,
+    source: Source,
+    dtype: str,
+    features: tuple[str, ...],
+    batch_size: int,
+  ) -> None:
+    """Looks at what the teacher puts out, abstractly.
+
+    Args:
+      teacher: the teacher.
+      variables: its variables.
+      source: a source with a ``whole``.
+      dtype: of the rows.
+      features: which of the teacher's features are kept.
+      batch_size: examples in a batch.
+    """
+    whole: Any = source.whole
+    self.source, self.variables, self.dtype = source, variables, dtype
+    self.size, self.every = whole.size, whole.every
+    self.batch_size = min(batch_size, self.size)
+    self.steps = -(-self.size // self.batch_size)
+
+    outputs = _function(teacher, source.cut, dtype, features)
+    given = variables, source.shared, next(self.items(0))
+    _, made, _ = jax.eval_shape(outputs, *given)
+    options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
+    self.outputs = jax.jit(outputs, compiler_options=options)
+    self.layout = {
+      name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
+    }
+
+  def items(self, view: int) -> Iterator[PyTree]:
+    """The batches of a view."""
+    return iter(self.every(self.source.data_seed, self.batch_size, view))
+
+  def probe(self) -> dict[str, Any]:
+    """What the teacher puts out for the first examples, as sketches."""
+    _, made, _ = self.outputs(self.variables, self.source.shared, next(self.items(0)))
+    return {name: sketch(np.asarray(value[:PROBES])) for name, value in made.items()}
+
+  def __call__(self, view: int, done: Callable[[int], Any]) -> Rows:
+    """The rows of one view, in the order of the examples."""
+    rows = {name: np.empty((self.size, *r.shape), r.dtype) for name, r in self.layout.items()}
+    missing = np.ones(self.size, bool)
+
+    def take(made: Any) -> None:
+      index, values, problems = jax.device_get(made)
+      for name, bad in problems.items():
+        if bad:
+          raise ValueError(
+            f"the teacher's {name} in view {view} hold NaN, or a number that {self.dtype} has "
+            "not: look at the teacher's variables, or take dtype='float32'."
+          )
+        rows[name][index] = values[name]
+      missing[index] = False
+      done(1)
+
+    pending: Any = None
+    for item in self.items(view):
+      made = self.outputs(self.variables, self.source.shared, item)
+      if pending is not None:
+        take(pending)  # while the device is at the next batch
+      pending = made
+    take(pending)
+    if missing.any():
+      raise RuntimeError(f"{self.source.name!r} did not show example {missing.argmax()} of a view.")
+    return rows
+
+
+@functools.lru_cache(maxsize=4)
+def _function(
+  teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
+) -> Callable[..., Any]:
+  """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
+
+  def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
+    batch = cut(shared, item)
+    made = _picked(teacher(variables, batch), features)
+    kept = {name: value.astype(dtype) for name, value in made.items()}
+    problems = {
+      name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))
+      for name, value in made.items()
+    }
+    return batch.index, kept, problems
+
+  return outputs
+
+
+def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:
+  """What is kept of a teacher's outputs."""
+  if not isinstance(outputs, Outputs):
+    raise TypeError(f"teacher must return Outputs, got {_check.show(outputs)}.")
+  if outputs.logits is None:
+    raise ValueError(
+      "the teacher puts out no logits (hidden and head stand for them), and a cache holds logits "
+      "and features: let the teacher multiply them out, or leave cached out."
+    )
+  lacking = [name for name in features if name not in outputs.features]
+  if lacking:
+    raise ValueError(
+      f"features has {lacking}, which the teacher does not put out; it has "
+      f"{sorted(outputs.features)}."
+    )
+  return {"logits": outputs.logits, **{f"features/{n}": outputs.features[n] for n in features}}
+
+
+class Files:
+  """A cache's folder, read in the order of a source's examples."""
+
+  def __init__(self, folder: pathlib.Path, ids: Sequence[str]) -> None:
+    """Opens it.
+
+    Args:
+      folder: the cache.
+      ids: of the source's examples, in their order.
+
+    Raises:
+      ValueError: the cache is of other examples.
+    """
+    self.folder = folder
+    self.manifest = _cache_files.read_manifest(folder)
+    self.ids = _cache_files.read_ids(folder, self.manifest)
+    place = {id: number for number, id in enumerate(self.ids)}
+    lacking = [id for id in ids if id not in place]
+    if lacking or len(place) != len(ids):
+      raise ValueError(
+        f"folder={str(folder)!r} is a cache of other examples: {len(lacking)} of {len(ids)} ids "
+        f"are not in it ({', '.join(lacking[:3])}). Take another folder."
+      )
+    # Where each example's record stands in a view; who wrote it may have had another order.
+    self.place = np.array([place[id] for id in ids])
+    self._open: dict[int, Any] = {}
+
+  def has(self, view: int) -> bool:
+    """Whether the view is complete."""
+    return str(view) in self.manifest["views"]
+
+  def refresh(self) -> None:
+    """Sees what another process has filled."""
+    self.manifest = _cache_files.read_manifest(self.folder)
+
+  def load(self, view: int) -> Rows:
+    """All rows of a view, verified."""
+    rows = _cache_files.read_view(self.folder, self.manifest, view, self.ids)
+    if np.array_equal(self.place, np.arange(len(self.place))):
+      return rows
+    return {name: values[self.place] for name, values in rows.items()}
+
+  def write(self, view: int, rows: Rows) -> None:
+    """Adds a view."""
+    order = np.argsort(self.place)
+    moved = {name: values[order] for name, values in rows.items()}
+    self.manifest = _cache_files.write_view(self.folder, view, moved, self.ids)
+
+  def read(self, view: int, index: np.ndarray) -> Rows:
+    """Some rows of a view, through Grain; its shards are verified when they are opened."""
+    shards = self.manifest["views"][str(view)]
+    if view not in self._open:
+      for shard in shards:
+        _cache_files.check_shard(self.folder, shard)
+      opened = record_files([str(self.folder / shard["file"]) for shard in shards])
+      if len(opened) != len(self.ids):
+        raise _cache_files.CacheError(
+          f"View {view} of {self.folder} has {len(opened)} records for {len(self.ids)} examples."
+        )
+      self._open[view] = opened
+    kind = _cache_files.row_type(self.manifest["arrays"])
+    places = self.place[index.reshape(-1)].tolist()
+    records = self._open[view].__getitems__(places)
+    starts = [_cache_files.prefix(self.ids[place]) for place in places]
+    for record, start in zip(records, starts, strict=True):
+      if not record.startswith(start) or len(record) != len(start) + kind.itemsize:
+        raise _cache_files.CacheError(
+          f"View {view} of {self.folder} has another record where {start[4:]!r} belongs."
+        )
+    joined = b"".join(r[len(s) :] for r, s in zip(records, starts, strict=True))
+    packed = np.frombuffer(joined, kind).reshape(index.shape)
+    return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+
+
+class Store:
+  """The views that there are, in memory and in files."""
+
+  def __init__(
+    self,
+    count: int,
+    layout: Mapping[str, Any],
+    size: int,
+    *,
+    fill: Filler | None = None,
+    files: Files | None = None,
+    keep: bool = True,
+    progress: str | None = None,
+  ) -> None:
+    """A store that is filled from a teacher, or from files, or both.
+
+    Args:
+      count: V.
+      layout: one row's shapes and dtypes.
+      size: the number of examples.
+      fill: what makes a view.
+      files: where views are written, and found.
+      keep: whether views that are in files are kept in memory too.
+      progress: the bar's label.
+    """
+    self.count, self.layout, self.size = count, dict(layout), size
+    self.fill, self.files, self.progress = fill, files, progress
+    self.keep = keep or files is None
+    self.views: dict[int, Rows] = {}
+
+  @property
+  def full(self) -> bool:
+    """Whether every view is there."""
+    return all(self.has(view) for view in range(self.count))
+
+  def has(self, view: int) -> bool:
+    """Whether a view is there."""
+    return view in self.views or (self.files is not None and self.files.has(view))
+
+  def make(self, wanted: Sequence[int]) -> None:
+    """Fills those of these views that are not there."""
+    missing = [view for view in wanted if not self.has(view)]
+    if missing and self.files is not None:
+      self.files.refresh()
+      missing = [view for view in wanted if not self.has(view)]
+    if not missing:
+      return
+    if self.fill is None:
+      raise ValueError(f"the cache lacks the views {missing[:5]}, and there is no teacher.")
+    with progress_bar(len(missing) * self.fill.steps, self.progress, unit="batch") as shown:
+      for view in missing:
+        rows = self.fill(view, shown.update)
+        if self.files is not None:
+          self.files.write(view, rows)
+        if self.keep:
+          self.views[view] = rows
+
+  def complete(self) -> None:
+    """Fills all views."""
+    self.make(range(self.count))
+
+  def view(self, view: int) -> Rows:
+    """All rows of a view that is there."""
+    if view in self.views:
+      return self.views[view]
+    assert self.files is not None  # else it would be in memory
+    rows = self.files.load(view)
+    if self.keep:
+      self.views[view] = rows
+    return rows
+
+  def rows(self, index: np.ndarray, view: np.ndarray) -> Rows:
+    """The rows of these examples in these views, each ``[count, B]``."""
+    wanted = np.unique(view).tolist()
+    self.make(wanted)
+    if len(wanted) == 1:
+      return self._some(wanted[0], index)
+    made = {name: np.empty((*index.shape, *r.shape), r.dtype) for name, r in self.layout.items()}
+    for one in wanted:
+      chosen = view == one
+      for name, rows in self._some(one, index[chosen]).items():
+        made[name][chosen] = rows
+    return made
+
+  def _some(self, view: int, index: np.ndarray) -> Rows:
+    if self.files is not None and not self.keep:
+      return self.files.read(view, index)
+    return {name: rows[index] for name, rows in self.view(view).items()}

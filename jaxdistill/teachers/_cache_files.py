@@ -1,0 +1,395 @@
+"""The files of a teacher cache: written whole or not at all, verified before they are believed.
+
+A folder holds ``manifest.json``, ``ids.json`` and shards of ArrayRecord. ``docs/cache.md`` has the
+format, which other programs may write. Nothing here needs JAX, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.runs import MANIFEST, digest, sha256
+
+__all__ = [
+  "FORMAT",
+  "IDS",
+  "SHARD_BYTES",
+  "CacheError",
+  "arrays_of",
+  "bad_files",
+  "check_shard",
+  "complete_views",
+  "create",
+  "forget",
+  "prefix",
+  "read_ids",
+  "read_manifest",
+  "read_view",
+  "row_type",
+  "verify_cache",
+  "write_view",
+]
+
+FORMAT = 1
+IDS = "ids.json"
+SHARD_BYTES = 256 * 2**20
+# What every manifest has, whoever wrote it.
+_KEYS = (
+  "arrays",
+  "augmentation",
+  "data",
+  "data_seed",
+  "dtype",
+  "ids",
+  "view_count",
+  "views",
+)
+_WRITING = ".writing"
+_LOCK = ".lock"
+# One record a chunk, so that a row is found without unpacking its neighbours; logits hardly shrink.
+_OPTIONS = "group_size:1,uncompressed"
+Rows = dict[str, np.ndarray]
+
+
+class CacheError(RuntimeError):
+  """A cache is damaged, or half written."""
+
+
+def _damaged(path: pathlib.Path, reason: str) -> CacheError:
+  return CacheError(
+    f"The cache cannot be used: {path} {reason}. Let `jaxdistill cache verify "
+    f"{path.parent} --drop` drop the views that are damaged, and they will be filled again; or "
+    "delete the folder."
+  )
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The manifest, if it is as it was written.
+
+  Args:
+    folder: the cache.
+
+  Returns:
+    Its content; ``views`` maps numbers (as text) to shards.
+
+  Raises:
+    FileNotFoundError: there is none.
+    CacheError: it is damaged, or of another format.
+  """
+  path = folder / MANIFEST
+  try:
+    body = json.loads(path.read_bytes())
+    intact = body["digest"] == digest(body)
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{os.fspath(folder)!r} is no cache: it has no {MANIFEST}.") from None
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise _damaged(path, f"cannot be read ({error})") from error
+  if not intact:
+    raise _damaged(path, "is not as it was written (its digest differs)")
+  if body.get("format") != FORMAT:
+    raise CacheError(f"{path} is of format {body.get('format')!r}; this program reads {FORMAT}.")
+  lacking = [name for name in _KEYS if name not in body]
+  if lacking:
+    raise _damaged(path, f"lacks {', '.join(map(repr, lacking))}")
+  if "logits" not in [array["name"] for array in body["arrays"]]:
+    raise _damaged(path, "has no array named 'logits'")
+  return body
+
+
+def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
+  made = {name: value for name, value in body.items() if name != "digest"}
+  _write(folder / MANIFEST, json.dumps(made | {"digest": digest(made)}, indent=1))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file so that nobody ever sees half of it, not even after a power cut."""
+  writing = path.with_name(path.name + _WRITING)
+  with writing.open("w") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(writing, path)
+  _sync_folder(path.parent)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+  number = os.open(folder, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+  """One writer at a time; a killed one holds nothing back."""
+  with (folder / _LOCK).open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def create(folder: pathlib.Path, body: Mapping[str, Any], ids: Sequence[str]) -> dict[str, Any]:
+  """Starts a cache without views, or opens the one that is there.
+
+  Args:
+    folder: the cache.
+    body: what the manifest says beside ``format``, ``ids``, ``views`` and ``digest``.
+    ids: of the examples, in the order of a view's records.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    ValueError: the folder holds something else.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise type(error)(f"folder={os.fspath(folder)!r} cannot be written ({error}).") from error
+  with _locked(folder):
+    if not (folder / MANIFEST).exists():
+      others = sorted(path.name for path in folder.iterdir())
+      others = [n for n in others if n not in (_LOCK, IDS) and not n.endswith(_WRITING)]
+      if others:
+        raise ValueError(
+          f"folder={os.fspath(folder)!r} holds {others[:3]} and no cache: name a folder of its own."
+        )
+      _write(folder / IDS, json.dumps(list(ids)))
+      named = {"file": IDS, "sha256": sha256(folder / IDS)}
+      _write_manifest(folder, {"format": FORMAT, **body, "ids": named, "views": {}})
+    return read_manifest(folder)
+
+
+def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+  """The ids of the examples, in the order of a view's records.
+
+  Raises:
+    CacheError: the file is damaged.
+  """
+  path = folder / manifest["ids"]["file"]
+  if not path.is_file():
+    raise _damaged(path, "is missing")
+  if sha256(path) != manifest["ids"]["sha256"]:
+    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+  ids = json.loads(path.read_bytes())
+  if len(ids) != manifest["data"]["size"] or len(set(ids)) != len(ids):
+    raise _damaged(path, f"does not hold {manifest['data']['size']} different ids")
+  return ids
+
+
+def arrays_of(layout: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The manifest's ``arrays`` of rows with these shapes and dtypes.
+
+  >>> arrays_of({"logits": np.zeros(3, np.float16)})
+  [{'name': 'logits', 'dtype': '<f2', 'shape': [3]}]
+  """
+  return [
+    {"name": name, "dtype": np.dtype(row.dtype).newbyteorder("<").str, "shape": list(row.shape)}
+    for name, row in layout.items()
+  ]
+
+
+def row_type(arrays: Sequence[Mapping[str, Any]]) -> np.dtype:
+  """What follows the id in a record, as a NumPy type with one field for each array.
+
+  >>> row_type([{"name": "logits", "dtype": "<f2", "shape": [3]}]).itemsize
+  6
+  """
+  return np.dtype([(a["name"], a["dtype"], tuple(a["shape"])) for a in arrays])
+
+
+def prefix(id: str) -> bytes:
+  """What a record begins with: the length of the id and the id.
+
+  >>> list(prefix("a7"))
+  [2, 0, 0, 0, 97, 55]
+  """
+  text = id.encode()
+  return struct.pack("<I", len(text)) + text
+
+
+def complete_views(manifest: Mapping[str, Any]) -> list[int]:
+  """Which views the cache holds."""
+  return sorted(int(view) for view in manifest["views"])
+
+
+def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) -> dict[str, Any]:
+  """Adds a view, unless somebody else has done so in the meantime.
+
+  Args:
+    folder: the cache.
+    view: its number.
+    rows: ``[N, ...]`` by name, as the manifest has them.
+    ids: of the rows, in the order of ``ids.json``.
+
+  Returns:
+    The manifest.
+  """
+  with _locked(folder):
+    manifest = read_manifest(folder)
+    if str(view) in manifest["views"]:
+      return manifest
+    _clear(folder, manifest)
+    kind = row_type(manifest["arrays"])
+    packed = np.empty(len(ids), kind)
+    for name, values in rows.items():
+      packed[name] = values
+    each = max(1, SHARD_BYTES // (kind.itemsize + 16))
+    count = -(-len(ids) // each)
+    shards = [
+      _write_shard(
+        folder / f"view-{view:05d}-{number:05d}-of-{count:05d}.array_record",
+        packed[number * each : (number + 1) * each],
+        ids[number * each : (number + 1) * each],
+      )
+      for number in range(count)
+    ]
+    _sync_folder(folder)
+    _write_manifest(folder, manifest | {"views": {**manifest["views"], str(view): shards}})
+    return read_manifest(folder)
+
+
+def _clear(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+  """Removes what a killed process left of a view; who holds the lock is alone."""
+  known = {shard["file"] for shards in manifest["views"].values() for shard in shards}
+  for path in folder.glob("view-*.array_record*"):
+    if path.name not in known:
+      path.unlink()
+
+
+def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> dict[str, Any]:
+  from array_record.python import array_record_module as array_record
+
+  writing = path.with_name(path.name + _WRITING)
+  writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
+  for id, row in zip(ids, packed, strict=True):
+    writer.write(prefix(id) + row.tobytes())
+  writer.close()
+  with writing.open("rb") as file:
+    os.fsync(file.fileno())
+  shard = {
+    "file": path.name,
+    "records": len(ids),
+    "bytes": writing.stat().st_size,
+    "sha256": sha256(writing),
+  }
+  os.replace(writing, path)
+  return shard
+
+
+def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
+  """Raises where a shard is not as it was written.
+
+  Raises:
+    CacheError: with the file's name.
+  """
+  path = folder / shard["file"]
+  if not path.is_file():
+    raise _damaged(path, "is missing")
+  size = path.stat().st_size
+  if size != shard["bytes"]:
+    raise _damaged(path, f"has {size} bytes, {shard['bytes']} were written")
+  if sha256(path) != shard["sha256"]:
+    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+
+
+def read_view(
+  folder: pathlib.Path, manifest: Mapping[str, Any], view: int, ids: Sequence[str]
+) -> Rows:
+  """The rows of one view in the order of their records, verified.
+
+  Args:
+    folder: the cache.
+    manifest: its manifest.
+    view: the view's number.
+    ids: from `read_ids`.
+
+  Returns:
+    ``[N, ...]`` by name.
+
+  Raises:
+    CacheError: a shard is missing, damaged, or of other examples.
+  """
+  from array_record.python import array_record_module as array_record
+
+  kind = row_type(manifest["arrays"])
+  starts = [prefix(id) for id in ids]
+  pieces: list[bytes] = []
+  for shard in manifest["views"][str(view)]:
+    check_shard(folder, shard)
+    path = folder / shard["file"]
+    try:
+      reader = array_record.ArrayRecordReader(str(path))
+      records = reader.read_all() if reader.num_records() else []
+      reader.close()
+    except (RuntimeError, ValueError, IndexError) as error:
+      raise _damaged(path, f"cannot be read ({error})") from error
+    if len(records) != shard["records"]:
+      raise _damaged(path, f"has {len(records)} records, {shard['records']} were written")
+    for record, start in zip(records, starts[len(pieces) :], strict=False):
+      if not record.startswith(start) or len(record) != len(start) + kind.itemsize:
+        raise _damaged(path, f"has another record where that of {start[4:].decode()!r} belongs")
+      pieces.append(record[len(start) :])
+  if len(pieces) != len(ids):
+    raise _damaged(folder / MANIFEST, f"has {len(pieces)} of {len(ids)} examples in view {view}")
+  packed = np.frombuffer(b"".join(pieces), kind)
+  return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+
+
+def bad_files(folder: pathlib.Path) -> dict[str, list[int]]:
+  """Verifies every digest, count and id.
+
+  Args:
+    folder: the cache.
+
+  Returns:
+    What is wrong, and the views that have it; empty where all is right.
+
+  Raises:
+    FileNotFoundError: there is no manifest.
+    CacheError: the manifest or the ids are damaged, so that nothing else can be told.
+  """
+  manifest = read_manifest(folder)
+  ids = read_ids(folder, manifest)
+  problems: dict[str, list[int]] = {}
+  for view in complete_views(manifest):
+    try:
+      read_view(folder, manifest, view, ids)
+    except CacheError as error:
+      problems.setdefault(str(error), []).append(view)
+  return problems
+
+
+def forget(folder: pathlib.Path, views: Sequence[int]) -> None:
+  """Drops views, so that they are filled again."""
+  with _locked(folder):
+    manifest = read_manifest(folder)
+    dropped = [shard for view in views for shard in manifest["views"].pop(str(view))]
+    _write_manifest(folder, manifest)
+    for shard in dropped:
+      (folder / shard["file"]).unlink(missing_ok=True)
+
+
+def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
+  """Checks every digest, count and id of a cache.
+
+  Args:
+    folder: the cache.
+
+  Returns:
+    ``{what is wrong: the views that have it}``, empty where all is right.
+
+  Raises:
+    FileNotFoundError: there is no cache.
+    CacheError: the manifest or the list of ids is damaged.
+  """
+  return bad_files(pathlib.Path(folder))

@@ -1,0 +1,472 @@
+"""Teachers: ``(variables, batch) -> Outputs``, frozen here and nowhere else.
+
+Gradients stop at a teacher's variables and outputs, its BatchNorm runs on its running averages,
+and its variables are an argument of the program, never a closure. What is made of a teacher (an
+ensemble, some of its classes, groups of them) is a teacher again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from jaxdistill import _check, runs
+from jaxdistill.teachers import _identity
+from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
+
+__all__ = [
+  "RULES",
+  "check_classes",
+  "class_numbers",
+  "combine_logits",
+  "ensemble",
+  "frozen",
+  "group_members",
+  "grouped",
+  "layers",
+  "repeated_classes",
+  "restore",
+  "subset",
+  "unstack",
+]
+
+PyTree = Any
+RULES = ("mean_logits", "log_mean_probability", "mean_log_probability")
+
+
+def frozen(network: Network) -> Teacher:
+  """A network as a teacher: evaluated in inference mode, gradients stopped.
+
+  Args:
+    network: from `jaxdistill.networks`.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs``.
+
+  Raises:
+    TypeError: ``network`` is none.
+  """
+  if not isinstance(network, Network):
+    raise TypeError(
+      f"network={_check.show(network)} must be a Network; make one by networks.linen(module) or "
+      "networks.nnx(model)."
+    )
+
+  def teach(variables: PyTree, batch: Batch) -> Outputs:
+    variables = jax.lax.stop_gradient(variables)
+    outputs, _ = network.apply(variables, batch.inputs, train=False, key=None)
+    return jax.lax.stop_gradient(outputs)
+
+  return _asked(teach, "frozen")
+
+
+def _asked(teach: Any, kind: str, *of: Teacher, **what: Any) -> Teacher:
+  """Says what a teacher is asked for, so that `cached` can tell one from another."""
+  inner = [_identity.asked_of(one) for one in of]
+  teach.asked = {"kind": kind, **what, **({"of": inner} if of else {})}
+  return teach
+
+
+def _teacher(name: str, given: Network | Teacher) -> Teacher:
+  """A network frozen; a teacher as it is."""
+  if isinstance(given, Network):
+    return frozen(given)
+  if isinstance(given, nn.Module) or not callable(given):
+    raise TypeError(
+      f"{name}={_check.show(given)} must be a Network (from networks.linen or networks.nnx) "
+      "or a teacher, (variables, batch) -> Outputs."
+    )
+  return given
+
+
+def combine_logits(
+  logits: Sequence[jax.Array], *, rule: str = "mean_logits", weights: Any = None
+) -> jax.Array:
+  """Combines the members' logits into one teacher's, at temperature 1.
+
+  The objective tempers the result: ``softmax(combined / temperature)``. That is another number
+  than the mean of the members' tempered probabilities, and it is the one meant.
+
+  - ``mean_logits``: ``sum_m w_m z_m``.
+  - ``log_mean_probability``: ``log sum_m w_m softmax(z_m)``.
+  - ``mean_log_probability``: ``sum_m w_m log_softmax(z_m)``.
+
+  Args:
+    logits: one array ``[..., K]`` for each member.
+    rule: one of `RULES`.
+    weights: ``[M]``, not negative; normalised to sum 1. Equal by default.
+
+  Returns:
+    ``[..., K]``, float32 at least.
+
+  Raises:
+    ValueError: there is no member, the rule is unknown, or the weights do not fit.
+
+  >>> a, b = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[0.9, 0.1]]))
+  >>> [round(float(p), 3) for p in jnp.exp(combine_logits([a, b], rule="log_mean_probability"))[0]]
+  [0.7, 0.3]
+  """
+  if not logits:
+    raise ValueError("logits is empty: an ensemble needs at least one member.")
+  if rule not in RULES:
+    raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
+  share = _shares(weights, len(logits))
+  # A member without weight has no say at all: 0 * -inf would be NaN.
+  kept = [z for z, w in zip(logits, share, strict=True) if w > 0]
+  dtype = compute_dtype(*kept)
+  stacked = jnp.stack([z.astype(dtype) for z in kept])
+  column = jnp.asarray(share[share > 0], dtype).reshape((-1,) + (1,) * (stacked.ndim - 1))
+  if rule == "mean_logits":
+    return jnp.sum(column * stacked, axis=0)
+  log_probability = jax.nn.log_softmax(stacked, axis=-1)
+  if rule == "mean_log_probability":
+    return jnp.sum(column * log_probability, axis=0)
+  return jax.nn.logsumexp(log_probability, axis=0, b=column)
+
+
+def _shares(weights: Any, members: int) -> np.ndarray:
+  share = np.ones(members) if weights is None else np.asarray(weights, np.float64)
+  if share.shape != (members,):
+    raise ValueError(f"weights has shape {share.shape}, but there are {members} members.")
+  if not np.all(np.isfinite(share)) or np.any(share < 0) or share.sum() <= 0:
+    raise ValueError(f"weights={weights!r} must be finite, not negative, and not all zero.")
+  return share / share.sum()
+
+
+def ensemble(
+  members: Sequence[Network | Teacher], *, rule: str = "mean_logits", weights: Any = None
+) -> Teacher:
+  """Any number of networks, of any architectures, as one teacher.
+
+  Args:
+    members: networks, or teachers.
+    rule: how logits are combined, see `combine_logits`.
+    weights: ``[M]``; equal by default.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs`` where ``variables`` is a sequence with one entry for
+    each member. Features are named ``"<member>/<feature>"``, members counted from 0.
+
+  Raises:
+    ValueError: there is no member, the rule is unknown, or the weights do not fit; and at trace
+      time, when the members' class counts differ or the variables are not one for each member.
+  """
+  if not isinstance(members, Sequence) or not members:
+    raise ValueError("members is empty or no sequence: an ensemble needs at least one network.")
+  if rule not in RULES:
+    raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
+  share = _shares(weights, len(members))
+  taught = [_teacher(f"members[{i}]", member) for i, member in enumerate(members)]
+
+  def teach(variables: Sequence[PyTree], batch: Batch) -> Outputs:
+    entries = len(variables) if isinstance(variables, list | tuple) else 0
+    if entries != len(taught):
+      has = f"{entries} entries" if entries else f"a {type(variables).__name__}"
+      raise ValueError(
+        f"variables has {has} for {len(taught)} members; give a sequence with "
+        "one pytree for each member (teachers.unstack makes it from a run over seeds)."
+      )
+    outputs = [member(v, batch) for member, v in zip(taught, variables, strict=True)]
+    classes = [o.logits.shape[-1] for o in outputs]
+    if len(set(classes)) > 1:
+      raise ValueError(f"the members put out different class counts: {classes}.")
+    features = {
+      f"{m}/{name}": value for m, o in enumerate(outputs) for name, value in o.features.items()
+    }
+    combined = combine_logits([o.logits for o in outputs], rule=rule, weights=share)
+    return Outputs(logits=combined, features=features)
+
+  return _asked(teach, "ensemble", *taught, rule=rule, weights=share.tolist())
+
+
+def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
+  """A teacher narrowed to some of its classes, and renormalised over them.
+
+  The logits of the others are left out: a softmax over those that stay is the distribution given
+  that one of them is right.
+
+  Args:
+    teacher: a network, or a teacher.
+    classes: which of its classes, in the order of the student's.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs`` with logits ``[..., len(classes)]`` and the teacher's
+    features.
+
+  Raises:
+    ValueError: ``classes`` is empty, has a class twice or a negative one; and at trace time, when
+      the teacher has no such class.
+
+  >>> from jaxdistill.types import make_batch
+  >>> teach = subset(lambda v, batch: Outputs(logits=jnp.array([[1.0, 2.0, 3.0]])), [2, 0])
+  >>> teach({}, make_batch(jnp.zeros((1, 1)))).logits.tolist()
+  [[3.0, 1.0]]
+  """
+  chosen = class_numbers("classes", classes)
+  if not chosen.size:
+    raise ValueError("classes is empty: a teacher keeps at least one class.")
+  twice = repeated_classes(chosen)
+  if twice:
+    raise ValueError(f"classes has {twice} more than once; name each class one time.")
+  taught = _teacher("teacher", teacher)
+
+  def teach(variables: PyTree, batch: Batch) -> Outputs:
+    outputs = taught(variables, batch)
+    check_classes("classes", chosen, outputs.logits)
+    return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
+
+  return _asked(teach, "subset", taught, classes=chosen.tolist())
+
+
+def grouped(
+  teacher: Network | Teacher, groups: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+) -> Teacher:
+  """A teacher of fine classes as one of coarse classes, combined at temperature 1.
+
+  ``logit_g = logsumexp(logits of the classes in group g)``, so that a group's probability is the
+  sum of its classes'. The objective tempers the result, as with an `ensemble`.
+
+  Args:
+    teacher: a network, or a teacher, with K classes.
+    groups: ``[K]``, the group of each class, groups counted from 0; or the classes of each group.
+      In the second form a class may be in no group: it is left out, and the rest renormalised.
+
+  Returns:
+    ``teach(variables, batch) -> Outputs``: a logit for each group, and the teacher's features.
+
+  Raises:
+    ValueError: there is no group, one is empty, a class is in two or negative; and at trace time,
+      when the groups do not fit the teacher's classes.
+
+  >>> from jaxdistill.types import make_batch
+  >>> fine = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+  >>> teach = grouped(lambda v, batch: Outputs(logits=fine), [0, 1, 0])
+  >>> coarse = jnp.exp(teach({}, make_batch(jnp.zeros((1, 1)))).logits)
+  >>> [round(float(p), 3) for p in coarse[0]]
+  [0.8, 0.2]
+  """
+  members, every = group_members(groups)
+  taught = _teacher("teacher", teacher)
+  widest = max(len(m) for m in members)
+
+  def teach(variables: PyTree, batch: Batch) -> Outputs:
+    outputs = taught(variables, batch)
+    logits = outputs.logits
+    count = check_classes("groups", np.concatenate(members), logits)
+    if every not in (None, count):
+      raise ValueError(
+        f"groups has {every} entries, but the teacher has {count} classes; give the group of each, "
+        "or the classes of each group."
+      )
+    # Shorter groups are filled up with a class that is never right.
+    index = np.array([[*m.tolist(), *[count] * (widest - len(m))] for m in members])
+    logits = logits.astype(compute_dtype(logits))
+    never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+    gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
+    return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
+
+  return _asked(teach, "grouped", taught, groups=[m.tolist() for m in members])
+
+
+def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:
+  """A teacher's layers as a student's beginning: what `jaxdistill.train.fit` takes as ``start``.
+
+  Sanh et al., "DistilBERT, a distilled version of BERT", 2019, take every other layer.
+
+  Args:
+    teacher_variables: ``{"params": ..., "batch_stats": ..., ...}`` of one network.
+    pairs: the student's path to the teacher's, of submodules or of single arrays, inside
+      ``params``; what the other collections hold at the same path comes along. Where both paths
+      begin with a collection's name (``"batch_stats/norm"``), that collection alone is meant.
+
+  Returns:
+    The collections with those subtrees alone, under the student's paths; arrays are not copied.
+
+  Raises:
+    ValueError: ``pairs`` or a path is empty, a path is not there (the message lists near ones),
+      only one path of a pair names its collection, or two of the student's paths overlap.
+
+  >>> large = {"params": {"encoder": {"Dense_3": {"bias": 1.0}}, "head": {"bias": 2.0}}}
+  >>> layers(large, {"Dense_0": "encoder/Dense_3"})
+  {'params': {'Dense_0': {'bias': 1.0}}}
+  """
+  texts = isinstance(pairs, Mapping) and all(isinstance(p, str) for i in pairs.items() for p in i)
+  if not pairs or not texts:
+    raise ValueError(f'pairs={_check.show(pairs)} must be {{"student path": "teacher path", ...}}.')
+  if not isinstance(teacher_variables, Mapping):
+    raise ValueError(
+      f"teacher_variables={_check.show(teacher_variables)} must be the collections of one "
+      'network, {"params": ...}; teachers.unstack takes a run over seeds apart.'
+    )
+  flat = traverse_util.flatten_dict(teacher_variables)
+  flat = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
+  found: dict[tuple[str, ...], Any] = {}
+  for ours, theirs in pairs.items():
+    target, source, named = _pair(ours, theirs, teacher_variables)
+    for collection in named or teacher_variables:
+      start = (collection, *source)
+      new = {
+        (collection, *target, *path[len(start) :]): leaf
+        for path, leaf in flat.items()
+        if path[: len(start)] == start
+      }
+      if not new and collection in (named or ("params",)):
+        raise ValueError(_no_path(theirs, start, flat))
+      if any(a[: len(b)] == b[: len(a)] for a in new for b in found):
+        raise ValueError(f"pairs has the student's path {ours!r} over another one.")
+      found |= new
+  return traverse_util.unflatten_dict(found)
+
+
+def _pair(
+  ours: str, theirs: str, collections: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+  """The student's path and the teacher's inside a collection, and which one, if they name it."""
+  target, source = (tuple(path.strip("/").split("/")) for path in (ours, theirs))
+  mine, named = (tuple(c for c in path[:1] if c in collections) for path in (target, source))
+  target, source = target[len(mine) :], source[len(named) :]
+  if mine != named or (not named and "params" not in collections):
+    raise ValueError(
+      f"pairs has {ours!r}: {theirs!r}; both paths begin with the same collection, or neither does "
+      f"and there is 'params' (teacher_variables has the collections {sorted(collections)})."
+    )
+  if not target or not source or "" in (*target, *source):
+    raise ValueError(f"pairs has {ours!r}: {theirs!r}; name a submodule or an array in each.")
+  return target, source, named
+
+
+def _no_path(theirs: str, start: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> str:
+  mine = [path[1:] for path in flat if path[0] == start[0]]
+  there = sorted({"/".join(path[:i]) for path in mine for i in range(1, len(path) + 1)})
+  near = difflib.get_close_matches("/".join(start[1:]), there, n=5, cutoff=0.4) or there[:10]
+  return f"pairs has the teacher's path {theirs!r}, which is not in its {start[0]!r}; try {near}."
+
+
+def unstack(variables: PyTree) -> list[PyTree]:
+  """Takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees.
+
+  Raises:
+    ValueError: the leaves have no common first axis.
+
+  >>> [v["w"].tolist() for v in unstack({"w": jnp.array([[1.0], [2.0]])})]
+  [[1.0], [2.0]]
+  """
+  sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
+  if len(sizes) != 1 or () in sizes:
+    raise ValueError(
+      f"variables has leaves with the first axes {sorted(sizes)}, not one over seeds; only a run "
+      "over a sequence of seeds has one."
+    )
+  ((count,),) = sizes
+  return [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(count)]
+
+
+def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTree = None) -> PyTree:
+  """Reads the deployed network's variables from a run folder of ours.
+
+  That network is the student (its moving average, where the run kept one), but for recipes that
+  deploy another: after `recipes.simkd` it is ``objective.deployed.network(student)``.
+
+  Args:
+    run: the folder that `jaxdistill.train.fit` wrote.
+    step: which checkpoint; the last one that verifies by default.
+    like: variables (or their shapes) that the result must have the structure of.
+
+  Returns:
+    The variables; with leaves ``[S, ...]`` for a run over seeds.
+
+  Raises:
+    FileNotFoundError: there is no usable checkpoint.
+    ValueError: the run is not finished (its last usable checkpoint is not of its last step), and
+      ``step`` does not ask for an earlier one.
+  """
+  folder = _check.folder("run", run) / "checkpoints"
+  if not folder.is_dir():
+    raise FileNotFoundError(f"run={str(run)!r} holds no checkpoints (no folder {folder}).")
+  with runs.Checkpoints(folder) as saved:
+    chosen = saved.latest() if step is None else step
+    if chosen is None:
+      raise FileNotFoundError(f"{folder} holds no checkpoint that verifies.")
+    steps = runs.read_config(run)["steps"]
+    if step is None and chosen != steps:
+      raise ValueError(
+        f"the run {os.fspath(run)!r} stands at step {chosen} of {steps}; start it again to finish "
+        f"it, or pass step={chosen} to take it as it is."
+      )
+    # A checkpoint has this item only where the student is not what is deployed.
+    item = "deployed" if "deployed" in saved.items(chosen) else "student"
+    return saved.restore(chosen, {item: like})[item]
+
+
+def class_numbers(name: str, values: Any) -> np.ndarray:
+  """Classes as integers from 0 on.
+
+  >>> class_numbers("classes", [3, 1]).tolist()
+  [3, 1]
+  """
+  found = np.asarray(values)
+  if found.ndim != 1 or (found.size and not np.issubdtype(found.dtype, np.integer)):
+    raise ValueError(f"{name} must be a sequence of integers, got {values!r}.")
+  if np.any(found < 0):
+    raise ValueError(f"{name} has {found.min()}: classes are counted from 0.")
+  return found.astype(np.int64)
+
+
+def repeated_classes(found: np.ndarray) -> list[int]:
+  """Those that come more than once.
+
+  >>> repeated_classes(np.array([1, 2, 1]))
+  [1]
+  """
+  values, counts = np.unique(found, return_counts=True)
+  return values[counts > 1].tolist()
+
+
+def group_members(groups: Any) -> tuple[list[np.ndarray], int | None]:
+  """The classes of each group; and how many classes there are, where ``groups`` says it.
+
+  >>> [m.tolist() for m in group_members([0, 1, 0])[0]], members([[0, 2], [1]])[1]
+  ([[0, 2], [1]], None)
+  """
+  if not hasattr(groups, "__len__") or isinstance(groups, str | Mapping) or len(groups) == 0:
+    raise ValueError(
+      f"groups={_check.show(groups)} must be the group of each class, or the classes of each "
+      "group, in a sequence."
+    )
+  every = None
+  if all(np.ndim(g) == 0 for g in groups):
+    of_class = class_numbers("groups", groups)
+    every = len(of_class)
+    found = [np.flatnonzero(of_class == g) for g in range(of_class.max() + 1)]
+  else:
+    found = [class_numbers(f"groups[{g}]", m) for g, m in enumerate(groups)]
+  empty = [g for g, m in enumerate(found) if not m.size]
+  if empty:
+    raise ValueError(f"groups {empty} of {len(found)} have no class; groups count from 0.")
+  twice = repeated_classes(np.concatenate(found))
+  if twice:
+    raise ValueError(f"groups has the classes {twice} more than once; a class is in one group.")
+  return found, every
+
+
+def check_classes(name: str, found: np.ndarray, logits: Any) -> int:
+  """How many classes the teacher has; an error where ``found`` has one beyond them.
+
+  >>> check_classes("classes", np.array([1]), np.zeros((2, 3)))
+  3
+  """
+  if logits is None:
+    raise ValueError(f"the teacher puts out no logits, of which {name} could choose.")
+  count = logits.shape[-1]
+  beyond = sorted(set(found[found >= count].tolist()))
+  if beyond:
+    raise ValueError(f"{name} has class {beyond}, but the teacher has {count}, counted from 0.")
+  return count

@@ -1,0 +1,250 @@
+"""What tells one teacher cache from another: the teacher, what it is asked, what it is shown.
+
+Bits are compared where they are the same everywhere (names, shapes, integer checksums of variables)
+and numbers within a tolerance where another machine computes them otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import itertools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdistill.data import Source
+from jaxdistill.teachers._cache_files import arrays_of
+
+__all__ = [
+  "PROBES",
+  "asked_of",
+  "checksum",
+  "differences",
+  "identity_of",
+  "libraries",
+  "short_digest",
+  "sketch",
+  "variables_identity",
+  "views_identity",
+]
+
+PyTree = Any
+# How many examples a cache is compared by.
+PROBES = 8
+# Relative to the size of the numbers: convolutions in TF32 are off by a thousandth.
+_OUTPUTS_DIFFER = 0.02
+_LOOKS_DIFFER = 1e-3
+
+
+def _mixed(xp: Any, words: Any) -> Any:
+  """Two sums of the scrambled words, each with its place: integers, so exact on every device."""
+  words = words.reshape(-1)
+  words = words + xp.arange(words.size, dtype=xp.uint32) * xp.uint32(0x9E3779B9)
+  sums = []
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    words = (words ^ (words >> xp.uint32(16))) * xp.uint32(factor)
+    words = words ^ (words >> xp.uint32(13))
+    sums.append(xp.sum(words, dtype=xp.uint32))
+  return xp.stack(sums)
+
+
+def _words(xp: Any, leaf: Any) -> Any:
+  """An array's bits as 32-bit words."""
+  size = leaf.dtype.itemsize
+  if leaf.dtype == bool:
+    return leaf.astype(xp.uint32)
+  if xp is np:
+    view = np.ascontiguousarray(leaf).reshape(-1).view(f"u{min(size, 4)}")
+    return view.astype(np.uint32)
+  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+    leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
+  kind = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
+  return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+
+
+@jax.jit
+def _sums(leaves: list[Any]) -> list[Any]:
+  return [_mixed(jnp, _words(jnp, leaf)) for leaf in leaves]
+
+
+def checksum(variables: PyTree) -> str:
+  """A digest of a tree's values, summed up where they lie.
+
+  Args:
+    variables: arrays.
+
+  Returns:
+    16 hexadecimal digits, the same on every device.
+
+  >>> checksum({"a": jnp.zeros(3)}) == checksum({"a": jnp.zeros(3).at[0].set(1e-30)})
+  False
+  """
+  leaves = [
+    jax.random.key_data(leaf)
+    if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
+    else jnp.asarray(leaf)
+    for leaf in jax.tree.leaves(variables)
+  ]
+  if jax.default_backend() == "cpu":  # the memory is the host's, and there is nothing to compile
+    found = [_mixed(np, _words(np, np.asarray(leaf))) for leaf in leaves]
+  else:
+    found = jax.device_get(_sums(leaves))
+  joined = b"".join(np.asarray(one, "<u4").tobytes() for one in found)
+  return hashlib.sha256(joined).hexdigest()[:16]
+
+
+def variables_identity(variables: PyTree) -> dict[str, Any]:
+  """Paths, shapes, dtypes and checksum of a teacher's variables."""
+  leaves = [
+    [jax.tree_util.keystr(path, simple=True, separator="/"), list(np.shape(leaf)), str(leaf.dtype)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.asarray, variables))
+  ]
+  return {"leaves": leaves, "checksum": checksum(variables)}
+
+
+def asked_of(teacher: Any, asked: Any = None) -> Any:
+  """What a teacher function is asked for beside its variables: rule, classes, groups.
+
+  Args:
+    teacher: a teacher; those of `jaxdistill.teachers` say it themselves (``teacher.asked``).
+    asked: the user's own words, in place of the function's.
+
+  Returns:
+    Something that JSON holds.
+  """
+  found = getattr(teacher, "asked", None) if asked is None else asked
+  if found is None:
+    named = getattr(teacher, "__qualname__", type(teacher).__qualname__)
+    found = {"function": f"{getattr(teacher, '__module__', '')}.{named}"}
+  try:
+    return json.loads(json.dumps(found))
+  except (TypeError, ValueError) as error:
+    raise TypeError(f"asked={found!r} is not what JSON can hold: {error}") from error
+
+
+def sketch(values: Any) -> list[list[float]]:
+  """Four numbers for each example: the size of its numbers, and sums of them with random signs.
+
+  Args:
+    values: ``[B, ...]``.
+
+  Returns:
+    ``[B, 4]``. A relative error e of the numbers changes each by about e times their size.
+
+  >>> sketch(np.ones((1, 4)))[0][0]
+  1.0
+  """
+  flat = np.asarray(values, np.float64).reshape(len(values), -1)
+  flat = np.where(np.isfinite(flat), flat, 1e6)  # a mask's infinities
+  words = np.random.Philox(key=0).random_raw(3 * flat.shape[1]).reshape(-1, 3)
+  signs = np.where(words >> np.uint64(63), 1.0, -1.0)
+  size = np.sqrt(np.mean(flat**2, axis=1, keepdims=True))
+  made = np.concatenate([size, flat @ signs / np.sqrt(flat.shape[1])], axis=1)
+  return [[float(f"{number:.7g}") for number in row] for row in made]
+
+
+def views_identity(source: Source, views: int) -> dict[str, Any]:
+  """What the first examples look like to a network, in up to three of the views."""
+  whole: Any = source.whole
+  cut = jax.jit(lambda shared, item: source.cut(shared, item).inputs)
+  found = {}
+  for view in sorted({0, views // 2, views - 1}):
+    item = next(iter(whole.every(source.data_seed, min(PROBES, whole.size), view)))
+    inputs = cut(source.shared, item)
+    found[str(view)] = [sketch(leaf) for leaf in jax.tree.leaves(inputs)]
+  return found
+
+
+def identity_of(source: Source, views: int, dtype: str, layout: Mapping[str, Any]) -> Any:
+  """The manifest's part on data and arrays."""
+  whole: Any = source.whole
+  return {
+    "data": {"name": source.name, "version": source.version, "size": whole.size},
+    "augmentation": source.augmentation,
+    # Without augmentation nothing depends on it.
+    "data_seed": None if source.augmentation == "identity" else source.data_seed,
+    "dtype": dtype,
+    "arrays": arrays_of(layout),
+    "view_count": views,
+  }
+
+
+def libraries() -> dict[str, str]:
+  """The versions that a cache was made with."""
+  names = ("jaxdistill", "jax", "flax", "numpy", "array_record")
+  found = {}
+  for name in names:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = "unknown"
+  return found
+
+
+def short_digest(*parts: Any) -> str:
+  """16 hexadecimal digits of what JSON holds."""
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """How a cache's manifest differs from what is asked for now, in words.
+
+  Args:
+    there: the manifest.
+    now: what it would be now; what it does not say is not compared.
+
+  Returns:
+    One line for each difference; none where the cache serves.
+  """
+  names = ("data", "augmentation", "data_seed", "view_count", "dtype", "arrays", "asked")
+  lines = [
+    f"{name}: {there.get(name)!r} there, {now[name]!r} now"
+    for name in names
+    if name in now and there.get(name) != now[name]
+  ]
+  if not lines and "looks" in now and "looks" in there:
+    lines += _other_looks(there["looks"], now["looks"])
+  if "teacher" in now:
+    lines += _other_teacher(there.get("teacher") or {}, now["teacher"])
+  return lines
+
+
+def _other_looks(there: Any, now: Any) -> list[str]:
+  for view, found in now.items():
+    if view not in there or not _alike(there[view], found, _LOOKS_DIFFER):
+      return [
+        f"looks: what the first {PROBES} examples show in view {view} is not what it was, so the "
+        "data, their normalisation or the augmentation have changed"
+      ]
+  return []
+
+
+def _other_teacher(there: Any, now: Any) -> list[str]:
+  if "checksum" not in there:
+    return [
+      "teacher: the cache was filled by another program; open it by cached(None, None, source)"
+    ]
+  if there["leaves"] != now["leaves"]:
+    pairs = itertools.zip_longest(there["leaves"], now["leaves"])
+    first, second = next(pair for pair in pairs if pair[0] != pair[1])
+    return [f"teacher: its variables are others, first {first} there, {second} now"]
+  if there["checksum"] != now["checksum"]:
+    return ["teacher: its variables have other values (their checksum differs)"]
+  if "outputs" in now and "outputs" in there:
+    for name, found in now["outputs"].items():
+      if name not in there["outputs"] or not _alike(there["outputs"][name], found, _OUTPUTS_DIFFER):
+        return [f"teacher: it puts out other {name} for the first {PROBES} examples"]
+  return []
+
+
+def _alike(there: Any, now: Any, tolerance: float) -> bool:
+  """Whether two sketches agree; a difference counts relative to the size of the numbers."""
+  one, other = np.asarray(there, np.float64), np.asarray(now, np.float64)
+  if one.shape != other.shape:
+    return False
+  return bool(np.all(np.abs(one - other) <= tolerance * np.maximum(one[..., :1], 1e-6)))

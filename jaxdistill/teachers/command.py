@@ -1,0 +1,76 @@
+"""The command ``jaxdistill cache``: verifies a teacher cache, and compares it with its teacher.
+
+``verify PATH`` reads every file of a cache and checks its digest, its count and its ids. It needs
+no JAX, and names the files that are damaged; the exit code is then 1. ``--drop`` drops the views
+that they belong to, so that the next run fills them again. ``--teacher module:function``, where
+``function()`` gives ``(teacher, variables, source)``, also looks whether the cache is that
+teacher's, and computes a sample of it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from jaxdistill.teachers import _cache_files
+from jaxdistill.teachers._cache_files import CacheError, verify_cache
+
+__all__ = ["main"]
+
+
+def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
+  """What differs from the teacher that a function gives."""
+  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
+  teacher, variables, source = getattr(importlib.import_module(module), function)()
+  from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
+
+  return compare_cache(teacher, variables, source, folder)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """The command; returns the exit code.
+
+  Args:
+    args: the command line's words; those of the process by default.
+  """
+  parser = argparse.ArgumentParser(prog="jaxdistill cache", description=__doc__)
+  commands = parser.add_subparsers(required=True, metavar="verify")
+  command = commands.add_parser("verify", help="check every digest and count")
+  command.add_argument("path", type=pathlib.Path, help="the cache's folder")
+  command.add_argument("--teacher", metavar="MODULE:FUNCTION", help="compute a sample again")
+  command.add_argument("--drop", action="store_true", help="drop the views that are damaged")
+  options = parser.parse_args(args)
+  module, _, function = (options.teacher or "").partition(":")
+  if options.teacher and not (module and function):
+    parser.error(f"--teacher {options.teacher} must be module:function")
+  try:
+    problems = verify_cache(options.path)
+    manifest = _cache_files.read_manifest(options.path)
+  except (CacheError, OSError) as error:
+    print(error, file=sys.stderr)
+    return 1
+  for problem, views in problems.items():
+    print(f"views {views}: {problem}" if len(views) > 1 else problem, file=sys.stderr)
+  if problems and options.drop:
+    views = sorted({view for views in problems.values() for view in views})
+    _cache_files.forget(options.path, views)
+    print(f"dropped views {views}; the next run fills them again", file=sys.stderr)
+  if problems:
+    return 1
+  shards = [shard for found in manifest["views"].values() for shard in found]
+  print(
+    f"{options.path}: {len(manifest['views'])} of {manifest['view_count']} views of "
+    f"{manifest['data']['size']} examples of {manifest['data']['name']!r} as {manifest['dtype']}, "
+    f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; every digest "
+    "and count is right"
+  )
+  different = _recomputed(options.path, module, function) if options.teacher else []
+  for line in different:
+    print(line, file=sys.stderr)
+  if options.teacher and not different:
+    print(f"{options.teacher}: the same teacher, and a sample comes out the same")
+  return 1 if different else 0

@@ -1,0 +1,74 @@
+"""The pure step, its state, where it is compiled, the loop, and `fit`, which is all of them.
+
+`optimizers` are those of published recipes.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.train import optimizers as optimizers
+  from jaxdistill.train._fit import (
+    Fitted,
+    check_functions,
+    check_hyper,
+    check_networks,
+    fingerprint,
+    fit,
+  )
+  from jaxdistill.train._loop import (
+    Intervals,
+    Log,
+    Stopped,
+    claimed_folder,
+    run_steps,
+    start_or_resume,
+    stop_signal,
+  )
+  from jaxdistill.train._mesh import (
+    AXIS,
+    Dispatch,
+    data_parallel,
+    with_jit,
+    with_pmap,
+    with_students,
+  )
+  from jaxdistill.train._program import Optimizer, Program, Values, build_program, run_identity
+  from jaxdistill.train._state import State, deployed_variables, init_state
+  from jaxdistill.train._step import make_step, reduce_terms
+
+__all__ = [
+  "AXIS",  # the name of the mesh's axis over which batches are split
+  "Dispatch",  # how a chunk of steps is compiled, and how its arguments get to the devices
+  "Fitted",  # what `fit` returns
+  "Intervals",  # at which steps the loop stops to log, to validate, to save
+  "Log",  # turns a chunk's sums into a line of the log
+  "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
+  "Program",  # what a run calls: put together and checked abstractly, compiled at the first call
+  "State",  # everything that a training run changes; the teacher is not in it
+  "Stopped",  # a run was asked to stop (SIGTERM): it has saved where it stands
+  "Values",  # what differs between the students of one program
+  "build_program",  # builds a run's program; the arguments are those of `jaxdistill.train.fit`
+  "check_functions",  # the user's functions, by how they are called
+  "check_hyper",  # the objective's keywords: known, complete
+  "check_networks",  # the student, the teacher, and the variables that they bring along
+  "claimed_folder",  # the run's folder
+  "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
+  "deployed_variables",  # the variables that are evaluated and deployed
+  "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
+  "fit",  # trains a student, or the same student from several seeds as one compiled program
+  "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
+  "make_step",  # builds the pure train step
+  "optimizers",  # optimisers as published recipes run them
+  "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log
+  "run_identity",  # the data and the student, as ``config.json`` holds them
+  "run_steps",  # runs a program from a step to the last one
+  "start_or_resume",  # the state to go on from, and its step
+  "stop_signal",  # gives ``step -> whether SIGTERM came``
+  "with_jit",  # compiles by `jax.jit` over a data-parallel mesh. The way to train
+  "with_pmap",  # compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`
+  "with_students",  # compiles by `jax.jit` with the students of a sweep shared out over the devices
+]
+
+__getattr__, __dir__ = lazy(__name__)

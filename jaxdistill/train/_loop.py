@@ -1,0 +1,459 @@
+"""The loop over chunks of steps: it logs, validates, saves and stops where that is due.
+
+It never waits for the device inside a chunk, and looks at numbers one chunk late, unless something
+has to be decided on them. A `Log` is what a run shows of itself (its folder, lines, a bar, and a
+stop at a bad number), `Intervals` say where it stops on its way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxdistill import _check, runs
+from jaxdistill._check import show
+from jaxdistill.runs import Checkpoints, progress_bar
+from jaxdistill.train import _mesh
+from jaxdistill.train._mesh import Dispatch
+from jaxdistill.train._program import Program
+from jaxdistill.train._state import State, deployed_variables, from_items, to_items
+
+__all__ = [
+  "Intervals",
+  "Log",
+  "Stopped",
+  "check_counted",
+  "check_finite",
+  "check_state",
+  "check_validation",
+  "claimed_folder",
+  "run_steps",
+  "start_or_resume",
+  "stop_signal",
+]
+
+PyTree = Any
+
+
+def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State, int]:
+  """The state to go on from, and its step; all processes take the one that process 0 found.
+
+  Args:
+    program: whose state it is.
+    saved: the run's checkpoints, or None.
+
+  Returns:
+    The last good checkpoint's, else that at step 0.
+  """
+  found = saved.latest() if saved is not None and jax.process_index() == 0 else None
+  step = _mesh.agree(-1 if found is None else found)
+  if saved is None or step < 0:
+    return program.initial(), 0
+  shapes, objective = program.shapes, program.objective
+  items = saved.restore(step, to_items(shapes, objective))
+  return from_items(items, shapes, objective), step
+
+
+def run_steps(
+  program: Program,
+  state: State,
+  at: int,
+  *,
+  every: Intervals,
+  dispatch: Dispatch,
+  log: Log,
+  saved: Checkpoints | None = None,
+  validate: Callable[[PyTree], Mapping[str, Any]] | None = None,
+  select: str = "accuracy",
+  asked_to_stop: Callable[[int], bool] = lambda step: False,
+  finite: bool = True,
+) -> State:
+  """Runs a program from a step to the last one.
+
+  Args:
+    program: what is run.
+    state: the state at step ``at``; donated.
+    at: the step to go on from.
+    every: when something is due.
+    dispatch: that of the program.
+    log: where the numbers go.
+    saved: where checkpoints go; process 0 writes them.
+    validate: ``variables -> {name: number}``.
+    select: the validation metric that scores a checkpoint.
+    asked_to_stop: ``step -> whether to save and leave``.
+    finite: whether a number that is not finite ends the run. Without, it is logged as it is, and
+      whoever calls looks at the students one by one.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    FloatingPointError: a term was not finite.
+    Stopped: the process was asked to stop.
+  """
+  objective, first_process = program.objective, jax.process_index() == 0
+  state = dispatch.spread(state)
+  pending: dict[str, Any] | None = None
+  while at < every.steps:
+    end = every.next_stop(at)
+    state, sums = program.run(state, at, end - at)
+    if pending is not None:
+      log.write(**_checked(pending, program, finite))
+    pending, at = {"sums": sums, "begin": at, "end": end}, end
+    stopping = at < every.steps and asked_to_stop(at)
+    validating = validate is not None and every.validates(at)
+    saving = saved is not None and (every.saves(at) or stopping)
+    if not (validating or saving or at == every.steps):
+      continue
+    # Nothing is validated or saved before its numbers have been looked at.
+    now, extra = dispatch.collect(state), {}
+    pending = _checked(pending, program, finite)
+    if finite:
+      check_state(now, at)
+    if validate is not None and validating:
+      try:
+        extra = check_validation(
+          validate(deployed_variables(now, objective)), select if saved else None
+        )
+      except Exception:
+        # What was trained until here is not lost with it.
+        if saved is not None and first_process:
+          saved.save(at, to_items(now, objective))
+        raise
+    log.write(**pending, validation=extra)
+    pending = None
+    if saved is not None and saving and first_process:
+      score = float(np.mean(extra[select])) if select in extra else None
+      saved.save(at, to_items(now, objective), score=score)
+    if stopping:
+      raise Stopped(f"the run was asked to stop, and stands at step {at} of {every.steps}.")
+  return dispatch.collect(state)
+
+
+def _checked(pending: dict[str, Any], program: Program, finite: bool) -> dict[str, Any]:
+  """The sums on the host, all of them finite where that is asked for."""
+  sums = jax.device_get(program.collect(pending["sums"]))
+  if finite:
+    check_finite(sums, pending["begin"])
+  if pending["begin"] == 0:
+    check_counted(sums, program.source.num_classes, program.source.name)
+  return {**pending, "sums": sums}
+
+
+# ``(step, the line)``, after every line of the log.
+Callback = Callable[[int, Mapping[str, Any]], None]
+
+
+class Log:
+  """Turns a chunk's sums into a line of the log, a place on the bar and a call of the callback.
+
+  Args:
+    folder: the run's folder; None keeps the lines in memory alone.
+    steps: how many steps the run has.
+    at: the step that it goes on from.
+    epoch: how many steps an epoch has.
+    examples: how many examples a step has, over all seeds.
+    schedules: the objective's keywords that follow a schedule.
+    progress: the bar's label; None for no bar.
+    tensorboard: whether to write TensorBoard's files too.
+    select: the validation metric that the bar shows.
+    callback: ``(step, line)``, after every line.
+  """
+
+  def __init__(
+    self,
+    folder: pathlib.Path | None,
+    *,
+    steps: int,
+    at: int,
+    epoch: int,
+    examples: int,
+    schedules: Mapping[str, Callable[[int], Any]],
+    progress: str | None,
+    tensorboard: bool,
+    select: str,
+    callback: Callback | None,
+  ) -> None:
+    self._metrics = runs.Metrics(folder, resumed_from=at, tensorboard=tensorboard)
+    self._bar = progress_bar(steps, progress, unit="step", initial=at)
+    self._epoch, self._examples, self._schedules = epoch, examples, schedules
+    self._select, self._callback = select, callback
+    self._clock = time.perf_counter()
+
+  @property
+  def history(self) -> list[dict[str, Any]]:
+    """The lines so far."""
+    return self._metrics.history
+
+  def write(
+    self, sums: PyTree, begin: int, end: int, validation: Mapping[str, Any] | None = None
+  ) -> None:
+    """Writes the line of steps ``begin .. end``.
+
+    Args:
+      sums: ``{name: (sum, count)}`` on the host, with an axis over steps last.
+      begin: the step before the first.
+      end: the last step.
+      validation: numbers of a validation at ``end``.
+    """
+    record = _means(sums)
+    now = time.perf_counter()
+    rate = self._examples * (end - begin) / (now - self._clock)
+    self._clock = now
+    record |= {name: float(schedule(end - 1)) for name, schedule in self._schedules.items()}
+    record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
+    record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
+    self._metrics.write(end, record)
+    self._bar.update(end - begin)
+    shown = {"loss": record["loss"]}
+    if self._select in (validation or {}):
+      shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
+    self._bar.set_postfix({name: f"{np.mean(value):.4f}" for name, value in shown.items()})
+    if self._callback is not None:
+      self._callback(end, self.history[-1])
+
+  def close(self) -> None:
+    """Closes the bar and the files."""
+    self._bar.close()
+    self._metrics.close()
+
+
+def _means(sums: PyTree) -> dict[str, Any]:
+  """Sums of each step ``[..., steps]`` to means over the chunk ``[...]``."""
+  means = {}
+  for name, (total, count) in sums.items():
+    summed = np.asarray(count, np.float64).sum(axis=-1)
+    means[name] = np.asarray(total, np.float64).sum(axis=-1) / np.where(summed == 0, 1, summed)
+  return means
+
+
+@contextlib.contextmanager
+def claimed_folder(
+  folder: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> Iterator[pathlib.Path]:
+  """The run's folder; one newly claimed is given back where the run fails before a checkpoint.
+
+  Args:
+    folder: the run's folder.
+    settings: what defines the run, for its ``config.json``.
+
+  Yields:
+    The folder.
+
+  Raises:
+    FileExistsError: it holds something else under a name of a run's.
+    ValueError: it holds another run.
+  """
+  place = _check.folder("folder", folder)
+  for taken in (place / "checkpoints", place / "student"):
+    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / "manifest.json").is_file())
+    if taken.exists() and not ours:
+      raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
+  fresh = not (place / "config.json").exists()
+  path = _claim(place, settings)
+  try:
+    yield path
+  except BaseException:
+    if fresh and jax.process_index() == 0:
+      runs.release(path)
+    raise
+
+
+def _claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+  """Process 0 claims the folder, and the others see after it whether it is theirs."""
+  first = jax.process_index() == 0
+  try:
+    path = runs.claim(folder, settings) if first else folder
+  finally:
+    _mesh.barrier("claim")
+  return path if first else runs.claim(folder, settings)
+
+
+def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
+  """What a user's ``validate`` returned, as arrays of numbers.
+
+  Args:
+    found: what it returned.
+    select: the metric that must be among them, or None.
+
+  Returns:
+    ``{name: number}``; arrays over seeds.
+
+  Raises:
+    TypeError: it is no mapping to numbers.
+    ValueError: ``select`` is not among them.
+  """
+  if not isinstance(found, Mapping):
+    raise TypeError(f"validate must return {{name: number}}, got {show(found)}.")
+  numbers = {name: np.asarray(value) for name, value in found.items()}
+  for name, value in numbers.items():
+    if value.dtype.kind not in "iufb" or value.ndim > 1:
+      raise TypeError(
+        f"validate must return {{name: number}} (or one number for each seed), and gave "
+        f"{show(found[name])} for {name!r}."
+      )
+  if select is not None and select not in numbers:
+    raise ValueError(
+      f"select={select!r} is not among what validate returns, {sorted(numbers)}; name one of "
+      "these, higher being better."
+    )
+  return numbers
+
+
+def check_counted(sums: PyTree, num_classes: int, source: str) -> None:
+  """Raises where no example has counted in any term, of data that has no labels.
+
+  Args:
+    sums: ``{name: (sum, count)}`` on the host.
+    num_classes: of the data; 0 where it has no labels.
+    source: the data's name.
+
+  Raises:
+    ValueError: nothing would ever be learned.
+  """
+  counts = [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
+  if num_classes == 0 and not any(np.any(np.asarray(count)) for count in counts):
+    raise ValueError(
+      f"{source!r} has no labels, and no term of the objective counts an example without one: "
+      "nothing would be learned. Give the data labels, or an objective with a teacher (recipes.kd)."
+    )
+
+
+def check_finite(sums: PyTree, begin: int) -> None:
+  """Raises for the first step at which a term was not finite; the terms come before their sum.
+
+  Args:
+    sums: ``{name: (sum, count)}`` on the host, with an axis over steps last.
+    begin: the step before the first of them.
+
+  Raises:
+    FloatingPointError: a sum is not finite; names the terms and the step.
+  """
+  bad = {name: ~np.isfinite(np.asarray(total)) for name, (total, _) in sums.items()}
+  first = {
+    name: int(np.argmax(b.reshape(-1, b.shape[-1]).any(axis=0)))
+    for name, b in bad.items()
+    if b.any()
+  }
+  if not first:
+    return
+  at = min(first.values())
+  names = [name for name, step in first.items() if step == at]
+  terms = [name for name in names if name != "loss"] or names
+  raise FloatingPointError(
+    f"term {', '.join(map(repr, terms))} is not finite at step {begin + at + 1}. The last good "
+    "checkpoint is kept; lower the learning rate or the term's weight, clip gradients, or look at "
+    "that batch."
+  )
+
+
+@jax.jit
+def _finite(tree: PyTree) -> Any:
+  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
+
+
+def check_state(state: State, at: int) -> None:
+  """Raises where a state is not finite: nothing of that is validated or saved.
+
+  A gradient can be NaN where the loss is finite.
+
+  Args:
+    state: the training state.
+    at: its step.
+
+  Raises:
+    FloatingPointError: a part of the state is not finite; names it and the step.
+  """
+  for name in ("params", "model_state", "objective_params", "objective_state"):
+    if not _finite(getattr(state, name)):
+      raise FloatingPointError(
+        f"{name} is not finite after step {at}, though the loss was: a gradient is not. The last "
+        "good checkpoint is kept; look for a square root, a norm or a division at 0 in the loss."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervals:
+  """At which steps the loop stops to log, to validate, to save."""
+
+  steps: int
+  log: int
+  validate: int
+  save: int
+
+  @classmethod
+  def of(
+    cls, steps: int, epoch: int, log: int | None, validate: int | None, save: int | None
+  ) -> Intervals:
+    """Fills in what was left out; every number is at least 1."""
+    validate = epoch if validate is None else validate
+    named = {
+      "steps": steps,
+      "log_every": min(epoch, 100) if log is None else log,
+      "validate_every": validate,
+      "checkpoint_every": validate if save is None else save,
+    }
+    return cls(*(_check.whole(name, value) for name, value in named.items()))
+
+  def next_stop(self, at: int) -> int:
+    """The next step at which something is due; the same grid whatever step a run goes on from."""
+    # The log's grid starts anew at each validation, so that chunks have two or three lengths, each
+    # of which is compiled once, and not as many as two grids that drift apart have gaps.
+    base = at - at % self.validate
+    log = base + self.log * ((at - base) // self.log + 1)
+    due = (log, *(every * (at // every + 1) for every in (self.validate, self.save)))
+    return min(self.steps, *due)
+
+  def validates(self, at: int) -> bool:
+    """Whether a validation is due after this step."""
+    return at == self.steps or at % self.validate == 0
+
+  def saves(self, at: int) -> bool:
+    """Whether a checkpoint is due after this step."""
+    return at == self.steps or at % self.save == 0
+
+
+class Stopped(SystemExit):
+  """A run was asked to stop (SIGTERM): it has saved where it stands, and goes on from there.
+
+  Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends.
+  """
+
+  def __init__(self, message: str) -> None:
+    super().__init__(128 + signal.SIGTERM)
+    self.message = message
+
+  def __str__(self) -> str:
+    return self.message
+
+
+@contextlib.contextmanager
+def stop_signal(*, listening: bool) -> Iterator[Callable[[int], bool]]:
+  """Gives ``step -> whether SIGTERM came``; the former handler is put back afterwards."""
+  if not listening:
+    yield lambda step: False
+  elif jax.process_count() > 1:
+    # JAX's own service: one process that gets the signal stops all of them at the same step.
+    yield multihost_utils.reached_preemption_sync_point
+  elif threading.current_thread() is not threading.main_thread():
+    yield lambda step: False  # Python takes signals in its main thread alone
+  else:
+    asked = threading.Event()
+    former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+      yield lambda step: asked.is_set()
+    finally:
+      signal.signal(signal.SIGTERM, former)

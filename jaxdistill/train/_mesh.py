@@ -1,0 +1,330 @@
+"""Where a train step is compiled and where its arrays live: `jit` over a mesh, or `pmap`.
+
+A step is a pure function; this file is the edge at which it is compiled. All ways offer the same
+operations (`Dispatch`), so the trainer does not know which it uses. The third way splits students
+over the devices, and not batches: a sweep's.
+
+Under `jit` the program sees the global batch: averages, BatchNorm and losses that relate examples
+are what one device gives, to rounding. Under `pmap` each device sees its share: averages are
+exact through ``psum``, but BatchNorm (unless it is given ``axis_name``) and losses that relate
+examples see only that share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxdistill import _check, _compile
+
+__all__ = [
+  "AXIS",
+  "Dispatch",
+  "agree",
+  "barrier",
+  "check_divides",
+  "data_parallel",
+  "with_jit",
+  "with_pmap",
+  "with_students",
+]
+
+AXIS = "data"
+PyTree = Any
+
+
+def data_parallel(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A one-axis mesh, named `AXIS`, over which batches are split.
+
+  Args:
+    devices: the devices to use; all of them by default.
+
+  Returns:
+    A mesh whose axis type is ``Auto``: the compiler propagates shardings.
+
+  Raises:
+    TypeError: these are no devices.
+    ValueError: there is no device, or one twice.
+
+  >>> dict(data_parallel(jax.devices()[:1]).shape)
+  {'data': 1}
+  """
+  chosen: Any = jax.devices() if devices is None else devices
+  if isinstance(chosen, str) or not isinstance(chosen, Sequence | np.ndarray):
+    raise TypeError(f"devices={_check.show(chosen)} must be devices, such as jax.devices()[:2].")
+  chosen = list(chosen)
+  if not chosen:
+    raise ValueError("devices is empty: a mesh needs at least one device; leave it out to use all.")
+  if not all(isinstance(device, jax.Device) for device in chosen):
+    raise TypeError(f"devices={_check.show(chosen)} must be devices, such as jax.devices()[:2].")
+  if len(set(chosen)) < len(chosen):
+    raise ValueError(f"devices={chosen} has a device more than once; name each one time.")
+  return Mesh(np.asarray(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatch:
+  """How a chunk of steps is compiled, and how its arguments get to the devices.
+
+  Attributes:
+    devices: how many devices share a batch, over all processes.
+    part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
+    axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
+    compile: ``run(state, teacher_variables, shared, items, values) -> (state, sums)`` to its
+      compiled form, which donates the state.
+    place: puts a tree on every device (variables, shared arrays).
+    spread: puts what students have each of their own (state, values) where `compile`'s function
+      takes it; leaves that are shapes get the sharding of such an array.
+    split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
+      others, which have no axis beyond those before it, go to every device.
+    constrain: keeps a batch's leading axis split, inside the program.
+    collect: one copy of what `compile`'s function returned, on this process's devices.
+  """
+
+  devices: int
+  part: tuple[int, int]
+  axis_name: str | None
+  compile: Callable[[Callable[..., Any]], Callable[..., Any]]
+  place: Callable[[PyTree], PyTree]
+  spread: Callable[[PyTree], PyTree]
+  split: Callable[[PyTree, int], PyTree]
+  constrain: Callable[[PyTree], PyTree]
+  collect: Callable[[PyTree], PyTree]
+
+
+def check_divides(batch_size: int, devices: int) -> None:
+  """Raises where a batch, or a stream's part of it, can't be shared out evenly."""
+  if batch_size % devices:
+    raise ValueError(
+      f"batch_size={batch_size} does not divide by the {devices} devices of the mesh; "
+      f"take a multiple of {devices}, or fewer devices."
+    )
+
+
+def agree(value: int) -> int:
+  """Process 0's value, in every process; the value itself where there is but one."""
+  if jax.process_count() == 1:
+    return value
+  from jax.experimental import multihost_utils  # only programs of several processes need it
+
+  return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+
+
+def barrier(name: str) -> None:
+  """Waits until every process is here."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+def _part(mesh: Mesh) -> tuple[int, int]:
+  """Which of the processes of a mesh this one is."""
+  owners = [device.process_index for device in mesh.devices.flat]
+  processes = list(dict.fromkeys(owners))
+  each = len(owners) // len(processes)
+  if owners != [p for p in processes for _ in range(each)]:
+    raise ValueError(
+      "the mesh does not hold the same number of devices of each process, side by side; take "
+      "train.data_parallel()."
+    )
+  if jax.process_index() not in processes:
+    raise ValueError(f"the mesh holds no device of process {jax.process_index()}.")
+  return processes.index(jax.process_index()), len(processes)
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def with_jit(mesh: Mesh | None = None) -> Dispatch:
+  """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
+
+  In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
+
+  Args:
+    mesh: from `data_parallel`; all devices by default.
+
+  Returns:
+    The dispatch; its compiled function donates the state.
+  """
+  mesh = data_parallel() if mesh is None else mesh
+  if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
+    shown = _check.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
+    raise TypeError(
+      f"mesh must be of the one axis {AXIS!r}, got {shown}; use train.data_parallel()."
+    )
+  devices, part = mesh.devices.size, _part(mesh)
+  several = part[1] > 1
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def split(items: PyTree, batch_axis: int) -> PyTree:
+    shared_out = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
+
+    def put(leaf: Any) -> Any:
+      sharding = replicated
+      if np.ndim(leaf) > batch_axis:
+        check_divides(np.shape(leaf)[batch_axis] * part[1], devices)
+        sharding = shared_out
+      if several:
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+      return jax.device_put(leaf, sharding)
+
+    return jax.tree.map(put, items)
+
+  def constrain(batch: PyTree) -> PyTree:
+    if devices == 1:
+      return batch
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+
+  def place(tree: PyTree) -> PyTree:
+    def put(leaf: Any) -> Any:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
+      if several and _is_key(leaf):  # device_put knows no keys on other processes' devices
+        words = jax.device_put(jax.random.key_data(leaf), replicated)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+      # The compiled call donates the state: a placed tree must own its buffers, and device_put
+      # hands the caller's own buffer back when it already lies where it should.
+      return jax.device_put(leaf, replicated, may_alias=False)
+
+    return jax.tree.map(put, tree)
+
+  def collect(tree: PyTree) -> PyTree:
+    return jax.tree.map(_local, tree) if several else tree
+
+  return Dispatch(
+    devices=devices,
+    part=part,
+    axis_name=None,
+    # The results stay where the arguments were, so the second call does not compile again.
+    compile=lambda run: jax.jit(run, donate_argnums=0, out_shardings=replicated),
+    place=place,
+    spread=place,
+    split=split,
+    constrain=constrain,
+    collect=collect,
+  )
+
+
+def _local(leaf: Any) -> Any:
+  """This process's copy of a replicated array, by itself."""
+  if _is_key(leaf):
+    return jax.random.wrap_key_data(
+      _local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
+    )
+  return leaf.addressable_data(0)
+
+
+def with_students(mesh: Mesh | None = None) -> Dispatch:
+  """Compiles by `jax.jit` with the students of a sweep shared out over the devices.
+
+  Every device sees whole batches and trains students of its own: nothing is communicated.
+
+  Args:
+    mesh: from `data_parallel`; all devices by default.
+
+  Returns:
+    The dispatch, for a state with an axis over students that divides by the devices; its compiled
+    function donates the state.
+
+  Raises:
+    ValueError: there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
+  mesh = data_parallel() if mesh is None else mesh
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  # On one device an array that comes out of a program is not said to be split.
+  over = NamedSharding(mesh, PartitionSpec(AXIS)) if mesh.devices.size > 1 else everywhere
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+
+  def put_by(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+    def put(leaf: Any) -> Any:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      if on_cpu and getattr(leaf, "sharding", sharding) != sharding:
+        # JAX would compile a program to cut an array of its own into parts.
+        if _is_key(leaf):
+          words = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
+          return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+        leaf = np.asarray(leaf)
+      return jax.device_put(leaf, sharding, may_alias=False)  # as in `with_jit`
+
+    return lambda tree: jax.tree.map(put, tree)
+
+  def compile(run: Callable[..., Any]) -> Callable[..., Any]:
+    if mesh.devices.size > 1:
+      whole, part = PartitionSpec(), PartitionSpec(AXIS)
+      specs = (part, whole, whole, whole, part)
+      run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
+    return jax.jit(run, donate_argnums=0, compiler_options=_compile.long())
+
+  return Dispatch(
+    devices=1,
+    part=(0, 1),
+    axis_name=None,
+    compile=compile,
+    place=put_by(everywhere),
+    spread=put_by(over),
+    split=lambda items, batch_axis: put_by(everywhere)(items),
+    constrain=lambda batch: batch,
+    collect=lambda tree: tree,
+  )
+
+
+def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
+  """Compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`.
+
+  Args:
+    devices: the devices to use; all of them by default.
+
+  Returns:
+    The dispatch; its compiled function donates the state.
+
+  Raises:
+    ValueError: there are several processes, which `with_jit` is for.
+  """
+  if jax.process_count() > 1:
+    raise ValueError(f"pmap serves one process, and there are {jax.process_count()}: use with_jit.")
+  mesh = data_parallel(devices)
+  count = mesh.devices.size
+  per_device = NamedSharding(mesh, PartitionSpec(AXIS))
+
+  def place(tree: PyTree) -> PyTree:
+    def put(leaf: Any) -> Any:
+      leaf = jnp.asarray(leaf)
+      return jax.device_put(jnp.broadcast_to(leaf[None], (count, *leaf.shape)), per_device)
+
+    return jax.tree.map(put, tree)
+
+  def split(items: PyTree, batch_axis: int) -> PyTree:
+    def put(leaf: Any) -> Any:
+      shape = np.shape(leaf)
+      if len(shape) <= batch_axis:
+        return place(leaf)
+      check_divides(shape[batch_axis], count)
+      parts = (*shape[:batch_axis], count, shape[batch_axis] // count, *shape[batch_axis + 1 :])
+      return jax.device_put(jnp.moveaxis(jnp.reshape(leaf, parts), batch_axis, 0), per_device)
+
+    return jax.tree.map(put, items)
+
+  return Dispatch(
+    devices=count,
+    part=(0, 1),
+    axis_name=AXIS,
+    compile=lambda run: jax.pmap(
+      run, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)
+    ),
+    place=place,
+    spread=place,
+    split=split,
+    constrain=lambda batch: batch,
+    collect=lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+  )

@@ -1,0 +1,308 @@
+"""The training state: what a run changes, how it begins, and which of it is deployed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.errors
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdistill import _check
+from jaxdistill.types import (
+  Batch,
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Outputs,
+  Teacher,
+  as_objective,
+)
+
+__all__ = [
+  "State",
+  "deployed_variables",
+  "from_items",
+  "init_state",
+  "latest_variables",
+  "to_items",
+  "trained_variables",
+]
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class State:
+  """Everything that a training run changes; the teacher is not in it.
+
+  Attributes:
+    step: int32, how many steps were taken.
+    params: the student's parameters.
+    model_state: the student's other collections (``batch_stats``).
+    objective_params: what the objective learns (projectors), absent from the deployed network.
+    objective_state: what the objective remembers.
+    opt_state: the optimiser's state for both kinds of parameters.
+    key: the run's random key; each step folds its number into it.
+    average: a moving average of the deployed variables, which are the student's unless the
+      objective says otherwise; None where none is kept.
+  """
+
+  step: Any
+  params: Any
+  model_state: Any
+  objective_params: Any
+  objective_state: Any
+  opt_state: Any
+  key: Any
+  average: Any = None
+
+
+def deployed_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
+  """The variables that are evaluated and deployed: the moving average where one is kept."""
+  return latest_variables(state, objective) if state.average is None else state.average
+
+
+def latest_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
+  """The deployed network's variables as the last step left them, without an average."""
+  student, deployed = trained_variables(state), as_objective(objective).deployed
+  if deployed is None:
+    return student
+  return deployed.variables(student, state.objective_params, state.objective_state)
+
+
+def trained_variables(state: State) -> dict[str, PyTree]:
+  """The variables that the optimiser changes, as the student's apply takes them."""
+  return {"params": state.params, **state.model_state}
+
+
+def init_state(
+  key: Any,
+  student: Network,
+  objective: Objective | ObjectiveFunction,
+  optimizer: optax.GradientTransformation,
+  batch: Batch,
+  *,
+  teacher: Teacher | None = None,
+  teacher_variables: PyTree = None,
+  start: Mapping[str, Any] | None = None,
+  objective_start: tuple[PyTree, PyTree] | None = None,
+  average: bool = False,
+  num_classes: int = 0,
+) -> State:
+  """Initialises a training state; pure, so it can be jitted and vmapped over keys.
+
+  Args:
+    key: a random key.
+    student: the network to train.
+    objective: an `Objective` or a bare function.
+    optimizer: an optax optimiser; it sees ``{"student": ..., "objective": ...}``.
+    batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
+    teacher: the teacher, whose outputs' shapes the objective's parameters may depend on.
+    teacher_variables: its variables, or their shapes.
+    start: values for some of the student's variables, or for all, that replace the initialiser's:
+      a part of the variables' tree (see `teachers.layers`).
+    objective_start: likewise for what the objective learns and for what it remembers: parts of
+      ``(objective_params, objective_state)``, as a stage before this one left them.
+    average: whether the state keeps a moving average of the deployed variables.
+    num_classes: how many classes the labels have; 0 where there are none.
+
+  Returns:
+    The state at step 0.
+
+  Raises:
+    TypeError: the teacher or the objective does not return what it should.
+    ValueError: teacher and student differ in their classes, or do not run on the data with their
+      variables; ``start`` has a path that the student
+      has not, or another shape.
+  """
+  objective = as_objective(objective)
+  student_key, objective_key, run_key = jax.random.split(key, 3)
+  variables = _init(student, student_key, batch.inputs)
+  if start is not None:
+    variables = _started(variables, start, student.name)
+  model_state = {name: value for name, value in variables.items() if name != "params"}
+  seen = _predicted(student, variables, batch.inputs)
+  taught = _teacher_shapes(teacher, teacher_variables, batch)
+  if objective.deployed is None:  # else the student's own logits are not what predicts
+    _check_classes(seen, taught)
+    _check_labels(seen, num_classes, student.name)
+  made = objective.init(objective_key, seen, taught)
+  if not (isinstance(made, tuple) and len(made) == 2):
+    raise TypeError(f"the objective's init must return (params, state), got {_check.show(made)}.")
+  objective_params, objective_state = made
+  if objective_start is not None:
+    params, remembered = objective_start
+    objective_params = _started(objective_params, params, "the objective's parameters")
+    objective_state = _started(objective_state, remembered, "the objective's state")
+  trained = {"student": variables["params"], "objective": objective_params}
+  state = State(
+    step=jnp.zeros((), jnp.int32),
+    params=variables["params"],
+    model_state=model_state,
+    objective_params=objective_params,
+    objective_state=objective_state,
+    opt_state=optimizer.init(trained),
+    key=run_key,
+  )
+  if objective.deployed is not None:
+    network = objective.deployed.network(student)
+    predicted = _predicted(network, latest_variables(state, objective), batch.inputs)
+    _check_labels(predicted, num_classes, network.name)
+  return dataclasses.replace(state, average=latest_variables(state, objective) if average else None)
+
+
+def to_items(state: State, objective: Objective) -> dict[str, PyTree]:
+  """What a checkpoint holds: the student apart from what only training needs.
+
+  Args:
+    state: the training state, or its shapes.
+    objective: the run's.
+
+  Returns:
+    Trees by name.
+  """
+  other = objective.deployed is not None  # the average is the deployed network's, not the student's
+  items: dict[str, PyTree] = {
+    "student": trained_variables(state) if other else deployed_variables(state, objective),
+    "objective": {"params": state.objective_params, "state": state.objective_state},
+    "optimizer": state.opt_state,
+    "progress": {"step": state.step, "key": state.key},
+  }
+  if other:
+    items["deployed"] = deployed_variables(state, objective)
+  elif state.average is not None:
+    items["trained"] = trained_variables(state)
+  return items
+
+
+def from_items(items: Mapping[str, PyTree], shapes: State, objective: Objective) -> State:
+  """The state again that `to_items` took apart.
+
+  Args:
+    items: a checkpoint's.
+    shapes: the state's, which say whether it has an average.
+    objective: the run's.
+
+  Returns:
+    The state.
+  """
+  student = dict(items["trained" if "trained" in items else "student"])
+  averaged = items["student" if objective.deployed is None else "deployed"]
+  return State(
+    step=items["progress"]["step"],
+    params=student.pop("params"),
+    model_state=student,
+    objective_params=items["objective"]["params"],
+    objective_state=items["objective"]["state"],
+    opt_state=items["optimizer"],
+    key=items["progress"]["key"],
+    average=None if shapes.average is None else averaged,
+  )
+
+
+def _predicted(network: Network, variables: PyTree, inputs: Any) -> Outputs:
+  """The shapes of what a network puts out in inference."""
+  return jax.eval_shape(
+    lambda v, x: network.apply(v, x, train=False, key=None)[0], variables, inputs
+  )
+
+
+def _init(student: Network, key: Any, inputs: Any) -> dict[str, PyTree]:
+  try:
+    return student.init(key, inputs)
+  except (flax.errors.FlaxError, TypeError, IndexError, AttributeError) as error:
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", inputs)
+    raise ValueError(
+      f"the student {student.name!r} does not run on the data's inputs, {shapes} once normalised: "
+      f"{_check.short(error)}"
+    ) from error
+
+
+def _started(made: Any, start: Any, where: str) -> Any:
+  """Puts a part of a tree in the place of what was made there."""
+  if not isinstance(made, Mapping):
+    if _outline(start) != _outline(made):
+      raise ValueError(
+        f"start has {_outline(start)} at {where}, where there is {_outline(made)}; give one of the "
+        "same shape, or leave it out."
+      )
+    return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), made, start)
+  unknown = sorted(set(start) - set(made)) if isinstance(start, Mapping) else [_outline(start)]
+  if unknown:
+    raise ValueError(f"start has {unknown} at {where}, where there is {sorted(made)}.")
+  return {
+    name: _started(value, start[name], f"{where}/{name}") if name in start else value
+    for name, value in made.items()
+  }
+
+
+def _outline(tree: PyTree) -> str:
+  """Containers and shapes, for a comparison and a message."""
+  return str(jax.tree.map(np.shape, tree))
+
+
+def _teacher_shapes(
+  teacher: Teacher | None, teacher_variables: PyTree, batch: Batch
+) -> Outputs | None:
+  if batch.teacher is not None:
+    return jax.eval_shape(lambda: batch.teacher)
+  if teacher is None:
+    return None
+  try:
+    outputs = jax.eval_shape(teacher, teacher_variables, batch)
+  except (
+    _check.VariablesError,
+    flax.errors.FlaxError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    IndexError,
+  ) as error:
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch.inputs)
+    raise ValueError(
+      f"the teacher does not run with teacher_variables ({_first(teacher_variables)}) on the "
+      f"data's inputs, {shapes} once normalised: {_check.short(error)} Give the variables of "
+      "this very network, {'params': ..., ...}; of a run over seeds, those of one: "
+      "teachers.unstack(variables)[0]."
+    ) from error
+  if not isinstance(outputs, Outputs):
+    raise TypeError(
+      f"teacher must return Outputs, got {_check.show(outputs)}; give teachers.frozen(network), "
+      "or return Outputs(logits=...)."
+    )
+  return outputs
+
+
+def _first(variables: PyTree) -> str:
+  """Some of a tree's paths and shapes, for a message."""
+  leaves = jax.tree_util.tree_leaves_with_path(variables)
+  some = [f"{jax.tree_util.keystr(p, simple=True, separator='/')} {np.shape(x)}" for p, x in leaves]
+  return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "") if some else "none"
+
+
+def _check_labels(student: Outputs, num_classes: int, name: str) -> None:
+  logits = student.logits
+  if logits is not None and logits.ndim == 2 and num_classes > logits.shape[-1]:
+    raise ValueError(
+      f"the data has labels of {num_classes} classes and the student {name!r} puts out "
+      f"{logits.shape[-1]} (logits {logits.shape}): build the student with "
+      f"num_classes={num_classes}, or map the labels to its classes (labels=None for none)."
+    )
+
+
+def _check_classes(student: Outputs, teacher: Outputs | None) -> None:
+  if teacher is None or teacher.logits is None or student.logits is None:
+    return
+  ours, theirs = student.logits.shape, teacher.logits.shape
+  if ours[-1] != theirs[-1]:
+    raise ValueError(
+      f"the student puts out {ours[-1]} classes (logits {ours}) and the teacher {theirs[-1]} "
+      f"(logits {theirs}); build the student with num_classes={theirs[-1]}, or give a teacher "
+      "for the same classes."
+    )

@@ -1,0 +1,437 @@
+"""The train step: ``(state, teacher variables, batch) -> (state, sums)``, pure.
+
+It knows nothing about devices, files or loops; `jaxdistill.train.fit` compiles and drives it.
+`reduce_terms` makes the loss of an objective's terms: averages are sums until the end, over the
+global batch, with masks that cannot leak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill._check import show, whole
+from jaxdistill.train._state import State, latest_variables
+from jaxdistill.types import (
+  Batch,
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Outputs,
+  Teacher,
+  Term,
+  Transform,
+  as_objective,
+  compute_dtype,
+)
+
+__all__ = ["make_step", "reduce_terms"]
+
+PyTree = Any
+# What a line of the log says beside the terms.
+_RESERVED = {"loss", "accuracy", "step", "epoch", "examples_per_second"}
+
+
+def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) -> dict[str, Any]:
+  unknown = sorted(set(hyper) - set(objective.hyper))
+  if unknown:
+    raise ValueError(
+      f"hyper has {unknown}, which the objective does not take; it takes {sorted(objective.hyper)}."
+    )
+  scheduled = {name: value for name, value in objective.hyper.items() if callable(value)}
+  given = {**scheduled, **hyper}
+  return {name: value(step) if callable(value) else value for name, value in given.items()}
+
+
+def make_step(
+  student: Network,
+  teacher: Teacher | None,
+  objective: Objective | ObjectiveFunction,
+  optimizer: optax.GradientTransformation,
+  *,
+  hyper: Mapping[str, Any] | None = None,
+  axis_name: str | None = None,
+  transform: Transform | None = None,
+  accumulate: int = 1,
+  unroll: bool = False,
+  average: float | None = None,
+) -> Callable[[State, PyTree, Batch], tuple[State, dict[str, Any]]]:
+  """Builds the pure train step.
+
+  Args:
+    student: the network to train.
+    teacher: ``(variables, batch) -> Outputs``; None for training without one. When a batch brings
+      ``batch.teacher`` along, that is used and the teacher is not run.
+    objective: an `Objective` or a bare function.
+    optimizer: an optax optimiser, as given to `train.init_state`.
+    hyper: keywords of the objective: numbers, arrays, or schedules of the step.
+    axis_name: the axis to sum over under `pmap`.
+    transform: ``(key, batch) -> batch``, before both networks (see `jaxdistill.data.transforms`).
+    accumulate: into how many micro-batches a batch is cut, to need less memory. The gradient is the
+      whole batch's: the terms' denominators are known before the first micro-batch. BatchNorm and
+      losses that relate examples see the micro-batch.
+    unroll: micro-batches one after another in the program instead of a loop, in which XLA computes
+      convolutions slowly on a CPU.
+    average: the decay of a moving average of the deployed variables, ``min(average, (1 + step) /
+      (10 + step))`` so that the first steps do not weigh on it; None for none.
+
+  Returns:
+    ``step(state, teacher_variables, batch) -> (state, sums)``. ``sums`` maps each term, ``"loss"``
+    and (for integer labels, where the student is what is deployed) ``"accuracy"`` to
+    ``(sum, count)``.
+
+  Raises:
+    ValueError: ``accumulate`` or ``average`` is out of range; and at trace time, ``hyper`` names a
+      keyword that the objective does not take, or the batch does not divide by ``accumulate``.
+  """
+  return _Step(
+    student=student,
+    teacher=teacher,
+    objective=as_objective(objective),
+    optimizer=optimizer,
+    hyper=dict(hyper or {}),
+    axis_name=axis_name,
+    transform=transform,
+    accumulate=accumulate,
+    unroll=unroll,
+    average=average,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Step:
+  """What `make_step` returns; calling it is the step."""
+
+  student: Network
+  teacher: Teacher | None
+  objective: Objective
+  optimizer: optax.GradientTransformation
+  hyper: dict[str, Any]
+  axis_name: str | None
+  transform: Transform | None
+  accumulate: int
+  unroll: bool
+  average: float | None
+
+  def __post_init__(self) -> None:
+    whole("accumulate", self.accumulate)
+    if self.average is not None and not 0 <= self.average < 1:
+      raise ValueError(f"average={self.average} must be None or a decay in [0, 1), 0.999 say.")
+
+  def __call__(
+    self, state: State, teacher_variables: PyTree, batch: Batch
+  ) -> tuple[State, dict[str, Any]]:
+    step_key = jax.random.fold_in(state.key, state.step)
+    if self.axis_name is not None:
+      step_key = jax.random.fold_in(step_key, jax.lax.axis_index(self.axis_name))
+    student_key, objective_key, transform_key = jax.random.split(step_key, 3)
+    if self.transform is not None:
+      batch = _transformed(self.transform(transform_key, batch), batch)
+    pass_ = _Pass(
+      trained={"student": state.params, "objective": state.objective_params},
+      states=(state.model_state, state.objective_state),
+      teacher_variables=teacher_variables,
+      batch=batch,
+      keys=(student_key, objective_key),
+      keywords=_resolve(self.hyper, self.objective, state.step),
+    )
+    whole = self.accumulate == 1
+    grads, states, sums = self.gradients(pass_) if whole else self.accumulated(pass_)
+    updates, opt_state = self.optimizer.update(grads, state.opt_state, pass_.trained)
+    trained = optax.apply_updates(pass_.trained, updates)
+    new_state = State(
+      step=state.step + 1,
+      params=trained["student"],
+      model_state=states[0],
+      objective_params=trained["objective"],
+      objective_state=states[1],
+      opt_state=opt_state,
+      key=state.key,
+      average=state.average,
+    )
+    if self.average is not None:
+      new_state = _averaged(new_state, latest_variables(new_state, self.objective), self.average)
+    return new_state, sums
+
+  def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
+    """The terms, the states after them, and the student's logits if it is what is deployed."""
+    model_state, objective_state = at.states
+    outputs, updated = self.student.apply(
+      {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
+    )
+    made = self.objective.apply(
+      trained["objective"],
+      objective_state,
+      outputs,
+      target,
+      at.batch,
+      key=at.keys[1],
+      **at.keywords,
+    )
+    terms, remembered = _checked(made, objective_state)
+    logits = outputs.logits if self.objective.deployed is None else None
+    return terms, ({**model_state, **updated}, remembered), logits
+
+  def target(self, at: _Pass) -> Outputs | None:
+    if at.batch.teacher is not None or self.teacher is None:
+      return at.batch.teacher
+    return self.teacher(at.teacher_variables, at.batch)
+
+  def gradients(
+    self, at: _Pass, counts: Mapping[str, jax.Array] | None = None
+  ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """The gradient of this batch's share of the loss, the states after it, and its sums."""
+    target = self.target(at)
+
+    def loss_of(trained: PyTree) -> tuple[jax.Array, Any]:
+      terms, states, logits = self.forward(trained, at, target)
+      loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
+      return loss, (states, sums, logits)
+
+    (loss, (states, sums, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(at.trained)
+    if self.axis_name is not None:
+      grads, loss = jax.lax.psum((grads, loss), self.axis_name)
+      states = _mean_over(self.axis_name, states)
+    sums = {"loss": (loss, jnp.ones_like(loss)), **sums}
+    return (
+      grads,
+      _keep_dtypes(states, at.states),
+      _add_progress(sums, logits, at.batch, self.axis_name),
+    )
+
+  def accumulated(self, at: _Pass) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """As `gradients`, from micro-batches one after another."""
+    parts = _micro_batches(at.batch, self.accumulate)
+    numbers = jnp.arange(self.accumulate)
+    keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, numbers) for key in at.keys]
+
+    def count(part: Batch) -> dict[str, jax.Array]:
+      # Masks depend on the batch alone, so the compiler drops both networks from this program.
+      mine = dataclasses.replace(at, batch=part)
+      terms, _, _ = self.forward(at.trained, mine, self.target(mine))
+      return {name: count for name, (_, count) in reduce_terms(terms, part)[1].items()}
+
+    counts = jax.tree.map(lambda c: jnp.sum(c, axis=0), jax.lax.map(count, parts))
+    if self.axis_name is not None:
+      counts = jax.lax.psum(counts, self.axis_name)
+
+    def body(carry: PyTree, item: PyTree) -> tuple[PyTree, Any]:
+      grads, states = carry
+      part, its_keys = item
+      mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
+      more, states, sums = self.gradients(mine, counts)
+      return (jax.tree.map(jnp.add, grads, more), states), sums
+
+    zeros = jax.tree.map(jnp.zeros_like, at.trained)
+    (grads, states), sums = jax.lax.scan(
+      body, (zeros, at.states), (parts, keys), unroll=self.accumulate if self.unroll else 1
+    )
+    sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
+    known = {**counts, "loss": jnp.ones_like(sums["loss"][1])}
+    return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+
+
+def _transformed(new: Any, old: Batch) -> Batch:
+  """What a transform returned, if it is a batch of as many examples."""
+  if not isinstance(new, Batch):
+    raise TypeError(f"transform must return a Batch, got {show(new)}.")
+  sizes = {leaf.shape[0] for leaf in jax.tree.leaves(dataclasses.replace(new, teacher=None))}
+  if sizes != {old.weight.shape[0]}:
+    raise ValueError(
+      f"transform made a batch of {sorted(sizes)} examples of one of {old.weight.shape[0]}; it "
+      "must keep their number (give those that do not count the weight 0)."
+    )
+  return new
+
+
+def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
+  """What an objective returned, if it is what an objective returns."""
+  if not (isinstance(made, tuple) and len(made) == 2):
+    raise TypeError(f"the objective's apply must return (terms, state), got {show(made)}.")
+  terms, remembered = made
+  if not isinstance(terms, Mapping) or not terms:
+    raise TypeError(
+      f"the objective must return {{name: Term}} with a term in it, got {show(terms)}."
+    )
+  for name, term in terms.items():
+    if not isinstance(name, str) or not isinstance(term, Term):
+      raise TypeError(
+        f"the objective's term {name!r} is {show(term)}; it must be a Term under a name of text: "
+        "Term(values), with values [B] that the step averages."
+      )
+  reserved = sorted(_RESERVED & set(terms))
+  if reserved:
+    raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
+  shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, remembered)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      f"the objective's state must keep its structure and shapes: it was {shapes[0]} and has "
+      f"become {shapes[1]}."
+    )
+  return dict(terms), remembered
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+  """What one gradient is taken of."""
+
+  trained: PyTree
+  states: tuple[PyTree, PyTree]
+  teacher_variables: PyTree
+  batch: Batch
+  keys: Any
+  keywords: dict[str, Any]
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+  """Leaves ``[count, B / count, ...]``; every device keeps its own rows, so nothing moves."""
+  size = batch.weight.shape[0]
+  if size % count:
+    raise ValueError(
+      f"accumulate={count} does not divide the batch of {size} examples (each device's share, "
+      "under pmap); take a batch size that is a multiple of it."
+    )
+
+  def cut(leaf: jax.Array) -> jax.Array:
+    return jnp.moveaxis(leaf.reshape(size // count, count, *leaf.shape[1:]), 1, 0)
+
+  return jax.tree.map(cut, batch)
+
+
+def _averaged(state: State, latest: PyTree, decay: float) -> State:
+  """Moves the average towards the new variables; counters and the like are copied."""
+  past = (state.step - 1).astype(jnp.float32)
+  share = 1 - jnp.minimum(decay, (1 + past) / (10 + past))
+
+  def move(old: jax.Array, new: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(new.dtype, jnp.inexact):
+      return new
+    return old + share.astype(new.dtype) * (new - old)
+
+  average = jax.tree.map(move, state.average, latest)
+  return dataclasses.replace(state, average=average)
+
+
+def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:
+  """State keeps its dtype: Flax's BatchNorm starts in float32 and takes on its inputs' dtype."""
+  return jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
+
+
+def _mean_over(axis_name: str, tree: PyTree) -> PyTree:
+  """Makes statistics that each device took of its share the same everywhere."""
+
+  def mean(leaf: jax.Array) -> jax.Array:
+    inexact = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jax.lax.pmean(leaf, axis_name) if inexact else leaf
+
+  return jax.tree.map(mean, tree)
+
+
+def _add_progress(
+  sums: dict[str, Any], logits: jax.Array | None, batch: Batch, axis_name: str | None
+) -> dict[str, Any]:
+  """Adds the training accuracy, where labels are integers: one argmax, no pass of its own."""
+  labels = batch.labels
+  if logits is None or not jnp.issubdtype(labels.dtype, jnp.integer):
+    return sums
+  if labels.shape != logits.shape[:-1] or batch.labelled.shape != labels.shape:
+    return sums
+  mask = batch.weight * batch.labelled
+  hits = jnp.sum(mask * (jnp.argmax(logits, axis=-1) == labels))
+  count = jnp.sum(mask)
+  if axis_name is not None:
+    hits, count = jax.lax.psum((hits, count), axis_name)
+  return {**sums, "accuracy": (hits, count)}
+
+
+def reduce_terms(
+  terms: Mapping[str, Term],
+  batch: Batch,
+  *,
+  axis_name: str | None = None,
+  counts: Mapping[str, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
+  """Reduces an objective's terms to the loss, and to sums for the log.
+
+  A term is ``weight * sum(where * values) / sum(where)`` over the global batch, and 0 when its
+  mask is empty. Masked values cannot leak: they are replaced before they are multiplied, since
+  ``inf * 0`` is NaN.
+
+  Args:
+    terms: the objective's terms.
+    batch: the batch that they were computed on; gives the example weights.
+    axis_name: the axis to sum over under `pmap`; the loss is then this device's share, whose
+      gradients have to be summed over the axis too.
+    counts: each term's ``sum(where)`` over a batch of which this one is a part; the loss is then
+      this part's share of that batch's.
+
+  Returns:
+    ``(loss, {name: (sum, count)})``: the weighted scalar loss, and for each term the global sum
+    of its values and of its mask, in float32 at least.
+
+  Raises:
+    TypeError: a term's values are no real numbers.
+    ValueError: a term's mask does not fit its values, or its weight is not one number.
+
+  >>> batch = Batch(jnp.zeros((2, 1)), jnp.zeros(2), jnp.ones(2), jnp.ones(2), None, None)
+  >>> loss, sums = reduce_terms({"soft": Term(jnp.array([1.0, 3.0]), weight=0.5)}, batch)
+  >>> float(loss), float(sums["soft"][0]), float(sums["soft"][1])
+  (1.0, 4.0, 2.0)
+  """
+  loss = jnp.zeros((), jnp.float32)
+  sums = {}
+  for name, term in terms.items():
+    _check(name, term)
+    values = jnp.asarray(term.values)
+    values = values.astype(compute_dtype(values))
+    mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
+    total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
+    if counts is not None:
+      count = counts[name]
+    else:
+      count = jnp.sum(mask)
+      if axis_name is not None:
+        count = jax.lax.psum(count, axis_name)
+    mean = total / jnp.where(count == 0, 1, count)
+    loss = loss.astype(mean.dtype) + jnp.asarray(term.weight, mean.dtype) * mean
+    if axis_name is not None:
+      total = jax.lax.psum(total, axis_name)
+    sums[name] = (total, count)
+  return loss, sums
+
+
+def _check(name: str, term: Term) -> None:
+  """Raises where a term's values or weight are not the numbers that it is made of."""
+  if not hasattr(term.values, "dtype") and not isinstance(term.values, float | int):
+    raise TypeError(f"term {name!r} has the values {show(term.values)}, which are no array.")
+  values = jnp.asarray(term.values)
+  if jnp.issubdtype(values.dtype, jnp.complexfloating):
+    raise TypeError(f"term {name!r} has values of {values.dtype}; a loss is of real numbers.")
+  if jnp.shape(term.weight) != () or isinstance(term.weight, str | bytes) or term.weight is None:
+    raise ValueError(
+      f"term {name!r} has the weight {show(term.weight)}; it must be one number. What differs "
+      "between examples belongs into its values, or into its mask (where)."
+    )
+
+
+def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
+  mask = jnp.ones(values.shape, values.dtype)
+  factors = [term.where] if term.where is not None else []
+  if term.axis == "batch":
+    factors.append(batch.weight)
+  for factor in factors:
+    factor = jnp.asarray(factor)
+    if factor.shape != values.shape[: factor.ndim]:
+      raise ValueError(
+        f"term {name!r} has values of shape {values.shape} and a mask of shape {factor.shape}; "
+        "a mask has the leading axes of the values. If the values do not run over the batch, "
+        "give the Term an axis of its own (axis='classes')."
+      )
+    factor = jnp.expand_dims(factor, range(factor.ndim, values.ndim))
+    mask = mask * factor.astype(values.dtype)
+  return mask

@@ -1,0 +1,241 @@
+"""Optimisers as published recipes run them, and which parameters weight decay is for.
+
+All of it is optax: an optimiser sees ``{"student": params, "objective": params}``, and one from
+anywhere else does as well. `kernels` is a mask for those:
+``optax.add_decayed_weights(1e-4, mask=kernels)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+
+__all__ = ["adamw", "kernels", "sgd"]
+
+PyTree = Any
+Decayed = Literal["all", "kernels"]
+# The words of a name that say what a parameter is, whatever its rank. With several in a name,
+# what is multiplied with decides: "embedding_kernel" is a kernel.
+_MULTIPLIED = {"kernel", "weight", "w"}
+_SPARED = {"bias", "b", "offset", "beta", "gamma", "scale", "scales", "token", "tokens"}
+_SPARED |= {"embed", "embeds", "embedding", "embeddings", "pos", "position", "positions", "cls"}
+
+
+def sgd(
+  learning_rate: float | jax.Array,
+  *,
+  steps: int,
+  milestones: Sequence[float] = (150 / 240, 180 / 240, 210 / 240),
+  decay: float = 0.1,
+  momentum: float = 0.9,
+  weight_decay: float = 5e-4,
+  nesterov: bool = False,
+  clip_norm: float | None = None,
+  decayed: Decayed = "all",
+) -> optax.GradientTransformation:
+  """SGD as the field's CIFAR recipes run it, in PyTorch's order of operations.
+
+  The gradient is clipped, then coupled weight decay is added to it, then come momentum without
+  dampening and the learning rate, which falls by ``decay`` at each milestone. Clipping is first as
+  in PyTorch, where it is done before the optimiser's step: it bounds what a batch can do and leaves
+  the decay, which needs no bound, as strong as in any other step.
+
+  Args:
+    learning_rate: 0.05 at batch 64 in RepDistiller and mdistiller. A scalar array, in a sweep
+      under ``vmap``, is not checked.
+    steps: the length of the run, in optimiser steps.
+    milestones: shares of the run; by default epochs 150, 180 and 210 of 240.
+    decay: the learning rate's factor at each milestone.
+    momentum: 0.9 in all published recipes.
+    weight_decay: 5e-4 in all published CIFAR recipes.
+    nesterov: ReviewKD's own recipe uses it, the others do not.
+    clip_norm: the largest norm that the gradient of student and objective together may have;
+      a longer one is scaled down to it. None, as published, clips nothing.
+    decayed: what weight decay is for. ``"all"``, as published: every trained tensor, BatchNorm's
+      and the projectors' included. ``"kernels"``: what `kernels` marks.
+
+  Returns:
+    An optax optimiser. Under ``vmap`` over seeds each seed's gradient is clipped by its own norm.
+
+  Raises:
+    ValueError: an argument is out of its range.
+
+  >>> optimizer = sgd(0.05, steps=240, clip_norm=1.0, decayed="kernels")
+  >>> params = {"bias": jax.numpy.ones(2)}
+  >>> gradients = {"bias": jax.numpy.array([30.0, 40.0])}
+  >>> updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  >>> [round(update, 4) for update in updates["bias"].tolist()]
+  [-0.03, -0.04]
+  """
+  _check_run(learning_rate, steps, weight_decay, clip_norm, decayed)
+  _check("decay", decay, _not_negative, "at least 0: the learning rate's factor, such as 0.1")
+  _check("momentum", momentum, _below_one, "in [0, 1), such as 0.9")
+  shares = tuple(milestones)
+  in_run = all(0 <= share <= 1 for share in shares)
+  _check("milestones", shares, lambda _: in_run, "shares of the run in [0, 1], not steps or epochs")
+  # Milestones of a short run can fall on the same step: their factors multiply.
+  boundaries: dict[int, float] = {}
+  for share in shares:
+    at = round(share * steps)
+    boundaries[at] = boundaries.get(at, 1.0) * decay
+  schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
+  return optax.chain(
+    *_clipping(clip_norm),
+    optax.add_decayed_weights(weight_decay, mask=_mask(decayed)),
+    optax.sgd(schedule, momentum=momentum, nesterov=nesterov),
+  )
+
+
+def adamw(
+  learning_rate: float | jax.Array,
+  *,
+  steps: int,
+  warmup: float = 5 / 300,
+  weight_decay: float = 0.05,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  clip_norm: float | None = None,
+  decayed: Decayed = "kernels",
+) -> optax.GradientTransformation:
+  """AdamW with a linear warm-up and a cosine decay to 0: how transformers are trained.
+
+  The gradient is clipped, then come Adam's moments (ε = 1e-8), then decoupled weight decay, then
+  the learning rate, which multiplies both. Over the first w = ``warmup`` · ``steps`` steps the rate
+  is ``learning_rate`` · (s + 1) / (w + 1) at step s, so that the very first step counts; after them
+  ``learning_rate`` · (1 + cos(π (s − w) / (steps − w))) / 2.
+
+  Args:
+    learning_rate: the peak. DeiT's is 5e-4 · batch size / 512. A scalar array is not checked.
+    steps: the length of the run, in optimiser steps.
+    warmup: the share of the run that warms up; by default DeiT's 5 of 300 epochs.
+    weight_decay: 0.05 is DeiT's.
+    b1: Adam's decay of the first moment; 0.9 is Adam's own.
+    b2: of the second; 0.999 is Adam's own.
+    clip_norm: the largest norm that the gradient of student and objective together may have;
+      a longer one is scaled down to it. None, as in DeiT, clips nothing.
+    decayed: what weight decay is for. ``"kernels"``, as in DeiT: what `kernels` marks. ``"all"``:
+      every trained tensor.
+
+  Returns:
+    An optax optimiser. Under ``vmap`` over seeds each seed's gradient is clipped by its own norm.
+
+  Raises:
+    ValueError: an argument is out of its range.
+
+  Source: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", 2019; numbers from Touvron et
+  al., "Training data-efficient image transformers & distillation through attention", 2021.
+
+  >>> optimizer = adamw(1e-3, steps=100, warmup=0.1)
+  >>> params = {"kernel": jax.numpy.ones((2, 2))}
+  >>> updates, _ = optimizer.update(params, optimizer.init(params), params)
+  >>> round(1e3 * updates["kernel"][0, 0].item(), 4)  # -(1 + 0.05) / 11
+  -0.0955
+  """
+  _check_run(learning_rate, steps, weight_decay, clip_norm, decayed)
+  _check("warmup", warmup, _below_one, "in [0, 1): the share of the run that warms up, not steps")
+  _check("b1", b1, _below_one, "in [0, 1), such as 0.9")
+  _check("b2", b2, _below_one, "in [0, 1), such as 0.999")
+  # At least one step comes after the warm-up, however short the run is.
+  warm = min(round(warmup * steps), steps - 1)
+  schedule = optax.cosine_decay_schedule(learning_rate, steps - warm)
+  if warm:
+    rise = optax.linear_schedule(learning_rate / (warm + 1), learning_rate, warm)
+    schedule = optax.join_schedules([rise, schedule], [warm])
+  return optax.chain(
+    *_clipping(clip_norm),
+    optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay, mask=_mask(decayed)),
+  )
+
+
+def kernels(params: PyTree) -> PyTree:
+  """Marks the parameters that weight decay is meant for: what inputs are multiplied with.
+
+  That is what has at least two axes, unless its name says otherwise. Not marked are: norms' scales
+  and biases, and any other bias or scale (an attention's bias has two axes, and so has a bias that
+  ``nn.scan`` stacked over layers); vectors and numbers (VID's variances, a learned temperature);
+  embedding tables, positions and class tokens, which are looked up or added, not multiplied with:
+  decay would shrink the rows that a batch does not use.
+
+  Only a parameter's own name counts (``kernel``, ``scale``, ``pos_embedding``), not those of the
+  modules around it. A name that says nothing is judged by its axes.
+
+  Args:
+    params: parameters of any Linen or NNX module, of a projector, or a tree of such trees, one
+      seed's (under ``vmap`` that is what an optimiser sees).
+
+  Returns:
+    A tree of the same structure with a bool for each leaf.
+
+  >>> zeros = jax.numpy.zeros
+  >>> kernels({"dense": {"kernel": zeros((3, 4)), "bias": zeros(4)}, "norm": {"scale": zeros(4)}})
+  {'dense': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+  """
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: _is_kernel(path, leaf), params)
+
+
+def _is_kernel(path: tuple[Any, ...], leaf: Any) -> bool:
+  words = set(_name(path).lower().split("_"))
+  if np.ndim(leaf) < 2:
+    return False
+  return bool(words & _MULTIPLIED) or not words & _SPARED
+
+
+def _name(path: tuple[Any, ...]) -> str:
+  """A parameter's own name: the last word of its path that is one."""
+  for entry in reversed(path):
+    name = getattr(entry, "key", getattr(entry, "name", None))
+    # A parameter in a box (NNX's variables, Linen's partitioned ones) ends in ".value".
+    boxed = isinstance(entry, jax.tree_util.GetAttrKey) and name in ("value", "raw_value")
+    if isinstance(name, str) and not name.isdigit() and not boxed:
+      return name
+  return ""
+
+
+def _mask(decayed: Decayed) -> Callable[[PyTree], PyTree] | None:
+  return kernels if decayed == "kernels" else None
+
+
+def _clipping(clip_norm: float | None) -> list[optax.GradientTransformation]:
+  # No link at all without a norm: the state of a run saved without clipping keeps its structure.
+  return [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+
+
+def _check_run(
+  learning_rate: Any, steps: Any, weight_decay: Any, clip_norm: Any, decayed: Any
+) -> None:
+  """Checks what both optimisers take."""
+  _check("learning_rate", learning_rate, _not_negative, "a number of at least 0, such as 0.05")
+  whole = isinstance(steps, int | np.integer) and bool(steps >= 1)
+  _check(
+    "steps", steps, lambda _: whole, "an integer of at least 1: the optimiser steps of the run"
+  )
+  _check("weight_decay", weight_decay, _not_negative, "at least 0; 0 turns it off")
+  if clip_norm is not None:
+    _check("clip_norm", clip_norm, lambda norm: norm > 0, "positive, or None to clip nothing")
+  words = "'all' (every trained tensor) or 'kernels' (what train.optimizers.kernels marks)"
+  _check("decayed", decayed, lambda word: word in ("all", "kernels"), words)
+
+
+def _not_negative(value: Any) -> bool:
+  return bool(0 <= value < math.inf)
+
+
+def _below_one(value: Any) -> bool:
+  return bool(0 <= value < 1)
+
+
+def _check(name: str, value: Any, good: Callable[[Any], bool], must_be: str) -> None:
+  # An array may be traced, in a sweep under vmap, and passes unread.
+  if isinstance(value, jax.Array):
+    return
+  try:
+    fine = good(value)
+  except TypeError:
+    fine = False
+  if not fine:
+    raise ValueError(f"{name}={value!r} must be {must_be}.")

@@ -1,0 +1,296 @@
+"""Projectors: the arithmetic against NumPy, and the choice by shapes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill.recipes import projectors
+
+KEY = jax.random.key(0)
+
+
+def draw(*shape, seed=0):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def shape(*sizes):
+  return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def parameters(module, x, seed=2):
+  """Parameters without the initialisers, whose compilation would take most of the time."""
+  shapes = jax.eval_shape(module.init, KEY, x)["params"]
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
+
+
+def as_float64(tree):
+  return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+
+
+def convolve(x, kernel, stride, padding):
+  """A convolution with zero padding, one output pixel after the other."""
+  x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+  high, wide = kernel.shape[:2]
+  rows = range(0, x.shape[1] - high + 1, stride)
+  columns = range(0, x.shape[2] - wide + 1, stride)
+  pixels = [
+    [np.einsum("bhwc,hwcd->bd", x[:, i : i + high, j : j + wide], kernel) for j in columns]
+    for i in rows
+  ]
+  return np.stack([np.stack(row, axis=1) for row in pixels], axis=1)
+
+
+def transposed(x, kernel):
+  """PyTorch's ConvTranspose2d(kernel 4, stride 2, padding 1): every input pixel is spread out."""
+  batch, high, wide, _ = x.shape
+  out = np.zeros((batch, 2 * high + 2, 2 * wide + 2, kernel.shape[-1]))
+  for i in range(high):
+    for j in range(wide):
+      # Flax keeps the kernel flipped.
+      spread = np.einsum("bc,hwcd->bhwd", x[:, i, j], kernel[::-1, ::-1])
+      out[:, 2 * i : 2 * i + 4, 2 * j : 2 * j + 4] += spread
+  return out[:, 1:-1, 1:-1]
+
+
+@pytest.mark.parametrize("axes", [(2,), (2, 3)])
+def test_linear_maps_the_last_axis(axes):
+  x = draw(*axes, 4)
+  module = projectors.Linear(5)
+  params = parameters(module, x)
+  dense = as_float64(params["dense"])
+  want = np.asarray(x, np.float64) @ dense["kernel"] + dense["bias"]
+  # float32 sums of four products of size 1.
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x, train=True), want, rtol=1e-5, atol=1e-5
+  )
+
+
+def test_linear_takes_another_initialiser_and_no_bias():
+  module = projectors.Linear(3, use_bias=False, kernel_init=jax.nn.initializers.constant(2.0))
+  params = module.init(KEY, jnp.ones((2, 4)))["params"]["dense"]
+  assert params.keys() == {"kernel"}
+  assert np.all(params["kernel"] == 2)
+
+
+def test_mlp():
+  x = draw(2, 3, 4)
+  module = projectors.MLP(hidden=6, features=5)
+  params = parameters(module, x)
+  first, second = as_float64(params["dense1"]), as_float64(params["dense2"])
+  hidden = np.maximum(x.astype(np.float64) @ first["kernel"] + first["bias"], 0)
+  want = hidden @ second["kernel"] + second["bias"]
+  # float32 sums of six products of sums of four.
+  np.testing.assert_allclose(
+    module.apply({"params": params}, x, train=False), want, rtol=1e-5, atol=2e-5
+  )
+
+
+CASES = {
+  "equal": ((4, 4), (4, 4), lambda x, k: convolve(x, k, 1, 0), (1, 1)),
+  "twice": ((8, 4), (4, 2), lambda x, k: convolve(x, k, 2, 1), (3, 3)),
+  "half": ((2, 3), (4, 6), transposed, (4, 4)),
+  "else": ((6, 5), (4, 4), lambda x, k: convolve(x, k, 1, 0), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_conv_is_fitnets_regressor(case):
+  ours, theirs, convolution, kernel = CASES[case]
+  x = draw(2, *ours, 3)
+  module = projectors.Conv(features=5, spatial=theirs, use_norm=False, use_relu=False)
+  params = parameters(module, x)["conv"]
+  assert params["kernel"].shape == (*kernel, 3, 5)
+  got = module.apply({"params": {"conv": params}}, x)
+  want = convolution(x.astype(np.float64), np.asarray(params["kernel"], np.float64))
+  want = want + np.asarray(params["bias"], np.float64)[None, None, None]
+  assert got.shape == (2, *theirs, 5)
+  # float32 sums of at most 48 products of size 1.
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_conv_norm_and_relu():
+  x = draw(2, 4, 4, 3)
+  plain = projectors.Conv(5, (4, 4), use_norm=False, use_relu=False)
+  full = projectors.Conv(5, (4, 4))
+  variables = full.init(KEY, x)
+  y = np.asarray(plain.apply({"params": {"conv": variables["params"]["conv"]}}, x), np.float64)
+  mean, variance = y.mean((0, 1, 2)), y.var((0, 1, 2))
+  centred = (y - mean[None, None, None]) / np.sqrt(variance + 1e-5)[None, None, None]
+  got, state = full.apply(variables, x, train=True, mutable=["batch_stats"])
+  # float32 means of 32 values of size 1.
+  close = {"rtol": 1e-4, "atol": 1e-5}
+  np.testing.assert_allclose(got, np.maximum(centred, 0), **close)
+  stats = state["batch_stats"]["norm"]
+  np.testing.assert_allclose(stats["mean"], 0.1 * mean, **close)
+  np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * variance, **close)
+  # In evaluation: the running statistics, which are still 0 and 1.
+  np.testing.assert_allclose(
+    full.apply(variables, x), np.maximum(y / np.sqrt(1 + 1e-5), 0), **close
+  )
+  signed = projectors.Conv(5, (4, 4), use_relu=False)
+  np.testing.assert_allclose(
+    signed.apply(variables, x, train=True, mutable=["batch_stats"])[0], centred, **close
+  )
+
+
+def test_conv_without_bias():
+  params = parameters(projectors.Conv(5, (4, 4), use_bias=False), draw(2, 4, 4, 3))
+  assert params["conv"].keys() == {"kernel"}
+
+
+def test_conv_averages_its_statistics_over_the_devices():
+  x = draw(4, 2, 2, 3)
+  alone, together = projectors.Conv(2, (2, 2)), projectors.Conv(2, (2, 2), axis_name="devices")
+  variables = together.init(KEY, x)
+  want = alone.apply(variables, x, train=True, mutable=["batch_stats"])
+
+  def shard(x):
+    return together.apply(variables, x, train=True, mutable=["batch_stats"])
+
+  got = jax.pmap(shard, axis_name="devices")(x.reshape(2, 2, 2, 2, 3))
+  # The same sums in another order, in float32.
+  np.testing.assert_allclose(got[0].reshape(want[0].shape), want[0], rtol=1e-4, atol=1e-5)
+  jax.tree.map(
+    lambda g, w: np.testing.assert_allclose(g[1], w, rtol=1e-4, atol=1e-5), got[1], want[1]
+  )
+
+
+@pytest.mark.parametrize(
+  ("student", "teacher", "kind"),
+  [
+    ((2, 3), (2, 5), projectors.Linear),
+    ((2, 7, 3), (2, 7, 5), projectors.Linear),
+    ((2, 4, 4, 3), (2, 4, 4, 5), projectors.Conv),
+    ((2, 8, 8, 3), (2, 4, 4, 5), projectors.Conv),
+    ((2, 4, 6, 3), (2, 8, 12, 5), projectors.Conv),
+    ((2, 7, 9, 3), (2, 5, 5, 5), projectors.Conv),
+  ],
+)
+def test_between_leads_to_the_teachers_shape(student, teacher, kind):
+  module = projectors.between(shape(*student), shape(*teacher))
+  assert isinstance(module, kind)
+  out, _ = jax.eval_shape(
+    lambda x: module.init_with_output(KEY, x, train=True),
+    jax.ShapeDtypeStruct(student, jnp.float32),
+  )
+  assert out.shape == teacher
+
+
+@pytest.mark.parametrize(
+  ("student", "teacher", "message"),
+  [
+    ((2, 3), (2, 4, 4, 5), "Pool or reshape"),
+    ((2,), (2,), "must be vectors"),
+    ((2, 1, 1, 1, 3), (2, 1, 1, 1, 3), "must be vectors"),
+    ((2, 6, 3), (2, 7, 5), "has 6 tokens and the teacher's"),
+    ((2, 4, 4, 3), (2, 6, 6, 5), "no convolution leads"),
+    ((2, 8, 2, 3), (2, 4, 4, 5), "no convolution leads"),
+  ],
+)
+def test_between_names_both_shapes(student, teacher, message):
+  with pytest.raises(ValueError, match=message) as error:
+    projectors.between(shape(*student), shape(*teacher))
+  assert str(student) in str(error.value)
+  assert str(teacher) in str(error.value)
+
+
+def test_conv_built_by_hand_names_both_shapes():
+  with pytest.raises(ValueError, match=r"\(2, 4, 4, 3\) to the teacher's \(2, 6, 6, 5\)"):
+    projectors.Conv(5, (6, 6)).init(KEY, draw(2, 4, 4, 3))
+
+
+@pytest.mark.parametrize(
+  ("module", "sizes"),
+  [
+    (projectors.Linear(2, dtype=jnp.bfloat16), (2, 3)),
+    (projectors.MLP(2, 2, dtype=jnp.bfloat16), (2, 3)),
+    (projectors.Conv(2, (4, 4), dtype=jnp.bfloat16), (2, 4, 4, 3)),
+  ],
+)
+def test_dtypes(module, sizes):
+  x = jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+  out, variables = jax.eval_shape(lambda x: module.init_with_output(KEY, x), x)
+  assert out.dtype == jnp.bfloat16
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def plain_temperature(theta):
+  return 1 + 20 / (1 + np.exp(-np.asarray(theta, np.float64)))
+
+
+def test_a_learned_temperature_climbs_what_the_others_descend():
+  module = projectors.LearnedTemperature()
+
+  @jax.jit
+  def loss(theta, student, reversal):
+    """A loss that depends on both; its slope in the temperature is 2 * student * temperature."""
+    return student * module.apply({"params": {"theta": theta}}, reversal, train=True) ** 2
+
+  grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  # The plain slope, 2 * 3 * temperature * 20 * s * (1 - s), in float64.
+  temperature, s = plain_temperature(0.5), 1 / (1 + np.exp(-0.5))
+  plain = 2 * 3 * temperature * 20 * s * (1 - s)
+  for reversal in (0.0, 0.25, 1.0):
+    # The value is the same bits whatever the reversal.
+    assert loss(0.5, 3.0, reversal) == loss(0.5, 3.0, 0.0)
+    theta, student, own = grad(0.5, 3.0, reversal)
+    assert float(theta) == pytest.approx(-reversal * plain, rel=1e-5)  # float32
+    assert float(student) == pytest.approx(temperature**2, rel=1e-5)
+    assert float(own) == 0
+  # A few steps down the gradient: nowhere at 0, and at 1 to where the loss is larger.
+  for reversal, moves in ((0.0, False), (1.0, True)):
+    theta, values = 0.5, []
+    for _ in range(4):
+      values.append(float(loss(theta, 3.0, reversal)))
+      theta = theta - 1e-3 * grad(theta, 3.0, reversal)[0]
+    assert values == sorted(values)
+    assert (values[-1] > values[0]) == moves
+
+
+def test_a_learned_temperature_starts_and_stays_where_it_should():
+  module = projectors.LearnedTemperature()
+  start, variables = module.init_with_output(KEY, 1.0)
+  assert jax.tree.map(float, variables) == {"params": {"theta": 1.0}}
+  assert float(start) == pytest.approx(15.62, abs=0.005)
+  values, slopes = jax.vmap(
+    jax.value_and_grad(lambda theta: module.apply({"params": {"theta": theta}}, 1.0))
+  )(jnp.array([-1e4, -3.0, 0.0, 3.0, 1e4]))
+  np.testing.assert_allclose(values, [1, plain_temperature(-3), 11, plain_temperature(3), 21])
+  assert np.all(np.isfinite(slopes))
+  other = projectors.LearnedTemperature(lowest=2.0, span=4.0, initial=0.0)
+  assert float(other.init_with_output(KEY, 1.0)[0]) == 4
+
+
+def test_a_temperature_for_each_example(strict_promotion):
+  module = projectors.LearnedTemperature(hidden=6)
+  x = draw(5, 8)
+  shapes = jax.eval_shape(module.init, KEY, 1.0, x)["params"]
+  rng = np.random.default_rng(2)
+  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 3, s.dtype), shapes)
+
+  @jax.jit
+  def run(params, x, reversal):
+    return jax.vjp(lambda p, x: module.apply({"params": p}, reversal, x), params, x)
+
+  value, pullback = run(params, x, 1.0)
+  first, second = as_float64(params["dense1"]), as_float64(params["dense2"])
+  hidden = np.maximum(x.astype(np.float64) @ first["kernel"] + first["bias"], 0)
+  theta = (hidden @ second["kernel"] + second["bias"])[:, 0]
+  np.testing.assert_allclose(value, plain_temperature(theta), rtol=1e-5)  # float32
+  to_params, to_x = pullback(jnp.ones(5))
+  slopes = (plain_temperature(theta) - 1) * (21 - plain_temperature(theta)) / 20
+  np.testing.assert_allclose(to_params["dense2"]["bias"], [-np.sum(slopes)], rtol=1e-5)
+  # What it looks at is the student, which nobody turns round.
+  assert not np.any(to_x)
+  stays, _ = run(params, x, 0.0)[1](jnp.ones(5))
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(stays))
+  low = jax.eval_shape(module.apply, {"params": shapes}, 1.0, jnp.zeros((2, 3, 8), jnp.bfloat16))
+  assert (low.shape, low.dtype) == ((2, 3), jnp.float32)
+
+
+def test_a_learned_temperature_takes_predictions_with_hidden_alone():
+  for hidden, given in ((None, (1.0, jnp.ones((2, 3)))), (4, (1.0,))):
+    with pytest.raises(ValueError, match=f"hidden={hidden} and predictions .*hidden=128"):
+      projectors.LearnedTemperature(hidden=hidden).init(KEY, *given)

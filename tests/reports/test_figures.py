@@ -1,0 +1,77 @@
+"""Pictures show the numbers they were given, leave out what is missing, and say what is wrong."""
+
+import numpy as np
+import pytest
+
+from jaxdistill.reports import figures
+
+AXES = {"xlabel": "temperature", "ylabel": "accuracy, %"}
+
+
+def test_a_curve_has_its_points_and_its_band():
+  mean, std = [1.0, np.nan, 3.0, 5.0], [0.5, 0.5, np.nan, 0.25]
+  series = {"a": (mean, std), "b": (np.zeros(4), None)}
+  axes = figures.curves(None, [1, 2, 3, 4], series, **AXES).axes[0]
+  a, b = axes.get_lines()
+  assert a.get_xydata().tolist() == [[1, 1], [3, 3], [4, 5]]
+  assert b.get_xydata().tolist() == [[1, 0], [2, 0], [3, 0], [4, 0]]
+  band, empty = (collection.get_paths() for collection in axes.collections)
+  corners = {tuple(corner) for path in band for corner in path.vertices.tolist()}
+  assert corners == {(1, 0.5), (1, 1.5), (4, 4.75), (4, 5.25)}
+  assert not any(len(path.vertices) for path in empty)
+  assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "temperature")
+  assert a.get_color() != b.get_color()
+  assert a.get_marker() != b.get_marker()
+
+
+def test_factors_are_drawn_by_their_logarithms_unless_the_points_have_names():
+  series = {"a": (np.arange(5), np.ones(5))}
+  factors = [1, 2, 4, 8, 16]
+  by_factors = figures.curves(None, factors, series, **AXES).axes[0]
+  assert by_factors.get_xscale() == "log"
+  assert [text.get_text() for text in by_factors.get_xticklabels()] == ["1", "2", "4", "8", "16"]
+  assert figures.curves(None, factors, series, **AXES, log=False).axes[0].get_xscale() == "linear"
+  named = figures.curves(None, factors, series, **AXES, ticks=list("abcde")).axes[0]
+  assert named.get_lines()[0].get_xdata().tolist() == [0, 1, 2, 3, 4]
+  assert [text.get_text() for text in named.get_xticklabels()] == list("abcde")
+
+
+def test_lines_are_in_the_legend():
+  lines = {"labels alone": (96.5, 0.5), "teacher": 98.0}
+  figure = figures.curves(None, [1, 2], {"kd": ([97, 98], [1, 1])}, **AXES, lines=lines)
+  (legend,) = figure.legends
+  assert [text.get_text() for text in legend.get_texts()] == ["kd", *lines]
+  heights = [line.get_ydata()[0] for line in figure.axes[0].get_lines()]
+  assert heights == [97, 96.5, 98]
+
+
+def test_a_row_for_each_method(tmp_path):
+  rows = {"kd": (97.5, 0.25), "pkt": (96.0, None), "lost": (float("nan"), None)}
+  lines = {"labels alone": (96.5, 0.5)}
+  path = tmp_path / "methods.png"
+  figure = figures.intervals(path, rows, xlabel="accuracy, %", lines=lines)
+  assert path.read_bytes().startswith(b"\x89PNG")
+  axes = figure.axes[0]
+  assert axes.yaxis_inverted()  # the first is on top
+  shown = [text.get_text() for text in axes.texts]
+  assert shown == ["97.50 ± 0.25", "96.00", "–"]
+  dots = [container.lines[0].get_xydata().tolist() for container in axes.containers]
+  assert dots == [[[97.5, 0]], [[96, 1]]]
+  (legend,) = figure.legends
+  assert legend.get_texts()[0].get_text() == "labels alone 96.50 ± 0.50"
+
+
+def test_models_show_every_seed():
+  axes = figures.models(None, {"teacher": [98.0], "student": [96.0, 97.0]}, ylabel="%").axes[0]
+  seeds = [collection.get_offsets()[:, 1].tolist() for collection in axes.collections[::2]]
+  assert [98.0] in seeds
+  assert [text.get_text() for text in axes.texts] == ["98.00", "96.50"]
+
+
+def test_what_cannot_be_drawn_is_named():
+  with pytest.raises(ValueError, match=r"series\['a'\] has values of shape \(3,\) for 2 points"):
+    figures.curves(None, [1, 2], {"a": ([1, 2, 3], None)}, **AXES)
+  with pytest.raises(ValueError, match="series must be a mapping with at least one entry"):
+    figures.curves(None, [1, 2], {}, **AXES)
+  with pytest.raises(ValueError, match="rows must be a mapping with at least one entry"):
+    figures.intervals(None, {}, xlabel="accuracy")

@@ -1,0 +1,400 @@
+"""Compression: what a network costs, who is inside a budget, the choice, the assistant, resume."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import data, export, networks, recipes, search, teachers, train
+from jaxdistill.evaluation import cost
+from jaxdistill.networks import models
+from jaxdistill.search import _budget, _compress, command
+
+# The teachers here are not trained, and the checks say so.
+pytestmark = pytest.mark.filterwarnings("ignore::jaxdistill.search.PreflightWarning")
+SIZE, CLASSES = 96, 3
+
+
+def examples(seed=0, size=SIZE):
+  random = np.random.RandomState(seed)
+  labels = random.randint(0, CLASSES, size)
+  inputs = random.normal(size=(size, 6)) + 2 * np.eye(CLASSES, 6)[labels]
+  return data.from_arrays(inputs.astype(np.float32), labels, num_classes=CLASSES)
+
+
+def mlps(*widths):
+  return search.family(lambda width: models.MLP((width,), CLASSES), width=list(widths))
+
+
+def settings(folder, **options):
+  teacher = networks.linen(models.MLP((32,), CLASSES), name="teacher")
+  return {
+    "within": search.Budget(parameters=60),
+    "teacher": teachers.frozen(teacher),
+    "teacher_variables": teacher.init(jax.random.key(7), jnp.zeros((1, 6))),
+    "data": data.on_device(examples(), batch_size=16, data_seed=0),
+    "validation": data.evaluation_batches(examples(seed=1, size=40), batch_size=20),
+    "optimizer": lambda rate=0.05: optax.adam(rate),
+    "steps": 18,
+    "points": search.product(temperature=[1.0, 4.0], rate=[0.05, 1e-4]),
+    "seeds": [0],
+    "final_seeds": [0, 1],
+    "halving": search.Halving(2, 2),
+    "gap": 1.0,
+    "progress": False,
+    "folder": folder,
+    **options,
+  }
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("compress") / "run"
+  return folder, search.compress(mlps(2, 4, 12), **settings(folder))
+
+
+def test_costs_are_those_of_the_network():
+  """6·4 + 4 + 4·3 + 3 parameters; two operations for each weight and one for each bias and relu."""
+  network = networks.linen(models.MLP((4,), CLASSES))
+  found = search.measure_network(network, jax.ShapeDtypeStruct((6,), "float32"), seconds=0.01)
+  assert (found["parameters"], found["bytes"]) == (43, 172)
+  assert found["flops"] == 2 * (6 * 4 + 4 * 3) + 4 + 4 + 3
+  assert 0 < found["latency_ms"] < 1000
+  with pytest.raises(ValueError, match="variables must be given for a function"):
+    search.measure_network(lambda variables, x: x, jax.ShapeDtypeStruct((6,), "float32"))
+
+
+def test_normalisation_counts_and_integers_are_stored_as_they_are():
+  network = networks.linen(models.MLP((4,), CLASSES))
+  stored = jax.ShapeDtypeStruct((2, 3), "uint8")
+  plain, seen = (
+    search.measure_network(network, stored, normalize=normalize, seconds=0.01)["flops"]
+    for normalize in (lambda x: x.astype(jnp.float32), lambda x: x.astype(jnp.float32) / 16)
+  )
+  assert seen == plain + 6
+
+
+@pytest.mark.parametrize(
+  ("limits", "shares", "inside"),
+  [
+    ({"bytes": 200}, {"bytes": 0.5}, True),
+    ({"bytes": 100, "parameters": 25}, {"bytes": 1.0, "parameters": 1.0}, True),
+    ({"bytes": 50, "latency_ms": 2.0, "spare": 0}, {"bytes": 2.0, "latency_ms": 0.25}, False),
+    ({"latency_ms": 0.52, "spare": 0}, {"latency_ms": 0.5 / 0.52}, True),
+    ({"latency_ms": 0.52, "spare": 0.1}, {"latency_ms": 0.5 / 0.468}, False),
+    ({"flops": 10**9}, {"flops": np.inf}, False),
+  ],
+)
+def test_a_budget_is_all_of_its_limits(limits, shares, inside):
+  costs = {"bytes": 100, "parameters": 25, "latency_ms": 0.5, "flops": None}
+  assert search.Budget(**limits).shares(costs) == pytest.approx(shares)
+  assert search.Budget(**limits).inside(costs) is inside
+
+
+@pytest.mark.parametrize(
+  ("limits", "match"),
+  [
+    ({}, "the budget has no limit"),
+    ({"bytes": 0}, "bytes must be positive, got 0"),
+    ({"latency_ms": float("nan")}, "latency_ms must be .*nan"),
+    ({"bytes": 10, "batch_size": 0}, "batch_size=0"),
+  ],
+)
+def test_a_budget_that_is_none(limits, match):
+  with pytest.raises(ValueError, match=match):
+    search.Budget(**limits)
+
+
+@pytest.mark.slow
+def test_what_is_over_the_budget_is_dropped_and_the_best_of_the_rest_is_chosen(compressed):
+  folder, found = compressed
+  fates = {candidate.name: candidate.row is None for candidate in found.candidates}
+  assert fates == {"width 2": False, "width 4": False, "width 12": True}
+  best = max(
+    (candidate for candidate in found.candidates if candidate.row is not None),
+    key=lambda c: (c.row.step, np.mean(c.row.metrics["accuracy"])),
+  )
+  assert np.mean(found._candidate(found.chosen).row.metrics["accuracy"]) == np.mean(
+    best.row.metrics["accuracy"]
+  )
+  assert search.read_choice(folder)["chosen"] == found.chosen
+  # Both final runs are of the chosen network and from all final seeds.
+  for name in ("student", "baseline"):
+    student = export.load_student(folder / name)
+    assert student.instances == 2
+    assert student.info["parameters"] == found.costs["parameters"] <= 60
+  loaded = export.load_student(folder / "student", instance=1)
+  x = np.asarray(examples(seed=3).inputs)
+  own = found.network.apply(
+    jax.tree.map(lambda leaf: leaf[1], found.variables), x, train=False, key=None
+  )[0].logits
+  # The same arithmetic by another program; float32.
+  np.testing.assert_allclose(loaded.predict(x), own, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_baseline_has_no_teacher_and_its_own_rate(compressed):
+  folder, _ = compressed
+  config = json.loads((folder / "baseline" / "config.json").read_text())
+  assert config["teacher"] is None
+  assert (
+    config["optimizer"] == json.loads((folder / "labels" / "chosen.json").read_text())["values"]
+  )
+  assert json.loads((folder / "student" / "config.json").read_text())["teacher"] is not None
+
+
+@pytest.mark.slow
+def test_the_folder_tells_it(compressed):
+  folder, found = compressed
+  table = (folder / "candidates.md").read_text()
+  assert "over the budget: parameters 2.05 times" in table
+  assert table.count("**chosen**") == 1
+  assert found.sentence() in table
+  told = json.loads((folder / "budget.json").read_text())
+  assert told["inside"] is True
+  assert told["costs"]["parameters"] == found.costs["parameters"]
+  assert (folder / "frontier.png").read_bytes()[:4] == b"\x89PNG"
+  rows = (folder / "candidates.csv").read_text().splitlines()
+  assert len(rows) == 1 + 2 + 1  # one seed each, and the one that was not trained
+
+
+@pytest.mark.slow
+def test_what_speaks_against_it_is_told(compressed):
+  """A teacher at chance, and what comes of that once the baseline is known."""
+  folder, _ = compressed
+  told = json.loads((folder / "preflight.json").read_text())
+  assert {"not_trained", "hardly_better"} <= {finding["check"] for finding in told}
+  mine, student = job(folder), mlps(2)["width 2"]
+  with pytest.warns(search.PreflightWarning, match="not_trained: .*chance"):
+    mine.look(student, {"temperature": 4.0}, folder)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    known = [search.Finding(**finding) for finding in told]
+    mine.look(student, {"temperature": 4.0}, folder, known=known)
+
+
+@pytest.mark.slow
+def test_a_compression_that_was_stopped_goes_on(compressed, tmp_path, monkeypatch):
+  """Another choice by other timings is impossible: what was measured is kept."""
+  folder, whole = compressed
+  shutil.copytree(folder, tmp_path / "run")
+  for name in ("student", "baseline"):
+    shutil.rmtree(tmp_path / "run" / name)
+  (tmp_path / "run" / "budget.json").unlink()
+  with pytest.raises(FileNotFoundError, match="not finished; run it again"):
+    search.read_choice(tmp_path / "run")
+  monkeypatch.setattr(
+    _budget, "measure_network", lambda *args, **options: pytest.fail("measured again")
+  )
+  monkeypatch.setattr(
+    _budget, "measure_in_process", lambda *args, **options: pytest.fail("timed again")
+  )
+  found = search.compress(mlps(2, 4, 12), **settings(tmp_path / "run"))
+  assert found.chosen == whole.chosen == search.read_choice(tmp_path / "run")["chosen"]
+  for one, other in zip(
+    jax.tree.leaves(found.variables), jax.tree.leaves(whole.variables), strict=True
+  ):
+    np.testing.assert_array_equal(one, other)
+  with pytest.raises(ValueError, match="another configuration|other"):
+    search.compress(mlps(2, 4), **settings(tmp_path / "run"))
+
+
+def test_what_is_needed_is_enough():
+  """Also where it is rounded, and where some of the latency is kept free."""
+  costs = {"latency_ms": 0.7, "bytes": 93_043, "flops": None, "parameters": 3}
+  small = search.Budget(latency_ms=0.7, bytes=10, parameters=3)
+  needed = small.needed(costs)
+  assert set(needed) == {"latency_ms", "bytes"}
+  assert dataclasses.replace(small, **needed).inside(costs)
+  tight = {"latency_ms": 0.99 * needed["latency_ms"], "bytes": needed["bytes"] - 1}
+  for name, limit in tight.items():
+    assert not dataclasses.replace(small, **{**needed, name: limit}).inside(costs)
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest(tmp_path):
+  match = (
+    "no candidate .* 20 parameters. The nearest of 2, 'width 2', has 23 parameters: a budget of "
+  )
+  with pytest.raises(search.BudgetError, match=match + "parameters=23 would do; or give smaller"):
+    search.compress(mlps(4, 2), **settings(tmp_path / "run", within=search.Budget(parameters=20)))
+  assert not (tmp_path / "run").exists()
+
+
+def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monkeypatch):
+  """The better one of two, by timings that are made up; the answers are kept."""
+  students = mlps(2, 4)
+  rows = [row([0.7], student="width 2"), row([0.9], student="width 4")]
+  made = [network.init(jax.random.key(0), jnp.zeros((1, 6))) for network in students.values()]
+  found = search.Result(
+    rows=rows,
+    seeds=[(0, 0)],
+    metric="accuracy",
+    best=1,
+    ties=[],
+    network=students["width 4"],
+    variables=made[1],
+    students=lambda index: jax.tree.map(lambda leaf: leaf[None], made[index]),
+    final_seeds=[(0, 0)],
+  )
+  times = iter([9.0, 0.1])
+  asked = []
+
+  def separately(run, within, instance=0):
+    asked.append(json.loads((run / "student" / "student.json").read_text())["parameters"])
+    return {"latency_ms": next(times), "bytes": 1, "flops": 1, "parameters": 1}
+
+  monkeypatch.setattr(_budget, "measure_in_process", separately)
+  mine = job(tmp_path, within=search.Budget(latency_ms=5.0))
+  name, checked = _compress._first_inside(mine, students, found, tmp_path)
+  assert (name, asked) == ("width 2", [43, 23])
+  assert _compress._first_inside(mine, students, found, tmp_path) == (name, checked)
+  (tmp_path / "checked.json").unlink()
+  times = iter([9.0, 7.0])
+  with pytest.raises(
+    search.BudgetError, match=r"has 7 ms: a budget of latency_ms=7.778 would do, in"
+  ):
+    _compress._first_inside(mine, students, found, tmp_path)
+
+
+def row(accuracy, **values):
+  accuracy = np.array(accuracy)
+  return search.Row({"temperature": 1.0, **values}, {"accuracy": accuracy}, 18, "finished")
+
+
+def job(folder, **options):
+  given = settings(folder, **options)
+  for name in ("folder", "halving", "gap"):
+    given.pop(name)
+  given |= {"teacher_network": None, "teacher_run": None}
+  given["seeds"] = given["final_seeds"] = [(0, 0), (1, 1)]
+  return _compress.Job(objective=recipes.kd, metric="accuracy", **given)
+
+
+@pytest.mark.slow
+def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
+  """The one nearest to the geometric mean teaches, if its student is better beyond noise."""
+  mine = job(tmp_path, points=[{"temperature": 4.0}])
+  student = mlps(2)["width 2"]
+  between = mlps(3, 8, 20, 50)  # student 23, teacher 323 parameters: the mean is 86
+  monkeypatch.setattr(
+    _compress.Job, "teacher_quality", property(lambda self: {"accuracy": np.array(0.9)})
+  )
+  assert mine.assist(student, row([0.89, 0.89]), between, 0.02, tmp_path) is None
+  assert mine.assist(student, row([0.6, 1.0]), between, 0.02, tmp_path) is None  # noise
+  tried = mine.assist(student, row([0.0, 0.01]), between, 0.02, tmp_path)
+  assert (tried.name, tried.parameters) == ("width 8", 83)
+  assert tried.helps  # anything is better than none right
+  alone = dataclasses.replace(mine, seeds=[(0, 0)])
+  assert not alone.assist(student, row([0.0]), between, 0.02, tmp_path / "one").helps
+  assert "a teaching assistant (width 8, 83 parameters) helped" in tried.sentence()
+  learned = export.load_student(tmp_path / "assistant")
+  assert learned.info["parameters"] == 83
+  final = mine.final(student, row([0.0, 0.01]), tried, tmp_path)
+  config = json.loads((tmp_path / "student" / "config.json").read_text())
+  assert config["teacher"] == train.fingerprint(teachers.unstack(tried.variables)[0])
+  assert sorted(final) == ["baseline", "student"]
+
+
+def test_an_assistant_that_is_not_there_is_asked_for(tmp_path, monkeypatch):
+  mine = job(tmp_path)
+  monkeypatch.setattr(
+    _compress.Job, "teacher_quality", property(lambda self: {"accuracy": np.array(0.9)})
+  )
+  tried = mine.assist(mlps(2)["width 2"], row([0.5, 0.5]), mlps(99), 0.02, tmp_path)
+  assert not tried.helps
+  assert "40.0 points behind" in tried.sentence()
+  assert "about 86 parameters might help" in tried.sentence()
+
+
+def test_the_front_has_nobody_that_another_beats():
+  def candidate(name, latency, accuracy, status="finished"):
+    mine = dataclasses.replace(row([accuracy]), status=status)
+    return search.Candidate(name, {"latency_ms": latency}, mine, None)
+
+  found = search.Compressed(
+    budget=search.Budget(bytes=1),
+    candidates=[
+      candidate("fast", 1.0, 0.5),
+      candidate("good", 3.0, 0.9),
+      candidate("beaten", 2.0, 0.4),
+      candidate("middle", 2.0, 0.7),
+      candidate("early", 0.5, 0.95, "dropped"),
+    ],
+    teacher={},
+    chosen="good",
+    values={},
+    assistant=None,
+    metric="accuracy",
+    network=mlps(2)["width 2"],
+    variables=None,
+    validation={},
+  )
+  assert found.front() == ["fast", "middle", "good"]
+
+
+SIMKD = recipes.simkd({"kernel": np.zeros((4, 3)), "bias": np.zeros(3)})
+
+
+@pytest.mark.parametrize(
+  ("candidates", "options", "error", "match"),
+  [
+    ({}, {}, TypeError, "candidates=.* must be networks by name"),
+    (None, {"objective": SIMKD, "points": [{}]}, ValueError, "deploys another network"),
+    (None, {"points": [{"heat": 1}]}, ValueError, r"points have \['heat'\]"),
+    (None, {"gap": -1.0}, ValueError, "gap must be at least 0, got -1.0"),
+  ],
+)
+def test_errors_come_before_anything_is_measured(
+  tmp_path, monkeypatch, candidates, options, error, match
+):
+  monkeypatch.setattr(_budget, "measure_network", lambda *args, **options: pytest.fail("measured"))
+  if candidates is None:
+    candidates = mlps(2)
+  with pytest.raises(error, match=match):
+    search.compress(candidates, **settings(tmp_path / "run", **options))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_family_is_every_combination():
+  made = search.family(
+    lambda width, depth: models.MLP((width,) * depth, CLASSES), width=[2, 4], depth=[1, 2]
+  )
+  assert list(made) == [f"width {w}, depth {d}" for w in (2, 4) for d in (1, 2)]
+  sizes = [
+    cost.parameters(jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 6))))
+    for network in made.values()
+  ]
+  assert sizes == [23, 29, 43, 63]
+  with pytest.raises(TypeError, match=r"build\(width 2\) returned 2; it must be a Linen module"):
+    search.family(lambda width: width, width=[2])
+
+
+@pytest.mark.slow
+def test_the_command_measures_a_run_and_fails_beyond_the_budget(compressed, capsys):
+  folder, found = compressed
+  run = str(folder / "student")
+  assert command.main([run]) == 0
+  assert command.main([run, "--parameters", "60", "--latency-ms", "1000"]) == 0
+  assert "inside the budget of 1,000 ms at batch 1, 60 parameters" in capsys.readouterr().out
+  assert command.main([run, "--bytes", "10"]) == 1
+  assert "NOT inside the budget of 10 bytes" in capsys.readouterr().out
+  # flops were counted when it was saved: a loaded program tells none.
+  assert found.costs["flops"] == found._candidate(found.chosen).costs["flops"]
+
+
+def test_a_process_that_fails_is_told(tmp_path):
+  with pytest.raises(RuntimeError, match="in a process of its own failed: .*no such folder"):
+    search.measure_in_process(tmp_path / "nothing", search.Budget(bytes=1))
+
+
+def test_importing_the_command_is_no_work():
+  script = "import sys, jaxdistill.search; assert 'matplotlib' not in sys.modules"
+  subprocess.run([sys.executable, "-c", script], check=True)

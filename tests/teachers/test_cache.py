@@ -1,0 +1,403 @@
+"""A cache's files: refused where they are another's, verified, resumed, written by anybody."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import data, recipes, runs, teachers, train
+from jaxdistill.teachers import _cache_files, command
+from jaxdistill.types import Outputs
+from small_networks import dense
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SIZE, VIEWS = 20, 3
+
+
+def pictures(name="pictures", scale=1):
+  rng = np.random.default_rng(0)
+  inputs = rng.integers(0, 16, (SIZE, 4, 4, 1)).astype(np.uint8) * scale
+  return data.from_arrays(inputs, rng.integers(0, 3, SIZE), num_classes=3, name=name)
+
+
+def source_of(examples=None, *, data_seed=5, views=VIEWS, augmentation=None, **options):
+  return data.on_device(
+    examples or pictures(),
+    batch_size=4,
+    data_seed=data_seed,
+    augmentation=augmentation or data.crop(1),
+    views=views,
+    **options,
+  )
+
+
+NETWORK = dense(6)
+TEACHER = teachers.frozen(NETWORK)
+VARIABLES = NETWORK.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+
+
+def make(folder, teacher=TEACHER, variables=VARIABLES, source=None, **options):
+  source = source or source_of()
+  options = {"batch_size": 8, "progress": None, **options}
+  return teachers.cached(teacher, variables, source, folder=folder, **options)
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+  """A complete cache of several shards; copied before it is harmed."""
+  folder = tmp_path_factory.mktemp("cache") / "complete"
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(_cache_files, "SHARD_BYTES", 8 * (12 + 16))
+    make(folder, in_advance=True)
+  return folder
+
+
+@pytest.fixture
+def copied(complete, tmp_path):
+  return pathlib.Path(shutil.copytree(complete, tmp_path / "cache"))
+
+
+def shards(folder):
+  return sorted(path.name for path in folder.glob("*.array_record"))
+
+
+def test_shards_are_array_records_that_grain_opens(complete):
+  assert len(shards(complete)) == VIEWS * 3  # 8, 8 and 4 records
+  paths = [str(complete / name) for name in shards(complete)[:3]]
+  records = grain.sources.ArrayRecordDataSource(paths)
+  assert len(records) == SIZE
+  assert records[9][:5] == b"\x01\x00\x00\x009"
+  logits = np.frombuffer(records[9][5:], "<f4")
+  source = source_of()
+  item = next(iter(source.whole.every(5, SIZE, 0)))
+  expected = TEACHER(VARIABLES, source.cut(source.shared, item)).logits[9]
+  np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)  # another batch size
+
+
+def test_a_manifest_says_what_the_cache_is_of(complete):
+  manifest = json.loads((complete / "manifest.json").read_text())
+  assert manifest["data"] == {"name": "pictures", "version": "", "size": SIZE}
+  assert manifest["augmentation"] == "crop(1)"
+  assert manifest["asked"] == {"kind": "frozen"}
+  assert ["params/Dense_0/bias", [6], "float32"] in manifest["teacher"]["leaves"]
+  assert manifest["libraries"]["jax"] == jax.__version__
+  assert len(manifest["teacher"]["outputs"]["logits"]) == len(manifest["looks"]["0"][0]) == 8
+
+
+OTHERS = {
+  "other values": (
+    {"variables": jax.tree.map(lambda leaf: leaf.at[..., 0].add(1e-6), VARIABLES)},
+    "teacher: its variables have other values",
+  ),
+  "other shapes": (
+    {
+      "teacher": teachers.frozen(dense(5)),
+      "variables": dense(5).init(jax.random.key(3), jnp.zeros((1, 4, 4, 1))),
+    },
+    r"teacher: its variables are others, first \['params/Dense_0/bias', \[6\], 'float32'\] there",
+  ),
+  "another function": (
+    {"asked": {}},
+    r"asked: {'kind': 'frozen'} there, {} now",
+  ),
+  "other outputs": (
+    {
+      "teacher": lambda v, batch: Outputs(logits=2 * TEACHER(v, batch).logits),
+      "asked": {"kind": "frozen"},
+    },
+    "teacher: it puts out other logits",
+  ),
+  "another rule": (
+    {"teacher": teachers.grouped(TEACHER, [0, 1, 2])},
+    r"asked: {'kind': 'frozen'} there, {'kind': 'grouped', 'groups': \[\[0\], \[1\], \[2\]\], ",
+  ),
+  "features": ({"features": ["mid"]}, r"arrays: .* there, .*'features/mid'.* now"),
+  "another dtype": ({"dtype": "float16"}, "dtype: 'float32' there, 'float16' now"),
+  "another set": ({"source": source_of(pictures("others"))}, "data: {'name': 'pictures'"),
+  "other pictures": ({"source": source_of(pictures(scale=2))}, "looks: .* data, their normalis"),
+  "other numbers": (
+    {"source": source_of(normalize=data.divide_by(7.0))},
+    "looks: what the first 8 examples show in view 0 is not",
+  ),
+  "other ids": (
+    {"source": source_of(dataclasses.replace(pictures(), ids=np.arange(1, SIZE + 1).astype(str)))},
+    r"other examples: 1 of 20 ids are not in it \(20\)",
+  ),
+  "another augmentation": (
+    {"source": source_of(augmentation=data.crop_flip(1))},
+    r"augmentation: 'crop\(1\)' there, 'crop_flip\(1\)' now",
+  ),
+  "the same name": (
+    {
+      "source": source_of(augmentation=dataclasses.replace(data.crop(2), choices=9, name="crop(1)"))
+    },
+    "looks: what the first 8 examples show in view",
+  ),
+  "another seed": ({"source": source_of(data_seed=6)}, "data_seed: 5 there, 6 now"),
+  "other views": ({"source": source_of(views=4)}, "view_count: 3 there, 4 now"),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_cache_of_something_else_is_refused_by_name(complete, case):
+  options, message = OTHERS[case]
+  with pytest.raises(ValueError, match=message):
+    make(complete, **options)
+
+
+def test_another_batch_size_or_library_is_no_reason(copied):
+  manifest = json.loads((copied / "manifest.json").read_text())
+  manifest["libraries"]["jax"] = "0.0.1"
+  _cache_files._write_manifest(copied, manifest)
+  make(copied, source=dataclasses.replace(source_of(), batch_size=5))
+
+
+# Damage.
+
+
+def harm(folder, kind):
+  path = folder / shards(folder)[4]  # the middle of view 1
+  content = bytearray(path.read_bytes())
+  if kind == "truncated":
+    content = content[: len(content) // 2]
+  elif kind == "flipped":
+    content[-40] ^= 4
+  path.write_bytes(content)
+  if kind == "missing":
+    path.unlink()
+  return path.name
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing"])
+def test_a_damaged_shard_is_named(copied, capsys, kind):
+  name = harm(copied, kind)
+  with pytest.raises(teachers.CacheError, match=f"{name} (has|is) "):
+    make(copied)
+  assert command.main(["verify", str(copied)]) == 1
+  said = capsys.readouterr()
+  assert name in said.err
+  assert said.err.count("cannot be used") == 1
+  assert command.main(["verify", str(copied), "--drop"]) == 1
+  capsys.readouterr()
+  assert command.main(["verify", str(copied)]) == 0
+  assert "2 of 3 views of 20 examples of 'pictures' as float32" in capsys.readouterr().out
+  make(copied, in_advance=True)
+  assert not teachers.verify_cache(copied)
+  assert len(_cache_files.read_manifest(copied)["views"]) == VIEWS
+
+
+def test_half_a_shard_that_its_manifest_believes_in_is_found_by_its_count(copied, capsys):
+  name = harm(copied, "truncated")
+  manifest = json.loads((copied / "manifest.json").read_text())
+  shard = next(s for s in manifest["views"]["1"] if s["file"] == name)
+  shard["bytes"] = (copied / name).stat().st_size
+  shard["sha256"] = runs.sha256(copied / name)
+  _cache_files._write_manifest(copied, manifest)
+  assert command.main(["verify", str(copied)]) == 1
+  assert re.search(
+    f"{name} (has 0 records, 8 were written|cannot be read)", capsys.readouterr().err
+  )
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "ids.json"])
+def test_damage_of_the_other_files_is_found(copied, capsys, file):
+  text = (copied / file).read_text()
+  (copied / file).write_text(text.replace("1", "2", 1))
+  assert command.main(["verify", str(copied)]) == 1
+  assert file in capsys.readouterr().err
+  with pytest.raises(teachers.CacheError, match=file):
+    make(copied)
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path, capsys):
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(ValueError, match=r"holds \['notes.txt'\] and no cache"):
+    make(tmp_path)
+  assert command.main(["verify", str(tmp_path)]) == 1
+  assert "is no cache: it has no manifest.json" in capsys.readouterr().err
+
+
+# The command in a process of its own.
+
+
+def python(*words, **options):
+  program = [sys.executable, *words]
+  return subprocess.run(program, capture_output=True, text=True, timeout=120, **options)
+
+
+NO_JAX = "import sys; sys.modules['jax'] = sys.modules['jaxlib'] = None; "
+
+
+def test_verifying_needs_no_jax(complete):
+  program = (
+    f"{NO_JAX}from jaxdistill.teachers import command\n"
+    "sys.exit(command.main(['verify', sys.argv[1]]))"
+  )
+  done = python("-c", program, str(complete))
+  assert done.returncode == 0, done.stderr
+  assert "every digest and count is right" in done.stdout
+
+
+def test_the_command_says_what_is_wrong_and_fails(copied, capsys):
+  name = harm(copied, "flipped")
+  done = python("-m", "jaxdistill", "cache", "verify", str(copied))
+  assert done.returncode == 1
+  assert name in done.stderr
+  assert "Traceback" not in done.stderr
+  with pytest.raises(SystemExit):
+    command.main(["verify", str(copied), "--teacher", "nothing"])
+  assert "--teacher nothing must be module:function" in capsys.readouterr().err
+
+
+def right():
+  return TEACHER, VARIABLES, source_of()
+
+
+def wrong():
+  return TEACHER, jax.tree.map(lambda leaf: leaf + 1e-3, VARIABLES), source_of()
+
+
+def test_the_teacher_is_compared_on_a_sample(complete, copied, capsys, monkeypatch):
+  monkeypatch.syspath_prepend(str(ROOT / "tests"))
+  assert command.main(["verify", str(complete), "--teacher", "test_cache:right"]) == 0
+  assert "a sample comes out the same" in capsys.readouterr().out
+  assert command.main(["verify", str(complete), "--teacher", "test_cache:wrong"]) == 1
+  assert "its variables have other values" in capsys.readouterr().err
+  # Numbers that were wrong when they were written, so that every digest is right.
+  files = _cache_files.read_manifest(copied)
+  ids = _cache_files.read_ids(copied, files)
+  rows = _cache_files.read_view(copied, files, 1, ids)
+  _cache_files.forget(copied, [1])
+  _cache_files.write_view(copied, 1, {"logits": 1.1 * rows["logits"]}, ids)
+  assert command.main(["verify", str(copied), "--teacher", "test_cache:right"]) == 1
+  assert "logits in view 1 is off by" in capsys.readouterr().err
+
+
+# Killed while it is being filled.
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import os, signal
+import test_cache as t
+from jaxdistill.teachers import _cache_files
+
+written = []
+replace = os.replace
+def dying(source, target):
+  written.append(str(target))
+  if sum(name.endswith(".array_record") for name in written) == int(sys.argv[3]):
+    if sys.argv[4] == "after":
+      replace(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+  replace(source, target)
+os.replace = dying
+_cache_files.SHARD_BYTES = 8 * 28
+t.make(sys.argv[1], in_advance=True)
+"""
+
+
+@pytest.mark.parametrize(("shard", "when", "left"), [(5, "before", 1), (6, "after", 1)])
+def test_a_cache_that_was_killed_is_filled_on(tmp_path, complete, shard, when, left):
+  folder = tmp_path / "cache"
+  killed = python("-c", CHILD, str(folder), str(ROOT / "tests" / "teachers"), str(shard), when)
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not teachers.verify_cache(folder)
+  manifest = _cache_files.read_manifest(folder)
+  assert _cache_files.complete_views(manifest) == list(range(left))
+  source = make(folder, in_advance=True)
+  assert not teachers.verify_cache(folder)
+  assert not list(folder.glob("*.writing"))
+  whole = make(complete, source=source_of())
+  np.testing.assert_allclose(*(s.shared[1]["logits"] for s in (source, whole)), rtol=1e-6)
+
+
+def test_views_are_filled_when_they_are_shown_and_never_twice(tmp_path):
+  folder, source = tmp_path / "cache", source_of()
+  first = make(folder)
+  assert _cache_files.complete_views(_cache_files.read_manifest(folder)) == []
+  first.items(source.steps_per_epoch, 1)
+  assert _cache_files.complete_views(_cache_files.read_manifest(folder)) == [1]
+  other = make(folder)
+  other.items(0, source.steps_per_epoch)
+  # The first one sees what the other has written, and goes on from there.
+  first.items(0, 3 * source.steps_per_epoch)
+  assert _cache_files.complete_views(_cache_files.read_manifest(folder)) == [0, 1, 2]
+  assert len(shards(folder)) == VIEWS
+  assert make(folder, in_advance=True).whole is not None  # complete, so it lies on the device
+
+
+# Written by another program.
+
+MAIN = """
+rng = np.random.default_rng(1)
+order = rng.permutation(20).tolist()
+logits = rng.normal(size=(20, 3)).astype(np.float32)
+hidden = rng.normal(size=(20, 5)).astype(np.float32)
+rows = {"logits": logits[order], "features/hidden": hidden[order]}
+import sys
+write_cache(sys.argv[1], [str(i) for i in order], [rows], name="pictures")
+np.savez(sys.argv[2], logits=logits, hidden=hidden)
+"""
+
+
+def test_a_program_without_jax_fills_a_cache_and_a_student_learns_from_it(tmp_path):
+  blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cache.md").read_text(), re.DOTALL)
+  (writer,) = (block for block in blocks if "def write_cache" in block)
+  assert len(writer.splitlines()) < 50
+  no_library = "sys.modules['jaxdistill'] = sys.modules['flax'] = None\n"
+  program = NO_JAX + no_library + writer + MAIN
+  done = python("-c", program, str(tmp_path / "cache"), str(tmp_path / "rows.npz"))
+  assert done.returncode == 0, done.stderr
+  assert not teachers.verify_cache(tmp_path / "cache")
+  source = source_of(augmentation=data.identity, views=None, normalize=data.DIGITS)
+  foreign = teachers.cached(None, None, source, folder=tmp_path / "cache")
+  batch = foreign.cut(foreign.shared, jax.tree.map(lambda leaf: leaf[0], foreign.items(2, 1)))
+  rows = np.load(tmp_path / "rows.npz")
+  np.testing.assert_array_equal(batch.teacher.logits, rows["logits"][batch.index])
+  np.testing.assert_array_equal(batch.teacher.features["hidden"], rows["hidden"][batch.index])
+  fitted = train.fit(
+    dense(16),
+    recipes.kd(temperature=1.0, soft_weight=1.0, hard_weight=0.0),
+    data=foreign,
+    optimizer=optax.adam(0.02),
+    steps=300,
+    progress=None,
+    dispatch=train.with_jit(),
+  )
+  losses = [line["loss"] for line in fitted.history]
+  assert losses[-1] < 0.1 * losses[0]
+
+
+def test_who_opens_a_foreign_cache_is_told_what_is_wrong(tmp_path, complete, copied):
+  with pytest.raises(ValueError, match="teacher is None, and there is no folder"):
+    teachers.cached(None, None, source_of())
+  with pytest.raises(ValueError, match="teacher_variables are given and teacher is None"):
+    teachers.cached(None, VARIABLES, source_of(), folder=complete)
+  with pytest.raises(FileNotFoundError, match="is no cache"):
+    teachers.cached(None, None, source_of(), folder=tmp_path / "nowhere")
+  with pytest.raises(ValueError, match="data_seed: 5 there, 2 now"):
+    teachers.cached(None, None, source_of(data_seed=2), folder=complete)
+  assert teachers.cached(None, None, source_of(), folder=complete).teacher is not None
+  _cache_files.forget(copied, [2])
+  with pytest.raises(ValueError, match=r"lacks the views \[2\] of 3"):
+    teachers.cached(None, None, source_of(), folder=copied)
+  manifest = _cache_files.read_manifest(complete)
+  foreign = {name: value for name, value in manifest.items() if name not in ("teacher", "looks")}
+  _cache_files._write_manifest(copied, foreign)
+  with pytest.raises(ValueError, match=r"open it by cached\(None, None, source\)"):
+    make(copied)
+  _cache_files._write_manifest(copied, {n: v for n, v in foreign.items() if n != "data"})
+  with pytest.raises(teachers.CacheError, match="lacks 'data'"):
+    make(copied)

@@ -1,0 +1,300 @@
+"""Teachers: frozen, combined, restored."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special
+
+import small_networks
+from jaxdistill import losses, networks, teachers
+from jaxdistill.types import Outputs, make_batch
+
+BATCH = make_batch(jnp.ones((2, 3)))
+LOGITS = np.random.default_rng(0).normal(scale=3, size=(3, 4, 5))
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [0.0, 1.0, 1.0]])
+@pytest.mark.parametrize("rule", teachers.RULES)
+def test_rules_are_their_formulas(rule, weights):
+  share = np.full(3, 1 / 3) if weights is None else np.asarray(weights) / np.sum(weights)
+  share = share[:, None, None]
+  log_p = special.log_softmax(LOGITS, axis=-1)
+  expected = {
+    "mean_logits": (share * LOGITS).sum(0),
+    "log_mean_probability": np.log((share * np.exp(log_p)).sum(0)),
+    "mean_log_probability": (share * log_p).sum(0),
+  }[rule]
+  combined = teachers.combine_logits(
+    list(jnp.asarray(LOGITS, jnp.float32)), rule=rule, weights=weights
+  )
+  np.testing.assert_allclose(combined, expected, rtol=1e-5, atol=1e-5)  # float32
+
+
+def test_members_are_combined_before_they_are_tempered():
+  """The mean of the members' tempered probabilities is another number, and not the one meant."""
+  members = list(jnp.asarray(LOGITS, jnp.float32))
+  combined = teachers.combine_logits(members, rule="log_mean_probability")
+  tempered = special.softmax(np.asarray(combined) / 4, axis=-1)
+  np.testing.assert_allclose(
+    tempered, special.softmax(np.log(special.softmax(LOGITS, -1).mean(0)) / 4, -1), rtol=1e-5
+  )
+  mean_of_tempered = special.softmax(LOGITS / 4, axis=-1).mean(0)
+  assert np.abs(tempered - mean_of_tempered).max() > 0.02
+  student = jnp.zeros((4, 5))
+  value = losses.soft_target_kl(student, combined, temperature=4.0)
+  by_hand = 16 * (tempered * (np.log(tempered) - np.log(1 / 5))).sum(-1)
+  np.testing.assert_allclose(value, by_hand, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", teachers.RULES)
+def test_a_class_that_all_members_exclude_stays_excluded(rule):
+  members = [jnp.array([[1.0, -jnp.inf, 0.0]]), jnp.array([[0.0, -jnp.inf, 2.0]])]
+  combined = teachers.combine_logits(members, rule=rule, weights=[1.0, 0.0])
+  assert combined[0, 1] == -jnp.inf
+  assert np.isfinite(combined[0, [0, 2]]).all()
+
+
+def test_half_precision_members_are_combined_in_float32(strict_promotion):
+  members = [jnp.ones((1, 3), jnp.bfloat16), jnp.ones((1, 3), jnp.float32)]
+  for rule in teachers.RULES:
+    assert teachers.combine_logits(members, rule=rule).dtype == jnp.float32
+
+
+def test_an_ensemble_of_different_networks_has_every_members_features():
+  members = [small_networks.dense(4), small_networks.dense(6, norm=True)]
+  batch = make_batch(jnp.ones((2, 3)))
+  variables = [m.init(jax.random.key(i), batch.inputs) for i, m in enumerate(members)]
+  outputs = teachers.ensemble(members, rule="mean_logits", weights=[3, 1])(variables, batch)
+  assert {n: f.shape for n, f in outputs.features.items()} == {"0/mid": (2, 4), "1/mid": (2, 6)}
+  alone = [teachers.frozen(m)(v, batch).logits for m, v in zip(members, variables, strict=True)]
+  np.testing.assert_allclose(outputs.logits, 0.75 * alone[0] + 0.25 * alone[1], rtol=1e-6)
+
+
+def test_teachers_stop_gradients_and_run_in_inference_mode():
+  class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train: bool):
+      x = nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+      return nn.Dropout(0.5, deterministic=not train)(x)
+
+  network = networks.linen(Noisy())
+  batch = make_batch(jnp.arange(6.0).reshape(2, 3))
+  variables = network.init(jax.random.key(0), batch.inputs)
+  teach = teachers.frozen(network)
+  np.testing.assert_array_equal(teach(variables, batch).logits, teach(variables, batch).logits)
+  grads = jax.grad(lambda v: jnp.sum(teach(v, batch).logits ** 2))(variables)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+  ("call", "message"),
+  [
+    (lambda: teachers.ensemble([]), "members is empty"),
+    (lambda: teachers.ensemble([small_networks.dense(3)], rule="mean"), "rule='mean' is unknown"),
+    (
+      lambda: teachers.ensemble([small_networks.dense(3)], weights=[1, 2]),
+      r"shape \(2,\).*1 members",
+    ),
+    (lambda: teachers.ensemble([small_networks.dense(3)], weights=[-1]), "not negative"),
+    (lambda: teachers.combine_logits([]), "logits is empty"),
+    (
+      lambda: teachers.ensemble([small_networks.dense(3)] * 2)([{}], make_batch(jnp.ones((1, 2)))),
+      "1 entries for 2 members",
+    ),
+  ],
+)
+def test_bad_ensembles_say_what_to_do(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
+
+
+def test_members_of_different_class_counts_are_refused():
+  members = [small_networks.dense(3, classes=3), small_networks.dense(3, classes=4)]
+  batch = make_batch(jnp.ones((2, 3)))
+  variables = [m.init(jax.random.key(0), batch.inputs) for m in members]
+  with pytest.raises(ValueError, match=r"different class counts: \[3, 4\]"):
+    teachers.ensemble(members)(variables, batch)
+
+
+def test_restoring_from_a_folder_without_a_run_says_so(tmp_path):
+  with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+    teachers.restore(tmp_path)
+
+
+def says(logits, **features):
+  """A teacher that puts these logits out, whatever it sees."""
+  return lambda variables, batch: Outputs(logits=jnp.asarray(logits), features=features)
+
+
+GROUPS = {
+  "group of each class": [1, 0, 1, 2, 0],
+  "classes of each group": [[4, 1], [0, 2], [3]],
+}
+
+
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS.keys())
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_groups_probability_is_the_sum_of_its_classes(groups, scale):
+  logits = scale * LOGITS  # [3, 4, 5]: tokens have an axis more
+  outputs = teachers.grouped(says(logits.astype(np.float32)), groups)({}, BATCH)
+  fine = np.exp(logits - special.logsumexp(logits, axis=-1, keepdims=True))
+  expected = np.stack([fine[..., [1, 4]].sum(-1), fine[..., [0, 2]].sum(-1), fine[..., 3]], -1)
+  assert outputs.logits.shape == (3, 4, 3)
+  # Logits of some hundreds have a rounding of 1e-5 in float32, and probabilities follow.
+  np.testing.assert_allclose(special.softmax(outputs.logits, -1), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_groups_are_made_before_they_are_tempered():
+  outputs = teachers.grouped(says(np.array([[2.0, 2.0, 1.0]], np.float32)), [0, 0, 1])({}, BATCH)
+  value = losses.soft_target_kl(jnp.zeros((1, 2)), outputs.logits, temperature=4.0)
+  tempered = special.softmax(np.array([2 + np.log(2), 1]) / 4)
+  by_hand = 16 * (tempered * np.log(2 * tempered)).sum()
+  np.testing.assert_allclose(value, [by_hand], rtol=1e-4)  # float32, after a cancellation
+  # The sum of tempered probabilities would be another target.
+  assert abs(tempered[0] - special.softmax(np.array([2, 2, 1]) / 4)[:2].sum()) > 0.05
+
+
+def test_classes_in_no_group_are_left_out_and_the_rest_renormalised():
+  probability = np.array([[0.1, 0.2, 0.3, 0.4]])
+  logits = np.log(probability).astype(np.float32)
+  coarse = teachers.grouped(says(logits), [[3], [0, 1]])({}, BATCH).logits
+  np.testing.assert_allclose(special.softmax(coarse, -1), [[4 / 7, 3 / 7]], rtol=1e-6)
+  fine = teachers.subset(says(logits), [3, 0])({}, BATCH).logits
+  np.testing.assert_allclose(special.softmax(fine, -1), [[0.8, 0.2]], rtol=1e-6)
+
+
+def test_a_group_that_the_teacher_excludes_stays_excluded():
+  logits = np.array([[-np.inf, -np.inf, 0.0, 1.0]], np.float32)
+  coarse = teachers.grouped(says(logits), [0, 0, 1, 1])({}, BATCH).logits
+  assert coarse[0, 0] == -np.inf
+  np.testing.assert_allclose(coarse[0, 1], np.log(1 + np.e), rtol=1e-6)
+
+
+def test_half_precision_is_grouped_in_float32(strict_promotion):
+  coarse = teachers.grouped(says(jnp.ones((2, 3), jnp.bfloat16)), [0, 0, 1])({}, BATCH).logits
+  assert coarse.dtype == jnp.float32
+  np.testing.assert_allclose(coarse[0], [1 + np.log(2), 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "narrow",
+  [lambda t: teachers.subset(t, [2, 0]), lambda t: teachers.grouped(t, [1, 0, 1])],
+  ids=["subset", "grouped"],
+)
+def test_a_network_is_frozen_and_its_features_pass_through(narrow):
+  network = small_networks.dense(4)
+  variables = network.init(jax.random.key(0), BATCH.inputs)
+  whole, teach = teachers.frozen(network)(variables, BATCH), narrow(network)
+  outputs, grads = jax.value_and_grad(lambda v: teach(v, BATCH).logits.sum())(variables)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+  outputs = teach(variables, BATCH)
+  assert outputs.logits.shape == (2, 2)
+  np.testing.assert_array_equal(outputs.features["mid"], whole.features["mid"])
+  # A teacher made of a teacher is a teacher: an ensemble of narrowed ones, for instance.
+  both = teachers.ensemble([teach, narrow(teachers.frozen(network))])([variables] * 2, BATCH)
+  np.testing.assert_allclose(both.logits, outputs.logits, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda t: teachers.subset(t, []), "classes is empty"),
+    (lambda t: teachers.subset(t, [0, 2, 0]), r"classes has \[0\] more than once"),
+    (lambda t: teachers.subset(t, [0, -1]), "classes has -1"),
+    (lambda t: teachers.subset(t, [True, False, True]), "sequence of integers"),
+    (lambda t: teachers.grouped(t, []), "must be the group of each class"),
+    (lambda t: teachers.grouped(t, [0, 2, 2]), r"groups \[1\] of 3 have no class"),
+    (lambda t: teachers.grouped(t, [[0, 1], []]), r"groups \[1\] of 2 have no class"),
+    (lambda t: teachers.grouped(t, [0, -1, 1]), "groups has -1"),
+    (lambda t: teachers.grouped(t, [[0, -1], [1]]), r"groups\[0\] has -1"),
+    (lambda t: teachers.grouped(t, [[0, 1], [1, 2]]), r"groups has the classes \[1\] more"),
+    # At trace time, when the teacher's class count is known.
+    (lambda t: teachers.subset(t, [0, 7])({}, BATCH), r"classes has class \[7\].*has 3"),
+    (lambda t: teachers.grouped(t, [[0, 3], [1]])({}, BATCH), r"groups has class \[3\].*has 3"),
+    (lambda t: teachers.grouped(t, [0, 1])({}, BATCH), "groups has 2 entries.* 3 classes"),
+    (
+      lambda t: teachers.grouped(t, np.array([0, 1, 0, 1]))({}, BATCH),
+      r"groups has class \[3\].*has 3",
+    ),
+    (lambda t: teachers.subset(lambda v, b: Outputs(), [0])({}, BATCH), "no logits"),
+  ],
+)
+def test_wrong_classes_and_groups_say_what_is_wrong(make, message):
+  with pytest.raises(ValueError, match=message):
+    make(says(np.zeros((2, 3), np.float32)))
+
+
+VARIABLES = {
+  "params": {
+    "encoder": {
+      "Dense_3": {"kernel": np.ones((2, 2)), "bias": np.zeros(2)},
+      "norm": {"scale": np.ones(2)},
+    },
+    "head": {"kernel": np.full((2, 3), 5.0)},
+  },
+  "batch_stats": {"encoder": {"norm": {"mean": np.full(2, 3.0)}}},
+}
+
+
+def test_layers_are_found_with_their_statistics_and_nothing_else():
+  start = teachers.layers(
+    VARIABLES,
+    {"Dense_0": "encoder/Dense_3", "inner/norm": "encoder/norm", "out/kernel": "head/kernel"},
+  )
+  norm = VARIABLES["params"]["encoder"]["norm"]
+  expected = {
+    "params": {
+      "Dense_0": VARIABLES["params"]["encoder"]["Dense_3"],
+      "inner": {"norm": norm},
+      "out": VARIABLES["params"]["head"],
+    },
+    "batch_stats": {"inner": {"norm": VARIABLES["batch_stats"]["encoder"]["norm"]}},
+  }
+  assert jax.tree.structure(start) == jax.tree.structure(expected)
+  for mine, theirs in zip(jax.tree.leaves(start), jax.tree.leaves(expected), strict=True):
+    assert mine is theirs
+
+
+def test_a_path_that_names_its_collection_means_that_one_alone():
+  alone = teachers.layers(VARIABLES, {"batch_stats/n": "batch_stats/encoder/norm"})
+  assert list(alone) == ["batch_stats"]
+  assert alone["batch_stats"]["n"]["mean"][0] == 3
+  assert list(teachers.layers(VARIABLES, {"params/n": "params/encoder/norm"})) == ["params"]
+
+
+def test_layers_of_a_real_network_start_a_student():
+  large, small = small_networks.dense(4, norm=True), small_networks.dense(4)
+  teacher = large.init(jax.random.key(0), BATCH.inputs)
+  start = teachers.layers(teacher, {"Dense_0": "Dense_0", "Dense_1": "Dense_1"})
+  student = small.init(jax.random.key(1), BATCH.inputs)
+  assert jax.tree.map(jnp.shape, start) == jax.tree.map(jnp.shape, dict(student))
+
+
+@pytest.mark.parametrize(
+  ("pairs", "message"),
+  [
+    ({}, "pairs={} must be"),
+    (
+      {"a": "encoder/Dense_4"},
+      r"'encoder/Dense_4', which is not in its 'params'; .*encoder/Dense_3",
+    ),
+    ({"a": "qqq"}, r"which is not in its 'params'; .*'encoder'"),
+    ({"batch_stats/a": "batch_stats/encoder/Dense_3"}, "not in its 'batch_stats'"),
+    ({"a": "params/head"}, "begin with the same collection"),
+    ({"params/a": "batch_stats/encoder/norm"}, "begin with the same collection"),
+    ({"": "head"}, "name a submodule or an array"),
+    ({"params": "params"}, "name a submodule or an array"),
+    ({"a": "encoder/norm", "a/scale": "head/kernel"}, "'a/scale' over another one"),
+    ({"a/scale/x": "head/kernel", "a": "encoder/norm"}, "'a' over another one"),
+  ],
+)
+def test_wrong_layers_say_what_is_wrong(pairs, message):
+  with pytest.raises(ValueError, match=message):
+    teachers.layers(VARIABLES, pairs)
+
+
+def test_layers_of_bare_parameters_are_refused():
+  with pytest.raises(ValueError, match=r"there is 'params'.*\['encoder', 'head'\]"):
+    teachers.layers(VARIABLES["params"], {"a": "b"})

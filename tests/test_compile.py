@@ -1,0 +1,240 @@
+"""What is compiled when: in the background, quickly where little is computed, nothing twice."""
+
+import contextlib
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import _compile, data, evaluation, losses, networks, recipes, search, teachers
+from jaxdistill.networks import models
+from jaxdistill.search import _shared_teacher
+from jaxdistill.train import build_program, with_jit
+from jaxdistill.types import Term, as_objective
+
+
+@contextlib.contextmanager
+def compiled():
+  """The names of the programs that are compiled inside."""
+  names = []
+
+  def note(event, seconds, fun_name="", **rest):
+    if event.endswith("backend_compile_duration"):
+      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def parts(size=40):
+  random = np.random.RandomState(0)
+  examples = data.from_arrays(
+    random.normal(size=(size, 6)).astype(np.float32), random.randint(0, 3, size), num_classes=3
+  )
+  network = networks.linen(models.MLP(widths=(4,), num_classes=3), name="network")
+  variables = network.init(jax.random.key(0), jnp.zeros((1, 6)))
+  source = data.on_device(examples, batch_size=8, data_seed=0)
+  return network, variables, source, data.evaluation_batches(examples, batch_size=16)
+
+
+def test_a_call_takes_what_was_compiled_ahead_and_compiles_what_was_not():
+  def double(x):
+    return 2 * x
+
+  function = _compile.BackgroundCompiled(jax.jit(double))
+  x, longer = np.ones(3, np.float32), np.ones(4, np.float32)
+  with compiled() as names:
+    function.compile(jax.ShapeDtypeStruct((3,), jnp.float32))
+    assert function.compiled().memory_analysis().argument_size_in_bytes == 12
+    assert function(x).tolist() == [2, 2, 2]
+    assert names == ["double"]
+    assert function(longer).tolist() == [2, 2, 2, 2]
+  assert names == ["double"] * 2
+
+
+def test_what_does_not_trace_says_so_where_it_is_compiled():
+  function = _compile.BackgroundCompiled(jax.jit(lambda x: x @ x))
+  with pytest.raises(TypeError, match="contracting dimensions"):
+    function.compile(jax.ShapeDtypeStruct((2, 3), jnp.float32))
+  assert function(np.eye(2, dtype=np.float32)).tolist() == [[1, 0], [0, 1]]
+
+
+def test_pending_arrays_are_shapes_until_they_are_needed():
+  calls = []
+
+  def make():
+    calls.append(1)
+    return jnp.arange(3.0)
+
+  tree = {"a": _compile.Deferred((3,), jnp.float32, make), "b": jnp.ones(3)}
+  function = jax.jit(lambda tree: tree["a"] + tree["b"])
+  assert jax.eval_shape(function, tree).shape == (3,)
+  lowered = function.lower(tree)
+  assert not calls
+  assert lowered.compile()(_compile.computed(tree)).tolist() == [1, 2, 3]
+  assert len(calls) == 1
+
+
+def test_two_pending_arrays_of_one_shape_are_not_the_same():
+  one, other = (_compile.Deferred((3,), jnp.float32, lambda: jnp.zeros(3)) for _ in range(2))
+  assert one == one
+  assert one != other
+
+
+def test_loops_count_as_often_as_they_run():
+  def loop(x):
+    return jax.lax.scan(lambda c, _: (c + 1, None), x, length=5)[0]
+
+  assert _compile.activations(loop, jax.ShapeDtypeStruct((10,), jnp.float32)) == 5 * 40
+
+
+def test_all_branches_count():
+  def branch(x):
+    return jax.lax.cond(x[0] > 0, lambda x: 2 * x, lambda x: 3 * x + 1, x)
+
+  straight = _compile.activations(lambda x: 3 * x + 1, jax.ShapeDtypeStruct((10,), jnp.float32))
+  assert _compile.activations(branch, jax.ShapeDtypeStruct((10,), jnp.float32)) >= 1.5 * straight
+
+
+def test_the_compiler_tries_harder_the_more_there_is_to_compute():
+  def work(calls):
+    shape = jax.ShapeDtypeStruct((2**20,), jnp.float32)  # 4 MiB
+    return _compile.by_work(jnp.negative, shape, calls=calls)
+
+  assert work(1) == _compile.quick()
+  assert work(100) == _compile.brief()
+  assert work(10_000) == _compile.long()
+  assert _compile.quick()["xla_backend_optimization_level"] == 0
+  for options in (_compile.quick(), _compile.brief(), _compile.long()):
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1.0) == 2
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+  taken = jax.jit
+
+  def refuses(function, compiler_options):
+    if "xla_cpu_use_fusion_emitters" in compiler_options:
+      raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: No such compile option")
+    return taken(function, compiler_options=compiler_options)
+
+  _compile._known.cache_clear()
+  monkeypatch.setattr(jax, "jit", refuses)
+  try:
+    assert _compile.brief() == {"xla_backend_optimization_level": 1}
+  finally:
+    _compile._known.cache_clear()
+
+
+def test_host_arrays_go_to_the_device_without_a_program():
+  examples = data.from_arrays(np.ones((3, 5), np.float64), np.arange(3), num_classes=3)
+  with compiled() as names:
+    made = data.on_device(examples, batch_size=3, data_seed=0).shared
+  assert names == []
+  assert {name: leaf.dtype for name, leaf in made.items()} == {
+    "inputs": jnp.float32,
+    "labels": jnp.int32,
+    "labelled": jnp.float32,
+  }
+  assert made["labels"].tolist() == [0, 1, 2]
+
+
+def test_a_validator_compiled_ahead_compiles_nothing_more():
+  network, variables, _, batches = parts()
+  validate = evaluation.validator(network, batches)
+  with compiled() as names:
+    validate.compile(jax.eval_shape(lambda: variables))
+    found = validate(variables)
+  assert names == ["one"]
+  expected = evaluation.evaluate(evaluation.predictor(network), variables, batches)
+  # The same sums from programs of other options: float32's rounding.
+  for name, value in found.items():
+    np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+
+
+def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():
+  network, variables, source, _ = parts()
+  learners = [(network, as_objective(recipes.kd()))]
+  teacher = teachers.frozen(network)
+  with compiled() as names:
+    (made,) = _shared_teacher.share_teacher(learners, teacher, variables, [source], 2**20)
+    logits = made.shared[1]["logits"]
+    assert isinstance(logits, _compile.Deferred)
+    assert logits.shape == (40, 3)
+    assert "outputs" not in names
+    found = _compile.computed(made.shared)[1]["logits"]
+  assert names.count("outputs") == 1
+  expected = teachers.cached(teacher, variables, source, progress=None).shared[1]["logits"]
+  assert found.tolist() == expected.tolist()
+
+
+def test_an_objective_may_branch_on_a_keyword_that_is_not_swept():
+  """What is swept is traced; the others are the numbers that they are, in training and before."""
+  network, variables, source, batches = parts()
+
+  def mine(student, teacher, batch, *, temperature=4.0, squared=True):
+    scale = temperature**2 if squared else 1.0
+    return {"soft": Term(scale * losses.soft_target_kl(student.logits, teacher.logits))}
+
+  result = search.sweep(
+    network,
+    mine,
+    points=search.product(temperature=[1, 2]),
+    data=source,
+    optimizer=optax.sgd(0.1),
+    steps=5,
+    validation=batches,
+    teacher=teachers.frozen(network),
+    teacher_variables=variables,
+    progress=None,
+  )
+  assert [row.status for row in result.rows] == ["finished"] * 2
+
+
+def test_a_sweeps_teacher_that_puts_out_nan_says_so():
+  network, variables, source, _ = parts()
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
+  learners = [(network, as_objective(recipes.kd()))]
+  (made,) = _shared_teacher.share_teacher(
+    learners, teachers.frozen(network), broken, [source], 2**20
+  )
+  with pytest.raises(ValueError, match="logits in view 0 hold NaN"):
+    _compile.computed(made.shared)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("steps", [20, 1200])
+def test_a_sweep_compiles_four_programs_once_each(devices, steps):
+  network, variables, source, batches = parts()
+  _compile._known()
+  with compiled() as names:
+    search.sweep(
+      network,
+      recipes.kd(),
+      points=search.product(temperature=[1, 2]),
+      seeds=range(3),
+      data=source,
+      optimizer=optax.adam(1e-2),
+      steps=steps,
+      devices=jax.devices()[:devices],
+      validation=batches,
+      teacher=teachers.frozen(network),
+      teacher_variables=variables,
+      progress=None,
+    )
+  assert sorted(names) == ["initial", "one", "outputs", "run"]
+
+
+def test_a_states_seed_is_the_key_that_jax_makes_of_it():
+  network, _, source, _ = parts()
+  for seed in (0, 5, 2**31, 2**32 - 1):
+    program = build_program(
+      network, as_objective(recipes.labels()), source, optax.sgd(0.1), seed, None, None, with_jit()
+    )
+    _, _, key = jax.random.split(jax.random.key(seed), 3)
+    assert jax.random.key_data(program.initial().key).tolist() == jax.random.key_data(key).tolist()

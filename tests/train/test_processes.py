@@ -1,0 +1,131 @@
+"""Two processes of one program, over loopback: one run folder, and the numbers of one process."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import small_networks
+from jaxdistill import data, export, recipes, teachers, train
+from jaxdistill.runs import Checkpoints
+
+CHILD = """
+import os, sys
+port, process, folder, kind = sys.argv[1:]
+os.environ["XLA_FLAGS"] = (
+  "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+import jax
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+jax.config.update("jax_enable_x64", True)
+import test_processes
+test_processes.work(folder, kind)
+"""
+
+
+def run(folder, kind, dispatch=None, **options):
+  """The same run for one process and for two; float64, so that only additions' order differs."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 48)
+  inputs = rng.normal(size=(48, 4)) + np.eye(3, 4)[labels]
+  examples = data.from_arrays(inputs, labels, num_classes=3)
+  make = data.streamed if kind == "streamed" else data.on_device
+  sources = [make(examples, batch_size=8, data_seed=seed) for seed in (0, 1)]
+  teacher = small_networks.dense(7, param_dtype=jnp.float64)
+  variables = teacher.init(jax.random.key(9), inputs[:1])
+  several = kind != "streamed"
+  return train.fit(
+    small_networks.dense(5, norm=True, param_dtype=jnp.float64),
+    recipes.combine(recipes.kd(), recipes.hint("mid", "mid")),
+    data=sources if several else sources[0],
+    seed=(0, 1) if several else 0,
+    optimizer=optax.sgd(0.1),
+    steps=8,
+    teacher=teachers.frozen(teacher),
+    teacher_variables=variables,
+    average=0.9,
+    accumulate=2,
+    validate=lambda v: {"accuracy": float(jnp.mean(v["params"]["Dense_0"]["bias"]))},
+    validate_every=4,
+    log_every=2,
+    folder=folder,
+    dispatch=dispatch,
+    progress=None,
+    **options,
+  )
+
+
+class StopError(Exception):
+  """Stands for whatever ends a run."""
+
+
+def work(folder, kind):
+  """What each of the two processes does: a run that breaks off, and the same run again."""
+
+  def stop(step, record):
+    if step == 6:
+      raise StopError
+
+  with pytest.raises(StopError):
+    run(folder, kind, callback=stop)
+  fitted = run(folder, kind)
+  assert fitted.history[-1]["step"] == 8 or jax.process_index() > 0
+  student = export.load_student(folder)
+  assert np.all(np.isfinite(student(np.zeros((2, 4)))))
+  assert teachers.restore(folder)["params"]["Dense_0"]["kernel"].shape[-2:] == (4, 5)
+  with pytest.raises(ValueError, match="use with_jit"):
+    train.with_pmap()
+  with pytest.raises(ValueError, match="another configuration"):
+    run(folder, kind, config={"another": 1})
+
+
+@pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
+def test_two_processes_are_one(tmp_path, kind):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  here = pathlib.Path(__file__).parent
+  paths = [str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
+  environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+  command = [sys.executable, "-W", "ignore", "-c", CHILD, str(port)]
+  children = [
+    subprocess.Popen(
+      [*command, str(process), str(tmp_path / "two"), kind],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in (0, 1)
+  ]
+  with jax.enable_x64(True):
+    dispatch = train.with_jit(train.data_parallel(jax.devices()[:2]))
+    one = run(tmp_path / "one", kind, dispatch=dispatch)
+  for child in children:
+    try:
+      output, _ = child.communicate(timeout=240)
+    finally:
+      for other in children:
+        if child.returncode != 0:
+          other.kill()
+    assert child.returncode == 0, output
+  with jax.enable_x64(True), Checkpoints(tmp_path / "two" / "checkpoints") as saved:
+    assert saved.steps() == [4, 8]
+    two = saved.restore(8)
+  expected = jax.tree.leaves(one.variables)
+  for a, b in zip(jax.tree.leaves(two["student"]), expected, strict=True):
+    # Eight steps in float64 in which only the order of additions differs.
+    np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+  lines = [json.loads(t) for t in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["step"] for line in lines] == [2, 4, 6, 8]
+  for line, other in zip(lines, one.history, strict=True):
+    np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-6)
