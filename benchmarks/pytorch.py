@@ -1,8 +1,9 @@
 """The PyTorch side of the benchmarks: the same networks, and distillation as its users write it.
 
 The networks have the shapes, the layers and, but for what their libraries choose themselves, the
-arithmetic of `jaxdistill.networks.models`; `count` lets a benchmark check that the parameters are as many.
-Everything here is plain PyTorch in its defaults: eager, NCHW, the teacher under `torch.no_grad`.
+arithmetic of `jaxdistill.networks.models`; `count` lets a benchmark check that the parameters are
+as many. Everything here is plain PyTorch in its defaults: eager, NCHW, the teacher under
+`torch.no_grad`.
 
 Needs the extra ``peers``: pip install 'jaxdistill[peers]'.
 """

@@ -46,7 +46,7 @@ class Config:
   """What defines a run; saved as config.json."""
 
   teacher: str = "resnet56"
-  """A factory of jaxdistill.networks.models; or "convnet-64-128-256", a ConvNet of these channels."""
+  """A factory of networks.models; or "convnet-64-128-256", a ConvNet of these channels."""
   student: str = "resnet20"
   seeds: int = 5
   published: bool = False

@@ -306,7 +306,7 @@ def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) 
 def _as_arrays(inputs: Any) -> Any:
   """Inputs as an array or a dict of arrays, all of one length."""
 
-  def one(key: str | None, value: Any) -> np.ndarray:
+  def as_array(key: str | None, value: Any) -> np.ndarray:
     what = "inputs" if key is None else f"inputs[{key!r}]"
     if isinstance(value, Mapping):
       raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
@@ -325,8 +325,8 @@ def _as_arrays(inputs: Any) -> Any:
     return array
 
   if not isinstance(inputs, Mapping):
-    return one(None, inputs)
-  made = {key: one(key, value) for key, value in inputs.items()}
+    return as_array(None, inputs)
+  made = {key: as_array(key, value) for key, value in inputs.items()}
   sizes = {key: len(value) for key, value in made.items()}
   if len(set(sizes.values())) != 1:
     raise ValueError(f"inputs must be arrays of one length, one row an example, got {sizes}.")

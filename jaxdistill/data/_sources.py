@@ -333,12 +333,12 @@ def check_in_memory(argument: str, examples: Any) -> None:
 def example_shapes(inputs: PyTree, name: str) -> PyTree:
   """The shape and dtype of one of these inputs as a device holds it."""
 
-  def one(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+  def shape_of(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
     if leaf.dtype.kind in "OSU":
       raise TypeError(f"The inputs of {name!r} are text, which no device takes: tokenize it first.")
     return jax.ShapeDtypeStruct(leaf.shape[1:], jax.dtypes.canonicalize_dtype(leaf.dtype))
 
-  return jax.tree.map(one, inputs)
+  return jax.tree.map(shape_of, inputs)
 
 
 def mixed(source: Source, transfer: Source, *, share: float) -> Source:

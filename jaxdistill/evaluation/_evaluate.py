@@ -103,8 +103,8 @@ def examine(
     stacked: as in `evaluate`.
 
   Returns:
-    ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that `evaluation.predictions.counted`
-    picks, in their order; S is 1 where nothing is stacked.
+    ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that
+    `evaluation.predictions.counted` picks, in their order; S is 1 where nothing is stacked.
   """
   _check_models(predict, reference)
   sums, each = _compiled(predict, reference[0] if reference else None, stacked, each=True)(
@@ -159,7 +159,7 @@ def _compiled(
 
   over_models = jax.vmap(batch_sums, in_axes=(0, None, None)) if stacked else batch_sums
 
-  def one(
+  def one_batch(
     variables: PyTree, reference_variables: PyTree, batches: Batch, i: Any
   ) -> tuple[_Sums, _Sums]:
     batch = jax.tree.map(lambda leaf: leaf[i], batches)
@@ -167,7 +167,7 @@ def _compiled(
     taught = None if reference is None else reference(reference_variables, batch)
     return over_models(variables, taught, batch)
 
-  return _Compiled(one, stacked, classes, calls)
+  return _Compiled(one_batch, stacked, classes, calls)
 
 
 @dataclasses.dataclass(eq=False)

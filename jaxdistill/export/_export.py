@@ -261,14 +261,16 @@ def _makers(
   """The program of each precision, made when it is first asked for."""
   made: dict[str, Program] = {}
 
-  def once(name: str, make: Callable[[], Program]) -> Callable[[], Program]:
+  def remembered(name: str, make: Callable[[], Program]) -> Callable[[], Program]:
     return lambda: made[name] if name in made else made.setdefault(name, make())
 
-  floats = once("float", lambda: _folding.fold(exact) if fold else exact)
+  floats = remembered("float", lambda: _folding.fold(exact) if fold else exact)
   return {
     "float": floats,
-    "int8_weights": once("int8_weights", lambda: _int8.quantize_weights(floats())),
-    "int8": once("int8", lambda: _int8.quantize_activations(floats(), calibration, skip=skip)),
+    "int8_weights": remembered("int8_weights", lambda: _int8.quantize_weights(floats())),
+    "int8": remembered(
+      "int8", lambda: _int8.quantize_activations(floats(), calibration, skip=skip)
+    ),
   }
 
 

@@ -1,10 +1,11 @@
 """Eight-bit integers in place of floats, by qwix: for the weights alone, or for activations too.
 
-`quantize_weights` stores kernels as int8 with one scale for each output channel and multiplies them out when
-they are used: a quarter of the bytes, the arithmetic of before. `quantize_activations` also rounds what goes
-into every convolution and matrix product to int8, in a range that a calibration has found, and
-multiplies integers. The rounding, scales and integer products are qwix's; where they go is found
-among the network's operations, so that Linen, NNX and modules of somebody's own are all the same.
+`quantize_weights` stores kernels as int8 with one scale for each output channel and multiplies them
+out when they are used: a quarter of the bytes, the arithmetic of before. `quantize_activations`
+also rounds what goes into every convolution and matrix product to int8, in a range that a
+calibration has found, and multiplies integers. The rounding, scales and integer products are
+qwix's; where they go is found among the network's operations, so that Linen, NNX and modules of
+somebody's own are all the same.
 """
 
 from __future__ import annotations
@@ -97,8 +98,8 @@ def quantize_activations(
   matter: on a CPU, XLA computes integer convolutions more slowly than floats.
 
   Args:
-    program: from `jaxdistill.export._program.from_network`; fold its BatchNorm first, or that part stays
-      in floats.
+    program: from `jaxdistill.export._program.from_network`; fold its BatchNorm first, or that part
+      stays in floats.
     calibration: inputs ``[N, ...]`` as the data set stores them, of the training split; a few
       hundred are enough.
     skip: names of kernels, ``params/Dense_0/kernel``, that stay in floats with their operation.

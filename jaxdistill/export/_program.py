@@ -243,10 +243,10 @@ def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[st
 def _each(call: Callable[..., Any], leaves: Mapping[str, Any], inputs: PyTree) -> Any:
   """A program of one example, mapped over the batch."""
 
-  def one(example: PyTree) -> Any:
+  def one_example(example: PyTree) -> Any:
     return call(leaves, jax.tree.map(lambda leaf: leaf[None], example))[0]
 
-  return jax.vmap(one)(inputs)
+  return jax.vmap(one_example)(inputs)
 
 
 def _cpu() -> Any:

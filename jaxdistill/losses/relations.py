@@ -509,7 +509,7 @@ def contrastive_bank(
 def _draw(key: Any, labels: Array, index: Array, bank_labels: Array, negatives: int) -> Array:
   """Which rows ``[B, N]`` are the negatives: of other classes, all of them if they are too few."""
 
-  def one(label: Array, index: Array) -> Array:
+  def negatives_of(label: Array, index: Array) -> Array:
     # The largest of independent random numbers are a sample without replacement.
     bits = jax.random.bits(jax.random.fold_in(key, index), bank_labels.shape, jnp.uint32)
     other = bank_labels != label
@@ -517,7 +517,7 @@ def _draw(key: Any, labels: Array, index: Array, bank_labels: Array, negatives: 
     last = jnp.sort(ranked)[max(len(bank_labels) - negatives, 0)]
     return other & (ranked >= last)
 
-  return jax.vmap(one)(labels, index)
+  return jax.vmap(negatives_of)(labels, index)
 
 
 def _repeats(drawn: Array, negatives: int, dtype: Any) -> Array:

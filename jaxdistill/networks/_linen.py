@@ -115,7 +115,8 @@ def linen_features(network: Network | nn.Module, inputs: Any) -> dict[str, Any]:
   Raises:
     ValueError: ``network`` was not made by `linen`.
 
-  >>> linen_features(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jax.numpy.ones((2, 5)))["layers_0"].shape
+  >>> found = linen_features(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jax.numpy.ones((2, 5)))
+  >>> found["layers_0"].shape
   (2, 4)
   """
   if isinstance(network, nn.Module):
@@ -125,7 +126,8 @@ def linen_features(network: Network | nn.Module, inputs: Any) -> dict[str, Any]:
   adapter = getattr(network.apply, "__self__", None)
   if not isinstance(adapter, _Adapter):
     raise ValueError(
-      f"network {network.name!r} was not made by networks.linen; give that one, or the Linen module."
+      f"network {network.name!r} was not made by networks.linen; give that one, or the Linen "
+      "module."
     )
 
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -266,7 +268,7 @@ class _Adapter:
         hidden[path] = lifted.get(module.name, "")
       return method == "__call__" and path != ""
 
-    def look(capture: _Filter) -> None:
+    def collect(capture: _Filter) -> None:
       def body(variables: PyTree, inputs: Any, key: Any) -> int:
         collections = [name for name in variables if name != "params"]
         _, state = self.run(_Call(variables, inputs, call.train, key), collections, capture)
@@ -276,10 +278,10 @@ class _Adapter:
       jax.eval_shape(body, call.variables, call.inputs, call.key)
 
     try:
-      look(visit)
+      collect(visit)
     except TypeError:
       # The branches of an nn.cond can't differ in what they capture.
-      look(lambda module, method: visit(module, method) and False)
+      collect(lambda module, method: visit(module, method) and False)
     # What is inside a hidden module is hidden by the same transform.
     outer = {p: c for p, c in hidden.items() if not any(_inside(p, q) for q in hidden if q != p)}
     return shapes, called, outer

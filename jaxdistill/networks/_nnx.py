@@ -267,12 +267,12 @@ class _Adapter:
   def traces(self, call: _Call, wanted: Sequence[Path]) -> bool:
     """Whether the module runs, abstractly, while these are captured."""
     try:
-      self.look(call, functools.partial(_nnx_graph.find_taps, wanted))
+      self.capture(call, functools.partial(_nnx_graph.find_taps, wanted))
     except Exception:
       return False
     return True
 
-  def look(self, call: _Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
+  def capture(self, call: _Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
     """Runs the module abstractly: the shapes of what is captured, and the modules watched."""
     seen: list[Tap] = []
     shapes: dict[str, Any] = {}
@@ -320,7 +320,7 @@ class _Adapter:
       ]
 
     try:
-      shapes, seen = self.look(call, every)
+      shapes, seen = self.capture(call, every)
     except (TypeError, ValueError):
       # Some transform allows no capture inside it: one module after the other shows which.
       shapes, seen = {}, []
@@ -330,13 +330,13 @@ class _Adapter:
         counts.append(len(every(module)))
         return []
 
-      def one(i: int, module: flax_nnx.Module) -> list[Tap]:
+      def one_module(i: int, module: flax_nnx.Module) -> list[Tap]:
         return every(module)[i : i + 1]
 
-      self.look(call, none)
+      self.capture(call, none)
       for i in range(counts[0]):
         with contextlib.suppress(TypeError, ValueError):
-          more, tapped = self.look(call, functools.partial(one, i))
+          more, tapped = self.capture(call, functools.partial(one_module, i))
           shapes.update(more)
           seen += tapped
     called = {"/".join(tap.path): _nnx_graph.watched(tap) for tap in seen}

@@ -1,8 +1,8 @@
 """Mixed precision: parameters and losses in float32, the network's products in bfloat16.
 
-A module's own ``dtype`` does the same from inside; `mixed_precision` does it from outside, for modules that
-nobody here wrote. What it can't change is a dtype that a module insists on: `count_products` counts
-what a network really multiplies in.
+A module's own ``dtype`` does the same from inside; `mixed_precision` does it from outside, for
+modules that nobody here wrote. What it can't change is a dtype that a module insists on:
+`count_products` counts what a network really multiplies in.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
   ``dtype=jnp.bfloat16``; and in Linen's SpectralNorm, which divides by what it keeps. See
   `count_products`.
 
-  Wrap the network last: `networks.linen_features` knows only the bare one. A teacher is wrapped just so:
-  ``teachers.frozen(mixed(network))``.
+  Wrap the network last: `networks.linen_features` knows only the bare one. A teacher is wrapped
+  just so: ``teachers.frozen(mixed_precision(network))``.
 
   Args:
     network: from `jaxdistill.networks`.
@@ -148,18 +148,18 @@ def _check_products(
     found = count_products(network, variables, inputs)
   except TypeError as error:
     raise ValueError(
-      f"networks.mixed_precision: {network.name} runs, but not in {dtype.name}; where a loop has to carry "
-      "one dtype, all that it does must be in it (NNX's BatchNorm inside nnx.scan is not, unless "
-      f"built with dtype=jnp.{dtype.name}): {_check.short(error)}"
+      f"networks.mixed_precision: {network.name} runs, but not in {dtype.name}; where a loop "
+      "has to carry one dtype, all that it does must be in it (NNX's BatchNorm inside nnx.scan is "
+      f"not, unless built with dtype=jnp.{dtype.name}): {_check.short(error)}"
     ) from error
   count, short = sum(found.values()), found.get(dtype.name, 0)
   shown = ", ".join(f"{number} in {name}" for name, number in found.items())
   advice = (
-    f"networks.mixed_precision: {network.name} multiplies {shown}. Modules with a dtype of their own keep "
-    f"it; build them with dtype=None or dtype=jnp.{dtype.name}"
+    f"networks.mixed_precision: {network.name} multiplies {shown}. Modules with a dtype of their "
+    f"own keep it; build them with dtype=None or dtype=jnp.{dtype.name}"
   )
   if count and not short:
-    raise ValueError(f"{advice}, or leave mixed out.")
+    raise ValueError(f"{advice}, or leave mixed_precision out.")
   if 2 * short < count:
     warnings.warn(f"{advice}.", stacklevel=3)
 

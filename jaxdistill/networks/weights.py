@@ -358,8 +358,8 @@ def _targets(
     unknown, forgotten = sorted(set(names) - set(there)), sorted(set(there) - set(names))
     if unknown or forgotten:
       raise ValueError(
-        f"names and {place} name different tensors. Only in names: {first_few(unknown)}. Only in the "
-        f"file: {first_few(forgotten)} (map a tensor to None to leave it out)."
+        f"names and {place} name different tensors. Only in names: {first_few(unknown)}. Only in "
+        f"the file: {first_few(forgotten)} (map a tensor to None to leave it out)."
       )
   targets: dict[tuple[str, ...], tuple[str, Function | None]] = {}
   for tensor in there:
@@ -423,8 +423,8 @@ def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
       shapes.append(f"{name} is {have}, and like has {want}{hint}")
   if missing or unexpected or shapes:
     raise ValueError(
-      f"{where} do not fit like. Missing: {first_few(missing)}. Unexpected: {first_few(unexpected)}. "
-      f"Other shapes: {first_few(shapes)}."
+      f"{where} do not fit like. Missing: {first_few(missing)}. Unexpected: "
+      f"{first_few(unexpected)}. Other shapes: {first_few(shapes)}."
     )
   leaves = [_as_like(f"{name} of {where}", there[name], leaf) for name, leaf in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)

@@ -1,7 +1,8 @@
 """Recipes that match layers in one stage: AT, NST, VID and the overhaul (OFD).
 
-Each is complete with its published term on the labels. Layers are named as `jaxdistill.networks.models`
-sows them; the methods that train the student's layers first are in `stages`, ReviewKD in `review`.
+Each is complete with its published term on the labels. Layers are named as
+`jaxdistill.networks.models` sows them; the methods that train the student's layers first are in
+`stages`, ReviewKD in `review`.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ def reviewkd(
   """ReviewKD: the student's stages, fused from the top down, match the teacher's, and the labels.
 
   ``hard_weight * cross_entropy + review_warmup * review_weight * Σ_stages hierarchical_context``.
-  The topmost feature goes through a `recipes.projectors.ReviewFusion` of its own; every other one is fused
-  with what the fusion above it leaves over. Fusions (``fusion<i>``, counted from the bottom) are
-  trained with the student.
+  The topmost feature goes through a `recipes.projectors.ReviewFusion` of its own; every other one
+  is fused with what the fusion above it leaves over. Fusions (``fusion<i>``, counted from the
+  bottom) are trained with the student.
 
   Args:
     student_layers: from the bottom to the top, maps ``[B, H, W, C]`` or vectors ``[B, D]``, which

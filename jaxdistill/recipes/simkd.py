@@ -67,9 +67,9 @@ def simkd(
       published code; 4 and 8 are smaller and somewhat less accurate.
     head: ``(classifier, maps [B, H, W, C]) -> logits [B, K]``; by default the mean over positions,
       then a dense layer, as in all networks of `jaxdistill.networks.models` that end in maps.
-    projector: ``(student, teacher) -> module`` from the two maps' shapes, as `recipes.projectors.between`
-      is; by default the published 1x1, 3x3, 1x1 convolutions without bias, each with BatchNorm and
-      ReLU.
+    projector: ``(student, teacher) -> module`` from the two maps' shapes, as
+      `recipes.projectors.between` is; by default the published 1x1, 3x3, 1x1 convolutions without
+      bias, each with BatchNorm and ReLU.
     axis_name: the axis over which that projector's BatchNorm averages its statistics, under
       ``pmap``.
 

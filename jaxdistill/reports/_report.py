@@ -1,9 +1,9 @@
 """The report of a run: teacher, baseline (labels alone) and distilled student.
 
-`build_report` makes the numbers of ``report.json``, whose schema is ``report.schema.json`` beside this
-file; `write_report` puts them into a run's folder as JSON, Markdown, a picture, and ``report.html``, from
-which one can decide whether to ship the student. ``jaxdistill report RUN`` makes the
-pages again from the folder alone; ``jaxdistill report RUN_A RUN_B`` compares two runs.
+`build_report` makes the numbers of ``report.json``, whose schema is ``report.schema.json`` beside
+this file; `write_report` puts them into a run's folder as JSON, Markdown, a picture, and
+``report.html``, from which one can decide whether to ship the student. ``jaxdistill report RUN``
+makes the pages again from the folder alone; ``jaxdistill report RUN_A RUN_B`` compares two runs.
 """
 
 from __future__ import annotations

@@ -78,7 +78,8 @@ def family(
     The networks by name.
 
   >>> from jaxdistill import networks
-  >>> list(family(lambda width, depth: networks.models.MLP([width] * depth), width=[4, 8], depth=[1]))
+  >>> from jaxdistill.networks.models import MLP
+  >>> list(family(lambda width, depth: MLP([width] * depth), width=[4, 8], depth=[1]))
   ['width 4, depth 1', 'width 8, depth 1']
   """
   made: dict[str, Network] = {}
@@ -238,10 +239,10 @@ def compress(
     progress=progress,
   )
   for network in candidates.values():
-    job.one(network, job.points[0])  # says what is wrong before anything is measured
+    job.student_at(network, job.points[0])  # says what is wrong before anything is measured
   about = {"budget": dataclasses.asdict(within), "candidates": list(candidates), "gap": gap}
   path = runs.claim(_check.folder("folder", folder), {**(config or {}), **about})
-  with _given_back(path):
+  with _released_if_nothing_fits(path):
     known = costs or _kept_costs(path, candidates, within) or affordable(candidates, within, data)
     costs = {one: dict(known[one]) for one in candidates}
     fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
@@ -249,7 +250,7 @@ def compress(
       raise BudgetError(_nothing_fits(within, costs))
   runs.write_json(path / "costs.json", {"batch_size": within.batch_size, "costs": costs})
   largest = max(fit, key=lambda one: costs[one]["parameters"])
-  warned = job.look(fit[largest], job.points[0], path)
+  warned = job.preflight(fit[largest], job.points[0], path)
   found = job.search(fit, path / "search", _sweep.Halving(3, 3) if halving is None else halving)
   name, checked = _first_inside(job, fit, found, path)
   student, best = fit[name], found.rows[_best_row(found, name)]
@@ -257,7 +258,7 @@ def compress(
     assistants = {one: network for one, network in candidates.items() if one not in fit}
   tried = job.assist(student, best, assistants, gap, path)
   variables = job.final(student, best, tried, path)
-  job.look(student, best.values, path, variables["baseline"], known=warned)
+  job.preflight(student, best.values, path, variables["baseline"], known=warned)
   quality = {kind: job.validated(student, each) for kind, each in variables.items()}
   values = best.values
   if tried is not None and tried.row is not None and tried.helps:
@@ -339,7 +340,7 @@ def _candidate(
 
 
 @contextlib.contextmanager
-def _given_back(path: pathlib.Path) -> Iterator[None]:
+def _released_if_nothing_fits(path: pathlib.Path) -> Iterator[None]:
   """Gives the folder back where no candidate is inside the budget: a larger one may have it."""
   begun = (path / "costs.json").is_file()
   try:
@@ -404,7 +405,7 @@ class Job:
     """The teacher, as a sweep and a run take it."""
     return {"teacher": self.teacher, "teacher_variables": self.teacher_variables}
 
-  def one(self, network: Network, point: Point, objective: Any = None) -> OneStudent:
+  def student_at(self, network: Network, point: Point, objective: Any = None) -> OneStudent:
     """A point as `train.fit` takes it."""
     objective = self.objective if objective is None else objective
     made = one_student(point, network, objective, self.optimizer, self.steps)
@@ -449,7 +450,7 @@ class Job:
     found = evaluation.evaluate(predict, variables, self.validation, stacked=True)
     return {name: found[name] for name in METRICS}
 
-  def look(
+  def preflight(
     self,
     student: Network,
     point: Point,
@@ -458,7 +459,7 @@ class Job:
     known: Sequence[findings.Finding] = (),
   ) -> list[findings.Finding]:
     """The pre-flight checks, with the baseline once there is one; warns of what is not `known`."""
-    one = self.one(student, _without_student(point))
+    one = self.student_at(student, _without_student(point))
     found = _preflight.preflight(
       student,
       one.objective,
@@ -577,7 +578,7 @@ class Job:
       ).rows[0]
     learned = self.fit(
       network,
-      self.one(network, values),
+      self.student_at(network, values),
       path / "assistant",
       self.seeds[:1],
       **self.taught,
@@ -611,18 +612,20 @@ class Job:
       values = tried.row.values
     distilled = self.fit(
       network,
-      self.one(network, _without_student(values)),
+      self.student_at(network, _without_student(values)),
       path / "student",
       self.final_seeds,
       teacher=teacher,
       teacher_variables=variables,
     )
-    rates = {repr(one.rates): one.rates for one in (self.one(network, p) for p in self.points)}
+    rates = {
+      repr(one.rates): one.rates for one in (self.student_at(network, p) for p in self.points)
+    }
     alone = list(rates.values())
     if len(alone) > 1:
       alone = [self.swept(network, labels(), alone, path / "labels").chosen]
     plain = self.fit(
-      network, self.one(network, alone[0], labels()), path / "baseline", self.final_seeds
+      network, self.student_at(network, alone[0], labels()), path / "baseline", self.final_seeds
     )
     return {"student": distilled, "baseline": plain}
 

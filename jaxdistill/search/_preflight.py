@@ -1,7 +1,7 @@
 """Pre-flight checks: what is wrong with a distillation run, before it costs anything.
 
-`preflight` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow. The
-checks themselves are functions of `jaxdistill.search`: ``teacher_checks`` and ``pair_checks``.
+`preflight` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow.
+The checks themselves are functions of `jaxdistill.search`: ``teacher_checks`` and ``pair_checks``.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ class _Asked:
     asked: list[tuple[Any, Callable[[], list[Finding | None]]]] = [
       (self.baseline is not None, self.hardly_better),
       (self.teacher_run or self.held_out or self.can_probe, self.not_trained),
-      (self.student and self.size_of_teacher and self.one is not None, self.capacity_gap),
+      (self.student and self.size_of_teacher and self.example is not None, self.capacity_gap),
       (self.student and self.objective and self.source, self.terms),
       (self.temperatures and self.source and self.taught, self.uniform_targets),
       (self.held_out, self.calibration),
@@ -220,7 +220,7 @@ class _Asked:
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
   @functools.cached_property
-  def one(self) -> Batch | None:
+  def example(self) -> Batch | None:
     """A single example."""
     if self.source is not None:
       return jax.tree.map(lambda leaf: leaf[:1], self.batch)
@@ -355,12 +355,12 @@ class _Asked:
     assert self.student is not None
     assert self.taught is not None
     key = jax.random.key(self.seed)
-    variables = jax.eval_shape(lambda one: self.student.init(key, one.inputs), self.one)  # type: ignore[union-attr]
+    variables = jax.eval_shape(lambda one: self.student.init(key, one.inputs), self.example)  # type: ignore[union-attr]
     found = pair_checks.capacity_gap(
       self.size_of_teacher,
       cost.parameters(variables),
-      teacher_flops=cost.flops_or_none(self.taught, self.teacher_variables, self.one),
-      student_flops=cost.flops_or_none(evaluation.predictor(self.student), variables, self.one),
+      teacher_flops=cost.flops_or_none(self.taught, self.teacher_variables, self.example),
+      student_flops=cost.flops_or_none(evaluation.predictor(self.student), variables, self.example),
     )
     return [found]
 

@@ -112,11 +112,11 @@ def share_teacher(
     made: dict[str, jax.Array] = jax.device_put(fill(0, lambda batches: None))
     return made
 
-  def pending(name: str, row: jax.ShapeDtypeStruct) -> Deferred:
+  def deferred(name: str, row: jax.ShapeDtypeStruct) -> Deferred:
     return Deferred((fill.size, *row.shape), row.dtype, lambda: arrays()[name])
 
   # The teacher runs while the compiler is at the students' program, which takes its shapes alone.
-  made = with_outputs(first, {n: pending(n, row) for n, row in fill.layout.items()}, fill.size)
+  made = with_outputs(first, {n: deferred(n, row) for n, row in fill.layout.items()}, fill.size)
   made = dataclasses.replace(
     made, teacher=teachers.short_digest(teachers.variables_identity(variables))
   )

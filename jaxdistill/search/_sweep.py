@@ -385,13 +385,13 @@ def _deployed(group: Group) -> Network:
 def _described(source: Source, student: Network | Mapping[str, Network]) -> dict[str, Any]:
   """The data and the students, as ``config.json`` holds them."""
 
-  def one(network: Network) -> dict[str, Any]:
+  def described(network: Network) -> dict[str, Any]:
     variables = jax.eval_shape(network.init, example_key(), inputs_of(source))
     return run_identity(source, network.name, variables["params"])
 
   if isinstance(student, Network):
-    return one(student)
-  every = {name: one(network) for name, network in student.items()}
+    return described(student)
+  every = {name: described(network) for name, network in student.items()}
   data = next(iter(every.values()))["data"]
   return {"data": data, "students": {name: found["student"] for name, found in every.items()}}
 

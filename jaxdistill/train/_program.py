@@ -372,7 +372,7 @@ class _Calls:
 
     return finish
 
-  def once(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
+  def chunk(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
     items = self.made.split(self.made.read(at, count))
     call = self.compiled.get(count, self.jitted)
     return call(state, *self.fixed, items, values)
@@ -380,10 +380,10 @@ class _Calls:
   def run(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
     values = self.made.dispatch.spread(values)
     if self.made.scan:
-      return self.once(state, at, count, values)
+      return self.chunk(state, at, count, values)
     each = []
     for step in range(at, at + count):
-      state, sums = self.once(state, step, 1, values)
+      state, sums = self.chunk(state, step, 1, values)
       each.append(sums)
     return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
 

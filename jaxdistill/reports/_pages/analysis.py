@@ -1,7 +1,7 @@
 """What answers say about a student: calibration, classes, slices, and what it lost of its teacher.
 
-Functions of `jaxdistill.evaluation.predictions.Predictions`, on the host. A difference is called real only
-beyond the noise of examples and of seeds, corrected for how many groups were looked at.
+Functions of `jaxdistill.evaluation.predictions.Predictions`, on the host. A difference is called
+real only beyond the noise of examples and of seeds, corrected for how many groups were looked at.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Charts as SVG inside a page: their colours and texts are the page's, in light and in dark.
 
 Every chart is about 340 units wide, so that its text keeps its size on a phone; the three models
-have one colour and one mark each throughout. `jaxdistill.reports.figures` draws the files beside a report.
+have one colour and one mark each throughout. `jaxdistill.reports.figures` draws the files beside a
+report.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ exported file passed its check), asks for *care* (a class fell beyond noise, con
 a check warned, a file failed, a gain over these seeds is within the noise of examples), or is a
 *note*. A gain is beyond noise where Welch's test over seeds says so and, with answers on each
 example, the interval over examples and seeds excludes 0; a class or a slice where
-`jaxdistill.reports._pages.analysis.groups` says so, and a calibration error beyond two standard errors.
+`jaxdistill.reports._pages.analysis.groups` says so, and a calibration error beyond two standard
+errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """``report.html``: one file that opens anywhere, from which one can decide whether to ship.
 
-Made of what `jaxdistill.reports._pages.evidence.read` found in a run's folder. A section that cannot be made
-of a broken or older file says so, and the others are made.
+Made of what `jaxdistill.reports._pages.evidence.read` found in a run's folder. A section that
+cannot be made of a broken or older file says so, and the others are made.
 """
 
 from __future__ import annotations

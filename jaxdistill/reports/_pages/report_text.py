@@ -44,7 +44,8 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
 
   Args:
     accuracy: ``[S]`` by model; values that are not finite are no part of it.
-    gain: from `evaluation.metrics.difference` of student and baseline; None where there is no baseline.
+    gain: from `evaluation.metrics.difference` of student and baseline; None where there is no
+      baseline.
 
   Returns:
     The sentence.

@@ -1,7 +1,7 @@
 """Calibration of a classifier after the fact: the one temperature that fits its probabilities.
 
-Pure functions of logits and labels that lie side by side; `jaxdistill.evaluation.metrics` measures the
-calibration error itself.
+Pure functions of logits and labels that lie side by side; `jaxdistill.evaluation.metrics` measures
+the calibration error itself.
 """
 
 from __future__ import annotations

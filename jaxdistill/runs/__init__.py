@@ -1,0 +1,55 @@
+"""What is on disk: a run's folder, verified checkpoints, digests, and the one atomic write.
+
+A run is a folder: ``config.json``, ``metrics.jsonl``, ``checkpoints/``. Files are verified, not
+believed: what is published has a manifest of sizes and SHA-256, written last.
+"""
+
+from typing import TYPE_CHECKING
+
+from jaxdistill._door import lazy
+
+if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.runs._folder import Metrics, claim, command, commands, environment, read_config, release, restore_config, to_json, write_json, write_text
+  from jaxdistill.runs._checkpoints import CheckpointWarning, Checkpoints, load_variables, save_variables
+  from jaxdistill.runs._manifest import MANIFEST, WRITING, CheckpointError, clear_unfinished, digest, first_few, listing, locate, publish, sha256, verify
+  from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
+  from jaxdistill.runs._trees import from_outline, named_leaves, outline
+  from jaxdistill.runs._progress import progress_bar
+
+__all__ = [
+  "MANIFEST",  # the name of a manifest's file
+  "WRITING",  # how a folder is called until it is whole
+  "CheckpointError",  # a checkpoint is damaged or half written, or could not be saved
+  "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
+  "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
+  "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
+  "claim",  # makes a run's folder, or goes on in one that holds the same configuration
+  "clear_unfinished",  # finishes or removes what a killed process left behind
+  "command",  # the command that repeats a run
+  "commands",  # the two commands of a report: the one that repeats the run
+  "digest",  # the digest of a manifest's own content
+  "environment",  # hardware and versions that the numbers were produced with
+  "find_collections",  # finds where collections lie in a tree that somebody else laid out
+  "first_few",  # the first few names
+  "from_outline",  # the tree again, from its outline and its leaves by path
+  "listing",  # what is in a folder; nothing if there is none
+  "load_variables",  # loads what `save_variables` saved, after verifying it
+  "locate",  # the folder; or the complete one that a killed process had no time to rename
+  "named_leaves",  # the leaves by their path, ``params/Dense_0/kernel``
+  "nested_dicts",  # nested dictionaries from leaves by path
+  "outline",  # the containers as JSON, so that a tree comes back without ``like``
+  "progress_bar",  # a progress bar; ``update(count)`` moves it and ``close()`` ends it
+  "publish",  # writes the manifest of the folder being written for ``target``
+  "read_config",  # reads a run's configuration
+  "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
+  "release",  # gives back a folder whose run failed before its first checkpoint
+  "restore_config",  # reads a run's configuration back into the dataclass that it was written from
+  "save_variables",  # saves one pytree, such as a teacher's or a deployed student's variables
+  "sha256",  # the SHA-256 of a file
+  "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
+  "verify",  # compares the files with the manifest; the digests only of these items
+  "write_json",  # writes JSON so that the file is never seen half written
+  "write_text",  # writes a text so that the file is never seen half written
+]
+
+__getattr__, __dir__ = lazy(__name__)

@@ -1,0 +1,293 @@
+"""A run's folder: ``config.json``, ``metrics.jsonl``, TensorBoard; and what it ran on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import jax
+import json
+import math
+import numpy as np
+import os
+import pathlib
+import platform
+import shlex
+from collections.abc import Mapping
+from typing import Any
+from jaxdistill import _check
+
+__all__ = ['Metrics', 'claim', 'command', 'commands', 'environment', 'read_config', 'release', 'restore_config', 'to_json', 'write_json', 'write_text']
+
+def to_json(value: Any) -> Any:
+  """Turns arrays, paths and numbers that JSON does not know into ones that it does.
+
+  NaN and infinity become None: JSON has neither.
+
+  >>> to_json({"a": np.array([1.0, np.nan]), "b": pathlib.PurePosixPath("x")})
+  {'a': [1.0, None], 'b': 'x'}
+  """
+  if isinstance(value, Mapping):
+    return {str(k): to_json(v) for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [to_json(v) for v in value]
+  if isinstance(value, os.PathLike):
+    return os.fspath(value)
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, bool | int | str):
+    return value
+  if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+    return to_json(np.asarray(value).tolist())
+  return str(value)
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON so that the file is never seen half written."""
+  write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_bytes(text.encode("utf-8", "replace"))
+  os.replace(temporary, path)
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+  """Reads a run's configuration.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: its ``config.json`` is damaged.
+  """
+  path = _check.folder("folder", folder) / "config.json"
+  if not path.is_file():
+    raise FileNotFoundError(f"{os.fspath(folder)!r} is not a run's folder: it has no config.json.")
+  try:
+    config = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(
+      f"{path} is damaged ({error}): put it right, or take another folder."
+    ) from error
+  if not isinstance(config, dict):
+    raise ValueError(f"{path} holds no configuration, but {_check.show(config)}.")
+  return config
+
+def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
+  """Reads a run's configuration back into the dataclass that it was written from.
+
+  Args:
+    folder: the run's folder.
+    kind: the dataclass; entries that are no fields of it are left out.
+
+  Returns:
+    An instance of ``kind``.
+
+  Raises:
+    FileNotFoundError: the folder holds no run.
+    ValueError: the configuration lacks a field.
+  """
+  saved = read_config(folder)
+  if not dataclasses.is_dataclass(kind):
+    raise TypeError(f"kind={_check.show(kind)} must be a dataclass.")
+  names = [field.name for field in dataclasses.fields(kind)]
+  missing = [name for name in names if name not in saved]
+  if missing:
+    raise ValueError(
+      f"{os.fspath(folder)!r} is a run of another experiment: its config.json has no {missing}."
+    )
+  # JSON has lists where the dataclass has tuples.
+  values = {n: tuple(saved[n]) if isinstance(saved[n], list) else saved[n] for n in names}
+  return kind(**values)
+
+def command(script: str, config: Any = None, **options: Any) -> str:
+  """The command that repeats a run: the settings that differ from the dataclass's defaults.
+
+  Args:
+    script: the script's path.
+    config: a dataclass of settings; None for none.
+    **options: further flags; one that is None is left out.
+
+  Returns:
+    A line for a shell.
+
+  >>> Config = dataclasses.make_dataclass("Config", [("rate", float, 0.1), ("on", bool, False)])
+  >>> command("train.py", Config(rate=0.5, on=True), out="runs/a")
+  'python train.py --rate 0.5 --on --out runs/a'
+  """
+  words = ["python", script]
+  fields = [] if config is None else dataclasses.fields(config)
+  settings = {
+    f.name: getattr(config, f.name) for f in fields if getattr(config, f.name) != f.default
+  }
+  for name, value in {**settings, **options}.items():
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+      words.append(f"--{flag}" if value else f"--no-{flag}")
+    elif value is not None:
+      parts = value if isinstance(value, list | tuple) else [value]
+      words += [f"--{flag}", *map(str, parts)]
+  return shlex.join(words)
+
+def commands(
+  script: str, config: Any, folder: pathlib.Path, split: str, data_dir: str | None
+) -> list[str]:
+  """The two commands of a report: the one that repeats the run, the one that measures it again.
+
+  Args:
+    script: the experiment's path.
+    config: its dataclass of settings.
+    folder: the run's folder.
+    split: the split that was read.
+    data_dir: where the data sets are; None for the default.
+
+  Returns:
+    Two lines for a shell.
+  """
+  return [
+    command(script, config, out=folder, data_dir=data_dir),
+    command(script, evaluate=folder, split=split, data_dir=data_dir),
+  ]
+
+def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:
+  """Makes a run's folder, or goes on in one that holds the same configuration.
+
+  Args:
+    folder: the run's folder.
+    config: what defines the run; anything that JSON can hold.
+
+  Returns:
+    The folder.
+
+  Raises:
+    OSError: the folder is a file, or cannot be written.
+    TypeError: ``folder`` is no path, or ``config`` no mapping.
+    ValueError: the folder holds a run of another configuration; the message names what differs.
+  """
+  folder = _check.folder("folder", folder)
+  if not isinstance(config, Mapping):
+    raise TypeError(f"config must be a mapping of settings, got {_check.show(config)}.")
+  wanted = to_json(config)
+  if folder.exists() and not folder.is_dir():
+    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
+  if (folder / "config.json").exists():
+    there = read_config(folder)
+    differing = sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))
+    if differing:
+      lines = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+      raise ValueError(
+        f"{folder} holds a run of another configuration ({lines}). Take another folder, or the "
+        "same settings to go on with that run."
+      )
+    return folder
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", wanted)
+  except OSError as error:
+    raise type(error)(
+      f"folder={os.fspath(folder)!r} cannot be written ({error}); name one that can."
+    ) from error
+  return folder
+
+def release(folder: pathlib.Path) -> None:
+  """Gives back a folder whose run failed before its first checkpoint: there is nothing to go on.
+
+  Without its ``config.json`` the corrected run can have it, whatever is changed. A folder with a
+  checkpoint stays as it is.
+  """
+  if not any(folder.rglob("checkpoints/*/manifest.json")):
+    (folder / "config.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      folder.rmdir()  # if there is nothing else in it
+
+class Metrics:
+  """Appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked."""
+
+  def __init__(
+    self, folder: pathlib.Path | None, *, resumed_from: int = 0, tensorboard: bool = False
+  ) -> None:
+    """Opens the file and drops what a killed run wrote after its last checkpoint.
+
+    Args:
+      folder: the run's folder; None keeps the history in memory alone.
+      resumed_from: the step of the checkpoint that the run goes on from.
+      tensorboard: also write TensorBoard event files, under ``tensorboard/``.
+    """
+    self.history: list[dict[str, Any]] = []
+    self._path = None if folder is None else folder / "metrics.jsonl"
+    self._board = _board(folder, resumed_from) if tensorboard else None
+    if self._path is not None and self._path.exists():
+      self.history = [r for r in _lines(self._path) if r["step"] <= resumed_from]
+      kept = "".join(json.dumps(r) + "\n" for r in self.history)
+      temporary = self._path.with_name(self._path.name + ".tmp")
+      temporary.write_text(kept)
+      os.replace(temporary, self._path)
+
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Writes one line; a value may have a leading axis over seeds."""
+    record = {"step": step, **to_json(values)}
+    self.history.append(record)
+    if self._path is not None:
+      with self._path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    if self._board is not None:
+      for name, value in values.items():
+        mean = float(np.mean(np.asarray(value, np.float64)))
+        self._board.add_scalar(name, mean, step)
+
+  def close(self) -> None:
+    """Flushes TensorBoard's file."""
+    if self._board is not None:
+      self._board.close()
+
+def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the whole lines; a kill can leave the last one torn."""
+  records = []
+  for line in path.read_text(errors="replace").splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      break
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+      break
+    records.append(record)
+  return records
+
+def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
+  if folder is None:
+    raise ValueError("tensorboard=True writes into the run's folder, and folder is None.")
+  try:
+    import tensorboardX
+  except ImportError as error:
+    raise ImportError(
+      "tensorboard=True needs tensorboardX: pip install 'jaxdistill[tensorboard]'."
+    ) from error
+  # Scalars after the purge step were written by a run that was killed; TensorBoard hides them.
+  return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_from + 1)
+
+def environment() -> dict[str, Any]:
+  """Hardware and versions that the numbers were produced with."""
+  return {
+    "device": jax.devices()[0].device_kind,
+    "devices": jax.device_count(),
+    "processor": _processor(),
+    "cores": os.cpu_count(),
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "numpy": np.__version__,
+    **{name: _version(name) for name in ("flax", "optax", "jaxdistill")},
+  }
+
+def _version(name: str) -> str | None:
+  try:
+    return importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+    return None
+
+def _processor() -> str:
+  """The processor's own name where the system tells it."""
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+  except (OSError, StopIteration):
+    return platform.processor() or platform.machine()
+

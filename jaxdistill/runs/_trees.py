@@ -1,0 +1,168 @@
+"""Trees to named host arrays that Orbax stores as they are, and back to what a caller likes."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+from jaxdistill.runs._manifest import first_few
+
+__all__ = ['check_like', 'from_outline', 'named_leaves', 'outline', 'place', 'snapshot']
+
+PyTree = Any
+# What Orbax stores as it is; the other small floats and integers go as their bytes.
+_NATIVE = {"bool", "complex64", "complex128", "float16", "bfloat16", "float32", "float64"} | {
+  f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
+  """The leaves by their path, ``params/Dense_0/kernel``."""
+  named: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    name = jax.tree_util.keystr(path, simple=True, separator="/") or "value"
+    if name in named:
+      raise ValueError(f"two leaves of item {item!r} have the path {name!r}; rename one.")
+    named[name] = leaf
+  return named
+
+def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
+  """The containers as JSON, so that a tree comes back without ``like``."""
+  children = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: node is not tree)[0]
+  if len(children) == 1 and not children[0][0]:
+    return {"leaf": jax.tree_util.keystr(path, simple=True, separator="/") or "value"}
+  inner = {
+    jax.tree_util.keystr(keys, simple=True): outline(child, path + keys) for keys, child in children
+  }
+  if tree is None:
+    return None
+  if type(tree) in (list, tuple):
+    return {type(tree).__name__: list(inner.values())}
+  return {"dict": inner}
+
+def from_outline(outline: Any, leaves: dict[str, Any]) -> PyTree:
+  """The tree again, from its outline and its leaves by path."""
+  if outline is None:
+    return None
+  ((kind, inner),) = outline.items()
+  if kind == "leaf":
+    return leaves[inner]
+  if kind == "dict":
+    return {name: from_outline(child, leaves) for name, child in inner.items()}
+  return (tuple if kind == "tuple" else list)(from_outline(child, leaves) for child in inner)
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
+  """What the manifest says of a leaf, and what Orbax stores of it, copied to the host."""
+  if isinstance(leaf, jax.Array):
+    kind = "key" if _is_key(leaf) else "jax"
+    if not leaf.is_fully_addressable:
+      raise ValueError(f"{where} lies on devices of other processes, which is not supported.")
+  elif isinstance(leaf, np.ndarray | np.generic):
+    kind = "numpy"
+  elif isinstance(leaf, bool | int | float | complex):
+    kind = "python"
+  else:
+    raise TypeError(
+      f"{where} is a {type(leaf).__name__}, which is no array and no number; "
+      "leave it out of the items, or put it into the metadata."
+    )
+  # A copy, since NumPy's view of a JAX array on a CPU is the buffer that is about to be donated.
+  value = np.array(jax.random.key_data(leaf) if kind == "key" else leaf, copy=True, order="C")
+  record = {"kind": kind, "shape": list(np.shape(leaf)), "dtype": value.dtype.name}
+  if kind == "key":
+    record |= {"dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
+  elif value.dtype.name not in _NATIVE or not value.dtype.isnative:
+    if jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype.itemsize == 1:
+      value = value.view(np.uint8)
+    else:
+      raise TypeError(f"{where} is of dtype {value.dtype}, which cannot be stored; convert it.")
+  return record, value
+
+def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+  """Everything copied to the host, and its description for the manifest."""
+  if not items:
+    raise ValueError("items is empty: there is nothing to save.")
+  for leaf in jax.tree.leaves(items):
+    if isinstance(leaf, jax.Array) and not _is_key(leaf):
+      leaf.copy_to_host_async()  # All transfers under way before the first is waited for.
+  arrays: dict[str, dict[str, Any]] = {}
+  described = {}
+  for item, tree in items.items():
+    if not isinstance(item, str) or not item.isidentifier() or item in ("AUTO", "metrics"):
+      raise ValueError(f"items has the name {item!r}: not an identifier, or one Orbax reserves.")
+    leaves = {n: _describe(f"{item}/{n}", leaf) for n, leaf in named_leaves(item, tree).items()}
+    described[item] = {
+      "outline": outline(tree),
+      "leaves": {name: record for name, (record, _) in leaves.items()},
+    }
+    # Orbax refuses empty arrays and empty trees; the manifest is enough to make them again.
+    arrays[item] = {name: value for name, (_, value) in leaves.items() if value.size}
+  return {item: stored for item, stored in arrays.items() if stored}, described
+
+def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
+  """A leaf as its like is, or, where that is None, as it was when it was saved."""
+  if record["kind"] == "key":
+    if stored is None:
+      width = jax.random.key_data(jax.random.key(0, impl=record["impl"])).shape
+      stored = np.zeros((*record["shape"], *width), np.uint32)
+    value = jax.random.wrap_key_data(jnp.array(stored), impl=record["impl"])
+  else:
+    dtype = jnp.dtype(record["dtype"])
+    value = np.zeros(record["shape"], dtype) if stored is None else stored.view(dtype)
+  if like is None and record["kind"] != "jax":
+    return value.item() if record["kind"] == "python" else value
+  if isinstance(like, bool | int | float | complex):
+    return type(like)(value.item())
+  if isinstance(like, np.ndarray | np.generic):
+    return value if isinstance(like, np.ndarray) else value[()]
+  committed = not isinstance(like, jax.Array) or like.committed
+  sharding = getattr(like, "sharding", None) if committed else None
+  if not _is_key(value) and value.dtype != jax.dtypes.canonicalize_dtype(value.dtype):
+    if like is None:
+      return value
+    raise ValueError(f"{where} was saved as {value.dtype}: enable jax_enable_x64 to restore it.")
+  if sharding is None:
+    # Uncommitted, as a fresh array is: jit may move it to where the others are.
+    return value if _is_key(value) else jnp.array(value)
+  return jax.device_put(value, sharding, may_alias=False)
+
+def check_like(item: str, folder: pathlib.Path, records: dict[str, Any], like: Any) -> None:
+  """Compares paths, shapes and dtypes with what the manifest says."""
+  where = f"item {item!r} of the checkpoint {folder}"
+  lacking, unknown = sorted(set(records) - set(like)), sorted(set(like) - set(records))
+  if lacking or unknown:
+    raise ValueError(
+      f"{where} has another structure than like. Only in the checkpoint: {first_few(lacking)}. Only "
+      f"in like: {first_few(unknown)}. Likely the network, the objective or the optimiser is not the "
+      "one that was saved."
+    )
+  for name, record in records.items():
+    leaf, saved, dtype = like[name], tuple(record["shape"]), record["dtype"]
+    number = not hasattr(leaf, "dtype")
+    shape, wanted = np.shape(leaf), str(np.asarray(leaf).dtype if number else leaf.dtype)
+    if shape != saved:
+      raise ValueError(
+        f"{where}: {name} has the shape {saved} in the checkpoint and {shape} in like. Likely "
+        + _likely(saved, shape)
+      )
+    # A Python number has a kind, but no width of its own.
+    same = wanted == dtype or (number and wanted.rstrip("0123456789") == dtype.rstrip("0123456789"))
+    if not same:
+      raise ValueError(
+        f"{where}: {name} has the dtype {dtype} in the checkpoint and {wanted} in like (shape "
+        f"{saved}). Likely another precision (param_dtype, jax_enable_x64), or a typed key "
+        "(jax.random.key) against a raw one (jax.random.PRNGKey)."
+      )
+
+def _likely(saved: tuple[int, ...], shape: tuple[int, ...]) -> str:
+  longer, shorter = sorted((saved, shape), key=len, reverse=True)
+  if len(longer) == len(shorter) + 1 and longer[1:] == shorter:
+    return "one has an axis of devices (pmap) or of a sweep (vmap) in front, the other has not."
+  if len(saved) == len(shape) and saved[:-1] == shape[:-1]:
+    return "another number of classes, or another width, than was saved."
+  return "another architecture, width or input size than was saved."
+
