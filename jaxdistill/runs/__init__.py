@@ -9,12 +9,41 @@ from typing import TYPE_CHECKING
 from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
-  from jaxdistill.runs._folder import Metrics, claim, command, commands, environment, read_config, release, restore_config, to_json, write_json, write_text
-  from jaxdistill.runs._checkpoints import CheckpointWarning, Checkpoints, load_variables, save_variables
-  from jaxdistill.runs._manifest import MANIFEST, WRITING, CheckpointError, clear_unfinished, digest, first_few, listing, locate, publish, sha256, verify
+  from jaxdistill.runs._checkpoints import (
+    Checkpoints,
+    CheckpointWarning,
+    load_variables,
+    save_variables,
+  )
+  from jaxdistill.runs._folder import (
+    Metrics,
+    claim,
+    command,
+    commands,
+    environment,
+    read_config,
+    release,
+    restore_config,
+    to_json,
+    write_json,
+    write_text,
+  )
+  from jaxdistill.runs._manifest import (
+    MANIFEST,
+    WRITING,
+    CheckpointError,
+    clear_unfinished,
+    digest,
+    first_few,
+    listing,
+    locate,
+    publish,
+    sha256,
+    verify,
+  )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
-  from jaxdistill.runs._trees import from_outline, named_leaves, outline
   from jaxdistill.runs._progress import progress_bar
+  from jaxdistill.runs._trees import from_outline, named_leaves, outline
 
 __all__ = [
   "MANIFEST",  # the name of a manifest's file

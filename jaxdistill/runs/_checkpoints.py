@@ -12,30 +12,47 @@ a manifest counts as half written. Leftovers of a killed process are cleared at 
 
 from __future__ import annotations
 
-import jax
 import math
-import numpy as np
 import os
 import pathlib
 import re
 import threading
 import warnings
-from collections.abc import Callable
-from collections.abc import Mapping
-from types import ModuleType
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import ModuleType, TracebackType
 from typing import Any
+
+import jax
+import numpy as np
+
 from jaxdistill import _check
-from jaxdistill.runs._manifest import CheckpointError, MANIFEST, WRITING, as_json, clear_unfinished, damaged, discard, first_few, listing, locate, publish, read_manifest, verify
+from jaxdistill.runs._manifest import (
+  MANIFEST,
+  WRITING,
+  CheckpointError,
+  as_json,
+  clear_unfinished,
+  damaged,
+  discard,
+  first_few,
+  listing,
+  locate,
+  publish,
+  read_manifest,
+  verify,
+)
 from jaxdistill.runs._trees import check_like, from_outline, named_leaves, place, snapshot
 
-__all__ = ['CheckpointWarning', 'Checkpoints', 'load_variables', 'save_variables']
+__all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables"]
 
 # A pytree of arrays: parameters, statistics, a train state.
 PyTree = Any
 _VARIABLES = "variables"
+
+
 class CheckpointWarning(UserWarning):
   """A checkpoint was skipped, because it is damaged or half written."""
+
 
 class Checkpoints:
   """A folder of checkpoints by step: saved asynchronously, verified before use, a few kept.
@@ -282,6 +299,7 @@ class Checkpoints:
   ) -> None:
     self.close()
 
+
 def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   """Saves one pytree, such as a teacher's or a deployed student's variables; synchronously.
 
@@ -307,6 +325,7 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   clear_unfinished(target.parent, re.escape(target.name))
   _commit(target, arrays, {"step": None, "score": None, "metadata": {}, "items": described})
 
+
 def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
   """Loads what `save_variables` saved, after verifying it.
 
@@ -328,13 +347,16 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
     raise FileNotFoundError(f"there is no checkpoint at path={target}.")
   return _read(target, {_VARIABLES: like})[_VARIABLES]
 
+
 def _warn_skipped(error: CheckpointError) -> None:
   warnings.warn(f"{error} It is skipped.", CheckpointWarning, stacklevel=4)
+
 
 def _orbax() -> ModuleType:
   from jaxdistill.runs import _orbax  # a quarter of a second, and only checkpoints need it
 
   return _orbax
+
 
 def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
   writing = target.with_name(target.name + WRITING)
@@ -344,6 +366,7 @@ def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[
   else:
     writing.mkdir()
   publish(target, body)
+
 
 def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:
   described = read_manifest(folder)["items"]
@@ -375,4 +398,3 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
     else:
       result[item] = jax.tree.unflatten(jax.tree.structure(tree), [leaves[n] for n in as_like])
   return result
-

@@ -1,24 +1,38 @@
-"""A run's folder: ``config.json``, ``metrics.jsonl``, TensorBoard; and what it ran on.
-"""
+"""A run's folder: ``config.json``, ``metrics.jsonl``, TensorBoard; and what it ran on."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib.metadata
-import jax
 import json
 import math
-import numpy as np
 import os
 import pathlib
 import platform
 import shlex
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+import numpy as np
+
 from jaxdistill import _check
 
-__all__ = ['Metrics', 'claim', 'command', 'commands', 'environment', 'read_config', 'release', 'restore_config', 'to_json', 'write_json', 'write_text']
+__all__ = [
+  "Metrics",
+  "claim",
+  "command",
+  "commands",
+  "environment",
+  "read_config",
+  "release",
+  "restore_config",
+  "to_json",
+  "write_json",
+  "write_text",
+]
+
 
 def to_json(value: Any) -> Any:
   """Turns arrays, paths and numbers that JSON does not know into ones that it does.
@@ -42,15 +56,18 @@ def to_json(value: Any) -> Any:
     return to_json(np.asarray(value).tolist())
   return str(value)
 
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that the file is never seen half written."""
   write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
+
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``."""
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_bytes(text.encode("utf-8", "replace"))
   os.replace(temporary, path)
+
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   """Reads a run's configuration.
@@ -71,6 +88,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   if not isinstance(config, dict):
     raise ValueError(f"{path} holds no configuration, but {_check.show(config)}.")
   return config
+
 
 def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
   """Reads a run's configuration back into the dataclass that it was written from.
@@ -98,6 +116,7 @@ def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
   # JSON has lists where the dataclass has tuples.
   values = {n: tuple(saved[n]) if isinstance(saved[n], list) else saved[n] for n in names}
   return kind(**values)
+
 
 def command(script: str, config: Any = None, **options: Any) -> str:
   """The command that repeats a run: the settings that differ from the dataclass's defaults.
@@ -128,6 +147,7 @@ def command(script: str, config: Any = None, **options: Any) -> str:
       words += [f"--{flag}", *map(str, parts)]
   return shlex.join(words)
 
+
 def commands(
   script: str, config: Any, folder: pathlib.Path, split: str, data_dir: str | None
 ) -> list[str]:
@@ -147,6 +167,7 @@ def commands(
     command(script, config, out=folder, data_dir=data_dir),
     command(script, evaluate=folder, split=split, data_dir=data_dir),
   ]
+
 
 def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:
   """Makes a run's folder, or goes on in one that holds the same configuration.
@@ -188,6 +209,7 @@ def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.
     ) from error
   return folder
 
+
 def release(folder: pathlib.Path) -> None:
   """Gives back a folder whose run failed before its first checkpoint: there is nothing to go on.
 
@@ -198,6 +220,7 @@ def release(folder: pathlib.Path) -> None:
     (folder / "config.json").unlink(missing_ok=True)
     with contextlib.suppress(OSError):
       folder.rmdir()  # if there is nothing else in it
+
 
 class Metrics:
   """Appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked."""
@@ -239,6 +262,7 @@ class Metrics:
     if self._board is not None:
       self._board.close()
 
+
 def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
   """Reads the whole lines; a kill can leave the last one torn."""
   records = []
@@ -252,6 +276,7 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
     records.append(record)
   return records
 
+
 def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
   if folder is None:
     raise ValueError("tensorboard=True writes into the run's folder, and folder is None.")
@@ -263,6 +288,7 @@ def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
     ) from error
   # Scalars after the purge step were written by a run that was killed; TensorBoard hides them.
   return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_from + 1)
+
 
 def environment() -> dict[str, Any]:
   """Hardware and versions that the numbers were produced with."""
@@ -277,11 +303,13 @@ def environment() -> dict[str, Any]:
     **{name: _version(name) for name in ("flax", "optax", "jaxdistill")},
   }
 
+
 def _version(name: str) -> str | None:
   try:
     return importlib.metadata.version(name)
   except importlib.metadata.PackageNotFoundError:  # a checkout on the path
     return None
+
 
 def _processor() -> str:
   """The processor's own name where the system tells it."""
@@ -290,4 +318,3 @@ def _processor() -> str:
     return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
   except (OSError, StopIteration):
     return platform.processor() or platform.machine()
-

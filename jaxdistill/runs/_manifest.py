@@ -11,29 +11,53 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ['MANIFEST', 'WRITING', 'CheckpointError', 'as_json', 'clear_unfinished', 'damaged', 'digest', 'discard', 'file_names', 'first_few', 'listing', 'locate', 'publish', 'read_manifest', 'sha256', 'verify', 'write_manifest']
+__all__ = [
+  "MANIFEST",
+  "WRITING",
+  "CheckpointError",
+  "as_json",
+  "clear_unfinished",
+  "damaged",
+  "digest",
+  "discard",
+  "file_names",
+  "first_few",
+  "listing",
+  "locate",
+  "publish",
+  "read_manifest",
+  "sha256",
+  "verify",
+  "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 WRITING = ".writing"
 _REMOVED = ".removed"
 _FORMAT = 1
+
+
 class CheckpointError(RuntimeError):
   """A checkpoint is damaged or half written, or could not be saved."""
+
 
 def file_names(folder: pathlib.Path) -> list[str]:
   """The files below a folder, but for the manifest."""
   inside = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
   return sorted(name for name in inside if name != MANIFEST)
 
+
 def sha256(path: pathlib.Path) -> str:
   """The SHA-256 of a file."""
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
+
 def digest(body: dict[str, Any]) -> str:
   """The digest of a manifest's own content."""
   rest = {name: value for name, value in body.items() if name != "digest"}
   return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
 
 def as_json(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
   """Metadata as JSON brings it back."""
@@ -42,9 +66,11 @@ def as_json(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
   except (TypeError, ValueError) as error:
     raise TypeError(f"metadata={metadata!r} is not what JSON can hold: {error}") from error
 
+
 def damaged(folder: pathlib.Path, file: str, reason: str) -> CheckpointError:
   """The error that names folder, file and reason."""
   return CheckpointError(f"The checkpoint {folder} cannot be used: {file} {reason}.")
+
 
 def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
   """Adds size and SHA-256 of every file to ``body`` and writes it, whole or not at all."""
@@ -56,6 +82,7 @@ def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
   temporary = folder / (MANIFEST + ".tmp")
   temporary.write_text(json.dumps(body, indent=1))
   os.replace(temporary, folder / MANIFEST)
+
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """The manifest, after verifying that it is as it was written."""
@@ -71,6 +98,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   if body["format"] != _FORMAT:
     raise damaged(folder, MANIFEST, f"is of format {body['format']}, not {_FORMAT}")
   return body
+
 
 def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, Any]:
   """Compares the files with the manifest; the digests only of these items, if they are given."""
@@ -93,19 +121,23 @@ def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, An
     raise damaged(folder, name, f"cannot be read ({error})") from error
   return body
 
+
 def first_few(names: list[str]) -> str:
   """The first few names."""
   rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
   return (", ".join(names[:5]) or "nothing") + rest
 
+
 def listing(folder: pathlib.Path) -> list[pathlib.Path]:
   """What is in a folder; nothing if there is none."""
   return sorted(folder.iterdir()) if folder.is_dir() else []
+
 
 def locate(target: pathlib.Path) -> pathlib.Path:
   """The folder; or the complete one that a killed process had no time to rename."""
   writing = target.with_name(target.name + WRITING)
   return writing if not target.exists() and (writing / MANIFEST).is_file() else target
+
 
 def clear_unfinished(folder: pathlib.Path, names: str) -> None:
   """Finishes or removes what a killed process left behind."""
@@ -116,6 +148,7 @@ def clear_unfinished(folder: pathlib.Path, names: str) -> None:
     elif match:
       shutil.rmtree(path)
 
+
 def publish(target: pathlib.Path, body: dict[str, Any]) -> None:
   """Writes the manifest of the folder being written for ``target``, and gives it its name."""
   writing = target.with_name(target.name + WRITING)
@@ -124,10 +157,10 @@ def publish(target: pathlib.Path, body: dict[str, Any]) -> None:
     discard(target)  # A kill between here and the rename loses nothing: see locate.
   os.rename(writing, target)
 
+
 def discard(target: pathlib.Path) -> None:
   """Removes a folder, with no half of it ever under its name."""
   # Renamed first, so that a kill in the midst of it leaves no half a checkpoint.
   removed = target.with_name(target.name + _REMOVED)
   os.rename(target, removed)
   shutil.rmtree(removed)
-

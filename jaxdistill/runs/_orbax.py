@@ -7,21 +7,21 @@ the only one.
 
 from __future__ import annotations
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from jaxdistill import _check
-from jaxdistill.runs._manifest import CheckpointError, MANIFEST, listing
 
-__all__ = ['find_collections', 'nested_dicts', 'read', 'read_foreign_orbax', 'write']
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jaxdistill import _check
+from jaxdistill.runs._manifest import MANIFEST, CheckpointError, listing
+
+__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "write"]
 
 Path = tuple[str, ...]
 # Orbax numbers its operations in a global counter that two threads must not share.
@@ -33,6 +33,8 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _OPTIMIZER = {"opt_state", "opt_states", "opt", "optimizer", "optimizer_state"}
 # What stands at the top of a training state, but never of bare parameters.
 _NO_MODULE = _OPTIMIZER | {"step", "state", "train_state", "model", "target", "params"}
+
+
 def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> None:
   """Writes host arrays as a checkpoint, whole or not at all.
 
@@ -64,6 +66,7 @@ def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> Non
     else:
       _write_alone(folder, arrays)
 
+
 def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> None:
   # The v1 calls compare the folder between all processes, whatever they are told; these do not.
   alone = ocp.options.MultiprocessingOptions(**_alone())
@@ -79,6 +82,7 @@ def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]])
     items = {item: ocp.args.PyTreeSave(leaves) for item, leaves in arrays.items()}
     checkpointer.save(folder, ocp.args.Composite(**items))
 
+
 def read(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
   """Reads what `write` wrote, as host arrays; each process by itself.
 
@@ -92,6 +96,7 @@ def read(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, np.n
   with _ORBAX, _context():
     return ocp.v1.load_checkpointables(folder, dict.fromkeys(names))
 
+
 def _alone() -> dict[str, Any]:
   me = jax.process_index()
   return {
@@ -99,6 +104,7 @@ def _alone() -> dict[str, Any]:
     "active_processes": {me},
     "barrier_sync_key_prefix": f"process_{me}",
   }
+
 
 def _context() -> Any:
   context = ocp.v1.Context()
@@ -108,6 +114,7 @@ def _context() -> Any:
   for name, value in _alone().items():
     setattr(context.multiprocessing, name, value)
   return context
+
 
 def read_foreign_orbax(
   path: str | os.PathLike[str],
@@ -159,6 +166,7 @@ def read_foreign_orbax(
         values = _restore(items[item], tree, set(wanted))
       result.update({place: values[inside] for inside in wanted for place in wanted[inside]})
   return nested_dicts(result)
+
 
 def find_collections(
   paths: Iterable[Path], collections: Sequence[str] | Mapping[str, str], where: str
@@ -221,6 +229,7 @@ def find_collections(
     )
   return found
 
+
 def nested_dicts(leaves: Mapping[Path, Any]) -> dict[str, Any]:
   """Nested dictionaries from leaves by path.
 
@@ -235,6 +244,7 @@ def nested_dicts(leaves: Mapping[Path, Any]) -> dict[str, Any]:
     node[path[-1]] = value
   return result
 
+
 def _places(paths: list[Path], name: str) -> list[Path]:
   """Where dictionaries of this name are; of one within another of the name, the inner."""
   places = {
@@ -246,9 +256,11 @@ def _places(paths: list[Path], name: str) -> list[Path]:
   # A TrainState's params may be all variables: params/params and params/batch_stats.
   return sorted(place for place in places if (*place, name) not in places)
 
+
 def _there(paths: list[Path]) -> str:
   names = sorted({"/".join(path[:2]) for path in paths})
   return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
 
 def _items(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   """The pytrees of one checkpoint; itself, if it is one, without a name."""
@@ -257,6 +269,7 @@ def _items(folder: pathlib.Path) -> dict[str, pathlib.Path]:
   inside = {p.name: p for p in listing(folder) if (p / _METADATA).is_file()}
   # One with its own record is a checkpoint beside others, not a part of one.
   return {n: p for n, p in inside.items() if not (p / _RECORD).is_file() and _TEMPORARY not in n}
+
 
 def _last_step(folder: pathlib.Path) -> pathlib.Path:
   """The folder, or its last step's if it has steps."""
@@ -283,6 +296,7 @@ def _last_step(folder: pathlib.Path) -> pathlib.Path:
     )
   return folder
 
+
 def _refuse_ours(folder: pathlib.Path) -> None:
   """Says which function reads what this library wrote."""
   saved = (folder / MANIFEST).is_file() or any((p / MANIFEST).is_file() for p in listing(folder))
@@ -301,9 +315,11 @@ def _refuse_ours(folder: pathlib.Path) -> None:
     f"path={folder} belongs to a run of this library: use teachers.restore({str(run)!r}{step})."
   )
 
+
 def _handler() -> Any:
   alone = ocp.options.MultiprocessingOptions(**_alone())
   return ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+
 
 def _outline(folder: pathlib.Path) -> tuple[Any, dict[Path, Any]]:
   """The tree of what Orbax says about each leaf, and the same by path."""
@@ -312,6 +328,7 @@ def _outline(folder: pathlib.Path) -> tuple[Any, dict[Path, Any]]:
   except Exception as error:
     raise CheckpointError(f"{folder / _METADATA} cannot be read by Orbax: {error}") from error
   return tree, {_parts(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
 
 def _restore(folder: pathlib.Path, tree: Any, wanted: set[Path]) -> dict[Path, np.ndarray]:
   """Reads the wanted leaves as host arrays; an ellipsis tells Orbax to leave one out."""
@@ -329,6 +346,6 @@ def _restore(folder: pathlib.Path, tree: Any, wanted: set[Path]) -> dict[Path, n
   leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
   return {_parts(path): np.asarray(leaf) for path, leaf in leaves if leaf is not ...}
 
+
 def _parts(path: tuple[Any, ...]) -> Path:
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['progress_bar']
+__all__ = ["progress_bar"]
+
 
 def progress_bar(total: int, label: str | None, *, unit: str = "step", initial: int = 0) -> Any:
   """A progress bar; ``update(count)`` moves it and ``close()`` ends it.
@@ -24,4 +25,3 @@ def progress_bar(total: int, label: str | None, *, unit: str = "step", initial: 
   import tqdm.auto as tqdm  # a tenth of a second, and only who waits needs it
 
   return tqdm.tqdm(total=total, initial=initial, desc=label, unit=unit, disable=label is None)
-

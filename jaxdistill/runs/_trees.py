@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pathlib
 from collections.abc import Mapping
 from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from jaxdistill.runs._manifest import first_few
 
-__all__ = ['check_like', 'from_outline', 'named_leaves', 'outline', 'place', 'snapshot']
+__all__ = ["check_like", "from_outline", "named_leaves", "outline", "place", "snapshot"]
 
 PyTree = Any
 # What Orbax stores as it is; the other small floats and integers go as their bytes.
 _NATIVE = {"bool", "complex64", "complex128", "float16", "bfloat16", "float32", "float64"} | {
   f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
 }
+
+
 def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
   """The leaves by their path, ``params/Dense_0/kernel``."""
   named: dict[str, Any] = {}
@@ -26,6 +30,7 @@ def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
       raise ValueError(f"two leaves of item {item!r} have the path {name!r}; rename one.")
     named[name] = leaf
   return named
+
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
   """The containers as JSON, so that a tree comes back without ``like``."""
@@ -41,6 +46,7 @@ def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
     return {type(tree).__name__: list(inner.values())}
   return {"dict": inner}
 
+
 def from_outline(outline: Any, leaves: dict[str, Any]) -> PyTree:
   """The tree again, from its outline and its leaves by path."""
   if outline is None:
@@ -52,8 +58,10 @@ def from_outline(outline: Any, leaves: dict[str, Any]) -> PyTree:
     return {name: from_outline(child, leaves) for name, child in inner.items()}
   return (tuple if kind == "tuple" else list)(from_outline(child, leaves) for child in inner)
 
+
 def _is_key(leaf: Any) -> bool:
   return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
 
 def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
   """What the manifest says of a leaf, and what Orbax stores of it, copied to the host."""
@@ -82,6 +90,7 @@ def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
       raise TypeError(f"{where} is of dtype {value.dtype}, which cannot be stored; convert it.")
   return record, value
 
+
 def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
   """Everything copied to the host, and its description for the manifest."""
   if not items:
@@ -102,6 +111,7 @@ def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], di
     # Orbax refuses empty arrays and empty trees; the manifest is enough to make them again.
     arrays[item] = {name: value for name, (_, value) in leaves.items() if value.size}
   return {item: stored for item, stored in arrays.items() if stored}, described
+
 
 def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
   """A leaf as its like is, or, where that is None, as it was when it was saved."""
@@ -130,15 +140,16 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     return value if _is_key(value) else jnp.array(value)
   return jax.device_put(value, sharding, may_alias=False)
 
+
 def check_like(item: str, folder: pathlib.Path, records: dict[str, Any], like: Any) -> None:
   """Compares paths, shapes and dtypes with what the manifest says."""
   where = f"item {item!r} of the checkpoint {folder}"
   lacking, unknown = sorted(set(records) - set(like)), sorted(set(like) - set(records))
   if lacking or unknown:
     raise ValueError(
-      f"{where} has another structure than like. Only in the checkpoint: {first_few(lacking)}. Only "
-      f"in like: {first_few(unknown)}. Likely the network, the objective or the optimiser is not the "
-      "one that was saved."
+      f"{where} has another structure than like. Only in the checkpoint: {first_few(lacking)}. "
+      f"Only in like: {first_few(unknown)}. Likely the network, the objective or the optimiser is "
+      "not the one that was saved."
     )
   for name, record in records.items():
     leaf, saved, dtype = like[name], tuple(record["shape"]), record["dtype"]
@@ -158,6 +169,7 @@ def check_like(item: str, folder: pathlib.Path, records: dict[str, Any], like: A
         "(jax.random.key) against a raw one (jax.random.PRNGKey)."
       )
 
+
 def _likely(saved: tuple[int, ...], shape: tuple[int, ...]) -> str:
   longer, shorter = sorted((saved, shape), key=len, reverse=True)
   if len(longer) == len(shorter) + 1 and longer[1:] == shorter:
@@ -165,4 +177,3 @@ def _likely(saved: tuple[int, ...], shape: tuple[int, ...]) -> str:
   if len(saved) == len(shape) and saved[:-1] == shape[:-1]:
     return "another number of classes, or another width, than was saved."
   return "another architecture, width or input size than was saved."
-

@@ -27,7 +27,7 @@ def write_comparison(path: str | os.PathLike[str], compared: Compared) -> pathli
 
   Args:
     path: the page's file, ``comparison.html``; a folder gets one of that name.
-    compared: from `compare`.
+    compared: from `compare_runs`.
 
   Returns:
     The page's path.
