@@ -1,4 +1,4 @@
-"""The house's own rules: doors, limits, doctests. import-linter holds the floors (pyproject.toml)."""
+"""The house's own rules: doors, limits, doctests; `lint-imports` holds the floors (pyproject)."""
 
 import ast
 import doctest
@@ -19,8 +19,8 @@ PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 EVERYWHERE = {"jax", "flax", "optax", "numpy", "jaxtyping", "jaxdistill"}
 
-# What has more than twelve parameters, or more than sixty lines of code. The lists only ever shrink:
-# who mends one takes it out, and nothing is put in.
+# What has more than twelve parameters, or more than sixty lines of code. The lists only ever
+# shrink: who mends one takes it out, and nothing is put in.
 MANY_PARAMETERS = {
   "jaxdistill.data._streams.iterated",
   "jaxdistill.export._export.export",

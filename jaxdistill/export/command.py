@@ -22,6 +22,15 @@ from jaxdistill.export._process import ExportError
 
 __all__ = ["main"]
 
+_WITH = (
+  "a function that returns the keywords of jaxdistill.export.export; the options here go first"
+)
+_KINDS = f"which of {', '.join(KINDS)}; by default all"
+_EXAMPLES = """examples:
+  jaxdistill export runs/mine                          are the files still what was checked?
+  jaxdistill export runs/mine --with my_export:given   given() -> {"held_out": ..., ...}
+  jaxdistill export runs/mine --with my_export:given --kinds onnx int8"""
+
 
 def main(args: Sequence[str] | None = None) -> int:
   """The command; returns the exit code, 1 where a file failed.
@@ -29,12 +38,22 @@ def main(args: Sequence[str] | None = None) -> int:
   Args:
     args: the command line's words; those of the process by default.
   """
-  parser = argparse.ArgumentParser(prog="jaxdistill export", description=__doc__)
+  parser = argparse.ArgumentParser(
+    prog="jaxdistill export",
+    description=(
+      "Exports the student of a finished run, each file checked in a process of its own;\n"
+      "without --with nothing is exported, and the files that are there are looked at again."
+    ),
+    epilog=_EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   parser.add_argument("run", type=pathlib.Path, help="the run's folder")
-  parser.add_argument("--with", dest="given", metavar="MODULE:FUNCTION", help="keywords of run")
-  parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="by default all")
-  parser.add_argument("--fold", action="store_true", default=None, help="fold BatchNorm")
-  parser.add_argument("--batch-size", type=int, help="to time a call with; by default 1")
+  parser.add_argument("--with", dest="given", metavar="MODULE:FUNCTION", help=_WITH)
+  parser.add_argument("--kinds", nargs="+", choices=list(KINDS), metavar="KIND", help=_KINDS)
+  parser.add_argument(
+    "--fold", action="store_true", default=None, help="fold BatchNorm into the layer before it"
+  )
+  parser.add_argument("--batch-size", type=int, help="of the timed call; by default 1")
   options = parser.parse_args(args)
   asked = {"kinds": options.kinds, "fold": options.fold, "batch_size": options.batch_size}
   asked = {name: value for name, value in asked.items() if value is not None}

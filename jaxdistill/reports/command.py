@@ -13,6 +13,11 @@ from jaxdistill.reports._report import render_report
 
 __all__ = ["main"]
 
+_EXAMPLES = """examples:
+  jaxdistill report runs/mine                    writes runs/mine/report.html and .md anew
+  jaxdistill report runs/mine runs/other         writes comparison.html
+  jaxdistill report runs/mine --metadata a.csv   slices the split by the columns of a.csv"""
+
 
 def main(args: Sequence[str] | None = None) -> int:
   """The command; returns the exit code.
@@ -23,10 +28,12 @@ def main(args: Sequence[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
     prog="jaxdistill report",
     description="Makes a run's report again from its folder, or compares two runs.",
+    epilog=_EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument("run", type=pathlib.Path, help="the run's folder")
   parser.add_argument("other", type=pathlib.Path, nargs="?", help="a run to compare it with")
-  parser.add_argument("--split", default="test", help="which split's report (test)")
+  parser.add_argument("--split", default="test", help="which split's report; by default test")
   parser.add_argument(
     "--out",
     type=pathlib.Path,

@@ -21,6 +21,12 @@ from jaxdistill.teachers._cache_files import CacheError, verify_cache
 
 __all__ = ["main"]
 
+_TEACHER = "also: is it this teacher's? FUNCTION() returns (teacher, variables, source)"
+_EXAMPLES = """examples:
+  jaxdistill cache verify runs/outputs
+  jaxdistill cache verify runs/outputs --drop
+  jaxdistill cache verify runs/outputs --teacher my_module:teacher_and_source"""
+
 
 def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
   """What differs from the teacher that a function gives."""
@@ -37,12 +43,25 @@ def main(args: Sequence[str] | None = None) -> int:
   Args:
     args: the command line's words; those of the process by default.
   """
-  parser = argparse.ArgumentParser(prog="jaxdistill cache", description=__doc__)
+  parser = argparse.ArgumentParser(
+    prog="jaxdistill cache", description="Looks at the cache of a teacher's outputs."
+  )
   commands = parser.add_subparsers(required=True, metavar="verify")
-  command = commands.add_parser("verify", help="check every digest and count")
+  command = commands.add_parser(
+    "verify",
+    help="check every digest, count and id",
+    description=(
+      "Reads every file of a cache and checks its digest, its count and its ids; what is damaged\n"
+      "is named, and the exit code is then 1. Needs no JAX."
+    ),
+    epilog=_EXAMPLES,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
   command.add_argument("path", type=pathlib.Path, help="the cache's folder")
-  command.add_argument("--teacher", metavar="MODULE:FUNCTION", help="compute a sample again")
-  command.add_argument("--drop", action="store_true", help="drop the views that are damaged")
+  command.add_argument("--teacher", metavar="MODULE:FUNCTION", help=_TEACHER)
+  command.add_argument(
+    "--drop", action="store_true", help="drop the damaged views; the next run fills them again"
+  )
   options = parser.parse_args(args)
   module, _, function = (options.teacher or "").partition(":")
   if options.teacher and not (module and function):

@@ -14,9 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxdistill import data, networks, recipes, teachers, train
 from jaxdistill.train import init_state, make_step
 from jaxdistill.types import Objective, Outputs, as_objective, make_batch
-from test_fusion import fuse, normalise
 from test_losses_features import energy, meet, ref_hcl, ref_nst, ref_ofd, ref_vid
-from test_projectors import as_float64
+from test_projectors import as_float64, fuse, normalise
 
 # A generator that compiles in a fraction of the time of the default one.
 GENERATOR = "unsafe_rbg"
