@@ -279,7 +279,7 @@ class _Job:
       for group in groups
     }
 
-    def build_program(group: Group, values: Values, count: int) -> Program:
+    def program_of(group: Group, values: Values, count: int) -> Program:
       by = ways[id(group.student)]
       return build_program(
         group.student,
@@ -307,7 +307,7 @@ class _Job:
       save_every=length * math.ceil(max(1000, self.steps // 10) / length)
       if self.save_every is None
       else self.save_every,
-      build=build_program,
+      build=program_of,
       deployed=_deployed,
       validation=self.validation,
       memory=self.memory,
