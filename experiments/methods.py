@@ -118,6 +118,8 @@ class Options:
   """The split to evaluate on; weights are chosen on validation in any case."""
   data_dir: str | None = None
   """Where TFDS keeps its data sets; its own default when left out."""
+  stop_after: float | None = None
+  """Seconds after which the script saves and leaves; started again, it goes on from there."""
   short: bool = False
   """Start from a setting that takes a minute instead."""
 
@@ -449,6 +451,7 @@ def main(config: Config, options: Options) -> None:
       # All rows are evaluated by the same programs: they are compiled once.
       compiled = stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled"))
       jax.config.update("jax_compilation_cache_dir", compiled)
+    stack.enter_context(train.time_limit(options.stop_after))
     compare(config, options)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 

@@ -116,7 +116,11 @@ def drive(
       score = float(np.mean(extra[select])) if select in extra else None
       saved.save(at, to_items(now, objective), score=score)
     if stopping:
-      raise Stopped(f"the run was asked to stop, and stands at step {at} of {every.steps}.")
+      message = f"the run was asked to stop, and stands at step {at} of {every.steps}."
+      if saved is not None:
+        message += f" It is saved in {saved.folder.parent}: start it again, and it goes on."
+      log.say(message)
+      raise Stopped(message)
   return dispatch.collect(state)
 
 

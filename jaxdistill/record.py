@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -63,6 +64,7 @@ class Log:
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
     self._select, self._callback = select, callback
     self._clock = time.perf_counter()
+    self._shown = progress is not None
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -95,6 +97,12 @@ class Log:
     self._bar.set_postfix({name: f"{np.mean(value):.4f}" for name, value in shown.items()})
     if self._callback is not None:
       self._callback(end, self.history[-1])
+
+  def say(self, text: str) -> None:
+    """Prints a line where the bar is shown."""
+    if self._shown:
+      self._bar.clear()
+      print(text, file=sys.stderr)
 
   def close(self) -> None:
     """Closes the bar and the files."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ from jaxdistill.loop import begin, drive
 from jaxdistill.program import Program, build
 from jaxdistill.record import Log, claimed
 from jaxdistill.state import State, deployed_variables
-from jaxdistill.stops import Intervals, Stopped, stop_signal
+from jaxdistill.stops import Intervals, Stopped, stop_signal, time_limit
 from jaxdistill.types import (
   Network,
   Objective,
@@ -38,7 +39,7 @@ from jaxdistill.types import (
   as_objective,
 )
 
-__all__ = ["Fitted", "Stopped", "fingerprint", "fit"]
+__all__ = ["Fitted", "Stopped", "fingerprint", "fit", "time_limit"]
 
 PyTree = Any
 
@@ -100,6 +101,7 @@ def fit(
   config: Mapping[str, Any] | None = None,
   checkpoint_every: int | None = None,
   keep_last: int = 2,
+  stop_after: float | None = None,
   seeds_by: str = "vmap",
   scan: bool = True,
   progress: str | None = "train",
@@ -109,8 +111,9 @@ def fit(
   """Trains a student, or the same student from several seeds as one compiled program.
 
   A run that is started again with the same arguments goes on from its last good checkpoint. One
-  that gets SIGTERM finishes its chunk, saves, and leaves by `Stopped`. A run that comes to its end
-  leaves the deployed network in its folder, see `jaxdistill.deployed.load_student`.
+  that gets SIGTERM, or whose ``stop_after`` is over, finishes its chunk, saves, and leaves by
+  `Stopped`. A run that comes to its end leaves the deployed network in its folder, see
+  `jaxdistill.deployed.load_student`.
 
   In a program of several processes, every process calls this with the same arguments; the folder
   is one that all of them see, and process 0 writes it.
@@ -151,6 +154,10 @@ def fit(
       fingerprint, and has to be the same when the run goes on.
     checkpoint_every: steps between checkpoints; as often as validation by default.
     keep_last: how many of the last checkpoints are kept, beside the best one.
+    stop_after: seconds from the call on after which the run ends as SIGTERM ends it: it finishes
+      its chunk, saves, leaves by `Stopped`, and goes on when it is started again, with the same
+      bits. For a machine that is there for a while; leave room for a chunk and a checkpoint. It
+      changes no number, and so is no part of what has to be the same when the run goes on.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
       inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
     scan: whether a chunk is one dispatch, by ``lax.scan``. Without, its steps are dispatched one by
@@ -165,10 +172,12 @@ def fit(
   Raises:
     TypeError: an argument is of another kind than it must be.
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
-      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit.
+      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit;
+      ``stop_after`` without a folder to save in.
     FloatingPointError: a term was not finite; the message says which, and at which step.
-    Stopped: the process was asked to stop.
+    Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  called = time.monotonic()
   dispatch = mesh_lib.with_jit() if dispatch is None else dispatch
   check_machinery(
     optimizer,
@@ -185,6 +194,10 @@ def fit(
   )
   arguments.whole("steps", steps)
   arguments.whole("keep_last", keep_last)
+  if stop_after is not None:
+    arguments.number("stop_after", stop_after, above=0)
+    if folder is None:
+      raise ValueError(f"stop_after={stop_after:g} needs a folder=... to save the run in.")
   objective = as_objective(objective)
   hyper = check_hyper(hyper, objective, steps)
   program = build(
@@ -235,6 +248,7 @@ def fit(
       callback=callback,
     )
     stack.callback(log.close)
+    left = None if stop_after is None else max(0, stop_after - (time.monotonic() - called))
     final = drive(
       program,
       state,
@@ -245,7 +259,7 @@ def fit(
       saved=saved,
       validate=validate,
       select=select,
-      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None)),
+      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None, after=left)),
     )
   variables = deployed_variables(final, objective)
   network = student if objective.deployed is None else objective.deployed.network(student)

@@ -118,6 +118,7 @@ def test_the_limit_of_pmap_relations_see_their_share():
   assert differ(run(mesh.with_jit()), run(mesh.with_pmap()), tolerance=1e-3)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
 def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
   seeds = (3, 11)
@@ -164,6 +165,7 @@ def is_key(x):
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+@pytest.mark.device
 def test_the_teacher_is_in_no_checkpoint_and_unchanged(tmp_path):
   teacher, variables = a_teacher()
   before = jax.tree.map(np.array, variables)
