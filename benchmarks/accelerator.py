@@ -18,8 +18,8 @@ Each part is a process of its own. After each figure ``OUT/accelerator.json`` is
 or not at all. The same command goes on with what is missing: with what OUT holds, else with what
 ``benchmarks/results`` holds of the same device and versions. A part that fails or takes too long
 is named, and tried again at the next start. The training of item 7 lies in ``OUT-work`` beside
-OUT, and is packed into ``OUT/cifar100.tar`` at its end; where there is only that, it goes on from
-there. Needed are JAX, Flax, optax and Orbax. PyTorch, TFDS, Grain, tyro and scikit-learn are taken
+OUT, and is packed into ``OUT/cifar100*.tar`` at its end, to go on from there on another machine.
+Needed are JAX, Flax, optax and Orbax. PyTorch, TFDS, Grain, tyro and scikit-learn are taken
 where they are there; where not, what needs them is left out, and said.
 
 Command:   python benchmarks/accelerator.py --seconds 420 --data-dir DIR --out runs/accelerator
@@ -762,30 +762,41 @@ def earlier(results: Results, versions: dict[str, Any], folder: pathlib.Path) ->
 def unpack(settings: Settings, kept: pathlib.Path) -> None:
   """Brings item 7's training to where it goes on, from OUT or from the checkout."""
   folder = pathlib.Path(settings.work) / "cifar100"
-  for archive in (pathlib.Path(settings.out) / "cifar100.tar", kept / "runs" / "cifar100.tar"):
-    if not folder.is_dir() and archive.is_file() and not settings.tiny:
+  for place in (pathlib.Path(settings.out), kept / "runs"):
+    archives = sorted(place.glob("cifar100*.tar"))
+    if folder.is_dir() or not archives or settings.tiny:
+      continue
+    writing = folder.with_name("cifar100.writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    for archive in archives:
       with tarfile.open(archive) as tar:
-        tar.extractall(settings.work, filter="data")
-      print(f"  the training of CIFAR-100 goes on from {archive.name}.")
+        tar.extractall(writing, filter="data")
+    os.replace(writing / "cifar100", folder)
+    print(f"  the training of CIFAR-100 goes on from {place}.")
 
 
 def pack(settings: Settings) -> None:
-  """Packs item 7's training into one file, without what a killed process left half written."""
-  folder, target = (
-    pathlib.Path(settings.work) / "cifar100",
-    pathlib.Path(settings.out) / "cifar100.tar",
-  )
+  """Packs item 7's training: a file for each of its runs, small enough to be carried, and one more.
+
+  Left out is what a killed process has left half written.
+  """
+  folder, out = pathlib.Path(settings.work) / "cifar100", pathlib.Path(settings.out)
   if not folder.is_dir():
     return
-  temporary = target.with_name(target.name + ".tmp")
+  runs = sorted(path for path in folder.iterdir() if path.is_dir())
+  rest = sorted(path for path in folder.iterdir() if path.is_file())
+  archives = {f"cifar100-{path.name}.tar": [path] for path in runs} | {"cifar100.tar": rest}
 
   def whole(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
     half = any(part.endswith((".writing", ".tmp")) for part in member.name.split("/"))
     return None if half else member
 
-  with tarfile.open(temporary, "w") as tar:
-    tar.add(folder, "cifar100", filter=whole)
-  os.replace(temporary, target)
+  for name, paths in archives.items():
+    temporary = out / f"{name}.tmp"
+    with tarfile.open(temporary, "w") as tar:
+      for path in paths:
+        tar.add(path, f"cifar100/{path.name}", filter=whole)
+    os.replace(temporary, out / name)
 
 
 def run(settings: Settings, anew: Sequence[str], kept: pathlib.Path) -> Results:
