@@ -174,8 +174,8 @@ def compress(
   The folder gets ``search/`` (the sweep), ``student/`` and ``baseline/`` (the chosen network,
   distilled and on labels alone: runs with checkpoints and a deployed student each),
   ``candidates.md``, ``candidates.csv``, ``frontier.png``, ``budget.json``, ``preflight.json`` (what
-  `jaxdistill.search` found, which is warned of as well), and ``assistant/`` where one was tried.
-  What was stopped goes on there.
+  `jaxdistill.search.preflight` found, which is warned of as well), and ``assistant/`` where one was
+  tried. What was stopped goes on there.
 
   Args:
     candidates: networks by name, see `family`; deployed as they are, so that recipes that deploy

@@ -1,4 +1,4 @@
-"""What `jaxdistill.search` looks at: predictions, terms' gradients, a few steps, a curve.
+"""What `jaxdistill.search.preflight` looks at: predictions, terms' gradients, a few steps, a curve.
 
 Nothing here changes what it is given: the steps of `taught_further` are taken on a copy.
 """
