@@ -11,7 +11,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,9 +32,6 @@ from jaxdistill.data._sources import (
 )
 from jaxdistill.data._views import Augmentation, Normalize, epoch_order, identity, normalizer
 from jaxdistill.types import PyTree
-
-if TYPE_CHECKING:
-  pass
 
 __all__ = ["iterated", "record_files", "resumable", "streamed"]
 

@@ -45,7 +45,7 @@ FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """One model as `jaxdistill.evaluation` measured it.
+  """One model as `jaxdistill.evaluation.examine` measured it.
 
   Attributes:
     quality: from `evaluation.evaluate`; arrays ``[S]`` over seeds, or scalars.

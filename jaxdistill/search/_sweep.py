@@ -29,6 +29,7 @@ from jaxdistill.train import (
   Optimizer,
   Program,
   Values,
+  build_program,
   check_functions,
   check_networks,
   claimed_folder,

@@ -1,3 +1,3 @@
-"""The checks of `jaxdistill.search`, one function each, and what they measure."""
+"""The checks of `jaxdistill.search.preflight`, one function each, and what they measure."""
 
 __all__: list[str] = []
