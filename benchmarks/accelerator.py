@@ -454,7 +454,10 @@ def cached(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
     if importlib.util.find_spec("array_record")
     else None,
   )
-  emit("epoch", cache.compare(options))
+  found = cache.compare(options)
+  if options.files is None:
+    found["left_out"] = "the cache in files: array_record is not installed"
+  emit("epoch", found)
 
 
 # 6. A loss over a large vocabulary.
@@ -823,7 +826,7 @@ def run(settings: Settings, anew: Sequence[str], kept: pathlib.Path) -> Results:
     figures = [f"{part.name}/{key}" for key in missing]
     absent = [name for name in part.needs if importlib.util.find_spec(name) is None]
     if absent:
-      results.miss("left_out", figures, f"{', '.join(absent)} is not installed")
+      results.miss("left_out", figures, f"not installed: {', '.join(absent)}")
       continue
     left = over - time.monotonic() - RESERVE
     if left < (0 if settings.tiny else LEAST):
@@ -954,6 +957,8 @@ def tables(results: dict[str, Any]) -> str:
       [n, v["seconds an epoch"], v["of plain"]] for n, v in figures["cache/epoch"]["sides"].items()
     ]
     text.append(table(["an epoch of 50,000", "seconds", "of plain"], rows))
+    if "left_out" in figures["cache/epoch"]:
+      text.append(f"Left out: {figures['cache/epoch']['left_out']}.")
   if of("vocabulary/"):
     rows = [
       [n.split("/")[1], v["milliseconds"], v["logits_bytes"] / 1e9, v["temporary_bytes"] / 1e9]

@@ -166,7 +166,7 @@ def test_every_figure_comes_to_the_tables(accelerator):
   about = {"at": "2026-11-26T00:00:00+00:00", "commit": "c0ffee1", "source": "abc"}
   results = {
     "figures": {name: {"value": value, **about} for name, value in values.items()},
-    "left_out": {"step, PyTorch compiled/64": "torch is not installed"},
+    "left_out": {"step, PyTorch compiled/64": "not installed: torch"},
     "failed": {},
   }
   text = accelerator.tables(results)
@@ -174,4 +174,4 @@ def test_every_figure_comes_to_the_tables(accelerator):
     assert shown in text
   assert "| 300 MLP, stacked | 25 | 2.5 |" in text
   assert "| teacher | 77 | 12,345 |" in text
-  assert "PyTorch compiled/64 (torch is not installed)" in text
+  assert "PyTorch compiled/64 (not installed: torch)" in text

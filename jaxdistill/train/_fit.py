@@ -226,7 +226,11 @@ def fit(
   program.trace(every.next_stop(0))
   first_process = jax.process_index() == 0
   path = saved = None
+  left = None if stop_after is None else max(0, stop_after - (time.monotonic() - called))
   with contextlib.ExitStack() as stack:
+    # First, and so the last to go: a signal that is handed on finds everything saved.
+    listening = stop_signal(listening=folder is not None, after=left)
+    asked_to_stop = stack.enter_context(listening)
     if folder is not None:
       settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
       settings |= {"accumulate": accumulate, "average": average}
@@ -251,7 +255,6 @@ def fit(
       callback=callback,
     )
     stack.callback(log.close)
-    left = None if stop_after is None else max(0, stop_after - (time.monotonic() - called))
     final = run_steps(
       program,
       state,
@@ -262,12 +265,13 @@ def fit(
       saved=saved,
       validate=validate,
       select=select,
-      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None, after=left)),
+      asked_to_stop=asked_to_stop,
     )
-  variables = deployed_variables(final, objective)
-  network = student if objective.deployed is None else objective.deployed.network(student)
-  if path is not None:
-    _save_deployed(path, program, network, variables)
+    variables = deployed_variables(final, objective)
+    network = student if objective.deployed is None else objective.deployed.network(student)
+    if path is not None and saved is not None:
+      saved.wait()
+      _save_deployed(path, program, network, variables)
   return Fitted(variables=variables, network=network, state=final, history=log.history)
 
 

@@ -458,6 +458,8 @@ class Stopped(SystemExit):
 def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Callable[[int], bool]]:
   """Gives ``step -> whether to stop``; the former handler of SIGTERM is put back afterwards.
 
+  A signal that came too late to stop what runs under it is handed on to that handler.
+
   Args:
     listening: whether to hear of anything at all.
     after: seconds after which it says so without a signal; None for never.
@@ -466,7 +468,13 @@ def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Call
     yield lambda step: False
     return
   asked = threading.Event()
+  signalled = threading.Event()
   several = jax.process_count() > 1
+
+  def hear(*_: Any) -> None:
+    signalled.set()
+    asked.set()
+
   with contextlib.ExitStack() as stack:
     if after is not None:
       # Several processes stop at the same step by JAX's own service, which hears of SIGTERM alone.
@@ -478,9 +486,13 @@ def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Call
       yield lambda step: bool(multihost_utils.reached_preemption_sync_point(next(_CALLS)))
       return
     if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
-      former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+      former = signal.signal(signal.SIGTERM, hear)
       stack.callback(signal.signal, signal.SIGTERM, former)
     yield lambda step: asked.is_set()
+  if signalled.is_set():
+    # It came when there was nothing left to stop: whoever listens outside has to hear of it, or a
+    # script would begin its next training as if nobody had asked.
+    _terminate()
 
 
 # Over all runs of a process, as the service counts; all processes make the same calls.
