@@ -23,7 +23,7 @@ Needed are JAX, Flax, optax and Orbax. PyTorch, TFDS, Grain, tyro and scikit-lea
 where they are there; where not, what needs them is left out, and said.
 
 Command:   python benchmarks/accelerator.py --seconds 420 --data-dir DIR --out runs/accelerator
-Tables:    python benchmarks/accelerator.py --tables     (results/accelerator*.json to README.md)
+Tables:    python benchmarks/accelerator.py --tables     (from results/ into README.md)
 """
 
 from __future__ import annotations
@@ -981,20 +981,49 @@ def tables(results: dict[str, Any]) -> str:
   return "\n\n".join(text)
 
 
+def sweep_table(found: dict[str, Any]) -> str:
+  """The figures of benchmarks/sweep.py: the fastest program in PyTorch first, whichever it is."""
+  import sweep
+
+  peers = [*sweep.PYTORCH, "alone"]
+  rows = []
+  for name, sides in found["students"].items():
+    network, count = name.split("/")
+    own = sides["sweep"]["seconds"]
+
+    def shown(side: str, sides: Any = sides, own: float = own) -> str:
+      there = side in sides
+      return f"{sides[side]['seconds']:.3g} ({sides[side]['seconds'] / own:.3g})" if there else "–"
+
+    there = [side for side in sweep.PYTORCH if side in sides]
+    best = min(there, key=lambda side: sides[side]["seconds"]) if there else None
+    first = "–" if best is None else f"{shown(best)}, {sweep.NAMES[best].removeprefix('PyTorch, ')}"
+    kind = {"MLP": "MLPs", "ConvNet": "convolutional"}[network]
+    rows.append([f"{count} {kind}", f"{own:.3g}", first, *map(shown, peers)])
+  named = [sweep.NAMES[side].removeprefix("PyTorch, ") for side in peers]
+  about = found["environment"]
+  hardware = f"{about['cores']} cores, {about['processor']}, jax {about['jax']}"
+  return f"{hardware}.\n\n" + table(["students", "sweep", "fastest PyTorch", *named], rows)
+
+
 def write_tables(readme: pathlib.Path, kept: pathlib.Path) -> None:
-  """Puts the tables of all results between the marks in README.md."""
+  """Puts the tables of the results between their marks in README.md."""
+  sys.path.insert(0, str(HERE))
   found = [json.loads(path.read_text()) for path in sorted(kept.glob("accelerator*.json"))]
-  body = "\n\n".join(tables(results) for results in found)
+  bodies = {"accelerator": "\n\n".join(tables(results) for results in found)}
   if not found:
-    body = f"Nothing has been measured on an accelerator yet: {'; '.join(TITLES.values())}."
+    listed = "; ".join(TITLES.values())
+    bodies["accelerator"] = f"Nothing has been measured on an accelerator yet: {listed}."
+  if (kept / "sweep.json").is_file():
+    bodies["sweep"] = sweep_table(json.loads((kept / "sweep.json").read_text()))
   text = readme.read_text()
-  marked = re.compile(r"(<!-- accelerator -->\n).*?(<!-- end -->)", re.DOTALL)
-  if not marked.search(text):
-    raise SystemExit(
-      f"{readme} has no place for the tables: <!-- accelerator --> ... <!-- end -->."
-    )
-  readme.write_text(marked.sub(lambda found: f"{found[1]}{body}\n{found[2]}", text))
-  print(f"wrote the tables of {len(found)} machines into {readme}")
+  for name, body in bodies.items():
+    marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not marked.search(text):
+      raise SystemExit(f"{readme} has no place for its table: <!-- {name} --> ... <!-- end -->.")
+    text = marked.sub(lambda found, body=body: f"{found[1]}{body}\n{found[2]}", text)
+  readme.write_text(text)
+  print(f"wrote the tables of {', '.join(bodies)} into {readme}")
 
 
 def main(words: Sequence[str] | None = None) -> None:
