@@ -992,14 +992,16 @@ def sweep_table(found: dict[str, Any]) -> str:
     own = sides["sweep"]["seconds"]
 
     def shown(side: str, sides: Any = sides, own: float = own) -> str:
-      there = side in sides
-      return f"{sides[side]['seconds']:.3g} ({sides[side]['seconds'] / own:.3g})" if there else "–"
+      if side not in sides:
+        return "–"
+      seconds = sides[side]["seconds"]
+      return f"{number(seconds)} ({number(seconds / own)})"
 
     there = [side for side in sweep.PYTORCH if side in sides]
     best = min(there, key=lambda side: sides[side]["seconds"]) if there else None
     first = "–" if best is None else f"{shown(best)}, {sweep.NAMES[best].removeprefix('PyTorch, ')}"
     kind = {"MLP": "MLPs", "ConvNet": "convolutional"}[network]
-    rows.append([f"{count} {kind}", f"{own:.3g}", first, *map(shown, peers)])
+    rows.append([f"{count} {kind}", number(own), first, *map(shown, peers)])
   named = [sweep.NAMES[side].removeprefix("PyTorch, ") for side in peers]
   about = found["environment"]
   hardware = f"{about['cores']} cores, {about['processor']}, jax {about['jax']}"
