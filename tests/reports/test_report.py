@@ -58,6 +58,9 @@ class Page(html.parser.HTMLParser):
     assert self.open.pop() == tag
 
   def handle_data(self, words):
+    # A browser moves words that stand between cells to above the table.
+    stray = self.open and self.open[-1] in ("table", "thead", "tbody", "tr", "dl", "ul", "ol")
+    assert not (stray and words.strip()), f"{words!r} stands in {self.open[-1]}"
     if self.open and self.open[-1] not in ("style", "title"):
       self.words.append(words)
     if self.open and self.open[-1] in ("td", "th", "li", "p", "dd", "dt", "text"):
