@@ -677,7 +677,7 @@ def start(part: Part, keys: Sequence[str], settings: Settings, log: Any) -> subp
 
 
 def lines_until(process: subprocess.Popen[str], deadline: float) -> Iterator[str]:
-  """A process's lines until it ends or its time is over; then it is ended."""
+  """A process's lines until it ends or its time is over; ends it, and all that it started."""
   found: queue.Queue[str | None] = queue.Queue()
 
   def read() -> None:
@@ -685,23 +685,22 @@ def lines_until(process: subprocess.Popen[str], deadline: float) -> Iterator[str
       found.put(line)
     found.put(None)
 
-  threading.Thread(target=read, daemon=True).start()
-  while True:
-    try:
-      line = found.get(timeout=max(0.01, deadline - time.monotonic()))
-    except queue.Empty:
-      end(process)
-      raise TimeoutError from None
-    if line is None:
-      return
-    yield line
-
-
-def end(process: subprocess.Popen[str]) -> None:
-  """Ends a process and those that it started."""
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-  process.wait()
+  reader = threading.Thread(target=read, daemon=True)
+  reader.start()
+  try:
+    while (line := found.get(timeout=max(0.01, deadline - time.monotonic()))) is not None:
+      yield line
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(10)  # it has closed its output, and is about to leave
+  except queue.Empty:
+    raise TimeoutError from None
+  finally:
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    reader.join()
+    process.stdin.close()
+    process.stdout.close()
 
 
 def run_part(
@@ -724,8 +723,6 @@ def run_part(
         missing.remove(figure["key"])
     except TimeoutError:
       why = f"ended after {cap:.0f} s"
-    finally:
-      end(process)
     if missing:
       why = why or f"the process left with {process.returncode}; see log.txt"
       results.miss("failed", [f"{part.name}/{key}" for key in missing], why)

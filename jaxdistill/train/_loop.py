@@ -533,3 +533,4 @@ def _timer(seconds: float, call: Callable[[], None]) -> Iterator[None]:
     yield
   finally:
     timer.cancel()
+    timer.join()
