@@ -522,7 +522,8 @@ def time_limit(seconds: float | None) -> Iterator[None]:
   _check.number("seconds", seconds, above=0)
 
   def leave(*_: Any) -> None:
-    raise Stopped(f"the time limit of {seconds:g} s is over; start it again to go on.")
+    why = f"SIGTERM, or the time limit of {seconds:g} s"
+    raise Stopped(f"stopped between two trainings ({why}): start it again, and it goes on.")
 
   former = signal.signal(signal.SIGTERM, leave)
   try:
