@@ -243,8 +243,10 @@ def tests(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
         self.outcomes["failed"].append(report.nodeid)
 
   count, began = Count(), time.perf_counter()
-  options = ["-m", "device", "-n", "0", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-  pytest.main([*options, *map(str, files)], plugins=[count])
+  options = ["-o", "addopts=", "-q", "-m", "device", "-p", "no:cacheprovider"]
+  if importlib.util.find_spec("xdist") and not settings.tiny:
+    options += ["-n", "4"]  # most of their time is the compiler's
+  pytest.main([*options, "--continue-on-collection-errors", *map(str, files)], plugins=[count])
   numbers = {name: len(ids) for name, ids in count.outcomes.items()}
   seconds = time.perf_counter() - began
   emit("outcome", {**numbers, "failures": count.outcomes["failed"], "seconds": seconds})
@@ -561,7 +563,7 @@ def parts(settings: Settings) -> list[Part]:
   found = [
     Part("machine", ("versions",), machine, 60),
     Part("smoke", ("run", "export"), smoke, 90),
-    Part("tests", ("outcome",), tests, 100, ("pytest",)),
+    Part("tests", ("outcome",), tests, 120, ("pytest",)),
     Part("step, ours float32", sizes, step_ours("float32"), 100),
     Part("step, PyTorch loop", sizes, step_torch("loop"), 40, torch),
     Part("step, ours bfloat16", sizes, step_ours("bfloat16"), 100),
