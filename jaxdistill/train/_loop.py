@@ -216,11 +216,10 @@ class Log:
     record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
     record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
     self._metrics.write(end, record)
-    self._bar.update(end - begin)
     shown = {"loss": record["loss"]}
     if self._select in (validation or {}):
       shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
-    self._bar.set_postfix({name: f"{np.mean(value):.4f}" for name, value in shown.items()})
+    self._bar.update(end - begin, {name: f"{np.mean(value):.4f}" for name, value in shown.items()})
     if self._callback is not None:
       self._callback(end, self.history[-1])
 
