@@ -42,8 +42,8 @@ from typing import Literal
 
 import jax
 import optax
-import tyro
 
+import command_line
 from jaxdistill import (
   data,
   evaluation,
@@ -301,8 +301,7 @@ def main(config: Config, options: Options) -> None:
 
 def parse(args: list[str]) -> tuple[Config, Options]:
   config = SHORT if "--short" in args else Config()
-  default = (config, Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, config, Options(), __doc__)
 
 
 if __name__ == "__main__":
