@@ -5,8 +5,8 @@ batches, the augmentation (crop and flip), the optimiser and the program around 
 all sides, `jaxdistill.train.fit`'s. They take turns, chunk by chunk, so that they share whatever
 the machine does: what a side costs is the median over rounds of its time over that of the plain
 training in the same round. The cache lies on the device, as that of CIFAR-100's images does, and is
-filled before (its own time is beside it); rows that the host gathers, for caches that are larger,
-are a side of their own.
+filled before (its own time is beside it). Rows that the host gathers, for caches that are larger,
+are a side of their own, and so are rows that are read from files, for those larger than memory.
 
 Command:   python benchmarks/cache.py           (results: benchmarks/results/cache-cpu.json)
 """
@@ -16,16 +16,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import tempfile
 import time
+from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import optax
-import tyro
 
 from jaxdistill import data, networks, recipes, teachers, train
 from jaxdistill.networks import models
 from jaxdistill.runs import environment
+from jaxdistill.teachers import _cache
 from jaxdistill.types import as_objective
 
 PAIR = ("resnet32x4", "resnet8x4")
@@ -42,11 +45,16 @@ class Options:
   """Small, so that a CPU takes many turns."""
   examples: int = 128
   """Of made-up images; an epoch is CIFAR-100's 50,000."""
+  pair: tuple[str, str] = PAIR
+  """Teacher and student, factories of `jaxdistill.networks.models`."""
+  files: pathlib.Path | None = None
+  """Where the cache in files is kept; None leaves that side out."""
   out: pathlib.Path | None = None
   """The JSON; by default results/cache-<platform>.json beside this file."""
 
 
-def main(options: Options) -> None:
+def compare(options: Options) -> dict[str, Any]:
+  """What every side costs."""
   rng = np.random.default_rng(0)
   images = rng.integers(0, 255, (options.examples, 32, 32, 3)).astype(np.uint8)
   examples = data.from_arrays(images, rng.integers(0, 100, options.examples), num_classes=100)
@@ -62,7 +70,9 @@ def main(options: Options) -> None:
     )
 
   source = source_of(1)
-  teacher, student = (networks.linen(getattr(models, name)(num_classes=100)) for name in PAIR)
+  teacher, student = (
+    networks.linen(getattr(models, name)(num_classes=100)) for name in options.pair
+  )
   variables = jax.jit(teacher.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
   teach = teachers.frozen(teacher)
 
@@ -73,12 +83,18 @@ def main(options: Options) -> None:
   host = teachers.cached(teach, variables, source_of(2), progress=None)
   host.items(0, (options.rounds + 1) * options.steps)
 
+  kept = {"full cache on the device": device, "full cache on the host": host}
+  if options.files is not None:
+    # As a cache that fits neither the device's nor the host's memory is read: row by row.
+    with mock.patch.object(_cache, "_fits", return_value=False):
+      read = teachers.cached(teach, variables, source, folder=options.files, progress=None)
+    kept["full cache in files"] = read
+
   # XLA's convolutions inside a loop are twenty times slower on a CPU.
   scan = jax.default_backend() != "cpu"
   sides = {
     "teacher in the step": (recipes.kd(), source, (teach, variables)),
-    "full cache on the device": (recipes.kd(), device, (None, None)),
-    "full cache on the host": (recipes.kd(), host, (None, None)),
+    **{name: (recipes.kd(), made, (None, None)) for name, made in kept.items()},
     "plain cross-entropy": (recipes.labels(), source, (None, None)),
   }
   runs, states = {}, {}
@@ -105,24 +121,32 @@ def main(options: Options) -> None:
     }
     for name, found in seconds.items()
   }
-  print(f"{PAIR[0]} into {PAIR[1]}, batch {options.batch_size}, {jax.devices()[0].device_kind}")
-  for name, found in result.items():
-    epoch, share = found["seconds an epoch"], found["of plain"]
-    print(f"  {name:<26} {epoch:9.1f} s an epoch of 50,000  {share:6.3f} of plain")
-  print(f"  filling a view of {options.examples} (compiled in it): {filling:.1f} s")
-  written = {
+  return {
     "environment": environment(),
-    "pair": PAIR,
+    "pair": options.pair,
     "batch_size": options.batch_size,
     "rounds": options.rounds,
     "sides": result,
     "filling": {"examples": options.examples, "seconds": filling},
   }
+
+
+def main(options: Options) -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    files = options.files or pathlib.Path(folder, "cache")
+    written = compare(dataclasses.replace(options, files=files))
+  teacher, student = options.pair
+  print(f"{teacher} into {student}, batch {options.batch_size}, {jax.devices()[0].device_kind}")
+  for name, found in written["sides"].items():
+    epoch, share = found["seconds an epoch"], found["of plain"]
+    print(f"  {name:<26} {epoch:9.1f} s an epoch of 50,000  {share:6.3f} of plain")
+  filling = written["filling"]
+  print(f"  filling a view of {filling['examples']} (compiled in it): {filling['seconds']:.1f} s")
   name = f"cache-{jax.default_backend()}.json"
   out = options.out or pathlib.Path(__file__).parent / "results" / name
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps(written, indent=2) + "\n")
-  print(f"ratio {result['full cache on the device']['of plain']:.3f}")
+  print(f"ratio {written['sides']['full cache on the device']['of plain']:.3f}")
 
 
 def measure(runs, states, options: Options) -> dict[str, np.ndarray]:
@@ -140,4 +164,6 @@ def measure(runs, states, options: Options) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
+  import tyro  # here, so that benchmarks/accelerator.py can do without it
+
   main(tyro.cli(Options))

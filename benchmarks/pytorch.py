@@ -129,6 +129,64 @@ def soft_targets(student, teacher, temperature):
   return temperature**2 * functional.kl_div(ours, theirs, reduction="batchmean")
 
 
+WIDTHS = {
+  "resnet8": (8, (16, 16, 32, 64)),
+  "resnet8x4": (8, (32, 64, 128, 256)),
+  "resnet32x4": (32, (32, 64, 128, 256)),
+}
+"""Depth and widths of `jaxdistill.networks.models`' networks of these names."""
+
+
+def cifar_step(teacher, student, batch_size, device, *, autocast, compiled):
+  """A step of soft targets on made-up images, as a loop of PyTorch's users has it.
+
+  Args:
+    teacher: a name of `WIDTHS`.
+    student: likewise.
+    batch_size: images in a batch.
+    device: PyTorch's.
+    autocast: whether to compute in bfloat16, channels last.
+    compiled: ``"default"`` or ``"reduce-overhead"`` for `torch.compile`'s mode; else eager.
+
+  Returns:
+    A function that runs a step and does not wait.
+  """
+  networks = [ResNet(WIDTHS[n][0], width=WIDTHS[n][1]).to(device) for n in (teacher, student)]
+  if autocast:
+    networks = [network.to(memory_format=torch.channels_last) for network in networks]
+  teacher, student = networks
+  teacher.eval().requires_grad_(False)
+  parameters = list(student.parameters())
+  optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+  if compiled in ("default", "reduce-overhead"):
+    teacher, student = (torch.compile(network, mode=compiled) for network in networks)
+  random = torch.Generator().manual_seed(0)
+  count = max(512, batch_size)
+  images = torch.randint(0, 255, (count, 3, 32, 32), dtype=torch.uint8, generator=random)
+  labels = torch.randint(0, 100, (count,), generator=random).to(device)
+  images = images.to(device)
+  mean = torch.tensor((0.5071, 0.4867, 0.4408), device=device).view(1, 3, 1, 1) * 255
+  std = torch.tensor((0.2675, 0.2565, 0.2761), device=device).view(1, 3, 1, 1) * 255
+  order = torch.randperm(count, generator=random).to(device)
+
+  def run():
+    rows = order[:batch_size]
+    inputs, targets = (images[rows].float() - mean) / std, labels[rows]
+    if autocast:
+      inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
+      with torch.no_grad():
+        theirs, _ = teacher(inputs)
+      ours, _ = student(inputs)
+    ours, theirs = ours.float(), theirs.float()
+    loss = 0.1 * functional.cross_entropy(ours, targets) + 0.9 * soft_targets(ours, theirs, 4.0)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+  return run
+
+
 def train(
   student, inputs, labels, batches, *, outputs, temperature, soft_weight, rate, hard_weight=0.1
 ):

@@ -17,9 +17,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import tyro
 
 from jaxdistill import data, networks, recipes, runs, train
 from jaxdistill.teachers import cached, frozen
@@ -48,9 +46,18 @@ class Options:
   out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "side_by_side.json"
 
 
-def measure(source, conv: str, by: str, scan: bool, students: int, options: Options) -> float:
+def taught(examples, batch_size: int, normalize) -> data.Source:
+  """Batches that bring the logits of some teacher along."""
+  source = data.on_device(examples, batch_size=batch_size, data_seed=0, normalize=normalize)
+  teacher = networks.linen(
+    networks.models.MLP((32,), num_classes=examples.num_classes), name="teacher"
+  )
+  variables = teacher.init(jax.random.key(0), source.normalize(examples.inputs[:1]))
+  return cached(frozen(teacher), variables, source, progress=None)
+
+
+def measure(source, module, by: str, scan: bool, students: int, options: Options) -> float:
   """Milliseconds of a step of one of the students."""
-  module = networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64, conv=conv)
   values = {"hyper": {"temperature": jnp.linspace(1.0, 8.0, students)}, "optimizer": {}}
   dispatch = train.with_students(train.data_parallel(jax.devices()[:1]))
   program = build_program(
@@ -78,15 +85,13 @@ def measure(source, conv: str, by: str, scan: bool, students: int, options: Opti
 
 def main(options: Options) -> None:
   examples = data.load("digits", data.splits("digits")["train"])
-  source = data.on_device(examples, batch_size=64, data_seed=0, normalize=data.DIGITS)
-  teacher = networks.linen(networks.models.MLP((32,)), name="teacher")
-  variables = teacher.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
-  source = cached(frozen(teacher), variables, source, progress=None)
+  source = taught(examples, 64, data.DIGITS)
   found = {}
   print(f"{'milliseconds a student-step':34}" + "".join(f"{n:>8}" for n in options.students))
   for conv, by, scan in WAYS:
     name = f"{conv}, {by}, {'many steps' if scan else 'one step'} a dispatch"
-    found[name] = [measure(source, conv, by, scan, n, options) for n in options.students]
+    module = networks.models.ConvNet(channels=(8, 16, 16), strides=(1, 2, 1), dense=64, conv=conv)
+    found[name] = [measure(source, module, by, scan, n, options) for n in options.students]
     print(f"{name:34}" + "".join(f"{value:8.2f}" for value in found[name]), flush=True)
   best = {
     conv: min(ms[-1] for name, ms in found.items() if name.startswith(conv))
@@ -101,4 +106,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+  import tyro  # here, so that benchmarks/accelerator.py can do without it
+
   main(tyro.cli(Options))

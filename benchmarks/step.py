@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from jaxdistill import data, losses, networks, recipes, runs, teachers, train
-from jaxdistill.train import init_state
+from jaxdistill.train import init_state, make_step
+from jaxdistill.types import as_objective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,18 @@ def pairs():
   }
 
 
-def sides(teacher, student, layer, options):
-  """The floor's two programs and our step, as functions that run one step and wait."""
+def made_up(options):
+  """Made-up images of CIFAR's size, on the device."""
   rng = np.random.default_rng(0)
-  images = rng.integers(0, 255, (512, 32, 32, 3)).astype(np.uint8)
-  examples = data.from_arrays(images, rng.integers(0, 100, 512), num_classes=100)
-  source = data.on_device(
-    examples, batch_size=options.batch_size, data_seed=0, normalize=data.CIFAR
-  )
+  count = max(512, options.batch_size)
+  images = rng.integers(0, 255, (count, 32, 32, 3)).astype(np.uint8)
+  examples = data.from_arrays(images, rng.integers(0, 100, count), num_classes=100)
+  return data.on_device(examples, batch_size=options.batch_size, data_seed=0, normalize=data.CIFAR)
+
+
+def sides(teacher, student, objective, hyper, options):
+  """The floor's two programs and our step, as functions that run one step and wait."""
+  source = made_up(options)
   item = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
   batch = jax.jit(source.cut)(source.shared, item)
   optimizer = optax.sgd(0.05, momentum=0.9)
@@ -103,9 +107,7 @@ def sides(teacher, student, layer, options):
   stats = {name: value for name, value in mine.items() if name != "params"}
   plain_state = [(mine["params"], stats, optimizer.init(mine["params"]))]
 
-  objective = recipes.combine(recipes.kd(), recipes.hint(layer, layer))
-  hyper = {"temperature": optax.linear_schedule(4.0, 2.0, 1000)}
-  take = train.make_step(student, teach, objective, optimizer, hyper=hyper)
+  take = make_step(student, teach, objective, optimizer, hyper=hyper)
   dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
   ours = dispatch.compile(
     lambda state, v, shared, item: take(state, v, dispatch.constrain(source.cut(shared, item)))
@@ -136,6 +138,35 @@ def sides(teacher, student, layer, options):
   sizes = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (variables, mine)]
   functions = {"teacher forward": run_forward, "plain step": run_plain}
   return {**functions, "distillation step": run_ours}, sizes
+
+
+class Chunk:
+  """Many of our steps in one dispatch, as `jaxdistill.train.fit` makes them; waits for the last."""
+
+  def __init__(self, teacher, student, objective, options, steps):
+    source = made_up(options)
+    head = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
+    batch = jax.jit(source.cut)(source.shared, head)
+    variables = jax.jit(teacher.init)(jax.random.key(1), batch.inputs)
+    dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
+    self.steps, self._at = steps, 0
+    self._program = train.build_program(
+      student,
+      as_objective(objective),
+      source,
+      optax.sgd(0.05, momentum=0.9),
+      0,
+      teachers.frozen(teacher),
+      variables,
+      dispatch,
+    )
+    self._state = dispatch.spread(self._program.initial())
+
+  def __call__(self):
+    """Runs the next chunk."""
+    self._state, sums = self._program.run(self._state, self._at, self.steps)
+    self._at += self.steps
+    jax.block_until_ready(sums)
 
 
 def peer(pair, sizes, options):
@@ -204,7 +235,9 @@ def main(options: Options) -> None:
     print("PyTorch is not installed: its side is left out (pip install 'jaxdistill[peers]').")
   results = {}
   for name, (teacher, student, layer, pair) in pairs().items():
-    functions, sizes = sides(teacher, student, layer, options)
+    objective = recipes.combine(recipes.kd(), recipes.hint(layer, layer))
+    hyper = {"temperature": optax.linear_schedule(4.0, 2.0, 1000)}
+    functions, sizes = sides(teacher, student, objective, hyper, options)
     if both:
       functions["PyTorch step"] = peer(pair, sizes, options)
     seconds = measure(functions, options)
@@ -230,4 +263,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+  import tyro  # here, so that benchmarks/accelerator.py can do without it
+
   main(tyro.cli(Options))

@@ -7,21 +7,26 @@ three soft weights and five seeds. All sides train the same networks on the same
 many steps, from one teacher's weights, and measure each student on the validation split at its end.
 
 - sweep: `jaxdistill.search.sweep`;
+- PyTorch, stacked: all students side by side by `torch.func.vmap`, the teacher's outputs computed
+  once before: PyTorch's own way to do what a sweep does, and the fairest peer;
+- PyTorch, two processes: an ordinary loop over each half of the students, one thread each, the
+  teacher's outputs computed before;
+- PyTorch, precomputed: the same loop in one process;
+- PyTorch, loop: the teacher run on every batch, as its users' loops do;
 - one after another: `jaxdistill.train.fit` for each, with the teacher in the step;
-- PyTorch: an ordinary loop, the teacher run on every batch;
-- PyTorch, precomputed: the same, with the teacher's outputs computed once before;
 - bare JAX: the floor for 20 MLPs, one function by hand, compiled with the sweep's options.
 
-Each side is a process of its own, and its time is the process's: start-up, imports, compilation
-and set-up count. Sides that go one after another train a part of the students, as the table says,
-and all but the first are reckoned at the median of those after it, which whatever else the machine
-does touches least. PyTorch gets the number of threads with which it is faster.
+Each side is a process of its own (or two), and its time is the process's: start-up, imports,
+compilation and set-up count. Sides that go one after another train a part of the students, as the
+table says, and all but the first are reckoned at the median of those after it, which whatever else
+the machine does touches least. PyTorch gets the number of threads with which it is faster.
 
 Command:   python benchmarks/sweep.py           (results: benchmarks/results/sweep.json)
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import importlib.util
 import json
@@ -35,7 +40,6 @@ import time
 import jax
 import numpy as np
 import optax
-import tyro
 from flax import traverse_util
 from sweep_sides import Task
 
@@ -49,11 +53,18 @@ TARGETS = {
 }
 NAMES = {
   "sweep": "sweep",
-  "alone": "one after another",
-  "pytorch": "PyTorch",
+  "stacked": "PyTorch, stacked",
+  "processes": "PyTorch, two processes",
   "precomputed": "PyTorch, precomputed",
+  "pytorch": "PyTorch, loop",
+  "alone": "one after another",
   "bare": "bare JAX",
 }
+_LONG = 60
+"""Seconds after which a side is not run once more."""
+PYTORCH = ("stacked", "processes", "precomputed", "pytorch")
+WHOLE = ("sweep", "stacked", "bare")
+"""Sides that train all students in one program."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +73,10 @@ class Options:
 
   networks: tuple[str, ...] = ("MLP", "ConvNet")
   counts: tuple[int, ...] = (20, 300)
-  sides: tuple[str, ...] = ("sweep", "alone", "pytorch", "precomputed", "bare")
+  sides: tuple[str, ...] = tuple(NAMES)
   repeats: int = 3
-  """How often the sweep and bare JAX run; the median counts."""
+  """How often the sides run that train all students, but no more once a minute has gone by; the
+  median counts."""
   one_in: int = 20
   """Sides that go one after another train one student in so many, and at least four."""
   epochs: int = 30
@@ -87,10 +99,8 @@ def task_of(options, file, network, count):
   )
 
 
-def prepare(options, file):
+def prepare(options, file, examples, held_out):
   """What all sides are given: the data, the order of the batches, and a trained teacher."""
-  names = data.splits("digits")
-  examples, held_out = (data.load("digits", names[s]) for s in ("train", "validation"))
   source = data.on_device(
     examples, batch_size=options.batch_size, data_seed=0, normalize=data.DIGITS
   )
@@ -123,34 +133,53 @@ def prepare(options, file):
   return float(np.mean(np.argmax(outputs.logits, -1) == held_out.labels))
 
 
-def call(side, task):
-  """Runs a side in a process of its own; all its seconds, and what it printed."""
+def call(side, *tasks):
+  """Runs a side in a process of its own for each task, at the same time.
+
+  Returns:
+    ``(seconds, what it printed)`` of each process.
+  """
   script = pathlib.Path(__file__).parent / "sweep_sides.py"
-  command = [sys.executable, str(script), side, json.dumps(dataclasses.asdict(task))]
   began = time.perf_counter()
-  made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-  wall = time.perf_counter() - began
-  return wall, json.loads(made.stdout.splitlines()[-1])
+
+  def run(task):
+    command = [sys.executable, str(script), side, json.dumps(dataclasses.asdict(task))]
+    made = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return time.perf_counter() - began, json.loads(made.stdout.splitlines()[-1])
+
+  with concurrent.futures.ThreadPoolExecutor(len(tasks)) as pool:
+    return list(pool.map(run, tasks))
 
 
-def measure(side, task, options):
+def measure(side, task, repeats, one_in):
   """The seconds that all students of a task take on one side."""
-  count = len(task.students())
-  if side in ("sweep", "bare"):
-    runs = sorted((call(side, task) for _ in range(options.repeats)), key=lambda run: run[0])
+  if side in WHOLE:
+    runs, began = [], time.perf_counter()
+    while len(runs) < repeats and time.perf_counter() - began < _LONG:
+      runs.append(call(side, task)[0])
+    runs.sort(key=lambda run: run[0])
     wall, printed = runs[len(runs) // 2]
     printed["inside"] = printed.pop("seconds")
-    return {"seconds": wall, "trained": count, "all": [run[0] for run in runs], **printed}
-  trained = min(count, max(4, count // options.one_in))
-  wall, printed = call(side, dataclasses.replace(task, trained=trained))
-  inside = printed.pop("seconds")
-  each = float(np.median(inside[1:]))
+    every = [run[0] for run in runs]
+    return {"seconds": wall, "trained": len(task.students()), "all": every, **printed}
+  parts = [task]
+  if side == "processes":
+    parts = [dataclasses.replace(task, share=(i, 2), threads=1) for i in range(2)]
+  counts = [len(part.students()) for part in parts]
+  some = [min(count, max(4, count // one_in)) for count in counts]
+  asked = [dataclasses.replace(p, trained=n) for p, n in zip(parts, some, strict=True)]
+  runs = call("precomputed" if side == "processes" else side, *asked)
+  each = [printed["seconds"] for _, printed in runs]
+  whole = [
+    wall - sum(seconds[1:]) + (count - 1) * float(np.median(seconds[1:]))
+    for (wall, _), seconds, count in zip(runs, each, counts, strict=True)
+  ]
   return {
-    "seconds": wall - sum(inside[1:]) + (count - 1) * each,
-    "trained": trained,
-    "measured": wall,
-    "each": inside,
-    **printed,
+    "seconds": max(whole),
+    "trained": sum(some),
+    "measured": max(wall for wall, _ in runs),
+    "each": each,
+    "accuracy": float(np.mean([printed["accuracy"] for _, printed in runs])),
   }
 
 
@@ -159,18 +188,27 @@ def faster_threads(task):
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
   found = {}
   for threads in sorted({1, cores}):
-    _, printed = call("pytorch", dataclasses.replace(task, trained=2, threads=threads))
+    [(_, printed)] = call("precomputed", dataclasses.replace(task, trained=2, threads=threads))
     found[threads] = printed["seconds"][-1]
+  return min(found, key=found.get), found
+
+
+def faster_stacked(task):
+  """How many students PyTorch stacks faster: all, or twenty (as cores' caches have it)."""
+  found = {}
+  for at_once in (0, 20):
+    [(_, printed)] = call("stacked", dataclasses.replace(task, at_once=at_once, steps=15))
+    found[at_once] = printed["seconds"][0]
   return min(found, key=found.get), found
 
 
 def show(network, count, results):
   print(f"\n{network}, {count} students")
-  print(f"  {'':<22}{'seconds':>10}{'trained':>10}{'accuracy':>10}{'of the sweep':>14}")
+  print(f"  {'':<24}{'seconds':>10}{'trained':>10}{'accuracy':>10}{'of the sweep':>14}")
   for side, result in results.items():
     ratio = result["seconds"] / results["sweep"]["seconds"] if "sweep" in results else float("nan")
     print(
-      f"  {NAMES[side]:<22}{result['seconds']:>10.2f}{result['trained']:>10}"
+      f"  {NAMES[side]:<24}{result['seconds']:>10.2f}{result['trained']:>10}"
       f"{100 * result['accuracy']:>10.2f}{ratio:>14.1f}"
     )
 
@@ -178,23 +216,30 @@ def show(network, count, results):
 def main(options: Options) -> None:
   sides = list(options.sides)
   if importlib.util.find_spec("torch") is None:
-    print("PyTorch is not installed: its two sides are left out (pip install 'jaxdistill[peers]').")
-    sides = [side for side in sides if side not in ("pytorch", "precomputed")]
+    print("PyTorch is not installed: its sides are left out (pip install 'jaxdistill[peers]').")
+    sides = [side for side in sides if side not in PYTORCH]
   written = {"environment": runs.environment(), **dataclasses.asdict(options), "out": None}
   written["load"] = os.getloadavg()
   results, ratios = {}, []
   with tempfile.TemporaryDirectory() as folder:
     file = pathlib.Path(folder, "digits.npz")
-    written["teacher_accuracy"] = prepare(options, file)
+    names = data.splits("digits")
+    splits = [data.load("digits", names[split]) for split in ("train", "validation")]
+    written["teacher_accuracy"] = prepare(options, file, *splits)
     for network in options.networks:
       threads = 0
-      if "pytorch" in sides:
+      if any(side in PYTORCH for side in sides):
         threads, tried = faster_threads(task_of(options, file, network, 20))
         written[f"pytorch_threads/{network}"] = {"taken": threads, "seconds_each": tried}
       for count in options.counts:
         task = dataclasses.replace(task_of(options, file, network, count), threads=threads)
+        if "stacked" in sides and count > 20:
+          at_once, tried = faster_stacked(task)
+          task = dataclasses.replace(task, at_once=at_once)
+          taken = {"taken": at_once or count, "seconds": tried}
+          written[f"pytorch_stacked/{network}/{count}"] = taken
         some = [side for side in sides if side != "bare" or (network, count) == ("MLP", 20)]
-        found = {side: measure(side, task, options) for side in some}
+        found = {side: measure(side, task, options.repeats, options.one_in) for side in some}
         show(network, count, found)
         results[f"{network}/{count}"] = found
         for side in found if "sweep" in found else ():
@@ -212,4 +257,6 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
+  import tyro  # here, so that benchmarks/accelerator.py can do without it
+
   main(tyro.cli(Options))

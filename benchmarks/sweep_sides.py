@@ -29,12 +29,21 @@ class Task:
   rate: float
   trained: int = 0
   """How many of the students a side trains that goes one after another; 0 for all."""
+  share: tuple[int, int] = (0, 1)
+  """Which part of the students this process has: (0, 2) and (1, 2) are the two halves."""
   threads: int = 0
   """PyTorch's; 0 leaves its own choice."""
+  at_once: int = 0
+  """How many students PyTorch stacks; 0 for all."""
+  steps: int = 0
+  """How many of the steps the stacked side does, for a trial; 0 for all."""
+  device: str = "cpu"
+  """PyTorch's; JAX takes its own."""
 
   def students(self):
     """``(temperature, soft weight, seed)`` of each, evenly taken where not all are trained."""
-    every = [(t, w, s) for t in self.temperatures for w in self.soft_weights for s in self.seeds]
+    every = [(t, w, s) for s in self.seeds for t in self.temperatures for w in self.soft_weights]
+    every = every[self.share[0] :: self.share[1]]
     if not self.trained or self.trained >= len(every):
       return every
     return [every[i * len(every) // self.trained] for i in range(self.trained)]
@@ -88,23 +97,25 @@ def swept(task):
   import jax
   import optax
 
-  from jaxdistill import recipes, search, teachers
-  from jaxdistill.networks import _linen, models  # noqa: F401, see gc
+  from jaxdistill.networks import linen, models  # noqa: F401, see gc
+  from jaxdistill.recipes import kd
+  from jaxdistill.search import product, sweep
+  from jaxdistill.teachers import frozen
 
   # As in experiments/temperature.py: a device for each core, and nothing imported is collected.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   gc.freeze()
   student, teacher, variables, source, validation = jax_parts(task)
   began = time.perf_counter()
-  result = search.sweep(
+  result = sweep(
     student,
-    recipes.kd(),
-    points=search.product(temperature=task.temperatures, soft_weight=task.soft_weights),
+    kd(),
+    points=product(temperature=task.temperatures, soft_weight=task.soft_weights),
     seeds=task.seeds,
     data=source,
     optimizer=optax.adam(task.rate),
     steps=task.epochs * source.steps_per_epoch,
-    teacher=teachers.frozen(teacher),
+    teacher=frozen(teacher),
     teacher_variables=variables,
     validation=validation,
     progress=None,
@@ -211,13 +222,25 @@ def pytorch_teacher(variables):
   return module.eval().requires_grad_(False)
 
 
-def looped(task, precomputed=False):
-  """(c) A PyTorch loop, with the teacher on every batch; (d) with its outputs precomputed.
+@dataclasses.dataclass
+class Arrays:
+  """What PyTorch's sides read, on their device.
 
   "SAME" with stride 2 pads an even image after its last row, PyTorch before its first. So its
   images are turned by half a turn, once, and the networks are the same without a layer more.
   """
-  import pytorch
+
+  inputs: object
+  labels: object
+  held_out: object
+  wanted: object
+  orders: object
+  """``[seeds, steps, B]``"""
+  teacher: object
+
+
+def pytorch_parts(task):
+  """`Arrays` for a PyTorch side."""
   import torch
 
   if task.threads:
@@ -228,32 +251,123 @@ def looped(task, precomputed=False):
     turned = file[name][:, ::-1, ::-1].transpose(0, 3, 1, 2)
     return torch.from_numpy(turned.astype(np.float32) / 16)
 
-  inputs, labels = images("images"), torch.from_numpy(file["labels"].astype(np.int64))
-  held_out, wanted = images("validation_images"), torch.from_numpy(file["validation_labels"])
-  orders = torch.from_numpy(file["orders"].astype(np.int64))
-  teacher = pytorch_teacher(nested(file))
-  known = teacher(inputs) if precomputed else None
-  assert torch.allclose(teacher(held_out), torch.from_numpy(file["teacher_logits"]), atol=1e-3)
+  parts = Arrays(
+    inputs=images("images"),
+    labels=torch.from_numpy(file["labels"].astype(np.int64)),
+    held_out=images("validation_images"),
+    wanted=torch.from_numpy(file["validation_labels"].astype(np.int64)),
+    orders=torch.from_numpy(file["orders"].astype(np.int64)),
+    teacher=pytorch_teacher(nested(file)),
+  )
+  with torch.no_grad():
+    seen = parts.teacher(parts.held_out)
+  assert torch.allclose(seen, torch.from_numpy(file["teacher_logits"]), atol=2e-3)
+  for field in dataclasses.fields(parts):
+    setattr(parts, field.name, getattr(parts, field.name).to(task.device))
+  return parts
+
+
+def pytorch_student(task, seed):
+  """A student in PyTorch, on the CPU."""
+  import pytorch
+  import torch
+
+  torch.manual_seed(seed)
+  if task.network == "MLP":
+    return pytorch.mlp()
+  return pytorch.convnet(channels=(8, 16, 16), dense=64)
+
+
+def looped(task, precomputed=False):
+  """(c) A PyTorch loop, with the teacher on every batch; (d) with its outputs precomputed."""
+  import pytorch
+  import torch
+
+  parts = pytorch_parts(task)
+  with torch.no_grad():
+    known = parts.teacher(parts.inputs) if precomputed else None
   seconds, accuracies = [], []
   for temperature, soft_weight, seed in task.students():
     began = time.perf_counter()
-    torch.manual_seed(seed)
-    convolutional = {"channels": (8, 16, 16), "dense": 64}
-    student = pytorch.mlp() if task.network == "MLP" else pytorch.convnet(**convolutional)
+    student = pytorch_student(task, seed).to(task.device)
     pytorch.train(
       student,
-      inputs,
-      labels,
-      orders[task.seeds.index(seed)],
-      outputs=(lambda _, rows: known[rows]) if precomputed else (lambda images, _: teacher(images)),
+      parts.inputs,
+      parts.labels,
+      parts.orders[task.seeds.index(seed)],
+      outputs=(lambda _, rows: known[rows])
+      if precomputed
+      else (lambda images, _: parts.teacher(images)),
       temperature=temperature,
       soft_weight=soft_weight,
       rate=task.rate,
     )
     with torch.no_grad():
-      accuracies.append(float((student(held_out).argmax(1) == wanted).float().mean()))
+      hit = student(parts.held_out).argmax(1) == parts.wanted
+      accuracies.append(float(hit.float().mean()))
     seconds.append(time.perf_counter() - began)
   return seconds, accuracies
+
+
+def stacked(task):
+  """(e) PyTorch's own way to have students side by side: their weights stacked, `torch.func.vmap`.
+
+  The teacher's outputs are computed before, the students of a seed share its batches, and Adam,
+  which works on each number alone, takes the stacked weights as they are. Written for speed: one
+  backward pass of the summed losses is faster than ``vmap(grad)``, and the divergence is written
+  out, since PyTorch's own has no rule for vmap and falls back to a loop.
+  """
+  import torch
+  from torch.nn import functional
+
+  began = time.perf_counter()
+  parts = pytorch_parts(task)
+  with torch.no_grad():
+    known = parts.teacher(parts.inputs)
+  students, groups = task.students(), len(task.seeds)
+  template = pytorch_student(task, 0).to(task.device)
+
+  def forward(weights, images):
+    return torch.func.functional_call(template, weights, (images,))
+
+  def loss(weights, images, targets, theirs, temperature, soft_weight):
+    ours = forward(weights, images)
+    wanted = functional.log_softmax(theirs / temperature, 1)
+    apart = wanted - functional.log_softmax(ours / temperature, 1)
+    soft = temperature**2 * (wanted.exp() * apart).sum(1).mean()
+    return 0.1 * functional.cross_entropy(ours, targets) + soft_weight * soft
+
+  losses = torch.func.vmap(torch.func.vmap(loss, in_dims=(0, None, None, None, 0, 0)))
+  every = torch.func.vmap(torch.func.vmap(forward, in_dims=(0, None)), in_dims=(0, None))
+  orders = parts.orders[:groups].transpose(0, 1)[: task.steps or None]
+
+  def train(students):
+    """Students of all seeds, as many of each; ``[seeds, students of a seed, ...]``."""
+    modules = [pytorch_student(task, seed).to(task.device) for _, _, seed in students]
+    weights = {
+      name: value.detach().unflatten(0, (groups, -1)).clone().requires_grad_()
+      for name, value in torch.func.stack_module_state(modules)[0].items()
+    }
+    temperatures, soft_weights, _ = (
+      torch.tensor(values, device=task.device).reshape(groups, -1)
+      for values in zip(*students, strict=True)
+    )
+    optimizer = torch.optim.Adam(weights.values(), lr=task.rate, fused=True)
+    for rows in orders:
+      batch = parts.inputs[rows], parts.labels[rows], known[rows]
+      optimizer.zero_grad()
+      losses(weights, *batch, temperatures, soft_weights).sum().backward()
+      optimizer.step()
+    with torch.no_grad():
+      hits = every(weights, parts.held_out).argmax(-1) == parts.wanted
+      return hits.float().mean(-1).flatten().tolist()
+
+  by_seed = [[s for s in students if s[2] == seed] for seed in task.seeds]
+  width = max(1, (task.at_once or len(students)) // groups)
+  accuracies = []
+  for first in range(0, len(by_seed[0]), width):
+    accuracies += train([s for mine in by_seed for s in mine[first : first + width]])
+  return [time.perf_counter() - began], accuracies
 
 
 SIDES = {
@@ -262,6 +376,7 @@ SIDES = {
   "bare": bare,
   "pytorch": looped,
   "precomputed": lambda task: looped(task, precomputed=True),
+  "stacked": stacked,
 }
 
 

@@ -119,6 +119,8 @@ class Options:
   """The split to evaluate on."""
   data_dir: str | None = None
   """Where TFDS keeps its data sets; its own default when left out."""
+  stop_after: float | None = None
+  """Seconds after which the script saves and leaves; started again, it goes on from there."""
   short: bool = False
   """Start from CIFAR-100's short setting for a CPU."""
   export: bool = True
@@ -292,7 +294,8 @@ def main(config: Config, options: Options) -> None:
   if options.evaluate is not None:
     measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
-    train_all(config, options)
+    with train.time_limit(options.stop_after):
+      train_all(config, options)
     if options.export:
       export_all(config, options)
     measure(config, options, options.out)

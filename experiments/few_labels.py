@@ -80,6 +80,8 @@ class Options:
   """The split to evaluate on."""
   data_dir: str | None = None
   """Where TFDS keeps its data sets; its own default when left out."""
+  stop_after: float | None = None
+  """Seconds after which the script saves and leaves; started again, it goes on from there."""
 
 
 def build_networks(config: Config):
@@ -322,7 +324,8 @@ def main(config: Config, options: Options) -> None:
   if options.evaluate is not None:
     measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
   else:
-    train_all(config, options)
+    with train.time_limit(options.stop_after):
+      train_all(config, options)
     measure(config, options, options.out)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 

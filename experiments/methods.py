@@ -44,7 +44,6 @@ import numpy as np
 
 import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, search, teachers, train
-from jaxdistill.search import _choice
 
 SCRIPT = "experiments/methods.py"
 FEATURES = ("stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact")), "pooled")
@@ -104,6 +103,8 @@ class Options:
   """The split to evaluate on; weights are chosen on validation in any case."""
   data_dir: str | None = None
   """Where TFDS keeps its data sets; its own default when left out."""
+  stop_after: float | None = None
+  """Seconds after which the script saves and leaves; started again, it goes on from there."""
   short: bool = False
   """Start from a setting that takes a minute instead."""
 
@@ -318,7 +319,7 @@ def after_a_stage(
       devices=jax.devices()[:1],
     )
     made.append(dataclasses.replace(trained(config, second), factor=factor, point=points[i]))
-  best, ties = _choice.best_of([one.validated for one in made], "accuracy")
+  best, ties = search.best_of([one.validated for one in made], "accuracy")
   return made[0 if 0 in ties else best]
 
 
@@ -437,6 +438,7 @@ def main(config: Config, options: Options) -> None:
       # All rows are evaluated by the same programs: they are compiled once.
       compiled = stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled"))
       jax.config.update("jax_compilation_cache_dir", compiled)
+    stack.enter_context(train.time_limit(options.stop_after))
     compare(config, options)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 

@@ -70,6 +70,8 @@ class Options:
   """Folder of the run; a run that was stopped goes on there."""
   data_dir: str | None = None
   """Where TFDS keeps its data sets; its own default when left out."""
+  stop_after: float | None = None
+  """Seconds after which the script saves and leaves; started again, it goes on from there."""
 
 
 def build_networks(config: Config):
@@ -92,6 +94,12 @@ def points(config: Config) -> list[dict[str, float]]:
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
+  with train.time_limit(options.stop_after):
+    choose(config, options)
+  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
+
+
+def choose(config: Config, options: Options) -> None:
   names = data.splits("digits")
   splits = {
     name: data.load("digits", names[name], data_dir=options.data_dir)
@@ -148,7 +156,6 @@ def main(config: Config, options: Options) -> None:
   print(f"Teacher on the test split: {100 * quality['accuracy']:.2f} %.")
   print(f"Labels alone: {_percent(baseline.test['accuracy'])}; chosen: {_gain(result, baseline)}")
   print(f"Picture: {folder / 'sweep' / 'sweep.png'}")
-  print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 
 def _percent(values: np.ndarray) -> str:

@@ -1,10 +1,16 @@
-"""How every test runs: two fake devices, shapes checked, rank promotion and warnings as errors."""
+"""How every test runs: two fake devices, shapes checked, rank promotion and warnings as errors.
+
+With ``JAXDISTILL_TEST_DEVICE=1`` in the environment the tests run on whatever device JAX finds, for
+``pytest -m device``: those that an accelerator can change.
+"""
 
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import tempfile
 
+ON_DEVICE = os.environ.get("JAXDISTILL_TEST_DEVICE") == "1"
 # The tests compile much and compute little, so the compiler is told not to try hard.
 flags = os.environ.get("XLA_FLAGS", "")
 wanted = [
@@ -14,11 +20,14 @@ wanted = [
 ]
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones end at a flag unknown
   wanted.append(("--xla_cpu_use_fusion_emitters", "false"))
-for flag, value in wanted:
-  if flag not in flags:
-    flags += f" {flag}={value}"
-os.environ["XLA_FLAGS"] = flags.strip()
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if ON_DEVICE:  # values are compared with float64's to float32's precision, not to TF32's
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+else:
+  for flag, value in wanted:
+    if flag not in flags:
+      flags += f" {flag}={value}"
+  os.environ["XLA_FLAGS"] = flags.strip()
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
 # One cache of compiled programs for a session and its workers: many tests compile the same ones.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -31,8 +40,10 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Annotated shapes are checked at every call, in the tests only.
-install_import_hook("jaxdistill", "typecheck.check")
+# Annotated shapes are checked at every call, in the tests only; a machine that is there for its
+# device may lack the checker.
+if importlib.util.find_spec("beartype") or not ON_DEVICE:
+  install_import_hook("jaxdistill", "typecheck.check")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

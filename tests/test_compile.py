@@ -150,7 +150,7 @@ def test_a_validator_compiled_ahead_compiles_nothing_more():
   with compiled() as names:
     validate.compile(jax.eval_shape(lambda: variables))
     found = validate(variables)
-  assert names == ["one"]
+  assert names == ["one_batch"]
   expected = evaluation.evaluate(evaluation.predictor(network), variables, batches)
   # The same sums from programs of other options: float32's rounding.
   for name, value in found.items():
@@ -227,7 +227,7 @@ def test_a_sweep_compiles_four_programs_once_each(devices, steps):
       teacher_variables=variables,
       progress=None,
     )
-  assert sorted(names) == ["initial", "one", "outputs", "run"]
+  assert sorted(names) == ["initial", "one_batch", "outputs", "run"]
 
 
 def test_a_states_seed_is_the_key_that_jax_makes_of_it():

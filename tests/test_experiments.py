@@ -288,4 +288,4 @@ def test_compress_takes_the_budget_that_is_given():
   assert script.within(script.parse([])[0]).limits() == {"latency_ms": 0.75}
   short, _ = script.parse(["--short", "--max-bytes", "150000"])
   assert (short.dataset, short.epochs, short.max_bytes) == ("cifar100", 3, 150000)
-  assert all(name.startswith("depth 8") for name in script.networks(short)[1])
+  assert all(name.startswith("depth 8") for name in script.build_networks(short)[1])

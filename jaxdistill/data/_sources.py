@@ -507,6 +507,7 @@ def evaluation_batches(
     ValueError: ``batch_size`` or ``labelled`` does not fit.
     TypeError: the inputs cannot lie on a device.
 
+  >>> from jaxdistill.data import from_arrays
   >>> examples = from_arrays(np.ones((3, 1), np.float32), [0, 1, 1])
   >>> batches = evaluation_batches(examples, batch_size=2)
   >>> batches.weight.tolist(), batches.labels.tolist()

@@ -72,7 +72,7 @@ def fold(program: Program) -> Program:
   >>> network = networks.linen(layers)
   >>> variables = network.init(jax.random.key(0), jnp.ones((1, 2)))
   >>> stored = jax.ShapeDtypeStruct((2,), jnp.float32)
-  >>> folded = fold(export._program.from_network(network, variables, stored=stored))
+  >>> folded = fold(_program.from_network(network, variables, stored=stored))
   >>> sorted(folded.leaves), folded.folded
   (['params/layers_0/bias', 'params/layers_0/kernel'], ('layers_1',))
   """

@@ -111,7 +111,7 @@ def from_network(
   """A network and its variables as a program.
 
   Args:
-    network: from `jaxdistill.networks` or `jaxdistill.networks`.
+    network: from `jaxdistill.networks`.
     variables: the trained variables, of one seed.
     stored: shapes and dtypes of the inputs of one example, without the batch axis, as
       `jaxdistill.export.save_student` takes them.

@@ -2,8 +2,8 @@
 
 Which of the values that a network sowed or captured is meant: Flax keeps them in a nested dict, by
 submodule and name, as tuples with one entry for each call; a submodule's output is kept under the
-name of its method. `jaxdistill.networks` and `jaxdistill.networks` find features there, bind a
-module's arguments and find its logits with these functions.
+name of its method. `jaxdistill.networks.linen` and `jaxdistill.networks.nnx` find features there,
+bind a module's arguments and find its logits with these functions.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 An NNX module holds its variables; a network is given them. So the adapter keeps the module's
 structure, and each call builds a module of its own from it and the variables, which is thrown away
 afterwards: what the user gave is never touched. Words, paths and messages are those of
-`jaxdistill.networks`.
+`jaxdistill.networks.linen`.
 """
 
 from __future__ import annotations

@@ -214,12 +214,12 @@ def insert(tree: dict[str, Any], place: Sequence[str], value: Any) -> None:
   tree[place[-1]] = value
 
 
-def _leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _placed_leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
   if not isinstance(tree, Mapping):
     yield place, tree
     return
   for name, child in tree.items():
-    yield from _leaves(child, (*place, name))
+    yield from _placed_leaves(child, (*place, name))
 
 
 def build(
@@ -248,7 +248,7 @@ def build(
     place: leaf for slot in slots for place, leaf in zip(slot.places, slot.leaves, strict=True)
   }
   collections = {place[0] for place in expected}
-  given = dict(_leaves({n: tree for n, tree in variables.items() if n in collections}))
+  given = dict(_placed_leaves({n: tree for n, tree in variables.items() if n in collections}))
   both = set(expected) & set(given)
   for text, wrong in (
     ("the variables lack", set(expected) - set(given)),

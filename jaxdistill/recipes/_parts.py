@@ -326,7 +326,9 @@ def init_embeddings(
   >>> params["teacher"]["dense"]["kernel"].shape
   (6, 4)
   """
-  shapes = jax.eval_shape(lambda pair: [_flat(x) for x in pair], _pair(student, teacher, layers))
+  shapes = jax.eval_shape(
+    lambda pair: [_flattened(x) for x in pair], _pair(student, teacher, layers)
+  )
   modules = {
     name: (projectors.Linear(width), shape)
     for name, shape in zip(("student", "teacher"), shapes, strict=True)
@@ -357,7 +359,7 @@ def embed(
   linear = projectors.Linear(width)
 
   def embedded(name: str, x: jax.Array) -> jax.Array:
-    return running(name, linear, jnp.where(where[:, None], _flat(x), 0.0))
+    return running(name, linear, jnp.where(where[:, None], _flattened(x), 0.0))
 
   ours, theirs = both_features(student, teacher, layers)
   return embedded("student", ours), embedded("teacher", theirs)
@@ -369,7 +371,7 @@ def _pair(student: Outputs, teacher: Outputs | None, layers: tuple[str, str]) ->
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), pair)
 
 
-def _flat(x: jax.Array) -> jax.Array:
+def _flattened(x: jax.Array) -> jax.Array:
   return x.reshape(x.shape[0], -1).astype(compute_dtype(x))
 
 

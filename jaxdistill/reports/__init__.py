@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
 
 __all__ = [
-  "Measured",  # one model as `jaxdistill.evaluation` measured it
+  "Measured",  # one model as `evaluation.examine` measured it
   "build_report",  # assembles a report from the measured models
   "compare_runs",  # compares the students of two runs on the examples that both were measured on
   "compare_students",  # compares the runs ``baseline`` and ``student`` of an experiment's folder

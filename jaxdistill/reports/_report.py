@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _extras, evaluation, runs
-from jaxdistill.evaluation import metrics, predictions
-from jaxdistill.evaluation.predictions import Answers, Predictions
+from jaxdistill.evaluation import metrics
+from jaxdistill.evaluation.predictions import Answers, Predictions, column
+from jaxdistill.evaluation.predictions import save as save_predictions
 from jaxdistill.reports._pages import analysis, evidence, page
 from jaxdistill.reports._pages.decision import decide
 from jaxdistill.reports._pages.report_text import markdown, picture, verdict
@@ -44,7 +45,7 @@ FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-  """One model as `jaxdistill.evaluation` measured it.
+  """One model as `jaxdistill.evaluation.examine` measured it.
 
   Attributes:
     quality: from `evaluation.evaluate`; arrays ``[S]`` over seeds, or scalars.
@@ -251,7 +252,7 @@ def write_report(
   answers = None if predictions is None else f"predictions{end}.npz"
   runs.write_json(folder / f"report{end}.json", {**report, "predictions": answers})
   if predictions is not None and answers is not None:
-    predictions.save(folder / answers, predictions)
+    save_predictions(folder / answers, predictions)
   render_report(folder, split=report["split"])
   return folder / f"report{end}.md"
 
@@ -312,12 +313,11 @@ def _slice(found: evidence.Evidence, metadata: Mapping[str, Any]) -> None:
     )
   size = found.report.get("examples")
   columns = {
-    str(name): predictions.column(str(name), values, answers.index, size)
-    for name, values in metadata.items()
+    str(name): column(str(name), values, answers.index, size) for name, values in metadata.items()
   }
   path = found.folder / f"predictions{evidence.suffix(found.split)}.npz"
   sliced = dataclasses.replace(answers, columns={**answers.columns, **columns})
-  predictions.save(path, sliced)
+  save_predictions(path, sliced)
 
 
 def _derived(found: evidence.Evidence) -> dict[str, Any]:

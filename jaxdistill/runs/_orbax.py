@@ -26,6 +26,8 @@ __all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "wr
 Path = tuple[str, ...]
 # Orbax numbers its operations in a global counter that two threads must not share.
 _ORBAX = threading.Lock()
+# Bytes of a piece of an array, and of the files that pieces are gathered in.
+_PIECE, _FILE = 2 * 2**20, 8 * 2**20
 _METADATA = "_METADATA"  # In every folder that holds a pytree of Orbax's.
 _RECORD = "_CHECKPOINT_METADATA"  # In every checkpoint of a newer Orbax, of one pytree or several.
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -62,9 +64,23 @@ def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> Non
     )
   with _ORBAX:
     if jax.process_count() == 1:
-      ocp.v1.save_checkpointables(folder, arrays)
+      with _small_files():
+        ocp.v1.save_checkpointables(folder, arrays)
     else:
       _write_alone(folder, arrays)
+
+
+def _small_files() -> Any:
+  """Arrays in pieces and files of a few megabytes, so that a run's folder can be carried away."""
+  saving = ocp.v1.options.ArrayOptions.Saving
+  context = ocp.v1.Context()
+  if not hasattr(context, "array"):  # Orbax 0.11, whose options are frozen.
+    pieces = saving.StorageOptions(chunk_byte_size=_PIECE)
+    options = saving(ocdbt_target_data_file_size=_FILE, storage_options=pieces)
+    return ocp.v1.Context(array_options=ocp.v1.options.ArrayOptions(saving=options))
+  context.array.saving.ocdbt_target_data_file_size = _FILE
+  context.array.saving.storage_options.chunk_byte_size = _PIECE
+  return context
 
 
 def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> None:
@@ -72,14 +88,21 @@ def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]])
   alone = ocp.options.MultiprocessingOptions(**_alone())
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for item in arrays:
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, multiprocessing_options=alone)
     registry.add(item, ocp.args.PyTreeSave, handler)
   composite = ocp.CompositeCheckpointHandler(
     handler_registry=registry,
     composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
   )
   with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
-    items = {item: ocp.args.PyTreeSave(leaves) for item, leaves in arrays.items()}
+    items = {
+      item: ocp.args.PyTreeSave(
+        leaves,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_PIECE), leaves),
+        ocdbt_target_data_file_size=_FILE,
+      )
+      for item, leaves in arrays.items()
+    }
     checkpointer.save(folder, ocp.args.Composite(**items))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     measure_run,
   )
   from jaxdistill.search._checks.findings import Finding, PreflightWarning
-  from jaxdistill.search._choice import Result, Row
+  from jaxdistill.search._choice import Result, Row, best_of
   from jaxdistill.search._compress import (
     Assistant,
     Candidate,
@@ -40,6 +40,7 @@ __all__ = [
   "Result",  # what `jaxdistill.search.sweep` returns
   "Row",  # one point of a sweep
   "affordable",  # what all candidates cost; fails at once where none is inside the budget
+  "best_of",  # the finished point with the best mean, and those that it does not clearly beat
   "compress",  # chooses, trains and saves the student that does best within a budget
   "family",  # networks of one kind, for every combination of depth
   "measure_in_process",  # `measure_run` in a process of its own

@@ -279,7 +279,7 @@ def nearest_to_budget(budget: Budget, costs: Mapping[str, Mapping[str, Any]]) ->
 def show_cost(value: float | None) -> str:
   """A cost as a table shows it.
 
-  >>> show_cost(93_040), show_cost(0.45953), number(None)
+  >>> show_cost(93_040), show_cost(0.45953), show_cost(None)
   ('93,040', '0.4595', '–')
   """
   if value is None:

@@ -174,8 +174,8 @@ def compress(
   The folder gets ``search/`` (the sweep), ``student/`` and ``baseline/`` (the chosen network,
   distilled and on labels alone: runs with checkpoints and a deployed student each),
   ``candidates.md``, ``candidates.csv``, ``frontier.png``, ``budget.json``, ``preflight.json`` (what
-  `jaxdistill.search` found, which is warned of as well), and ``assistant/`` where one was tried.
-  What was stopped goes on there.
+  `jaxdistill.search.preflight` found, which is warned of as well), and ``assistant/`` where one was
+  tried. What was stopped goes on there.
 
   Args:
     candidates: networks by name, see `family`; deployed as they are, so that recipes that deploy
@@ -244,7 +244,7 @@ def compress(
   about = {"budget": dataclasses.asdict(within), "candidates": list(candidates), "gap": gap}
   path = runs.claim(_check.folder("folder", folder), {**(config or {}), **about})
   with _released_if_nothing_fits(path):
-    known = costs or _kept_costs(path, candidates, within) or affordable(candidates, within, data)
+    known = costs or _costs_before(path, candidates, within) or affordable(candidates, within, data)
     costs = {one: dict(known[one]) for one in candidates}
     fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
     if not fit:
@@ -355,7 +355,7 @@ def _released_if_nothing_fits(path: pathlib.Path) -> Iterator[None]:
     raise
 
 
-def _kept_costs(
+def _costs_before(
   path: pathlib.Path, candidates: Mapping[str, Network], within: Budget
 ) -> dict[str, dict[str, Any]]:
   """The costs that the folder was begun with, if they are of these candidates and this batch."""

@@ -1,7 +1,7 @@
 """Pre-flight checks: what is wrong with a distillation run, before it costs anything.
 
 `preflight` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow.
-The checks themselves are functions of `jaxdistill.search`: ``teacher_checks`` and ``pair_checks``.
+The checks themselves are functions of ``_checks``: `teacher_checks` and `pair_checks`.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from jaxdistill.train import (
   Optimizer,
   Program,
   Values,
+  build_program,
   check_functions,
   check_networks,
   claimed_folder,
@@ -282,7 +283,7 @@ class _Job:
       for group in groups
     }
 
-    def build_program(group: Group, values: Values, count: int) -> Program:
+    def program_of(group: Group, values: Values, count: int) -> Program:
       by = ways[id(group.student)]
       return build_program(
         group.student,
@@ -310,7 +311,7 @@ class _Job:
       save_every=length * math.ceil(max(1000, self.steps // 10) / length)
       if self.save_every is None
       else self.save_every,
-      build=build_program,
+      build=program_of,
       deployed=_deployed,
       validation=self.validation,
       memory=self.memory,

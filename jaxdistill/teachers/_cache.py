@@ -644,15 +644,15 @@ class Store:
     wanted = np.unique(view).tolist()
     self.make(wanted)
     if len(wanted) == 1:
-      return self._some(wanted[0], index)
+      return self._rows_at(wanted[0], index)
     made = {name: np.empty((*index.shape, *r.shape), r.dtype) for name, r in self.layout.items()}
     for one in wanted:
       chosen = view == one
-      for name, rows in self._some(one, index[chosen]).items():
+      for name, rows in self._rows_at(one, index[chosen]).items():
         made[name][chosen] = rows
     return made
 
-  def _some(self, view: int, index: np.ndarray) -> Rows:
+  def _rows_at(self, view: int, index: np.ndarray) -> Rows:
     if self.files is not None and not self.keep:
       return self.files.read(view, index)
     return {name: rows[index] for name, rows in self.view(view).items()}

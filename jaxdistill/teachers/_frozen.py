@@ -433,7 +433,7 @@ def repeated_classes(found: np.ndarray) -> list[int]:
 def group_members(groups: Any) -> tuple[list[np.ndarray], int | None]:
   """The classes of each group; and how many classes there are, where ``groups`` says it.
 
-  >>> [m.tolist() for m in group_members([0, 1, 0])[0]], members([[0, 2], [1]])[1]
+  >>> [m.tolist() for m in group_members([0, 1, 0])[0]], group_members([[0, 2], [1]])[1]
   ([[0, 2], [1]], None)
   """
   if not hasattr(groups, "__len__") or isinstance(groups, str | Mapping) or len(groups) == 0:

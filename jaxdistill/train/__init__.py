@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     run_steps,
     start_or_resume,
     stop_signal,
+    time_limit,
   )
   from jaxdistill.train._mesh import (
     AXIS,
@@ -47,7 +48,7 @@ __all__ = [
   "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
   "Program",  # what a run calls: put together and checked abstractly, compiled at the first call
   "State",  # everything that a training run changes; the teacher is not in it
-  "Stopped",  # a run was asked to stop (SIGTERM): it has saved where it stands
+  "Stopped",  # a run was asked to stop (SIGTERM, or its time is up): it has saved
   "Values",  # what differs between the students of one program
   "build_program",  # builds a run's program; the arguments are those of `jaxdistill.train.fit`
   "check_functions",  # the user's functions, by how they are called
@@ -65,7 +66,8 @@ __all__ = [
   "run_identity",  # the data and the student, as ``config.json`` holds them
   "run_steps",  # runs a program from a step to the last one
   "start_or_resume",  # the state to go on from, and its step
-  "stop_signal",  # gives ``step -> whether SIGTERM came``
+  "stop_signal",  # gives ``step -> whether to stop``
+  "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
   "with_jit",  # compiles by `jax.jit` over a data-parallel mesh. The way to train
   "with_pmap",  # compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`
   "with_students",  # compiles by `jax.jit` with the students of a sweep shared out over the devices

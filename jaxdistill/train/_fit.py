@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,6 +104,7 @@ def fit(
   config: Mapping[str, Any] | None = None,
   checkpoint_every: int | None = None,
   keep_last: int = 2,
+  stop_after: float | None = None,
   seeds_by: str = "vmap",
   scan: bool = True,
   progress: str | None = "train",
@@ -112,8 +114,9 @@ def fit(
   """Trains a student, or the same student from several seeds as one compiled program.
 
   A run that is started again with the same arguments goes on from its last good checkpoint. One
-  that gets SIGTERM finishes its chunk, saves, and leaves by `Stopped`. A run that comes to its end
-  leaves the deployed network in its folder, see `jaxdistill.export.load_student`.
+  that gets SIGTERM, or whose ``stop_after`` is over, finishes its chunk, saves, and leaves by
+  `Stopped`. A run that comes to its end leaves the deployed network in its folder, see
+  `jaxdistill.export.load_student`.
 
   In a program of several processes, every process calls this with the same arguments; the folder
   is one that all of them see, and process 0 writes it.
@@ -154,6 +157,10 @@ def fit(
       fingerprint, and has to be the same when the run goes on.
     checkpoint_every: steps between checkpoints; as often as validation by default.
     keep_last: how many of the last checkpoints are kept, beside the best one.
+    stop_after: seconds from the call on after which the run ends as SIGTERM ends it: it finishes
+      its chunk, saves, leaves by `Stopped`, and goes on when it is started again, with the same
+      bits. For a machine that is there for a while; leave room for a chunk and a checkpoint. It
+      changes no number, and so is no part of what has to be the same when the run goes on.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
       inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
     scan: whether a chunk is one dispatch, by ``lax.scan``. Without, its steps are dispatched one by
@@ -168,10 +175,12 @@ def fit(
   Raises:
     TypeError: an argument is of another kind than it must be.
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
-      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit.
+      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit;
+      ``stop_after`` without a folder to save in.
     FloatingPointError: a term was not finite; the message says which, and at which step.
-    Stopped: the process was asked to stop.
+    Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  called = time.monotonic()
   dispatch = _mesh.with_jit() if dispatch is None else dispatch
   check_machinery(
     optimizer,
@@ -188,6 +197,10 @@ def fit(
   )
   _check.whole("steps", steps)
   _check.whole("keep_last", keep_last)
+  if stop_after is not None:
+    _check.number("stop_after", stop_after, above=0)
+    if folder is None:
+      raise ValueError(f"stop_after={stop_after:g} needs a folder=... to save the run in.")
   objective = as_objective(objective)
   hyper = check_hyper(hyper, objective, steps)
   program = build_program(
@@ -238,6 +251,7 @@ def fit(
       callback=callback,
     )
     stack.callback(log.close)
+    left = None if stop_after is None else max(0, stop_after - (time.monotonic() - called))
     final = run_steps(
       program,
       state,
@@ -248,7 +262,7 @@ def fit(
       saved=saved,
       validate=validate,
       select=select,
-      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None)),
+      asked_to_stop=stack.enter_context(stop_signal(listening=saved is not None, after=left)),
     )
   variables = deployed_variables(final, objective)
   network = student if objective.deployed is None else objective.deployed.network(student)

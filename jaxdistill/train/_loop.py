@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +44,7 @@ __all__ = [
   "run_steps",
   "start_or_resume",
   "stop_signal",
+  "time_limit",
 ]
 
 PyTree = Any
@@ -138,7 +141,11 @@ def run_steps(
       score = float(np.mean(extra[select])) if select in extra else None
       saved.save(at, to_items(now, objective), score=score)
     if stopping:
-      raise Stopped(f"the run was asked to stop, and stands at step {at} of {every.steps}.")
+      message = f"the run was asked to stop, and stands at step {at} of {every.steps}."
+      if saved is not None:
+        message += f" It is saved in {saved.folder.parent}: start it again, and it goes on."
+      log.say(message)
+      raise Stopped(message)
   return dispatch.collect(state)
 
 
@@ -191,6 +198,7 @@ class Log:
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
     self._select, self._callback = select, callback
     self._clock = time.perf_counter()
+    self._shown = progress is not None
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -222,6 +230,12 @@ class Log:
     self._bar.update(end - begin, {name: f"{np.mean(value):.4f}" for name, value in shown.items()})
     if self._callback is not None:
       self._callback(end, self.history[-1])
+
+  def say(self, text: str) -> None:
+    """Prints a line where the bar is shown."""
+    if self._shown:
+      self._bar.clear()
+      print(text, file=sys.stderr)
 
   def close(self) -> None:
     """Closes the bar and the files."""
@@ -426,7 +440,7 @@ class Intervals:
 
 
 class Stopped(SystemExit):
-  """A run was asked to stop (SIGTERM): it has saved where it stands, and goes on from there.
+  """A run was asked to stop (SIGTERM, or its time is up): it has saved, and goes on from there.
 
   Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends.
   """
@@ -440,19 +454,82 @@ class Stopped(SystemExit):
 
 
 @contextlib.contextmanager
-def stop_signal(*, listening: bool) -> Iterator[Callable[[int], bool]]:
-  """Gives ``step -> whether SIGTERM came``; the former handler is put back afterwards."""
+def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Callable[[int], bool]]:
+  """Gives ``step -> whether to stop``; the former handler of SIGTERM is put back afterwards.
+
+  Args:
+    listening: whether to hear of anything at all.
+    after: seconds after which it says so without a signal; None for never.
+  """
   if not listening:
     yield lambda step: False
-  elif jax.process_count() > 1:
-    # JAX's own service: one process that gets the signal stops all of them at the same step.
-    yield multihost_utils.reached_preemption_sync_point
-  elif threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # Python takes signals in its main thread alone
-  else:
-    asked = threading.Event()
-    former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-      yield lambda step: asked.is_set()
-    finally:
-      signal.signal(signal.SIGTERM, former)
+    return
+  asked = threading.Event()
+  several = jax.process_count() > 1
+  with contextlib.ExitStack() as stack:
+    if after is not None:
+      # Several processes stop at the same step by JAX's own service, which hears of SIGTERM alone.
+      stack.enter_context(_timer(after, _terminate if several else asked.set))
+    if several:
+      # One process that gets the signal stops all of them at the same call. The service answers at
+      # the call after the highest that it was asked for, so calls are counted, and not steps: the
+      # next chunk ends many steps later.
+      yield lambda step: bool(multihost_utils.reached_preemption_sync_point(next(_CALLS)))
+      return
+    if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
+      former = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+      stack.callback(signal.signal, signal.SIGTERM, former)
+    yield lambda step: asked.is_set()
+
+
+# Over all runs of a process, as the service counts; all processes make the same calls.
+_CALLS = itertools.count(1)
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+  """Ends what a script trains after so many seconds, as SIGTERM would: saved, to be gone on with.
+
+  For a script of several trainings, sweeps or searches that share one limit, as the experiments'
+  ``--stop-after`` does; a single one takes `jaxdistill.train.fit`'s ``stop_after``. Whatever is
+  under way then finishes its chunk of steps, saves, and leaves by `Stopped`; between two trainings
+  there is nothing to save, and the script leaves at once. Leave room for a chunk and a checkpoint.
+  To be used in the main thread, which alone hears of signals.
+
+  Args:
+    seconds: from now on; None for no limit.
+
+  Raises:
+    ValueError: the number is not above 0.
+    Stopped: the time is up.
+  """
+  if seconds is None:
+    yield
+    return
+  _check.number("seconds", seconds, above=0)
+
+  def leave(*_: Any) -> None:
+    raise Stopped(f"the time limit of {seconds:g} s is over; start it again to go on.")
+
+  former = signal.signal(signal.SIGTERM, leave)
+  try:
+    with _timer(seconds, _terminate):
+      yield
+  finally:
+    signal.signal(signal.SIGTERM, former)
+
+
+def _terminate() -> None:
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _timer(seconds: float, call: Callable[[], None]) -> Iterator[None]:
+  timer = threading.Timer(seconds, call)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+    timer.join()

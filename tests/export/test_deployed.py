@@ -106,6 +106,7 @@ def copied(dense, tmp_path):
 # Networks.
 
 
+@pytest.mark.device
 def test_images_with_norm_and_dropout_from_uint8(tmp_path):
   network = networks.linen(Convolutions())
   normalize = data.normalizer(((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)))
@@ -160,6 +161,7 @@ def test_dict_of_inputs(tmp_path):
     student({"a": inputs["a"], "b": 1.0})
 
 
+@pytest.mark.device
 def test_bfloat16(tmp_path):
   module = nn.Dense(3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
   network = networks.linen(module)

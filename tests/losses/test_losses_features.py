@@ -241,6 +241,7 @@ def test_every_public_loss_is_here():
   assert set(family.__all__) <= set(losses.__all__)
 
 
+@pytest.mark.device
 @NAMES
 def test_value_is_the_formula(name):
   reference, hyper, shapes = FORMULAS[name]
@@ -403,6 +404,7 @@ def extremes(shape, scale_free):
   return ends + [dead * 1e30, zeros + 3e38] * scale_free
 
 
+@pytest.mark.device
 @NAMES
 def test_extremes_are_finite(name):
   shapes = FORMULAS[name][2][0]

@@ -218,6 +218,7 @@ def test_every_public_loss_is_here():
   assert list(losses.__all__) == sorted(set(losses.__all__))
 
 
+@pytest.mark.device
 @NAMES
 def test_value_is_the_formula(name):
   student, teacher = random_logits(1), random_logits(2)
@@ -288,6 +289,7 @@ def test_cross_entropies_are_least_at_the_target():
 # --- The contract: transformations, dtypes, extremes, masks. ---
 
 
+@pytest.mark.device
 @NAMES
 def test_half_precision_batches_of_one_and_hyper_parameters_under_vmap(name, strict_promotion):
   student = jnp.asarray(random_logits(9, (2, 1, K)), jnp.bfloat16)
@@ -316,6 +318,7 @@ def extreme_rows(classes):
   return np.reshape(student, (8, 8, classes)), np.reshape(teacher, (8, 8, classes))
 
 
+@pytest.mark.device
 @NAMES
 def test_extremes_are_finite(name):
   defaults, others, _ = FORMULAS[name]

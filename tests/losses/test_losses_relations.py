@@ -131,6 +131,7 @@ def test_every_public_loss_is_here():
   assert set(relations.__all__) <= set(losses.__all__)
 
 
+@pytest.mark.device
 @NAMES
 def test_value_is_the_formula(name):
   reference, hyper, _ = FORMULAS[name]
@@ -286,6 +287,7 @@ def extremes(shape, scale_free):
   return ends + [1e30 * some, zeros + 3e38, 1e38 * opposite] * scale_free
 
 
+@pytest.mark.device
 @NAMES
 def test_extremes_are_finite(name):
   scale_free = name in SCALE_FREE
@@ -303,6 +305,7 @@ def test_no_scale_is_too_large(name):
   np.testing.assert_allclose(run(name, student * 1e25, teacher * 1e11)[0], values, **TOLERANCE)
 
 
+@pytest.mark.device
 def test_small_distances_far_from_zero_keep_their_digits():
   """Gram matrices would lose them: 1e-3 beside 1e3 is 1e-6 of squares that are rounded at 1e-7."""
   student, teacher = normal(26, B, D), normal(27, B, E)

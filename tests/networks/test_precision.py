@@ -61,6 +61,7 @@ def trained():
   return fit(plain, teacher), mixed
 
 
+@pytest.mark.device
 def test_training_stays_close_to_float32(trained):
   plain, mixed = trained
   ours, theirs = ([line["loss"] for line in fitted.history] for fitted in (mixed, plain))

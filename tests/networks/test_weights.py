@@ -529,21 +529,21 @@ me, folder = int(sys.argv[2]), pathlib.Path(sys.argv[3])
 jax.distributed.initialize(sys.argv[1], num_processes=2, process_id=me)
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxdistill import runs
+from jaxdistill.runs import _orbax, read_foreign_orbax
 assert jax.process_count() == 2
 
 def read(step):
-  got = runs._orbax.read(folder / str(step), ["student"])
+  got = _orbax.read(folder / str(step), ["student"])
   assert list(got) == ["student"]
   assert got["student"]["Dense_0/kernel"].tolist() == [[step, step]]
   assert got["student"]["n"].shape == ()
-  foreign = runs.read_foreign_orbax(folder / "1", {"params": "student"})
+  foreign = read_foreign_orbax(folder / "1", {"params": "student"})
   assert foreign["params"]["Dense_0/kernel"].tolist() == [[1, 1]]
 
 if me == 0:
   for step in (1, 2):
     student = {"Dense_0/kernel": np.full((1, 2), step, np.float32), "n": np.array(step)}
-    runs._orbax.write(folder / str(step), {"student": student, "best": {"x": np.ones(1)}})
+    _orbax.write(folder / str(step), {"student": student, "best": {"x": np.ones(1)}})
   read(1)
   (folder / "written").touch()
   while not (folder / "read").exists():
@@ -554,7 +554,7 @@ else:
   for step in (1, 2, 2):
     read(step)
   try:
-    runs._orbax.write(folder / "3", {"student": {"x": np.ones(1)}})
+    _orbax.write(folder / "3", {"student": {"x": np.ones(1)}})
   except RuntimeError as error:
     assert "process 1 of 2" in str(error)
     (folder / "read").touch()

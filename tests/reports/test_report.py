@@ -148,7 +148,7 @@ def test_numbers_satisfy_the_schema(made):
 
 def test_the_folder_alone_gives_the_same_page(made):
   before = [(made / name).read_bytes() for name in ("report.html", "report.json", "report.md")]
-  command = [sys.executable, "-m", "jaxdistill.reports", str(made)]
+  command = [sys.executable, "-m", "jaxdistill", "report", str(made)]
   done = subprocess.run(command, capture_output=True, text=True, timeout=120)
   assert done.returncode == 0, done.stderr
   assert "Distillation helps" in done.stdout

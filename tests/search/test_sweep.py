@@ -92,6 +92,7 @@ def of_seed(tree, s):
   return jax.tree.map(lambda leaf: leaf[s], tree)
 
 
+@pytest.mark.device
 def test_every_student_is_the_one_trained_alone(parts, plain):
   """Fifty steps of Adam in float32, to 1e-5; initialisation and data order both vary."""
   for index in (0, 6, 11):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -287,9 +288,8 @@ def test_the_teacher_is_compared_on_a_sample(complete, copied, capsys, monkeypat
 # Killed while it is being filled.
 
 CHILD = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import os, signal
+import os, signal, sys
+sys.path[:0] = sys.argv[2].split(os.pathsep)
 import test_cache as t
 from jaxdistill.teachers import _cache_files
 
@@ -311,7 +311,8 @@ t.make(sys.argv[1], in_advance=True)
 @pytest.mark.parametrize(("shard", "when", "left"), [(5, "before", 1), (6, "after", 1)])
 def test_a_cache_that_was_killed_is_filled_on(tmp_path, complete, shard, when, left):
   folder = tmp_path / "cache"
-  killed = python("-c", CHILD, str(folder), str(ROOT / "tests" / "teachers"), str(shard), when)
+  paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "teachers")])
+  killed = python("-c", CHILD, str(folder), paths, str(shard), when)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert not teachers.verify_cache(folder)
   manifest = _cache_files.read_manifest(folder)

@@ -3,9 +3,12 @@
 import json
 import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ import jax
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
 import test_processes
-test_processes.work(folder, kind)
+(test_processes.stopped if kind.startswith("stopped") else test_processes.work)(folder, kind)
 """
 
 
@@ -49,18 +52,15 @@ def run(folder, kind, dispatch=None, **options):
     data=sources if several else sources[0],
     seed=(0, 1) if several else 0,
     optimizer=optax.sgd(0.1),
-    steps=8,
     teacher=teachers.frozen(teacher),
     teacher_variables=variables,
     average=0.9,
     accumulate=2,
     validate=lambda v: {"accuracy": float(jnp.mean(v["params"]["Dense_0"]["bias"]))},
-    validate_every=4,
-    log_every=2,
     folder=folder,
     dispatch=dispatch,
     progress=None,
-    **options,
+    **{"steps": 8, "validate_every": 4, "log_every": 2, **options},
   )
 
 
@@ -88,8 +88,27 @@ def work(folder, kind):
     run(folder, kind, config={"another": 1})
 
 
-@pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
-def test_two_processes_are_one(tmp_path, kind):
+def stopped(folder, kind):
+  """A run whose time is over in one of the two processes, or that one of them gets SIGTERM in."""
+  _, how, chunk = kind.split()
+  options = {"log_every": int(chunk), "validate_every": 800, "steps": 800}
+
+  def terminate(step, record):
+    if how == "signal" and jax.process_index() == 0:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  def slowly(step, record):
+    terminate(step, record)
+    time.sleep(0.3)  # the notice takes a moment from one process to the other
+
+  with pytest.raises(train.Stopped) as left:
+    run(folder, "streamed", callback=slowly, stop_after=0.5 if how == "time" else None, **options)
+  assert left.value.code == 143
+  print(f"stands at {re.search(r'step ([0-9]+) of 800', str(left.value))[1]}")
+
+
+def two_processes(folder, kind):
+  """Starts them."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -97,9 +116,9 @@ def test_two_processes_are_one(tmp_path, kind):
   paths = [str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
   environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
   command = [sys.executable, "-W", "ignore", "-c", CHILD, str(port)]
-  children = [
+  return [
     subprocess.Popen(
-      [*command, str(process), str(tmp_path / "two"), kind],
+      [*command, str(process), str(folder), kind],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -107,9 +126,11 @@ def test_two_processes_are_one(tmp_path, kind):
     )
     for process in (0, 1)
   ]
-  with jax.enable_x64(True):
-    dispatch = train.with_jit(train.data_parallel(jax.devices()[:2]))
-    one = run(tmp_path / "one", kind, dispatch=dispatch)
+
+
+def finish(children):
+  """Waits for both; what they printed."""
+  outputs = []
   for child in children:
     try:
       output, _ = child.communicate(timeout=240)
@@ -118,6 +139,30 @@ def test_two_processes_are_one(tmp_path, kind):
         if child.returncode != 0:
           other.kill()
     assert child.returncode == 0, output
+    outputs.append(output)
+  return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "kind", ["stopped signal 1", "stopped signal 4", "stopped signal 100", "stopped time 4"]
+)
+def test_two_processes_stop_at_the_same_step(tmp_path, kind):
+  """Whatever the chunks' length: the service that agrees on a step counts calls."""
+  outputs = finish(two_processes(tmp_path / "run", kind))
+  steps = {int(re.search(r"stands at (\d+)", output)[1]) for output in outputs}
+  with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+    assert steps == {saved.latest()}
+  assert max(steps) < 800
+
+
+@pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
+def test_two_processes_are_one(tmp_path, kind):
+  children = two_processes(tmp_path / "two", kind)
+  with jax.enable_x64(True):
+    dispatch = train.with_jit(train.data_parallel(jax.devices()[:2]))
+    one = run(tmp_path / "one", kind, dispatch=dispatch)
+  finish(children)
   with jax.enable_x64(True), Checkpoints(tmp_path / "two" / "checkpoints") as saved:
     assert saved.steps() == [4, 8]
     two = saved.restore(8)

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import threading
 import time
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 import small_networks
 from jaxdistill import data, evaluation, losses, recipes, teachers, train
 from jaxdistill.runs import Checkpoints
-from jaxdistill.train import Intervals, deployed_variables, init_state, make_step, optimizers
+from jaxdistill.train import Intervals, _loop, deployed_variables, init_state, make_step, optimizers
 from jaxdistill.types import Term, make_batch
 
 STEPS = 8
@@ -121,6 +123,7 @@ def test_the_limit_of_pmap_relations_see_their_share():
   assert differ(run(train.with_jit()), run(train.with_pmap()), tolerance=1e-3)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
 def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
   seeds = (3, 11)
@@ -167,6 +170,7 @@ def is_key(x):
   return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
+@pytest.mark.device
 def test_the_teacher_is_in_no_checkpoint_and_unchanged(tmp_path):
   teacher, variables = a_teacher()
   before = jax.tree.map(np.array, variables)
@@ -381,6 +385,7 @@ def one_step(batch, **options):
   return state, *jax.jit(step)(state, variables, batch)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(("unroll", "parts"), [(False, 8), (True, 3)])
 def test_accumulated_is_whole_in_float64(unroll, parts):
   with jax.enable_x64(True):
@@ -471,6 +476,7 @@ def test_the_moving_average_is_by_hand():
   assert deployed_variables(state, objective) is state.average
 
 
+@pytest.mark.device
 def test_a_run_with_an_average_resumes_with_the_same_bits(tmp_path):
   student = small_networks.dense(5, norm=True, dropout=0.3)
   options = {"student": student, "average": 0.9, "log_every": 2, "validate_every": 4}
@@ -598,6 +604,7 @@ def test_clipping_in_the_optimiser_bounds_the_whole_gradient():
   assert length(moved) > 0.01
 
 
+@pytest.mark.device
 def test_sigterm_saves_and_leaves_and_the_run_goes_on_with_the_same_bits(tmp_path):
   whole = distil(folder=tmp_path / "whole", log_every=1, validate_every=8)
   former = signal.getsignal(signal.SIGTERM)
@@ -616,6 +623,88 @@ def test_sigterm_saves_and_leaves_and_the_run_goes_on_with_the_same_bits(tmp_pat
   resumed = distil(folder=tmp_path / "stopped", log_every=1, validate_every=8)
   assert_same_bits(whole.variables, resumed.variables)
   assert [line["step"] for line in resumed.history] == list(range(1, 9))
+
+
+def slowly(step, record):
+  time.sleep(0.2)
+
+
+def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path):
+  """Saved and left as by SIGTERM; what goes on is the folder's content, wherever it lies."""
+  whole = distil(folder=tmp_path / "whole", log_every=1, validate_every=8)
+  options = {"log_every": 1, "validate_every": 8, "callback": slowly}
+  # The clock runs from the call on, compilation included, so that one chunk is trained at least.
+  with pytest.raises(train.Stopped, match=r"step \d of 8") as stopped:
+    distil(folder=tmp_path / "here", stop_after=1e-3, **options)
+  assert stopped.value.code == 143
+  with Checkpoints(tmp_path / "here" / "checkpoints") as saved:
+    assert 1 <= saved.latest() < 8
+  shutil.copytree(tmp_path / "here", tmp_path / "elsewhere" / "copy")
+  shutil.rmtree(tmp_path / "here")
+  for _ in range(8):  # a chunk a time, however slow the machine is
+    try:
+      resumed = distil(folder=tmp_path / "elsewhere" / "copy", stop_after=1e-3, **options)
+      break
+    except train.Stopped:
+      pass
+  assert_same_bits(whole.variables, resumed.variables)
+  assert [line["step"] for line in resumed.history] == list(range(1, 9))
+
+
+def test_time_that_is_not_over_stops_nothing(tmp_path):
+  handler = signal.getsignal(signal.SIGTERM)
+  with _loop.time_limit(None), _loop.time_limit(1000):
+    fitted = distil(folder=tmp_path / "a", stop_after=1000)
+  assert fitted.history[-1]["step"] == 8
+  assert signal.getsignal(signal.SIGTERM) is handler
+  assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
+def test_a_time_limit_of_a_script_stops_what_is_under_way(tmp_path):
+  """One limit over several trainings: it ends the second, which goes on."""
+  whole = distil(folder=tmp_path / "whole", log_every=1)
+  handler = signal.getsignal(signal.SIGTERM)
+  began = threading.Event()
+
+  def wait(step, record):
+    if began.is_set() and step == 2:
+      time.sleep(1.5)  # the limit is over meanwhile
+
+  def script():
+    with _loop.time_limit(None if not began.is_set() else 1.0):
+      distil(folder=tmp_path / "first", log_every=1)
+      return distil(folder=tmp_path / "second", seed=1, log_every=1, callback=wait)
+
+  distil(folder=tmp_path / "first", log_every=1)
+  began.set()
+  with pytest.raises(train.Stopped):
+    script()
+  assert signal.getsignal(signal.SIGTERM) is handler
+  began.clear()
+  again = script()
+  assert again.history[-1]["step"] == 8
+  alone = distil(folder=tmp_path / "alone", seed=1, log_every=1)
+  assert_same_bits(again.variables, alone.variables)
+  assert differ(whole.variables, alone.variables, tolerance=1e-6)
+
+
+def test_a_time_limit_between_two_trainings_leaves_at_once():
+  with pytest.raises(train.Stopped, match="time limit"), _loop.time_limit(0.05):
+    time.sleep(10)
+
+
+@pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
+def test_a_time_limit_that_is_none_is_refused(tmp_path, seconds):
+  with pytest.raises(ValueError, match="seconds"), _loop.time_limit(seconds):
+    pass
+  with pytest.raises(ValueError, match="stop_after"):
+    distil(folder=tmp_path / "run", stop_after=seconds)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_saves_nothing_has_no_time_to_stop_at():
+  with pytest.raises(ValueError, match="folder"):
+    distil(stop_after=10)
 
 
 def test_sources_of_seeds_may_differ_in_their_arrays():

@@ -5,5 +5,3 @@ the scripts beside the exported file.
 """
 
 __all__: list[str] = []
-
-__all__: list[str] = []

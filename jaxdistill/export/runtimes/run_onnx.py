@@ -94,3 +94,7 @@ def main(args: Sequence[str] | None = None) -> None:
       },
       file,
     )
+
+
+if __name__ == "__main__":
+  main()

@@ -140,3 +140,7 @@ def main(args: Sequence[str] | None = None) -> None:
       {"runtime": f"jax {jax.__version__}", "times": times, "loaded": loaded, "platform": here},
       file,
     )
+
+
+if __name__ == "__main__":
+  main()

@@ -6,5 +6,3 @@ the HTML.
 """
 
 __all__: list[str] = []
-
-__all__: list[str] = []

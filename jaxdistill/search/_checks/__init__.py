@@ -1,5 +1,3 @@
-"""The checks of `jaxdistill.search`, one function each, and what they measure."""
-
-__all__: list[str] = []
+"""The checks of `jaxdistill.search.preflight`, one function each, and what they measure."""
 
 __all__: list[str] = []

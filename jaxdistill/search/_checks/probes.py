@@ -1,4 +1,4 @@
-"""What `jaxdistill.search` looks at: predictions, terms' gradients, a few steps, a curve.
+"""What `jaxdistill.search.preflight` looks at: predictions, terms' gradients, a few steps, a curve.
 
 Nothing here changes what it is given: the steps of `taught_further` are taken on a copy.
 """
@@ -353,16 +353,18 @@ def _other(labels: Any, num_classes: int) -> Any:
   return jnp.roll(labels, 1, axis=-1)
 
 
-def _flat(tree: PyTree) -> list[np.ndarray]:
+def _float64_leaves(tree: PyTree) -> list[np.ndarray]:
   return [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
 
 
 def _norm(tree: PyTree) -> float:
-  return float(np.sqrt(sum(np.sum(leaf**2) for leaf in _flat(tree))))
+  return float(np.sqrt(sum(np.sum(leaf**2) for leaf in _float64_leaves(tree))))
 
 
 def _change(first: PyTree, second: PyTree) -> float:
   """The difference of two gradients relative to the larger one; 0 where both are 0."""
-  apart = _norm([a - b for a, b in zip(_flat(first), _flat(second), strict=True)])
+  apart = _norm(
+    [a - b for a, b in zip(_float64_leaves(first), _float64_leaves(second), strict=True)]
+  )
   largest = max(_norm(first), _norm(second))
   return apart / largest if largest > 0 else 0.0

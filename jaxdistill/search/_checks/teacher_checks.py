@@ -1,8 +1,8 @@
 """Pre-flight checks of a teacher: better than labels, trained to the end, calibrated.
 
 Each is a function of measured numbers alone, so that it can be asked about numbers from elsewhere,
-and returns a `Finding`, or None where all is well. `jaxdistill.search` measures the numbers and
-asks all checks at once. Every threshold is an argument.
+and returns a `Finding`, or None where all is well. `jaxdistill.search.preflight` measures the
+numbers and asks all checks at once. Every threshold is an argument.
 """
 
 from __future__ import annotations
