@@ -11,6 +11,8 @@ from jaxdistill import _extras
 
 __all__ = ["parse"]
 
+# Of the extra `experiments`, what there is no doing without.
+_NEEDED = ("tyro", "tensorflow_datasets", "sklearn", "matplotlib", "scipy", "safetensors")
 Config = TypeVar("Config")
 Options = TypeVar("Options")
 
@@ -30,7 +32,7 @@ def parse(
     Both, with what was said.
   """
   try:  # now, and not where the first picture is drawn, after the training
-    _extras.need("an experiment", "tyro", "tensorflow_datasets", "sklearn", "matplotlib", "scipy")
+    _extras.need(f"python {sys.argv[0]}", *_NEEDED)
   except _extras.MissingExtraError as error:
     sys.exit(str(error))
   import tyro

