@@ -13,7 +13,18 @@ import optax
 import pytest
 
 import jaxdistill as jd
-from jaxdistill import _extras, data, export, networks, recipes, reports, search, teachers, train
+from jaxdistill import (
+  _extras,
+  data,
+  evaluation,
+  export,
+  networks,
+  recipes,
+  reports,
+  search,
+  teachers,
+  train,
+)
 from jaxdistill.__main__ import main
 
 ROOT = pathlib.Path(jd.__file__).parent.parent
@@ -88,9 +99,18 @@ def source():
   return data.on_device(data.from_arrays(x, np.arange(4)), batch_size=2, data_seed=0)
 
 
+def network():
+  return networks.linen(nn.Dense(4))
+
+
+def batches():
+  examples = data.from_arrays(np.eye(4, dtype=np.float32), np.arange(4))
+  return data.evaluation_batches(examples, batch_size=2)
+
+
 def fit(folder):
   train.fit(
-    networks.linen(nn.Dense(4)),
+    network(),
     recipes.labels(),
     data=source(),
     optimizer=optax.adam(0.1),
@@ -101,21 +121,27 @@ def fit(folder):
 
 
 def sweep(folder):
-  # Nothing of this is looked at before the picture's library.
   search.sweep(
-    None, None, points=[], data=None, optimizer=None, steps=1, validation=None, folder=folder
+    network(),
+    recipes.kd,
+    points=search.product(temperature=[1, 2]),
+    data=source(),
+    optimizer=optax.adam(0.1),
+    steps=1,
+    validation=batches(),
+    folder=folder,
   )
 
 
 def compress(folder):
   search.compress(
-    {},
-    within=None,
-    teacher=None,
-    teacher_variables=None,
-    data=None,
-    validation=None,
-    optimizer=None,
+    {"small": network()},
+    within=search.Budget(bytes=1000),
+    teacher=teachers.frozen(network()),
+    teacher_variables={},
+    data=source(),
+    validation=batches(),
+    optimizer=optax.adam(0.1),
     steps=1,
     folder=folder,
   )
@@ -127,16 +153,21 @@ def stream(folder):
 
 def export_kinds(kind):
   def call(folder):
-    network = networks.linen(nn.Dense(4))
     x = np.eye(4, dtype=np.float32)
-    export.export(folder, (x, None), kinds=[kind], network=network, calibration=x)
+    export.export(folder, (x, None), kinds=[kind], network=network(), calibration=x)
 
   return call
 
 
 def compare(folder):
-  options = dict.fromkeys(("network", "reference", "batches", "descriptions", "examples"))
-  reports.compare_students(folder, **options)
+  reports.compare_students(
+    folder,
+    network=network(),
+    reference=(evaluation.teacher_predictor(teachers.frozen(network())), {}),
+    batches=batches(),
+    descriptions={},
+    examples=4,
+  )
 
 
 NEEDS = [

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from time import monotonic
-from typing import Any, Self
+from typing import Any
 
 from jaxdistill import _extras
 
@@ -72,7 +72,7 @@ class Progress:
     )
     print(f"{self._label}: {', '.join(parts)}", file=sys.stderr, flush=True)
 
-  def __enter__(self) -> Self:
+  def __enter__(self) -> Progress:
     return self
 
   def __exit__(self, *error: object) -> None:

@@ -1,10 +1,12 @@
 """Progress: a line every few seconds in a log, a bar in a terminal, and where it was saved."""
 
+import contextlib
 import os
 import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -64,9 +66,13 @@ def test_a_terminal_has_a_bar_where_it_can(tqdm):
   program += "from jaxdistill import runs\n"
   program += "with runs.progress_bar(3, 'student') as shown:\n  shown.update(3, {'loss': '0.5'})\n"
   ours, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (24, 100))
   done = subprocess.run([sys.executable, "-c", program], stderr=theirs, timeout=120)
   os.close(theirs)
-  told = os.read(ours, 10_000).decode()
+  told = ""
+  with contextlib.suppress(OSError):  # what Linux answers where nobody writes any more
+    while piece := os.read(ours, 10_000).decode():
+      told += piece
   os.close(ours)
   assert done.returncode == 0, told
   assert "loss" in told
