@@ -146,7 +146,7 @@ def sweep(
     config: what else defines the sweep, for ``config.json``.
     checkpoint_every: steps between checkpoints of the students in training; about a tenth of the
       run, but at least a thousand steps, by default.
-    progress: the progress bar's label; None for silence.
+    progress: the label of the progress, a bar in a terminal and lines elsewhere; None for silence.
 
   Returns:
     The `Result`.
