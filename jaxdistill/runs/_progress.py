@@ -47,30 +47,36 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix(self._shown, refresh=False)
       self._bar.update(count)
-    elif monotonic() - self._since >= self._every:
-      self._say()
+    elif self._done != self._said and monotonic() - self._since >= self._every:
+      self._line()
+
+  def say(self, text: str) -> None:
+    """Writes a line of its own beside it; nothing where there is no label."""
+    if self._label is None:
+      return
+    if self._bar is not None:
+      self._bar.clear()
+    print(text, file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Ends the bar, or writes how far it came."""
     if self._bar is not None:
       self._bar.close()
     elif self._done != self._said:
-      self._say()
+      self._line()
 
-  def _say(self) -> None:
+  def _line(self) -> None:
     """Writes a line; the rate is that since the line before."""
     now = monotonic()
     rate = (self._done - self._said) / max(now - self._since, 1e-9)
     self._said, self._since = self._done, now
-    if self._label is None:
-      return
     units = f"{self._unit}{'es' if self._unit.endswith('ch') else 's'}"
     parts = [f"{self._unit} {self._done:,} of {self._total:,}"]
     parts += [f"{name} {value}" for name, value in self._shown.items()]
     parts.append(
       f"{rate:,.1f} {units} a second" if rate >= 1 else f"{1 / rate:,.1f} s a {self._unit}"
     )
-    print(f"{self._label}: {', '.join(parts)}", file=sys.stderr, flush=True)
+    self.say(f"{self._label}: {', '.join(parts)}")
 
   def __enter__(self) -> Progress:
     return self

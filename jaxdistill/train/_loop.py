@@ -13,7 +13,6 @@ import itertools
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,7 +197,6 @@ class Log:
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
     self._select, self._callback = select, callback
     self._clock = time.perf_counter()
-    self._shown = progress is not None
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -233,9 +231,7 @@ class Log:
 
   def say(self, text: str) -> None:
     """Prints a line where the bar is shown."""
-    if self._shown:
-      self._bar.clear()
-      print(text, file=sys.stderr)
+    self._bar.say(text)
 
   def close(self) -> None:
     """Closes the bar and the files."""

@@ -42,6 +42,8 @@ def test_a_log_has_a_line_for_each_interval_and_one_at_the_end(clock, capsys):
 def test_what_is_slow_has_its_seconds_and_a_resumed_run_its_own_rate(clock, capsys):
   shown = runs.progress_bar(10, "cache", unit="batch", initial=4, every=5)
   clock[0] += 8
+  shown.update(0)  # a long wait, and nothing done
+  assert capsys.readouterr().err == ""
   shown.update(2)
   told = capsys.readouterr().err
   assert "6 of 10" in told
@@ -54,6 +56,7 @@ def test_no_label_is_silence(clock, capsys):
   with runs.progress_bar(10, None, every=1) as shown:
     clock[0] += 5
     shown.update(10)
+    shown.say("unheard")
   runs.say_saved(None, "runs/a")
   assert capsys.readouterr().err == ""
   runs.say_saved("student", "runs/a")
