@@ -511,7 +511,6 @@ def cifar(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
   """The published protocol, for the time that is left."""
   sys.path.insert(0, str(ROOT / "experiments"))
   import cifar100
-
   from jaxdistill import train
 
   folder = pathlib.Path(settings.work) / "cifar100"

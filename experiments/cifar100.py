@@ -28,8 +28,8 @@ import time
 from typing import Literal
 
 import jax
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 from jaxdistill.networks import models
 
@@ -249,8 +249,7 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  default = (SHORT if "--short" in args else Config(), Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, SHORT if "--short" in args else Config(), Options(), __doc__)
 
 
 if __name__ == "__main__":

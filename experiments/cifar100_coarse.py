@@ -33,8 +33,8 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 from jaxdistill.networks import models
 
@@ -272,8 +272,7 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  default = (SHORT if "--short" in args else Config(), Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, SHORT if "--short" in args else Config(), Options(), __doc__)
 
 
 if __name__ == "__main__":

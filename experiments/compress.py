@@ -42,8 +42,8 @@ from typing import Literal
 
 import jax
 import optax
-import tyro
 
+import command_line
 from jaxdistill import (
   data,
   evaluation,
@@ -243,8 +243,9 @@ def export_all(config: Config, options: Options) -> None:
   _, candidates = build_networks(config)
   told = search.read_choice(options.out)
   kinds = ["stablehlo", "safetensors"]
-  for kind, needs in {"onnx": "jax2onnx", "int8_weights": "qwix"}.items():
-    if importlib.util.find_spec(needs):  # pip install '.[export]'
+  needed = {"onnx": ("jax2onnx", "onnxruntime"), "int8_weights": ("qwix",)}
+  for kind, libraries in needed.items():
+    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export]'
       kinds.append(kind)
   found = export.export(
     options.out,
@@ -304,8 +305,7 @@ def main(config: Config, options: Options) -> None:
 
 def parse(args: list[str]) -> tuple[Config, Options]:
   config = SHORT if "--short" in args else Config()
-  default = (config, Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, config, Options(), __doc__)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from typing import Literal
 
 import jax
 import optax
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 
 SCRIPT = "experiments/digits.py"
@@ -213,8 +213,7 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  default = (Config(), Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, Config(), Options(), __doc__)
 
 
 if __name__ == "__main__":

@@ -35,11 +35,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import matplotlib.figure
 import numpy as np
 import optax
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train
 
 SCRIPT = "experiments/few_labels.py"
@@ -256,8 +255,10 @@ def table(rows: list[dict[str, Any]]) -> str:
   return "\n".join(lines)
 
 
-def picture(rows: list[dict[str, Any]], split: str, seeds: int) -> matplotlib.figure.Figure:
+def picture(rows: list[dict[str, Any]], split: str, seeds: int) -> Any:
   """Accuracy over the share of labels: mean and standard deviation of both, and the teacher."""
+  import matplotlib.figure
+
   figure = matplotlib.figure.Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
   axes = figure.add_subplot()
   kinds = (("alone", "labels alone", "#c46a1b"), ("distilled", "distilled", "#1b6ac4"))
@@ -330,8 +331,7 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  default = (Config(), Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, Config(), Options(), __doc__)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, search, teachers, train
 
 SCRIPT = "experiments/methods.py"
@@ -480,8 +480,7 @@ def parse(args: list[str]) -> tuple[Config, Options]:
   config = CIFAR100 if "cifar100" in args else Config()
   if "--short" in args:
     config = dataclasses.replace(SHORT, dataset=config.dataset)
-  default = (config, Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, config, Options(), __doc__)
 
 
 if __name__ == "__main__":

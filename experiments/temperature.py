@@ -37,8 +37,8 @@ from typing import Literal
 import jax
 import numpy as np
 import optax
-import tyro
 
+import command_line
 from jaxdistill import data, evaluation, networks, recipes, runs, search, teachers, train
 
 SCRIPT = "experiments/temperature.py"
@@ -173,8 +173,7 @@ def _gain(result: search.Result, baseline: search.Result) -> str:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  default = (Config(), Options())
-  return tyro.cli(tyro.conf.OmitArgPrefixes[tuple[Config, Options]], args=args, default=default)
+  return command_line.parse(args, Config(), Options(), __doc__)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import jaxdistill
+from jaxdistill._extras import MissingExtraError
 
 __all__ = ["COMMANDS", "main"]
 
@@ -51,7 +52,11 @@ def main(args: Sequence[str] | None = None) -> int:
   if words[0] not in COMMANDS:
     print(f"There is no command {words[0]!r}. The commands are:\n{listed}", file=sys.stderr)
     return 2
-  code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+  try:
+    code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
+  except MissingExtraError as error:
+    print(error, file=sys.stderr)
+    return 1
   return code
 
 

@@ -1,11 +1,13 @@
 """The experiments as a user runs them, at a tiny setting; and what they leave behind."""
 
 import csv
+import dataclasses
 import functools
 import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -211,14 +213,35 @@ def test_a_wrong_network_claims_no_folder(tfds_dir, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["cifar100_coarse", "few_labels"])
-def test_help_names_the_options(name, capsys):
+EXPERIMENTS = sorted(
+  path.stem for path in (ROOT / "experiments").glob("*.py") if path.stem != "command_line"
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_help_has_the_options_under_what_they_are_for(name, capsys, monkeypatch):
+  monkeypatch.setenv("COLUMNS", "100")
+  script = importlib.import_module(name)
   with pytest.raises(SystemExit) as stopped:
-    importlib.import_module(name).parse(["--help"])
+    script.parse(["--help"])
   assert stopped.value.code == 0
   shown = capsys.readouterr().out
-  assert "--out" in shown
-  assert "--evaluate" in shown
+  # Each group is a title between rules, the dataclass's docstring, and its options.
+  title = re.compile(r"^\W*(\w+) options\W*$", re.MULTILINE)
+  titles, parts = title.findall(shown), title.split(shown)[2::2]
+  assert not any(title.isdigit() for title in titles), titles
+  defining, carrying_out = parts
+  for part, kind in ((defining, script.Config), (carrying_out, script.Options)):
+    assert kind.__doc__.split(";")[0] in " ".join(part.split())
+    for field in dataclasses.fields(kind):
+      assert f"--{field.name.replace('_', '-')}" in part
+  assert script.__doc__.partition("\n")[0] in " ".join(shown.split())
+
+
+def test_without_its_extra_an_experiment_says_so_before_any_work(monkeypatch):
+  monkeypatch.setitem(sys.modules, "tyro", None)
+  with pytest.raises(SystemExit, match=r"tyro.*jaxdistill\[experiments\]"):
+    importlib.import_module("digits").parse([])
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar100"])

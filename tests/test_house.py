@@ -56,7 +56,8 @@ def imports_of(name):
 
 
 def test_the_top_has_eleven_rooms_and_the_words():
-  there = {path.stem for path in ROOT.iterdir() if not path.name.startswith(("_", "."))}
+  entries = [path for path in ROOT.iterdir() if not path.name.startswith(("_", "."))]
+  there = {path.stem for path in entries if path.is_dir() or path.suffix == ".py"}
   assert len(there - {"types"}) <= 11, f"too many names to remember: {sorted(there)}"
   for room in there - {"types"}:
     assert (ROOT / room / "__init__.py").is_file(), f"{room} is no room"
@@ -197,3 +198,26 @@ def test_nothing_is_left_to_be_done_in_the_code():
   for path in ROOT.rglob("*.py"):
     for word in ("TODO", "FIXME"):
       assert word not in path.read_text(), f"{path.name} has {word}"
+
+
+def test_hooks_have_the_versions_of_the_constraints():
+  pinned = (ROOT.parent / "constraints.txt").read_text().splitlines()
+  text = (ROOT.parent / ".pre-commit-config.yaml").read_text()
+  listed = re.findall(r"additional_dependencies: \[(.*)\]", text)
+  assert listed
+  for one in ", ".join(listed).split(", "):
+    assert one in pinned, f"{one} is not what constraints.txt has"
+  hooks = re.findall(r"entry: (\S+)(?: (\S+))?", text)
+  script = (ROOT.parent / ".ci" / "run").read_text()
+  for words in hooks:
+    assert f"/bin/{' '.join(word for word in words if word)}" in script
+
+
+def test_each_python_of_the_matrix_is_in_the_metadata():
+  workflow = (ROOT.parent / ".github" / "workflows" / "ci.yml").read_text()
+  (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+  assert "run: .ci/run" in workflow
+  prefix = "Programming Language :: Python :: "
+  said = [c.removeprefix(prefix) for c in PROJECT["project"]["classifiers"] if c.startswith(prefix)]
+  assert re.findall(r"[\d.]+", matrix) == said
+  assert (ROOT / "py.typed").is_file()

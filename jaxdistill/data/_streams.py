@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill.data._examples import Examples, Records, check_classes, label_mask, row_reader
 from jaxdistill.data._sources import (
   Part,
@@ -75,6 +75,7 @@ def streamed(
   """
   _check.whole("prefetch", prefetch)
   _check.whole("workers", workers, least=0)
+  _extras.need("data.streamed", "grain")
   if not isinstance(examples, Examples | Records):
     raise TypeError(
       f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
@@ -186,6 +187,7 @@ def record_files(paths: Sequence[str]) -> Any:
   Returns:
     ``len(records)`` and ``records.__getitems__(numbers)`` -> bytes.
   """
+  _extras.need("data.record_files", "grain", "array_record")
   import grain
 
   _parse_flags()

@@ -7,17 +7,18 @@ The only file that imports TFDS, so the builder of `Digits` lives here too. What
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import pathlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill.data._examples import Examples, Records
+
+_extras.need("reading a data set by its name (data.load)", "tensorflow_datasets")
+import tensorflow_datasets as tfds  # noqa: E402
 
 __all__ = ["Digits", "load", "records", "splits"]
 
@@ -73,12 +74,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
     del dl_manager
-    try:
-      from sklearn.datasets import load_digits
-    except ImportError as error:
-      raise ImportError(
-        "The digits come from scikit-learn, which is not installed: pip install scikit-learn."
-      ) from error
+    _extras.need("the data set 'digits'", "sklearn")
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
     order = _stratified_order(labels)
@@ -303,11 +301,12 @@ def _prepared(name: str, data_dir: str | pathlib.Path | None) -> tfds.core.Datas
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, options: dict[str, str]) -> None:
   """Prepares a set, or stops before the download where TensorFlow is needed and absent."""
-  absent = importlib.util.find_spec("tensorflow") is None
-  if absent and _uses_tensorflow(builder):
+  if not _extras.there("tensorflow") and _uses_tensorflow(builder):
     raise ModuleNotFoundError(_needs_tensorflow(name, builder.data_dir), name="tensorflow")
   try:
     builder.download_and_prepare(file_format="array_record")
+  except _extras.MissingExtraError:
+    raise
   except ModuleNotFoundError as error:
     message = f"Preparing {name!r} needs a package that is missing: pip install {error.name}."
     if error.name == "tensorflow":
@@ -343,7 +342,7 @@ def _unknown(name: str) -> str:
   hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
   some = (
     " Without TensorFlow TFDS lists only some of its sets: pip install 'jaxdistill[prepare]'."
-    if importlib.util.find_spec("tensorflow") is None
+    if not _extras.there("tensorflow")
     else ""
   )
   return (

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check, runs
+from jaxdistill import _check, _extras, runs
 from jaxdistill.data import Examples
 from jaxdistill.export import _folding, _int8, _onnx, _program, _student
 from jaxdistill.export._process import ExportError, compare_logits, run_file, top1
@@ -61,6 +61,13 @@ KINDS = {
   "int8_weights_onnx": ("student.int8_weights.onnx", "int8_weights"),
   "int8_weights_safetensors": ("student.int8_weights.safetensors", "int8_weights"),
   "int8": ("student.int8.stablehlo", "int8"),
+}
+# What a file of that suffix, and weights of that kind, are made and checked with.
+_NEEDS = {
+  ".onnx": ("jax2onnx", "onnxruntime"),
+  ".safetensors": ("safetensors",),
+  "int8_weights": ("qwix",),
+  "int8": ("qwix",),
 }
 
 
@@ -139,6 +146,8 @@ def export(
 
   Raises:
     FileNotFoundError: there is no finished run.
+    ImportError: a kind that ``kinds`` names needs a library that is not installed; the message
+      names the extra that brings it. A kind that is tried by default is then one that failed.
     ValueError: a kind is unknown or needs what is not given, or the network with ``normalize`` does
       not compute what the run's student does.
   """
@@ -252,6 +261,10 @@ def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]
     missing = [kind for kind in kinds if kind in lacking]
     if missing:
       raise ValueError(f"kinds={missing} need {need}=, which is not given.")
+  for kind in kinds:
+    file, which = KINDS[kind]
+    libraries = [*_NEEDS.get(which, ()), *_NEEDS.get(pathlib.PurePath(file).suffix, ())]
+    _extras.need(f"kinds={kind!r}", *libraries)
   return [kind for kind in KINDS if kind in kinds]
 
 
@@ -376,7 +389,7 @@ def export_file(
 
   Raises:
     ExportError: it cannot be loaded or fails its comparison; no file of that name is left.
-    ImportError: a library is missing; the message says which to install.
+    ImportError: a library is missing; the message names the extra that brings it.
     ValueError: the program cannot be exported in this form, or an argument does not fit.
 
   >>> call = lambda leaves, x: x @ leaves["params/kernel"]
@@ -391,6 +404,7 @@ def export_file(
   target = _check.folder("path", path).absolute()
   if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
     raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
+  _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))
   _check.whole("batch_size", batch_size)
   inputs, labels, split = split_examples(held_out)
   student = program.logits(inputs) if student is None else student

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill.export import _inputs, _program
 from jaxdistill.export._program import Operations, Program, Rule, is_literal
 
@@ -31,10 +31,9 @@ _LEAST = 8
 
 
 def _qwix() -> Any:
-  try:
-    import qwix
-  except ImportError as error:
-    raise ImportError("int8 needs qwix: pip install 'jaxdistill[export]'.") from error
+  _extras.need("int8", "qwix")
+  import qwix
+
   return qwix
 
 

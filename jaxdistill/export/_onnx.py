@@ -12,7 +12,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill.export import _program
 from jaxdistill.export._program import Operations, Program, Rule, is_literal
 from jaxdistill.runs import named_leaves
@@ -47,10 +47,9 @@ def onnx_bytes(program: Program) -> bytes:
     ValueError: it has an operation that cannot be converted, or was read from a file, where nobody
       can see its operations.
   """
-  try:
-    from jax2onnx import to_onnx
-  except ImportError as error:
-    raise ImportError("ONNX needs jax2onnx: pip install 'jaxdistill[export]'.") from error
+  _extras.need("ONNX", "jax2onnx")
+  from jax2onnx import to_onnx
+
   found = _program.traced(program)
   if any(equation.primitive.name == "call_exported" for equation in found.equations):
     raise ValueError(

@@ -20,10 +20,8 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy as safetensors_numpy
-from safetensors import safe_open
 
-from jaxdistill import _check, runs
+from jaxdistill import _check, _extras, runs
 from jaxdistill.runs import CheckpointError, first_few, listing, named_leaves
 
 __all__ = ["convolution", "linear", "msgpack", "orbax", "safetensors", "save_safetensors"]
@@ -179,11 +177,12 @@ def safetensors(
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
   ...   file = f"{folder}/a.safetensors"
-  ...   safetensors_numpy.save_file({"fc.weight": np.zeros((3, 4), np.float32)}, file)
+  ...   save_safetensors(file, {"fc.weight": np.zeros((3, 4), np.float32)})
   ...   variables = safetensors(file, {"fc.weight": ("params/Dense_0/kernel", linear)})
   >>> variables["params"]["Dense_0"]["kernel"].shape
   (4, 3)
   """
+  _extras.need("networks.weights.safetensors", "safetensors")
   place = _existing(path)
   with contextlib.ExitStack() as stack:
     there: dict[str, Any] = {}
@@ -221,6 +220,9 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
   ...   safetensors(f"{folder}/a.safetensors")["params"]["bias"].tolist()
   [1.0, 1.0]
   """
+  _extras.need("networks.weights.save_safetensors", "safetensors")
+  import safetensors.numpy
+
   file = _check.folder("path", path).absolute()
   if file.suffix != _SUFFIX or file.is_dir():
     raise ValueError(f"path={file} must end in {_SUFFIX}, and be no folder.")
@@ -233,7 +235,7 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
     arrays[name] = np.array(leaf, order="C")
   file.parent.mkdir(parents=True, exist_ok=True)
   temporary = file.with_name(file.name + ".writing")
-  safetensors_numpy.save_file(arrays, temporary)
+  safetensors.numpy.save_file(arrays, temporary)
   os.replace(temporary, file)
 
 
@@ -342,6 +344,8 @@ def _shards(place: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
 
 
 def _open(file: pathlib.Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, Any]]:
+  from safetensors import safe_open
+
   try:
     handle = stack.enter_context(safe_open(file, framework="numpy"))
   except Exception as error:

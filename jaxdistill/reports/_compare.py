@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import evaluation, teachers
+from jaxdistill import _extras, evaluation, teachers
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
@@ -58,6 +58,7 @@ def compare_students(
     FileNotFoundError: a run has no usable checkpoint.
     ValueError: a run is not finished, or a column of metadata does not fit.
   """
+  _extras.need("reports.compare_students", "matplotlib", "scipy")
   size = examples if isinstance(examples, int) else len(examples)
   columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
   predict = evaluation.predictor(network)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, evaluation, runs
+from jaxdistill import _check, _extras, evaluation, runs
 from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Answers, Predictions, column
 from jaxdistill.evaluation.predictions import save as save_predictions
@@ -242,6 +242,7 @@ def write_report(
   Returns:
     The path of the Markdown report.
   """
+  _extras.need("reports.write_report", "matplotlib", "scipy")
   folder = _check.folder("folder", folder)
   if not isinstance(report, Mapping) or "split" not in report:
     raise TypeError(f"report must be what reports.build_report returns, got {_check.show(report)}.")
@@ -281,6 +282,7 @@ def render_report(
     FileNotFoundError: the folder has nothing to make a report of.
     ValueError: a column does not fit, or there are no answers on each example to slice.
   """
+  _extras.need("a report", "matplotlib", "scipy")
   found = evidence.read(folder, split)
   if metadata:
     _slice(found, metadata)

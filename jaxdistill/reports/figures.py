@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill.evaluation import metrics
 
 __all__ = ["curves", "frontier", "intervals", "models", "png"]
@@ -273,6 +273,7 @@ def png(picture: np.ndarray) -> bytes:
   >>> png(np.zeros((2, 2), np.uint8))[1:4]
   b'PNG'
   """
+  _extras.need("reports.figures.png", "matplotlib")
   import matplotlib.image
 
   if picture.ndim == 2:
@@ -290,6 +291,7 @@ def png(picture: np.ndarray) -> bytes:
 
 
 def _axes(width: float, height: float, *, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
+  _extras.need("a picture", "matplotlib")
   import matplotlib.figure  # a third of a second, which importing the library should not cost
 
   figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")

@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     verify,
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
-  from jaxdistill.runs._progress import progress_bar
+  from jaxdistill.runs._progress import Progress, progress_bar, say_saved
   from jaxdistill.runs._trees import from_outline, named_leaves, outline
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
   "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
   "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
+  "Progress",  # how far something is; `progress_bar` makes it
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind
   "command",  # the command that repeats a run
@@ -67,13 +68,14 @@ __all__ = [
   "named_leaves",  # the leaves by their path, ``params/Dense_0/kernel``
   "nested_dicts",  # nested dictionaries from leaves by path
   "outline",  # the containers as JSON, so that a tree comes back without ``like``
-  "progress_bar",  # a progress bar; ``update(count)`` moves it and ``close()`` ends it
+  "progress_bar",  # a bar in a terminal or a notebook; elsewhere a line every few seconds
   "publish",  # writes the manifest of the folder being written for ``target``
   "read_config",  # reads a run's configuration
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
   "release",  # gives back a folder whose run failed before its first checkpoint
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
   "save_variables",  # saves one pytree, such as a teacher's or a deployed student's variables
+  "say_saved",  # says, beside the progress, where something was saved
   "sha256",  # the SHA-256 of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
   "verify",  # compares the files with the manifest; the digests only of these items

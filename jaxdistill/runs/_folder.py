@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 
 __all__ = [
   "Metrics",
@@ -280,12 +280,9 @@ def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
 def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
   if folder is None:
     raise ValueError("tensorboard=True writes into the run's folder, and folder is None.")
-  try:
-    import tensorboardX
-  except ImportError as error:
-    raise ImportError(
-      "tensorboard=True needs tensorboardX: pip install 'jaxdistill[tensorboard]'."
-    ) from error
+  _extras.need("tensorboard=True", "tensorboardX")
+  import tensorboardX
+
   # Scalars after the purge step were written by a run that was killed; TensorBoard hides them.
   return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_from + 1)
 

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from jaxdistill import _check, evaluation, export, networks, runs, teachers, train
+from jaxdistill import _check, _extras, evaluation, export, networks, runs, teachers, train
 from jaxdistill.data import Source
 from jaxdistill.evaluation import cost
 from jaxdistill.recipes import kd, labels
@@ -202,7 +202,7 @@ def compress(
       whether a few more steps still improve it.
     teacher_run: the teacher's run folder, whose curves tell that where they are long enough.
     config: what else defines the search, the optimiser's settings for example.
-    progress: whether to show progress bars.
+    progress: whether to show how far it is.
 
   Returns:
     What was chosen, and all candidates.
@@ -220,6 +220,7 @@ def compress(
   Source of the assistant: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant",
   2020.
   """
+  _extras.need("search.compress, which draws a picture,", "matplotlib")
   _check_arguments(candidates, within, gap)
   job = Job(
     within=within,
@@ -279,6 +280,7 @@ def compress(
     validation=quality,
   )
   made.write(path)
+  runs.say_saved("compress" if progress else None, path)
   return made
 
 

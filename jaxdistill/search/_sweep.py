@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, _compile, evaluation, train
+from jaxdistill import _check, _compile, _extras, evaluation, runs, train
 from jaxdistill.data import Source
 from jaxdistill.search._choice import METRICS, Result, best_of, score
 from jaxdistill.search._grid import Group, Point, grouped, seed_pairs
@@ -146,7 +146,7 @@ def sweep(
     config: what else defines the sweep, for ``config.json``.
     checkpoint_every: steps between checkpoints of the students in training; about a tenth of the
       run, but at least a thousand steps, by default.
-    progress: the progress bar's label; None for silence.
+    progress: the label of the progress, a bar in a terminal and lines elsewhere; None for silence.
 
   Returns:
     The `Result`.
@@ -158,6 +158,8 @@ def sweep(
     FloatingPointError: no point stayed finite.
     jaxdistill.train.Stopped: the process was asked to stop.
   """
+  if folder is not None:
+    _extras.need("search.sweep(folder=...), which draws a picture,", "matplotlib")
   groups = grouped(points, student, objective, optimizer, hyper, steps)
   pairs = seed_pairs(seeds)
   again = [] if retrain is None else seed_pairs(retrain)
@@ -239,6 +241,7 @@ def sweep(
     )
     if path is not None:
       result.write(path)
+      runs.say_saved(progress, path)
   return result
 
 

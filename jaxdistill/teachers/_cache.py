@@ -23,10 +23,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, _extras
 from jaxdistill._compile import by_work
 from jaxdistill.data import Part, Source, record_files
-from jaxdistill.runs import MANIFEST, progress_bar
+from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
 from jaxdistill.teachers._identity import PROBES, sketch
 from jaxdistill.types import Batch, Network, Outputs, Teacher
@@ -96,6 +96,8 @@ def cached(
   for name, value in (("limit", limit), ("batch_size", batch_size)):
     _check.whole(name, value)
   _check.switch("in_advance", in_advance)
+  if folder is not None:
+    _extras.need("teachers.cached(folder=...)", "array_record", "grain")
   if teacher is None:
     store, about = _foreign(teacher_variables, source, folder)
   else:
@@ -342,6 +344,7 @@ def compare_cache(
     What differs, in words; nothing where the cache is this teacher's. Of a cache that another
     program wrote, only the sample is compared.
   """
+  _extras.need("reading a cache of a teacher's outputs", "array_record")
   path = _check.folder("folder", folder)
   manifest = _cache_files.read_manifest(path)
   names = [a["name"] for a in manifest["arrays"]]
@@ -621,7 +624,10 @@ class Store:
 
   def complete(self) -> None:
     """Fills all views."""
+    before = self.full
     self.make(range(self.count))
+    if self.files is not None and not before:
+      say_saved(self.progress, self.files.folder)
 
   def view(self, view: int) -> Rows:
     """All rows of a view that is there."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill import _extras
 from jaxdistill.runs import MANIFEST, digest, sha256
 
 __all__ = [
@@ -392,4 +393,5 @@ def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
     FileNotFoundError: there is no cache.
     CacheError: the manifest or the list of ids is damaged.
   """
+  _extras.need("reading a cache of a teacher's outputs", "array_record")
   return bad_files(pathlib.Path(folder))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill import _check, export
+from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import _mesh
@@ -165,7 +165,7 @@ def fit(
       inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
     scan: whether a chunk is one dispatch, by ``lax.scan``. Without, its steps are dispatched one by
       one: XLA computes convolutions inside a loop twenty times slower on a CPU.
-    progress: the progress bar's label; None for silence.
+    progress: the label of the progress, a bar in a terminal and lines elsewhere; None for silence.
     tensorboard: also write TensorBoard event files into the folder.
     callback: ``(step, record)`` after every line.
 
@@ -271,14 +271,14 @@ def fit(
     network = student if objective.deployed is None else objective.deployed.network(student)
     if path is not None and saved is not None:
       saved.wait()
-      _save_deployed(path, program, network, variables)
+      _save_deployed(path, program, network, variables, progress)
   return Fitted(variables=variables, network=network, state=final, history=log.history)
 
 
 def _save_deployed(
-  path: pathlib.Path, program: Program, network: Network, variables: PyTree
+  path: pathlib.Path, program: Program, network: Network, variables: PyTree, progress: str | None
 ) -> None:
-  """Leaves the deployed network in the folder, once."""
+  """Leaves the deployed network in the folder, once, and says where all of it is."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
     export.save_student(
       path,
@@ -289,6 +289,7 @@ def _save_deployed(
       stacked=program.stacked,
     )
   _mesh.barrier("deployed")
+  runs.say_saved(progress if jax.process_index() == 0 else None, path)
 
 
 def _shown(value: Any, steps: int) -> Any:
@@ -379,6 +380,8 @@ def check_machinery(
     raise TypeError(f"progress={progress!r} must be the bar's label, or None for no bar.")
   for name, value in switches.items():
     _check.switch(name, value)
+  if switches.get("tensorboard"):
+    _extras.need("tensorboard=True", "tensorboardX")
 
 
 def check_functions(

@@ -13,7 +13,6 @@ import itertools
 import os
 import pathlib
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -198,7 +197,6 @@ class Log:
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
     self._select, self._callback = select, callback
     self._clock = time.perf_counter()
-    self._shown = progress is not None
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -224,19 +222,16 @@ class Log:
     record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
     record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
     self._metrics.write(end, record)
-    self._bar.update(end - begin)
     shown = {"loss": record["loss"]}
     if self._select in (validation or {}):
       shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
-    self._bar.set_postfix({name: f"{np.mean(value):.4f}" for name, value in shown.items()})
+    self._bar.update(end - begin, {name: f"{np.mean(value):.4f}" for name, value in shown.items()})
     if self._callback is not None:
       self._callback(end, self.history[-1])
 
   def say(self, text: str) -> None:
     """Prints a line where the bar is shown."""
-    if self._shown:
-      self._bar.clear()
-      print(text, file=sys.stderr)
+    self._bar.say(text)
 
   def close(self) -> None:
     """Closes the bar and the files."""

@@ -144,8 +144,8 @@ def test_damaged_files_are_noticed(digits_dir, tmp_path, damage):
 
 
 def test_scikit_learn_absent_is_named(monkeypatch, tmp_path):
-  monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-  with pytest.raises(ImportError, match="pip install scikit-learn"):
+  monkeypatch.setitem(sys.modules, "sklearn", None)
+  with pytest.raises(ImportError, match=r"sklearn.*jaxdistill\[data\]"):
     data.load("digits", data_dir=tmp_path)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import _check, runs
+from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports._pages import analysis, evidence, significance
 from jaxdistill.reports._pages.evidence import Evidence
@@ -67,6 +67,7 @@ def compare_runs(
     ValueError: a run has no answers on each example; or they are of another data set or split, of
       other labels, or have no example in common.
   """
+  _extras.need("reports.compare_runs", "matplotlib", "scipy")
   found = {"a": evidence.read(first, split), "b": evidence.read(second, split)}
   names = _names(first, second)
   a, b = (_answers(found[side], names[side]) for side in ("a", "b"))
