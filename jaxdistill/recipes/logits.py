@@ -139,6 +139,7 @@ def dkd(
   """
   del warmup_steps  # of which dkd_warmup is the schedule, and here the number of this step
   ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
+  weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
   values = losses.decoupled_kd(
     ours,
     theirs,
@@ -150,7 +151,7 @@ def dkd(
   return {
     "labels": hard_term(student, batch, hard_weight),
     # Without the label no class is the target.
-    "dkd": Term(values, weight=soft_weight * dkd_warmup, where=batch.labelled),
+    "dkd": Term(values, weight=weight, where=batch.labelled),
   }
 
 

@@ -193,13 +193,12 @@ def _objective(
 ) -> Objective:
   """The promoted function with these values, whose numbers are looked at, now and at a step."""
   empty = inspect.Parameter.empty  # a keyword without a default: fit asks for it
-  known = {name: value for name, value in hyper.items() if value is not empty}
-  check_keywords(**known)
+  check_keywords(**{name: value for name, value in hyper.items() if value is not empty})
   bound = functools.partial(function, **{n: v for n, v in values.items() if v is not empty})
   promoted = as_objective(bound)
 
   def apply(*args: Any, key: Any, **now: Any) -> tuple[dict[str, Term], PyTree]:
-    check_keywords(**{name: at_a_step(name, v) for name, v in {**known, **now}.items()})
+    check_keywords(**now)
     return promoted.apply(*args, key=key, **now)
 
   return Objective(init=promoted.init, apply=apply, hyper=dict(hyper))
