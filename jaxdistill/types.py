@@ -21,6 +21,7 @@ __all__ = [
   "Batch",
   "Deployed",
   "Network",
+  "Number",
   "Objective",
   "ObjectiveFunction",
   "Outputs",
@@ -34,6 +35,8 @@ __all__ = [
 
 # A pytree of arrays: parameters, statistics, an objective's state.
 PyTree = Any
+# An objective's keyword: a number or a scalar array; where a recipe is called, a schedule too.
+Number = Any
 
 
 @flax.struct.dataclass
@@ -86,7 +89,8 @@ class Term:
 
   Attributes:
     values: ``[B]`` or ``[B, L]`` when ``axis`` is ``"batch"``, else any shape.
-    weight: a number or a scalar array; may follow a schedule.
+    weight: a number or a scalar array; may follow a schedule. An objective function that gives a
+      term the weight None has left it out.
     where: a mask of the shape of ``values`` (or ``[B]`` for ``[B, L]`` values); it must depend on
       the batch alone, never on what the networks put out. None counts everything.
     axis: what the values run over. ``"batch"``: examples or tokens, and the step multiplies the
@@ -144,7 +148,8 @@ def as_objective(objective: Any) -> Objective:
   """Promotes a bare objective function to the pair; an `Objective` passes through.
 
   The function's keyword-only arguments become the objective's ``hyper``. A keyword named ``key``
-  receives the step's random key and is not one of them.
+  receives the step's random key and is not one of them. A term whose weight is None is left out: so
+  ``hard_weight=None`` is an objective without labels.
 
   Args:
     objective: an `Objective`, or a function ``(student, teacher, batch, *, ...) -> {name: Term}``.
@@ -186,7 +191,20 @@ def as_objective(objective: Any) -> Objective:
   ) -> tuple[dict[str, Term], PyTree]:
     del params
     extra = {"key": key} if wants_key else {}
-    return objective(student, teacher, batch, **extra, **hyper), state
+    try:
+      terms = objective(student, teacher, batch, **extra, **hyper)
+    except AttributeError as error:
+      # ``teacher.logits`` of a run without one.
+      read = {field.name for field in dataclasses.fields(Outputs)}
+      if teacher is not None or error.obj is not None or error.name not in read:
+        raise
+      name = getattr(getattr(objective, "func", objective), "__name__", "the objective")
+      raise ValueError(
+        f"{name} compares with a teacher, and teacher is None; give fit a teacher."
+      ) from error
+    if isinstance(terms, Mapping):  # what is none, or has what is no term, the step refuses
+      terms = {n: term for n, term in terms.items() if getattr(term, "weight", 0.0) is not None}
+    return terms, state
 
   return Objective(init=init, apply=apply, hyper=keywords)
 

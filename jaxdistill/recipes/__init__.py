@@ -1,16 +1,20 @@
 """Methods as objectives: what to compare, and with what weight.
 
-A recipe returns an objective. `combine` adds objectives up, so that a method is put together from
-parts: ``combine(kd(), hint("hidden", "0/hidden"))``. A method of your own needs none of this: a
-function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an objective. `projectors` are
-what a recipe trains beside the student.
+A recipe, called with keywords, gives an objective. `combine` adds objectives up, so that a method
+is put together from parts: ``combine(kd(), hint("hidden", "0/hidden"))``. A method of your own
+needs none of this: a function ``(student, teacher, batch, *, ...) -> {name: Term}`` is an
+objective, and the decorator `recipe` lets it be called as those here are. Those that learn nothing
+of their own are written so: whoever copies `kd` into a file of his has his method, ``kd.function``.
+`parts` has what bodies call; `projectors` are what the other recipes train beside the student.
 """
 
+from jaxdistill.recipes import parts as parts
 from jaxdistill.recipes import projectors as projectors
 from jaxdistill.recipes.basics import combine, fitnet, hint, kd, labels
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.features import attention_transfer, nst, overhaul, overhaul_margins, vid
 from jaxdistill.recipes.logits import ctkd, dist, dkd, kd_standardized, ofa
+from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.relations import correlation_congruence, pkt, rkd, similarity_preserving
 from jaxdistill.recipes.review import reviewkd
 from jaxdistill.recipes.simkd import simkd
@@ -37,6 +41,7 @@ __all__ = [
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the ReLU, and the labels
   "overhaul_margins",  # the margins of `overhaul` from the teacher's BatchNorms
   "pkt",  # probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour
+  "recipe",  # makes a recipe of a method: a function becomes one that is called with keywords
   "reviewkd",  # reviewKD: the student's stages, fused from the top down, match the teacher's
   "rkd",  # relational knowledge distillation (RKD): distances of pairs and angles of triples
   "similarity_preserving",  # similarity-preserving distillation (SP)

@@ -10,17 +10,11 @@ import jax
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes._parts import (
-  Running,
-  both_logits,
-  check_weights,
-  feature,
-  init_modules,
-  with_labels,
-)
+from jaxdistill.recipes.parts import Modules, Running, both_features, hard_term, learned, recipe
 from jaxdistill.types import (
   Batch,
   Deployed,
+  Number,
   Objective,
   ObjectiveFunction,
   Outputs,
@@ -33,7 +27,19 @@ __all__ = ["combine", "fitnet", "hint", "kd", "labels"]
 PyTree = Any
 
 
-def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> ObjectiveFunction:
+def _check_smoothing(label_smoothing: Any) -> None:
+  _check.number("label_smoothing", label_smoothing, least=0, most=1)
+
+
+@recipe(check=_check_smoothing)
+def labels(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  hard_weight: Number = 1.0,
+  label_smoothing: float = 0.0,
+) -> dict[str, Term]:
   """Cross-entropy on the labels alone: the baseline that distillation has to beat.
 
   Args:
@@ -41,25 +47,23 @@ def labels(*, hard_weight: float = 1.0, label_smoothing: float = 0.0) -> Objecti
     label_smoothing: how much of the target is spread evenly over the classes.
 
   Returns:
-    An objective function with the one term ``labels``. It needs no teacher.
+    An objective with the one term ``labels``. It needs no teacher.
   """
-  _check.scheduled("hard_weight", hard_weight, least=0)
-  _check.number("label_smoothing", label_smoothing, least=0, most=1)
-
-  def objective(
-    student: Outputs, teacher: Outputs | None, batch: Batch, *, hard_weight: Any = hard_weight
-  ) -> dict[str, Term]:
-    del teacher
-    _check.number("hard_weight", hard_weight, least=0)
-    values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
-    return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
-
-  return objective
+  del teacher
+  values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
+  return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
 
 
+@recipe
 def kd(
-  *, temperature: float = 4.0, soft_weight: float = 0.9, hard_weight: float | None = 0.1
-) -> ObjectiveFunction:
+  student: Outputs,
+  teacher: Outputs,
+  batch: Batch,
+  *,
+  temperature: Number = 4.0,
+  soft_weight: Number = 0.9,
+  hard_weight: Number | None = 0.1,
+) -> dict[str, Term]:
   """Soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015.
 
   ``hard_weight * cross_entropy + soft_weight * soft_target_kl`` (the latter carries
@@ -72,25 +76,14 @@ def kd(
     hard_weight: weight of the labels; None leaves them out.
 
   Returns:
-    An objective function with the terms ``labels`` and ``soft``.
+    An objective with the terms ``labels`` and ``soft``.
   """
-  _check.scheduled("temperature", temperature, above=0)
-  check_weights(soft_weight=soft_weight)
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    temperature: Any = temperature,
-    soft_weight: Any = soft_weight,
-  ) -> dict[str, Term]:
-    _check.number("soft_weight", soft_weight, least=0)
-    ours, theirs = both_logits("kd", student, teacher)
-    soft = losses.soft_target_kl(ours, theirs, temperature=temperature)
-    return {"soft": Term(soft, weight=soft_weight)}
-
-  return with_labels(objective, hard_weight)
+  # [B]: T² KL(softmax(teacher / T) ‖ softmax(student / T)), which keeps its gradient's size.
+  soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight),
+  }
 
 
 def hint(
@@ -124,41 +117,17 @@ def hint(
       can't be matched.
   """
   keyword = f"{name}_weight"
-  _check.scheduled(keyword, hint_weight, least=0)
   _check.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
-  _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
-  for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
-    if not isinstance(layer, str):
-      raise TypeError(f"{argument}={_check.show(layer)} must be a feature's name.")
 
-  def module_for(student: Outputs, teacher: Outputs | None) -> nn.Module | None:
-    ours = feature(student, student_layer, "student_layer")
-    theirs = feature(teacher, teacher_layer, "teacher_layer")
-    return None if ours.shape[1:] == theirs.shape[1:] else projector(ours, theirs)
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, **weight: Any
+  ) -> dict[str, Term]:
+    del student, batch
+    values = loss(running("projector"), teacher.features[teacher_layer])
+    return {name: Term(values, weight=weight[keyword])}
 
-  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
-    module = module_for(student, teacher)
-    return init_modules(key, {"projector": (module, student.features[student_layer])})
-
-  def apply(
-    params: PyTree,
-    state: PyTree,
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    key: Any,
-    **hyper: Any,
-  ) -> tuple[dict[str, Term], PyTree]:
-    del batch, key
-    module = module_for(student, teacher)
-    assert teacher is not None  # module_for has raised otherwise
-    running = Running(params, state)
-    projected = running("projector", module, student.features[student_layer])
-    values = loss(projected, teacher.features[teacher_layer])
-    return {name: Term(values, weight=hyper.get(keyword, hint_weight))}, running.state
-
-  return Objective(init=init, apply=apply, hyper={keyword: hint_weight})
+  modules = _projected(student_layer, teacher_layer, projector)
+  return learned(modules, method, {keyword: hint_weight})
 
 
 def fitnet(
@@ -183,8 +152,32 @@ def fitnet(
   Returns:
     An `Objective` with the terms ``labels`` and ``hint``.
   """
-  matched = hint(student_layer, teacher_layer, hint_weight=hint_weight, projector=projector)
-  return with_labels(matched, hard_weight)
+
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, hint_weight: Any
+  ) -> dict[str, Term]:
+    values = losses.hint_l2(running("projector"), teacher.features[teacher_layer])
+    return {"hint": Term(values, weight=hint_weight)}
+
+  modules = _projected(student_layer, teacher_layer, projector)
+  return learned(modules, method, {"hint_weight": hint_weight}, hard_weight)
+
+
+def _projected(
+  student_layer: str, teacher_layer: str, projector: Callable[[Any, Any], nn.Module]
+) -> Callable[[Outputs, Outputs | None], Modules]:
+  """The module ``projector``, where the two features differ in shape."""
+  _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
+  for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
+    if not isinstance(layer, str):
+      raise TypeError(f"{argument}={_check.show(layer)} must be a feature's name.")
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    ours, theirs = both_features(student, teacher, (student_layer, teacher_layer))
+    same = ours.shape[1:] == theirs.shape[1:]
+    return {"projector": (None if same else projector(ours, theirs), ours)}
+
+  return modules
 
 
 def combine(*objectives: Objective | ObjectiveFunction) -> Objective:

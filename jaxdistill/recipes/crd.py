@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, losses
-from jaxdistill.recipes._parts import (
-  check_layers,
-  check_weights,
+from jaxdistill.recipes.parts import (
+  Modules,
+  Running,
   embed,
-  init_embeddings,
+  embeddings,
+  init_modules,
+  layer_names,
+  learned,
   present,
-  with_labels,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -80,39 +82,38 @@ def crd(
   >>> crd(jnp.array([0, 1, 1])).hyper["crd_weight"]
   0.8
   """
-  layers = check_layers(student_layer, teacher_layer)
-  check_weights(crd_weight=crd_weight)
-  _check.scheduled("crd_temperature", crd_temperature, above=0)
+  layers = layer_names(student_layer, teacher_layer)
   _check.number("momentum", momentum, least=0, most=1)
   _check.whole("negatives", negatives)
   _check.whole("width", width)
   classes = _classes(labels)
-  hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    return embeddings(student, teacher, layers, width)
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     key, banks_key = jax.random.split(key)
-    params = init_embeddings(key, student, teacher, layers, width)
+    params, _ = init_modules(key, modules(student, teacher))
     return params, {"banks": losses.init_banks(banks_key, jnp.asarray(classes), width)}
 
-  def apply(
-    params: PyTree,
-    state: PyTree,
+  def method(
+    running: Running,
     student: Outputs,
     teacher: Outputs | None,
     batch: Batch,
     *,
     key: Any,
-    crd_weight: Any = crd_weight,
-    crd_temperature: Any = crd_temperature,
-  ) -> tuple[dict[str, Term], PyTree]:
-    banks, index = state["banks"], batch.index
+    crd_weight: Any,
+    crd_temperature: Any,
+  ) -> dict[str, Term]:
+    banks, index = running.state["banks"], batch.index
     known = present(batch) & (batch.labelled > 0)
-    ours, theirs = embed(params, student, teacher, layers, width, known)
+    ours, theirs = embed(running, student, teacher, layers, known)
     rows = index
     if axis_name is not None:
       (ours, theirs, rows, known), key = _gathered((ours, theirs, rows, known), key, axis_name)
     rows = jnp.clip(rows, 0, len(banks.labels) - 1)
-    values, banks = losses.contrastive_bank(
+    values, running.state["banks"] = losses.contrastive_bank(
       ours,
       theirs,
       banks.labels[rows],
@@ -129,10 +130,10 @@ def crd(
       values = jax.lax.dynamic_slice_in_dim(values, start, index.shape[0])
     # A wrong row would be scored without a word.
     values = jnp.where((index >= 0) & (index < len(banks.labels)), values, jnp.nan)
-    term = Term(values, weight=crd_weight, where=batch.labelled)
-    return {"crd": term}, {"banks": banks}
+    return {"crd": Term(values, weight=crd_weight, where=batch.labelled)}
 
-  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
+  hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
+  return learned(modules, method, hyper, hard_weight, init=init)
 
 
 def _gathered(seen: PyTree, key: Any, axis_name: str) -> tuple[PyTree, Any]:

@@ -18,36 +18,41 @@ import numpy as np
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.parts import (
+  STAGES,
+  Modules,
   Running,
-  check_weights,
   convolution_init,
   feature,
+  hard_term,
   layer_pairs,
   learned,
   map_pairs,
+  recipe,
   stage_weights_or,
   total,
-  with_labels,
 )
-from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
+from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
 
 PyTree = Any
-_STAGES = ("stage1", "stage2", "stage3")
 _BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
 # PyTorch's kaiming_normal_(mode="fan_out").
 _connector_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
+@recipe(check=layer_pairs)
 def attention_transfer(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
-  student_layers: Sequence[str] = _STAGES,
+  student_layers: Sequence[str] = STAGES,
   teacher_layers: Sequence[str] | None = None,
-  attention_weight: float = 1000.0,
-  hard_weight: float | None = 1.0,
-) -> ObjectiveFunction:
+  attention_weight: Number = 1000.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
   """Attention transfer (AT): where in the image each stage's energy is, and the labels.
 
   ``hard_weight * cross_entropy + attention_weight * Σ_stages attention_transfer``. Nothing is
@@ -61,7 +66,7 @@ def attention_transfer(
     hard_weight: 1 in all of them; a keyword of the objective. None leaves the labels out.
 
   Returns:
-    An objective function with the terms ``labels`` and ``attention``.
+    An objective with the terms ``labels`` and ``attention``.
 
   Source: Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of
   Convolutional Neural Networks via Attention Transfer", 2017, whose own formula differs from its
@@ -69,34 +74,30 @@ def attention_transfer(
 
   >>> from jaxdistill.types import make_batch
   >>> outputs = Outputs(jnp.zeros((1, 2)), {"conv": jnp.ones((1, 2, 2, 3))})
-  >>> objective = attention_transfer(student_layers=("conv",))
-  >>> objective(outputs, outputs, make_batch(jnp.ones((1, 1))))["attention"].values.tolist()
+  >>> batch = make_batch(jnp.ones((1, 1)))
+  >>> terms = attention_transfer.function(outputs, outputs, batch, student_layers=("conv",))
+  >>> terms["attention"].values.tolist()
   [0.0]
   """
-  pairs = layer_pairs(student_layers, teacher_layers)
-  check_weights(attention_weight=attention_weight)
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    attention_weight: Any = attention_weight,
-  ) -> dict[str, Term]:
-    maps = map_pairs(student, teacher, pairs)
-    values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
-    return {"attention": Term(values, weight=attention_weight)}
-
-  return with_labels(objective, hard_weight)
+  maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
+  values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "attention": Term(values, weight=attention_weight),
+  }
 
 
+@recipe(check=layer_pairs)
 def nst(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
-  student_layers: Sequence[str] = _STAGES,
+  student_layers: Sequence[str] = STAGES,
   teacher_layers: Sequence[str] | None = None,
-  nst_weight: float = 50.0,
-  hard_weight: float | None = 1.0,
-) -> ObjectiveFunction:
+  nst_weight: Number = 50.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
   """Neuron selectivity transfer (NST): where each channel fires, and the labels.
 
   ``hard_weight * cross_entropy + nst_weight * Σ_stages neuron_selectivity``. Nothing is learned:
@@ -110,32 +111,24 @@ def nst(
     hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
 
   Returns:
-    An objective function with the terms ``labels`` and ``nst``.
+    An objective with the terms ``labels`` and ``nst``.
 
   Source: Huang, Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer",
   2017.
 
   >>> from jaxdistill.types import make_batch
   >>> outputs = Outputs(jnp.zeros((1, 2)), {"conv": jnp.ones((1, 2, 2, 1))})
-  >>> objective = nst(student_layers=("conv",))
-  >>> objective(outputs, outputs, make_batch(jnp.ones((1, 1))))["nst"].values.tolist()
+  >>> batch = make_batch(jnp.ones((1, 1)))
+  >>> terms = nst.function(outputs, outputs, batch, student_layers=("conv",))
+  >>> terms["nst"].values.tolist()
   [0.0]
   """
-  pairs = layer_pairs(student_layers, teacher_layers)
-  check_weights(nst_weight=nst_weight)
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    nst_weight: Any = nst_weight,
-  ) -> dict[str, Term]:
-    maps = map_pairs(student, teacher, pairs)
-    values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
-    return {"nst": Term(values, weight=nst_weight)}
-
-  return with_labels(objective, hard_weight)
+  maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
+  values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "nst": Term(values, weight=nst_weight),
+  }
 
 
 class _VariationalMean(nn.Module):
@@ -164,7 +157,7 @@ class _VariationalMean(nn.Module):
 
 def vid(
   *,
-  student_layers: Sequence[str] = _STAGES,
+  student_layers: Sequence[str] = STAGES,
   teacher_layers: Sequence[str] | None = None,
   vid_weight: float = 1.0,
   hard_weight: float | None = 1.0,
@@ -201,7 +194,7 @@ def vid(
   pairs = layer_pairs(student_layers, teacher_layers)
   _check.number("init_variance", init_variance, above=1e-5)
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found = {}
     for i, (ours, theirs) in enumerate(pairs):
       width = feature(teacher, theirs, "teacher_layers").shape[-1]
@@ -209,20 +202,17 @@ def vid(
       found[f"mean{i}"] = (_VariationalMean(width, init_variance), given)
     return found
 
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, vid_weight: Any
   ) -> dict[str, Term]:
-    values = []
-    for (name, (module, given)), (_, theirs) in zip(
-      modules(student, teacher).items(), pairs, strict=True
-    ):
-      mean, raw_variance = running(name, module, given)
-      values.append(
-        losses.variational_information(mean, teacher.features[theirs], raw_variance=raw_variance)
-      )
-    return {"vid": Term(total(values), weight=hyper["vid_weight"])}
+    # -log q(teacher | student) of a Gaussian for each stage, without its constant.
+    values = total(
+      losses.variational_information(mean, teacher.features[name], raw_variance=raw_variance)
+      for (mean, raw_variance), (_, name) in zip(running.each(), pairs, strict=True)
+    )
+    return {"vid": Term(values, weight=vid_weight)}
 
-  return with_labels(learned(modules, terms, {"vid_weight": vid_weight}), hard_weight)
+  return learned(modules, method, {"vid_weight": vid_weight}, hard_weight)
 
 
 def overhaul(
@@ -274,7 +264,7 @@ def overhaul(
       "one for each, from overhaul_margins."
     )
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found = {}
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
       if np.shape(margins[i]) != theirs.shape[-1:]:
@@ -293,17 +283,18 @@ def overhaul(
       found[f"connector{i}"] = (module, ours)
     return found
 
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, overhaul_weight: Any
   ) -> dict[str, Term]:
-    connected = [running(name, *entry) for name, entry in modules(student, teacher).items()]
     values = total(
-      weight * losses.overhaul(ours, teacher.features[theirs], margin=margin)
-      for weight, ours, (_, theirs), margin in zip(weights, connected, pairs, margins, strict=True)
+      weight * losses.overhaul(ours, teacher.features[name], margin=margin)
+      for weight, ours, (_, name), margin in zip(
+        weights, running.each(), pairs, margins, strict=True
+      )
     )
-    return {"overhaul": Term(values, weight=hyper["overhaul_weight"])}
+    return {"overhaul": Term(values, weight=overhaul_weight)}
 
-  return with_labels(learned(modules, terms, {"overhaul_weight": overhaul_weight}), hard_weight)
+  return learned(modules, method, {"overhaul_weight": overhaul_weight}, hard_weight)
 
 
 def overhaul_margins(

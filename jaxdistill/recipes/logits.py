@@ -18,30 +18,37 @@ import optax
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.parts import (
   EPOCH,
+  STAGES,
   LogitLoss,
+  Modules,
   Running,
   at_a_step,
   both_logits,
+  check_loss,
   feature,
-  init_modules,
-  with_labels,
+  hard_term,
+  learned,
+  recipe,
+  rising,
 )
-from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term, compute_dtype
+from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
 
 __all__ = ["ctkd", "dist", "dkd", "kd_standardized", "ofa"]
 
-PyTree = Any
 
-
+@recipe(check=check_loss)
 def kd_standardized(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
   loss: LogitLoss = losses.soft_target_kl,
-  temperature: float = 2.0,
-  soft_weight: float = 9.0,
-  hard_weight: float | None = 0.1,
-) -> ObjectiveFunction:
+  temperature: Number = 2.0,
+  soft_weight: Number = 9.0,
+  hard_weight: Number | None = 0.1,
+) -> dict[str, Term]:
   """Logit standardisation (LSKD): the logits' z-scores in front of a loss on logits.
 
   ``hard_weight * cross_entropy + soft_weight * loss(z(student), z(teacher), temperature)``,
@@ -61,39 +68,37 @@ def kd_standardized(
     hard_weight: of the labels; likewise. None leaves that term out.
 
   Returns:
-    An objective function with the terms ``labels`` and ``soft``. Unlabelled examples take part in
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in
     the latter only.
 
   >>> batch = Batch(None, jnp.array([0]), jnp.ones(1), jnp.ones(1), None, None)
   >>> student, teacher = (Outputs(z * jnp.array([[2.0, 1.0, 0.0]])) for z in (1.0, 3.0))
-  >>> kd_standardized()(student, teacher, batch)["soft"].values.round(6).tolist()
+  >>> kd_standardized.function(student, teacher, batch)["soft"].values.round(6).tolist()
   [0.0]
   """
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    temperature: Any = temperature,
-    soft_weight: Any = soft_weight,
-  ) -> dict[str, Term]:
-    ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
-    return {"soft": Term(loss(ours, theirs, temperature=temperature), weight=soft_weight)}
-
-  return with_labels(objective, hard_weight)
+  ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
+  soft = loss(ours, theirs, temperature=temperature)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight),
+  }
 
 
+@recipe(follows={"dkd_warmup": rising})
 def dkd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
-  temperature: float = 4.0,
-  target_weight: float = 1.0,
-  nontarget_weight: float = 8.0,
-  soft_weight: float = 1.0,
-  hard_weight: float | None = 1.0,
+  temperature: Number = 4.0,
+  target_weight: Number = 1.0,
+  nontarget_weight: Number = 8.0,
+  soft_weight: Number = 1.0,
+  hard_weight: Number | None = 1.0,
   warmup_steps: int = 20 * EPOCH,
+  dkd_warmup: Number = 1.0,
   standardize: bool = False,
-) -> ObjectiveFunction:
+) -> dict[str, Term]:
   """Decoupled knowledge distillation (DKD), with its warm-up.
 
   ``hard_weight * cross_entropy + soft_weight * dkd_warmup * decoupled_kd``, the latter weighing the
@@ -115,10 +120,11 @@ def dkd(
     hard_weight: of the labels; 1 in the paper. None leaves that term out.
     warmup_steps: in how many steps the keyword ``dkd_warmup`` rises from 0 to 1, in a line; 20
       epochs of CIFAR-100 at batch size 64 by default, as published. 0 turns it off.
+    dkd_warmup: that keyword, of the objective; what ``warmup_steps`` says by default.
     standardize: whether logits are standardised first (see `kd_standardized`).
 
   Returns:
-    An objective function with the terms ``labels`` and ``dkd``; both count labelled examples only,
+    An objective with the terms ``labels`` and ``dkd``; both count labelled examples only,
     whose labels must be integers.
 
   Raises:
@@ -126,47 +132,41 @@ def dkd(
     ValueError: it is negative.
 
   >>> batch = Batch(None, jnp.array([0]), jnp.ones(1), jnp.ones(1), None, None)
-  >>> terms = dkd()(Outputs(jnp.zeros((1, 3))), Outputs(jnp.ones((1, 3))), batch, dkd_warmup=0.5)
+  >>> student, teacher = (Outputs(jnp.full((1, 3), value)) for value in (0.0, 1.0))
+  >>> terms = dkd.function(student, teacher, batch, dkd_warmup=0.5)
   >>> sorted(terms), terms["dkd"].weight, terms["dkd"].values.tolist()
   (['dkd', 'labels'], 0.5, [0.0])
   """
-  _check.whole("warmup_steps", warmup_steps, least=0)
-  rising = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    temperature: Any = temperature,
-    target_weight: Any = target_weight,
-    nontarget_weight: Any = nontarget_weight,
-    soft_weight: Any = soft_weight,
-    dkd_warmup: Any = rising,
-  ) -> dict[str, Term]:
-    ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
-    weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
-    values = losses.decoupled_kd(
-      ours,
-      theirs,
-      batch.labels,
-      temperature=temperature,
-      target_weight=target_weight,
-      nontarget_weight=nontarget_weight,
-    )
-    return {"dkd": Term(values, weight=weight, where=batch.labelled)}
-
-  return with_labels(objective, hard_weight)
+  del warmup_steps  # of which dkd_warmup is the schedule, and here the number of this step
+  ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
+  weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
+  values = losses.decoupled_kd(
+    ours,
+    theirs,
+    batch.labels,
+    temperature=temperature,
+    target_weight=target_weight,
+    nontarget_weight=nontarget_weight,
+  )
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    # Without the label no class is the target.
+    "dkd": Term(values, weight=weight, where=batch.labelled),
+  }
 
 
+@recipe
 def dist(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
-  temperature: float = 4.0,
-  inter_weight: float = 2.0,
-  intra_weight: float = 2.0,
-  hard_weight: float | None = 1.0,
+  temperature: Number = 4.0,
+  inter_weight: Number = 2.0,
+  intra_weight: Number = 2.0,
+  hard_weight: Number | None = 1.0,
   standardize: bool = False,
-) -> ObjectiveFunction:
+) -> dict[str, Term]:
   """DIST: correlations of predictions, over an example's classes and over a class's examples.
 
   ``hard_weight * cross_entropy + inter_weight * inter_class_correlation
@@ -186,42 +186,32 @@ def dist(
     standardize: whether logits are standardised first (see `kd_standardized`).
 
   Returns:
-    An objective function with the terms ``labels``, ``inter`` and ``intra``; the last has one value
+    An objective with the terms ``labels``, ``inter`` and ``intra``; the last has one value
     per class. Unlabelled examples take part in both relations, padding (weight 0) in none.
 
   >>> batch = Batch(None, jnp.array([0, 1]), jnp.ones(2), jnp.ones(2), None, None)
   >>> logits = Outputs(jnp.array([[2.0, 0.0], [0.0, 1.0]]))
-  >>> terms = dist()(logits, logits, batch)
+  >>> terms = dist.function(logits, logits, batch)
   >>> terms["intra"].axis, terms["intra"].values.round(4).tolist()
   ('classes', [0.0, 0.0])
   """
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    temperature: Any = temperature,
-    inter_weight: Any = inter_weight,
-    intra_weight: Any = intra_weight,
-  ) -> dict[str, Term]:
-    ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
-    counted = batch.weight > 0
-    inter = losses.inter_class_correlation(ours, theirs, temperature=temperature)
-    intra = losses.intra_class_correlation(ours, theirs, temperature=temperature, where=counted)
-    # One example has no relation within a class: such a micro-batch must not dilute the others.
-    related = jnp.full(intra.shape, jnp.sum(counted) > 1)
-    return {
-      "inter": Term(inter, weight=inter_weight),
-      "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
-    }
-
-  return with_labels(objective, hard_weight)
+  ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
+  counted = batch.weight > 0
+  inter = losses.inter_class_correlation(ours, theirs, temperature=temperature)  # [B]: along rows
+  # [K]: along columns.
+  intra = losses.intra_class_correlation(ours, theirs, temperature=temperature, where=counted)
+  # One example has no relation within a class: such a micro-batch must not dilute the others.
+  related = jnp.full(intra.shape, jnp.sum(counted) > 1)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "inter": Term(inter, weight=inter_weight),
+    "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
+  }
 
 
 def ofa(
   *,
-  student_layers: Sequence[str] = ("stage1", "stage2", "stage3"),
+  student_layers: Sequence[str] = STAGES,
   head: Callable[[Any, int], nn.Module] | None = None,
   power: float = 1.0,
   temperature: float = 1.0,
@@ -265,49 +255,39 @@ def ofa(
   """
   layers = _names("student_layers", student_layers)
   make_head = head or (lambda feature, num_classes: _PooledLinear(num_classes))
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    _, theirs = both_logits("ofa", student, teacher)
+    found = {layer: feature(student, layer, "student_layers") for layer in layers}
+    return {layer: (make_head(x, theirs.shape[-1]), x) for layer, x in found.items()}
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    power: Any,
+    temperature: Any,
+    ofa_weight: Any,
+    soft_weight: Any,
+  ) -> dict[str, Term]:
+    final, *early = [
+      losses.one_for_all(z, teacher.logits, batch.labels, power=power, temperature=temperature)
+      for z in (student.logits, *running.each())
+    ]
+    return {
+      "soft": Term(final, weight=soft_weight, where=batch.labelled),
+      "ofa": Term(sum(early), weight=ofa_weight, where=batch.labelled),
+    }
+
   hyper = {
     "power": power,
     "temperature": temperature,
     "ofa_weight": ofa_weight,
     "soft_weight": soft_weight,
   }
-
-  def exits(student: Outputs, num_classes: int) -> dict[str, tuple[nn.Module | None, Any]]:
-    found = {layer: feature(student, layer, "student_layers") for layer in layers}
-    return {layer: (make_head(x, num_classes), x) for layer, x in found.items()}
-
-  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
-    _, theirs = both_logits("ofa", student, teacher)
-    return init_modules(key, exits(student, theirs.shape[-1]))
-
-  def apply(
-    params: PyTree,
-    state: PyTree,
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    key: Any,
-    **given: Any,
-  ) -> tuple[dict[str, Term], PyTree]:
-    del key
-    now = {**hyper, **given}
-    ours, theirs = both_logits("ofa", student, teacher)
-    running = Running(params, state)
-    made = exits(student, theirs.shape[-1])
-    predictions = [running(layer, module, x) for layer, (module, x) in made.items()]
-    final, *early = [
-      losses.one_for_all(
-        z, theirs, batch.labels, power=now["power"], temperature=now["temperature"]
-      )
-      for z in (ours, *predictions)
-    ]
-    return {
-      "soft": Term(final, weight=now["soft_weight"], where=batch.labelled),
-      "ofa": Term(sum(early), weight=now["ofa_weight"], where=batch.labelled),
-    }, running.state
-
-  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
+  return learned(modules, method, hyper, hard_weight)
 
 
 class _PooledLinear(nn.Module):
@@ -376,8 +356,9 @@ def ctkd(
   >>> [round(float(reversal(step)), 3) for step in (0, 50, 100, 900)]
   [0.0, 0.5, 1.0, 1.0]
   """
+  check_loss(loss)
   _check.whole("warmup_steps", warmup_steps, least=0)
-  module = learned_temperature or projectors.LearnedTemperature()
+  temperature_of = learned_temperature or projectors.LearnedTemperature()
   falling = optax.cosine_decay_schedule(1.0, warmup_steps) if warmup_steps else None
   hyper = {
     "soft_weight": soft_weight,
@@ -386,41 +367,38 @@ def ctkd(
 
   def seen(student: Outputs, teacher: Outputs | None) -> tuple[Any, ...]:
     """What the module looks at beside the reversal: both networks' logits, or nothing."""
-    if module.hidden is None:
+    if temperature_of.hidden is None:
       return ()
     pair = both_logits("ctkd", student, teacher, standardize=standardize)
     dtype = compute_dtype(*pair)
     return (jnp.concatenate([z.astype(dtype) for z in pair], axis=-1),)
 
-  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     both_logits("ctkd", student, teacher)
     given = jax.eval_shape(lambda s, t: (jnp.zeros(()), *seen(s, t)), student, teacher)
-    return init_modules(key, {"temperature": (module, given)})
+    return {"temperature": (temperature_of, given)}
 
-  def apply(
-    params: PyTree,
-    state: PyTree,
+  def method(
+    running: Running,
     student: Outputs,
-    teacher: Outputs | None,
+    teacher: Outputs,
     batch: Batch,
     *,
-    key: Any,
-    **given: Any,
-  ) -> tuple[dict[str, Term], PyTree]:
-    del key
-    now = {**hyper, **given}
+    soft_weight: Any,
+    ctkd_reversal: Any,
+  ) -> dict[str, Term]:
     ours, theirs = both_logits("ctkd", student, teacher, standardize=standardize)
-    running = Running(params, state)
-    reversal = at_a_step("ctkd_reversal", now["ctkd_reversal"])
-    temperature = running("temperature", module, reversal, *seen(student, teacher))
+    # Its gradient is multiplied by -reversal: it climbs what the student descends.
+    reversal = at_a_step("ctkd_reversal", ctkd_reversal)
+    temperature = running("temperature", reversal, *seen(student, teacher))
     axis = "parameters" if temperature.ndim == 0 else "batch"
     logged = jax.lax.stop_gradient(temperature)
     return {
-      "soft": Term(_tempered(loss, ours, theirs, temperature), weight=now["soft_weight"]),
+      "soft": Term(_tempered(loss, ours, theirs, temperature), weight=soft_weight),
       "learned_temperature": Term(logged, weight=0.0, axis=axis),
-    }, running.state
+    }
 
-  return with_labels(Objective(init=init, apply=apply, hyper=hyper), hard_weight)
+  return learned(modules, method, hyper, hard_weight)
 
 
 def _tempered(loss: LogitLoss, student: Any, teacher: Any, temperature: Any) -> Any:

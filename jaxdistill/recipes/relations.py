@@ -10,29 +10,34 @@ from __future__ import annotations
 from typing import Any
 
 from jaxdistill import _check, losses
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.parts import (
+  Modules,
+  Running,
   both_features,
-  check_layers,
-  check_weights,
   embed,
-  init_embeddings,
+  embeddings,
+  hard_term,
+  layer_names,
+  learned,
   present,
-  with_labels,
+  recipe,
 )
-from jaxdistill.types import Batch, Objective, ObjectiveFunction, Outputs, Term
+from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 
 __all__ = ["correlation_congruence", "pkt", "rkd", "similarity_preserving"]
 
-PyTree = Any
 
-
+@recipe(check=layer_names)
 def similarity_preserving(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
   student_layer: str = "stage3",
   teacher_layer: str | None = None,
-  similarity_weight: float = 3000.0,
-  hard_weight: float | None = 1.0,
-) -> ObjectiveFunction:
+  similarity_weight: Number = 3000.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
   """Similarity-preserving distillation (SP): which examples excite the same units.
 
   Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019. ``hard_weight · cross_entropy
@@ -46,38 +51,33 @@ def similarity_preserving(
     hard_weight: weight of the labels, 1 there; None leaves that term out.
 
   Returns:
-    An objective function with the terms ``labels`` and ``similarity``.
+    An objective with the terms ``labels`` and ``similarity``.
 
-  >>> from jaxdistill.types import as_objective
-  >>> as_objective(similarity_preserving()).hyper
+  >>> similarity_preserving().hyper
   {'similarity_weight': 3000.0, 'hard_weight': 1.0}
   """
-  layers = check_layers(student_layer, teacher_layer)
-  check_weights(similarity_weight=similarity_weight)
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    similarity_weight: Any = similarity_weight,
-  ) -> dict[str, Term]:
-    pair = both_features(student, teacher, layers)
-    values = losses.similarity_preserving(*pair, where=present(batch))
-    return {"similarity": Term(values, weight=similarity_weight)}
-
-  return with_labels(objective, hard_weight)
+  pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
+  # The [B, B] tables of inner products, rows of norm 1; padding is in nobody's row.
+  values = losses.similarity_preserving(*pair, where=present(batch))
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "similarity": Term(values, weight=similarity_weight),
+  }
 
 
+@recipe(check=layer_names)
 def rkd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
   student_layer: str = "pooled",
   teacher_layer: str | None = None,
-  distance_weight: float = 25.0,
-  angle_weight: float = 50.0,
-  rkd_weight: float = 1.0,
-  hard_weight: float | None = 1.0,
-) -> ObjectiveFunction:
+  distance_weight: Number = 25.0,
+  angle_weight: Number = 50.0,
+  rkd_weight: Number = 1.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
   """Relational knowledge distillation (RKD): distances of pairs and angles of triples.
 
   Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019. ``hard_weight · cross_entropy +
@@ -92,46 +92,33 @@ def rkd(
     hard_weight: weight of the labels, 1 there; None leaves that term out.
 
   Returns:
-    An objective function with the terms ``labels``, ``distance`` and ``angle``.
+    An objective with the terms ``labels``, ``distance`` and ``angle``.
 
-  >>> from jaxdistill.types import as_objective
-  >>> as_objective(rkd(rkd_weight=0.5)).hyper
+  >>> rkd(rkd_weight=0.5).hyper
   {'distance_weight': 25.0, 'angle_weight': 50.0, 'rkd_weight': 0.5, 'hard_weight': 1.0}
   """
-  layers = check_layers(student_layer, teacher_layer)
-  check_weights(
-    distance_weight=distance_weight,
-    angle_weight=angle_weight,
-    rkd_weight=rkd_weight,
-  )
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    distance_weight: Any = distance_weight,
-    angle_weight: Any = angle_weight,
-    rkd_weight: Any = rkd_weight,
-  ) -> dict[str, Term]:
-    pair, there = both_features(student, teacher, layers), present(batch)
-    distance = losses.relational_distance(*pair, where=there)
-    angle = losses.relational_angle(*pair, where=there)
-    return {
-      "distance": Term(distance, weight=rkd_weight * distance_weight),
-      "angle": Term(angle, weight=rkd_weight * angle_weight),
-    }
-
-  return with_labels(objective, hard_weight)
+  pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
+  there = present(batch)
+  distance = losses.relational_distance(*pair, where=there)  # of pairs, by the mean distance
+  angle = losses.relational_angle(*pair, where=there)  # at each example, between any two others
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "distance": Term(distance, weight=rkd_weight * distance_weight),
+    "angle": Term(angle, weight=rkd_weight * angle_weight),
+  }
 
 
+@recipe(check=layer_names)
 def pkt(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
   *,
   student_layer: str = "pooled",
   teacher_layer: str | None = None,
-  pkt_weight: float = 30000.0,
-  hard_weight: float | None = 1.0,
-) -> ObjectiveFunction:
+  pkt_weight: Number = 30000.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
   """Probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour.
 
   Passalis, Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.
@@ -144,27 +131,17 @@ def pkt(
     hard_weight: weight of the labels, 1 there; None leaves that term out, as torchdistill does.
 
   Returns:
-    An objective function with the terms ``labels`` and ``pkt``.
+    An objective with the terms ``labels`` and ``pkt``.
 
-  >>> from jaxdistill.types import as_objective
-  >>> as_objective(pkt()).hyper
+  >>> pkt().hyper
   {'pkt_weight': 30000.0, 'hard_weight': 1.0}
   """
-  layers = check_layers(student_layer, teacher_layer)
-  check_weights(pkt_weight=pkt_weight)
-
-  def objective(
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    pkt_weight: Any = pkt_weight,
-  ) -> dict[str, Term]:
-    pair = both_features(student, teacher, layers)
-    values = losses.probabilistic_transfer(*pair, where=present(batch))
-    return {"pkt": Term(values, weight=pkt_weight)}
-
-  return with_labels(objective, hard_weight)
+  pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
+  values = losses.probabilistic_transfer(*pair, where=present(batch))
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "pkt": Term(values, weight=pkt_weight),
+  }
 
 
 def correlation_congruence(
@@ -196,30 +173,20 @@ def correlation_congruence(
   >>> correlation_congruence().hyper
   {'correlation_weight': 0.02, 'hard_weight': 1.0}
   """
-  layers = check_layers(student_layer, teacher_layer)
-  check_weights(correlation_weight=correlation_weight)
+  layers = layer_names(student_layer, teacher_layer)
   _check.whole("width", width)
-  defaults = {"correlation_weight": correlation_weight}
 
-  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
-    return init_embeddings(key, student, teacher, layers, width), {}
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    return embeddings(student, teacher, layers, width)
 
-  def apply(
-    params: PyTree,
-    state: PyTree,
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    key: Any,
-    correlation_weight: Any = correlation_weight,
-  ) -> tuple[dict[str, Term], PyTree]:
-    del key
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, correlation_weight: Any
+  ) -> dict[str, Term]:
     there = present(batch)
-    ours, theirs = embed(params, student, teacher, layers, width, there)
+    ours, theirs = embed(running, student, teacher, layers, there)
     values = losses.correlation_congruence(ours, theirs, where=there)
-    pairs = there[:-1] & there[1:]
+    pairs = there[:-1] & there[1:]  # one value for each example and the next
     term = Term(values, weight=correlation_weight, where=pairs, axis="pairs")
-    return {"correlation": term}, state
+    return {"correlation": term}
 
-  return with_labels(Objective(init=init, apply=apply, hyper=defaults), hard_weight)
+  return learned(modules, method, {"correlation_weight": correlation_weight}, hard_weight)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.parts import (
   EPOCH,
+  Modules,
   Running,
   feature,
   layer_pairs,
   learned,
+  rising,
   total,
-  with_labels,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -81,12 +81,13 @@ def reviewkd(
   0.5
   """
   pairs = layer_pairs(student_layers, teacher_layers)
-  _check.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
+  warmup = rising(warmup_steps)
   _check.whole("max_mid", max_mid)
 
-  def fusions(student: Outputs, teacher: Outputs | None) -> list[tuple[str, Any, Any, Any]]:
-    """From the top down: name, module, shape of what goes in, the teacher's name."""
-    found = []
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    """The fusions from the top down: each takes a stage, and what the one above leaves over."""
+    found: dict[str, tuple[Any, Any]] = {}
+    residual: tuple[Any, ...] = ()
     shapes = [_as_map(feature(student, name, "student_layers"), name) for name, _ in pairs]
     mid = min(max_mid, shapes[-1].shape[-1])
     for i, shape in reversed(list(enumerate(shapes))):
@@ -94,37 +95,35 @@ def reviewkd(
       module = projectors.ReviewFusion(
         mid, target.shape[-1], tuple(target.shape[1:3]), axis_name=axis_name
       )
-      found.append((f"fusion{i}", module, shape, target))
+      found[f"fusion{i}"] = (module, (shape, *residual))
+      residual = (jax.ShapeDtypeStruct((*target.shape[:3], mid), shape.dtype),)
     return found
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
-    found: dict[str, tuple[Any, Any]] = {}
-    residual: tuple[Any, ...] = ()
-    for name, module, shape, target in fusions(student, teacher):
-      found[name] = (module, (shape, *residual))
-      size = (*target.shape[:3], module.mid)
-      residual = (jax.ShapeDtypeStruct(size, shape.dtype),)
-    return found
-
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    review_weight: Any,
+    review_warmup: Any,
   ) -> dict[str, Term]:
     values = []
     residual: tuple[Any, ...] = ()
-    layers = zip(fusions(student, teacher), reversed(pairs), strict=True)
-    for (name, module, shape, target), (ours, theirs) in layers:
-      maps = student.features[ours].reshape(shape.shape)
-      fused, left = running(name, module, maps, *residual)
+    for i, (ours, theirs) in reversed(list(enumerate(pairs))):
+      maps, taught = (
+        x.reshape(_as_map(x, name).shape)
+        for x, name in ((student.features[ours], ours), (teacher.features[theirs], theirs))
+      )
+      fused, left = running(f"fusion{i}", maps, *residual)
       residual = (left,)
-      taught = teacher.features[theirs].reshape(target.shape)
       values.append(losses.hierarchical_context(fused, taught))
     # A schedule that no step has followed: the warm-up is over.
-    warmup = 1.0 if callable(hyper["review_warmup"]) else hyper["review_warmup"]
-    return {"review": Term(total(values), weight=hyper["review_weight"] * warmup)}
+    warmup = 1.0 if callable(review_warmup) else review_warmup
+    return {"review": Term(total(values), weight=review_weight * warmup)}
 
-  warmup = optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
   hyper = {"review_weight": review_weight, "review_warmup": warmup}
-  return with_labels(learned(modules, terms, hyper), hard_weight)
+  return learned(modules, method, hyper, hard_weight)
 
 
 def _as_map(value: Any, name: str) -> jax.ShapeDtypeStruct:

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 
 from jaxdistill import _check, losses
 from jaxdistill.losses import pooling
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.parts import (
+  Modules,
   Running,
   both_features,
-  check_layers,
-  check_weights,
   feature,
   hard_term,
   init_modules,
+  layer_names,
+  learned,
 )
 from jaxdistill.types import Batch, Deployed, Network, Objective, Outputs, Term, compute_dtype
 
@@ -87,50 +88,53 @@ def simkd(
   >>> simkd({"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}).hyper
   {'simkd_weight': 1.0, 'hard_weight': 0.0}
   """
-  layers = check_layers(student_layer, teacher_layer)
-  hyper = {"simkd_weight": simkd_weight}
-  hyper |= {} if hard_weight is None else {"hard_weight": hard_weight}
-  check_weights(**hyper)
+  layers = layer_names(student_layer, teacher_layer)
   _check.whole("factor", factor)
   if head is None:
     _check_dense(classifier)
   parts = _Parts(layers, head or _mean_and_dense, projector or _published(factor, axis_name))
 
-  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ours, theirs = parts.shapes(student, teacher)
-    size = tuple(min(sizes) for sizes in zip(ours.shape[1:3], theirs.shape[1:3], strict=True))
-    target = jnp.zeros((*size, theirs.shape[-1]), bool)
-    pooled = jax.ShapeDtypeStruct((ours.shape[0], *target.shape[:2], ours.shape[-1]), ours.dtype)
-    module = parts.module(pooled, target)
-    params, state = init_modules(key, {"projector": (module, pooled)})
+    target = _smaller(ours, theirs)
+    pooled = jax.ShapeDtypeStruct((ours.shape[0], *target[:2], ours.shape[-1]), ours.dtype)
+    return {"projector": (parts.module(pooled, target), pooled)}
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    params, state = init_modules(key, modules(student, teacher))
+    ours, theirs = parts.shapes(student, teacher)
     kept = jax.tree.map(jnp.asarray, classifier)
     _check_head(parts.head, kept, theirs)
+    target = jnp.zeros(_smaller(ours, theirs), bool)
     return params, {**state, "classifier": kept, "target": target}
 
-  def apply(
-    params: PyTree,
-    state: PyTree,
+  def method(
+    running: Running,
     student: Outputs,
     teacher: Outputs | None,
     batch: Batch,
     *,
-    key: Any,
-    simkd_weight: Any = simkd_weight,
-    hard_weight: Any = hard_weight,
-  ) -> tuple[dict[str, Term], PyTree]:
-    del key
+    simkd_weight: Any,
+    hard_weight: Any = None,
+  ) -> dict[str, Term]:
     ours, theirs = both_features(student, teacher, layers)
-    pooled = parts.pooled(ours, state["target"])
-    running = Running(params, state)
-    projected = running("projector", parts.module(pooled, state["target"]), pooled)
+    projected = running("projector", parts.pooled(ours, running.state["target"].shape))
     terms = {"simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight)}
-    if hard_weight is not None:
-      predicted = parts.head(state["classifier"], projected)
+    if hard_weight is not None:  # the labels, of what the deployed network predicts
+      predicted = parts.head(running.state["classifier"], projected)
       terms = {"labels": hard_term(Outputs(predicted), batch, hard_weight), **terms}
-    return terms, running.state
+    return terms
 
+  hyper = {"simkd_weight": simkd_weight}
+  hyper |= {} if hard_weight is None else {"hard_weight": hard_weight}
   deployed = Deployed(network=parts.network, variables=_together)
-  return Objective(init=init, apply=apply, hyper=hyper, deployed=deployed)
+  return learned(modules, method, hyper, init=init, deployed=deployed)
+
+
+def _smaller(ours: Any, theirs: Any) -> tuple[int, ...]:
+  """The shape ``[H, W, C]`` that the projector leads to: the teacher's width, the smaller map."""
+  sizes = zip(ours.shape[1:3], theirs.shape[1:3], strict=True)
+  return (*map(min, sizes), theirs.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,14 +158,14 @@ class _Parts:
         )
     return pair
 
-  def pooled(self, maps: jax.Array, target: Any) -> jax.Array:
+  def pooled(self, maps: jax.Array, target: tuple[int, ...]) -> jax.Array:
     """The student's map in the size that the projector leads to."""
     dtype = compute_dtype(maps)
-    return pooling.average_pool(maps.astype(dtype), *target.shape[:2])
+    return pooling.average_pool(maps.astype(dtype), *target[:2])
 
-  def module(self, pooled: Any, target: Any) -> nn.Module:
+  def module(self, pooled: Any, target: tuple[int, ...]) -> nn.Module:
     """The projector from one map's shape to the other's."""
-    shape = (*pooled.shape[:1], *target.shape)
+    shape = (*pooled.shape[:1], *target)
     return self.projector(pooled, jax.ShapeDtypeStruct(shape, pooled.dtype))
 
   def network(self, student: Network) -> Network:
@@ -179,8 +183,9 @@ class _Parts:
       outputs, updated = student.apply(
         {"params": params["student"], **variables["student"]}, inputs, train=train, key=key
       )
-      pooled = self.pooled(feature(outputs, self.layers[0], "student_layer"), variables["target"])
-      module = self.module(pooled, variables["target"])
+      target = variables["target"].shape
+      pooled = self.pooled(feature(outputs, self.layers[0], "student_layer"), target)
+      module = self.module(pooled, target)
       known = {"params": params["projector"], **variables["projector"]}
       if train:
         projected, moved = module.apply(

@@ -23,7 +23,7 @@ The published code, RepDistiller's, gives the first stage 30 of 240 epochs befor
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +32,9 @@ import jax.numpy as jnp
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes._parts import (
+from jaxdistill.recipes.basics import labels
+from jaxdistill.recipes.parts import (
+  Modules,
   Running,
   convolution_init,
   init_modules,
@@ -41,10 +43,8 @@ from jaxdistill.recipes._parts import (
   map_pairs,
   stage_weights_or,
   total,
-  with_labels,
 )
-from jaxdistill.recipes.basics import labels
-from jaxdistill.types import Batch, Objective, Outputs, Term, as_objective
+from jaxdistill.types import Batch, Objective, Outputs, Term
 
 __all__ = ["activation_boundary", "factor_transfer", "fsp"]
 
@@ -97,7 +97,7 @@ def fsp(
   if fsp_weight is None:
     fsp_weight = 50.0 if stage is None else 1.0
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found: dict[str, tuple[Any, Any]] = {}
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
       width, module = theirs.shape[-1], None
@@ -111,17 +111,18 @@ def fsp(
       found[f"connector{i}"] = (module, ours)
     return found
 
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, fsp_weight: Any
   ) -> dict[str, Term]:
-    ours = [running(name, *entry) for name, entry in modules(student, teacher).items()]
+    ours = running.each()
     theirs = [teacher.features[name] for _, name in pairs]
+    # How the channels of a layer go with those of the next one, [C, C'], for each two of them.
     steps = zip(itertools.pairwise(ours), itertools.pairwise(theirs), strict=True)
     values = total(losses.flow_of_solution(mine, its) for mine, its in steps)
-    return {"fsp": Term(values, weight=hyper["fsp_weight"])}
+    return {"fsp": Term(values, weight=fsp_weight)}
 
-  objective = learned(modules, terms, {"fsp_weight": fsp_weight})
-  return objective if stage == 1 else with_labels(objective, hard_weight)
+  hyper = {"fsp_weight": fsp_weight}
+  return learned(modules, method, hyper, None if stage == 1 else hard_weight)
 
 
 def activation_boundary(
@@ -168,10 +169,11 @@ def activation_boundary(
   _check_stage(stage)
   pairs = layer_pairs(student_layers, teacher_layers)
   weights = stage_weights_or(stage_weights, len(pairs))
+  _check.scheduled("margin", margin, least=0)
   if stage == 2:
     return _labels_alone(hard_weight)
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found: dict[str, tuple[Any, Any]] = {}
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
       module = None
@@ -180,19 +182,24 @@ def activation_boundary(
       found[f"connector{i}"] = (module, ours)
     return found
 
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    boundary_weight: Any,
+    margin: Any,
   ) -> dict[str, Term]:
-    connected = [running(name, *entry) for name, entry in modules(student, teacher).items()]
+    _check.number("margin", margin, least=0)
     values = total(
-      weight * losses.activation_boundary(ours, teacher.features[name], margin=hyper["margin"])
-      for weight, ours, (_, name) in zip(weights, connected, pairs, strict=True)
+      weight * losses.activation_boundary(ours, teacher.features[name], margin=margin)
+      for weight, ours, (_, name) in zip(weights, running.each(), pairs, strict=True)
     )
-    return {"boundary": Term(values, weight=hyper["boundary_weight"])}
+    return {"boundary": Term(values, weight=boundary_weight)}
 
-  weighted = {"boundary_weight": boundary_weight, "margin": margin}
-  objective = learned(modules, terms, weighted)
-  return objective if stage == 1 else with_labels(objective, hard_weight)
+  hyper = {"boundary_weight": boundary_weight, "margin": margin}
+  return learned(modules, method, hyper, None if stage == 1 else hard_weight)
 
 
 def factor_transfer(
@@ -252,7 +259,7 @@ def factor_transfer(
   pairs = layer_pairs((student_layer,), None if teacher_layer is None else (teacher_layer,))
   _check.number("ratio", ratio, above=0)
 
-  def modules(student: Outputs, teacher: Outputs | None) -> dict[str, tuple[Any, Any]]:
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ((ours, theirs),) = map_pairs(student, teacher, pairs)
     width = theirs.shape[-1]
     factor = max(1, int(ratio * width))
@@ -269,31 +276,28 @@ def factor_transfer(
       state = {**state, "paraphraser": missing}
     return params, state
 
-  def terms(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, hyper: Mapping[str, Any]
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, **weights: Any
   ) -> dict[str, Term]:
-    found = modules(student, teacher)
-    module, theirs = found["paraphraser"]
     made = {}
     if stage == 2:
+      module, theirs = modules(student, teacher)["paraphraser"]
       variables = {"params": running.state["paraphraser"]}
       factor = module.apply(variables, theirs, method=_Paraphraser.encode)
     else:
-      factor, decoded = running("paraphraser", module, theirs)
-      values = losses.hint_l2(decoded, theirs)
-      made["reconstruction"] = Term(values, weight=hyper["reconstruction_weight"])
+      factor, decoded = running("paraphraser")
+      values = losses.hint_l2(decoded, teacher.features[pairs[0][1]])
+      made["reconstruction"] = Term(values, weight=weights["reconstruction_weight"])
     if stage != 1:
-      translated = running("translator", *found["translator"])
       # The one gradient between two things that are both trained here, where the method has none.
-      values = losses.factor_transfer(translated, jax.lax.stop_gradient(factor))
-      made["factor"] = Term(values, weight=hyper["factor_weight"])
+      values = losses.factor_transfer(running("translator"), jax.lax.stop_gradient(factor))
+      made["factor"] = Term(values, weight=weights["factor_weight"])
     return made
 
   first = {"reconstruction_weight": reconstruction_weight}
   second = {"factor_weight": factor_weight}
   hyper = {1: first, 2: second, None: {**second, **first}}[stage]
-  objective = learned(modules, terms, hyper, init=init)
-  return objective if stage == 1 else with_labels(objective, hard_weight)
+  return learned(modules, method, hyper, None if stage == 1 else hard_weight, init=init)
 
 
 class _Encoder(nn.Module):
@@ -350,4 +354,4 @@ def _check_stage(stage: Any) -> None:
 def _labels_alone(hard_weight: Any) -> Objective:
   if hard_weight is None:
     raise ValueError("hard_weight=None leaves nothing: stage=2 is the labels alone; give a number.")
-  return as_objective(labels(hard_weight=hard_weight))
+  return labels(hard_weight=hard_weight)

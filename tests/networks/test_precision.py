@@ -96,7 +96,7 @@ def losses_of(network, batch):
     outputs, state = network.apply(
       {"params": params, **rest}, batch.inputs, train=True, key=jax.random.key(1)
     )
-    return jnp.mean(recipes.labels()(outputs, None, batch)["labels"].values), state
+    return jnp.mean(recipes.labels.function(outputs, None, batch)["labels"].values), state
 
   return loss
 

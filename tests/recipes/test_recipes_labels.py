@@ -18,7 +18,8 @@ GIVEN = {
   "overhaul": {"margins": [np.zeros(3, np.float32)] * 3},
   "simkd": {"classifier": {"kernel": jnp.ones((3, 3))}},
 }
-OF_ALL = [name for name in recipes.__all__ if name not in ("combine", "hint", "overhaul_margins")]
+PARTS = ("combine", "hint", "overhaul_margins", "recipe")
+OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
 RECIPES = [name for name in OF_ALL if name != "labels"]
 
 

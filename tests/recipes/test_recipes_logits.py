@@ -265,13 +265,16 @@ def test_another_loss_goes_behind_standardised_logits_and_a_learned_temperature(
 
   @jax.jit
   def terms(student, teacher, batch):
+    def of_function(objective):
+      return objective.apply({}, {}, student, teacher, batch, key=None)[0]
+
     ctkd_terms, _ = learned.apply(
       params, state, student, teacher, batch, key=KEY, ctkd_reversal=0.0
     )
     return (
-      kd_standardized(loss=losses.total_variation)(student, teacher, batch)["soft"].values,
+      of_function(kd_standardized(loss=losses.total_variation))["soft"].values,
       ctkd_terms["soft"].values,
-      dist(standardize=True)(student, teacher, batch)["inter"].values,
+      of_function(dist(standardize=True))["inter"].values,
     )
 
   by_tvd, by_reverse_kl, inter = terms(student, teacher, batch)
@@ -493,7 +496,7 @@ def test_errors_name_the_layer_the_keyword_and_the_labels():
   ):
     ofa().init(KEY, student, teacher)
   with pytest.raises(ValueError, match="dkd_warmup is a schedule.*dkd_warmup=1.0"):
-    dkd()(student, teacher, batch)
+    dkd().apply({}, {}, student, teacher, batch, key=None)
   with pytest.raises(ValueError, match="ctkd_reversal is a schedule"):
     ctkd().apply({}, {}, student, teacher, batch, key=KEY)
   twice = recipes.combine(recipes.kd(), ctkd(warmup_steps=0))

@@ -283,7 +283,8 @@ def test_weights_are_keywords_and_recipes_add_up():
   weights = []
 
   def look():
-    terms = rkd(rkd_weight=2.0)(student, teacher, batch, angle_weight=3.0)
+    given = {"key": None, "angle_weight": 3.0}
+    terms, _ = rkd(rkd_weight=2.0).apply({}, {}, student, teacher, batch, **given)
     weights.extend(terms[name].weight for name in ("distance", "angle"))
 
   jax.eval_shape(look)
@@ -304,7 +305,7 @@ def test_what_is_missing_or_wrong_is_named():
     with pytest.raises(ValueError, match="hard_weight must be at least 0, got -1"):
       RECIPES[name](hard_weight=-1.0)
   with pytest.raises(ValueError, match="teacher_layer='pooled' needs a teacher"):
-    pkt()(student, None, batch)
+    pkt().apply({}, {}, student, None, batch, key=None)
   with pytest.raises(TypeError, match="labels must be the data set's integer labels"):
     crd(np.ones(4))
   with pytest.raises(ValueError, match=r"labels must be .*got \(2, 2\)"):

@@ -1,0 +1,647 @@
+"""What methods are written with: `recipe` and `learned`, labels, features by name, trained modules.
+
+A method of published form is a decorated function (`recipe`). One that trains something of its own,
+a projector or a variance, is a function too, whose first argument runs it (`learned`). Whoever
+copies either into a file of his own finds here what its body calls.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.types import (
+  Batch,
+  Deployed,
+  Number,
+  Objective,
+  ObjectiveFunction,
+  Outputs,
+  Term,
+  as_objective,
+  compute_dtype,
+)
+
+__all__ = [
+  "EPOCH",
+  "STAGES",
+  "LogitLoss",
+  "Modules",
+  "Recipe",
+  "Running",
+  "at_a_step",
+  "both_features",
+  "both_logits",
+  "check_keywords",
+  "check_loss",
+  "convolution_init",
+  "embed",
+  "embeddings",
+  "feature",
+  "hard_term",
+  "init_modules",
+  "layer_names",
+  "layer_pairs",
+  "learned",
+  "map_pairs",
+  "present",
+  "recipe",
+  "rising",
+  "stage_weights_or",
+  "total",
+]
+
+PyTree = Any
+P = ParamSpec("P")
+# ``(student_logits, teacher_logits, *, temperature) -> [...]``.
+LogitLoss = Callable[..., jax.Array]
+Pairs = Sequence[tuple[str, str]]
+# ``{name: (module or None, what goes in)}``.
+Modules = Mapping[str, tuple[Any, Any]]
+# Steps of an epoch of CIFAR-100 at the published batch size of 64.
+EPOCH = 781
+# The three stages of a CIFAR ResNet, as `jaxdistill.networks.models` sows them.
+STAGES = ("stage1", "stage2", "stage3")
+# PyTorch's default for a convolution.
+convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+# --- A method is a function. ---
+
+
+@runtime_checkable
+class Recipe(Protocol[P]):
+  """A published method: called with keywords, it gives the objective with those as its defaults.
+
+  Attributes:
+    function: the method itself, ``(student, teacher, batch, *, ...) -> {name: Term}``.
+  """
+
+  function: ObjectiveFunction
+
+  def __call__(self, *args: P.args, **keywords: P.kwargs) -> Objective:
+    """The objective."""
+    ...
+
+
+Method = Callable[Concatenate[Outputs, Any, Batch, P], dict[str, Term]]
+
+
+@overload
+def recipe(function: Method[P], /) -> Recipe[P]: ...
+
+
+@overload
+def recipe(
+  *,
+  check: Callable[..., Any] | None = None,
+  follows: Mapping[str, Callable[..., Any]] | None = None,
+) -> Callable[[Method[P]], Recipe[P]]: ...
+
+
+def recipe(
+  function: Any = None,
+  /,
+  *,
+  check: Callable[..., Any] | None = None,
+  follows: Mapping[str, Callable[..., Any]] | None = None,
+) -> Any:
+  """Makes a recipe of a method, for whoever wants to set its keywords where it is named.
+
+  The method stays a function, ``recipe.function``. Called with keywords, the recipe gives an
+  `Objective` with those in place of the function's defaults. Its numbers are the objective's
+  keywords (``hyper``), which may be schedules and which a sweep varies inside one program: what is
+  called a temperature must be positive, a weight or a warm-up at least 0. Unless an annotation
+  forbids it, None is no keyword of the objective, and a term of that weight is left out. Texts,
+  switches, sequences and what ``check`` or ``follows`` take are fixed: another value is another
+  program.
+
+  Args:
+    function: ``(student, teacher, batch, *, ...) -> {name: Term}``. A keyword named ``key``
+      receives the step's random key.
+    check: a function of some of the keywords, by their names, which raises for what they can't be.
+    follows: ``{keyword: function}``, keywords that follow from fixed ones, unless they are given:
+      each function takes those by their names, once, and returns the default: a schedule, say.
+
+  Returns:
+    The recipe. ``help`` and the type checker see its keywords.
+
+  >>> @recipe
+  ... def squares(student, teacher, batch, *, square_weight=1.0, layer="pooled"):
+  ...   apart = student.features[layer] - teacher.features[layer]
+  ...   return {"square": Term(jnp.sum(apart**2, axis=-1), weight=square_weight)}
+  >>> squares(square_weight=0.5).hyper
+  {'square_weight': 0.5}
+  >>> squares(weight=0.5)
+  Traceback (most recent call last):
+  TypeError: squares has no keywords ['weight']; it has ['layer', 'square_weight'].
+  """
+  if function is None:
+    return functools.partial(recipe, check=check, follows=follows)
+  follows = follows or {}
+  signature = inspect.signature(function)
+  keywords = [
+    p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "key"
+  ]
+  defaults = {p.name: p.default for p in keywords}
+  taken = {maker: _names_of(maker, defaults) for maker in (check, *follows.values()) if maker}
+  fixed = {name for names in taken.values() for name in names}
+  optional = {p.name for p in keywords if p.annotation is p.empty or "None" in str(p.annotation)}
+
+  @functools.wraps(function)
+  def made(*args: Any, **given: Any) -> Objective:
+    unknown = sorted(set(given) - set(defaults))
+    if args or unknown:
+      wrong = f"keywords {unknown}" if unknown else "positional arguments"
+      own = f"; the method itself is {function.__name__}.function" if args else ""
+      raise TypeError(f"{function.__name__} has no {wrong}; it has {sorted(defaults)}{own}.")
+    values = {**defaults, **given}
+    if check is not None:
+      check(**{name: values[name] for name in taken[check]})
+    for name, maker in follows.items():
+      if name not in given:
+        values[name] = maker(**{other: values[other] for other in taken[maker]})
+    hyper = {
+      name: value
+      for name, value in values.items()
+      if name not in fixed
+      and (_is_number(defaults[name]) or _is_number(value))
+      and not (value is None and name in optional)
+    }
+    return _objective(function, values, hyper)
+
+  made.__annotations__ = {**{p.name: p.annotation for p in keywords}, "return": Objective}
+  # What help() shows, and where `jaxdistill.search` sees that it is called with keywords.
+  shown = signature.replace(parameters=keywords, return_annotation=Objective)
+  vars(made).update(function=function, __signature__=shown)
+  return cast(Any, made)
+
+
+def _objective(
+  function: ObjectiveFunction, values: Mapping[str, Any], hyper: Mapping[str, Any]
+) -> Objective:
+  """The promoted function with these values, whose numbers are looked at, now and at a step."""
+  empty = inspect.Parameter.empty  # a keyword without a default: fit asks for it
+  check_keywords(**{name: value for name, value in hyper.items() if value is not empty})
+  bound = functools.partial(function, **{n: v for n, v in values.items() if v is not empty})
+  promoted = as_objective(bound)
+
+  def apply(*args: Any, key: Any, **now: Any) -> tuple[dict[str, Term], PyTree]:
+    check_keywords(**now)
+    return promoted.apply(*args, key=key, **now)
+
+  return Objective(init=promoted.init, apply=apply, hyper=dict(hyper))
+
+
+def _names_of(maker: Callable[..., Any], keywords: Mapping[str, Any]) -> list[str]:
+  """Those of the keywords that a function takes."""
+  return [name for name in inspect.signature(maker).parameters if name in keywords]
+
+
+def _is_number(value: Any) -> bool:
+  """Whether it may change from step to step: a number, a scalar array or a schedule."""
+  if callable(value):
+    try:
+      inspect.signature(value).bind(0)  # a loss takes two
+    except TypeError:
+      return False
+    except ValueError:
+      pass  # builtins without a signature
+    return True
+  number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+  return number or getattr(value, "shape", None) == ()
+
+
+def check_keywords(**values: Any) -> None:
+  """Raises for a number or a schedule that its name does not allow.
+
+  >>> check_keywords(temperature=4.0, hard_weight=lambda step: 0.1 * step)
+  """
+  for name, value in values.items():
+    above = 0 if name.endswith("temperature") else None
+    least = 0 if name.endswith(("weight", "warmup")) else -math.inf
+    _check.scheduled(name, value, above=above, least=least)
+
+
+def at_a_step(name: str, value: Any) -> Any:
+  """A keyword's number, where the train step has put the schedule's value in its place.
+
+  Args:
+    name: the keyword's.
+    value: what the objective was given.
+
+  Returns:
+    The value.
+
+  Raises:
+    ValueError: it is the schedule still.
+
+  >>> at_a_step("dkd_warmup", 0.5)
+  0.5
+  """
+  if callable(value):
+    raise ValueError(
+      f"{name} is a schedule of the step, which is unknown here: give a number, {name}=1.0, or "
+      "train by train.fit or train.make_step, which follow schedules."
+    )
+  return value
+
+
+def rising(warmup_steps: Any) -> Any:
+  """A warm-up: from 0 to 1 in a line, as a schedule of the step; 1 where it takes no steps.
+
+  >>> float(rising(10)(5)), rising(0)
+  (0.5, 1.0)
+  """
+  _check.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
+  return optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
+
+
+def check_loss(loss: Any) -> None:
+  """Raises for what is no loss on two networks' logits.
+
+  >>> check_loss(losses.soft_target_kl)
+  """
+  takes = "(student_logits, teacher_logits, *, temperature) -> [...]"
+  _check.function("loss", loss, takes, arguments=2, keywords_may_lack=True)
+
+
+def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Term:
+  """Cross-entropy on the labels that are known; with the weight None nothing is computed.
+
+  >>> from jaxdistill.types import make_batch
+  >>> batch = make_batch(jnp.ones((1, 1)), jnp.array([0]))
+  >>> term = hard_term(Outputs(logits=jnp.zeros((1, 2))), batch, 0.5)
+  >>> term.weight, round(term.values.item(), 4)  # log 2
+  (0.5, 0.6931)
+  """
+  if hard_weight is None:
+    return Term(None, weight=None)
+  values = losses.cross_entropy(student.logits, batch.labels)
+  return Term(values, weight=hard_weight, where=batch.labelled)
+
+
+# --- What a method looks at. ---
+
+
+def both_logits(
+  recipe: str, student: Outputs, teacher: Outputs | None, *, standardize: bool = False
+) -> tuple[Any, Any]:
+  """Both networks' logits, as they are or as z-scores.
+
+  Args:
+    recipe: who asks, for the message.
+    student: the student's outputs.
+    teacher: the teacher's.
+    standardize: whether each row becomes z-scores (`losses.standardize_logits`).
+
+  Returns:
+    ``(student logits, teacher logits)``.
+
+  Raises:
+    ValueError: there is no teacher.
+
+  >>> outputs = Outputs(jnp.array([[1.0, 2.0, 3.0]]))
+  >>> both_logits("dkd", outputs, outputs, standardize=True)[1].round(3).tolist()
+  [[-1.0, 0.0, 1.0]]
+  """
+  if teacher is None:
+    raise ValueError(f"{recipe} compares with a teacher, and teacher is None; give fit a teacher.")
+  if not standardize:
+    return student.logits, teacher.logits
+  return losses.standardize_logits(student.logits), losses.standardize_logits(teacher.logits)
+
+
+def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
+  """A feature, or the error that says how to have it captured.
+
+  Args:
+    outputs: the student's or the teacher's; shapes will do.
+    name: the feature's name.
+    argument: the recipe's argument that named it, ``student_...`` or ``teacher_...``.
+
+  Returns:
+    The array, or its shape.
+
+  Raises:
+    ValueError: there is no such network, or no such feature.
+
+  >>> feature(Outputs(features={"mid": jnp.ones(2)}), "mid", "student_layer").shape
+  (2,)
+  """
+  side = argument.split("_")[0]
+  if outputs is None:
+    raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
+  if name not in outputs.features:
+    there = {n: tuple(f.shape) for n, f in sorted(outputs.features.items())}
+    raise ValueError(
+      f"{argument}={name!r} is not among the {side}'s features {there}; name it in "
+      "networks.linen(module, features=[...]), or networks.nnx."
+    )
+  return outputs.features[name]
+
+
+def layer_names(student_layer: Any, teacher_layer: Any = None) -> tuple[str, str]:
+  """The names of both features, the teacher's being the student's where it is None.
+
+  >>> layer_names("pooled", None)
+  ('pooled', 'pooled')
+  """
+  teacher_layer = student_layer if teacher_layer is None else teacher_layer
+  for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
+    if not isinstance(layer, str):
+      raise TypeError(f"{argument}={_check.show(layer)} must be a feature's name.")
+  return student_layer, teacher_layer
+
+
+def both_features(
+  student: Outputs, teacher: Outputs | None, layers: tuple[str, str]
+) -> tuple[Any, Any]:
+  """The features of both networks, or their shapes; an error that names the one that is missing.
+
+  >>> outputs = Outputs(features={"a": jnp.ones((2, 3))})
+  >>> [x.shape for x in both_features(outputs, outputs, ("a", "a"))]
+  [(2, 3), (2, 3)]
+  """
+  ours = feature(student, layers[0], "student_layer")
+  return ours, feature(teacher, layers[1], "teacher_layer")
+
+
+def layer_pairs(
+  student_layers: Sequence[str], teacher_layers: Sequence[str] | None, *, least: int = 1
+) -> list[tuple[str, str]]:
+  """Pairs of features' names, the teacher's being the student's where they are None.
+
+  >>> layer_pairs(("stage1",), None), layer_pairs(("a", "b"), ("c", "d"))
+  ([('stage1', 'stage1')], [('a', 'c'), ('b', 'd')])
+  """
+  teacher_layers = student_layers if teacher_layers is None else teacher_layers
+  named = {"student_layers": student_layers, "teacher_layers": teacher_layers}
+  for argument, layers in named.items():
+    words = not isinstance(layers, str) and isinstance(layers, Sequence)
+    if not words or not all(isinstance(name, str) for name in layers):
+      raise TypeError(
+        f"{argument}={_check.show(layers)} must be a sequence of features' names, such as "
+        "('stage1', 'stage2')."
+      )
+  if len(student_layers) != len(teacher_layers) or len(student_layers) < least:
+    raise ValueError(
+      f"student_layers={tuple(student_layers)} and teacher_layers={tuple(teacher_layers)} must be "
+      f"equally many, at least {least}: they are compared one by one."
+    )
+  return list(zip(student_layers, teacher_layers, strict=True))
+
+
+def map_pairs(student: Outputs, teacher: Outputs | None, pairs: Pairs) -> list[tuple[Any, Any]]:
+  """The maps of both networks, or their shapes; an error where one is no map.
+
+  >>> outputs = Outputs(features={"a": jnp.ones((1, 2, 2, 3))})
+  >>> [(s.shape, t.shape) for s, t in map_pairs(outputs, outputs, [("a", "a")])]
+  [((1, 2, 2, 3), (1, 2, 2, 3))]
+  """
+  found = []
+  for ours, theirs in pairs:
+    pair = (feature(student, ours, "student_layers"), feature(teacher, theirs, "teacher_layers"))
+    for side, name, value in zip(("student", "teacher"), (ours, theirs), pair, strict=True):
+      if len(value.shape) != 4:
+        raise ValueError(
+          f"{side}_layers names {name!r}, of shape {tuple(value.shape)}, which is no map "
+          "[B, H, W, C]; name a layer before the pooling."
+        )
+    found.append(pair)
+  return found
+
+
+def present(batch: Batch) -> jax.Array:
+  """Which examples are no padding, ``[B]``.
+
+  >>> from jaxdistill.types import make_batch
+  >>> present(make_batch(jnp.ones((2, 1)), weight=jnp.array([1.0, 0.0]))).tolist()
+  [True, False]
+  """
+  there = batch.weight > 0
+  return jnp.any(there, axis=tuple(range(1, there.ndim)))
+
+
+def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
+  """Weights of stages: those given, else 1 for the last and half as much at each one before it.
+
+  >>> stage_weights_or(None, 3)
+  (0.25, 0.5, 1.0)
+  """
+  if given is None:
+    return tuple(2.0 ** (i - count + 1) for i in range(count))
+  if len(given) != count:
+    raise ValueError(
+      f"stage_weights={tuple(given)} must be one number for each of the {count} pairs of layers."
+    )
+  for weight in given:
+    _check.number("stage_weights", weight, least=0)
+  return tuple(given)
+
+
+def total(values: Iterable[Any]) -> Any:
+  """Σ over layers, without a 0 of another dtype to start from.
+
+  >>> total([1, 2])
+  3
+  """
+  first, *others = values
+  for value in others:
+    first = first + value
+  return first
+
+
+# --- A method that trains something: the same function, and modules. ---
+
+
+class Running:
+  """Runs the modules of a method and remembers their state.
+
+  Attributes:
+    state: by the module's name, and whatever else the method remembers; what it is after the method
+      is what the next step begins with.
+
+  Args:
+    modules: ``{name: (module or None, what goes in)}``.
+    params: from `init_modules`.
+    state: from `init_modules`.
+
+  >>> from jaxdistill.recipes.projectors import Linear
+  >>> modules = {"a": (Linear(3), jnp.ones((1, 2)))}
+  >>> running = Running(modules, *init_modules(jax.random.key(0), modules))
+  >>> running("a").shape, running("a", jnp.ones((5, 2))).shape, running.state
+  ((1, 3), (5, 3), {})
+  """
+
+  def __init__(
+    self, modules: Modules, params: Mapping[str, PyTree], state: Mapping[str, PyTree]
+  ) -> None:
+    self._modules, self._params = modules, params
+    self.state = dict(state)
+
+  def __call__(self, name: str, *inputs: Any) -> Any:
+    """The module's output, in training, of what goes in or of other inputs.
+
+    Where the module is None that is its one input.
+    """
+    module, given = self._modules[name]
+    inputs = inputs or (given if isinstance(given, tuple) else (given,))
+    if module is None:
+      return inputs[0]
+    mine = self.state.get(name, {})
+    variables = {"params": self._params[name], **mine}
+    out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
+    if mine:
+      self.state[name] = {**mine, **updated}
+    return out
+
+  def each(self) -> list[Any]:
+    """The outputs of all modules, in their order."""
+    return [self(name) for name in self._modules]
+
+
+def learned(
+  modules: Callable[[Outputs, Outputs | None], Modules],
+  method: ObjectiveFunction,
+  hyper: Mapping[str, Any],
+  hard_weight: Any = None,
+  *,
+  init: Callable[..., tuple[PyTree, PyTree]] | None = None,
+  deployed: Deployed | None = None,
+) -> Objective:
+  """The objective of a method whose modules are trained with the student.
+
+  Args:
+    modules: ``(student, teacher) -> {name: (module or None, what goes in)}``, a module ``(x, ...,
+      *, train)`` as `projectors` has them; from arrays, and from shapes (see `init_modules`).
+    method: ``(running, student, teacher, batch, *, ...) -> {name: Term}``, with `Running`; its
+      keywords are those of ``hyper``, and ``key`` if it wants the step's random key.
+    hyper: the keywords with their defaults.
+    hard_weight: of the labels, whose term comes before the method's; a keyword too. None leaves
+      them out.
+    init: the objective's; None for parameters and state of ``modules``.
+    deployed: the objective's.
+
+  Returns:
+    The objective, whose numbers are looked at as `recipe`'s are.
+
+  >>> def method(running, student, teacher, batch, *, hint_weight):
+  ...   return {"hint": Term(losses.hint_l2(running("projector"), teacher.logits), hint_weight)}
+  >>> def modules(student, teacher):
+  ...   return {"projector": (projectors.Linear(teacher.logits.shape[-1]), student.logits)}
+  >>> objective = learned(modules, method, {"hint_weight": 1.0})
+  >>> student, teacher = Outputs(jnp.ones((1, 2))), Outputs(jnp.ones((1, 3)))
+  >>> params, state = objective.init(jax.random.key(0), student, teacher)
+  >>> params["projector"]["dense"]["kernel"].shape
+  (2, 3)
+  """
+  labels = {} if hard_weight is None else {"hard_weight": hard_weight}
+  check_keywords(**hyper, **labels)
+
+  def initial(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    return init_modules(key, modules(student, teacher))
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **now: Any,
+  ) -> tuple[dict[str, Term], PyTree]:
+    check_keywords(**now)
+    now = {**hyper, **labels, **now}
+    made = {"labels": hard_term(student, batch, now.pop("hard_weight"))} if labels else {}
+    running = Running(modules(student, teacher), params, state)
+    bare = as_objective(functools.partial(method, running))
+    terms, _ = bare.apply({}, {}, student, teacher, batch, key=key, **now)
+    return {**made, **terms}, running.state
+
+  known = {**hyper, **labels}
+  return Objective(init=init or initial, apply=apply, hyper=known, deployed=deployed)
+
+
+def init_modules(key: Any, modules: Modules) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
+  """Parameters and state of modules, from the shapes of what goes into them.
+
+  Args:
+    key: a random key.
+    modules: ``{name: (module, input)}``: a module ``(x, ..., *, train)`` as `projectors` has them,
+      and an array or a shape, or a tuple of them, that goes in; None for no module.
+
+  Returns:
+    ``(params, state)``, each ``{name: ...}``; the state holds the other collections of modules
+    that have any.
+
+  >>> from jaxdistill.recipes.projectors import Linear
+  >>> params, state = init_modules(jax.random.key(0), {"a": (Linear(3), jnp.ones((1, 2)))})
+  >>> params["a"]["dense"]["kernel"].shape, state
+  ((2, 3), {})
+  """
+  params, state = {}, {}
+  for i, (name, (module, given)) in enumerate(modules.items()):
+    if module is None:
+      continue
+    inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
+    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    variables = dict(module.init(jax.random.fold_in(key, i), *inputs, train=True))
+    params[name] = variables.pop("params", {})
+    if variables:
+      state[name] = variables
+  return params, state
+
+
+def embeddings(
+  student: Outputs, teacher: Outputs | None, layers: tuple[str, str], width: int
+) -> Modules:
+  """The modules ``student`` and ``teacher``: a linear map for either network's flattened feature.
+
+  >>> outputs = Outputs(features={"a": jnp.ones((1, 2, 3))})
+  >>> modules = embeddings(outputs, outputs, ("a", "a"), 4)
+  >>> init_modules(jax.random.key(0), modules)[0]["teacher"]["dense"]["kernel"].shape
+  (6, 4)
+  """
+  found = {}
+  for name, x in zip(("student", "teacher"), both_features(student, teacher, layers), strict=True):
+    flat = jax.ShapeDtypeStruct((x.shape[0], math.prod(x.shape[1:])), compute_dtype(x))
+    found[name] = (projectors.Linear(width), flat)
+  return found
+
+
+def embed(
+  running: Running,
+  student: Outputs,
+  teacher: Outputs | None,
+  layers: tuple[str, str],
+  where: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Both networks' flattened features in the width of `embeddings`, ``[B, width]``.
+
+  Features of examples that are not in ``where`` count as 0: whatever they hold, the gradient of
+  the linear map multiplies it.
+
+  >>> outputs = Outputs(features={"a": jnp.ones((1, 2, 3))})
+  >>> modules = embeddings(outputs, outputs, ("a", "a"), 4)
+  >>> running = Running(modules, *init_modules(jax.random.key(0), modules))
+  >>> [x.shape for x in embed(running, outputs, outputs, ("a", "a"), jnp.ones(1, bool))]
+  [(1, 4), (1, 4)]
+  """
+  ours, theirs = (
+    jnp.where(where[:, None], x.reshape(x.shape[0], -1).astype(compute_dtype(x)), 0.0)
+    for x in both_features(student, teacher, layers)
+  )
+  return running("student", ours), running("teacher", theirs)
