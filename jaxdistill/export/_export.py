@@ -330,10 +330,8 @@ def _earlier(folder: pathlib.Path, digest: str) -> list[dict[str, Any]]:
 
 
 def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as opened:
+  with runs.replacing(path) as writing, writing.open("wb") as opened:
     np.savez(opened, **arrays)
-  os.replace(temporary, path)
 
 
 # Of the largest logit, by the bytes of the narrowest float in the network; see the module.

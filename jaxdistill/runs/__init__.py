@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     load_variables,
     save_variables,
   )
+  from jaxdistill.runs._files import WRITING, replacing, sha256, write_text
   from jaxdistill.runs._folder import (
     Metrics,
     claim,
@@ -26,11 +27,9 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     restore_config,
     to_json,
     write_json,
-    write_text,
   )
   from jaxdistill.runs._manifest import (
     MANIFEST,
-    WRITING,
     CheckpointError,
     clear_unfinished,
     digest,
@@ -38,7 +37,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     listing,
     locate,
     publish,
-    sha256,
     verify,
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
@@ -47,7 +45,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
 
 __all__ = [
   "MANIFEST",  # the name of a manifest's file
-  "WRITING",  # how a folder is called until it is whole
+  "WRITING",  # how a file or folder is called until it is whole
   "CheckpointError",  # a checkpoint is damaged or half written, or could not be saved
   "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
@@ -72,6 +70,7 @@ __all__ = [
   "read_config",  # reads a run's configuration
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
   "release",  # gives back a folder whose run failed before its first checkpoint
+  "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
   "save_variables",  # saves one pytree, such as a teacher's or a deployed student's variables
   "sha256",  # the SHA-256 of a file

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
+from jaxdistill.runs._files import write_text
 
 __all__ = [
   "Metrics",
@@ -30,7 +31,6 @@ __all__ = [
   "restore_config",
   "to_json",
   "write_json",
-  "write_text",
 ]
 
 
@@ -60,13 +60,6 @@ def to_json(value: Any) -> Any:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that the file is never seen half written."""
   write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(text.encode("utf-8", "replace"))
-  os.replace(temporary, path)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -240,10 +233,7 @@ class Metrics:
     self._board = _board(folder, resumed_from) if tensorboard else None
     if self._path is not None and self._path.exists():
       self.history = [r for r in _lines(self._path) if r["step"] <= resumed_from]
-      kept = "".join(json.dumps(r) + "\n" for r in self.history)
-      temporary = self._path.with_name(self._path.name + ".tmp")
-      temporary.write_text(kept)
-      os.replace(temporary, self._path)
+      write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.history))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line; a value may have a leading axis over seeds."""

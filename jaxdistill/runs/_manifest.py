@@ -11,9 +11,10 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdistill.runs._files import WRITING, sha256, write_text
+
 __all__ = [
   "MANIFEST",
-  "WRITING",
   "CheckpointError",
   "as_json",
   "clear_unfinished",
@@ -26,13 +27,11 @@ __all__ = [
   "locate",
   "publish",
   "read_manifest",
-  "sha256",
   "verify",
   "write_manifest",
 ]
 
 MANIFEST = "manifest.json"
-WRITING = ".writing"
 _REMOVED = ".removed"
 _FORMAT = 1
 
@@ -45,12 +44,6 @@ def file_names(folder: pathlib.Path) -> list[str]:
   """The files below a folder, but for the manifest."""
   inside = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
   return sorted(name for name in inside if name != MANIFEST)
-
-
-def sha256(path: pathlib.Path) -> str:
-  """The SHA-256 of a file."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(body: dict[str, Any]) -> str:
@@ -79,9 +72,7 @@ def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
     files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
   body = {"format": _FORMAT, **body, "files": files, "file_count": len(files)}
   body["digest"] = digest(body)
-  temporary = folder / (MANIFEST + ".tmp")
-  temporary.write_text(json.dumps(body, indent=1))
-  os.replace(temporary, folder / MANIFEST)
+  write_text(folder / MANIFEST, json.dumps(body, indent=1))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

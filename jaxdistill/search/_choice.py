@@ -171,8 +171,8 @@ class Result:
     Args:
       folder: the sweep's.
     """
-    (folder / "table.md").write_text(self.table() + "\n")
-    (folder / "table.csv").write_text(self._csv())
+    runs.write_text(folder / "table.md", self.table() + "\n")
+    runs.write_text(folder / "table.csv", self._csv())
     chosen = {
       "values": self.chosen,
       "metric": self.metric,

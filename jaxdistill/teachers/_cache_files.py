@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.runs import MANIFEST, digest, sha256
+from jaxdistill.runs import MANIFEST, WRITING, digest, replacing, sha256, write_text
 
 __all__ = [
   "FORMAT",
@@ -53,7 +53,6 @@ _KEYS = (
   "view_count",
   "views",
 )
-_WRITING = ".writing"
 _LOCK = ".lock"
 # One record a chunk, so that a row is found without unpacking its neighbours; logits hardly shrink.
 _OPTIONS = "group_size:1,uncompressed"
@@ -107,26 +106,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
   made = {name: value for name, value in body.items() if name != "digest"}
-  _write(folder / MANIFEST, json.dumps(made | {"digest": digest(made)}, indent=1))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that nobody ever sees half of it, not even after a power cut."""
-  writing = path.with_name(path.name + _WRITING)
-  with writing.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(writing, path)
-  _sync_folder(path.parent)
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-  number = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)
+  text = json.dumps(made | {"digest": digest(made)}, indent=1)
+  write_text(folder / MANIFEST, text, durable=True)
 
 
 @contextlib.contextmanager
@@ -158,12 +139,12 @@ def create(folder: pathlib.Path, body: Mapping[str, Any], ids: Sequence[str]) ->
   with _locked(folder):
     if not (folder / MANIFEST).exists():
       others = sorted(path.name for path in folder.iterdir())
-      others = [n for n in others if n not in (_LOCK, IDS) and not n.endswith(_WRITING)]
+      others = [n for n in others if n not in (_LOCK, IDS) and not n.endswith(WRITING)]
       if others:
         raise ValueError(
           f"folder={os.fspath(folder)!r} holds {others[:3]} and no cache: name a folder of its own."
         )
-      _write(folder / IDS, json.dumps(list(ids)))
+      write_text(folder / IDS, json.dumps(list(ids)), durable=True)
       named = {"file": IDS, "sha256": sha256(folder / IDS)}
       _write_manifest(folder, {"format": FORMAT, **body, "ids": named, "views": {}})
     return read_manifest(folder)
@@ -253,7 +234,6 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
       )
       for number in range(count)
     ]
-    _sync_folder(folder)
     _write_manifest(folder, manifest | {"views": {**manifest["views"], str(view): shards}})
     return read_manifest(folder)
 
@@ -269,21 +249,17 @@ def _clear(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> dict[str, Any]:
   from array_record.python import array_record_module as array_record
 
-  writing = path.with_name(path.name + _WRITING)
-  writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
-  for id, row in zip(ids, packed, strict=True):
-    writer.write(prefix(id) + row.tobytes())
-  writer.close()
-  with writing.open("rb") as file:
-    os.fsync(file.fileno())
-  shard = {
+  with replacing(path, durable=True) as writing:
+    writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
+    for id, row in zip(ids, packed, strict=True):
+      writer.write(prefix(id) + row.tobytes())
+    writer.close()
+  return {
     "file": path.name,
     "records": len(ids),
-    "bytes": writing.stat().st_size,
-    "sha256": sha256(writing),
+    "bytes": path.stat().st_size,
+    "sha256": sha256(path),
   }
-  os.replace(writing, path)
-  return shard
 
 
 def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
