@@ -420,8 +420,7 @@ def export_file(
     raise
   return {
     "file": target.name,
-    "bytes": target.stat().st_size,
-    "sha256": runs.sha256(target),
+    **runs.size_and_digest(target),
     "runtime": ran.runtime,
     "platform": ran.platform,
     "passed": True,
@@ -455,13 +454,9 @@ def problem_of(
     student: its logits of them, ``[N, ..., K]``.
     time_limit: seconds after which the process is ended.
   """
-  if not path.is_file():
-    return "it is missing"
-  size = path.stat().st_size
-  if size != entry["bytes"]:
-    return f"it has {size} bytes, {entry['bytes']} were written"
-  if runs.sha256(path) != entry["sha256"]:
-    return "it is not as it was written (its SHA-256 differs)"
+  problem = runs.altered(path, entry)
+  if problem:
+    return f"it {problem}"
   if path.suffix == ".safetensors":
     return None
   wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))

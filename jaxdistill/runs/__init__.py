@@ -15,7 +15,18 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     load_variables,
     save_variables,
   )
-  from jaxdistill.runs._files import WRITING, replacing, sha256, write_text
+  from jaxdistill.runs._files import (
+    WRITING,
+    altered,
+    digest,
+    read_digested,
+    replacing,
+    sha256,
+    size_and_digest,
+    write_digested,
+    write_text,
+  )
+  from jaxdistill.runs._fingerprints import fingerprint, short_digest, tree_identity
   from jaxdistill.runs._folder import (
     Metrics,
     claim,
@@ -32,7 +43,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     MANIFEST,
     CheckpointError,
     clear_unfinished,
-    digest,
     first_few,
     listing,
     locate,
@@ -50,6 +60,7 @@ __all__ = [
   "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
   "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
+  "altered",  # how a file differs from what a manifest says of it, in words
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind
   "command",  # the command that repeats a run
@@ -57,6 +68,7 @@ __all__ = [
   "digest",  # the digest of a manifest's own content
   "environment",  # hardware and versions that the numbers were produced with
   "find_collections",  # finds where collections lie in a tree that somebody else laid out
+  "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
   "first_few",  # the first few names
   "from_outline",  # the tree again, from its outline and its leaves by path
   "listing",  # what is in a folder; nothing if there is none
@@ -68,14 +80,19 @@ __all__ = [
   "progress_bar",  # a progress bar; ``update(count)`` moves it and ``close()`` ends it
   "publish",  # writes the manifest of the folder being written for ``target``
   "read_config",  # reads a run's configuration
+  "read_digested",  # reads a manifest that has its own digest in it
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
   "release",  # gives back a folder whose run failed before its first checkpoint
   "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
   "save_variables",  # saves one pytree, such as a teacher's or a deployed student's variables
   "sha256",  # the SHA-256 of a file
+  "short_digest",  # 16 hexadecimal digits of what JSON holds
+  "size_and_digest",  # what a manifest says of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
+  "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "verify",  # compares the files with the manifest; the digests only of these items
+  "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written
   "write_text",  # writes a text so that the file is never seen half written
 ]

@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.runs import MANIFEST, WRITING, digest, replacing, sha256, write_text
+from jaxdistill.runs import (
+  MANIFEST,
+  WRITING,
+  altered,
+  read_digested,
+  replacing,
+  sha256,
+  size_and_digest,
+  write_digested,
+  write_text,
+)
 
 __all__ = [
   "FORMAT",
@@ -86,14 +96,11 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / MANIFEST
   try:
-    body = json.loads(path.read_bytes())
-    intact = body["digest"] == digest(body)
+    body = read_digested(path)
   except FileNotFoundError:
     raise FileNotFoundError(f"{os.fspath(folder)!r} is no cache: it has no {MANIFEST}.") from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise _damaged(path, f"cannot be read ({error})") from error
-  if not intact:
-    raise _damaged(path, "is not as it was written (its digest differs)")
+  except ValueError as error:
+    raise _damaged(path, str(error)) from error
   if body.get("format") != FORMAT:
     raise CacheError(f"{path} is of format {body.get('format')!r}; this program reads {FORMAT}.")
   lacking = [name for name in _KEYS if name not in body]
@@ -105,9 +112,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
-  made = {name: value for name, value in body.items() if name != "digest"}
-  text = json.dumps(made | {"digest": digest(made)}, indent=1)
-  write_text(folder / MANIFEST, text, durable=True)
+  write_digested(folder / MANIFEST, body, durable=True)
 
 
 @contextlib.contextmanager
@@ -157,10 +162,9 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     CacheError: the file is damaged.
   """
   path = folder / manifest["ids"]["file"]
-  if not path.is_file():
-    raise _damaged(path, "is missing")
-  if sha256(path) != manifest["ids"]["sha256"]:
-    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+  problem = altered(path, manifest["ids"])
+  if problem:
+    raise _damaged(path, problem)
   ids = json.loads(path.read_bytes())
   if len(ids) != manifest["data"]["size"] or len(set(ids)) != len(ids):
     raise _damaged(path, f"does not hold {manifest['data']['size']} different ids")
@@ -254,12 +258,7 @@ def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> 
     for id, row in zip(ids, packed, strict=True):
       writer.write(prefix(id) + row.tobytes())
     writer.close()
-  return {
-    "file": path.name,
-    "records": len(ids),
-    "bytes": path.stat().st_size,
-    "sha256": sha256(path),
-  }
+  return {"file": path.name, "records": len(ids), **size_and_digest(path)}
 
 
 def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
@@ -269,13 +268,9 @@ def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
     CacheError: with the file's name.
   """
   path = folder / shard["file"]
-  if not path.is_file():
-    raise _damaged(path, "is missing")
-  size = path.stat().st_size
-  if size != shard["bytes"]:
-    raise _damaged(path, f"has {size} bytes, {shard['bytes']} were written")
-  if sha256(path) != shard["sha256"]:
-    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+  problem = altered(path, shard)
+  if problem:
+    raise _damaged(path, problem)
 
 
 def read_view(
