@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     commands,
     environment,
     read_config,
+    read_metrics,
     release,
     restore_config,
     to_json,
@@ -82,6 +83,7 @@ __all__ = [
   "read_config",  # reads a run's configuration
   "read_digested",  # reads a manifest that has its own digest in it
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
+  "read_metrics",  # reads the lines of a run's ``metrics.jsonl``, and counts the torn ones
   "release",  # gives back a folder whose run failed before its first checkpoint
   "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
