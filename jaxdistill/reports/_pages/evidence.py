@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
-from jaxdistill.evaluation import predictions
+from jaxdistill.evaluation import metrics, predictions
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports._pages import analysis, run_files
 from jaxdistill.reports._pages.report_text import MODELS
@@ -133,8 +133,8 @@ def spread(values: Any) -> dict[str, float | None]:
   """
   found = np.atleast_1d(np.asarray(values, np.float64))
   found = found[np.isfinite(found)]
-  std = float(found.std(ddof=1)) if found.size > 1 else None
-  return {"mean": float(found.mean()) if found.size else None, "std": std}
+  mean, std = metrics.mean_std(found) if found.size else (None, None)
+  return {"mean": mean, "std": std}
 
 
 def names(values: list[str], most: int = 8) -> str:
