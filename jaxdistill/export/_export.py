@@ -381,7 +381,8 @@ def export_file(
   >>> inputs = jax.ShapeDtypeStruct((2,), jnp.float32)
   >>> program = Program("net", {"params/kernel": jnp.eye(2)}, call, inputs)
   >>> with tempfile.TemporaryDirectory() as folder:
-  ...   made = file(f"{folder}/net.stablehlo", program, (np.eye(2, dtype=np.float32), [0, 1]))
+  ...   held_out = (np.eye(2, dtype=np.float32), [0, 1])
+  ...   made = export_file(f"{folder}/net.stablehlo", program, held_out)
   >>> made["accuracy"], made["agreement"], made["folded"]
   (1.0, 1.0, [])
   """

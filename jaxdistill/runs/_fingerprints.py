@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill.runs._trees import is_key
+
 __all__ = ["checksum", "fingerprint", "short_digest", "tree_identity"]
 
 PyTree = Any
@@ -59,9 +61,7 @@ def checksum(variables: PyTree) -> str:
   False
   """
   leaves = [
-    jax.random.key_data(leaf)
-    if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
-    else jnp.asarray(leaf)
+    jax.random.key_data(leaf) if is_key(leaf) else jnp.asarray(leaf)
     for leaf in jax.tree.leaves(variables)
   ]
   if jax.default_backend() == "cpu":  # the memory is the host's, and there is nothing to compile
