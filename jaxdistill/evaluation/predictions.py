@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxdistill import _check
+from jaxdistill import _check, runs
 from jaxdistill.types import Batch
 
 __all__ = [
@@ -318,12 +318,10 @@ def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
     "columns": [[name, list(one.names)] for name, one in found.columns.items()],
     "texts": texts,
   }
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as file:
+  with runs.replacing(path) as writing, writing.open("wb") as file:
     # As bytes: an array of text would lose a zero at its end.
     about_bytes = np.frombuffer(json.dumps(about).encode(), np.uint8)
     np.savez_compressed(file, allow_pickle=False, about=about_bytes, **arrays)
-  os.replace(temporary, path)
   return path
 
 

@@ -343,10 +343,8 @@ def _earlier(folder: pathlib.Path, digest: str) -> list[dict[str, Any]]:
 
 
 def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-  temporary = path.with_name(path.name + ".tmp")
-  with temporary.open("wb") as opened:
+  with runs.replacing(path) as writing, writing.open("wb") as opened:
     np.savez(opened, **arrays)
-  os.replace(temporary, path)
 
 
 # Of the largest logit, by the bytes of the narrowest float in the network; see the module.
@@ -437,8 +435,7 @@ def export_file(
     raise
   return {
     "file": target.name,
-    "bytes": target.stat().st_size,
-    "sha256": runs.sha256(target),
+    **runs.size_and_digest(target),
     "runtime": ran.runtime,
     "platform": ran.platform,
     "passed": True,
@@ -472,13 +469,9 @@ def problem_of(
     student: its logits of them, ``[N, ..., K]``.
     time_limit: seconds after which the process is ended.
   """
-  if not path.is_file():
-    return "it is missing"
-  size = path.stat().st_size
-  if size != entry["bytes"]:
-    return f"it has {size} bytes, {entry['bytes']} were written"
-  if runs.sha256(path) != entry["sha256"]:
-    return "it is not as it was written (its SHA-256 differs)"
+  problem = runs.altered(path, entry)
+  if problem:
+    return f"it {problem}"
   if path.suffix == ".safetensors":
     return None
   wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.export
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxdistill import _check
 from jaxdistill.export import _inputs
-from jaxdistill.runs import named_leaves
+from jaxdistill.runs import is_key, named_leaves
 from jaxdistill.types import Network
 
 __all__ = [
@@ -126,6 +125,7 @@ def from_network(
     TypeError: ``network``, ``normalize`` or ``stored`` is not of the kind described.
     ValueError: it cannot be traced, or its variables do not fit.
 
+  >>> import jax.numpy as jnp
   >>> from jaxdistill.types import Outputs
   >>> apply = lambda variables, x, *, train, key: (Outputs(logits=x @ variables["kernel"]), {})
   >>> network = Network(init=lambda key, x: {"kernel": jnp.eye(2)}, apply=apply)
@@ -187,6 +187,7 @@ def traced(program: Program) -> Operations:
 def batched(inputs: PyTree, size: Any) -> PyTree:
   """Shapes of one example's inputs as those of a batch; the size may be symbolic.
 
+  >>> import jax.numpy as jnp
   >>> batched(jax.ShapeDtypeStruct((8,), jnp.uint8), 4).shape
   (4, 8)
   """
@@ -258,8 +259,7 @@ def _cpu() -> Any:
 
 def _host(leaf: Any) -> Any:
   """A copy that lies on no device, or on one; keys of random streams stay as they are."""
-  keys = isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-  return leaf if keys else np.asarray(leaf)
+  return leaf if is_key(leaf) else np.asarray(leaf)
 
 
 # Calls whose body stands in their place; of a loop or a branch it cannot.

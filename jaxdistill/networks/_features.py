@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jaxdistill._check import shapes
 
 __all__ = [
   "TRAIN_FLAGS",
+  "Call",
   "Path",
   "bind",
   "find",
@@ -44,6 +45,15 @@ TRAIN_FLAGS = {
   "eval_mode": True,
   "inference": True,
 }
+
+
+class Call(NamedTuple):
+  """One application of a network; as shapes, where it is only looked at."""
+
+  variables: Mapping[str, Any]
+  inputs: Any
+  train: bool
+  key: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.errors
 import flax.linen as nn
@@ -18,7 +18,7 @@ import jax
 
 from jaxdistill import _check
 from jaxdistill.networks import _features
-from jaxdistill.networks._features import Path
+from jaxdistill.networks._features import Call, Path
 from jaxdistill.types import Network, Outputs
 
 __all__ = ["linen", "linen_features"]
@@ -132,16 +132,7 @@ def linen_features(network: Network | nn.Module, inputs: Any) -> dict[str, Any]:
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   variables = jax.eval_shape(adapter.variables, key, inputs)
-  return adapter.survey(_Call(variables, inputs, False, key))[0]
-
-
-class _Call(NamedTuple):
-  """One application of a network."""
-
-  variables: Mapping[str, PyTree]
-  inputs: Any
-  train: bool
-  key: Any
+  return adapter.survey(Call(variables, inputs, False, key))[0]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,7 +155,7 @@ class _Adapter:
 
     def check(variables: PyTree, inputs: Any, key: Any) -> PyTree:
       # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
-      call = _Call(variables, inputs, False, key)
+      call = Call(variables, inputs, False, key)
       out, state = self.run(call, collections)
       self.outputs(call, out, state)
       return {name: state[name] for name in collections if name in state}
@@ -178,7 +169,7 @@ class _Adapter:
     # Left-over intermediates would be the first of several values.
     variables = {name: value for name, value in variables.items() if name != _SOWN}
     mutable = [name for name in variables if name != "params"] if train else []
-    call = _Call(variables, inputs, train, key)
+    call = Call(variables, inputs, train, key)
     out, state = self.run(call, mutable)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
     return self.outputs(call, out, state), updated
@@ -204,7 +195,7 @@ class _Adapter:
     return self.module.clone(**attributes) if attributes else self.module, args, keywords
 
   def run(
-    self, call: _Call, mutable: Sequence[str], capture: _Filter | None = None
+    self, call: Call, mutable: Sequence[str], capture: _Filter | None = None
   ) -> tuple[Any, dict[str, PyTree]]:
     module, args, keywords = self.bind(call.inputs, call.train)
     places = {(tuple(path.path.split("/")), path.method) for path in self.wanted.values()}
@@ -234,7 +225,7 @@ class _Adapter:
       ) from error
     return out, dict(state)
 
-  def outputs(self, call: _Call, out: Any, state: Mapping[str, PyTree]) -> Outputs:
+  def outputs(self, call: Call, out: Any, state: Mapping[str, PyTree]) -> Outputs:
     sown = state.get(_SOWN, {})
     missing = [name for name, path in self.wanted.items() if _features.find(sown, path) is None]
     if missing:
@@ -245,7 +236,7 @@ class _Adapter:
     }
     return Outputs(logits=_features.logits(out, self.logits, self.name), features=features)
 
-  def survey(self, call: _Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, str]]:
+  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, str]]:
     """Runs the module abstractly and captures every submodule's output.
 
     Returns:
@@ -271,7 +262,7 @@ class _Adapter:
     def collect(capture: _Filter) -> None:
       def body(variables: PyTree, inputs: Any, key: Any) -> int:
         collections = [name for name in variables if name != "params"]
-        _, state = self.run(_Call(variables, inputs, call.train, key), collections, capture)
+        _, state = self.run(Call(variables, inputs, call.train, key), collections, capture)
         shapes.update(_features.names(state.get(_SOWN, {})))
         return 0
 
@@ -286,7 +277,7 @@ class _Adapter:
     outer = {p: c for p, c in hidden.items() if not any(_inside(p, q) for q in hidden if q != p)}
     return shapes, called, outer
 
-  def explain_missing(self, missing: Sequence[str], call: _Call) -> str:
+  def explain_missing(self, missing: Sequence[str], call: Call) -> str:
     shapes, called, hidden = self.survey(call)
     lines = [f"{self.name}: {len(missing)} of the features can't be found."]
     for name in missing:
@@ -311,7 +302,7 @@ class _Adapter:
     lines += [f"Hidden in {_transform(lift)}: {path or 'all'}" for path, lift in hidden.items()]
     return "\n".join(lines)
 
-  def explain_stream(self, error: str, call: _Call) -> str:
+  def explain_stream(self, error: str, call: Call) -> str:
     stream = error.partition('PRNG for "')[2].partition('"')[0]
     draws = f"{self.name} draws from the random stream {stream!r}"
     if call.key is not None:

@@ -22,8 +22,9 @@ from flax import nnx as flax_nnx
 
 from jaxdistill import _check
 from jaxdistill.networks import _features, _nnx_graph
-from jaxdistill.networks._features import Path
+from jaxdistill.networks._features import Call, Path
 from jaxdistill.networks._nnx_graph import Flag, Slot, Tap
+from jaxdistill.runs import is_key
 from jaxdistill.types import Network, Outputs
 
 __all__ = ["nnx", "nnx_features", "nnx_variables"]
@@ -144,9 +145,8 @@ def nnx_variables(module: Any) -> dict[str, PyTree]:
           f"{type(module).__name__}: {what} is a {type(leaf).__name__}, not an array; give a "
           "module with values (a ShapeDtypeStruct comes from nnx.eval_shape)."
         )
-      if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        value = leaf
-      else:
+      value = leaf
+      if not is_key(leaf):
         value = jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)  # strongly typed
       _nnx_graph.insert(found, where, value)
   return found
@@ -178,16 +178,7 @@ def nnx_features(network: Any, inputs: Any) -> dict[str, Any]:
     )
   key = jax.eval_shape(lambda: jax.random.key(0))
   shapes = jax.eval_shape(adapter.variables, key)
-  return adapter.survey(_Call(shapes, inputs, False, key))[0]
-
-
-class _Call(NamedTuple):
-  """One application of a network."""
-
-  variables: Mapping[str, PyTree]
-  inputs: Any
-  train: bool
-  key: Any
+  return adapter.survey(Call(shapes, inputs, False, key))[0]
 
 
 class _Ran(NamedTuple):
@@ -220,14 +211,14 @@ class _Adapter:
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     made = self.variables(key)
     # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
-    check = lambda made, inputs, key: self.call(_Call(made, inputs, False, key))[0]  # noqa: E731
+    check = lambda made, inputs, key: self.call(Call(made, inputs, False, key))[0]  # noqa: E731
     jax.eval_shape(check, made, inputs, key)
     return made
 
   def apply(
     self, variables: Mapping[str, PyTree], inputs: Any, *, train: bool, key: Any = None
   ) -> tuple[Outputs, dict[str, PyTree]]:
-    call = _Call(variables, inputs, train, key)
+    call = Call(variables, inputs, train, key)
     outputs, state, drawn = self.call(call)
     if drawn:
       # To split a stream is harmless as long as nothing comes of it: no output may differ between
@@ -245,7 +236,7 @@ class _Adapter:
   def variables(self, key: Any) -> dict[str, PyTree]:
     return nnx_variables(self.make(flax_nnx.Rngs(key)))
 
-  def call(self, call: _Call) -> tuple[Outputs, dict[str, PyTree], set[str]]:
+  def call(self, call: Call) -> tuple[Outputs, dict[str, PyTree], set[str]]:
     try:
       ran = self.run(call, functools.partial(_nnx_graph.find_taps, list(self.wanted.values())))
     except (TypeError, ValueError) as error:
@@ -264,7 +255,7 @@ class _Adapter:
     state = _nnx_graph.updated(self.slots, ran.module, self.name) if call.train else {}
     return outputs, state, ran.drawn
 
-  def traces(self, call: _Call, wanted: Sequence[Path]) -> bool:
+  def traces(self, call: Call, wanted: Sequence[Path]) -> bool:
     """Whether the module runs, abstractly, while these are captured."""
     try:
       self.capture(call, functools.partial(_nnx_graph.find_taps, wanted))
@@ -272,13 +263,13 @@ class _Adapter:
       return False
     return True
 
-  def capture(self, call: _Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
+  def capture(self, call: Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
     """Runs the module abstractly: the shapes of what is captured, and the modules watched."""
     seen: list[Tap] = []
     shapes: dict[str, Any] = {}
 
     def body(variables: PyTree, inputs: Any, key: Any) -> int:
-      ran = self.run(_Call(variables, inputs, call.train, key), taps)
+      ran = self.run(Call(variables, inputs, call.train, key), taps)
       seen.extend(ran.taps)
       shapes.update(_features.names(ran.sown))
       return 0
@@ -286,7 +277,7 @@ class _Adapter:
     jax.eval_shape(body, call.variables, call.inputs, call.key)
     return shapes, seen
 
-  def run(self, call: _Call, find: _Taps) -> _Ran:
+  def run(self, call: Call, find: _Taps) -> _Ran:
     module = _nnx_graph.build(self.graph, self.slots, call.variables, call.key, self.name)
     module = _nnx_graph.set_flags(module, self.flags, self.auto, call.train)
     told: dict[str, Any] = {f.name: call.train != f.inverted for f in self.flags if f.argument}
@@ -305,7 +296,7 @@ class _Adapter:
     out, sown = _nnx_graph.run_tapped(module, method, found)
     return _Ran(module, out, sown, drawn, found)
 
-  def survey(self, call: _Call) -> tuple[dict[str, Any], dict[str, set[str]], list[str]]:
+  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], list[str]]:
     """Runs the module abstractly and captures every submodule's output.
 
     Returns:
@@ -348,7 +339,7 @@ class _Adapter:
     # What is inside a hidden module is hidden by the same transform.
     return shapes, called, [p for p in hidden if not any(p.startswith(f"{q}/") for q in hidden)]
 
-  def explain_missing(self, missing: Sequence[str], call: _Call) -> str:
+  def explain_missing(self, missing: Sequence[str], call: Call) -> str:
     shapes, called, hidden = self.survey(call)
     lines = [f"{self.name}: {len(missing)} of the features can't be found."]
     for name in missing:
@@ -372,7 +363,7 @@ class _Adapter:
     lines += [f"Hidden in a transform: {path}" for path in hidden]
     return "\n".join(lines)
 
-  def explain_stuck(self, stuck: Sequence[str], call: _Call) -> str:
+  def explain_stuck(self, stuck: Sequence[str], call: Call) -> str:
     where = [self.wanted[name].path for name in stuck]
     lines = [
       f"{self.name}: {where} can't be captured: inside a transform whose branches or carry keep "

@@ -20,6 +20,7 @@ from flax import linen, nnx
 
 from jaxdistill.networks import _features
 from jaxdistill.networks._features import Path
+from jaxdistill.runs import is_key
 
 __all__ = [
   "Flag",
@@ -183,13 +184,12 @@ def stream_key(key: Any, index: int) -> Any:
   """
   if key is None:
     return jax.random.key(0)
-  typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-  return jax.random.fold_in(key if typed else jax.random.wrap_key_data(key), index)
+  return jax.random.fold_in(key if is_key(key) else jax.random.wrap_key_data(key), index)
 
 
 def _random(variable: Any, key: Any) -> Any:
   like = _raw(variable)
-  if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+  if not is_key(like):
     return jnp.zeros(like.shape, like.dtype)
   return jax.random.split(key, like.shape) if like.shape else key
 

@@ -234,9 +234,8 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
     # The library writes the buffer as it lies, so it must lie in order; and 0-d must stay 0-d.
     arrays[name] = np.array(leaf, order="C")
   file.parent.mkdir(parents=True, exist_ok=True)
-  temporary = file.with_name(file.name + ".writing")
-  safetensors.numpy.save_file(arrays, temporary)
-  os.replace(temporary, file)
+  with runs.replacing(file) as writing:
+    safetensors.numpy.save_file(arrays, writing)
 
 
 def linear(weight: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.reports import figures as figures
   from jaxdistill.reports._compare import compare_students, gather_predictions
+  from jaxdistill.reports._format import csv_text, grid, plain, with_std
   from jaxdistill.reports._pages.report_text import markdown, picture, table
   from jaxdistill.reports._pages.versus import compare_runs
   from jaxdistill.reports._pages.versus_page import write_comparison
@@ -28,14 +29,18 @@ __all__ = [
   "build_report",  # assembles a report from the measured models
   "compare_runs",  # compares the students of two runs on the examples that both were measured on
   "compare_students",  # compares the runs ``baseline`` and ``student`` of an experiment's folder
+  "csv_text",  # rows as CSV; the first is its head
   "figures",  # pictures of results: models side by side, curves over a setting, methods in rows
   "gather_predictions",  # what all models said of each example, with some to look at: lost ones
+  "grid",  # rows as a Markdown table that is aligned as plain text too
   "markdown",  # ``report.md``: verdict, tables, how to repeat it; a part of broken numbers says so
   "measure_model",  # evaluates a model and what it costs
   "picture",  # accuracy of the models: every seed a dot, the mean with its standard deviation
+  "plain",  # a number in full, a cost for example
   "render_report",  # makes the pages of a report again from a run's folder alone; runs no network
   "report_schema",  # the JSON schema that every ``report.json`` satisfies
   "table",  # the one table: quality, agreement with the teacher, and cost of the models
+  "with_std",  # a mean and its standard deviation, which one run has not
   "write_comparison",  # writes the page, and beside it the same as ``.md`` and ``.json``
   "write_report",  # writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``
 ]

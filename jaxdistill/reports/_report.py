@@ -197,11 +197,8 @@ def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
 
 
 def _spread(values: Any) -> dict[str, Any]:
-  values = np.atleast_1d(values)
-  if not np.all(np.isfinite(values)):  # undefined on this split: a teacher that is never wrong
-    return {"mean": None, "std": None}
-  mean, std = metrics.mean_std(values)
-  return {"mean": mean, "std": std}
+  # Not finite is undefined on this split: a teacher that is never wrong.
+  return evidence.spread(values if np.all(np.isfinite(values)) else [])
 
 
 def _fidelity(part: Measured) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxdistill import _check, _extras
 from jaxdistill.evaluation import metrics
+from jaxdistill.reports._format import with_std
 
 __all__ = ["curves", "frontier", "intervals", "models", "png"]
 
@@ -334,9 +335,7 @@ def _mean_std(value: Value) -> tuple[float, float | None]:
 
 
 def _shown(mean: float, std: float | None) -> str:
-  if not np.isfinite(mean):
-    return "–"
-  return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
+  return with_std(mean if np.isfinite(mean) else None, std)
 
 
 def _spread_by_factors(at: np.ndarray) -> bool:

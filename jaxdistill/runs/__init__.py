@@ -15,6 +15,18 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     load_variables,
     save_variables,
   )
+  from jaxdistill.runs._files import (
+    WRITING,
+    altered,
+    digest,
+    read_digested,
+    replacing,
+    sha256,
+    size_and_digest,
+    write_digested,
+    write_text,
+  )
+  from jaxdistill.runs._fingerprints import fingerprint, short_digest, tree_identity
   from jaxdistill.runs._folder import (
     Metrics,
     claim,
@@ -22,37 +34,35 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     commands,
     environment,
     read_config,
+    read_metrics,
     release,
     restore_config,
     to_json,
     write_json,
-    write_text,
   )
   from jaxdistill.runs._manifest import (
     MANIFEST,
-    WRITING,
     CheckpointError,
     clear_unfinished,
-    digest,
     first_few,
     listing,
     locate,
     publish,
-    sha256,
     verify,
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
   from jaxdistill.runs._progress import Progress, progress_bar, say_saved
-  from jaxdistill.runs._trees import from_outline, named_leaves, outline
+  from jaxdistill.runs._trees import from_outline, is_key, named_leaves, outline
 
 __all__ = [
   "MANIFEST",  # the name of a manifest's file
-  "WRITING",  # how a folder is called until it is whole
+  "WRITING",  # how a file or folder is called until it is whole
   "CheckpointError",  # a checkpoint is damaged or half written, or could not be saved
   "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
   "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
   "Progress",  # how far something is; `progress_bar` makes it
+  "altered",  # how a file differs from what a manifest says of it, in words
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind
   "command",  # the command that repeats a run
@@ -60,8 +70,10 @@ __all__ = [
   "digest",  # the digest of a manifest's own content
   "environment",  # hardware and versions that the numbers were produced with
   "find_collections",  # finds where collections lie in a tree that somebody else laid out
+  "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
   "first_few",  # the first few names
   "from_outline",  # the tree again, from its outline and its leaves by path
+  "is_key",  # whether a leaf, or its shape, is of typed random keys
   "listing",  # what is in a folder; nothing if there is none
   "load_variables",  # loads what `save_variables` saved, after verifying it
   "locate",  # the folder; or the complete one that a killed process had no time to rename
@@ -71,14 +83,21 @@ __all__ = [
   "progress_bar",  # a bar in a terminal or a notebook; elsewhere a line every few seconds
   "publish",  # writes the manifest of the folder being written for ``target``
   "read_config",  # reads a run's configuration
+  "read_digested",  # reads a manifest that has its own digest in it
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
+  "read_metrics",  # reads the lines of a run's ``metrics.jsonl``, and counts the torn ones
   "release",  # gives back a folder whose run failed before its first checkpoint
+  "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
   "save_variables",  # saves one pytree, such as a teacher's or a deployed student's variables
   "say_saved",  # says, beside the progress, where something was saved
   "sha256",  # the SHA-256 of a file
+  "short_digest",  # 16 hexadecimal digits of what JSON holds
+  "size_and_digest",  # what a manifest says of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
+  "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "verify",  # compares the files with the manifest; the digests only of these items
+  "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written
   "write_text",  # writes a text so that the file is never seen half written
 ]

@@ -26,9 +26,9 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
+from jaxdistill.runs._files import WRITING
 from jaxdistill.runs._manifest import (
   MANIFEST,
-  WRITING,
   CheckpointError,
   as_json,
   clear_unfinished,

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _extras
+from jaxdistill.runs._files import write_text
 
 __all__ = [
   "Metrics",
@@ -26,12 +27,14 @@ __all__ = [
   "commands",
   "environment",
   "read_config",
+  "read_metrics",
   "release",
   "restore_config",
   "to_json",
   "write_json",
-  "write_text",
 ]
+
+_METRICS = "metrics.jsonl"
 
 
 def to_json(value: Any) -> Any:
@@ -60,13 +63,6 @@ def to_json(value: Any) -> Any:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON so that the file is never seen half written."""
   write_text(path, json.dumps(to_json(value), indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(text.encode("utf-8", "replace"))
-  os.replace(temporary, path)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -236,14 +232,11 @@ class Metrics:
       tensorboard: also write TensorBoard event files, under ``tensorboard/``.
     """
     self.history: list[dict[str, Any]] = []
-    self._path = None if folder is None else folder / "metrics.jsonl"
+    self._path = None if folder is None else folder / _METRICS
     self._board = _board(folder, resumed_from) if tensorboard else None
-    if self._path is not None and self._path.exists():
-      self.history = [r for r in _lines(self._path) if r["step"] <= resumed_from]
-      kept = "".join(json.dumps(r) + "\n" for r in self.history)
-      temporary = self._path.with_name(self._path.name + ".tmp")
-      temporary.write_text(kept)
-      os.replace(temporary, self._path)
+    if folder is not None and self._path is not None and self._path.exists():
+      self.history = [r for r in read_metrics(folder)[0] if r["step"] <= resumed_from]
+      write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.history))
 
   def write(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes one line; a value may have a leading axis over seeds."""
@@ -263,18 +256,29 @@ class Metrics:
       self._board.close()
 
 
-def _lines(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the whole lines; a kill can leave the last one torn."""
-  records = []
-  for line in path.read_text(errors="replace").splitlines():
+def read_metrics(folder: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+  """Reads the lines of a run's ``metrics.jsonl``; a kill can leave the last one torn.
+
+  Args:
+    folder: the run's folder.
+
+  Returns:
+    ``(lines, torn)``: the lines that are whole, each with its ``step``; and how many are not.
+
+  Raises:
+    OSError: there is no such file, or it cannot be read.
+  """
+  lines, torn = [], 0
+  for text in (folder / _METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
     try:
-      record = json.loads(line)
-    except json.JSONDecodeError:
-      break
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-      break
-    records.append(record)
-  return records
+      line = json.loads(text)
+    except (ValueError, RecursionError):
+      line = None
+    if isinstance(line, dict) and isinstance(line.get("step"), int):
+      lines.append(line)
+    else:
+      torn += 1
+  return lines, torn
 
 
 def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -11,14 +10,14 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdistill.runs._files import WRITING, altered, read_digested, size_and_digest, write_digested
+
 __all__ = [
   "MANIFEST",
-  "WRITING",
   "CheckpointError",
   "as_json",
   "clear_unfinished",
   "damaged",
-  "digest",
   "discard",
   "file_names",
   "first_few",
@@ -26,13 +25,11 @@ __all__ = [
   "locate",
   "publish",
   "read_manifest",
-  "sha256",
   "verify",
   "write_manifest",
 ]
 
 MANIFEST = "manifest.json"
-WRITING = ".writing"
 _REMOVED = ".removed"
 _FORMAT = 1
 
@@ -45,18 +42,6 @@ def file_names(folder: pathlib.Path) -> list[str]:
   """The files below a folder, but for the manifest."""
   inside = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
   return sorted(name for name in inside if name != MANIFEST)
-
-
-def sha256(path: pathlib.Path) -> str:
-  """The SHA-256 of a file."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest(body: dict[str, Any]) -> str:
-  """The digest of a manifest's own content."""
-  rest = {name: value for name, value in body.items() if name != "digest"}
-  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def as_json(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -76,25 +61,19 @@ def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
   """Adds size and SHA-256 of every file to ``body`` and writes it, whole or not at all."""
   files = {}
   for name in file_names(folder):
-    files[name] = {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    files[name] = size_and_digest(folder / name)
   body = {"format": _FORMAT, **body, "files": files, "file_count": len(files)}
-  body["digest"] = digest(body)
-  temporary = folder / (MANIFEST + ".tmp")
-  temporary.write_text(json.dumps(body, indent=1))
-  os.replace(temporary, folder / MANIFEST)
+  write_digested(folder / MANIFEST, body)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """The manifest, after verifying that it is as it was written."""
   try:
-    body = json.loads((folder / MANIFEST).read_bytes())
-    intact = body["digest"] == digest(body)
+    body = read_digested(folder / MANIFEST)
   except FileNotFoundError:
     raise damaged(folder, MANIFEST, "is missing, so it is half written") from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise damaged(folder, MANIFEST, f"cannot be read ({error})") from error
-  if not intact:
-    raise damaged(folder, MANIFEST, "is not as it was written (its digest differs)")
+  except ValueError as error:
+    raise damaged(folder, MANIFEST, str(error)) from error
   if body["format"] != _FORMAT:
     raise damaged(folder, MANIFEST, f"is of format {body['format']}, not {_FORMAT}")
   return body
@@ -111,12 +90,10 @@ def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, An
     raise damaged(folder, extra, f"was not written with it ({body['file_count']} files were)")
   try:
     for name, about in expected.items():
-      size = (folder / name).stat().st_size
-      if size != about["bytes"]:
-        raise damaged(folder, name, f"has {size} bytes, {about['bytes']} were written")
       asked = items is None or "/" not in name or name.split("/")[0] in items
-      if asked and sha256(folder / name) != about["sha256"]:
-        raise damaged(folder, name, "is not as it was written (its SHA-256 differs)")
+      problem = altered(folder / name, about, whole=asked)
+      if problem:
+        raise damaged(folder, name, problem)
   except OSError as error:
     raise damaged(folder, name, f"cannot be read ({error})") from error
   return body

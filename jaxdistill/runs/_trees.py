@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill.runs._manifest import first_few
 
-__all__ = ["check_like", "from_outline", "named_leaves", "outline", "place", "snapshot"]
+__all__ = ["check_like", "from_outline", "is_key", "named_leaves", "outline", "place", "snapshot"]
 
 PyTree = Any
 # What Orbax stores as it is; the other small floats and integers go as their bytes.
@@ -59,14 +59,19 @@ def from_outline(outline: Any, leaves: dict[str, Any]) -> PyTree:
   return (tuple if kind == "tuple" else list)(from_outline(child, leaves) for child in inner)
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+  """Whether a leaf, or its shape, is of typed random keys: no array of numbers to NumPy.
+
+  >>> is_key(jax.random.key(0)), is_key(jax.random.key_data(jax.random.key(0))), is_key(1.0)
+  (True, False, False)
+  """
   return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
   """What the manifest says of a leaf, and what Orbax stores of it, copied to the host."""
   if isinstance(leaf, jax.Array):
-    kind = "key" if _is_key(leaf) else "jax"
+    kind = "key" if is_key(leaf) else "jax"
     if not leaf.is_fully_addressable:
       raise ValueError(f"{where} lies on devices of other processes, which is not supported.")
   elif isinstance(leaf, np.ndarray | np.generic):
@@ -96,7 +101,7 @@ def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], di
   if not items:
     raise ValueError("items is empty: there is nothing to save.")
   for leaf in jax.tree.leaves(items):
-    if isinstance(leaf, jax.Array) and not _is_key(leaf):
+    if isinstance(leaf, jax.Array) and not is_key(leaf):
       leaf.copy_to_host_async()  # All transfers under way before the first is waited for.
   arrays: dict[str, dict[str, Any]] = {}
   described = {}
@@ -131,13 +136,13 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     return value if isinstance(like, np.ndarray) else value[()]
   committed = not isinstance(like, jax.Array) or like.committed
   sharding = getattr(like, "sharding", None) if committed else None
-  if not _is_key(value) and value.dtype != jax.dtypes.canonicalize_dtype(value.dtype):
+  if not is_key(value) and value.dtype != jax.dtypes.canonicalize_dtype(value.dtype):
     if like is None:
       return value
     raise ValueError(f"{where} was saved as {value.dtype}: enable jax_enable_x64 to restore it.")
   if sharding is None:
     # Uncommitted, as a fresh array is: jit may move it to where the others are.
-    return value if _is_key(value) else jnp.array(value)
+    return value if is_key(value) else jnp.array(value)
   return jax.device_put(value, sharding, may_alias=False)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxdistill import _check, _compile, export
 from jaxdistill.evaluation import cost
+from jaxdistill.reports import plain
 from jaxdistill.types import Network
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
   "measure_network",
   "measure_run",
   "nearest_to_budget",
-  "show_cost",
 ]
 
 PyTree = Any
@@ -132,7 +132,7 @@ class Budget:
 
   def describe(self) -> str:
     """The limits in words."""
-    words = [f"{show_cost(limit)} {UNITS[name]}" for name, limit in self.limits().items()]
+    words = [f"{plain(limit)} {UNITS[name]}" for name, limit in self.limits().items()]
     if self.latency_ms is not None:
       words[0] += f" at batch {self.batch_size}"
       words[0] += f" ({100 * self.spare:g}% of it to spare)" if self.spare else ""
@@ -274,17 +274,6 @@ def nearest_to_budget(budget: Budget, costs: Mapping[str, Mapping[str, Any]]) ->
   'small'
   """
   return min(costs, key=lambda name: (max(budget.shares(costs[name]).values()), name))
-
-
-def show_cost(value: float | None) -> str:
-  """A cost as a table shows it.
-
-  >>> show_cost(93_040), show_cost(0.45953), show_cost(None)
-  ('93,040', '0.4595', '–')
-  """
-  if value is None:
-    return "–"
-  return f"{value:,.4g}" if value < 1000 else f"{round(value):,}"
 
 
 def _logits(network: Network) -> Callable[[PyTree, PyTree], Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import runs
-from jaxdistill.reports import figures
+from jaxdistill.evaluation import metrics
+from jaxdistill.reports import csv_text, figures, grid, with_std
 from jaxdistill.types import Network
 
 __all__ = ["METRICS", "Result", "Row", "best_of", "score", "standard_error"]
@@ -128,19 +127,14 @@ class Result:
   def table(self) -> str:
     """All points as a Markdown table, and a sentence on the choice."""
     names = list(self.rows[0].values)
-    lines = [
-      "| " + " | ".join([*names, f"{self.metric} (validation)", ""]) + " |",
-      "|" + " --- |" * (len(names) + 2),
-    ]
+    lines = [[*names, f"{self.metric} (validation)", ""]]
     for i, row in enumerate(self.rows):
       mark = "**chosen**" if i == self.best else "tie" if i in self.ties else ""
       if row.status != "finished":
         mark = f"{row.status}, step {row.step}"
       cells = [_cell(row.values[name]) for name in names]
-      lines.append(
-        "| " + " | ".join([*cells, _spread(self.metric, row.metrics[self.metric]), mark]) + " |"
-      )
-    return "\n".join([*lines, "", self.sentence()])
+      lines.append([*cells, _spread(self.metric, row.metrics[self.metric]), mark])
+    return "\n".join([grid(lines), "", self.sentence()])
 
   def sentence(self) -> str:
     """What was chosen, by how much, and what it does on the test split."""
@@ -171,8 +165,8 @@ class Result:
     Args:
       folder: the sweep's.
     """
-    (folder / "table.md").write_text(self.table() + "\n")
-    (folder / "table.csv").write_text(self._csv())
+    runs.write_text(folder / "table.md", self.table() + "\n")
+    runs.write_text(folder / "table.csv", self._csv())
     chosen = {
       "values": self.chosen,
       "metric": self.metric,
@@ -186,15 +180,13 @@ class Result:
     self.picture(folder / "sweep.png")
 
   def _csv(self) -> str:
-    names, metrics = list(self.rows[0].values), list(self.rows[0].metrics)
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*names, "seed", "data_seed", "status", "step", *metrics])
+    names, measured = list(self.rows[0].values), list(self.rows[0].metrics)
+    lines: list[list[Any]] = [[*names, "seed", "data_seed", "status", "step", *measured]]
     for row in self.rows:
       for s, pair in enumerate(self.seeds):
-        found = [float(row.metrics[name][s]) for name in metrics]
-        table.writerow([*row.values.values(), *pair, row.status, row.step, *found])
-    return text.getvalue()
+        found = [float(row.metrics[name][s]) for name in measured]
+        lines.append([*row.values.values(), *pair, row.status, row.step, *found])
+    return csv_text(lines)
 
   def picture(self, path: pathlib.Path) -> bool:
     """Draws the metric over the keyword with most numbers, a curve for each of the other values.
@@ -258,9 +250,8 @@ def _cell(value: Any) -> str:
 
 def _spread(metric: str, values: np.ndarray) -> str:
   """Mean ± std; an accuracy in percent."""
-  scale, digits, unit = (100, 2, " %") if metric == "accuracy" else (1, 4, "")
-  mean = scale * float(np.mean(values))
-  if not math.isfinite(mean):
+  if not np.all(np.isfinite(values)):
     return "not finite"
-  std = f" ± {scale * np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
-  return f"{mean:.{digits}f}{std}{unit}"
+  if metric == "accuracy":
+    return f"{with_std(*metrics.mean_std(100 * values))} %"
+  return with_std(*metrics.mean_std(values), 4)

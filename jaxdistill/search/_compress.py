@@ -11,10 +11,8 @@ trained anew, beside the same network on labels alone, as two ordinary runs.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
 import json
 import math
 import pathlib
@@ -28,11 +26,11 @@ from flax import linen as nn
 
 from jaxdistill import _check, _extras, evaluation, export, networks, runs, teachers, train
 from jaxdistill.data import Source
-from jaxdistill.evaluation import cost
+from jaxdistill.evaluation import cost, metrics
 from jaxdistill.recipes import kd, labels
-from jaxdistill.reports import figures
+from jaxdistill.reports import csv_text, figures, grid, plain, with_std
 from jaxdistill.search import _budget, _preflight, _sweep
-from jaxdistill.search._budget import UNITS, Budget, BudgetError, show_cost
+from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
 from jaxdistill.search._choice import METRICS, Result, Row, score, standard_error
 from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
@@ -369,7 +367,7 @@ def _nothing_fits(
 ) -> str:
   name = _budget.nearest_to_budget(within, costs)
   over = [n for n, share in within.shares(costs[name]).items() if share > 1]
-  has = ", ".join(f"{_budget.show_cost(costs[name][n])} {_budget.UNITS[n]}" for n in over)
+  has = ", ".join(f"{plain(costs[name][n])} {_budget.UNITS[n]}" for n in over)
   raised = within.needed(costs[name])
   enough = " and ".join(f"{n}={limit:,}" for n, limit in raised.items())
   where = "" if folder is None else f", in another folder than {folder}"
@@ -754,7 +752,7 @@ class Compressed:
     trained = sum(c.row is not None for c in self.candidates)
     values = ", ".join(f"{n} {v:g}" for n, v in self.values.items() if isinstance(v, int | float))
     used = ", ".join(
-      f"{show_cost(self.costs[name])} of {show_cost(limit)} {UNITS[name]}"
+      f"{plain(self.costs[name])} of {plain(limit)} {UNITS[name]}"
       for name, limit in self.budget.limits().items()
     )
     quality = "; ".join(
@@ -802,22 +800,16 @@ class Compressed:
     Metrics are those on validation, of each candidate's best point as far as it was trained.
     """
     shown, timed = self._shown(), f"ms at batch {self.budget.batch_size}"
-    lines = [
-      f"| | parameters | bytes | FLOPs | {' | '.join([timed, *shown])} | |",
-      "| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(shown) + " --- |",
-    ]
-    costs = [show_cost(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
+    lines = [["", "parameters", "bytes", "FLOPs", timed, *shown, ""]]
+    costs = [plain(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
     values = [f"{self.teacher[name]:.4f}" for name in shown]
-    lines.append(f"| teacher | {' | '.join([*costs, *values])} | |")
+    lines.append(["teacher", *costs, *values, ""])
     for candidate in self.candidates:
-      costs = [
-        show_cost(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")
-      ]
+      costs = [plain(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
       row = candidate.row
       values = ["" if row is None else _spread(row.metrics[name]) for name in shown]
-      cells = [candidate.name, *costs, *values, self._fate(candidate)]
-      lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", self.sentence()])
+      lines.append([candidate.name, *costs, *values, self._fate(candidate)])
+    return "\n".join([grid(lines), "", self.sentence()])
 
   def write(self, folder: pathlib.Path) -> None:
     """Writes ``candidates.md``, ``candidates.csv``, ``budget.json`` and ``frontier.png``.
@@ -862,8 +854,9 @@ class Compressed:
     for candidate in self.candidates:
       if candidate.row is not None:
         values = 100 * candidate.row.metrics["accuracy"]
-        std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-        points[candidate.name] = (candidate.costs[over], float(np.mean(values)), std)
+        whole = np.all(np.isfinite(values))
+        mean, std = metrics.mean_std(values) if whole else (math.nan, None)
+        points[candidate.name] = (candidate.costs[over], mean, std)
     return figures.frontier(
       path,
       points,
@@ -893,20 +886,18 @@ class Compressed:
     return f"{candidate.row.status}, step {candidate.row.step}"
 
   def _csv(self) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["candidate", *UNITS, "seed", *METRICS, "step", "fate"])
+    lines: list[list[Any]] = [["candidate", *UNITS, "seed", *METRICS, "step", "fate"]]
     for candidate in self.candidates:
       costs = [candidate.costs[name] for name in UNITS]
       fate = self._fate(candidate).strip("*")
       row = candidate.row
       if row is None:
-        table.writerow([candidate.name, *costs, *[""] * (len(METRICS) + 2), fate])
+        lines.append([candidate.name, *costs, *[""] * (len(METRICS) + 2), fate])
         continue
       for s in range(len(row.metrics["accuracy"])):
         values = [float(row.metrics[name][s]) for name in METRICS]
-        table.writerow([candidate.name, *costs, s, *values, row.step, fate])
-    return text.getvalue()
+        lines.append([candidate.name, *costs, s, *values, row.step, fate])
+    return csv_text(lines)
 
 
 def _over(budget: Budget, costs: dict[str, Any]) -> str:
@@ -915,5 +906,5 @@ def _over(budget: Budget, costs: dict[str, Any]) -> str:
 
 
 def _spread(values: np.ndarray) -> str:
-  std = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-  return f"{np.mean(values):.4f}{std}"
+  whole = np.all(np.isfinite(values))
+  return with_std(*metrics.mean_std(values), 4) if whole else "not finite"

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import teachers
+from jaxdistill import runs
 from jaxdistill._compile import Deferred
 from jaxdistill.data import Source
 from jaxdistill.search._side_by_side import example_key
@@ -117,7 +117,5 @@ def share_teacher(
 
   # The teacher runs while the compiler is at the students' program, which takes its shapes alone.
   made = with_outputs(first, {n: deferred(n, row) for n, row in fill.layout.items()}, fill.size)
-  made = dataclasses.replace(
-    made, teacher=teachers.short_digest(teachers.variables_identity(variables))
-  )
+  made = dataclasses.replace(made, teacher=runs.fingerprint(variables))
   return [dataclasses.replace(made, data_seed=source.data_seed) for source in sources]

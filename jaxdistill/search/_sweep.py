@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxdistill import _check, _compile, _extras, evaluation, runs, train
 from jaxdistill.data import Source
+from jaxdistill.runs import fingerprint
 from jaxdistill.search._choice import METRICS, Result, best_of, score
 from jaxdistill.search._grid import Group, Point, grouped, seed_pairs
 from jaxdistill.search._shared_teacher import share_teacher
@@ -33,7 +34,6 @@ from jaxdistill.train import (
   check_functions,
   check_networks,
   claimed_folder,
-  fingerprint,
   run_identity,
   stop_signal,
 )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _compile, evaluation, runs
-from jaxdistill.runs import Checkpoints
+from jaxdistill.runs import Checkpoints, is_key
 from jaxdistill.search._choice import Row
 from jaxdistill.search._grid import Group, stacked_values
 from jaxdistill.train import (
@@ -319,15 +319,11 @@ def _reader(
   return read
 
 
-def _is_key(leaf: Any) -> bool:
-  return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
-
-
 def _to_host(state: State) -> PyTree:
   """Arrays on the host; a random key as its words and its kind."""
 
   def bring(leaf: Any) -> Any:
-    if _is_key(leaf):
+    if is_key(leaf):
       return _Key(np.asarray(jax.random.key_data(leaf)), str(jax.random.key_impl(leaf)))
     return np.asarray(leaf)
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     subset,
     unstack,
   )
-  from jaxdistill.teachers._identity import short_digest, variables_identity
 
 __all__ = [
   "RULES",  # how an ensemble may combine its members' logits
@@ -35,10 +34,8 @@ __all__ = [
   "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1
   "layers",  # a teacher's layers as a student's beginning
   "restore",  # reads the deployed network's variables from a run folder of ours
-  "short_digest",  # 16 hexadecimal digits of what JSON holds
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "unstack",  # takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees
-  "variables_identity",  # paths, shapes, dtypes and checksum of a teacher's variables
   "verify_cache",  # checks every digest, count and id of a cache
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
 ]

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check, _extras
+from jaxdistill import _check, _extras, runs
 from jaxdistill._compile import by_work
 from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
@@ -107,7 +107,7 @@ def cached(
     about = {
       **_identity.identity_of(source, _views(source), dtype, fill.layout),
       "asked": _identity.asked_of(teacher, asked),
-      "teacher": _identity.variables_identity(teacher_variables),
+      "teacher": runs.tree_identity(teacher_variables),
     }
     store = Store(_views(source), fill.layout, fill.size, fill=fill, progress=progress)
     if folder is not None:
@@ -118,7 +118,7 @@ def cached(
     store.complete()
   device = store.full and _fits(_bytes(source, store.layout), "device")
   made = _on_device(source, store) if device else _beside(source, store)
-  return dataclasses.replace(made, teacher=_identity.short_digest(about))
+  return dataclasses.replace(made, teacher=runs.short_digest(about))
 
 
 def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files:
@@ -352,7 +352,7 @@ def compare_cache(
   fill = Filler(teacher, teacher_variables, source, manifest["dtype"], features, 64)
   now = _identity.identity_of(source, _views(source), manifest["dtype"], fill.layout)
   if "checksum" in (manifest.get("teacher") or {}):
-    variables = _identity.variables_identity(teacher_variables)
+    variables = runs.tree_identity(teacher_variables)
     now |= {"asked": _identity.asked_of(teacher), "teacher": variables}
   lines = _identity.differences(manifest, now)
   if lines:

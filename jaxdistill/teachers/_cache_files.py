@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _extras
-from jaxdistill.runs import MANIFEST, digest, sha256
+from jaxdistill.runs import (
+  MANIFEST,
+  WRITING,
+  altered,
+  read_digested,
+  replacing,
+  sha256,
+  size_and_digest,
+  write_digested,
+  write_text,
+)
 
 __all__ = [
   "FORMAT",
@@ -54,7 +64,6 @@ _KEYS = (
   "view_count",
   "views",
 )
-_WRITING = ".writing"
 _LOCK = ".lock"
 # One record a chunk, so that a row is found without unpacking its neighbours; logits hardly shrink.
 _OPTIONS = "group_size:1,uncompressed"
@@ -88,14 +97,11 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / MANIFEST
   try:
-    body = json.loads(path.read_bytes())
-    intact = body["digest"] == digest(body)
+    body = read_digested(path)
   except FileNotFoundError:
     raise FileNotFoundError(f"{os.fspath(folder)!r} is no cache: it has no {MANIFEST}.") from None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise _damaged(path, f"cannot be read ({error})") from error
-  if not intact:
-    raise _damaged(path, "is not as it was written (its digest differs)")
+  except ValueError as error:
+    raise _damaged(path, str(error)) from error
   if body.get("format") != FORMAT:
     raise CacheError(f"{path} is of format {body.get('format')!r}; this program reads {FORMAT}.")
   lacking = [name for name in _KEYS if name not in body]
@@ -107,27 +113,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
-  made = {name: value for name, value in body.items() if name != "digest"}
-  _write(folder / MANIFEST, json.dumps(made | {"digest": digest(made)}, indent=1))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file so that nobody ever sees half of it, not even after a power cut."""
-  writing = path.with_name(path.name + _WRITING)
-  with writing.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(writing, path)
-  _sync_folder(path.parent)
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-  number = os.open(folder, os.O_RDONLY)
-  try:
-    os.fsync(number)
-  finally:
-    os.close(number)
+  write_digested(folder / MANIFEST, body, durable=True)
 
 
 @contextlib.contextmanager
@@ -159,12 +145,12 @@ def create(folder: pathlib.Path, body: Mapping[str, Any], ids: Sequence[str]) ->
   with _locked(folder):
     if not (folder / MANIFEST).exists():
       others = sorted(path.name for path in folder.iterdir())
-      others = [n for n in others if n not in (_LOCK, IDS) and not n.endswith(_WRITING)]
+      others = [n for n in others if n not in (_LOCK, IDS) and not n.endswith(WRITING)]
       if others:
         raise ValueError(
           f"folder={os.fspath(folder)!r} holds {others[:3]} and no cache: name a folder of its own."
         )
-      _write(folder / IDS, json.dumps(list(ids)))
+      write_text(folder / IDS, json.dumps(list(ids)), durable=True)
       named = {"file": IDS, "sha256": sha256(folder / IDS)}
       _write_manifest(folder, {"format": FORMAT, **body, "ids": named, "views": {}})
     return read_manifest(folder)
@@ -177,10 +163,9 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     CacheError: the file is damaged.
   """
   path = folder / manifest["ids"]["file"]
-  if not path.is_file():
-    raise _damaged(path, "is missing")
-  if sha256(path) != manifest["ids"]["sha256"]:
-    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+  problem = altered(path, manifest["ids"])
+  if problem:
+    raise _damaged(path, problem)
   ids = json.loads(path.read_bytes())
   if len(ids) != manifest["data"]["size"] or len(set(ids)) != len(ids):
     raise _damaged(path, f"does not hold {manifest['data']['size']} different ids")
@@ -254,7 +239,6 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
       )
       for number in range(count)
     ]
-    _sync_folder(folder)
     _write_manifest(folder, manifest | {"views": {**manifest["views"], str(view): shards}})
     return read_manifest(folder)
 
@@ -270,21 +254,12 @@ def _clear(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
 def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> dict[str, Any]:
   from array_record.python import array_record_module as array_record
 
-  writing = path.with_name(path.name + _WRITING)
-  writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
-  for id, row in zip(ids, packed, strict=True):
-    writer.write(prefix(id) + row.tobytes())
-  writer.close()
-  with writing.open("rb") as file:
-    os.fsync(file.fileno())
-  shard = {
-    "file": path.name,
-    "records": len(ids),
-    "bytes": writing.stat().st_size,
-    "sha256": sha256(writing),
-  }
-  os.replace(writing, path)
-  return shard
+  with replacing(path, durable=True) as writing:
+    writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
+    for id, row in zip(ids, packed, strict=True):
+      writer.write(prefix(id) + row.tobytes())
+    writer.close()
+  return {"file": path.name, "records": len(ids), **size_and_digest(path)}
 
 
 def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
@@ -294,13 +269,9 @@ def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
     CacheError: with the file's name.
   """
   path = folder / shard["file"]
-  if not path.is_file():
-    raise _damaged(path, "is missing")
-  size = path.stat().st_size
-  if size != shard["bytes"]:
-    raise _damaged(path, f"has {size} bytes, {shard['bytes']} were written")
-  if sha256(path) != shard["sha256"]:
-    raise _damaged(path, "is not as it was written (its SHA-256 differs)")
+  problem = altered(path, shard)
+  if problem:
+    raise _damaged(path, problem)
 
 
 def read_view(

@@ -6,7 +6,6 @@ and numbers within a tolerance where another machine computes them otherwise.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -14,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill.data import Source
@@ -23,88 +21,18 @@ from jaxdistill.teachers._cache_files import arrays_of
 __all__ = [
   "PROBES",
   "asked_of",
-  "checksum",
   "differences",
   "identity_of",
   "libraries",
-  "short_digest",
   "sketch",
-  "variables_identity",
   "views_identity",
 ]
 
-PyTree = Any
 # How many examples a cache is compared by.
 PROBES = 8
 # Relative to the size of the numbers: convolutions in TF32 are off by a thousandth.
 _OUTPUTS_DIFFER = 0.02
 _LOOKS_DIFFER = 1e-3
-
-
-def _mixed(xp: Any, words: Any) -> Any:
-  """Two sums of the scrambled words, each with its place: integers, so exact on every device."""
-  words = words.reshape(-1)
-  words = words + xp.arange(words.size, dtype=xp.uint32) * xp.uint32(0x9E3779B9)
-  sums = []
-  for factor in (0x85EBCA6B, 0xC2B2AE35):
-    words = (words ^ (words >> xp.uint32(16))) * xp.uint32(factor)
-    words = words ^ (words >> xp.uint32(13))
-    sums.append(xp.sum(words, dtype=xp.uint32))
-  return xp.stack(sums)
-
-
-def _words(xp: Any, leaf: Any) -> Any:
-  """An array's bits as 32-bit words."""
-  size = leaf.dtype.itemsize
-  if leaf.dtype == bool:
-    return leaf.astype(xp.uint32)
-  if xp is np:
-    view = np.ascontiguousarray(leaf).reshape(-1).view(f"u{min(size, 4)}")
-    return view.astype(np.uint32)
-  if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-    leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
-  kind = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
-  return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
-
-
-@jax.jit
-def _sums(leaves: list[Any]) -> list[Any]:
-  return [_mixed(jnp, _words(jnp, leaf)) for leaf in leaves]
-
-
-def checksum(variables: PyTree) -> str:
-  """A digest of a tree's values, summed up where they lie.
-
-  Args:
-    variables: arrays.
-
-  Returns:
-    16 hexadecimal digits, the same on every device.
-
-  >>> checksum({"a": jnp.zeros(3)}) == checksum({"a": jnp.zeros(3).at[0].set(1e-30)})
-  False
-  """
-  leaves = [
-    jax.random.key_data(leaf)
-    if jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key)
-    else jnp.asarray(leaf)
-    for leaf in jax.tree.leaves(variables)
-  ]
-  if jax.default_backend() == "cpu":  # the memory is the host's, and there is nothing to compile
-    found = [_mixed(np, _words(np, np.asarray(leaf))) for leaf in leaves]
-  else:
-    found = jax.device_get(_sums(leaves))
-  joined = b"".join(np.asarray(one, "<u4").tobytes() for one in found)
-  return hashlib.sha256(joined).hexdigest()[:16]
-
-
-def variables_identity(variables: PyTree) -> dict[str, Any]:
-  """Paths, shapes, dtypes and checksum of a teacher's variables."""
-  leaves = [
-    [jax.tree_util.keystr(path, simple=True, separator="/"), list(np.shape(leaf)), str(leaf.dtype)]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.asarray, variables))
-  ]
-  return {"leaves": leaves, "checksum": checksum(variables)}
 
 
 def asked_of(teacher: Any, asked: Any = None) -> Any:
@@ -184,11 +112,6 @@ def libraries() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = "unknown"
   return found
-
-
-def short_digest(*parts: Any) -> str:
-  """16 hexadecimal digits of what JSON holds."""
-  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

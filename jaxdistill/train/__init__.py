@@ -14,7 +14,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_functions,
     check_hyper,
     check_networks,
-    fingerprint,
     fit,
   )
   from jaxdistill.train._loop import (
@@ -57,7 +56,6 @@ __all__ = [
   "claimed_folder",  # the run's folder
   "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
   "deployed_variables",  # the variables that are evaluated and deployed
-  "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
   "make_step",  # builds the pure train step

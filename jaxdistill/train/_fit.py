@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 import os
 import pathlib
@@ -19,7 +18,7 @@ import optax
 
 from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
-from jaxdistill.runs import Checkpoints
+from jaxdistill.runs import Checkpoints, fingerprint
 from jaxdistill.train import _mesh
 from jaxdistill.train._loop import (
   Intervals,
@@ -40,7 +39,6 @@ __all__ = [
   "check_hyper",
   "check_machinery",
   "check_networks",
-  "fingerprint",
   "fit",
 ]
 
@@ -63,20 +61,6 @@ class Fitted:
   network: Network
   state: State
   history: list[dict[str, Any]]
-
-
-def fingerprint(variables: PyTree) -> str:
-  """A digest of a pytree's paths, shapes, dtypes and values.
-
-  >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"a": np.ones(2)})
-  False
-  """
-  digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    value = np.asarray(leaf)
-    digest.update(f"{jax.tree_util.keystr(path)} {value.shape} {value.dtype}".encode())
-    digest.update(np.ascontiguousarray(value).tobytes())
-  return digest.hexdigest()[:16]
 
 
 def fit(

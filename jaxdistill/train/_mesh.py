@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check, _compile
+from jaxdistill.runs import is_key
 
 __all__ = [
   "AXIS",
@@ -139,10 +140,6 @@ def _part(mesh: Mesh) -> tuple[int, int]:
   return processes.index(jax.process_index()), len(processes)
 
 
-def _is_key(leaf: Any) -> bool:
-  return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def with_jit(mesh: Mesh | None = None) -> Dispatch:
   """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
 
@@ -187,7 +184,7 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
     def put(leaf: Any) -> Any:
       if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-      if several and _is_key(leaf):  # device_put knows no keys on other processes' devices
+      if several and is_key(leaf):  # device_put knows no keys on other processes' devices
         words = jax.device_put(jax.random.key_data(leaf), replicated)
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
       # The compiled call donates the state: a placed tree must own its buffers, and device_put
@@ -215,7 +212,7 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
 
 def _local(leaf: Any) -> Any:
   """This process's copy of a replicated array, by itself."""
-  if _is_key(leaf):
+  if is_key(leaf):
     return jax.random.wrap_key_data(
       _local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
     )
@@ -251,7 +248,7 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
       if on_cpu and getattr(leaf, "sharding", sharding) != sharding:
         # JAX would compile a program to cut an array of its own into parts.
-        if _is_key(leaf):
+        if is_key(leaf):
           words = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
           return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         leaf = np.asarray(leaf)

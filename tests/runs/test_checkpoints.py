@@ -344,12 +344,12 @@ def test_a_kill_while_replacing_loses_nothing(two):
 KILLED = """
 import sys, time, jax.numpy as jnp
 from jaxdistill import runs
-from jaxdistill.runs import _manifest
+from jaxdistill.runs import _files
 checkpoints = runs.Checkpoints(sys.argv[1])
 checkpoints.save(1, {"x": jnp.arange(4.0)})
 checkpoints.wait()
 # Killed after Orbax's commit, before the manifest.
-_manifest.sha256 = lambda path: print("now", flush=True) or time.sleep(60)
+_files.sha256 = lambda path: print("now", flush=True) or time.sleep(60)
 checkpoints.save(2, {"x": jnp.arange(4.0)})
 checkpoints.wait()
 """

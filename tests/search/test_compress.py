@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import data, export, networks, recipes, search, teachers, train
+from jaxdistill import data, export, networks, recipes, runs, search, teachers
 from jaxdistill.evaluation import cost
 from jaxdistill.networks import models
 from jaxdistill.search import _budget, _compress, command
@@ -299,7 +299,7 @@ def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
   assert learned.info["parameters"] == 83
   final = mine.final(student, row([0.0, 0.01]), tried, tmp_path)
   config = json.loads((tmp_path / "student" / "config.json").read_text())
-  assert config["teacher"] == train.fingerprint(teachers.unstack(tried.variables)[0])
+  assert config["teacher"] == runs.fingerprint(teachers.unstack(tried.variables)[0])
   assert sorted(final) == ["baseline", "student"]
 
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxdistill import data, recipes, teachers, train
+from jaxdistill.runs import _fingerprints
 from jaxdistill.teachers import _cache, _identity
 from jaxdistill.types import Outputs
 from small_networks import dense
@@ -275,11 +276,11 @@ def test_what_tells_teachers_apart():
 def test_a_checksum_is_the_same_on_the_host_and_compiled(dtype):
   words = np.random.default_rng(0).integers(-100, 100, (5, 3))
   leaf = jnp.asarray(words > 0 if dtype == "bool" else words).astype(dtype)
-  mixed = _identity._mixed(np, _identity._words(np, np.asarray(leaf)))
-  np.testing.assert_array_equal(_identity._sums([leaf])[0], mixed)
+  mixed = _fingerprints._mixed(np, _fingerprints._words(np, np.asarray(leaf)))
+  np.testing.assert_array_equal(_fingerprints._sums([leaf])[0], mixed)
   swapped = leaf.at[0, 0].set(leaf[4, 2]).at[4, 2].set(leaf[0, 0])
   changed = not np.array_equal(swapped, leaf)
-  assert changed == (_identity.checksum({"a": leaf}) != _identity.checksum({"a": swapped}))
+  assert changed == (_fingerprints.checksum({"a": leaf}) != _fingerprints.checksum({"a": swapped}))
 
 
 def refused(examples, teacher):

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models._named import named
 from jaxdistill.networks.models.small import patches_convolution
 
 __all__ = [
@@ -243,145 +244,28 @@ def _linear_bias_init(fan_in: int) -> nn.initializers.Initializer:
   return init
 
 
-def resnet8(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet8: 83 892 parameters at 100 classes.
+_WIDE = (32, 64, 128, 256)
 
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet8(num_classes=10).depth
-  8
-  """
-  return ResNet(8, num_classes, **options)
-
-
-def resnet14(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet14: 181 108 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet14(num_classes=10).depth
-  14
-  """
-  return ResNet(14, num_classes, **options)
-
-
-def resnet20(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet20: 278 324 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet20(num_classes=10).depth
-  20
-  """
-  return ResNet(20, num_classes, **options)
-
-
-def resnet32(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet32: 472 756 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet32(num_classes=10).depth
-  32
-  """
-  return ResNet(32, num_classes, **options)
-
-
-def resnet44(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet44: 667 188 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet44(num_classes=10).depth
-  44
-  """
-  return ResNet(44, num_classes, **options)
-
-
-def resnet56(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet56: 861 620 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet56(num_classes=10).depth
-  56
-  """
-  return ResNet(56, num_classes, **options)
-
-
-def resnet110(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet110: 1 736 564 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet110(num_classes=10).depth
-  110
-  """
-  return ResNet(110, num_classes, **options)
-
-
-def resnet8x4(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet8x4, four times as wide (stem twice): 1 233 540 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet8x4(num_classes=10).width
-  (32, 64, 128, 256)
-  """
-  return ResNet(8, num_classes, width=(32, 64, 128, 256), **options)
-
-
-def resnet32x4(num_classes: int = 100, **options: Any) -> ResNet:
-  """resnet32x4, four times as wide (stem twice): 7 433 860 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `ResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> resnet32x4(num_classes=10).width
-  (32, 64, 128, 256)
-  """
-  return ResNet(32, num_classes, width=(32, 64, 128, 256), **options)
+resnet8 = named(ResNet, "resnet8", "resnet8", 83_892, depth=8)
+resnet14 = named(ResNet, "resnet14", "resnet14", 181_108, depth=14)
+resnet20 = named(ResNet, "resnet20", "resnet20", 278_324, depth=20)
+resnet32 = named(ResNet, "resnet32", "resnet32", 472_756, depth=32)
+resnet44 = named(ResNet, "resnet44", "resnet44", 667_188, depth=44)
+resnet56 = named(ResNet, "resnet56", "resnet56", 861_620, depth=56)
+resnet110 = named(ResNet, "resnet110", "resnet110", 1_736_564, depth=110)
+resnet8x4 = named(
+  ResNet,
+  "resnet8x4",
+  "resnet8x4, four times as wide (stem twice)",
+  1_233_540,
+  depth=8,
+  width=_WIDE,
+)
+resnet32x4 = named(
+  ResNet,
+  "resnet32x4",
+  "resnet32x4, four times as wide (stem twice)",
+  7_433_860,
+  depth=32,
+  width=_WIDE,
+)

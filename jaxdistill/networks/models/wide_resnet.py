@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models._named import named
+
 __all__ = ["WideBlock", "WideResNet", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
 
 # Normal with standard deviation √(2 / (k² · channels out)); PyTorch's default for nn.Linear.
@@ -197,65 +199,7 @@ class WideResNet(nn.Module):
     )(pooled)
 
 
-def wrn_16_1(num_classes: int = 100, **options: Any) -> WideResNet:
-  """WRN-16-1: 180 916 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `WideResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> wrn_16_1(num_classes=10).depth
-  16
-  """
-  return WideResNet(16, 1, num_classes, **options)
-
-
-def wrn_16_2(num_classes: int = 100, **options: Any) -> WideResNet:
-  """WRN-16-2: 703 284 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `WideResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> wrn_16_2(num_classes=10).depth
-  16
-  """
-  return WideResNet(16, 2, num_classes, **options)
-
-
-def wrn_40_1(num_classes: int = 100, **options: Any) -> WideResNet:
-  """WRN-40-1: 569 780 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `WideResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> wrn_40_1(num_classes=10).depth
-  40
-  """
-  return WideResNet(40, 1, num_classes, **options)
-
-
-def wrn_40_2(num_classes: int = 100, **options: Any) -> WideResNet:
-  """WRN-40-2: 2 255 156 parameters at 100 classes.
-
-  Args:
-    num_classes: K.
-    **options: further attributes of `WideResNet`, such as ``dtype``.
-
-  Returns:
-    The module.
-
-  >>> wrn_40_2(num_classes=10).depth
-  40
-  """
-  return WideResNet(40, 2, num_classes, **options)
+wrn_16_1 = named(WideResNet, "wrn_16_1", "WRN-16-1", 180_916, depth=16, widen_factor=1)
+wrn_16_2 = named(WideResNet, "wrn_16_2", "WRN-16-2", 703_284, depth=16, widen_factor=2)
+wrn_40_1 = named(WideResNet, "wrn_40_1", "WRN-40-1", 569_780, depth=40, widen_factor=1)
+wrn_40_2 = named(WideResNet, "wrn_40_2", "WRN-40-2", 2_255_156, depth=40, widen_factor=2)

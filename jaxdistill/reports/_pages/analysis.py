@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.evaluation.metrics import BINS
 from jaxdistill.evaluation.predictions import Column, Predictions
 from jaxdistill.reports._pages import significance
 
 __all__ = ["Lost", "classes", "groups", "lost", "quality", "reliability", "slices"]
 
-BINS = 15  # as in jaxdistill.evaluation.metrics
 SURE = 0.8
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.evaluation.predictions import Predictions
+from jaxdistill.reports._format import plain, signed, times
 from jaxdistill.reports._pages import significance
 from jaxdistill.reports._pages.evidence import Evidence, names
 from jaxdistill.reports._pages.page_files import nothing_found
-from jaxdistill.reports._pages.report_text import signed
 from jaxdistill.reports._pages.run_files import BROKEN
 
 __all__ = ["decide", "ratio"]
@@ -201,18 +201,14 @@ def ratio(more: float | None, less: float | None) -> float | None:
   return more / less
 
 
-def _times(value: float) -> str:
-  return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
-
-
 def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> None:
   size = ratio(teacher.get("parameters"), student.get("parameters"))
   speed = ratio(*((m.get("latency_ms") or {}).get("median") for m in (teacher, student)))
   if size is None and speed is None:
     add("unknown", "What teacher and student cost was not measured.")
     return
-  smaller = f"{_times(size)} times fewer parameters than the teacher" if size else ""
-  faster = f"its latency is {_times(speed)} times lower" if speed else ""
+  smaller = f"{times(size)} times fewer parameters than the teacher" if size else ""
+  faster = f"its latency is {times(speed)} times lower" if speed else ""
   if size is None:
     add("unknown", "Whether it is smaller than the teacher is unknown.")
     if (speed or 0) >= 1:
@@ -329,14 +325,8 @@ def _plain(limit: float, value: float) -> tuple[str, str]:
   >>> _plain(1.25e6, 93_040), _plain(0.75, 0.4594729)
   (('1,250,000', '93,040'), ('0.75', '0.4595'))
   """
-
-  def show(number: float, digits: int) -> str:
-    if abs(number) < 1000:
-      return f"{number:.{digits}g}"
-    return f"{number:,.0f}" if float(number).is_integer() or digits < 6 else f"{number:,.{digits}g}"
-
-  texts = show(limit, 4), show(value, 4)
-  return texts if texts[0] != texts[1] or limit == value else (show(limit, 12), show(value, 12))
+  texts = plain(limit), plain(value)
+  return texts if texts[0] != texts[1] or limit == value else (plain(limit, 12), plain(value, 12))
 
 
 def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) -> None:

@@ -7,7 +7,6 @@ in plain sentences (`Evidence.problems`) what it could not read.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import _check
-from jaxdistill.evaluation import predictions
+from jaxdistill import _check, runs
+from jaxdistill.evaluation import metrics, predictions
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports._pages import analysis, run_files
 from jaxdistill.reports._pages.report_text import MODELS
@@ -134,8 +133,8 @@ def spread(values: Any) -> dict[str, float | None]:
   """
   found = np.atleast_1d(np.asarray(values, np.float64))
   found = found[np.isfinite(found)]
-  std = float(found.std(ddof=1)) if found.size > 1 else None
-  return {"mean": float(found.mean()) if found.size else None, "std": std}
+  mean, std = metrics.mean_std(found) if found.size else (None, None)
+  return {"mean": mean, "std": std}
 
 
 def names(values: list[str], most: int = 8) -> str:
@@ -288,22 +287,12 @@ def _curves(
   """The lines of each run's log; a torn last line is left out, as a kill leaves one."""
   curves: dict[str, list[dict[str, Any]]] = {}
   for name in MODELS:
-    path = folder / name / "metrics.jsonl"
     try:
-      text = path.read_text(encoding="utf-8", errors="replace")
+      lines, torn = runs.read_metrics(folder / name)
     except OSError:
       if name in report["models"] and name != "teacher":  # which may be somebody else's
         problems.append(f"{name}/metrics.jsonl is missing: there are no training curves of it.")
       continue
-    lines, torn = [], 0
-    for line in text.splitlines():
-      try:
-        record = json.loads(line)
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-          raise ValueError("no line of a log")
-        lines.append(record)
-      except (ValueError, RecursionError):
-        torn += 1
     if torn:
       lines_of = f"{torn} line{'s' * (torn > 1)} of {name}/metrics.jsonl"
       problems.append(f"{lines_of} could not be read.")

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxdistill.reports._format import DASH, count, percent, signed, size, times
 from jaxdistill.reports._pages import analysis, charts, page_files, page_groups, report_text
 from jaxdistill.reports._pages.decision import ratio
 from jaxdistill.reports._pages.evidence import Evidence
 from jaxdistill.reports._pages.markup import Element, document, element, section, table, tile
-from jaxdistill.reports._pages.report_text import DASH, MODELS, count, percent, signed
+from jaxdistill.reports._pages.report_text import MODELS
 from jaxdistill.reports._pages.run_files import BROKEN
 
 __all__ = ["build"]
@@ -147,8 +148,7 @@ def _tile_accuracy(found: Evidence) -> _Tile:
 def _times(value: float | None, more: str, less: str) -> str:
   if value is None:
     return DASH
-  times, word = (value, more) if value >= 1 else (1 / value, less)
-  return f"{times:.2g}× {word}" if times < 100 else f"{times:,.0f}× {word}"
+  return f"{times(value)}× {more}" if value >= 1 else f"{times(1 / value)}× {less}"
 
 
 def _tile_size(found: Evidence) -> _Tile:
@@ -156,7 +156,7 @@ def _tile_size(found: Evidence) -> _Tile:
   if not student.get("parameters"):
     return None
   smaller = ratio(teacher.get("parameters"), student["parameters"])
-  beside = f"{student['parameters']:,} parameters, {page_files.size(student.get('bytes'))}"
+  beside = f"{student['parameters']:,} parameters, {size(student.get('bytes'))}"
   return "Size", _times(smaller, "smaller", "larger"), beside
 
 

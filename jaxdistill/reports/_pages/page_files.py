@@ -6,22 +6,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from jaxdistill.reports._format import DASH, percent, size
 from jaxdistill.reports._pages.evidence import Evidence
 from jaxdistill.reports._pages.markup import element, scrolled, table
-from jaxdistill.reports._pages.report_text import DASH, count
 
-__all__ = ["exports", "findings", "nothing_found", "repeat", "size"]
-
-
-def size(value: float | None) -> str:
-  """Bytes in a unit that suits them.
-
-  >>> size(16_040)
-  '16 kB'
-  """
-  if value is None:
-    return DASH
-  return f"{value:g} bytes" if value < 1e3 else f"{count(value)}B"
+__all__ = ["exports", "findings", "nothing_found", "repeat"]
 
 
 def exports(found: Evidence) -> list[Any]:
@@ -41,8 +30,8 @@ def exports(found: Evidence) -> list[Any]:
         one.get("runtime") or DASH,
         size(one.get("bytes")),
         _milliseconds(latency),
-        _share(one.get("accuracy")),
-        _share(one.get("agreement")),
+        percent({"mean": one.get("accuracy")}),
+        percent({"mean": one.get("agreement")}),
         _scientific(one.get("largest_difference")),
         element("span", told, class_="good-text" if passed else "bad-text"),
       ]
@@ -85,10 +74,6 @@ def _milliseconds(latency: Mapping[str, Any]) -> str:
   if median is None:
     return DASH
   return f"{median:.3g}" if high is None else f"{median:.3g} ({high:.3g})"
-
-
-def _share(value: Any) -> str:
-  return DASH if value is None else f"{100 * value:.2f}"
 
 
 def _scientific(value: Any) -> str:

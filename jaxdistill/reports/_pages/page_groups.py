@@ -9,11 +9,12 @@ import numpy as np
 
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import figures
+from jaxdistill.reports._format import DASH, signed
 from jaxdistill.reports._pages import charts
 from jaxdistill.reports._pages.analysis import Lost
 from jaxdistill.reports._pages.evidence import Evidence, names
 from jaxdistill.reports._pages.markup import Element, element, image, table
-from jaxdistill.reports._pages.report_text import DASH, MODELS, signed
+from jaxdistill.reports._pages.report_text import MODELS
 
 __all__ = ["by_change", "change_cell", "classes", "gallery", "lost", "slices", "tile"]
 

@@ -6,34 +6,28 @@ What is unknown or undefined is a dash, and a model that was not measured has no
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.reports import figures
+from jaxdistill.reports._format import DASH, count, grid, number, percent, signed
 from jaxdistill.reports._pages import significance
 from jaxdistill.reports._pages.run_files import BROKEN
 
 __all__ = [
-  "DASH",
   "MODELS",
-  "count",
   "fidelity_rows",
   "gap_sentence",
-  "grid",
   "markdown",
-  "number",
-  "percent",
   "picture",
   "rows",
-  "signed",
   "table",
   "verdict",
 ]
 
 MODELS = ("teacher", "baseline", "student")
-DASH = "–"
 
 
 def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
@@ -79,75 +73,6 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
     word = "hurts" if sure else "seems to hurt"
     return f"Distillation {word}: {change} under labels alone {where}, {margin}."
   return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
-
-
-def percent(spread: Mapping[str, Any] | None) -> str:
-  """A share as a percentage, with its standard deviation where it has one.
-
-  >>> percent({"mean": 0.5, "std": 0.01}), percent(None)
-  ('50.00 ± 1.00', '–')
-  """
-  if not spread or spread.get("mean") is None:
-    return DASH
-  mean = f"{100 * spread['mean']:.2f}"
-  return mean if spread.get("std") is None else f"{mean} ± {100 * spread['std']:.2f}"
-
-
-def number(spread: Mapping[str, Any] | None) -> str:
-  """A number to four places, with its standard deviation where it has one.
-
-  >>> number({"mean": 0.5, "std": None})
-  '0.5000'
-  """
-  if not spread or spread.get("mean") is None:
-    return DASH
-  mean = f"{spread['mean']:.4f}"
-  return mean if spread.get("std") is None else f"{mean} ± {spread['std']:.4f}"
-
-
-def count(value: float | None) -> str:
-  """A count to three digits.
-
-  >>> count(909_312), count(None)
-  ('909 k', '–')
-  """
-  if value is None:
-    return DASH
-  for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if value >= unit:
-      return f"{value / unit:.3g} {name}"
-  return f"{value:.3g}"
-
-
-def signed(value: float, places: int = 2) -> str:
-  """A number with its sign, a true minus.
-
-  >>> signed(-1.234), signed(0.5, 1)
-  ('−1.23', '+0.5')
-  """
-  return f"{value:+.{places}f}".replace("-", "−")
-
-
-def grid(lines: Sequence[Sequence[str]]) -> str:
-  """Rows as a Markdown table that is aligned as plain text too; the first is its head.
-
-  >>> print(grid([["", "a"], ["b", "1"]]))
-  |   |  a |
-  | - | -: |
-  | b |  1 |
-  """
-  cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
-  widths = [max(2 * (i > 0), *(len(row[i]) for row in cells)) for i in range(len(cells[0]))]
-
-  def line(row: Sequence[str]) -> str:
-    padded = [
-      row[0].ljust(widths[0]),
-      *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
-    ]
-    return "| " + " | ".join(padded) + " |"
-
-  rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
-  return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])])
 
 
 def rows(report: Mapping[str, Any]) -> list[list[str]]:

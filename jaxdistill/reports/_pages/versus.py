@@ -17,9 +17,9 @@ import numpy as np
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation.predictions import Predictions
+from jaxdistill.reports._format import DASH, count, grid, number, percent, signed
 from jaxdistill.reports._pages import analysis, evidence, significance
 from jaxdistill.reports._pages.evidence import Evidence
-from jaxdistill.reports._pages.report_text import DASH, count, grid, number, percent, signed
 
 __all__ = ["AS", "Compared", "compare_runs", "markdown", "rows", "test_rows"]
 

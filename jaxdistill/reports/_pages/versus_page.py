@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
+from jaxdistill.reports._format import count, signed
 from jaxdistill.reports._pages import charts, page_groups, significance
 from jaxdistill.reports._pages.decision import ratio
 from jaxdistill.reports._pages.markup import Element, document, element, section, table, tile
-from jaxdistill.reports._pages.report_text import count, signed
 from jaxdistill.reports._pages.versus import AS, Compared, markdown, rows, test_rows
 
 __all__ = ["write_comparison"]

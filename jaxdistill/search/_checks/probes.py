@@ -6,7 +6,6 @@ Nothing here changes what it is given: the steps of `taught_further` are taken o
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,18 +93,17 @@ def curve(run: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, int | No
     FileNotFoundError: there is no such file.
   """
   folder = _check.folder("run", run)
-  path = folder / "metrics.jsonl"
-  if not path.is_file():
-    raise FileNotFoundError(f"{os.fspath(run)!r} holds no run: it has no metrics.jsonl.")
+  try:
+    lines, _ = runs.read_metrics(folder)
+  except FileNotFoundError:
+    raise FileNotFoundError(f"{os.fspath(run)!r} holds no run: it has no metrics.jsonl.") from None
   steps, values = [], []
-  for text in path.read_text(errors="replace").splitlines():
+  for line in lines:
     try:
-      line = json.loads(text)
       mean = np.mean(np.asarray(line["loss"], np.float64))  # null becomes NaN
-      step = int(line["step"])
     except (ValueError, KeyError, TypeError):
-      continue  # a line that a kill has torn
-    steps.append(step)
+      continue
+    steps.append(line["step"])
     values.append(float(mean))
   planned = runs.read_config(folder).get("steps") if (folder / "config.json").exists() else None
   return np.array(steps), np.array(values), planned if isinstance(planned, int) else None

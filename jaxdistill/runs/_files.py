@@ -1,0 +1,134 @@
+"""Files that are written whole or not at all, and known again by size and SHA-256; without JAX."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+__all__ = [
+  "WRITING",
+  "altered",
+  "digest",
+  "read_digested",
+  "replacing",
+  "sha256",
+  "size_and_digest",
+  "write_digested",
+  "write_text",
+]
+
+WRITING = ".writing"
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path, *, durable: bool = False) -> Iterator[pathlib.Path]:
+  """A path to write to, which then takes the place of ``path``: nobody ever sees half a file.
+
+  For libraries that write a file themselves. What a killed process leaves beside the file is
+  written over by the next one.
+
+  Args:
+    path: the file, in a folder that is there.
+    durable: whether not even a power cut may leave half of it: waits for the disk.
+
+  Yields:
+    A path in the same folder, ``path`` with `WRITING` at its end.
+  """
+  writing = path.with_name(path.name + WRITING)
+  yield writing
+  if durable:
+    _sync(writing)
+  os.replace(writing, path)
+  if durable:
+    _sync(path.parent)  # the new name is the folder's content, not the file's
+
+
+def _sync(path: pathlib.Path) -> None:
+  number = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(number)
+  finally:
+    os.close(number)
+
+
+def write_text(path: pathlib.Path, text: str, *, durable: bool = False) -> None:
+  """Writes a text so that the file is never seen half written; half a surrogate becomes ``?``.
+
+  Args:
+    path: the file, in a folder that is there.
+    text: its content.
+    durable: as `replacing` has it.
+  """
+  with replacing(path, durable=durable) as writing:
+    writing.write_bytes(text.encode("utf-8", "replace"))
+
+
+def sha256(path: pathlib.Path) -> str:
+  """The SHA-256 of a file."""
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_and_digest(path: pathlib.Path) -> dict[str, Any]:
+  """``bytes`` and ``sha256`` of a file: what a manifest says of it, and `altered` compares."""
+  return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def altered(path: pathlib.Path, written: Mapping[str, Any], *, whole: bool = True) -> str | None:
+  """How a file differs from what a manifest says of it, in words; None where it does not.
+
+  Args:
+    path: the file.
+    written: its ``sha256``, and its ``bytes`` where they were written too.
+    whole: whether the digest is compared, for which the whole file is read.
+
+  Returns:
+    ``"is missing"``, or what else follows the file's name in a sentence.
+
+  Raises:
+    OSError: the file is there and cannot be read.
+  """
+  if not path.is_file():
+    return "is missing"
+  size = path.stat().st_size
+  if size != written.get("bytes", size):
+    return f"has {size} bytes, {written['bytes']} were written"
+  if whole and sha256(path) != written["sha256"]:
+    return "is not as it was written (its SHA-256 differs)"
+  return None
+
+
+def digest(body: Mapping[str, Any]) -> str:
+  """The digest of a manifest's own content."""
+  rest = {name: value for name, value in body.items() if name != "digest"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_digested(path: pathlib.Path, body: Mapping[str, Any], *, durable: bool = False) -> None:
+  """Writes a manifest with its own digest in it; ``durable`` as `replacing` has it."""
+  rest = {name: value for name, value in body.items() if name != "digest"}
+  write_text(path, json.dumps(rest | {"digest": digest(rest)}, indent=1), durable=durable)
+
+
+def read_digested(path: pathlib.Path) -> dict[str, Any]:
+  """Reads what `write_digested` wrote.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged; the message says how, and follows the file's name in a sentence.
+  """
+  try:
+    body: dict[str, Any] = json.loads(path.read_bytes())
+    intact = body["digest"] == digest(body)
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"cannot be read ({error})") from error
+  if not intact:
+    raise ValueError("is not as it was written (its digest differs)")
+  return body

@@ -1,0 +1,91 @@
+"""Files written whole or not at all, logs read, trees told from one another."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import runs
+
+
+def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
+  path = tmp_path / "a.txt"
+  runs.write_text(path, "old")
+
+  def half_way():
+    with runs.replacing(path, durable=True) as writing:
+      writing.write_text("ne")
+      raise OSError("the disk is full")
+
+  with pytest.raises(OSError, match="disk is full"):
+    half_way()
+  assert path.read_text() == "old"
+  runs.write_text(path, "new", durable=True)
+  assert path.read_text() == "new"
+  assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_was_altered_is_said(tmp_path):
+  path = tmp_path / "a"
+  path.write_bytes(b"abc")
+  written = runs.size_and_digest(path)
+  assert runs.altered(path, written) is None
+  path.write_bytes(b"abd")
+  assert "SHA-256" in runs.altered(path, written)
+  assert "SHA-256" in runs.altered(path, {"sha256": written["sha256"]})
+  assert runs.altered(path, written, whole=False) is None
+  path.write_bytes(b"ab")
+  assert runs.altered(path, written, whole=False) == "has 2 bytes, 3 were written"
+  assert runs.altered(tmp_path / "b", written) == "is missing"
+  with pytest.raises(KeyError):  # nothing to compare with is not the same as nothing altered
+    runs.altered(path, {})
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path):
+  path = tmp_path / "manifest.json"
+  runs.write_digested(path, {"digest": "of an earlier content", "a": [1, 2]})
+  body = runs.read_digested(path)
+  assert (body["a"], body["digest"]) == ([1, 2], runs.digest({"a": [1, 2]}))
+  path.write_text(json.dumps(body | {"a": [1, 3]}))
+  with pytest.raises(ValueError, match="its digest differs"):
+    runs.read_digested(path)
+  path.write_text("[1, 2]")
+  with pytest.raises(ValueError, match="cannot be read"):
+    runs.read_digested(path)
+  with pytest.raises(FileNotFoundError):
+    runs.read_digested(tmp_path / "none.json")
+
+
+def test_torn_lines_of_a_log_are_counted(tmp_path):
+  lines = ['{"step": 1, "loss": 2.0}', '{"step": 2, "lo', '"text"', '{"loss": 1.0}', '{"step": 3}']
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  read, torn = runs.read_metrics(tmp_path)
+  assert ([line["step"] for line in read], torn) == ([1, 3], 3)
+
+
+def test_a_fingerprint_tells_paths_shapes_dtypes_and_values_apart():
+  ones = np.ones((2, 3), np.float32)
+  trees = [
+    {"a": ones},
+    {"b": ones},
+    {"a": ones.reshape(3, 2)},
+    {"a": ones.astype(np.int32)},
+    {"a": np.ones((2, 3))},  # 64 bits
+    {"a": np.ones((2, 3)) + 1e-15},  # which JAX would round away
+    {"a": np.nextafter(ones, 2)},
+    {"a": -0 * ones},
+    {"a": -0.0 * ones},
+    {"a": {"b": ones}},
+    {"a/b": ones},
+    [ones],
+    (None, [ones]),
+    {"a": jax.random.key(0)},
+    {"a": jax.random.key(1)},
+    {"a": 1},
+    {},
+  ]
+  found = [runs.fingerprint(tree) for tree in trees]
+  assert len(set(found)) == len(trees)
+  assert runs.fingerprint({"a": jnp.asarray(ones)}) == found[0]
