@@ -76,8 +76,9 @@ def orbax(
     CheckpointError: it is damaged.
 
   >>> import tempfile
+  >>> from jaxdistill.runs import _orbax
   >>> with tempfile.TemporaryDirectory() as folder:
-  ...   runs._orbax.write(pathlib.Path(folder, "a"), {"params": {"kernel": np.ones(2, np.float32)}})
+  ...   _orbax.write(pathlib.Path(folder, "a"), {"params": {"kernel": np.ones(2, np.float32)}})
   ...   orbax(f"{folder}/a")["params"]["kernel"].tolist()
   [1.0, 1.0]
   """
