@@ -4,9 +4,10 @@ Written for these tests, with PyTorch's own functions wherever it has them; chan
 does the gradients, and each returns the number that is published: the mean over the batch.
 """
 
-from torch.distributions import Bernoulli, Categorical, kl_divergence
+import beside  # first: it leaves these tests out where there is no PyTorch
 
-import beside
+# isort: split
+from torch.distributions import Bernoulli, Categorical, kl_divergence
 
 torch = beside.torch
 functional = torch.nn.functional
