@@ -255,14 +255,16 @@ def fit(
     network = student if objective.deployed is None else objective.deployed.network(student)
     if path is not None and saved is not None:
       saved.wait()
-      _save_deployed(path, program, network, variables, progress)
+      _save_deployed(path, program, network, variables)
+  if path is not None:
+    runs.say_saved(progress if first_process else None, path)
   return Fitted(variables=variables, network=network, state=final, history=log.history)
 
 
 def _save_deployed(
-  path: pathlib.Path, program: Program, network: Network, variables: PyTree, progress: str | None
+  path: pathlib.Path, program: Program, network: Network, variables: PyTree
 ) -> None:
-  """Leaves the deployed network in the folder, once, and says where all of it is."""
+  """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
     export.save_student(
       path,
@@ -273,7 +275,6 @@ def _save_deployed(
       stacked=program.stacked,
     )
   _mesh.barrier("deployed")
-  runs.say_saved(progress if jax.process_index() == 0 else None, path)
 
 
 def _shown(value: Any, steps: int) -> Any:
