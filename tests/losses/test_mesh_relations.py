@@ -101,7 +101,7 @@ def on(devices, folder=None):
     env={
       **os.environ,
       "XLA_FLAGS": flags,
-      "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")]),
+      "PYTHONPATH": os.pathsep.join([str(here), str(here.parent), str(here.parent.parent)]),
     },
     capture_output=True,
     text=True,
