@@ -242,13 +242,13 @@ def main(options: Options) -> None:
         found = {side: measure(side, task, options.repeats, options.one_in) for side in some}
         show(network, count, found)
         results[f"{network}/{count}"] = found
+        written["students"] = results  # as far as it has come: a run that is cut off keeps that
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(written, indent=2) + "\n")
         for side in found if "sweep" in found else ():
           target = TARGETS[network, count].get(side)
           if side != "sweep":
             ratios.append((network, count, side, found, target))
-  written["students"] = results
-  options.out.parent.mkdir(parents=True, exist_ok=True)
-  options.out.write_text(json.dumps(written, indent=2) + "\n")
   print()
   for network, count, side, found, target in ratios:
     ratio = found[side]["seconds"] / found["sweep"]["seconds"]
