@@ -174,11 +174,11 @@ def test_what_speaks_against_it_is_told(compressed):
   assert {"not_trained", "hardly_better"} <= {finding["check"] for finding in told}
   mine, student = job(folder), mlps(2)["width 2"]
   with pytest.warns(search.PreflightWarning, match="not_trained: .*chance"):
-    mine.look(student, {"temperature": 4.0}, folder)
+    mine.preflight(student, {"temperature": 4.0}, folder)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     known = [search.Finding(**finding) for finding in told]
-    mine.look(student, {"temperature": 4.0}, folder, known=known)
+    mine.preflight(student, {"temperature": 4.0}, folder, known=known)
 
 
 @pytest.mark.slow
