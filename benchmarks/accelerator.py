@@ -145,6 +145,13 @@ def digits(settings: Settings) -> tuple[Any, Any, str]:
   return *parts, name
 
 
+def peak_bytes() -> int | None:
+  """The most memory that this process has had on JAX's device; None where the device cannot say."""
+  import jax
+
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 _BESIDE = """
 import json, sys, numpy as np, jax
 from jaxdistill import export
@@ -159,7 +166,6 @@ print(json.dumps({"device": jax.devices()[0].platform, "peak_bytes": peak}))
 
 def smoke(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
   """A run with checkpoints; its student loaded here, and by a process beside this one."""
-  import jax
   import numpy as np
   import optax
 
@@ -196,14 +202,13 @@ def smoke(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
     timeout=100,
   )
   beside = None if made.returncode else np.load(answered)
-  stats = jax.devices()[0].memory_stats() or {}
   found = {
     "data": name,
     "steps": steps,
     "seconds": trained,
     "final_loss": fitted.history[-1]["loss"],
     "loaded_differs_by": float(np.max(np.abs(here - np.asarray(outputs.logits)))),
-    "peak_bytes": stats.get("peak_bytes_in_use"),
+    "peak_bytes": peak_bytes(),
     "beside": {"error": made.stderr.strip().splitlines()[-1:]}
     if beside is None
     else {
@@ -266,7 +271,6 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
   """Our step in float32, or computing in bfloat16."""
 
   def measure(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
-    import jax
     import step
 
     from jaxdistill import networks, recipes
@@ -291,7 +295,6 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
       seconds = step.measure({**functions, "chunk": chunk}, options)
       floor = seconds["teacher forward"] + seconds["plain step"]
       each = seconds["chunk"] / chunk.steps
-      stats = jax.devices()[0].memory_stats() or {}
       found = {
         "milliseconds": {name: 1e3 * value for name, value in seconds.items() if name != "chunk"},
         "floor_ms": 1e3 * floor,
@@ -299,7 +302,7 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
         "step_in_chunk_ms": 1e3 * each,
         "images_per_second": options.batch_size / each,
         "compilation_seconds": compiled,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(),
       }
       emit(key, found)
 
@@ -489,7 +492,6 @@ def vocabulary(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
       began = time.perf_counter()
       jax.block_until_ready(run(*given))
       times.append(time.perf_counter() - began)
-    stats = jax.devices()[0].memory_stats() or {}
     emit(
       key,
       {
@@ -498,7 +500,7 @@ def vocabulary(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
         "milliseconds": 1e3 * min(times[1:]),
         "logits_bytes": tokens * classes * dtype.itemsize,
         "temporary_bytes": used.temp_size_in_bytes,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "peak_bytes": peak_bytes(),
       },
     )
     del given
