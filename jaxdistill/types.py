@@ -1,4 +1,4 @@
-"""The words of the library as types: Batch, Outputs, Term, Objective, Network, Teacher.
+"""The words of the library as types: Batch, Outputs, Term, Objective, Network, Model, Teacher.
 
 Everything else is functions between these. All of them are pytrees or plain callables,
 so they pass through ``jit``, ``vmap``, ``scan`` and ``pmap`` as they are.
@@ -20,6 +20,7 @@ from jaxdistill import _check
 __all__ = [
   "Batch",
   "Deployed",
+  "Model",
   "Network",
   "Number",
   "Objective",
@@ -226,6 +227,57 @@ class Network:
   init: Callable[..., dict[str, Any]]
   apply: Callable[..., tuple[Outputs, dict[str, Any]]]
   name: str = "network"
+
+
+@flax.struct.dataclass
+class Model:
+  """A network and its variables: what `jaxdistill.fit` returns, and what is evaluated and exported.
+
+  A pytree whose leaves are the variables, so it passes through ``jit`` and ``device_put`` as one
+  argument.
+
+  Attributes:
+    network: the network; static.
+    variables: ``{"params": ..., "batch_stats": ..., ...}``; leaves ``[S, ...]`` for a run over S
+      seeds.
+    seeds: S where the leaves have that axis, else None; static.
+
+  >>> import jax
+  >>> from jaxdistill import networks
+  >>> from jaxdistill.networks.models import MLP
+  >>> network = networks.linen(MLP([4], num_classes=3))
+  >>> model = Model(network, network.init(jax.random.key(0), jnp.zeros((1, 5))))
+  >>> model(jnp.zeros((2, 5))).logits.shape
+  (2, 3)
+  """
+
+  network: Network = flax.struct.field(pytree_node=False)
+  variables: PyTree
+  seeds: int | None = flax.struct.field(pytree_node=False, default=None)
+
+  def __call__(self, inputs: Any) -> Outputs:
+    """The outputs in inference mode.
+
+    Args:
+      inputs: what the network sees, ``[B, ...]`` or a pytree of such arrays; or a `Batch`.
+
+    Raises:
+      ValueError: these are the variables of several seeds.
+    """
+    if self.seeds is not None:
+      raise ValueError(
+        f"these are the variables of {self.seeds} seeds of {self.network.name!r}; call one of "
+        "model.unstack()."
+      )
+    inputs = inputs.inputs if isinstance(inputs, Batch) else inputs
+    return self.network.apply(self.variables, inputs, train=False, key=None)[0]
+
+  def unstack(self) -> list[Model]:
+    """The models of each seed; of a run over one, this model alone."""
+    if self.seeds is None:
+      return [Model(self.network, self.variables)]
+    trees = [jax.tree.map(lambda leaf, i=i: leaf[i], self.variables) for i in range(self.seeds)]
+    return [Model(self.network, tree) for tree in trees]
 
 
 # ``(variables, batch) -> Outputs``, with gradients stopped inside.

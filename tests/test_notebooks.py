@@ -14,11 +14,6 @@ from jupyter_client.manager import AsyncKernelManager
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
-# The quickstart always; the others where there is time for them.
-RUN = [
-  pytest.param(path, id=path.stem, marks=[] if path.stem == "quickstart" else pytest.mark.slow)
-  for path in NOTEBOOKS
-]
 
 
 def execute(path, folder):
@@ -32,7 +27,7 @@ def execute(path, folder):
     connection_file=str(folder / "connection.json"),
   )
   client = nbclient.NotebookClient(
-    notebook, km=manager, timeout=300, resources={"metadata": {"path": str(folder)}}
+    notebook, km=manager, timeout=1200, resources={"metadata": {"path": str(folder)}}
   )
   # The compiler's flags come along; what a notebook writes outside its folder goes there too.
   environment = {
@@ -59,19 +54,6 @@ def outputs(notebook, kind):
   return found
 
 
-@pytest.fixture(scope="module")
-def executed(tmp_path_factory):
-  """Notebooks by name, each run once."""
-  done = {}
-
-  def get(path):
-    if path not in done:
-      done[path] = execute(path, tmp_path_factory.mktemp(path.stem))
-    return done[path]
-
-  return get
-
-
 def rows_of(table):
   """A Markdown table as ``{label: [cells]}``."""
   lines = [line for line in table.splitlines() if line.startswith("|")]
@@ -95,17 +77,7 @@ def test_a_notebook_is_stored_without_outputs(path):
       assert cell.execution_count is None
 
 
-@pytest.mark.parametrize("path", RUN)
-def test_a_notebook_runs_from_top_to_bottom(path, executed):
-  notebook = executed(path)  # a cell that raises, raises here, with its traceback
-  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-  for picture in outputs(notebook, "image/png"):
-    assert base64.b64decode(picture).startswith(b"\x89PNG")
-
-
-def test_quickstart_shows_its_pictures_and_the_table(executed):
-  notebook = executed(ROOT / "colabs" / "quickstart.ipynb")
+def quickstart_shows_its_pictures_and_the_table(notebook):
   assert len(outputs(notebook, "image/png")) == 3  # the digits, the soft targets, the accuracies
   tables = [text for text in outputs(notebook, "stdout") if "| accuracy, %" in text]
   rows = rows_of(tables[-1])
@@ -117,9 +89,7 @@ def test_quickstart_shows_its_pictures_and_the_table(executed):
   assert baseline == student < teacher
 
 
-@pytest.mark.slow
-def test_bring_your_own_distils_with_few_labels_and_calls_the_student(executed):
-  notebook = executed(ROOT / "colabs" / "bring_your_own.ipynb")
+def bring_your_own_distils_with_few_labels_and_calls_the_student(notebook):
   text = "".join(outputs(notebook, "stdout"))
   found = {n: float(v) for n, v in re.findall(r"^(\w.*?)\s+([\d.]+)(?: ± [\d.]+)? %$", text, re.M)}
   assert list(found) == ["teacher, all labels", "student, few labels alone", "student, distilled"]
@@ -132,9 +102,7 @@ def test_bring_your_own_distils_with_few_labels_and_calls_the_student(executed):
   assert len(outputs(notebook, "image/png")) == 1
 
 
-@pytest.mark.slow
-def test_compress_ends_with_files_and_a_report(executed):
-  notebook = executed(ROOT / "colabs" / "compress.ipynb")
+def compress_ends_with_files_and_a_report(notebook):
   text = "".join(outputs(notebook, "stdout"))
   assert len(re.findall(r"student\.\S+: [\d,]+ bytes, passed: True", text)) == 2
   assert "without Flax and jaxdistill: True" in text
@@ -147,3 +115,27 @@ def test_compress_ends_with_files_and_a_report(executed):
   assert "over the budget: bytes" in table
   assert len(outputs(notebook, "image/png")) == 1
   assert any("srcdoc" in page for page in outputs(notebook, "text/html"))
+
+
+# The quickstart always; the others where there is time for them.
+CHECKS = [
+  pytest.param(
+    "bring_your_own",
+    bring_your_own_distils_with_few_labels_and_calls_the_student,
+    marks=pytest.mark.slow,
+  ),
+  pytest.param("compress", compress_ends_with_files_and_a_report, marks=pytest.mark.slow),
+  ("quickstart", quickstart_shows_its_pictures_and_the_table),
+]
+
+
+@pytest.mark.parametrize(("name", "check"), CHECKS)
+def test_a_notebook_runs_from_top_to_bottom(name, check, tmp_path):
+  """One test runs a notebook and looks at it: two would run it twice, each in its own process."""
+  # A cell that raises, raises here, with its traceback.
+  notebook = execute(ROOT / "colabs" / f"{name}.ipynb", tmp_path)
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+  for picture in outputs(notebook, "image/png"):
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+  check(notebook)
