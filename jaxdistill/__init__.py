@@ -1,4 +1,4 @@
-"""jaxdistill: knowledge distillation in JAX and Flax. A method is a function.
+"""jaxdistill: knowledge distillation in JAX and Flax. A method is a function, a teacher a pytree.
 
 >>> import jaxdistill as jd
 >>> jd.losses.soft_target_kl  # doctest: +ELLIPSIS
@@ -27,15 +27,16 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     train,
   )
   from jaxdistill.train import fit
-  from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher, Term
+  from jaxdistill.types import Batch, Model, Network, Objective, Outputs, Teacher, Term
 
 __version__ = "0.1.0"
 __all__ = [
   "Batch",  # examples side by side: inputs, labels, and what may be used of them
+  "Model",  # a network and its variables, a pytree: what `fit` returns
   "Network",  # a pure apply function and how to make its variables
   "Objective",  # a method that learns or remembers something: init and apply
   "Outputs",  # what a network puts out: logits, and features by name
-  "Teacher",  # (variables, batch) -> Outputs, frozen
+  "Teacher",  # variables, a function of them, and what it is asked: a pytree, frozen
   "Term",  # one term of an objective: values, a weight, a mask
   "data",  # examples to batches: sources, streams, views, transforms
   "evaluation",  # what arrived: metrics, fidelity, cost

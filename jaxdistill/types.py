@@ -133,19 +133,22 @@ class Objective:
       (``jax.ShapeDtypeStruct`` leaves), so nobody types a width in by hand. ``teacher`` is None
       when there is no teacher.
     apply: ``(params, state, student, teacher, batch, *, key, **hyper) -> ({name: Term}, state)``.
-    hyper: the names of the keywords that ``apply`` takes beside ``key``, with their defaults. A
-      default that is a schedule (a function of the step) is followed, as a schedule in the
-      ``hyper`` of `jaxdistill.train.fit` is: so a recipe has its warm-up.
+    hyper: the names of the keywords that ``apply`` takes beside ``key``, with their values:
+      numbers, arrays, or schedules (functions of the step). `as_objective` gives other ones.
     deployed: how the deployed network is made; None where it is the student.
+    start: parts of ``(params, state)`` that a run begins from in place of what ``init`` makes, as a
+      stage before it left them: ``dataclasses.replace(objective, start=before.state.objective)``.
+      With several seeds, leaves may have an axis over them in front.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
   apply: Callable[..., tuple[dict[str, Term], PyTree]]
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   deployed: Deployed | None = None
+  start: tuple[PyTree, PyTree] | None = None
 
 
-def as_objective(objective: Any) -> Objective:
+def as_objective(objective: Any, **hyper: Any) -> Objective:
   """Promotes a bare objective function to the pair; an `Objective` passes through.
 
   The function's keyword-only arguments become the objective's ``hyper``. A keyword named ``key``
@@ -154,15 +157,35 @@ def as_objective(objective: Any) -> Objective:
 
   Args:
     objective: an `Objective`, or a function ``(student, teacher, batch, *, ...) -> {name: Term}``.
+    **hyper: other values of its keywords: numbers, arrays, or schedules of the step.
 
   Returns:
     An `Objective` whose params and state are empty for a bare function.
 
   Raises:
     TypeError: ``objective`` is neither.
+    ValueError: it does not take one of these keywords.
+
+  >>> def mine(student, teacher, batch, *, temperature=4.0):
+  ...   return {"soft": Term(temperature * student.logits[:, 0])}
+  >>> as_objective(mine, temperature=2.0).hyper
+  {'temperature': 2.0}
   """
-  if isinstance(objective, Objective):
-    return objective
+  made = objective if isinstance(objective, Objective) else _promoted(objective)
+  unknown = sorted(set(hyper) - set(made.hyper))
+  if unknown:
+    raise ValueError(
+      f"hyper has {unknown}, which the objective does not take; it takes {sorted(made.hyper)}."
+    )
+  for name, value in hyper.items():
+    number = isinstance(made.hyper[name], int | float) and not isinstance(made.hyper[name], bool)
+    if number and not (callable(value) or value is None or hasattr(value, "dtype")):
+      _check.scheduled(name, value)
+  return dataclasses.replace(made, hyper={**made.hyper, **hyper}) if hyper else made
+
+
+def _promoted(objective: Any) -> Objective:
+  """A bare function as the pair."""
   _check.function(
     "objective",
     objective,
@@ -280,8 +303,35 @@ class Model:
     return [Model(self.network, tree) for tree in trees]
 
 
-# ``(variables, batch) -> Outputs``, with gradients stopped inside.
-Teacher = Callable[[PyTree, Batch], Outputs]
+@flax.struct.dataclass
+class Teacher:
+  """Variables, a function of them, and what it is asked: a pytree, frozen where it is called.
+
+  Made by `jaxdistill.teachers`: of a `Model`, of several, of some of its classes. One of another
+  program is ``Teacher(variables, apply)``, with a function of yours.
+
+  It passes through ``jit``, ``vmap`` and ``device_put`` as one argument; its leaves keep their
+  dtype and their sharding. Gradients stop at its variables and at its outputs, here and nowhere
+  else.
+
+  Attributes:
+    variables: a pytree of arrays, in whatever form ``apply`` takes them.
+    apply: ``(variables, batch) -> Outputs`` in inference mode; static, so give the same function
+      each time.
+    asked: what it is asked for beside its variables (a rule, some classes), in words: caches of
+      its outputs are told apart by it; static.
+  """
+
+  variables: PyTree
+  apply: Callable[[PyTree, Batch], Outputs] = flax.struct.field(pytree_node=False)
+  asked: str = flax.struct.field(pytree_node=False, default="")
+
+  def __call__(self, batch: Batch) -> Outputs:
+    """The outputs, frozen: no gradient gets past them."""
+    variables = jax.lax.stop_gradient(self.variables)
+    return jax.lax.stop_gradient(self.apply(variables, batch))
+
+
 # ``(key, batch) -> batch``: mixes or changes examples before both networks see them.
 Transform = Callable[[Any, Batch], Batch]
 

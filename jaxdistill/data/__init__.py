@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     from_sequence,
     some_labels,
   )
-  from jaxdistill.data._sources import Part, Source, evaluation_batches, mixed, on_device
+  from jaxdistill.data._sources import (
+    Part,
+    Source,
+    evaluation_batches,
+    mixed,
+    on_device,
+    transformed,
+  )
   from jaxdistill.data._streams import iterated, record_files, streamed
   from jaxdistill.data._tfds import Digits, load, records, splits
   from jaxdistill.data._views import (
@@ -68,6 +75,7 @@ __all__ = [
   "some_labels",  # chooses which labels may be used: a share of them, the classes in proportion
   "splits",  # which parts of a TFDS set are train, validation and test: split strings for `load`
   "streamed",  # reads batches through Grain; an item carries the rows themselves
+  "transformed",  # a source with a transform of whole batches: mixup, label smoothing
   "transforms",  # transforms of a batch, ``(key, Batch) -> Batch``, that both networks then see
 ]
 

@@ -30,7 +30,7 @@ from jaxdistill.data._views import (
   identity,
   normalizer,
 )
-from jaxdistill.types import Batch, PyTree
+from jaxdistill.types import Batch, PyTree, Transform
 
 __all__ = [
   "Part",
@@ -47,6 +47,7 @@ __all__ = [
   "rows_padded",
   "view_count",
   "view_numbers",
+  "transformed",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
@@ -99,6 +100,8 @@ class Source:
     augmentation: its name. Where it is ``"identity"``, no view depends on ``data_seed``.
     whole: how every example is shown once; None for streams that only iterate.
     teacher: where batches bring a teacher's outputs along, which teacher's: a fingerprint.
+    transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
+      `jaxdistill.data.transforms` and `transformed`. The step calls it, with a key of its own.
   """
 
   shared: PyTree
@@ -117,6 +120,7 @@ class Source:
   augmentation: str = "identity"
   whole: Whole | None = None
   teacher: str | None = None
+  transform: Transform | None = None
 
   def __post_init__(self) -> None:
     check_seed(self.data_seed)
@@ -341,6 +345,32 @@ def example_shapes(inputs: PyTree, name: str) -> PyTree:
   return jax.tree.map(shape_of, inputs)
 
 
+def transformed(source: Source, transform: Transform) -> Source:
+  """The source with a transform of whole batches, which both networks then see.
+
+  Args:
+    source: where batches come from.
+    transform: ``(key, batch) -> batch``: mixup, label smoothing, see `jaxdistill.data.transforms`.
+      It takes the place of one that the source has; `transforms.compose` makes one of several.
+
+  Returns:
+    The source; the step calls the transform, with a key of its own.
+
+  Raises:
+    TypeError: an argument is of another kind.
+  """
+  if not isinstance(source, Source):
+    raise TypeError(f"source must be a Source, got {_check.show(source)}.")
+  _check.function(
+    "transform",
+    transform,
+    "(key, batch) -> batch",
+    arguments=2,
+    instead="See jaxdistill.data.transforms.",
+  )
+  return dataclasses.replace(source, transform=transform)
+
+
 def mixed(source: Source, transfer: Source, *, share: float) -> Source:
   """Mixes unlabelled transfer data into every batch, at a fixed share of it.
 
@@ -384,6 +414,8 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
       raise ValueError(
         f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
       )
+    if one.transform is not None:
+      raise ValueError(f"{argument} has a transform of its own: mix first, and transform the mix.")
     if one.share:
       raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
   if not isinstance(share, float | int | np.number) or not 0 < share < 1:

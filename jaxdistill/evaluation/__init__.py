@@ -13,28 +13,22 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.evaluation import metrics as metrics
   from jaxdistill.evaluation import predictions as predictions
   from jaxdistill.evaluation._evaluate import (
-    Predict,
     Validator,
     costs,
     evaluate,
     examine,
-    predictor,
-    teacher_predictor,
     validator,
   )
 
 __all__ = [
-  "Predict",  # (variables, batch) -> logits: what is evaluated
-  "Validator",  # what `validator` makes: ``variables -> {"accuracy", "nll", "ece"}``
+  "Validator",  # what `validator` makes: ``model -> {"accuracy", "nll", "ece"}``
   "cost",  # what a network costs: parameters, bytes, floating-point operations, and time
   "costs",  # what a deployed model costs, on this machine
   "evaluate",  # evaluates a model on a whole split, padded rows excluded exactly
   "examine",  # what `evaluate` does, and in the same pass what the model said of each example
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example
-  "predictor",  # a network as what is deployed: its logits in inference mode, and nothing else
-  "teacher_predictor",  # a teacher (an ensemble, say) as something to evaluate
-  "validator",  # what `jaxdistill.train.fit` takes as ``validate``: compiled once, called often
+  "validator",  # what a run measures on its way: compiled once, called often
 ]
 
 __getattr__, __dir__ = lazy(__name__)

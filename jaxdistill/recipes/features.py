@@ -297,13 +297,11 @@ def overhaul(
   return learned(modules, method, {"overhaul_weight": overhaul_weight}, hard_weight)
 
 
-def overhaul_margins(
-  teacher_variables: Mapping[str, PyTree], norms: Sequence[str]
-) -> list[jax.Array]:
+def overhaul_margins(variables: Mapping[str, PyTree], norms: Sequence[str]) -> list[jax.Array]:
   """The margins of `overhaul` from the teacher's BatchNorms.
 
   Args:
-    teacher_variables: ``{"params": ...}``, as the teacher takes them.
+    variables: the teacher's, ``{"params": ...}``, as the teacher takes them.
     norms: for each layer the path of the last BatchNorm before the ReLU, among the parameters. Of
       our resnet20: ``("stage1_block2/norm2", "stage2_block2/norm2", "stage3_block2/norm2")``, the
       stages' last blocks (what is added by their shortcuts is left out, as published); of our
@@ -322,7 +320,7 @@ def overhaul_margins(
   [-0.7979, -0.7979]
   """
   layer_pairs(norms, None)
-  leaves = jax.tree_util.tree_leaves_with_path(teacher_variables["params"])
+  leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
   flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
   margins = []
   # One compilation instead of one for each operation.
@@ -334,7 +332,7 @@ def overhaul_margins(
       there = sorted(name for name in ends if f"{name}/bias" in flat)
       raise ValueError(
         f"norms names {norm!r}, where the teacher has no scale and bias [C]; it has them at {there}"
-        " (of a run over seeds, give the variables of one: teachers.unstack(variables)[0])."
+        " (of a run over seeds, give those of one: fitted.unstack()[0].variables)."
       )
     margins.append(margin(scale, bias))
   return margins

@@ -56,7 +56,7 @@ def simkd(
 
   Args:
     classifier: the variables of the teacher's head, such as its
-      ``teacher_variables["params"]["classifier"]`` with ``kernel`` ``[C, K]`` and ``bias``
+      ``teacher.variables["params"]["classifier"]`` with ``kernel`` ``[C, K]`` and ``bias``
       ``[K]``. They are kept in the objective's state, and never changed.
     student_layer: the student's last map ``[B, H, W, C]``.
     teacher_layer: the teacher's, which its head takes; the same name by default.
@@ -274,7 +274,7 @@ def _check_dense(classifier: Any) -> None:
   if not known or jnp.ndim(classifier["kernel"]) != 2:
     raise TypeError(
       "classifier must be a dense layer's {'kernel': [C, K], 'bias': [K]}, such as "
-      'teacher_variables["params"]["classifier"]; for another head give head=, a function '
+      'teacher.variables["params"]["classifier"]; for another head give head=, a function '
       f"(classifier, maps) -> logits. Got {_check.show(classifier)}."
     )
 

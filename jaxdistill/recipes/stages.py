@@ -6,13 +6,13 @@ but which needs no second run. The stages are two runs, each with a length and a
 own, the second of which starts from what the first one leaves::
 
     first = train.fit(student, recipes.fsp(stage=1), ...)
-    second = train.fit(student, recipes.fsp(stage=2), start=first.variables, ...)
+    second = train.fit(first, recipes.fsp(stage=2), ...)
 
-- `fsp`: the term ``fsp``, then ``labels``; the second run is given ``start=first.variables``.
-- `activation_boundary`: ``boundary``, then ``labels``; ``start=first.variables``.
-- `factor_transfer`: ``reconstruction``, then ``labels`` and ``factor``; no start for the student,
-  but ``objective_start=({}, first.state.objective_params)``.
-- FitNets as in its paper: ``hint("stage2", "stage2")``, then ``kd()``; ``start=first.variables``.
+- `fsp`: the term ``fsp``, then ``labels``; the second run is given the first one's model.
+- `activation_boundary`: ``boundary``, then ``labels``; the first one's model.
+- `factor_transfer`: ``reconstruction``, then ``labels`` and ``factor``; the student itself, but an
+  objective with ``start=({}, first.state.objective_params)``.
+- FitNets as in its paper: ``hint("stage2", "stage2")``, then ``kd()``; the first one's model.
 
 The first stage has no gradient for what lies above the student's last named layer, and that of
 `factor_transfer` none for the student at all; weight decay, where the optimiser has it, still
@@ -222,9 +222,10 @@ def factor_transfer(
 
       first = train.fit(student, recipes.factor_transfer(stage=1), ...)
       handed = ({}, first.state.objective_params)
-      second = train.fit(student, recipes.factor_transfer(stage=2), objective_start=handed, ...)
+      objective = dataclasses.replace(recipes.factor_transfer(stage=2), start=handed)
+      second = train.fit(student, objective, ...)
 
-  Without that ``objective_start`` the term ``factor`` is NaN, and fit says so at the first steps.
+  Without that ``start`` the term ``factor`` is NaN, and fit says so at the first steps.
   Encoder and decoder are three 3 x 3 convolutions each, with bias and leaky ReLUs of slope 0.1; the
   translator is an encoder with BatchNorm.
 

@@ -14,11 +14,10 @@ from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import _report
 from jaxdistill.reports._pages import analysis, exhibits
-from jaxdistill.types import Batch, Network
+from jaxdistill.types import Batch, Network, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
 
-PyTree = Any
 _KEPT = 64  # examples to look at: lost ones for the page, others for a comparison of two runs
 
 
@@ -26,7 +25,7 @@ def compare_students(
   folder: pathlib.Path,
   *,
   network: Network,
-  reference: tuple[evaluation.Predict, PyTree],
+  teacher: Teacher,
   batches: Batch,
   descriptions: Mapping[str, str],
   examples: Examples | Records | int,
@@ -42,7 +41,7 @@ def compare_students(
     folder: the experiment's folder; the report is written there.
     network: the network of both runs, each of which is over several seeds. What it costs is
       measured once: timing it twice would show the clock's noise as a difference.
-    reference: the teacher, as ``(predict, variables)``.
+    teacher: the teacher.
     batches: the split, from `jaxdistill.data.evaluation_batches`.
     descriptions: what ``teacher``, ``baseline`` and ``student`` are, in a few words.
     examples: the examples that the batches were made of, whose classes have names and which can be
@@ -61,22 +60,15 @@ def compare_students(
   _extras.need("reports.compare_students", "matplotlib", "scipy")
   size = examples if isinstance(examples, int) else len(examples)
   columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
-  predict = evaluation.predictor(network)
   there = [name for name in ("baseline", "student") if _is_there(folder, name)]
-  stacked = {name: teachers.restore(folder / name) for name in there}
-  costs = evaluation.costs(predict, teachers.unstack(stacked["student"])[0], batches)
+  models = {name: teachers.restore(folder / name, network) for name in there}
+  costs = evaluation.costs(models["student"], batches)
   measured = {
-    "teacher": _report.measure_model(*reference, batches, description=descriptions["teacher"])
+    "teacher": _report.measure_model(teacher, batches, description=descriptions["teacher"])
   }
-  for name, variables in stacked.items():
+  for name, model in models.items():
     measured[name] = _report.measure_model(
-      predict,
-      variables,
-      batches,
-      reference=reference,
-      stacked=True,
-      costs=costs,
-      description=descriptions[name],
+      model, batches, teacher=teacher, costs=costs, description=descriptions[name]
     )
   result = _report.build_report(
     teacher=measured["teacher"],

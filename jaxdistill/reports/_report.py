@@ -16,7 +16,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxdistill import _check, _extras, evaluation, runs
@@ -28,7 +27,7 @@ from jaxdistill.reports._pages.decision import decide
 from jaxdistill.reports._pages.report_text import markdown, picture, verdict
 from jaxdistill.reports._pages.run_files import BROKEN
 from jaxdistill.runs import environment
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, Model, Teacher
 
 __all__ = [
   "Measured",
@@ -61,23 +60,19 @@ class Measured:
 
 
 def measure_model(
-  predict: evaluation.Predict,
-  variables: Any,
+  model: Model | Teacher,
   batches: Batch,
   *,
-  reference: tuple[evaluation.Predict, Any] | None = None,
-  stacked: bool = False,
+  teacher: Teacher | None = None,
   costs: Mapping[str, Any] | None = None,
   description: str = "",
 ) -> Measured:
   """Evaluates a model and what it costs.
 
   Args:
-    predict: ``(variables, batch) -> logits``, see `evaluation.predictor`.
-    variables: its variables; leaves ``[S, ...]`` when ``stacked``.
+    model: a model, or a teacher; of several seeds, costs are those of one.
     batches: the split, from `jaxdistill.data.evaluation_batches`.
-    reference: the teacher as ``(predict, variables)``.
-    stacked: whether the variables are those of S seeds; costs are those of one.
+    teacher: to measure agreement with.
     costs: from `evaluation.costs`, where another model of the same network was measured already:
       timing it twice would show the clock's noise as a difference.
     description: what it is, in a few words.
@@ -85,13 +80,10 @@ def measure_model(
   Returns:
     The model's quality, its answers and its costs.
   """
-  one = jax.tree.map(lambda leaf: leaf[0], variables) if stacked else variables
-  quality, answers = evaluation.examine(
-    predict, variables, batches, reference=reference, stacked=stacked
-  )
+  quality, answers = evaluation.examine(model, batches, teacher=teacher)
   return Measured(
     quality=quality,
-    costs=evaluation.costs(predict, one, batches) if costs is None else costs,
+    costs=evaluation.costs(model, batches) if costs is None else costs,
     description=description,
     answers=answers,
   )
@@ -186,7 +178,7 @@ def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
     fidelity = () if name == "teacher" else FIDELITY
     missing = sorted({*QUALITIES, *fidelity} - set(part.quality))
     if missing:
-      raise ValueError(f"{name} lacks {missing}; measure it with reference=(predict, variables).")
+      raise ValueError(f"{name} lacks {missing}; measure it with teacher=.")
     values = np.atleast_1d(part.quality["accuracy"])
     if np.any((values < 0) | (values > 1)):
       raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")

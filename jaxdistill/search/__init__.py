@@ -13,9 +13,11 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     measure_run,
   )
   from jaxdistill.search._checks.findings import Finding, PreflightWarning
-  from jaxdistill.search._choice import Result, Row, best_of
+  from jaxdistill.search._choice import Choice, Halving, Result, Row, best_of
   from jaxdistill.search._compress import (
+    Affordable,
     Assistant,
+    Assistants,
     Candidate,
     Compressed,
     affordable,
@@ -26,14 +28,18 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.search._grid import product
   from jaxdistill.search._preflight import preflight
   from jaxdistill.search._side_by_side import students_by
-  from jaxdistill.search._sweep import Halving, sweep
+  from jaxdistill.search._sweep import Execution, sweep
 
 __all__ = [
+  "Affordable",  # candidates and what each costs, at least one of them inside the budget
   "Assistant",  # a teaching assistant that was tried, or wanted
+  "Assistants",  # networks that may stand between teacher and student, and when one is tried
   "Budget",  # what a student may cost; None is no limit, and at least one is given
   "BudgetError",  # no candidate is inside the budget
   "Candidate",  # one candidate
+  "Choice",  # by what a point of a search is chosen, and what is done with it
   "Compressed",  # what `jaxdistill.search.compress` returns
+  "Execution",  # how a sweep is carried out: devices, memory
   "Finding",  # what a check has found
   "Halving",  # successive halving: after each rung the best 1/factor of the points go on
   "PreflightWarning",  # something about a run that is about to start deserves a look

@@ -23,7 +23,7 @@ import numpy as np
 from jaxdistill import _check, _compile, export
 from jaxdistill.evaluation import cost
 from jaxdistill.reports import plain
-from jaxdistill.types import Network
+from jaxdistill.types import Model, Network, Teacher, make_batch
 
 __all__ = [
   "UNITS",
@@ -140,10 +140,9 @@ class Budget:
 
 
 def measure_network(
-  network: Network | Callable[[PyTree, PyTree], Any],
+  network: Network | Model | Teacher,
   stored: PyTree,
   *,
-  variables: PyTree = None,
   normalize: Callable[[Any], Any] | None = None,
   batch_size: int = 1,
   seconds: float = 0.3,
@@ -151,9 +150,8 @@ def measure_network(
   """What a network costs as it would be deployed, trained or not.
 
   Args:
-    network: the network; or a function ``(variables, normalised inputs) -> logits``.
+    network: a network, whose new variables cost what trained ones do; or a model, or a teacher.
     stored: shapes and dtypes of the inputs of one example, as the data set stores them.
-    variables: its variables; by default new ones of the network, which cost the same.
     normalize: what is done to stored inputs before the network sees them.
     batch_size: of the timed call.
     seconds: of each of three rounds of timing, the slowest of which counts.
@@ -170,35 +168,35 @@ def measure_network(
   """
   _check.whole("batch_size", batch_size)
   _check.number("seconds", seconds, above=0)
-  apply = _logits(network) if isinstance(network, Network) else network
 
-  def infer(variables: PyTree, inputs: PyTree) -> Any:
-    return apply(variables, inputs if normalize is None else normalize(inputs))
+  def seen(inputs: PyTree) -> PyTree:
+    return inputs if normalize is None else normalize(inputs)
+
+  def infer(model: Model | Teacher, inputs: PyTree) -> Any:
+    return model(make_batch(seen(inputs))).logits
 
   def example(size: int) -> PyTree:
     return jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), leaf.dtype), stored)
 
-  if variables is None:
-    if not isinstance(network, Network):
-      raise ValueError("variables must be given for a function; a Network makes its own.")
-
-    def made(key: Any, inputs: PyTree) -> PyTree:
-      return network.init(key, inputs if normalize is None else normalize(inputs))
-
-    key = jax.random.key(0)
-    variables = jax.jit(made, compiler_options=_compile.quick())(key, example(1))
+  if isinstance(network, Network):
+    init = jax.jit(
+      lambda x: network.init(jax.random.key(0), seen(x)), compiler_options=_compile.quick()
+    )
+    model: Model | Teacher = Model(network, init(example(1)))
+  else:
+    model = network.unstack()[0] if isinstance(network, Model) else network
   inputs, compiled = example(batch_size), jax.jit(infer)
   expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
-  variables = jax.device_put(variables)
+  model = jax.device_put(model)
 
   def call() -> np.ndarray:
-    return np.asarray(compiled(variables, export.as_batch(inputs, expected, "network")[0]))
+    return np.asarray(compiled(model, export.as_batch(inputs, expected, "network")[0]))
 
   return {
     "latency_ms": _slowest(call, seconds),
-    "bytes": cost.size_bytes(variables),
-    "flops": cost.flops_or_none(infer, variables, example(1)),
-    "parameters": cost.parameters(variables),
+    "bytes": cost.size_bytes(model.variables),
+    "flops": cost.flops_or_none(infer, model, example(1)),
+    "parameters": cost.parameters(model.variables),
   }
 
 
@@ -274,10 +272,6 @@ def nearest_to_budget(budget: Budget, costs: Mapping[str, Mapping[str, Any]]) ->
   'small'
   """
   return min(costs, key=lambda name: (max(budget.shares(costs[name]).values()), name))
-
-
-def _logits(network: Network) -> Callable[[PyTree, PyTree], Any]:
-  return lambda variables, inputs: network.apply(variables, inputs, train=False, key=None)[0].logits
 
 
 def _slowest(call: Callable[[], Any], seconds: float) -> float:

@@ -10,16 +10,84 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import runs
+from jaxdistill import _check, runs
 from jaxdistill.evaluation import metrics
 from jaxdistill.reports import csv_text, figures, grid, with_std
-from jaxdistill.types import Network
+from jaxdistill.types import Batch, Model
 
-__all__ = ["METRICS", "Result", "Row", "best_of", "score", "standard_error"]
+__all__ = ["METRICS", "Choice", "Halving", "Result", "Row", "best_of", "score", "standard_error"]
 
-PyTree = Any
 # What a point may be chosen by, and which way is better.
 METRICS = {"accuracy": 1, "ece": -1, "nll": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Halving:
+  """Successive halving: after each rung the best 1/factor of the points go on.
+
+  Jamieson, Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
+  2016; 3 is the factor of Li et al., "Hyperband", 2018. A rung has ``factor`` times the steps of
+  the one before it, the last one all of them; schedules run over all of them throughout.
+
+  Attributes:
+    factor: of points and of steps.
+    rungs: how many there are, the last included.
+  """
+
+  factor: int = 3
+  rungs: int = 3
+
+  def __post_init__(self) -> None:
+    _check.whole("factor", self.factor, least=2)
+    _check.whole("rungs", self.rungs)
+
+  def until(self, rung: int, steps: int) -> int:
+    """The step at which a rung ends, of so many in all."""
+    return math.ceil(steps / self.factor ** (self.rungs - 1 - rung))
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """By what a point of a search is chosen, and what is done with it.
+
+  Attributes:
+    validation: the split to choose on, from `jaxdistill.data.evaluation_batches`; never the test
+      split.
+    metric: the validation metric to choose by: accuracy, nll or ece (lower is better for these).
+    halving: to drop hopeless points early; None trains all of them to the end in a `sweep`, and
+      drops two thirds in each of three rungs in `compress`.
+    retrain: seeds from which the chosen point is trained anew before it is tested: a few seeds that
+      won are better than their point is. None takes its students as they are in a `sweep`, and
+      ``range(5)`` in `compress`.
+    test: the test split; read once, for the chosen point of a `sweep` alone.
+
+  Raises:
+    TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
+    ValueError: the metric is none of these.
+  """
+
+  validation: Batch
+  metric: str = "accuracy"
+  halving: Halving | None = None
+  retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None
+  test: Batch | None = None
+
+  def __post_init__(self) -> None:
+    if self.metric not in METRICS:
+      raise ValueError(f"metric={self.metric!r} is not among {sorted(METRICS)}; name one of these.")
+    for name, split in (("validation", self.validation), ("test", self.test)):
+      if not (name == "test" and split is None) and not isinstance(split, Batch):
+        raise TypeError(
+          f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
+          "[N, B, ...]."
+        )
+    if not isinstance(self.halving, Halving | None):
+      raise TypeError(f"halving={_check.show(self.halving)} must be a search.Halving, or None.")
+
+  def describe(self) -> dict[str, Any]:
+    """What of it decides what a search trains, as ``config.json`` holds it."""
+    halving = None if self.halving is None else dataclasses.asdict(self.halving)
+    return {"metric": self.metric, "halving": halving}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +169,8 @@ class Result:
     metric: what was chosen by.
     best: the index of the chosen point.
     ties: the points that it does not clearly beat, see `best_of`.
-    network: the chosen point's deployed network.
-    variables: its deployed variables, leaves ``[S, ...]`` over ``final_seeds``.
-    students: ``index -> the deployed variables`` of any point, leaves ``[S, ...]`` over ``seeds``.
+    model: the chosen point's deployed network and variables, over ``final_seeds``.
+    students: ``index -> the deployed model`` of any point, over ``seeds``.
     final_seeds: those of ``seeds``, or those that the chosen point was trained anew from.
     test: the chosen students on the test split, ``[S]`` by metric; None where none was given.
   """
@@ -113,9 +180,8 @@ class Result:
   metric: str
   best: int
   ties: list[int]
-  network: Network
-  variables: PyTree
-  students: Callable[[int], PyTree]
+  model: Model
+  students: Callable[[int], Model]
   final_seeds: list[tuple[int, int]]
   test: dict[str, np.ndarray] | None = None
 

@@ -10,14 +10,13 @@ trained anew, beside the same network on labels alone, as two ordinary runs.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,14 +31,16 @@ from jaxdistill.reports import csv_text, figures, grid, plain, with_std
 from jaxdistill.search import _budget, _preflight, _sweep
 from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
-from jaxdistill.search._choice import METRICS, Result, Row, score, standard_error
+from jaxdistill.search._choice import METRICS, Choice, Halving, Result, Row, score, standard_error
 from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
 from jaxdistill.search._side_by_side import example_key, inputs_of, students_by
 from jaxdistill.train import Optimizer
-from jaxdistill.types import Batch, Network, Teacher, make_batch
+from jaxdistill.types import Model, Network, Teacher
 
 __all__ = [
+  "Affordable",
   "Assistant",
+  "Assistants",
   "Candidate",
   "Compressed",
   "Job",
@@ -94,32 +95,83 @@ def family(
   return made
 
 
-def affordable(
-  candidates: Mapping[str, Network], within: Budget, data: Source
-) -> dict[str, dict[str, Any]]:
+@dataclasses.dataclass(frozen=True)
+class Affordable:
+  """Candidates and what each costs, at least one of them inside the budget.
+
+  Attributes:
+    candidates: networks by name.
+    within: the budget.
+    costs: each one's, see `jaxdistill.search.measure_network`.
+  """
+
+  candidates: dict[str, Network]
+  within: Budget
+  costs: dict[str, dict[str, Any]]
+
+  @property
+  def inside(self) -> dict[str, Network]:
+    """Those that are inside the budget."""
+    return {n: one for n, one in self.candidates.items() if self.within.inside(self.costs[n])}
+
+
+def affordable(candidates: Mapping[str, Network], within: Budget, data: Source) -> Affordable:
   """What all candidates cost; fails at once where none is inside the budget.
 
   Args:
-    candidates: networks by name.
+    candidates: networks by name, see `family`; deployed as they are, so that recipes that deploy
+      something else (SimKD) are refused.
     within: the budget.
     data: where batches come from, for what is stored and how it is normalised.
 
   Returns:
-    Each one's costs, see `jaxdistill.search.measure_network`.
+    What `compress` takes.
 
   Raises:
+    TypeError: an argument is of another kind than it must be.
     BudgetError: no candidate is inside the budget; the message has the nearest one.
   """
-  _check_arguments(candidates, within, 0)
+  if not isinstance(candidates, Mapping) or not candidates:
+    raise TypeError(
+      f"candidates={_check.show(candidates)} must be networks by name, as search.family makes."
+    )
+  wrong = [name for name, network in candidates.items() if not isinstance(network, Network)]
+  if wrong:
+    raise TypeError(f"candidates {wrong} are no networks; give networks.linen(module).")
+  if not isinstance(within, Budget):
+    raise TypeError(f"within={_check.show(within)} must be a search.Budget.")
   costs = {
     name: _budget.measure_network(
       network, data.stored, normalize=data.normalize, batch_size=within.batch_size
     )
     for name, network in candidates.items()
   }
-  if not any(within.inside(found) for found in costs.values()):
+  made = Affordable(dict(candidates), within, costs)
+  if not made.inside:
     raise BudgetError(_nothing_fits(within, costs))
-  return costs
+  return made
+
+
+@dataclasses.dataclass(frozen=True)
+class Assistants:
+  """Networks that may stand between teacher and student, and when one is tried.
+
+  Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant", 2020.
+
+  Attributes:
+    networks: by name; the candidates over the budget by default.
+    gap: how far behind the teacher, as a share of the validation examples, a student has to be
+      before an assistant is tried; and by more than two standard errors over its seeds.
+
+  Raises:
+    ValueError: ``gap`` is negative.
+  """
+
+  networks: Mapping[str, Network] | None = None
+  gap: float = 0.02
+
+  def __post_init__(self) -> None:
+    _check.number("gap", self.gap, least=0)
 
 
 def read_choice(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -143,29 +195,19 @@ def read_choice(folder: str | pathlib.Path) -> dict[str, Any]:
 
 
 def compress(
-  candidates: Mapping[str, Network],
+  candidates: Affordable,
   *,
-  within: Budget,
   teacher: Teacher,
-  teacher_variables: PyTree,
   data: Source,
-  validation: Batch,
   optimizer: Optimizer,
   steps: int,
-  folder: str | pathlib.Path,
+  choice: Choice,
+  run: train.Run | str | pathlib.Path,
   objective: Any = kd,
   points: Sequence[Point] = _POINTS,
   seeds: Sequence[int] | Sequence[tuple[int, int]] = (0, 1, 2),
-  final_seeds: Sequence[int] | Sequence[tuple[int, int]] = (0, 1, 2, 3, 4),
-  halving: _sweep.Halving | None = None,
-  assistants: Mapping[str, Network] | None = None,
-  gap: float = 0.02,
-  metric: str = "accuracy",
-  costs: Mapping[str, Mapping[str, Any]] | None = None,
-  teacher_network: Network | None = None,
+  assistants: Assistants | None = None,
   teacher_run: str | pathlib.Path | None = None,
-  config: Mapping[str, Any] | None = None,
-  progress: bool = True,
 ) -> Compressed:
   """Chooses, trains and saves the student that does best within a budget.
 
@@ -176,31 +218,20 @@ def compress(
   tried. What was stopped goes on there.
 
   Args:
-    candidates: networks by name, see `family`; deployed as they are, so that recipes that deploy
-      something else (SimKD) are refused.
-    within: the budget.
-    teacher: ``(variables, batch) -> Outputs``.
-    teacher_variables: its variables.
+    candidates: from `affordable`: the networks, the budget, and what they cost.
+    teacher: from `jaxdistill.teachers`.
     data: where batches come from.
-    validation: the split to choose on; never the test split.
     optimizer: an optax optimiser, or a function of keywords that ``points`` may vary.
     steps: of every training that goes to its end.
-    folder: where all of it is kept.
+    choice: the split to choose on and by which metric; its ``retrain`` are the seeds of the chosen
+      student and of its baseline.
+    run: where all of it is kept, see `jaxdistill.train.Run`; a path is the folder.
     objective: an objective, or a recipe: a function of keywords that returns one.
     points: what is searched for each candidate, see `search.product`.
     seeds: of the search.
-    final_seeds: of the chosen student and its baseline.
-    halving: how points are dropped; a third is kept in each of three rungs by default.
     assistants: networks that may stand in between; the candidates over the budget by default.
-    gap: how far behind the teacher, as a share of the validation examples, a student has to be
-      before an assistant is tried; and by more than two standard errors over its seeds.
-    metric: the validation metric to choose by.
-    costs: what `affordable` measured; measured here by default.
-    teacher_network: the network whose variables ``teacher_variables`` are, for the pre-flight check
-      whether a few more steps still improve it.
-    teacher_run: the teacher's run folder, whose curves tell that where they are long enough.
-    config: what else defines the search, the optimiser's settings for example.
-    progress: whether to show how far it is.
+    teacher_run: the teacher's run folder, whose curves tell the pre-flight checks whether it was
+      trained to the end, where they are long enough.
 
   Returns:
     What was chosen, and all candidates.
@@ -209,56 +240,70 @@ def compress(
     PreflightWarning: something speaks against this teacher, objective or student.
 
   Raises:
-    BudgetError: no candidate is inside the budget; the message has the nearest one.
+    BudgetError: no candidate is inside the budget in a process of its own.
     FloatingPointError: no point of the search stayed finite.
     RuntimeError: the student could not be timed in a process of its own.
+    TypeError: an argument is of another kind than it must be.
     ValueError: an argument does not fit, or the folder holds another compression.
-    jaxdistill.train.Stopped: the process was asked to stop.
-
-  Source of the assistant: Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant",
-  2020.
+    jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   _extras.need("search.compress, which draws a picture,", "matplotlib")
-  _check_arguments(candidates, within, gap)
   job = Job(
-    within=within,
     teacher=teacher,
-    teacher_variables=teacher_variables,
     data=data,
-    validation=validation,
     optimizer=optimizer,
     steps=steps,
+    choice=_checked(candidates, choice),
+    run=train.check_run(run),
     objective=objective,
     points=list(points),
     seeds=seed_pairs(seeds),
-    final_seeds=seed_pairs(final_seeds),
-    metric=metric,
-    teacher_network=teacher_network,
     teacher_run=teacher_run,
-    progress=progress,
   )
-  for network in candidates.values():
-    job.student_at(network, job.points[0])  # says what is wrong before anything is measured
-  about = {"budget": dataclasses.asdict(within), "candidates": list(candidates), "gap": gap}
-  path = runs.claim(_check.folder("folder", folder), {**(config or {}), **about})
-  with _released_if_nothing_fits(path):
-    known = costs or _costs_before(path, candidates, within) or affordable(candidates, within, data)
-    costs = {one: dict(known[one]) for one in candidates}
-    fit = {one: candidates[one] for one in candidates if within.inside(costs[one])}
-    if not fit:
-      raise BudgetError(_nothing_fits(within, costs))
-  runs.write_json(path / "costs.json", {"batch_size": within.batch_size, "costs": costs})
+  train.check_teacher(teacher)
+  for network in candidates.candidates.values():
+    job.student_at(network, job.points[0])  # says what is wrong before anything is claimed
+  assistants = Assistants() if assistants is None else assistants
+  path = job.claim(candidates, assistants.gap)
+  with train.time_limit(job.run.stop_after):
+    return _compressed(job, _costs_before(path, candidates), assistants, path)
+
+
+def _checked(candidates: Any, choice: Any) -> Choice:
+  """The choice with this search's own defaults."""
+  if not isinstance(candidates, Affordable):
+    raise TypeError(
+      f"candidates={_check.show(candidates)} must be what search.affordable(candidates, within, "
+      "data) returns."
+    )
+  if not isinstance(choice, Choice):
+    raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
+  if choice.test is not None:
+    raise ValueError("choice has a test split, which compress does not read: report on it after.")
+  return dataclasses.replace(
+    choice,
+    halving=Halving(3, 3) if choice.halving is None else choice.halving,
+    retrain=seed_pairs(range(5) if choice.retrain is None else choice.retrain),
+  )
+
+
+def _compressed(
+  job: Job, affordable: Affordable, assistants: Assistants, path: pathlib.Path
+) -> Compressed:
+  """The stages, one after another."""
+  costs, fit = affordable.costs, affordable.inside
+  within, candidates = affordable.within, affordable.candidates
   largest = max(fit, key=lambda one: costs[one]["parameters"])
   warned = job.preflight(fit[largest], job.points[0], path)
-  found = job.search(fit, path / "search", _sweep.Halving(3, 3) if halving is None else halving)
-  name, checked = _first_inside(job, fit, found, path)
+  found = job.search(fit, path / "search")
+  name, checked = _first_inside(job, within, fit, found, path)
   student, best = fit[name], found.rows[_best_row(found, name)]
-  if assistants is None:
-    assistants = {one: network for one, network in candidates.items() if one not in fit}
-  tried = job.assist(student, best, assistants, gap, path)
-  variables = job.final(student, best, tried, path)
-  job.preflight(student, best.values, path, variables["baseline"], known=warned)
-  quality = {kind: job.validated(student, each) for kind, each in variables.items()}
+  between = assistants.networks
+  if between is None:
+    between = {one: network for one, network in candidates.items() if one not in fit}
+  tried = job.assist(student, best, between, assistants.gap, path)
+  models = job.final(student, best, tried, path)
+  job.preflight(student, best.values, path, models["baseline"], known=warned)
   values = best.values
   if tried is not None and tried.row is not None and tried.helps:
     values = tried.row.values
@@ -268,35 +313,21 @@ def compress(
       _candidate(one, costs[one], found if one in fit else None, checked.get(one))
       for one in candidates
     ],
-    teacher=job.teacher_row(path),
+    teacher=job.teacher_row(path, within),
     chosen=name,
-    values={keyword: value for keyword, value in values.items() if keyword != "student"},
+    values=_without_student(values),
     assistant=tried,
-    metric=metric,
-    network=student,
-    variables=variables["student"],
-    validation=quality,
+    metric=job.choice.metric,
+    model=models["student"],
+    validation={kind: job.validated(model) for kind, model in models.items()},
   )
   made.write(path)
-  runs.say_saved("compress" if progress else None, path)
+  runs.say_saved(job.run.label("compress"), path)
   return made
 
 
-def _check_arguments(candidates: Any, within: Any, gap: Any) -> None:
-  if not isinstance(candidates, Mapping) or not candidates:
-    raise TypeError(
-      f"candidates={_check.show(candidates)} must be networks by name, as search.family makes."
-    )
-  wrong = [name for name, network in candidates.items() if not isinstance(network, Network)]
-  if wrong:
-    raise TypeError(f"candidates {wrong} are no networks; give networks.linen(module).")
-  if not isinstance(within, Budget):
-    raise TypeError(f"within={_check.show(within)} must be a search.Budget.")
-  _check.number("gap", gap, least=0)
-
-
 def _first_inside(
-  job: Job, students: Mapping[str, Network], found: Result, path: pathlib.Path
+  job: Job, within: Budget, students: Mapping[str, Network], found: Result, path: pathlib.Path
 ) -> tuple[str, dict[str, dict[str, Any]]]:
   """The best candidate that is inside the budget in a process of its own, too."""
   file = path / "checked.json"
@@ -304,20 +335,20 @@ def _first_inside(
   for name in sorted(students, key=lambda name: _rank(found.rows[_best_row(found, name)], job)):
     if name not in checked:
       folder = path / "checked"
-      variables = jax.tree.map(lambda leaf: leaf[0], found.students(_best_row(found, name)))
+      model = found.students(_best_row(found, name)).unstack()[0]
       export.save_student(
-        folder, students[name], variables, stored=job.data.stored, normalize=job.data.normalize
+        folder, model.network, model.variables, stored=job.data.stored, normalize=job.data.normalize
       )
-      checked[name] = _budget.measure_in_process(folder, job.within)
+      checked[name] = _budget.measure_in_process(folder, within)
       runs.write_json(file, checked)
-    if job.within.inside(checked[name]):
+    if within.inside(checked[name]):
       return name, checked
-  raise BudgetError(_nothing_fits(job.within, checked, path))
+  raise BudgetError(_nothing_fits(within, checked, path))
 
 
 def _rank(row: Row, job: Job) -> tuple[int, float]:
   """Farther trained first, then better."""
-  mean = float(np.mean(score(row, job.metric)))
+  mean = float(np.mean(score(row, job.choice.metric)))
   return -row.step, -mean if math.isfinite(mean) else math.inf
 
 
@@ -339,27 +370,15 @@ def _candidate(
   return Candidate(name=name, costs=dict(costs), row=row, checked=checked)
 
 
-@contextlib.contextmanager
-def _released_if_nothing_fits(path: pathlib.Path) -> Iterator[None]:
-  """Gives the folder back where no candidate is inside the budget: a larger one may have it."""
-  begun = (path / "costs.json").is_file()
-  try:
-    yield
-  except BudgetError:
-    if not begun:
-      (path / "config.json").unlink(missing_ok=True)
-      with contextlib.suppress(OSError):
-        path.rmdir()  # if there is nothing else in it
-    raise
-
-
-def _costs_before(
-  path: pathlib.Path, candidates: Mapping[str, Network], within: Budget
-) -> dict[str, dict[str, Any]]:
-  """The costs that the folder was begun with, if they are of these candidates and this batch."""
-  found = measured_before(path / "costs.json", ["batch_size", "costs"])
-  same = found and found["batch_size"] == within.batch_size
-  return dict(found["costs"]) if same and set(found["costs"]) == set(candidates) else {}
+def _costs_before(path: pathlib.Path, now: Affordable) -> Affordable:
+  """The costs that the folder was begun with: a second measurement might choose otherwise."""
+  file, batch_size = path / "costs.json", now.within.batch_size
+  found = measured_before(file, ["batch_size", "costs"])
+  same = found and found["batch_size"] == batch_size
+  if same and set(found["costs"]) == set(now.candidates):
+    return dataclasses.replace(now, costs={name: found["costs"][name] for name in now.candidates})
+  runs.write_json(file, {"batch_size": batch_size, "costs": now.costs})
+  return now
 
 
 def _nothing_fits(
@@ -384,26 +403,32 @@ def _nothing_fits(
 class Job:
   """What the stages have in common."""
 
-  within: Budget
   teacher: Teacher
-  teacher_variables: PyTree
   data: Source
-  validation: Batch
   optimizer: Optimizer
   steps: int
+  choice: Choice
+  run: train.Run
   objective: Any
   points: list[Point]
   seeds: list[tuple[int, int]]
-  final_seeds: list[tuple[int, int]]
-  metric: str
-  teacher_network: Network | None
   teacher_run: Any
-  progress: bool
 
-  @property
-  def taught(self) -> dict[str, Any]:
-    """The teacher, as a sweep and a run take it."""
-    return {"teacher": self.teacher, "teacher_variables": self.teacher_variables}
+  def claim(self, candidates: Affordable, gap: float) -> pathlib.Path:
+    """The search's folder."""
+    if self.run.folder is None:
+      raise ValueError("run has no folder, and compress keeps what it measures and trains in one.")
+    about = {"budget": dataclasses.asdict(candidates.within), "gap": gap}
+    about["candidates"] = list(candidates.candidates)
+    return runs.claim(
+      _check.folder("folder", self.run.folder), {**(self.run.config or {}), **about}
+    )
+
+  def stage(self, folder: pathlib.Path, config: Mapping[str, Any] | None = None) -> train.Run:
+    """Where a stage is kept; it shows itself where the search does."""
+    progress = None if self.run.label("compress") is None else folder.name
+    every = self.run.checkpoint_every
+    return train.Run(folder, config=config, checkpoint_every=every, progress=progress)
 
   def student_at(self, network: Network, point: Point, objective: Any = None) -> OneStudent:
     """A point as `train.fit` takes it."""
@@ -416,24 +441,12 @@ class Job:
       )
     return made
 
-  def costs(self, network: Any, variables: PyTree = None) -> dict[str, Any]:
-    """What a network, or a function with its variables, costs as it would be deployed."""
-    return _budget.measure_network(
-      network,
-      self.data.stored,
-      variables=variables,
-      normalize=self.data.normalize,
-      batch_size=self.within.batch_size,
-    )
-
-  def teacher_row(self, path: pathlib.Path) -> dict[str, Any]:
+  def teacher_row(self, path: pathlib.Path, within: Budget) -> dict[str, Any]:
     """What the teacher costs and how good it is, on validation."""
-
-    def logits(variables: PyTree, inputs: PyTree) -> Any:
-      return self.teacher(variables, make_batch(inputs)).logits
-
-    file = path / "teacher.json"
-    costs = measured_before(file, ["bytes"]) or self.costs(logits, self.teacher_variables)
+    file, data = path / "teacher.json", self.data
+    costs = measured_before(file, ["bytes"]) or _budget.measure_network(
+      self.teacher, data.stored, normalize=data.normalize, batch_size=within.batch_size
+    )
     runs.write_json(file, costs)
     quality = self.teacher_quality
     return {**costs, **{name: float(quality[name]) for name in METRICS}}
@@ -441,13 +454,11 @@ class Job:
   @functools.cached_property
   def teacher_quality(self) -> dict[str, np.ndarray]:
     """The teacher on validation."""
-    predict = evaluation.teacher_predictor(self.teacher)
-    return evaluation.evaluate(predict, self.teacher_variables, self.validation)
+    return evaluation.evaluate(self.teacher, self.choice.validation)
 
-  def validated(self, network: Network, variables: PyTree) -> dict[str, np.ndarray]:
+  def validated(self, model: Model) -> dict[str, np.ndarray]:
     """Some students on validation, ``[S]`` each."""
-    predict = evaluation.predictor(network)
-    found = evaluation.evaluate(predict, variables, self.validation, stacked=True)
+    found = evaluation.evaluate(model, self.choice.validation)
     return {name: found[name] for name in METRICS}
 
   def preflight(
@@ -455,23 +466,19 @@ class Job:
     student: Network,
     point: Point,
     folder: pathlib.Path,
-    baseline: PyTree = None,
+    baseline: Model | None = None,
     known: Sequence[findings.Finding] = (),
   ) -> list[findings.Finding]:
     """The pre-flight checks, with the baseline once there is one; warns of what is not `known`."""
-    one = self.student_at(student, _without_student(point))
     found = _preflight.preflight(
       student,
-      one.objective,
-      hyper=one.hyper,
+      self.student_at(student, _without_student(point)).objective,
       data=self.data,
       steps=self.steps,
       teacher=self.teacher,
-      teacher_variables=self.teacher_variables,
-      teacher_network=self.teacher_network,
       teacher_run=self.teacher_run,
-      validation=self.validation,
-      baseline=None if baseline is None else teachers.unstack(baseline),
+      validation=self.choice.validation,
+      baseline=baseline,
       folder=folder,
       warn=False,
     )
@@ -487,7 +494,9 @@ class Job:
     objective: Any,
     points: Sequence[Point],
     folder: pathlib.Path,
-    **options: Any,
+    *,
+    teacher: Teacher | None,
+    halving: Halving | None = None,
   ) -> Result:
     """A sweep with what all of them have in common."""
     return _sweep.sweep(
@@ -498,25 +507,17 @@ class Job:
       optimizer=self.optimizer,
       steps=self.steps,
       seeds=self.seeds,
-      validation=self.validation,
-      metric=self.metric,
-      folder=folder,
-      progress=folder.name if self.progress else None,
-      **options,
+      teacher=teacher,
+      choice=Choice(self.choice.validation, metric=self.choice.metric, halving=halving),
+      run=self.stage(folder),
     )
 
-  def search(
-    self, students: Mapping[str, Network], folder: pathlib.Path, halving: _sweep.Halving
-  ) -> Result:
+  def search(self, students: Mapping[str, Network], folder: pathlib.Path) -> Result:
     """Every point for every candidate, halved together."""
     points = [{"student": name, **point} for name in students for point in self.points]
+    halving = self.choice.halving
     return self.swept(
-      students,
-      self.objective,
-      points,
-      folder,
-      halving=halving,
-      **self.taught,
+      students, self.objective, points, folder, teacher=self.teacher, halving=halving
     )
 
   def fit(
@@ -524,10 +525,11 @@ class Job:
     network: Network,
     one: OneStudent,
     folder: pathlib.Path,
-    seeds: list[tuple[int, int]],
-    **teacher: Any,
-  ) -> PyTree:
-    """An ordinary run; its variables, leaves over the seeds."""
+    seeds: Sequence[Any],
+    *,
+    teacher: Teacher | None = None,
+  ) -> Model:
+    """An ordinary run over some seeds."""
     by = students_by(network, inputs_of(self.data))
     return train.fit(
       network,
@@ -536,16 +538,14 @@ class Job:
       optimizer=one.optimizer,
       steps=self.steps,
       seed=[seed for seed, _ in seeds],
-      hyper=one.hyper,
-      validate=evaluation.validator(network, self.validation, stacked=True),
-      validate_every=max(self.data.steps_per_epoch, self.steps // 10),
-      folder=folder,
-      config={"optimizer": one.rates},
-      seeds_by=by,
-      scan=by == "vmap",
-      progress=folder.name if self.progress else None,
-      **teacher,
-    ).variables
+      teacher=teacher,
+      dispatch=train.with_jit(seeds_by=by, scan=by == "vmap"),
+      watch=train.Watch(
+        evaluation.validator(self.choice.validation),
+        validate_every=max(self.data.steps_per_epoch, self.steps // 10),
+      ),
+      run=self.stage(folder, {"optimizer": one.rates}),
+    )
 
   def assist(
     self,
@@ -560,41 +560,25 @@ class Job:
     error = standard_error(behind)
     if float(np.mean(behind)) <= max(gap, 2 * error):
       return None
-    small, large = (cost.parameters(v) for v in (self.shapes(student), self.teacher_variables))
+    small, large = (cost.parameters(v) for v in (self.shapes(student), self.teacher.variables))
     sizes = {name: cost.parameters(self.shapes(network)) for name, network in between.items()}
     middle = math.sqrt(small * large)
     usable = [name for name, size in sizes.items() if small < size < large]
     if not usable:
       return Assistant(None, round(middle), float(np.mean(behind)), None, np.zeros(0), False)
     name = min(usable, key=lambda n: abs(math.log(sizes[n] / middle)))
-    network, values = between[name], _without_student(direct.values)
+    network, values, objective = between[name], _without_student(direct.values), self.objective
     if direct.status == "dropped":  # the others were passed over for what they cost
-      direct = self.swept(
-        student,
-        self.objective,
-        [values],
-        path / "direct",
-        **self.taught,
-      ).rows[0]
-    learned = self.fit(
-      network,
-      self.student_at(network, values),
-      path / "assistant",
-      self.seeds[:1],
-      **self.taught,
-    )
-    found = self.swept(
-      student,
-      self.objective,
-      self.points,
-      path / "assisted",
-      teacher=teachers.frozen(network),
-      teacher_variables=teachers.unstack(learned)[0],
-    )
+      found = self.swept(student, objective, [values], path / "direct", teacher=self.teacher)
+      direct = found.rows[0]
+    one, seeds = self.student_at(network, values), self.seeds[:1]
+    learned = self.fit(network, one, path / "assistant", seeds, teacher=self.teacher).unstack()[0]
+    taught = teachers.frozen(learned)
+    found = self.swept(student, objective, self.points, path / "assisted", teacher=taught)
     row = found.rows[found.best]
-    gain = score(row, self.metric) - score(direct, self.metric)
+    gain = score(row, self.choice.metric) - score(direct, self.choice.metric)
     helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, standard_error(gain))
-    return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, network, learned)
+    return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, learned)
 
   def shapes(self, network: Network) -> PyTree:
     """A network's variables, as shapes."""
@@ -602,32 +586,23 @@ class Job:
 
   def final(
     self, network: Network, best: Row, tried: Assistant | None, path: pathlib.Path
-  ) -> dict[str, PyTree]:
+  ) -> dict[str, Model]:
     """The chosen network distilled, and on labels alone at the rate that suits it there."""
-    teacher, variables, values = self.teacher, self.teacher_variables, best.values
+    teacher, values, seeds = self.teacher, best.values, self.choice.retrain or ()
     if tried is not None and tried.helps:
-      assert tried.network is not None
+      assert tried.model is not None
       assert tried.row is not None
-      teacher, variables = teachers.frozen(tried.network), teachers.unstack(tried.variables)[0]
-      values = tried.row.values
-    distilled = self.fit(
-      network,
-      self.student_at(network, _without_student(values)),
-      path / "student",
-      self.final_seeds,
-      teacher=teacher,
-      teacher_variables=variables,
-    )
+      teacher, values = teachers.frozen(tried.model), tried.row.values
+    one = self.student_at(network, _without_student(values))
+    distilled = self.fit(network, one, path / "student", seeds, teacher=teacher)
     rates = {
       repr(one.rates): one.rates for one in (self.student_at(network, p) for p in self.points)
     }
     alone = list(rates.values())
     if len(alone) > 1:
-      alone = [self.swept(network, labels(), alone, path / "labels").chosen]
-    plain = self.fit(
-      network, self.student_at(network, alone[0], labels()), path / "baseline", self.final_seeds
-    )
-    return {"student": distilled, "baseline": plain}
+      alone = [self.swept(network, labels(), alone, path / "labels", teacher=None).chosen]
+    one = self.student_at(network, alone[0], labels())
+    return {"student": distilled, "baseline": self.fit(network, one, path / "baseline", seeds)}
 
 
 def _without_student(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -678,8 +653,7 @@ class Assistant:
       for better.
     helps: whether the mean gain is above its standard error (with one seed it has none, and the
       answer is no); the chosen student then learns from the assistant.
-    network: the assistant's.
-    variables: its variables, leaves ``[1, ...]``.
+    model: the assistant's.
   """
 
   name: str | None
@@ -688,8 +662,7 @@ class Assistant:
   row: Row | None
   gain: np.ndarray
   helps: bool
-  network: Network | None = dataclasses.field(default=None, repr=False)
-  variables: PyTree = dataclasses.field(default=None, repr=False)
+  model: Model | None = dataclasses.field(default=None, repr=False)
 
   def sentence(self) -> str:
     """What came of it."""
@@ -719,8 +692,7 @@ class Compressed:
     values: the chosen point's values.
     assistant: what came of a teaching assistant; None where none was wanted.
     metric: what was chosen by.
-    network: the chosen network.
-    variables: its variables, leaves ``[S, ...]`` over the final seeds.
+    model: the chosen network and its variables, over the final seeds.
     validation: the metrics of ``student`` and ``baseline`` on validation, ``[S]`` each.
   """
 
@@ -731,8 +703,7 @@ class Compressed:
   values: dict[str, Any]
   assistant: Assistant | None
   metric: str
-  network: Network
-  variables: PyTree = dataclasses.field(repr=False)
+  model: Model = dataclasses.field(repr=False)
   validation: dict[str, dict[str, np.ndarray]]
 
   @property

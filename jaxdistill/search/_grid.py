@@ -15,12 +15,13 @@ import optax
 
 from jaxdistill import _check, runs
 from jaxdistill.train import Values, check_hyper
-from jaxdistill.types import Network, Objective, as_objective
+from jaxdistill.types import Model, Network, Objective, as_objective
 
 __all__ = [
   "Group",
   "OneStudent",
   "Point",
+  "Student",
   "grouped",
   "one_student",
   "product",
@@ -30,6 +31,8 @@ __all__ = [
 
 # The values of one point by keyword.
 Point = Mapping[str, Any]
+# A network to train, or a model whose variables it starts from.
+Student = Network | Model
 
 
 def product(**axes: Iterable[Any]) -> list[dict[str, Any]]:
@@ -62,38 +65,47 @@ class Group:
   """Points that one compiled program can train side by side.
 
   Attributes:
-    student: the network that they train.
+    student: the network that they train, or the model that they start from.
     fixed: the values that are part of the program.
     objective: the objective, made with them.
     indices: which points these are.
     hyper: the points' numbers for the objective, by keyword ``[P]``.
-    optimizer: likewise for the optimiser.
+    optimizer: their numbers for the optimiser, by keyword ``[P]``.
   """
 
-  student: Network
+  student: Student
   fixed: dict[str, Any]
   objective: Objective
   indices: list[int]
   hyper: dict[str, np.ndarray]
   optimizer: dict[str, np.ndarray]
 
+  @property
+  def network(self) -> Network:
+    """The network that is trained."""
+    return self.student.network if isinstance(self.student, Model) else self.student
+
+  @property
+  def start(self) -> Any:
+    """The variables that it starts from; None for new ones."""
+    return self.student.variables if isinstance(self.student, Model) else None
+
 
 def grouped(
   points: Sequence[Point],
-  student: Network | Mapping[str, Network],
+  student: Student | Mapping[str, Student],
   objective: Any,
   optimizer: Any,
-  hyper: Mapping[str, Any] | None,
   steps: int,
 ) -> list[Group]:
   """Sorts points by what has to be a program of its own.
 
   Args:
     points: dicts with the same keys.
-    student: the network of all points; or several by name, and each point's ``student`` is one.
+    student: the network of all points, or a model to start from; or several by name, and each
+      point's ``student`` is one.
     objective: an objective, or a recipe: a function of keywords that returns one.
     optimizer: an optax optimiser, or a function of keywords that returns one.
-    hyper: keywords of the objective that all points share.
     steps: of the run, for the checks of schedules.
 
   Returns:
@@ -128,7 +140,7 @@ def grouped(
       )
     moving = {n: v for n, v in mine.items() if n in made.hyper and _is_number(v)}
     fixed = {n: v for n, v in mine.items() if n not in moving}
-    check_hyper({**(hyper or {}), **moving}, made, steps)
+    check_hyper(as_objective(made, **moving), steps)
     if isinstance(student, Mapping):
       fixed["student"] = point["student"]
     key = json.dumps(runs.to_json({n: repr(v) for n, v in fixed.items()}))
@@ -152,46 +164,44 @@ class OneStudent:
   """One point as `jaxdistill.train.fit` takes it.
 
   Attributes:
-    objective: the objective, made with the values that are part of it.
-    hyper: the numbers for its keywords.
+    objective: the objective, made with the point's values.
     optimizer: the optimiser, made with its numbers.
     rates: those numbers.
   """
 
   objective: Objective
-  hyper: dict[str, float]
   optimizer: optax.GradientTransformation
   rates: dict[str, float]
 
 
 def one_student(
-  point: Point, student: Network, objective: Any, optimizer: Any, steps: int
+  point: Point, student: Student, objective: Any, optimizer: Any, steps: int
 ) -> OneStudent:
   """A point by itself, to train it alone.
 
   Args:
     point: its values, without the name of a student.
-    student: the network.
-    objective: as in `grouped`.
-    optimizer: as in `grouped`.
+    student: the network, or a model to start from.
+    objective: an objective, or a recipe: a function of keywords that returns one.
+    optimizer: an optax optimiser, or a function of keywords that returns one.
     steps: of the run.
 
   Raises:
-    TypeError: as `grouped`.
-    ValueError: as `grouped`.
+    TypeError: an argument is of another kind than it must be.
+    ValueError: a keyword is nobody's, or a value does not fit.
 
   >>> from jaxdistill import networks, recipes
   >>> network, rated = networks.linen(networks.models.MLP()), lambda rate=0.1: optax.sgd(rate)
-  >>> one_student({"temperature": 2, "rate": 0.5}, network, recipes.kd, rated, 10).hyper
-  {'temperature': 2.0}
+  >>> one_student({"temperature": 2, "rate": 0.5}, network, recipes.kd, rated, 10).rates
+  {'rate': 0.5}
   """
-  group = grouped([point], student, objective, optimizer, None, steps)[0]
+  group = grouped([point], student, objective, optimizer, steps)[0]
   hyper, rates = (
     {name: float(values[0]) for name, values in given.items()}
     for given in (group.hyper, group.optimizer)
   )
   made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(**rates)
-  return OneStudent(group.objective, hyper, made, rates)
+  return OneStudent(as_objective(group.objective, **hyper), made, rates)
 
 
 def stacked_values(group: Group, rows: Sequence[int], seeds: int) -> Values:
@@ -257,7 +267,7 @@ def _check_points(points: Any) -> list[str]:
   return list(points[0])
 
 
-def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Network]:
+def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Student]:
   """The networks by name; none where all points train the same one."""
   if not isinstance(student, Mapping):
     if "student" in points[0]:
@@ -266,11 +276,11 @@ def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Network]
         "networks by name, student={name: network}."
       )
     return {}
-  wrong = [name for name, network in student.items() if not isinstance(network, Network)]
+  wrong = [name for name, network in student.items() if not isinstance(network, Network | Model)]
   if wrong or not student:
     raise TypeError(
-      f"student must be a Network, or networks by name; {wrong or 'an empty mapping'} is none. "
-      "Give networks.linen(module)."
+      f"student must be a Network or a Model, or several by name; {wrong or 'an empty mapping'} is "
+      "none. Give networks.linen(module)."
     )
   asked = [point.get("student") for point in points]
   unknown = sorted({repr(name) for name in asked if not _names(student, name)})
@@ -282,7 +292,7 @@ def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Network]
   return dict(student)
 
 
-def _names(student: Mapping[str, Network], name: Any) -> bool:
+def _names(student: Mapping[str, Student], name: Any) -> bool:
   return isinstance(name, str) and name in student
 
 

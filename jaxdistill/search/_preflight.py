@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, evaluation, runs, teachers
+from jaxdistill import _check, runs, teachers
 from jaxdistill.data import Source
 from jaxdistill.evaluation import cost
 from jaxdistill.search._checks import pair_checks, teacher_checks
@@ -25,12 +25,13 @@ from jaxdistill.search._checks.findings import Finding, PreflightWarning
 from jaxdistill.search._checks.probes import (
   batches_of,
   curve,
+  logits_of,
   predictions,
   probe_terms,
   taught_further,
 )
-from jaxdistill.train import check_hyper, check_networks
-from jaxdistill.types import Batch, Network, Objective, Teacher, Transform, as_objective
+from jaxdistill.train import check_hyper, check_student, check_teacher
+from jaxdistill.types import Batch, Model, Network, Objective, Teacher, as_objective
 
 __all__ = ["FILE", "preflight"]
 
@@ -42,21 +43,15 @@ _PROBE_STEPS, _PROBE_BATCH = 20, 64
 
 
 def preflight(
-  student: Network | None = None,
+  student: Network | Model | None = None,
   objective: Any = None,
   *,
   data: Source | Sequence[Source] | None = None,
-  teacher: Teacher | Network | None = None,
-  teacher_variables: PyTree = None,
-  hyper: Mapping[str, Any] | None = None,
+  teacher: Teacher | None = None,
   steps: int = 1,
   seed: int = 0,
-  start: Mapping[str, Any] | None = None,
-  objective_start: tuple[PyTree, PyTree] | None = None,
-  transform: Transform | None = None,
   validation: Batch | None = None,
   baseline: Any = None,
-  teacher_network: Network | Sequence[Network] | None = None,
   teacher_run: str | os.PathLike[str] | None = None,
   folder: str | os.PathLike[str] | None = None,
   warn: bool = True,
@@ -67,8 +62,8 @@ def preflight(
   check              needs
   =================  ===============================================================
   hardly_better      ``teacher``, ``validation``, ``baseline``
-  not_trained        ``teacher_run``; or ``teacher_network`` and ``data``; or
-                     ``teacher`` and ``validation``
+  not_trained        ``teacher_run``; or ``teacher``, of networks that are known, and
+                     ``data``; or ``teacher`` and ``validation``
   capacity_gap       ``student``, ``teacher``, ``data`` or ``validation``
   no_labels          ``student``, ``objective``, ``data``
   uniform_targets    ``objective`` with a ``temperature``, ``teacher``, ``data``
@@ -80,23 +75,16 @@ def preflight(
   held-out examples, and 20 steps on a copy of the teacher.
 
   Args:
-    student: the network that will be trained.
+    student: the network that will be trained, or the model that it starts from.
     objective: what will be minimised.
     data: where training batches come from; of several sources the first is looked at.
-    teacher: ``(variables, batch) -> Outputs``, or a network, which is then frozen. None where the
-      data brings the teacher's outputs along.
-    teacher_variables: its variables; a sequence of them for an ensemble.
-    hyper: the objective's keywords, as in `jaxdistill.train.fit`.
+    teacher: from `jaxdistill.teachers`. None where the data brings the teacher's outputs along.
+      Probe steps are taken on the networks that it is made of (`teachers.members_of`).
     steps: how many the run will have: schedules are looked at in its first, middle and last step.
     seed: of the initialisation and of the random keys.
-    start: values that the student starts from.
-    objective_start: likewise for the objective.
-    transform: ``(key, batch) -> batch`` before both networks.
     validation: held-out batches, from `data.evaluation_batches`; never the test split.
     baseline: students trained on labels alone: their accuracies on ``validation``, ``[S]``, or
-      their variables, a list (`teachers.unstack`), which gives a sharper comparison.
-    teacher_network: the network whose variables ``teacher_variables`` are, for probe steps; one
-      for each member of an ensemble, or one for all. Not needed where ``teacher`` is a network.
+      their model, which gives a sharper comparison.
     teacher_run: the teacher's run folder: its curve then stands in for probe steps, unless it is
       too short or too noisy to tell.
     folder: a run's folder, made if need be, into which ``preflight.json`` goes: a list of
@@ -111,23 +99,18 @@ def preflight(
     ValueError: the arguments allow no check, or do not fit together.
     FileNotFoundError: ``teacher_run`` holds no run.
   """
-  if isinstance(teacher, Network):
-    teacher_network, teacher = teacher_network or teacher, teachers.frozen(teacher)
   _check.switch("warn", warn)
+  network, start = (None, None) if student is None else check_student(student)
   asked = _Asked(
-    student=student,
+    student=network,
     objective=None if objective is None else as_objective(objective),
     source=data[0] if isinstance(data, Sequence) and data else data,
     teacher=teacher,
-    teacher_variables=teacher_variables,
-    hyper=hyper,
     steps=steps,
     seed=seed,
-    starts=(start, objective_start),
-    transform=transform,
+    start=start,
     validation=validation,
     baseline=baseline,
-    teacher_network=teacher_network,
     teacher_run=teacher_run,
   )
   place = None if folder is None else _made(folder)
@@ -158,15 +141,11 @@ class _Asked:
   objective: Objective | None
   source: Any
   teacher: Teacher | None
-  teacher_variables: PyTree
-  hyper: Mapping[str, Any] | None
   steps: int
   seed: int
-  starts: tuple[Any, Any]
-  transform: Transform | None
+  start: PyTree
   validation: Batch | None
   baseline: Any
-  teacher_network: Any
   teacher_run: Any
 
   def __post_init__(self) -> None:
@@ -179,9 +158,8 @@ class _Asked:
       raise TypeError(
         f"validation must be what data.evaluation_batches makes, got {_check.show(split)}."
       )
-    if self.student is not None:
-      check_networks(self.student, self.teacher, self.teacher_variables, self.starts[0])
-    _ = self.ran, self.members  # what is amiss with them says so before anything is measured
+    check_teacher(self.teacher)
+    _ = self.ran  # what is amiss with it says so before anything is measured
     if self.baseline is not None and not (self.student and self.teacher and self.has_labels):
       raise ValueError(
         "baseline is compared with the teacher on held-out labels; give student, teacher and "
@@ -201,22 +179,22 @@ class _Asked:
     if not any(able for able, _ in asked):
       raise ValueError(
         "check was given nothing to look at: give it what train.fit gets (student, objective, "
-        "data=, teacher=, teacher_variables=), and validation= for the teacher's quality."
+        "data=, teacher=), and validation= for the teacher's quality."
       )
     found = [one for able, ask in asked if able for one in ask()]
     return [finding for finding in found if finding is not None]
 
   @functools.cached_property
-  def taught(self) -> evaluation.Predict | None:
-    """The teacher's logits, from wherever they come."""
+  def taught(self) -> Teacher | None:
+    """The teacher, from wherever its outputs come."""
     if self.source is not None and self.source.teacher is not None:
-      return lambda variables, batch: batch.teacher.logits  # type: ignore[union-attr]
-    return None if self.teacher is None else evaluation.teacher_predictor(self.teacher)
+      return Teacher({}, lambda _, batch: batch.teacher)  # type: ignore[arg-type,return-value]
+    return self.teacher
 
   @functools.cached_property
   def batch(self) -> Batch:
     """The run's first training batch."""
-    stacked = batches_of(self.source, 0, 1, transform=self.transform, seed=self.seed)
+    stacked = batches_of(self.source, 0, 1, seed=self.seed)
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
   @functools.cached_property
@@ -248,8 +226,8 @@ class _Asked:
     """The teacher's logits and the labels on validation, where both are there."""
     if self.teacher is None or not self.has_labels:
       return None
-    predict = evaluation.teacher_predictor(self.teacher)
-    logits, labels = predictions(predict, [self.teacher_variables], self.validation)  # type: ignore[arg-type]
+    assert self.validation is not None
+    logits, labels = predictions([self.teacher], self.validation)
     return logits[0], labels
 
   @functools.cached_property
@@ -262,9 +240,8 @@ class _Asked:
   def keywords(self) -> list[dict[str, Any]]:
     """The objective's keywords at the run's first, middle and last step; once if they stay."""
     assert self.objective is not None
-    hyper = check_hyper(self.hyper, self.objective, self.steps)
-    scheduled = {n: value for n, value in self.objective.hyper.items() if callable(value)}
-    hyper = {**scheduled, **hyper}
+    check_hyper(self.objective, self.steps)
+    hyper = self.objective.hyper
     changes = any(callable(value) for value in hyper.values())
     at = sorted({0, self.steps // 2, self.steps - 1}) if changes else [0]
     return [{n: float(v(s)) if callable(v) else v for n, v in hyper.items()} for s in at]
@@ -274,28 +251,18 @@ class _Asked:
     """The objective's temperatures, in the steps that are looked at."""
     if self.objective is None:
       return []
-    every = [{**self.objective.hyper, **keywords} for keywords in self.keywords]
-    found = [v for each in every for n, v in each.items() if n.split("_")[-1] == "temperature"]
+    every = [pair for keywords in self.keywords for pair in keywords.items()]
+    found = [value for name, value in every if name.split("_")[-1] == "temperature"]
     return [float(np.max(np.asarray(value))) for value in found if value is not None]
 
   @functools.cached_property
   def size_of_teacher(self) -> int:
-    return 0 if self.teacher is None else cost.parameters(self.teacher_variables)
+    return 0 if self.teacher is None else cost.parameters(self.teacher.variables)
 
   @functools.cached_property
-  def members(self) -> list[tuple[Network, PyTree]]:
+  def members(self) -> list[Model]:
     """The networks that the teacher is made of, as far as they are known."""
-    networks, variables = self.teacher_network, self.teacher_variables
-    if networks is None or variables is None:
-      return []
-    variables = list(variables) if isinstance(variables, list | tuple) else [variables]
-    networks = list(networks) if isinstance(networks, list | tuple) else [networks] * len(variables)
-    if len(networks) != len(variables) or not all(isinstance(n, Network) for n in networks):
-      raise ValueError(
-        f"teacher_network has {len(networks)} networks for {len(variables)} members in "
-        "teacher_variables; give one Network for all of them, or one for each."
-      )
-    return list(zip(networks, variables, strict=True))
+    return [] if self.teacher is None else teachers.members_of(self.teacher)
 
   @functools.cached_property
   def can_probe(self) -> bool:
@@ -306,10 +273,9 @@ class _Asked:
     assert self.student is not None
     assert self.validation is not None
     given, labels = self.baseline, self.held_out[1]
-    models = [given] if isinstance(given, Mapping) else given
-    if not all(isinstance(model, Mapping) for model in models):
+    if not isinstance(given, Model):
       return [teacher_checks.hardly_better(float(self.right.mean()), given, examples=len(labels))]
-    logits, _ = predictions(evaluation.predictor(self.student), models, self.validation)
+    logits, _ = predictions(given.unstack(), self.validation)
     right = np.argmax(logits, axis=-1) == labels
     _, error = teacher_checks.mean_and_error(self.right.astype(np.float64) - right.mean(axis=0))
     accuracies = right.mean(axis=1)
@@ -346,21 +312,21 @@ class _Asked:
       return
     # An epoch of one batch has no other.
     learned = batches_of(small, aside if epoch > 1 else 0, min(_PROBE_STEPS, max(epoch - aside, 1)))
-    for network in {id(network): network for network, _ in self.members}.values():
-      mine = [variables for its, variables in self.members if its is network]
-      for before, after in taught_further(network, mine, learned, held_out, steps=_PROBE_STEPS):
-        yield teacher_checks.still_learning(before, after)
+    for model in self.members:
+      before, after = taught_further(model, learned, held_out, steps=_PROBE_STEPS)
+      yield teacher_checks.still_learning(before, after)
 
   def capacity_gap(self) -> list[Finding | None]:
     assert self.student is not None
     assert self.taught is not None
     key = jax.random.key(self.seed)
     variables = jax.eval_shape(lambda one: self.student.init(key, one.inputs), self.example)  # type: ignore[union-attr]
+    student = Model(self.student, variables)
     found = pair_checks.capacity_gap(
       self.size_of_teacher,
       cost.parameters(variables),
-      teacher_flops=cost.flops_or_none(self.taught, self.teacher_variables, self.example),
-      student_flops=cost.flops_or_none(evaluation.predictor(self.student), variables, self.example),
+      teacher_flops=cost.flops_or_none(logits_of, self.taught, self.example),
+      student_flops=cost.flops_or_none(logits_of, student, self.example),
     )
     return [found]
 
@@ -373,10 +339,8 @@ class _Asked:
       self.objective,
       self.batch,
       teacher=self.teacher,
-      teacher_variables=self.teacher_variables,
       hyper=self.keywords,
-      start=self.starts[0],
-      objective_start=self.starts[1],
+      start=self.start,
       num_classes=self.source.num_classes,
       seed=self.seed,
     )
@@ -387,7 +351,7 @@ class _Asked:
 
   def uniform_targets(self) -> list[Finding | None]:
     assert self.taught is not None
-    logits = jax.jit(self.taught)(self.teacher_variables, self.batch)
+    logits = jax.jit(logits_of)(self.taught, self.batch)
     logits = np.asarray(logits).reshape(-1, logits.shape[-1])
     return [pair_checks.uniform_targets(logits, self.temperatures)]
 

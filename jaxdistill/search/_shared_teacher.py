@@ -64,7 +64,6 @@ def used_features(
 def share_teacher(
   learners: Sequence[tuple[Network, Objective]],
   teacher: Teacher,
-  variables: PyTree,
   sources: list[Source],
   memory: int,
 ) -> list[Source] | None:
@@ -73,7 +72,6 @@ def share_teacher(
   Args:
     learners: the students and their objectives, which decide the features that are kept.
     teacher: the teacher.
-    variables: its variables.
     sources: one for each data seed.
     memory: how many bytes the outputs may take.
 
@@ -88,7 +86,7 @@ def share_teacher(
     return None
   item = next(iter(first.whole.every(first.data_seed, first.batch_size, 0)))
   batch = jax.eval_shape(first.cut, first.shared, item)
-  theirs = jax.eval_shape(teacher, variables, batch)
+  theirs = jax.eval_shape(lambda teacher, batch: teacher(batch), teacher, batch)
   if theirs.logits is None:
     return None
 
@@ -105,7 +103,7 @@ def share_teacher(
   if first.whole.size * each > memory:
     return None
   dtype = "float64" if theirs.logits.dtype == jnp.float64 else "float32"
-  fill = Filler(teacher, variables, first, dtype, tuple(features), batch_size=256)
+  fill = Filler(teacher, first, dtype, tuple(features), batch_size=256)
 
   @functools.cache
   def arrays() -> dict[str, jax.Array]:
@@ -117,5 +115,5 @@ def share_teacher(
 
   # The teacher runs while the compiler is at the students' program, which takes its shapes alone.
   made = with_outputs(first, {n: deferred(n, row) for n, row in fill.layout.items()}, fill.size)
-  made = dataclasses.replace(made, teacher=runs.fingerprint(variables))
+  made = dataclasses.replace(made, teacher=runs.fingerprint(teacher.variables))
   return [dataclasses.replace(made, data_seed=source.data_seed) for source in sources]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -20,99 +21,87 @@ import numpy as np
 
 from jaxdistill import _check, _compile, _extras, evaluation, runs, train
 from jaxdistill.data import Source
-from jaxdistill.runs import fingerprint
-from jaxdistill.search._choice import METRICS, Result, best_of, score
-from jaxdistill.search._grid import Group, Point, grouped, seed_pairs
+from jaxdistill.search._choice import Choice, Halving, Result, best_of, score
+from jaxdistill.search._grid import Group, Point, Student, grouped, seed_pairs
 from jaxdistill.search._shared_teacher import share_teacher
 from jaxdistill.search._side_by_side import UNROLLED, at_once, example_key, inputs_of, students_by
 from jaxdistill.search._trials import Found, Search
 from jaxdistill.train import (
   Optimizer,
+  Plan,
   Program,
+  Run,
   Values,
-  build_program,
-  check_functions,
-  check_networks,
   claimed_folder,
   run_identity,
   stop_signal,
 )
-from jaxdistill.types import Batch, Network, Objective, ObjectiveFunction, Teacher, Transform
+from jaxdistill.types import Batch, Model, Network, Objective, ObjectiveFunction, Teacher
 
-__all__ = ["Halving", "sweep"]
+__all__ = ["Execution", "sweep"]
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Halving:
-  """Successive halving: after each rung the best 1/factor of the points go on.
-
-  Jamieson, Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization",
-  2016; 3 is the factor of Li et al., "Hyperband", 2018. A rung has ``factor`` times the steps of
-  the one before it, the last one all of them; schedules run over all of them throughout.
+class Execution:
+  """How a sweep is carried out, whatever it finds.
 
   Attributes:
-    factor: of points and of steps.
-    rungs: how many there are, the last included.
+    devices: over which the points are shared out; all of them by default.
+    memory: bytes that a program may take on a device; what is available by default.
+    by: ``"vmap"`` or ``"unroll"``; `students_by` decides by default.
+    accumulate: into how many micro-batches each batch is cut, to need less memory; the limits are
+      those of `jaxdistill.train.fit`.
+
+  Raises:
+    TypeError: an attribute is of another kind than it must be.
+    ValueError: one is out of range.
   """
 
-  factor: int = 3
-  rungs: int = 3
+  devices: Sequence[jax.Device] | None = None
+  memory: int | None = None
+  by: str | None = None
+  accumulate: int = 1
 
   def __post_init__(self) -> None:
-    _check.whole("factor", self.factor, least=2)
-    _check.whole("rungs", self.rungs)
-
-  def until(self, rung: int, steps: int) -> int:
-    """The step at which a rung ends, of so many in all."""
-    return math.ceil(steps / self.factor ** (self.rungs - 1 - rung))
+    _check.whole("accumulate", self.accumulate)
+    if self.memory is not None:
+      _check.whole("memory", self.memory)
+    if self.by not in (None, "vmap", "unroll"):
+      raise ValueError(f"by={self.by!r} must be 'vmap' or 'unroll', or None.")
 
 
 def sweep(
-  student: Network | Mapping[str, Network],
+  student: Student | Mapping[str, Student],
   objective: Objective | ObjectiveFunction | Callable[..., Objective | ObjectiveFunction],
   *,
   points: Sequence[Point],
   data: Source | Callable[[int], Source],
   optimizer: Optimizer,
   steps: int,
-  validation: Batch,
+  choice: Choice,
   seeds: Sequence[int] | Sequence[tuple[int, int]] = (0,),
   teacher: Teacher | None = None,
-  teacher_variables: PyTree = None,
-  hyper: Mapping[str, Any] | None = None,
-  start: Mapping[str, Any] | None = None,
-  objective_start: tuple[PyTree, PyTree] | None = None,
-  transform: Transform | None = None,
-  accumulate: int = 1,
   average: float | None = None,
-  metric: str = "accuracy",
-  test: Batch | None = None,
-  retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None,
-  halving: Halving | None = None,
-  memory: int | None = None,
-  by: str | None = None,
-  devices: Sequence[jax.Device] | None = None,
-  folder: str | os.PathLike[str] | None = None,
-  config: Mapping[str, Any] | None = None,
-  checkpoint_every: int | None = None,
-  progress: str | None = "sweep",
+  execution: Execution | None = None,
+  run: Run | str | os.PathLike[str] | None = None,
 ) -> Result:
   """Trains a student for every point and seed, and chooses the point that validates best.
 
-  Numbers of a point vary inside one compiled program: those of the objective's keywords (``hyper``)
-  and of the optimizer, where it is a function of them. Everything else (a layer's name, a switch,
-  None) makes a program of its own, for which a recipe is called: ``run(student, recipes.kd,
-  points=product(temperature=range(1, 21), soft_weight=[0.5, 0.9]), ...)``.
+  Numbers of a point vary inside one compiled program: those of the objective's keywords and of the
+  optimizer, where it is a function of them. Everything else (a layer's name, a switch, None) makes
+  a program of its own, for which a recipe is called: ``sweep(student, recipes.kd,
+  points=product(temperature=range(1, 21), soft_weight=[0.5, 0.9]), ...)``. Keywords that all points
+  share are the objective's own, or ``functools.partial(recipes.kd, hard_weight=schedule)``.
 
   As many points as fit the memory are trained at once, shared out over the devices. Where the data
   are not augmented, the teacher's outputs are computed once. A student that is no longer finite is
   marked, and the others go on. A sweep that was stopped goes on from what its folder holds.
 
   Args:
-    student: the network to train; or several by name, and each point names one:
-      ``points=product(student=["small", "large"], temperature=[1, 4])``.
+    student: the network to train, or a model to start from; or several by name, and each point
+      names one: ``points=product(student=["small", "large"], temperature=[1, 4])``.
     objective: an objective, or a recipe: a function of keywords that returns one.
     points: dicts with the same keywords, see `product`.
     data: where batches come from; each seed gets it with its own ``data_seed``. Or a function
@@ -120,33 +109,17 @@ def sweep(
     optimizer: an optax optimiser, or a function of keywords (learning_rate, weight_decay) that
       returns one.
     steps: how many steps a student is trained for.
-    validation: the split to choose on, from `jaxdistill.data.evaluation_batches`; never the test
-      split.
+    choice: the split to choose on, by which metric, and what is done with what was chosen.
     seeds: each point is trained from each of them; a number fixes initialisation and data order, a
       pair ``(seed, data_seed)`` one each.
-    teacher: ``(variables, batch) -> Outputs``; None for objectives without one, and where batches
-      bring its outputs along (`teachers.cached`).
-    teacher_variables: its variables.
-    hyper: keywords of the objective that all points share: numbers or schedules.
-    start: as in `jaxdistill.train.fit`, for all students.
-    objective_start: likewise.
-    transform: as in `jaxdistill.train.fit`; each student gets its own, as alone.
-    accumulate: as in `jaxdistill.train.fit`.
-    average: as in `jaxdistill.train.fit`.
-    metric: the validation metric to choose by: accuracy, nll or ece (lower is better for these).
-    test: the test split; read once, for the chosen point alone.
-    retrain: seeds from which the chosen point is trained anew before it is tested; by default its
-      students are taken as they are. A few seeds that won are better than their point is.
-    halving: to drop hopeless points early; None trains all of them to the end.
-    memory: bytes that a program may take on a device; what is available by default.
-    by: ``"vmap"`` or ``"unroll"``; `students_by` decides by default.
-    devices: over which the points are shared out; all of them by default.
-    folder: the sweep's folder: ``table.md``, ``table.csv``, ``chosen.json``, ``sweep.png``, and
-      the students' checkpoints.
-    config: what else defines the sweep, for ``config.json``.
-    checkpoint_every: steps between checkpoints of the students in training; about a tenth of the
-      run, but at least a thousand steps, by default.
-    progress: the label of the progress, a bar in a terminal and lines elsewhere; None for silence.
+    teacher: None for objectives without one, and where batches bring its outputs along
+      (`teachers.cached`).
+    average: the decay of a moving average of the deployed variables, which is then what is
+      validated and returned; None for none.
+    execution: over which devices, in how much memory; see `Execution`.
+    run: where the sweep is saved; see `jaxdistill.train.Run`. The folder gets ``table.md``,
+      ``table.csv``, ``chosen.json``, ``sweep.png``, and the students' checkpoints. A path is the
+      folder; None saves nothing.
 
   Returns:
     The `Result`.
@@ -156,111 +129,79 @@ def sweep(
     ValueError: a keyword is nobody's, a value does not fit, no point fits the memory, or the folder
       holds another sweep.
     FloatingPointError: no point stayed finite.
-    jaxdistill.train.Stopped: the process was asked to stop.
+    jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
-  if folder is not None:
-    _extras.need("search.sweep(folder=...), which draws a picture,", "matplotlib")
-  groups = grouped(points, student, objective, optimizer, hyper, steps)
-  pairs = seed_pairs(seeds)
-  again = [] if retrain is None else seed_pairs(retrain)
-  _check.whole("steps", steps)
-  if metric not in METRICS:
-    raise ValueError(f"metric={metric!r} is not among {sorted(METRICS)}; name one of these.")
-  check_networks(groups[0].student, teacher, teacher_variables, start)
-  if start is not None and len({id(group.student) for group in groups}) > 1:
-    raise ValueError("start holds the variables of one network, and the points have several.")
-  check_functions(
-    transform=transform, validate=None, callback=None, config=config, select="accuracy"
-  )
-  first = data(pairs[0][1]) if callable(data) else data
-  if not isinstance(first, Source):
-    raise TypeError(f"data must be a Source or make one, got {_check.show(first)}.")
-  settings = {
-    **(config or {}),
-    **_described(first, student),
-    "points": list(points),
-    "seeds": pairs,
-    "retrain": again,
-    "steps": steps,
-    "halving": None if halving is None else dataclasses.asdict(halving),
-    "metric": metric,
-    "teacher": None if teacher is None else fingerprint(teacher_variables),
-    "hyper": sorted(hyper or {}),
-    "accumulate": accumulate,
-    "average": average,
-    "start": None
-    if start is None and objective_start is None
-    else fingerprint((start, objective_start)),
-  }
-  mesh = train.data_parallel(devices)
-  job = _Job(
-    data=data,
+  run, execution = train.check_run(run), Execution() if execution is None else execution
+  if run.folder is not None:
+    _extras.need("search.sweep(run=folder), which draws a picture,", "matplotlib")
+  if not isinstance(choice, Choice):
+    raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
+  groups = grouped(points, student, objective, optimizer, steps)
+  pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
+  plan = Plan.of(
+    groups[0].student,
+    groups[0].objective,
+    data=data(pairs[0][1]) if callable(data) else data,
     optimizer=optimizer,
     steps=steps,
-    teacher=teacher,
-    teacher_variables=jax.device_put(teacher_variables),  # once, and not wherever it is read
-    validation=validation,
-    memory=_compile.available(list(mesh.devices.flat)) if memory is None else memory,
-    by=by,
-    mesh=mesh,
-    save_every=checkpoint_every,
-    progress=progress,
-    options={
-      "hyper": dict(hyper or {}),
-      "start": start,
-      "objective_start": objective_start,
-      "transform": transform,
-      "accumulate": accumulate,
-      "average": average,
-    },
+    teacher=jax.device_put(teacher),  # once, and not wherever it is read
+    accumulate=execution.accumulate,
+    average=average,
   )
+  job = _Job(plan, data, choice, execution, run, train.data_parallel(execution.devices))
+  settings = {**(run.config or {}), **_identity(plan, student)}
+  settings |= {"points": list(points), "seeds": pairs, "retrain": again, **choice.describe()}
   with contextlib.ExitStack() as stack:
-    path = None if folder is None else stack.enter_context(claimed_folder(folder, settings))
-    asked = stack.enter_context(stop_signal(listening=path is not None))
-    found = job.train(groups, points, pairs, path, asked, metric, halving)
+    path = None if run.folder is None else stack.enter_context(claimed_folder(run.folder, settings))
+    asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
+    found = job.train(groups, points, pairs, path, asked, choice.halving)
     rows = [found[i].row for i in range(len(points))]
-    best, ties = best_of(rows, metric)
+    best, ties = best_of(rows, choice.metric)
     group = next(group for group in groups if best in group.indices)
     winners, final = found[best], pairs
     if again:
       below = None if path is None else path / "retrained"
-      winners = job.train([_alone(group, best)], points, again, below, asked, metric, None)[best]
-      final = again
-    network = _deployed(group)
+      winners, final = job.train([_alone(group, best)], points, again, below, asked)[best], again
+    networks = {index: job.plan_of(each).deployed for each in groups for index in each.indices}
+    model = Model(networks[best], winners.variables(), len(final))
     result = Result(
       rows=rows,
       seeds=pairs,
-      metric=metric,
+      metric=choice.metric,
       best=best,
       ties=ties,
-      network=network,
-      variables=winners.variables(),
-      students=lambda index: found[index].variables(),
+      model=model,
+      students=lambda index: Model(networks[index], found[index].variables(), len(pairs)),
       final_seeds=final,
-      test=None if test is None else _tested(network, winners.variables(), test),
+      test=None if choice.test is None else _tested(model, choice.test),
     )
     if path is not None:
       result.write(path)
-      runs.say_saved(progress, path)
+      runs.say_saved(run.label("sweep"), path)
   return result
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-  """What all students of a sweep have in common."""
+  """How a sweep's points are trained: what all its students have in common."""
 
+  plan: Plan
   data: Source | Callable[[int], Source]
-  optimizer: Optimizer
-  steps: int
-  teacher: Teacher | None
-  teacher_variables: PyTree
-  validation: Batch
-  memory: int
-  by: str | None
+  choice: Choice
+  execution: Execution
+  run: Run
   mesh: jax.sharding.Mesh
-  save_every: int | None
-  progress: str | None
-  options: dict[str, Any]
+
+  @functools.cached_property
+  def memory(self) -> int:
+    """Bytes that a program may take on a device."""
+    given = self.execution.memory
+    return _compile.available(list(self.mesh.devices.flat)) if given is None else given
+
+  def plan_of(self, group: Group) -> Plan:
+    """What a group's students are, one of them."""
+    network, start = group.network, group.start
+    return dataclasses.replace(self.plan, student=network, start=start, objective=group.objective)
 
   def train(
     self,
@@ -269,78 +210,63 @@ class _Job:
     pairs: list[tuple[int, int]],
     folder: pathlib.Path | None,
     asked_to_stop: Callable[[int], bool],
-    metric: str,
-    halving: Halving | None,
+    halving: Halving | None = None,
   ) -> dict[int, Found]:
     """Trains the groups' points from every pair of seeds."""
-    teacher, variables, sources = self.taught(groups, pairs)
-    halving = Halving(rungs=1) if halving is None else halving
-    dispatch = train.with_students(self.mesh)
-    length = _length(self.steps, halving.until(0, self.steps))
-
-    ways = {
-      id(group.student): self.by or students_by(group.student, inputs_of(sources[0]))
-      for group in groups
-    }
+    teacher, sources = self.taught(groups, pairs)
+    halving, steps = Halving(rungs=1) if halving is None else halving, self.plan.steps
+    length = _length(steps, halving.until(0, steps))
+    inputs = inputs_of(sources[0])
+    ways = {id(g.network): self.execution.by or students_by(g.network, inputs) for g in groups}
 
     def program_of(group: Group, values: Values, count: int) -> Program:
-      by = ways[id(group.student)]
-      return build_program(
-        group.student,
-        group.objective,
-        sources * count,
-        self.optimizer,
-        [seed for seed, _ in pairs] * count,
-        teacher,
-        variables,
-        dispatch,
-        values=values,
-        seeds_by=by,
-        # A teacher in the step is run once for all that are side by side.
-        at_once=at_once(group.student, sources[0]) if teacher is None else None,
-        scan=by == "vmap",
-        **self.options,
+      by = ways[id(group.network)]
+      plan = dataclasses.replace(
+        self.plan_of(group),
+        sources=sources * count,
+        seeds=[seed for seed, _ in pairs] * count,
+        stacked=True,
+        teacher=teacher,
       )
+      dispatch = train.with_students(self.mesh, seeds_by=by, scan=by == "vmap")
+      # A teacher in the step is run once for all that are side by side.
+      most = at_once(group.network, sources[0]) if teacher is None else None
+      return Program(plan, dispatch, values=values, at_once=most)
 
+    every = length * math.ceil(max(1000, steps // 10) / length)
     search = Search(
       groups=groups,
       values=[dict(point) for point in points],
       seeds=len(pairs),
-      steps=self.steps,
+      steps=steps,
       length=length,
-      save_every=length * math.ceil(max(1000, self.steps // 10) / length)
-      if self.save_every is None
-      else self.save_every,
+      save_every=self.run.checkpoint_every or every,
       build=program_of,
-      deployed=_deployed,
-      validation=self.validation,
+      validation=self.choice.validation,
       memory=self.memory,
       devices=self.mesh.devices.size,
-      most=lambda group: len(points) if ways[id(group.student)] == "vmap" else UNROLLED,
-      dispatch=dispatch,
+      most=lambda group: len(points) if ways[id(group.network)] == "vmap" else UNROLLED,
       folder=folder,
       asked_to_stop=asked_to_stop,
-      progress=self.progress,
+      progress=self.run.label("sweep"),
     )
-    return _rungs(search, self.steps, metric, halving)
+    return _rungs(search, steps, self.choice.metric, halving)
 
   def taught(
     self, groups: list[Group], pairs: list[tuple[int, int]]
-  ) -> tuple[Teacher | None, PyTree, list[Source]]:
+  ) -> tuple[Teacher | None, list[Source]]:
     """The teacher and the sources; or sources that bring its outputs along."""
-    data = self.data
+    data, teacher = self.data, self.plan.teacher
     sources = [
       data(d) if callable(data) else dataclasses.replace(data, data_seed=d) for _, d in pairs
     ]
-    if self.teacher is not None and self.options["transform"] is None:
-      learners = [(group.student, group.objective) for group in groups]
+    if teacher is not None and sources[0].transform is None:
+      learners = [(group.network, group.objective) for group in groups]
       # A quarter of the memory, so that the students get the most of it.
-      kept = share_teacher(
-        learners, self.teacher, self.teacher_variables, sources, self.memory // 4
-      )
+      kept = share_teacher(learners, teacher, sources, self.memory // 4)
       if kept is not None:
-        return None, None, kept
-    return self.teacher, self.teacher_variables, sources
+        return None, kept
+    return teacher, sources
 
 
 def _rungs(search: Search, steps: int, metric: str, halving: Halving) -> dict[int, Found]:
@@ -376,28 +302,28 @@ def _alone(group: Group, index: int) -> Group:
   return dataclasses.replace(group, indices=[index], hyper=hyper, optimizer=rates)
 
 
-def _tested(network: Network, variables: PyTree, test: Batch) -> dict[str, np.ndarray]:
-  found = evaluation.evaluate(evaluation.predictor(network), variables, test, stacked=True)
+def _tested(model: Model, test: Batch) -> dict[str, np.ndarray]:
+  found = evaluation.evaluate(model, test)
   return {name: found[name] for name in ("accuracy", "nll", "ece")}
 
 
-def _deployed(group: Group) -> Network:
-  student, deployed = group.student, group.objective.deployed
-  return student if deployed is None else deployed.network(student)
+def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str, Any]:
+  """The plan and the students, as ``config.json`` holds them."""
+  source = plan.sources[0]
 
+  def params(network: Network) -> PyTree:
+    return jax.eval_shape(network.init, example_key(), inputs_of(source))["params"]
 
-def _described(source: Source, student: Network | Mapping[str, Network]) -> dict[str, Any]:
-  """The data and the students, as ``config.json`` holds them."""
-
-  def described(network: Network) -> dict[str, Any]:
-    variables = jax.eval_shape(network.init, example_key(), inputs_of(source))
-    return run_identity(source, network.name, variables["params"])
-
-  if isinstance(student, Network):
-    return described(student)
-  every = {name: described(network) for name, network in student.items()}
-  data = next(iter(every.values()))["data"]
-  return {"data": data, "students": {name: found["student"] for name, found in every.items()}}
+  found = plan.describe(params(plan.student))
+  del found["data_seed"]  # each pair of seeds has its own
+  if isinstance(student, Mapping):
+    del found["student"]
+    networks = {n: one.network if isinstance(one, Model) else one for n, one in student.items()}
+    found["students"] = {
+      name: run_identity(source, network.name, params(network))["student"]
+      for name, network in networks.items()
+    }
+  return found
 
 
 def _length(steps: int, most: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -19,7 +18,6 @@ from jaxdistill.runs import Checkpoints, is_key
 from jaxdistill.search._choice import Row
 from jaxdistill.search._grid import Group, stacked_values
 from jaxdistill.train import (
-  Dispatch,
   Intervals,
   Log,
   Program,
@@ -29,7 +27,7 @@ from jaxdistill.train import (
   run_steps,
   start_or_resume,
 )
-from jaxdistill.types import Batch, Network, Objective
+from jaxdistill.types import Batch, Model, Objective
 
 __all__ = ["Found", "Search"]
 
@@ -63,12 +61,10 @@ class Search:
     length: steps of one dispatch.
     save_every: steps between checkpoints.
     build: ``(a group, values, how many points) -> Program``.
-    deployed: ``a group -> its deployed network``.
     validation: the split to choose on.
     memory: bytes for a program, on each device.
     devices: how many devices share the points.
     most: ``a group -> the most points in one program``, whatever the memory.
-    dispatch: of the programs.
     folder: where students are kept; None for memory.
     asked_to_stop: ``step -> whether to save and leave``.
     progress: the bar's label.
@@ -83,12 +79,10 @@ class Search:
   length: int
   save_every: int
   build: Callable[[Group, Values, int], Program]
-  deployed: Callable[[Group], Network]
   validation: Batch
   memory: int
   devices: int
   most: Callable[[Group], int]
-  dispatch: Dispatch
   folder: pathlib.Path | None
   asked_to_stop: Callable[[int], bool]
   progress: str | None
@@ -142,12 +136,10 @@ class Search:
       group = self.groups[g]
       some = [i % len(group.indices) for i in range(points)]
       program = self.build(group, stacked_values(group, some, self.seeds), points)
-      assert program.compile is not None
       chunks = math.ceil(len(group.indices) / points)
       # What a chunk ends with is compiled while its own program is traced.
-      deployed = functools.partial(deployed_variables, objective=group.objective)
-      shapes = jax.eval_shape(deployed, program.shapes)
-      self.validator(g).compile(self.dispatch.spread(shapes), calls=chunks)
+      ends = jax.eval_shape(program.plan.model, program.shapes)
+      self.validator(g).compile(program.dispatch.spread(ends), calls=chunks)
       finish = program.compile(self.length, chunks * math.ceil(self.steps / self.length))
       self.programs[g, points] = program, finish()
     return self.programs[g, points]
@@ -155,8 +147,7 @@ class Search:
   def validator(self, g: int) -> evaluation.Validator:
     """What measures a group's students."""
     if g not in self.validators:
-      network = self.deployed(self.groups[g])
-      self.validators[g] = evaluation.validator(network, self.validation, stacked=True)
+      self.validators[g] = evaluation.validator(self.validation)
     return self.validators[g]
 
   def chunk(
@@ -205,9 +196,7 @@ class Search:
     """The students' state at a step, and their numbers there."""
     group = self.groups[g]
     filled = rows + [rows[-1]] * (size - len(rows))  # a chunk of another length compiles anew
-    program, _ = self.program(g, size)
-    values = stacked_values(group, filled, self.seeds)
-    program = dataclasses.replace(program, values=values)
+    program = self.program(g, size)[0].with_values(stacked_values(group, filled, self.seeds))
     kept = None if path is None else Checkpoints(path / "checkpoints", keep_last=1, keep_best=False)
     # Without checkpoints nothing stops a dispatch short, which would compile one of that length.
     save = until if kept is None else self.save_every
@@ -233,7 +222,6 @@ class Search:
           state,
           at,
           every=Intervals(until, log=self.length, validate=until, save=save),
-          dispatch=self.dispatch,
           log=log,
           saved=kept,
           asked_to_stop=self.asked_to_stop,
@@ -245,15 +233,16 @@ class Search:
     finally:
       if kept is not None:
         kept.close()
-    outcome = self.measured(g, state, history)
+    outcome = self.measured(g, program.plan.model(state), state, history)
     if path is not None:
       runs.write_json(path / "outcome.json", outcome)
     return state, outcome
 
-  def measured(self, g: int, state: State, history: list[dict[str, Any]]) -> dict[str, Any]:
+  def measured(
+    self, g: int, model: Model, state: State, history: list[dict[str, Any]]
+  ) -> dict[str, Any]:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
-    objective = self.groups[g].objective
-    numbers = self.validator(g)(deployed_variables(state, objective))
+    numbers = self.validator(g)(model)
     # Weights may be finite and what they compute not; without labels there is nothing to see it by.
     sane = np.isfinite(numbers["nll"]) | np.isnan(numbers["accuracy"])
     finite = _finite_students((state.params, state.model_state)) & sane

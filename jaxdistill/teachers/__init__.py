@@ -17,9 +17,9 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     frozen,
     grouped,
     layers,
+    members_of,
     restore,
     subset,
-    unstack,
   )
 
 __all__ = [
@@ -29,13 +29,13 @@ __all__ = [
   "cached",  # a source whose batches bring the teacher's outputs along
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again
-  "ensemble",  # any number of networks, of any architectures, as one teacher
-  "frozen",  # a network as a teacher: evaluated in inference mode, gradients stopped
+  "ensemble",  # any number of models, of any architectures, as one teacher
+  "frozen",  # a model as a teacher: evaluated in inference mode, gradients stopped
   "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1
   "layers",  # a teacher's layers as a student's beginning
-  "restore",  # reads the deployed network's variables from a run folder of ours
+  "members_of",  # the networks that a teacher is made of, as far as they are known
+  "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
-  "unstack",  # takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees
   "verify_cache",  # checks every digest, count and id of a cache
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
 ]

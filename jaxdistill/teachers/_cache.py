@@ -29,7 +29,7 @@ from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
 from jaxdistill.teachers._identity import PROBES, sketch
-from jaxdistill.types import Batch, Network, Outputs, Teacher
+from jaxdistill.types import Batch, Outputs, Teacher
 
 __all__ = ["DTYPES", "LIMIT", "Files", "Filler", "Store", "cached", "compare_cache", "with_outputs"]
 
@@ -41,7 +41,6 @@ LIMIT = 4 * 2**30
 
 def cached(
   teacher: Teacher | None,
-  teacher_variables: PyTree,
   source: Source,
   *,
   dtype: str = "float32",
@@ -51,7 +50,6 @@ def cached(
   limit: int = LIMIT,
   batch_size: int = 256,
   progress: str | None = "cache",
-  asked: Any = None,
 ) -> Source:
   """A source whose batches bring the teacher's outputs along: each view of an example asked once.
 
@@ -63,13 +61,13 @@ def cached(
 
   What is complete and no larger than a quarter of the device's memory lies on the device; other
   rows are kept in the host's memory, or read from the files as they are needed, and travel with the
-  items. A transform (mixup) changes the inputs that the teacher would see: not with a cache.
+  items. A source with a transform (mixup), which changes what the teacher would see, is refused.
 
   Args:
-    teacher: ``(variables, batch) -> Outputs``, see `jaxdistill.teachers`; it must answer to an
-      example alone, whatever else is in the batch. None opens a complete cache in ``folder``
-      without one, as another program wrote it (``docs/cache.md``).
-    teacher_variables: its variables.
+    teacher: the teacher; it must answer to an example alone, whatever else is in the batch. One
+      with a function of yours that depends on more than its variables says so in its ``asked``.
+      None opens a complete cache in ``folder`` without one, as another program wrote it
+      (``docs/cache.md``).
     source: from `data.on_device`, `streamed` or `mixed`, with finite ``views``.
     dtype: of what is kept: ``"float32"``, ``"float16"`` (half the size; read back as float32), or
       ``"float64"``.
@@ -80,8 +78,6 @@ def cached(
     limit: the most bytes that the cache may take; 4 GiB by default.
     batch_size: examples in a batch while it is filled.
     progress: the label of the bar while it is filled; None for silence.
-    asked: what the teacher is asked for, in your own words (anything that JSON holds), where it is
-      a function of yours that depends on more than its variables.
 
   Returns:
     The source; ``teacher`` is a fingerprint of what it brings along.
@@ -99,15 +95,15 @@ def cached(
   if folder is not None:
     _extras.need("teachers.cached(folder=...)", "array_record", "grain")
   if teacher is None:
-    store, about = _foreign(teacher_variables, source, folder)
+    store, about = _foreign(source, folder)
   else:
     _check_teacher(teacher)
-    fill = Filler(teacher, teacher_variables, source, dtype, tuple(features), batch_size)
+    fill = Filler(teacher, source, dtype, tuple(features), batch_size)
     _check_size(limit, source, fill.layout)
     about = {
       **_identity.identity_of(source, _views(source), dtype, fill.layout),
-      "asked": _identity.asked_of(teacher, asked),
-      "teacher": runs.tree_identity(teacher_variables),
+      "asked": _identity.asked_of(teacher),
+      "teacher": runs.tree_identity(teacher.variables),
     }
     store = Store(_views(source), fill.layout, fill.size, fill=fill, progress=progress)
     if folder is not None:
@@ -147,12 +143,8 @@ def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files
   return files
 
 
-def _foreign(
-  teacher_variables: PyTree, source: Source, folder: str | os.PathLike[str] | None
-) -> tuple[Store, dict[str, Any]]:
+def _foreign(source: Source, folder: str | os.PathLike[str] | None) -> tuple[Store, dict[str, Any]]:
   """A complete cache, whoever wrote it."""
-  if teacher_variables is not None:
-    raise ValueError("teacher_variables are given and teacher is None; give the teacher too.")
   if folder is None:
     raise ValueError("teacher is None, and there is no folder to read its outputs from.")
   path = _check.folder("folder", folder)
@@ -271,6 +263,11 @@ def _check_arguments(
     )
   if source.teacher is not None:
     raise ValueError(f"source {source.name!r} brings a teacher's outputs along already.")
+  if source.transform is not None:
+    raise ValueError(
+      f"source {source.name!r} has a transform, which changes the inputs after the teacher's "
+      "outputs were looked up; cache the source without it, and train without it."
+    )
   if source.whole is None:
     raise ValueError(
       f"source {source.name!r} only iterates, so an example cannot be found again: make it one of "
@@ -292,15 +289,10 @@ def _check_arguments(
 
 
 def _check_teacher(teacher: Any) -> None:
-  if isinstance(teacher, Network):
-    raise TypeError(f"teacher is the network {teacher.name!r}; give teachers.frozen(network).")
-  _check.function(
-    "teacher",
-    teacher,
-    "(variables, batch) -> Outputs",
-    arguments=2,
-    instead="Make one by teachers.frozen(network).",
-  )
+  if not isinstance(teacher, Teacher):
+    raise TypeError(
+      f"teacher={_check.show(teacher)} must be a Teacher; make one by teachers.frozen(model)."
+    )
 
 
 def _bytes(source: Source, layout: Mapping[str, Any]) -> int:
@@ -329,14 +321,11 @@ def _fits(size: int, where: str) -> bool:
   return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
-def compare_cache(
-  teacher: Teacher, teacher_variables: PyTree, source: Source, folder: str | os.PathLike[str]
-) -> list[str]:
+def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[str]) -> list[str]:
   """Computes a sample of a cache again.
 
   Args:
     teacher: the teacher.
-    teacher_variables: its variables.
     source: what the cache was made of.
     folder: the cache.
 
@@ -349,10 +338,10 @@ def compare_cache(
   manifest = _cache_files.read_manifest(path)
   names = [a["name"] for a in manifest["arrays"]]
   features = tuple(n.split("/", 1)[1] for n in names if n.startswith("features/"))
-  fill = Filler(teacher, teacher_variables, source, manifest["dtype"], features, 64)
+  fill = Filler(teacher, source, manifest["dtype"], features, 64)
   now = _identity.identity_of(source, _views(source), manifest["dtype"], fill.layout)
   if "checksum" in (manifest.get("teacher") or {}):
-    variables = runs.tree_identity(teacher_variables)
+    variables = runs.tree_identity(teacher.variables)
     now |= {"asked": _identity.asked_of(teacher), "teacher": variables}
   lines = _identity.differences(manifest, now)
   if lines:
@@ -366,7 +355,7 @@ def compare_cache(
     for number, item in enumerate(itertools.islice(fill.items(view), fill.steps // 2 + 1)):
       if number not in (0, fill.steps // 2):
         continue
-      index, made, _ = jax.device_get(fill.outputs(teacher_variables, source.shared, item))
+      index, made, _ = jax.device_get(fill.outputs(teacher, source.shared, item))
       for name, values in made.items():
         error = np.max(np.abs(np.float64(values) - np.float64(rows[name][index])))
         size = np.max(np.abs(np.float64(values)))
@@ -385,7 +374,6 @@ class Filler:
   def __init__(
     self,
     teacher: Teacher,
-    variables: PyTree,
     source: Source,
     dtype: str,
     features: tuple[str, ...],
@@ -395,20 +383,19 @@ class Filler:
 
     Args:
       teacher: the teacher.
-      variables: its variables.
       source: a source with a ``whole``.
       dtype: of the rows.
       features: which of the teacher's features are kept.
       batch_size: examples in a batch.
     """
     whole: Any = source.whole
-    self.source, self.variables, self.dtype = source, variables, dtype
+    self.source, self.teacher, self.dtype = source, teacher, dtype
     self.size, self.every = whole.size, whole.every
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
 
-    outputs = _function(teacher, source.cut, dtype, features)
-    given = variables, source.shared, next(self.items(0))
+    outputs = _function(source.cut, dtype, features)
+    given = teacher, source.shared, next(self.items(0))
     _, made, _ = jax.eval_shape(outputs, *given)
     options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
     self.outputs = jax.jit(outputs, compiler_options=options)
@@ -422,7 +409,7 @@ class Filler:
 
   def probe(self) -> dict[str, Any]:
     """What the teacher puts out for the first examples, as sketches."""
-    _, made, _ = self.outputs(self.variables, self.source.shared, next(self.items(0)))
+    _, made, _ = self.outputs(self.teacher, self.source.shared, next(self.items(0)))
     return {name: sketch(np.asarray(value[:PROBES])) for name, value in made.items()}
 
   def __call__(self, view: int, done: Callable[[int], Any]) -> Rows:
@@ -444,7 +431,7 @@ class Filler:
 
     pending: Any = None
     for item in self.items(view):
-      made = self.outputs(self.variables, self.source.shared, item)
+      made = self.outputs(self.teacher, self.source.shared, item)
       if pending is not None:
         take(pending)  # while the device is at the next batch
       pending = made
@@ -456,13 +443,13 @@ class Filler:
 
 @functools.lru_cache(maxsize=4)
 def _function(
-  teacher: Teacher, cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
+  cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
 ) -> Callable[..., Any]:
   """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
 
-  def outputs(variables: PyTree, shared: PyTree, item: PyTree) -> Any:
+  def outputs(teacher: Teacher, shared: PyTree, item: PyTree) -> Any:
     batch = cut(shared, item)
-    made = _picked(teacher(variables, batch), features)
+    made = _picked(teacher(batch), features)
     kept = {name: value.astype(dtype) for name, value in made.items()}
     problems = {
       name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))

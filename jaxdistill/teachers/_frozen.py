@@ -1,26 +1,27 @@
-"""Teachers: ``(variables, batch) -> Outputs``, frozen here and nowhere else.
+"""Teachers of models: one, an ensemble, some of its classes, groups of them.
 
-Gradients stop at a teacher's variables and outputs, its BatchNorm runs on its running averages,
-and its variables are an argument of the program, never a closure. What is made of a teacher (an
-ensemble, some of its classes, groups of them) is a teacher again.
+A `jaxdistill.Teacher` holds variables and a function of them. The functions here are values: two
+that are made of the same network and ask the same are equal, so ``jit`` compiles for them once.
+Variables stay leaves of the teacher, an argument of the program and never a closure of it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 
 from jaxdistill import _check, runs
 from jaxdistill.teachers import _identity
-from jaxdistill.types import Batch, Network, Outputs, Teacher, compute_dtype
+from jaxdistill.types import Batch, Model, Network, Outputs, Teacher, compute_dtype
 
 __all__ = [
   "RULES",
@@ -32,59 +33,86 @@ __all__ = [
   "group_members",
   "grouped",
   "layers",
+  "members_of",
   "repeated_classes",
   "restore",
   "subset",
-  "unstack",
 ]
 
 PyTree = Any
 RULES = ("mean_logits", "log_mean_probability", "mean_log_probability")
 
 
-def frozen(network: Network) -> Teacher:
-  """A network as a teacher: evaluated in inference mode, gradients stopped.
+@dataclasses.dataclass(frozen=True)
+class _Inference:
+  """A network in inference mode, so that its BatchNorm runs on its running averages."""
+
+  network: Network
+
+  def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
+    return self.network.apply(variables, batch.inputs, train=False, key=None)[0]
+
+
+def frozen(model: Model) -> Teacher:
+  """A network and its variables as a teacher: evaluated in inference mode, gradients stopped.
 
   Args:
-    network: from `jaxdistill.networks`.
+    model: what `jaxdistill.fit` returned; or ``Model(network, variables)``.
 
   Returns:
-    ``teach(variables, batch) -> Outputs``.
+    The teacher; its variables are the model's, no copy of them.
 
   Raises:
-    TypeError: ``network`` is none.
+    TypeError: ``model`` is none.
+    ValueError: it holds the variables of several seeds.
   """
-  if not isinstance(network, Network):
+  if not isinstance(model, Model):
     raise TypeError(
-      f"network={_check.show(network)} must be a Network; make one by networks.linen(module) or "
-      "networks.nnx(model)."
+      f"model={_check.show(model)} must be a Model: what fit returns, or Model(network, variables) "
+      "with a network from networks.linen(module) or networks.nnx(model)."
     )
+  if model.seeds is not None:
+    raise ValueError(
+      f"model holds {model.seeds} seeds of {model.network.name!r}: give one of model.unstack(), "
+      "or teachers.ensemble(model.unstack())."
+    )
+  return Teacher(model.variables, _Inference(model.network), _asked("frozen"))
 
-  def teach(variables: PyTree, batch: Batch) -> Outputs:
-    variables = jax.lax.stop_gradient(variables)
-    outputs, _ = network.apply(variables, batch.inputs, train=False, key=None)
-    return jax.lax.stop_gradient(outputs)
 
-  return _asked(teach, "frozen")
-
-
-def _asked(teach: Any, kind: str, *of: Teacher, **what: Any) -> Teacher:
-  """Says what a teacher is asked for, so that `cached` can tell one from another."""
+def _asked(kind: str, *of: Teacher, **what: Any) -> str:
+  """What a teacher is asked for, so that `cached` can tell one from another."""
   inner = [_identity.asked_of(one) for one in of]
-  teach.asked = {"kind": kind, **what, **({"of": inner} if of else {})}
-  return teach
+  return json.dumps({"kind": kind, **what, **({"of": inner} if of else {})})
 
 
-def _teacher(name: str, given: Network | Teacher) -> Teacher:
-  """A network frozen; a teacher as it is."""
-  if isinstance(given, Network):
+def _teacher(name: str, given: Model | Teacher) -> Teacher:
+  """A model frozen; a teacher as it is."""
+  if isinstance(given, Model):
     return frozen(given)
-  if isinstance(given, nn.Module) or not callable(given):
+  if not isinstance(given, Teacher):
     raise TypeError(
-      f"{name}={_check.show(given)} must be a Network (from networks.linen or networks.nnx) "
-      "or a teacher, (variables, batch) -> Outputs."
+      f"{name}={_check.show(given)} must be a Model (what fit returns, or Model(network, "
+      "variables)) or a Teacher."
     )
   return given
+
+
+def members_of(teacher: Teacher) -> list[Model]:
+  """The networks that a teacher is made of, as far as they are known.
+
+  Args:
+    teacher: a teacher.
+
+  Returns:
+    Their models; none for a teacher with a function of the user's own.
+  """
+  apply, variables = teacher.apply, teacher.variables
+  if isinstance(apply, _Inference):
+    return [Model(apply.network, variables)]
+  if isinstance(apply, _Ensemble):
+    each = [Teacher(v, a) for a, v in zip(apply.members, variables, strict=True)]
+    return [model for one in each for model in members_of(one)]
+  return members_of(Teacher(variables, apply.of)) if isinstance(apply, _Subset | _Grouped) else []
 
 
 def combine_logits(
@@ -141,73 +169,92 @@ def _shares(weights: Any, members: int) -> np.ndarray:
   return share / share.sum()
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ensemble:
+  members: tuple[Callable[[PyTree, Batch], Outputs], ...]
+  rule: str
+  shares: tuple[float, ...]
+
+  def __call__(self, variables: Sequence[PyTree], batch: Batch) -> Outputs:
+    outputs = [apply(v, batch) for apply, v in zip(self.members, variables, strict=True)]
+    for m, one in enumerate(outputs):
+      if not isinstance(one, Outputs):
+        raise TypeError(f"members[{m}] must return Outputs, got {_check.show(one)}.")
+    lacking = [m for m, one in enumerate(outputs) if one.logits is None]
+    if lacking:
+      raise ValueError(f"members {lacking} put out no logits, which an ensemble combines.")
+    classes = [one.logits.shape[-1] for one in outputs]
+    if len(set(classes)) > 1:
+      raise ValueError(f"the members put out different class counts: {classes}.")
+    features = {
+      f"{m}/{name}": value for m, one in enumerate(outputs) for name, value in one.features.items()
+    }
+    combined = combine_logits([o.logits for o in outputs], rule=self.rule, weights=self.shares)
+    return Outputs(logits=combined, features=features)
+
+
 def ensemble(
-  members: Sequence[Network | Teacher], *, rule: str = "mean_logits", weights: Any = None
+  members: Sequence[Model | Teacher], *, rule: str = "mean_logits", weights: Any = None
 ) -> Teacher:
-  """Any number of networks, of any architectures, as one teacher.
+  """Any number of models, of any architectures, as one teacher.
 
   Args:
-    members: networks, or teachers.
+    members: models, or teachers; of a run over several seeds, ``fitted.unstack()``.
     rule: how logits are combined, see `combine_logits`.
     weights: ``[M]``; equal by default.
 
   Returns:
-    ``teach(variables, batch) -> Outputs`` where ``variables`` is a sequence with one entry for
-    each member. Features are named ``"<member>/<feature>"``, members counted from 0.
+    A teacher whose variables are a list with one entry for each member. Features are named
+    ``"<member>/<feature>"``, members counted from 0.
 
   Raises:
+    TypeError: a member is neither a model nor a teacher.
     ValueError: there is no member, the rule is unknown, or the weights do not fit; and at trace
-      time, when the members' class counts differ or the variables are not one for each member.
+      time, when the members' class counts differ or one puts out no logits.
   """
-  if not isinstance(members, Sequence) or not members:
-    raise ValueError("members is empty or no sequence: an ensemble needs at least one network.")
+  if not members:
+    raise ValueError("members is empty: an ensemble needs at least one.")
   if rule not in RULES:
     raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
-  share = _shares(weights, len(members))
-  taught = [_teacher(f"members[{i}]", member) for i, member in enumerate(members)]
-
-  def teach(variables: Sequence[PyTree], batch: Batch) -> Outputs:
-    entries = len(variables) if isinstance(variables, list | tuple) else 0
-    if entries != len(taught):
-      has = f"{entries} entries" if entries else f"a {type(variables).__name__}"
-      raise ValueError(
-        f"variables has {has} for {len(taught)} members; give a sequence with "
-        "one pytree for each member (teachers.unstack makes it from a run over seeds)."
-      )
-    outputs = [member(v, batch) for member, v in zip(taught, variables, strict=True)]
-    classes = [o.logits.shape[-1] for o in outputs]
-    if len(set(classes)) > 1:
-      raise ValueError(f"the members put out different class counts: {classes}.")
-    features = {
-      f"{m}/{name}": value for m, o in enumerate(outputs) for name, value in o.features.items()
-    }
-    combined = combine_logits([o.logits for o in outputs], rule=rule, weights=share)
-    return Outputs(logits=combined, features=features)
-
-  return _asked(teach, "ensemble", *taught, rule=rule, weights=share.tolist())
+  share = _shares(weights, len(members)).tolist()
+  taught = [_teacher(f"members[{m}]", member) for m, member in enumerate(members)]
+  apply = _Ensemble(tuple(one.apply for one in taught), rule, tuple(share))
+  asked = _asked("ensemble", *taught, rule=rule, weights=share)
+  return Teacher([one.variables for one in taught], apply, asked)
 
 
-def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
+@dataclasses.dataclass(frozen=True)
+class _Subset:
+  of: Callable[[PyTree, Batch], Outputs]
+  classes: tuple[int, ...]
+
+  def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
+    outputs, chosen = self.of(variables, batch), np.array(self.classes)
+    check_classes("classes", chosen, outputs.logits)
+    return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
+
+
+def subset(teacher: Model | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
   """A teacher narrowed to some of its classes, and renormalised over them.
 
   The logits of the others are left out: a softmax over those that stay is the distribution given
   that one of them is right.
 
   Args:
-    teacher: a network, or a teacher.
+    teacher: a model, or a teacher.
     classes: which of its classes, in the order of the student's.
 
   Returns:
-    ``teach(variables, batch) -> Outputs`` with logits ``[..., len(classes)]`` and the teacher's
-    features.
+    A teacher with logits ``[..., len(classes)]`` and the other's features.
 
   Raises:
+    TypeError: ``teacher`` is neither a model nor a teacher.
     ValueError: ``classes`` is empty, has a class twice or a negative one; and at trace time, when
       the teacher has no such class.
 
   >>> from jaxdistill.types import make_batch
-  >>> teach = subset(lambda v, batch: Outputs(logits=jnp.array([[1.0, 2.0, 3.0]])), [2, 0])
-  >>> teach({}, make_batch(jnp.zeros((1, 1)))).logits.tolist()
+  >>> whole = Teacher({}, lambda v, batch: Outputs(logits=jnp.array([[1.0, 2.0, 3.0]])))
+  >>> subset(whole, [2, 0])(make_batch(jnp.zeros((1, 1)))).logits.tolist()
   [[3.0, 1.0]]
   """
   chosen = class_numbers("classes", classes)
@@ -216,18 +263,37 @@ def subset(teacher: Network | Teacher, classes: Sequence[int] | np.ndarray) -> T
   twice = repeated_classes(chosen)
   if twice:
     raise ValueError(f"classes has {twice} more than once; name each class one time.")
-  taught = _teacher("teacher", teacher)
+  whole, numbers = _teacher("teacher", teacher), chosen.tolist()
+  apply = _Subset(whole.apply, tuple(numbers))
+  return Teacher(whole.variables, apply, _asked("subset", whole, classes=numbers))
 
-  def teach(variables: PyTree, batch: Batch) -> Outputs:
-    outputs = taught(variables, batch)
-    check_classes("classes", chosen, outputs.logits)
-    return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
 
-  return _asked(teach, "subset", taught, classes=chosen.tolist())
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+  of: Callable[[PyTree, Batch], Outputs]
+  groups: tuple[tuple[int, ...], ...]
+  every: int | None
+
+  def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
+    outputs = self.of(variables, batch)
+    logits = outputs.logits
+    count = check_classes("groups", np.concatenate([*map(np.array, self.groups)]), logits)
+    if self.every not in (None, count):
+      raise ValueError(
+        f"groups has {self.every} entries, but the teacher has {count} classes; give the group of "
+        "each, or the classes of each group."
+      )
+    # Shorter groups are filled up with a class that is never right.
+    widest = max(map(len, self.groups))
+    index = np.array([[*g, *[count] * (widest - len(g))] for g in self.groups])
+    logits = logits.astype(compute_dtype(logits))
+    never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
+    gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
+    return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
 
 
 def grouped(
-  teacher: Network | Teacher, groups: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
+  teacher: Model | Teacher, groups: Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 ) -> Teacher:
   """A teacher of fine classes as one of coarse classes, combined at temperature 1.
 
@@ -235,54 +301,38 @@ def grouped(
   sum of its classes'. The objective tempers the result, as with an `ensemble`.
 
   Args:
-    teacher: a network, or a teacher, with K classes.
+    teacher: a model, or a teacher, with K classes.
     groups: ``[K]``, the group of each class, groups counted from 0; or the classes of each group.
       In the second form a class may be in no group: it is left out, and the rest renormalised.
 
   Returns:
-    ``teach(variables, batch) -> Outputs``: a logit for each group, and the teacher's features.
+    A teacher with a logit for each group, and the other's features.
 
   Raises:
+    TypeError: ``teacher`` is neither a model nor a teacher.
     ValueError: there is no group, one is empty, a class is in two or negative; and at trace time,
       when the groups do not fit the teacher's classes.
 
   >>> from jaxdistill.types import make_batch
-  >>> fine = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
-  >>> teach = grouped(lambda v, batch: Outputs(logits=fine), [0, 1, 0])
-  >>> coarse = jnp.exp(teach({}, make_batch(jnp.zeros((1, 1)))).logits)
+  >>> logits = jnp.log(jnp.array([[0.1, 0.2, 0.7]]))
+  >>> fine = Teacher({}, lambda v, batch: Outputs(logits=logits))
+  >>> coarse = jnp.exp(grouped(fine, [0, 1, 0])(make_batch(jnp.zeros((1, 1)))).logits)
   >>> [round(float(p), 3) for p in coarse[0]]
   [0.8, 0.2]
   """
   members, every = group_members(groups)
-  taught = _teacher("teacher", teacher)
-  widest = max(len(m) for m in members)
-
-  def teach(variables: PyTree, batch: Batch) -> Outputs:
-    outputs = taught(variables, batch)
-    logits = outputs.logits
-    count = check_classes("groups", np.concatenate(members), logits)
-    if every not in (None, count):
-      raise ValueError(
-        f"groups has {every} entries, but the teacher has {count} classes; give the group of each, "
-        "or the classes of each group."
-      )
-    # Shorter groups are filled up with a class that is never right.
-    index = np.array([[*m.tolist(), *[count] * (widest - len(m))] for m in members])
-    logits = logits.astype(compute_dtype(logits))
-    never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
-    gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
-    return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
-
-  return _asked(teach, "grouped", taught, groups=[m.tolist() for m in members])
+  fine, numbers = _teacher("teacher", teacher), [m.tolist() for m in members]
+  apply = _Grouped(fine.apply, tuple(map(tuple, numbers)), every)
+  return Teacher(fine.variables, apply, _asked("grouped", fine, groups=numbers))
 
 
-def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:
-  """A teacher's layers as a student's beginning: what `jaxdistill.train.fit` takes as ``start``.
+def layers(variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:
+  """A teacher's layers as a student's beginning: the variables of a ``Model`` given to `fit`.
 
   Sanh et al., "DistilBERT, a distilled version of BERT", 2019, take every other layer.
 
   Args:
-    teacher_variables: ``{"params": ..., "batch_stats": ..., ...}`` of one network.
+    variables: the teacher's, ``{"params": ..., "batch_stats": ..., ...}`` of one network.
     pairs: the student's path to the teacher's, of submodules or of single arrays, inside
       ``params``; what the other collections hold at the same path comes along. Where both paths
       begin with a collection's name (``"batch_stats/norm"``), that collection alone is meant.
@@ -301,17 +351,17 @@ def layers(teacher_variables: Mapping[str, PyTree], pairs: Mapping[str, str]) ->
   texts = isinstance(pairs, Mapping) and all(isinstance(p, str) for i in pairs.items() for p in i)
   if not pairs or not texts:
     raise ValueError(f'pairs={_check.show(pairs)} must be {{"student path": "teacher path", ...}}.')
-  if not isinstance(teacher_variables, Mapping):
+  if not isinstance(variables, Mapping):
     raise ValueError(
-      f"teacher_variables={_check.show(teacher_variables)} must be the collections of one "
-      'network, {"params": ...}; teachers.unstack takes a run over seeds apart.'
+      f"variables={_check.show(variables)} must be the collections of one network, "
+      '{"params": ...}; fitted.unstack() takes a run over seeds apart.'
     )
-  flat = traverse_util.flatten_dict(teacher_variables)
+  flat = traverse_util.flatten_dict(variables)
   flat = {tuple(map(str, path)): leaf for path, leaf in flat.items()}
   found: dict[tuple[str, ...], Any] = {}
   for ours, theirs in pairs.items():
-    target, source, named = _pair(ours, theirs, teacher_variables)
-    for collection in named or teacher_variables:
+    target, source, named = _pair(ours, theirs, variables)
+    for collection in named or variables:
       start = (collection, *source)
       new = {
         (collection, *target, *path[len(start) :]): leaf
@@ -336,7 +386,7 @@ def _pair(
   if mine != named or (not named and "params" not in collections):
     raise ValueError(
       f"pairs has {ours!r}: {theirs!r}; both paths begin with the same collection, or neither does "
-      f"and there is 'params' (teacher_variables has the collections {sorted(collections)})."
+      f"and there is 'params' (variables has the collections {sorted(collections)})."
     )
   if not target or not source or "" in (*target, *source):
     raise ValueError(f"pairs has {ours!r}: {theirs!r}; name a submodule or an array in each.")
@@ -350,26 +400,7 @@ def _no_path(theirs: str, start: tuple[str, ...], flat: Mapping[tuple[str, ...],
   return f"pairs has the teacher's path {theirs!r}, which is not in its {start[0]!r}; try {near}."
 
 
-def unstack(variables: PyTree) -> list[PyTree]:
-  """Takes a run over seeds apart: leaves ``[S, ...]`` become S pytrees.
-
-  Raises:
-    ValueError: the leaves have no common first axis.
-
-  >>> [v["w"].tolist() for v in unstack({"w": jnp.array([[1.0], [2.0]])})]
-  [[1.0], [2.0]]
-  """
-  sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(variables)}
-  if len(sizes) != 1 or () in sizes:
-    raise ValueError(
-      f"variables has leaves with the first axes {sorted(sizes)}, not one over seeds; only a run "
-      "over a sequence of seeds has one."
-    )
-  ((count,),) = sizes
-  return [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(count)]
-
-
-def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTree = None) -> PyTree:
+def restore(run: str | os.PathLike[str], network: Network, *, step: int | None = None) -> Model:
   """Reads the deployed network's variables from a run folder of ours.
 
   That network is the student (its moving average, where the run kept one), but for recipes that
@@ -377,17 +408,20 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
 
   Args:
     run: the folder that `jaxdistill.train.fit` wrote.
+    network: the deployed network.
     step: which checkpoint; the last one that verifies by default.
-    like: variables (or their shapes) that the result must have the structure of.
 
   Returns:
-    The variables; with leaves ``[S, ...]`` for a run over seeds.
+    The model; with its ``seeds`` for a run over a sequence of seeds.
 
   Raises:
+    TypeError: ``network`` is none.
     FileNotFoundError: there is no usable checkpoint.
     ValueError: the run is not finished (its last usable checkpoint is not of its last step), and
       ``step`` does not ask for an earlier one.
   """
+  if not isinstance(network, Network):
+    raise TypeError(f"network={_check.show(network)} must be a Network, that of the run's student.")
   folder = _check.folder("run", run) / "checkpoints"
   if not folder.is_dir():
     raise FileNotFoundError(f"run={str(run)!r} holds no checkpoints (no folder {folder}).")
@@ -395,15 +429,17 @@ def restore(run: str | os.PathLike[str], *, step: int | None = None, like: PyTre
     chosen = saved.latest() if step is None else step
     if chosen is None:
       raise FileNotFoundError(f"{folder} holds no checkpoint that verifies.")
-    steps = runs.read_config(run)["steps"]
-    if step is None and chosen != steps:
+    config = runs.read_config(run)
+    if step is None and chosen != config["steps"]:
       raise ValueError(
-        f"the run {os.fspath(run)!r} stands at step {chosen} of {steps}; start it again to finish "
-        f"it, or pass step={chosen} to take it as it is."
+        f"the run {os.fspath(run)!r} stands at step {chosen} of {config['steps']}; start it again "
+        f"to finish it, or pass step={chosen} to take it as it is."
       )
     # A checkpoint has this item only where the student is not what is deployed.
     item = "deployed" if "deployed" in saved.items(chosen) else "student"
-    return saved.restore(chosen, {item: like})[item]
+    variables = saved.restore(chosen, {item: None})[item]
+  seed = config["seed"]
+  return Model(network, variables, len(seed) if isinstance(seed, list) else None)
 
 
 def class_numbers(name: str, values: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxdistill.data import Source
 from jaxdistill.teachers._cache_files import arrays_of
+from jaxdistill.types import Teacher
 
 __all__ = [
   "PROBES",
@@ -35,24 +36,24 @@ _OUTPUTS_DIFFER = 0.02
 _LOOKS_DIFFER = 1e-3
 
 
-def asked_of(teacher: Any, asked: Any = None) -> Any:
-  """What a teacher function is asked for beside its variables: rule, classes, groups.
+def asked_of(teacher: Teacher) -> Any:
+  """What a teacher is asked for beside its variables: rule, classes, groups.
 
   Args:
-    teacher: a teacher; those of `jaxdistill.teachers` say it themselves (``teacher.asked``).
-    asked: the user's own words, in place of the function's.
+    teacher: a teacher. Those of `jaxdistill.teachers` say it themselves; one with a function of the
+      user's own that says nothing is told by the function's name.
 
   Returns:
     Something that JSON holds.
   """
-  found = getattr(teacher, "asked", None) if asked is None else asked
-  if found is None:
-    named = getattr(teacher, "__qualname__", type(teacher).__qualname__)
-    found = {"function": f"{getattr(teacher, '__module__', '')}.{named}"}
+  if not teacher.asked:
+    apply = teacher.apply
+    named = getattr(apply, "__qualname__", type(apply).__qualname__)
+    return {"function": f"{getattr(apply, '__module__', '')}.{named}"}
   try:
-    return json.loads(json.dumps(found))
-  except (TypeError, ValueError) as error:
-    raise TypeError(f"asked={found!r} is not what JSON can hold: {error}") from error
+    return json.loads(teacher.asked)
+  except ValueError:  # words of a user
+    return teacher.asked
 
 
 def sketch(values: Any) -> list[list[float]]:
@@ -149,9 +150,7 @@ def _other_looks(there: Any, now: Any) -> list[str]:
 
 def _other_teacher(there: Any, now: Any) -> list[str]:
   if "checksum" not in there:
-    return [
-      "teacher: the cache was filled by another program; open it by cached(None, None, source)"
-    ]
+    return ["teacher: the cache was filled by another program; open it by cached(None, source)"]
   if there["leaves"] != now["leaves"]:
     pairs = itertools.zip_longest(there["leaves"], now["leaves"])
     first, second = next(pair for pair in pairs if pair[0] != pair[1])

@@ -3,7 +3,7 @@
 ``verify PATH`` reads every file of a cache and checks its digest, its count and its ids. It needs
 no JAX, and names the files that are damaged; the exit code is then 1. ``--drop`` drops the views
 that they belong to, so that the next run fills them again. ``--teacher module:function``, where
-``function()`` gives ``(teacher, variables, source)``, also looks whether the cache is that
+``function()`` gives ``(teacher, source)``, also looks whether the cache is that
 teacher's, and computes a sample of it again.
 """
 
@@ -21,7 +21,7 @@ from jaxdistill.teachers._cache_files import CacheError, verify_cache
 
 __all__ = ["main"]
 
-_TEACHER = "also: is it this teacher's? FUNCTION() returns (teacher, variables, source)"
+_TEACHER = "also: is it this teacher's? FUNCTION() returns (teacher, source)"
 _EXAMPLES = """examples:
   jaxdistill cache verify runs/outputs
   jaxdistill cache verify runs/outputs --drop
@@ -31,10 +31,10 @@ _EXAMPLES = """examples:
 def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
   """What differs from the teacher that a function gives."""
   sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-  teacher, variables, source = getattr(importlib.import_module(module), function)()
+  teacher, source = getattr(importlib.import_module(module), function)()
   from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
 
-  return compare_cache(teacher, variables, source, folder)
+  return compare_cache(teacher, source, folder)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.train import optimizers as optimizers
   from jaxdistill.train._fit import (
     Fitted,
-    check_functions,
-    check_hyper,
-    check_networks,
+    Run,
+    Watch,
+    check_run,
     fit,
   )
   from jaxdistill.train._loop import (
@@ -34,7 +34,15 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     with_pmap,
     with_students,
   )
-  from jaxdistill.train._program import Optimizer, Program, Values, build_program, run_identity
+  from jaxdistill.train._plan import (
+    Optimizer,
+    Plan,
+    check_hyper,
+    check_student,
+    check_teacher,
+    run_identity,
+  )
+  from jaxdistill.train._program import Program, Values
   from jaxdistill.train._state import State, deployed_variables, init_state
   from jaxdistill.train._step import make_step, reduce_terms
 
@@ -45,14 +53,17 @@ __all__ = [
   "Intervals",  # at which steps the loop stops to log, to validate, to save
   "Log",  # turns a chunk's sums into a line of the log
   "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
+  "Plan",  # what is trained, from what, by what: the arguments that `fit` and its like share
   "Program",  # what a run calls: put together and checked abstractly, compiled at the first call
+  "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, or its time is up): it has saved
   "Values",  # what differs between the students of one program
-  "build_program",  # builds a run's program; the arguments are those of `jaxdistill.train.fit`
-  "check_functions",  # the user's functions, by how they are called
-  "check_hyper",  # the objective's keywords: known, complete
-  "check_networks",  # the student, the teacher, and the variables that they bring along
+  "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
+  "check_hyper",  # the objective's keywords: complete, with finite numbers
+  "check_run",  # a `Run`, of a folder's path too
+  "check_student",  # the network, and the variables that it starts from where a model is given
+  "check_teacher",  # a teacher whose variables are arrays without NaN
   "claimed_folder",  # the run's folder
   "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
   "deployed_variables",  # the variables that are evaluated and deployed

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import os
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
-from jaxdistill.runs import Checkpoints, fingerprint
+from jaxdistill.runs import Checkpoints
 from jaxdistill.train import _mesh
 from jaxdistill.train._loop import (
   Intervals,
@@ -29,42 +28,158 @@ from jaxdistill.train._loop import (
   stop_signal,
 )
 from jaxdistill.train._mesh import Dispatch
-from jaxdistill.train._program import Program, build_program
-from jaxdistill.train._state import State, deployed_variables
-from jaxdistill.types import Network, Objective, ObjectiveFunction, Teacher, Transform, as_objective
+from jaxdistill.train._plan import Plan
+from jaxdistill.train._program import Program
+from jaxdistill.train._state import State
+from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
 
-__all__ = [
-  "Fitted",
-  "check_functions",
-  "check_hyper",
-  "check_machinery",
-  "check_networks",
-  "fit",
-]
+__all__ = ["Fitted", "Run", "Watch", "check_run", "fit"]
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Fitted:
-  """What `fit` returns.
+class _History(list[dict[str, Any]]):
+  """The lines of a log; hashed by identity, since a pytree's static parts are hashed."""
+
+  __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+@flax.struct.dataclass
+class Fitted(Model):
+  """What `fit` returns: the deployed model, and how it came to be.
 
   Attributes:
-    variables: the deployed network's variables after the last step (their moving average, where
-      one is kept); leaves ``[S, ...]`` over seeds.
     network: the deployed network: the student, unless the objective says otherwise (SimKD).
+    variables: its variables after the last step (their moving average, where one is kept); leaves
+      ``[S, ...]`` over seeds.
+    seeds: S for a sequence of seeds, else None.
     state: the whole training state.
     history: the lines of ``metrics.jsonl``.
   """
 
-  variables: dict[str, PyTree]
-  network: Network
-  state: State
-  history: list[dict[str, Any]]
+  state: State | None = None
+  history: list[dict[str, Any]] = flax.struct.field(pytree_node=False, default_factory=_History)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Where a run, a sweep or a search is saved, and what it says on its way.
+
+  Attributes:
+    folder: nothing is written without one. What was stopped goes on there.
+    config: what else defines the run, the optimiser's settings above all; goes into ``config.json``
+      beside seeds, steps, data, the student's shapes, the objective's keywords and the teacher's
+      fingerprint, and has to be the same when the run goes on.
+    checkpoint_every: steps between checkpoints. By default `fit` saves as often as it validates,
+      and a sweep about ten times, but not more often than every thousand steps.
+    stop_after: seconds from the call on after which it ends as SIGTERM ends it: it finishes its
+      chunk, saves, leaves by `Stopped`, and goes on when it is started again, with the same bits.
+      For a machine that is there for a while; leave room for a chunk and a checkpoint. It changes
+      no number, and so is no part of what has to be the same when the run goes on.
+    progress: the label of the progress, a bar in a terminal and lines elsewhere; True for the
+      folder's name, None or False for silence.
+
+  Raises:
+    TypeError: an attribute is of another kind than it must be.
+    ValueError: one is out of range; ``stop_after`` without a folder to save in.
+  """
+
+  folder: str | os.PathLike[str] | None = None
+  config: Mapping[str, Any] | None = None
+  checkpoint_every: int | None = None
+  stop_after: float | None = None
+  progress: str | bool | None = True
+
+  def __post_init__(self) -> None:
+    if self.folder is not None:
+      _check.folder("folder", self.folder)
+    if self.config is not None and not isinstance(self.config, Mapping):
+      raise TypeError(f"config must be a mapping of settings, got {_check.show(self.config)}.")
+    if self.checkpoint_every is not None:
+      _check.whole("checkpoint_every", self.checkpoint_every)
+    if not isinstance(self.progress, str | bool | None):
+      raise TypeError(f"progress={self.progress!r} must be the bar's label, or None for no bar.")
+    if self.stop_after is not None:
+      _check.number("stop_after", self.stop_after, above=0)
+      if self.folder is None:
+        raise ValueError(f"stop_after={self.stop_after:g} needs a folder=... to save the run in.")
+
+  def label(self, default: str) -> str | None:
+    """The label of the progress; None for silence.
+
+    Args:
+      default: where nothing names it.
+    """
+    if isinstance(self.progress, str):
+      return self.progress
+    named = default if self.folder is None else pathlib.Path(self.folder).name
+    return named if self.progress else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+  """What `fit` looks at on its way, and which checkpoints it keeps by that.
+
+  Attributes:
+    validate: ``model -> {name: number}``, see `jaxdistill.evaluation.validator`. The next step
+      overwrites the model's variables: copy what is to be kept.
+    validate_every: steps between validations; an epoch by default. The last step is always one.
+    select: the validation metric, higher is better, by which the best checkpoint is kept.
+    keep_last: how many of the last checkpoints are kept, beside the best one.
+    log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
+      or 100 steps by default, whichever is less.
+    callback: ``(step, record)`` after every line.
+    tensorboard: also write TensorBoard event files into the folder.
+
+  Raises:
+    TypeError: an attribute is of another kind than it must be.
+    ValueError: one is out of range, or something is selected by and nothing validated.
+  """
+
+  validate: Callable[[Model], Mapping[str, Any]] | None = None
+  validate_every: int | None = None
+  select: str = "accuracy"
+  keep_last: int = 2
+  log_every: int | None = None
+  callback: Callable[[int, Mapping[str, Any]], None] | None = None
+  tensorboard: bool = False
+
+  def __post_init__(self) -> None:
+    for name, value, takes, count, instead in (
+      ("validate", self.validate, "model -> {name: number}", 1, "See evaluation.validator."),
+      ("callback", self.callback, "(step, record)", 2, ""),
+    ):
+      if value is not None:
+        _check.function(name, value, takes, arguments=count, instead=instead)
+    _check.whole("keep_last", self.keep_last)
+    for name in ("validate_every", "log_every"):
+      if getattr(self, name) is not None:
+        _check.whole(name, getattr(self, name))
+    if self.validate is None and self.select != "accuracy":
+      raise ValueError(f"select={self.select!r} chooses by a validation, and validate is None.")
+    _check.switch("tensorboard", self.tensorboard)
+    if self.tensorboard:
+      _extras.need("tensorboard=True", "tensorboardX")
+
+
+def check_run(run: Any) -> Run:
+  """A `Run`, of a folder's path too.
+
+  Args:
+    run: a `Run`, a path, or None for a run that is not saved.
+
+  Raises:
+    TypeError: it is none of these.
+  """
+  if isinstance(run, Run):
+    return run
+  if not isinstance(run, str | os.PathLike | None):
+    raise TypeError(f"run={_check.show(run)} must be a folder, or train.Run(folder, ...).")
+  return Run(run)
 
 
 def fit(
-  student: Network,
+  student: Network | Model,
   objective: Objective | ObjectiveFunction,
   *,
   data: Source | Sequence[Source],
@@ -72,28 +187,11 @@ def fit(
   steps: int,
   seed: int | Sequence[int] = 0,
   teacher: Teacher | None = None,
-  teacher_variables: PyTree = None,
-  hyper: Mapping[str, Any] | None = None,
-  start: Mapping[str, Any] | None = None,
-  objective_start: tuple[PyTree, PyTree] | None = None,
-  transform: Transform | None = None,
   accumulate: int = 1,
   average: float | None = None,
-  dispatch: _mesh.Dispatch | None = None,
-  log_every: int | None = None,
-  validate: Callable[[PyTree], Mapping[str, Any]] | None = None,
-  validate_every: int | None = None,
-  select: str = "accuracy",
-  folder: str | os.PathLike[str] | None = None,
-  config: Mapping[str, Any] | None = None,
-  checkpoint_every: int | None = None,
-  keep_last: int = 2,
-  stop_after: float | None = None,
-  seeds_by: str = "vmap",
-  scan: bool = True,
-  progress: str | None = "train",
-  tensorboard: bool = False,
-  callback: Callable[[int, Mapping[str, Any]], None] | None = None,
+  dispatch: Dispatch | None = None,
+  watch: Watch | None = None,
+  run: Run | str | os.PathLike[str] | None = None,
 ) -> Fitted:
   """Trains a student, or the same student from several seeds as one compiled program.
 
@@ -106,247 +204,128 @@ def fit(
   is one that all of them see, and process 0 writes it.
 
   Args:
-    student: the network to train.
-    objective: what to minimise, see `jaxdistill.recipes`.
+    student: the network to train; or a model whose variables it starts from: all of them, or a part
+      of their tree, such as some of the teacher's layers (`teachers.layers`). With several seeds,
+      leaves may have an axis over them in front.
+    objective: what to minimise, see `jaxdistill.recipes`. Its keywords are numbers, arrays, or
+      schedules of the step: ``recipes.kd(temperature=schedule)``,
+      ``as_objective(mine, temperature=2.0)``.
     data: where batches come from. With several seeds, one source for each: they share their
       arrays, but for those that differ, and have each their ``data_seed``.
     optimizer: an optax optimiser, see `jaxdistill.train.optimizers`.
     steps: how many steps the whole run has.
-    seed: fixes initialisation and dropout. A sequence trains one student for each under ``vmap``.
-    teacher: ``(variables, batch) -> Outputs``; None for training without one.
-    teacher_variables: the teacher's variables; never changed, never checkpointed.
-    hyper: the objective's keywords: numbers, arrays, or schedules of the step.
-    start: values that the student starts from in place of the initialiser's: all its variables, or
-      a part of their tree, such as some of the teacher's layers (`teachers.layers`). With several
-      seeds, leaves may have an axis over them in front.
-    objective_start: likewise for the objective: parts of ``(params, state)``, as the run of an
-      earlier stage has them in its ``state``.
-    transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
-      `jaxdistill.data.transforms`.
+    seed: fixes initialisation and dropout. A sequence trains one student for each in one program.
+    teacher: from `jaxdistill.teachers`; None for training without one. Its variables are never
+      changed and never checkpointed, and stay where they lie on the devices.
     accumulate: into how many micro-batches each batch is cut, to need less memory; the same
       gradient for a network without state across examples and without dropout. BatchNorm, and
       losses that relate examples, see the micro-batch.
     average: the decay of a moving average of the deployed network's variables, which is then what
       is validated, returned and deployed; None for none.
     dispatch: `train.with_jit` (the default, over all devices) or `train.with_pmap`.
-    log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
-      or 100 steps by default, whichever is less.
-    validate: ``variables -> {name: number}``, see `jaxdistill.evaluation.validator`. The variables
-      are those that the next step overwrites: copy what is to be kept.
-    validate_every: steps between validations; an epoch by default. The last step is always one.
-    select: the validation metric, higher is better, by which the best checkpoint is kept.
-    folder: the run's folder; nothing is written without one.
-    config: what else defines the run, the optimiser's settings above all; goes into ``config.json``
-      beside seeds, steps, data, the student's shapes, the objective's keywords and the teacher's
-      fingerprint, and has to be the same when the run goes on.
-    checkpoint_every: steps between checkpoints; as often as validation by default.
-    keep_last: how many of the last checkpoints are kept, beside the best one.
-    stop_after: seconds from the call on after which the run ends as SIGTERM ends it: it finishes
-      its chunk, saves, leaves by `Stopped`, and goes on when it is started again, with the same
-      bits. For a machine that is there for a while; leave room for a chunk and a checkpoint. It
-      changes no number, and so is no part of what has to be the same when the run goes on.
-    seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
-      inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
-    scan: whether a chunk is one dispatch, by ``lax.scan``. Without, its steps are dispatched one by
-      one: XLA computes convolutions inside a loop twenty times slower on a CPU.
-    progress: the label of the progress, a bar in a terminal and lines elsewhere; None for silence.
-    tensorboard: also write TensorBoard event files into the folder.
-    callback: ``(step, record)`` after every line.
+    watch: what is looked at on the way: validation, log, callback; see `Watch`.
+    run: where it is saved; see `Run`. A path is the run's folder; None saves nothing.
 
   Returns:
-    `Fitted`, with the variables after the last step.
+    `Fitted`, a model with the variables after the last step.
 
   Raises:
     TypeError: an argument is of another kind than it must be.
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
-      folder holds another configuration; an unknown keyword in ``hyper``; ``start`` does not fit;
-      ``stop_after`` without a folder to save in.
+      folder holds another configuration; a keyword of the objective has no value; the variables to
+      start from do not fit.
     FloatingPointError: a term was not finite; the message says which, and at which step.
     Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   called = time.monotonic()
+  run, watch = check_run(run), Watch() if watch is None else watch
   dispatch = _mesh.with_jit() if dispatch is None else dispatch
-  check_machinery(
-    optimizer,
-    dispatch,
-    average=average,
-    seeds_by=seeds_by,
-    progress=progress,
-    scan=scan,
-    tensorboard=tensorboard,
-  )
-  check_networks(student, teacher, teacher_variables, start)
-  check_functions(
-    transform=transform, validate=validate, callback=callback, config=config, select=select
-  )
-  _check.whole("steps", steps)
-  _check.whole("keep_last", keep_last)
-  if stop_after is not None:
-    _check.number("stop_after", stop_after, above=0)
-    if folder is None:
-      raise ValueError(f"stop_after={stop_after:g} needs a folder=... to save the run in.")
-  objective = as_objective(objective)
-  hyper = check_hyper(hyper, objective, steps)
-  program = build_program(
+  _check_machinery(optimizer, dispatch, watch)
+  plan = Plan.of(
     student,
     objective,
-    data,
-    optimizer,
-    seed,
-    teacher,
-    teacher_variables,
-    dispatch,
-    hyper=hyper,
-    start=start,
-    objective_start=objective_start,
-    transform=transform,
+    data=data,
+    optimizer=optimizer,
+    steps=steps,
+    seed=seed,
+    teacher=teacher,
     accumulate=accumulate,
     average=average,
-    seeds_by=seeds_by,
-    scan=scan,
   )
+  program = Program(plan, dispatch)
   epoch = program.source.steps_per_epoch
-  every = Intervals.of(steps, epoch, log_every, validate_every, checkpoint_every)
-  program.trace(every.next_stop(0))
-  first_process = jax.process_index() == 0
-  path = saved = None
-  left = None if stop_after is None else max(0, stop_after - (time.monotonic() - called))
+  every = Intervals.of(steps, epoch, watch.log_every, watch.validate_every, run.checkpoint_every)
+  program.trace(every.next_stop(0))  # what does not fit says so before a folder is claimed
+  left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
+  settings = {**(run.config or {}), "seed": seed, **plan.describe(program.shapes.params)}
   with contextlib.ExitStack() as stack:
     # First, and so the last to go: a signal that is handed on finds everything saved.
-    listening = stop_signal(listening=folder is not None, after=left)
+    listening = stop_signal(listening=run.folder is not None, after=left)
     asked_to_stop = stack.enter_context(listening)
-    if folder is not None:
-      settings = {**(config or {}), "steps": steps, "seed": seed, **program.describe()}
-      settings |= {"accumulate": accumulate, "average": average}
-      settings["objective"] = {n: _shown(value, steps) for n, value in objective.hyper.items()}
-      settings["hyper"] = {name: _shown(value, steps) for name, value in hyper.items()}
-      settings["teacher"] = None if teacher is None else fingerprint(teacher_variables)
-      started = (start, objective_start)
-      settings["start"] = None if started == (None, None) else fingerprint(started)
-      path = stack.enter_context(claimed_folder(folder, settings))
-      saved = stack.enter_context(Checkpoints(path / "checkpoints", keep_last=keep_last))
+    path = saved = None
+    if run.folder is not None:
+      path = stack.enter_context(claimed_folder(run.folder, settings))
+      kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
+      saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)
-    log = Log(
-      path if first_process else None,
-      steps=steps,
-      at=at,
-      epoch=epoch,
-      examples=program.examples_per_step,
-      schedules={n: value for n, value in {**objective.hyper, **hyper}.items() if callable(value)},
-      progress=progress if first_process else None,
-      tensorboard=tensorboard and first_process,
-      select=select,
-      callback=callback,
-    )
+    log = _log_of(plan, program, watch, path, at, run.label("train"))
     stack.callback(log.close)
     final = run_steps(
       program,
       state,
       at,
       every=every,
-      dispatch=dispatch,
       log=log,
       saved=saved,
-      validate=validate,
-      select=select,
+      validate=watch.validate,
+      select=watch.select,
       asked_to_stop=asked_to_stop,
     )
-    variables = deployed_variables(final, objective)
-    network = student if objective.deployed is None else objective.deployed.network(student)
+    made = plan.model(final)
+    fitted = Fitted(made.network, made.variables, made.seeds, final, _History(log.history))
     if path is not None and saved is not None:
       saved.wait()
-      _save_deployed(path, program, network, variables)
+      _save_deployed(path, program.source, fitted)
   if path is not None:
-    runs.say_saved(progress if first_process else None, path)
-  return Fitted(variables=variables, network=network, state=final, history=log.history)
+    runs.say_saved(run.label("train") if jax.process_index() == 0 else None, path)
+  return fitted
 
 
-def _save_deployed(
-  path: pathlib.Path, program: Program, network: Network, variables: PyTree
-) -> None:
+def _log_of(
+  plan: Plan, program: Program, watch: Watch, path: pathlib.Path | None, at: int, label: str | None
+) -> Log:
+  """The run's log; process 0 alone writes and shows it."""
+  first_process = jax.process_index() == 0
+  return Log(
+    path if first_process else None,
+    steps=plan.steps,
+    at=at,
+    epoch=program.source.steps_per_epoch,
+    examples=program.examples_per_step,
+    schedules={n: value for n, value in plan.objective.hyper.items() if callable(value)},
+    progress=label if first_process else None,
+    tensorboard=watch.tensorboard and first_process,
+    select=watch.select,
+    callback=watch.callback,
+  )
+
+
+def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:
   """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
     export.save_student(
       path,
-      network,
-      variables,
-      stored=program.source.stored,
-      normalize=program.source.normalize,
-      stacked=program.stacked,
+      fitted.network,
+      fitted.variables,
+      stored=source.stored,
+      normalize=source.normalize,
+      stacked=fitted.seeds is not None,
     )
   _mesh.barrier("deployed")
 
 
-def _shown(value: Any, steps: int) -> Any:
-  """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
-  return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
-
-
-def check_networks(student: Any, teacher: Any, teacher_variables: PyTree, start: PyTree) -> None:
-  """The student, the teacher, and the variables that they bring along.
-
-  Raises:
-    TypeError: the student is no network, or the teacher no function.
-    ValueError: there are variables and no teacher, or some of them are NaN.
-  """
-  if not isinstance(student, Network):
-    raise TypeError(f"student must be a Network, got {_check.show(student)}; {_adapter(student)}.")
-  if isinstance(teacher, Network):
-    raise TypeError(f"teacher is the network {teacher.name!r}; give teachers.frozen(network).")
-  if teacher is None and teacher_variables is not None:
-    raise ValueError(
-      "teacher_variables are given and teacher is None; give fit a teacher "
-      "(teachers.frozen(network)), or leave its variables out."
-    )
-  if teacher is not None:
-    how = f"{_adapter(teacher)}, and teachers.frozen of that."
-    _check.function("teacher", teacher, "(variables, batch) -> Outputs", arguments=2, instead=how)
-    if type(teacher).__module__.startswith("flax.") or hasattr(teacher, "scope"):
-      raise TypeError(f"teacher={_check.show(teacher)} is a bare module; {how}")
-  _check_values("teacher_variables", teacher_variables)
-  _check_values("start", start)
-
-
-def _adapter(module: Any) -> str:
-  """Which adapter makes a network of this."""
-  if isinstance(module, type):
-    return f"make a module of the class, {module.__name__}(...), and give networks.linen(module)"
-  kinds = {kind.__module__.split(".")[1] for kind in type(module).__mro__ if _is_flax(kind)}
-  if "nnx" in kinds:
-    return "give networks.nnx(module)"
-  return "give networks.linen(module), or networks.nnx(module) of an NNX one"
-
-
-def _is_flax(kind: type) -> bool:
-  return kind.__module__.startswith("flax.")
-
-
-def _check_values(name: str, tree: PyTree) -> None:
-  """Raises for what is no array, is traced, or is NaN; infinities may be meant (a mask)."""
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    where = f"{name}{jax.tree_util.keystr(path)}"
-    if isinstance(leaf, jax.core.Tracer):
-      raise TypeError(f"{where} is traced; call fit outside of jit, vmap and grad.")
-    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
-      how = "runs.load_variables and weights read files" if isinstance(leaf, str) else ""
-      raise TypeError(f"{where} is no array, but {_check.show(leaf)}; {how or 'leave it out'}.")
-    if not jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact):
-      continue
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      continue
-    if np.isnan(np.asarray(leaf)).any():
-      raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
-
-
-def check_machinery(
-  optimizer: Any, dispatch: Any, *, average: Any, seeds_by: Any, progress: Any, **switches: Any
-) -> None:
-  """How the run is carried out.
-
-  Raises:
-    TypeError: an argument is of another kind than it must be, or the call is inside a jit.
-    ValueError: ``average`` or ``seeds_by`` is none of those that there are.
-  """
+def _check_machinery(optimizer: Any, dispatch: Any, watch: Any) -> None:
+  """Whether these are an optimiser, a dispatch and a watch, outside of another program's trace."""
   if isinstance(jnp.zeros(()), jax.core.Tracer):
     raise TypeError("fit compiles its steps itself; call it outside of jit, vmap and grad.")
   if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
@@ -357,95 +336,5 @@ def check_machinery(
       f"dispatch must be what train.with_jit(mesh) or train.with_pmap(devices) returns, got "
       f"{_check.show(dispatch)}."
     )
-  if average is not None:
-    _check.number("average", average, least=0, most=1)
-  if seeds_by not in ("vmap", "unroll"):
-    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
-  if not isinstance(progress, str | None):
-    raise TypeError(f"progress={progress!r} must be the bar's label, or None for no bar.")
-  for name, value in switches.items():
-    _check.switch(name, value)
-  if switches.get("tensorboard"):
-    _extras.need("tensorboard=True", "tensorboardX")
-
-
-def check_functions(
-  *, transform: Any, validate: Any, callback: Any, config: Any, select: str
-) -> None:
-  """The user's functions, by how they are called.
-
-  Raises:
-    TypeError: one of them is no such function, or ``config`` no mapping.
-    ValueError: something is selected by, and nothing validated.
-  """
-  for name, value, takes, count, instead in (
-    ("transform", transform, "(key, batch) -> batch", 2, "See jaxdistill.data.transforms."),
-    ("validate", validate, "variables -> {name: number}", 1, "See evaluation.validator."),
-    ("callback", callback, "(step, record)", 2, ""),
-  ):
-    if value is not None:
-      _check.function(name, value, takes, arguments=count, instead=instead)
-  if config is not None and not isinstance(config, Mapping):
-    raise TypeError(f"config must be a mapping of settings, got {_check.show(config)}.")
-  if validate is None and select != "accuracy":
-    raise ValueError(f"select={select!r} chooses by a validation, and validate is None.")
-
-
-def check_hyper(hyper: Any, objective: Objective, steps: int) -> dict[str, Any]:
-  """The objective's keywords: known, complete, and numbers or schedules that give numbers.
-
-  Raises:
-    TypeError: one is no number, array or function of the step.
-    ValueError: one is unknown, missing, not finite, or a temperature that is not positive.
-  """
-  if not isinstance(hyper, Mapping | None):
-    raise TypeError(f"hyper must be a mapping of keywords, got {_check.show(hyper)}.")
-  hyper = dict(hyper or {})
-  unknown = sorted(set(hyper) - set(objective.hyper))
-  if unknown:
-    raise ValueError(
-      f"hyper has {unknown}, which the objective does not take; it takes {sorted(objective.hyper)}."
-    )
-  empty = inspect.Parameter.empty
-  missing = sorted(n for n, v in objective.hyper.items() if v is empty and n not in hyper)
-  if missing:
-    raise ValueError(f"hyper lacks {missing}, for which the objective has no default.")
-  for name, value in hyper.items():
-    if callable(value):
-      _check_schedule(name, value, steps)
-    elif not _numeric(value):
-      raise TypeError(
-        f"hyper[{name!r}] must be a number, an array or a function of the step, got "
-        f"{_check.show(value)}."
-      )
-    elif name == "temperature":
-      _check.number("temperature", value, above=0)
-    elif not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(value))):
-      raise ValueError(f"hyper[{name!r}]={_check.show(value)} must be finite.")
-  return hyper
-
-
-def _numeric(value: Any) -> bool:
-  dtype = getattr(value, "dtype", None)
-  if dtype is not None:
-    return bool(jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_))
-  return isinstance(value, bool | int | float)
-
-
-def _check_schedule(name: str, schedule: Callable[[Any], Any], steps: int) -> None:
-  """A schedule on the host, at three steps, and once as the compiled step will call it."""
-  label = f"the schedule hyper[{name!r}]"
-  for step in sorted({0, steps // 2, steps - 1}):
-    try:
-      value = schedule(step)
-    except Exception as error:
-      raise ValueError(f"{label} fails at step {step}: {_check.short(error)}") from error
-    above = 0 if name == "temperature" else None
-    _check.number(f"{label} at step {step}", value, above=above)
-  try:
-    jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
-  except Exception as error:
-    raise ValueError(
-      f"{label} cannot be compiled ({_check.short(error)}); the step is traced in it: take "
-      "optax's schedules, or jnp.where in place of if."
-    ) from error
+  if not isinstance(watch, Watch):
+    raise TypeError(f"watch={_check.show(watch)} must be a train.Watch: Watch(validator(batches)).")

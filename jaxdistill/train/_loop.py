@@ -27,9 +27,9 @@ from jaxdistill import _check, runs
 from jaxdistill._check import show
 from jaxdistill.runs import Checkpoints, progress_bar
 from jaxdistill.train import _mesh
-from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._program import Program
-from jaxdistill.train._state import State, deployed_variables, from_items, to_items
+from jaxdistill.train._state import State, from_items, to_items
+from jaxdistill.types import Model
 
 __all__ = [
   "Intervals",
@@ -74,10 +74,9 @@ def run_steps(
   at: int,
   *,
   every: Intervals,
-  dispatch: Dispatch,
   log: Log,
   saved: Checkpoints | None = None,
-  validate: Callable[[PyTree], Mapping[str, Any]] | None = None,
+  validate: Callable[[Model], Mapping[str, Any]] | None = None,
   select: str = "accuracy",
   asked_to_stop: Callable[[int], bool] = lambda step: False,
   finite: bool = True,
@@ -89,10 +88,9 @@ def run_steps(
     state: the state at step ``at``; donated.
     at: the step to go on from.
     every: when something is due.
-    dispatch: that of the program.
     log: where the numbers go.
     saved: where checkpoints go; process 0 writes them.
-    validate: ``variables -> {name: number}``.
+    validate: ``model -> {name: number}``.
     select: the validation metric that scores a checkpoint.
     asked_to_stop: ``step -> whether to save and leave``.
     finite: whether a number that is not finite ends the run. Without, it is logged as it is, and
@@ -106,6 +104,7 @@ def run_steps(
     Stopped: the process was asked to stop.
   """
   objective, first_process = program.objective, jax.process_index() == 0
+  dispatch = program.dispatch
   state = dispatch.spread(state)
   pending: dict[str, Any] | None = None
   while at < every.steps:
@@ -126,9 +125,7 @@ def run_steps(
       check_state(now, at)
     if validate is not None and validating:
       try:
-        extra = check_validation(
-          validate(deployed_variables(now, objective)), select if saved else None
-        )
+        extra = check_validation(validate(program.plan.model(now)), select if saved else None)
       except Exception:
         # What was trained until here is not lost with it.
         if saved is not None and first_process:
@@ -150,7 +147,7 @@ def run_steps(
 
 def _checked(pending: dict[str, Any], program: Program, finite: bool) -> dict[str, Any]:
   """The sums on the host, all of them finite where that is asked for."""
-  sums = jax.device_get(program.collect(pending["sums"]))
+  sums = jax.device_get(program.dispatch.collect(pending["sums"]))
   if finite:
     check_finite(sums, pending["begin"])
   if pending["begin"] == 0:
@@ -499,7 +496,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
   """Ends what a script trains after so many seconds, as SIGTERM would: saved, to be gone on with.
 
   For a script of several trainings, sweeps or searches that share one limit, as the experiments'
-  ``--stop-after`` does; a single one takes `jaxdistill.train.fit`'s ``stop_after``. Whatever is
+  ``--stop-after`` does; a single one takes `jaxdistill.train.Run`'s ``stop_after``. Whatever is
   under way then finishes its chunk of steps, saves, and leaves by `Stopped`; between two trainings
   there is nothing to save, and the script leaves at once. Leave room for a chunk and a checkpoint.
   To be used in the main thread, which alone hears of signals.

@@ -75,13 +75,18 @@ class Dispatch:
 
   Attributes:
     devices: how many devices share a batch, over all processes.
+    seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
+      inside the program (``"unroll"``).
+    scan: whether a chunk of steps is one dispatch, by ``lax.scan``.
     part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
     axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
-    compile: ``run(state, teacher_variables, shared, items, values) -> (state, sums)`` to its
-      compiled form, which donates the state.
-    place: puts a tree on every device (variables, shared arrays).
-    spread: puts what students have each of their own (state, values) where `compile`'s function
-      takes it; leaves that are shapes get the sharding of such an array.
+    compile: ``run(state, teacher, shared, items, values) -> (state, sums)`` to its compiled form,
+      which donates the state.
+    place: puts what no step changes (the teacher, shared arrays) on every device. A leaf that lies
+      on the mesh already stays where and as it is, replicated or in parts, and nothing is copied;
+      leaves that are shapes get the sharding of such an array.
+    spread: puts what is donated, and what students have each of their own (state, values), where
+      `compile`'s function takes it, in buffers of its own; shapes likewise get its sharding.
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
@@ -89,6 +94,8 @@ class Dispatch:
   """
 
   devices: int
+  seeds_by: str
+  scan: bool
   part: tuple[int, int]
   axis_name: str | None
   compile: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -140,17 +147,32 @@ def _part(mesh: Mesh) -> tuple[int, int]:
   return processes.index(jax.process_index()), len(processes)
 
 
-def with_jit(mesh: Mesh | None = None) -> Dispatch:
+def _check_form(seeds_by: Any, scan: Any) -> None:
+  if seeds_by not in ("vmap", "unroll"):
+    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
+  _check.switch("scan", scan)
+
+
+def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = True) -> Dispatch:
   """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
 
   In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
 
   Args:
     mesh: from `data_parallel`; all devices by default.
+    seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
+      inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
+    scan: whether a chunk of steps is one dispatch, by ``lax.scan``. Without, its steps are
+      dispatched one by one: XLA computes convolutions inside a loop twenty times slower on a CPU.
 
   Returns:
     The dispatch; its compiled function donates the state.
+
+  Raises:
+    TypeError: ``mesh`` is not one of the one axis `AXIS`, or ``scan`` no bool.
+    ValueError: ``seeds_by`` is neither, or the processes of the mesh have unequal shares.
   """
+  _check_form(seeds_by, scan)
   mesh = data_parallel() if mesh is None else mesh
   if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
     shown = _check.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
@@ -180,33 +202,59 @@ def with_jit(mesh: Mesh | None = None) -> Dispatch:
       return batch
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
 
-  def place(tree: PyTree) -> PyTree:
-    def put(leaf: Any) -> Any:
-      if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
-      if several and is_key(leaf):  # device_put knows no keys on other processes' devices
-        words = jax.device_put(jax.random.key_data(leaf), replicated)
-        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
-      # The compiled call donates the state: a placed tree must own its buffers, and device_put
-      # hands the caller's own buffer back when it already lies where it should.
-      return jax.device_put(leaf, replicated, may_alias=False)
+  def put(leaf: Any, *, owned: bool) -> Any:
+    if not owned and _lies_on(mesh, leaf):
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return leaf.update(sharding=replicated)
+    if several and is_key(leaf):  # device_put knows no keys on other processes' devices
+      words = jax.device_put(jax.random.key_data(leaf), replicated)
+      return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    # The compiled call donates the state, and device_put hands the caller's own buffer back where
+    # that lies right already: what is donated must own its buffers, or the caller's variables (a
+    # student that starts from its teacher's) would be gone after the first step.
+    return jax.device_put(leaf, replicated, may_alias=False if owned else None)
 
-    return jax.tree.map(put, tree)
+  def place(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: put(leaf, owned=False), tree)
+
+  def spread(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: put(leaf, owned=True), tree)
 
   def collect(tree: PyTree) -> PyTree:
     return jax.tree.map(_local, tree) if several else tree
 
+  def compile(run: Callable[..., Any]) -> Callable[..., Any]:
+    # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values):
+    # - The state is donated, so the new one takes its memory: parameters and the optimiser's
+    #   moments are there once, not twice. The teacher is not; it is the same for every call.
+    # - Arguments bring their shardings along: state, values, shared arrays and most teachers lie on
+    #   every device (`place`, `spread`), the items' batch axis is shared out (`split`), and inside
+    #   `constrain` keeps a batch that was cut out of shared arrays shared out too. From these the
+    #   compiler propagates (AxisType.Auto), and adds the sum of gradients over the devices.
+    # - The results are replicated as the arguments were, so the second call compiles nothing anew.
+    return jax.jit(run, donate_argnums=0, out_shardings=replicated)
+
   return Dispatch(
     devices=devices,
+    seeds_by=seeds_by,
+    scan=scan,
     part=part,
     axis_name=None,
-    # The results stay where the arguments were, so the second call does not compile again.
-    compile=lambda run: jax.jit(run, donate_argnums=0, out_shardings=replicated),
+    compile=compile,
     place=place,
-    spread=place,
+    spread=spread,
     split=split,
     constrain=constrain,
     collect=collect,
+  )
+
+
+def _lies_on(mesh: Mesh, leaf: Any) -> bool:
+  """Whether an array is laid out over the devices of a mesh, in their order."""
+  found = getattr(leaf, "sharding", None)
+  return isinstance(found, NamedSharding) and list(found.mesh.devices.flat) == list(
+    mesh.devices.flat
   )
 
 
@@ -219,13 +267,17 @@ def _local(leaf: Any) -> Any:
   return leaf.addressable_data(0)
 
 
-def with_students(mesh: Mesh | None = None) -> Dispatch:
+def with_students(
+  mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = True
+) -> Dispatch:
   """Compiles by `jax.jit` with the students of a sweep shared out over the devices.
 
   Every device sees whole batches and trains students of its own: nothing is communicated.
 
   Args:
     mesh: from `data_parallel`; all devices by default.
+    seeds_by: ``"vmap"``, or ``"unroll"`` for one student after another inside the program.
+    scan: whether a chunk of steps is one dispatch.
 
   Returns:
     The dispatch, for a state with an axis over students that divides by the devices; its compiled
@@ -236,51 +288,62 @@ def with_students(mesh: Mesh | None = None) -> Dispatch:
   """
   if jax.process_count() > 1:
     raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
+  _check_form(seeds_by, scan)
   mesh = data_parallel() if mesh is None else mesh
   everywhere = NamedSharding(mesh, PartitionSpec())
   # On one device an array that comes out of a program is not said to be split.
   over = NamedSharding(mesh, PartitionSpec(AXIS)) if mesh.devices.size > 1 else everywhere
   on_cpu = mesh.devices.flat[0].platform == "cpu"
 
-  def put_by(sharding: NamedSharding) -> Callable[[PyTree], PyTree]:
+  def put_by(sharding: NamedSharding, *, owned: bool) -> Callable[[PyTree], PyTree]:
     def put(leaf: Any) -> Any:
+      if not owned and _lies_on(mesh, leaf):
+        return leaf
       if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return leaf.update(sharding=sharding)
       if on_cpu and getattr(leaf, "sharding", sharding) != sharding:
         # JAX would compile a program to cut an array of its own into parts.
         if is_key(leaf):
           words = jax.device_put(np.asarray(jax.random.key_data(leaf)), sharding)
           return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
         leaf = np.asarray(leaf)
-      return jax.device_put(leaf, sharding, may_alias=False)  # as in `with_jit`
+      return jax.device_put(leaf, sharding, may_alias=False if owned else None)  # see `with_jit`
 
     return lambda tree: jax.tree.map(put, tree)
 
   def compile(run: Callable[..., Any]) -> Callable[..., Any]:
     if mesh.devices.size > 1:
       whole, part = PartitionSpec(), PartitionSpec(AXIS)
+      # Students are shared out, and whatever they look at (teacher, arrays, items) is whole on each
+      # device: inside, a device runs the program of its own students as if it were alone.
       specs = (part, whole, whole, whole, part)
       run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
     return jax.jit(run, donate_argnums=0, compiler_options=_compile.long())
 
   return Dispatch(
     devices=1,
+    seeds_by=seeds_by,
+    scan=scan,
     part=(0, 1),
     axis_name=None,
     compile=compile,
-    place=put_by(everywhere),
-    spread=put_by(over),
-    split=lambda items, batch_axis: put_by(everywhere)(items),
+    place=put_by(everywhere, owned=False),
+    spread=put_by(over, owned=True),
+    split=lambda items, batch_axis: put_by(everywhere, owned=True)(items),
     constrain=lambda batch: batch,
     collect=lambda tree: tree,
   )
 
 
-def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
+def with_pmap(
+  devices: Sequence[jax.Device] | None = None, *, seeds_by: str = "vmap", scan: bool = True
+) -> Dispatch:
   """Compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`.
 
   Args:
     devices: the devices to use; all of them by default.
+    seeds_by: as several seeds are trained: ``"vmap"`` or ``"unroll"``.
+    scan: whether a chunk of steps is one dispatch.
 
   Returns:
     The dispatch; its compiled function donates the state.
@@ -288,6 +351,7 @@ def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
   Raises:
     ValueError: there are several processes, which `with_jit` is for.
   """
+  _check_form(seeds_by, scan)
   if jax.process_count() > 1:
     raise ValueError(f"pmap serves one process, and there are {jax.process_count()}: use with_jit.")
   mesh = data_parallel(devices)
@@ -314,8 +378,12 @@ def with_pmap(devices: Sequence[jax.Device] | None = None) -> Dispatch:
 
   return Dispatch(
     devices=count,
+    seeds_by=seeds_by,
+    scan=scan,
     part=(0, 1),
     axis_name=AXIS,
+    # Each device has a copy of state and teacher with an axis over devices in front, of which it
+    # sees its own; the step sums over the axis by psum. Donated as under jit.
     compile=lambda run: jax.pmap(
       run, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)
     ),

@@ -62,6 +62,11 @@ class State:
   key: Any
   average: Any = None
 
+  @property
+  def objective(self) -> tuple[PyTree, PyTree]:
+    """What the objective learned and remembers: an `Objective.start` for the next stage."""
+    return self.objective_params, self.objective_state
+
 
 def deployed_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
   """The variables that are evaluated and deployed: the moving average where one is kept."""
@@ -89,9 +94,7 @@ def init_state(
   batch: Batch,
   *,
   teacher: Teacher | None = None,
-  teacher_variables: PyTree = None,
   start: Mapping[str, Any] | None = None,
-  objective_start: tuple[PyTree, PyTree] | None = None,
   average: bool = False,
   num_classes: int = 0,
 ) -> State:
@@ -103,12 +106,10 @@ def init_state(
     objective: an `Objective` or a bare function.
     optimizer: an optax optimiser; it sees ``{"student": ..., "objective": ...}``.
     batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
-    teacher: the teacher, whose outputs' shapes the objective's parameters may depend on.
-    teacher_variables: its variables, or their shapes.
+    teacher: the teacher, whose outputs' shapes the objective's parameters may depend on; shapes of
+      its variables are enough.
     start: values for some of the student's variables, or for all, that replace the initialiser's:
       a part of the variables' tree (see `teachers.layers`).
-    objective_start: likewise for what the objective learns and for what it remembers: parts of
-      ``(objective_params, objective_state)``, as a stage before this one left them.
     average: whether the state keeps a moving average of the deployed variables.
     num_classes: how many classes the labels have; 0 where there are none.
 
@@ -118,8 +119,7 @@ def init_state(
   Raises:
     TypeError: the teacher or the objective does not return what it should.
     ValueError: teacher and student differ in their classes, or do not run on the data with their
-      variables; ``start`` has a path that the student
-      has not, or another shape.
+      variables; ``start`` (or ``objective.start``) has a path that is not there, or another shape.
   """
   objective = as_objective(objective)
   student_key, objective_key, run_key = jax.random.split(key, 3)
@@ -128,7 +128,7 @@ def init_state(
     variables = _started(variables, start, student.name)
   model_state = {name: value for name, value in variables.items() if name != "params"}
   seen = _predicted(student, variables, batch.inputs)
-  taught = _teacher_shapes(teacher, teacher_variables, batch)
+  taught = _teacher_shapes(teacher, batch)
   if objective.deployed is None:  # else the student's own logits are not what predicts
     _check_classes(seen, taught)
     _check_labels(seen, num_classes, student.name)
@@ -136,8 +136,8 @@ def init_state(
   if not (isinstance(made, tuple) and len(made) == 2):
     raise TypeError(f"the objective's init must return (params, state), got {_check.show(made)}.")
   objective_params, objective_state = made
-  if objective_start is not None:
-    params, remembered = objective_start
+  if objective.start is not None:
+    params, remembered = objective.start
     objective_params = _started(objective_params, params, "the objective's parameters")
     objective_state = _started(objective_state, remembered, "the objective's state")
   trained = {"student": variables["params"], "objective": objective_params}
@@ -247,15 +247,13 @@ def _outline(tree: PyTree) -> str:
   return str(jax.tree.map(np.shape, tree))
 
 
-def _teacher_shapes(
-  teacher: Teacher | None, teacher_variables: PyTree, batch: Batch
-) -> Outputs | None:
+def _teacher_shapes(teacher: Teacher | None, batch: Batch) -> Outputs | None:
   if batch.teacher is not None:
     return jax.eval_shape(lambda: batch.teacher)
   if teacher is None:
     return None
   try:
-    outputs = jax.eval_shape(teacher, teacher_variables, batch)
+    outputs = jax.eval_shape(lambda teacher, batch: teacher(batch), teacher, batch)
   except (
     _check.VariablesError,
     flax.errors.FlaxError,
@@ -266,15 +264,14 @@ def _teacher_shapes(
   ) as error:
     shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", batch.inputs)
     raise ValueError(
-      f"the teacher does not run with teacher_variables ({_first(teacher_variables)}) on the "
-      f"data's inputs, {shapes} once normalised: {_check.short(error)} Give the variables of "
-      "this very network, {'params': ..., ...}; of a run over seeds, those of one: "
-      "teachers.unstack(variables)[0]."
+      f"the teacher does not run with its variables ({_first(teacher.variables)}) on the data's "
+      f"inputs, {shapes} once normalised: {_check.short(error)} Give the variables of this very "
+      "network, {'params': ..., ...}; of a run over seeds, one of fitted.unstack()."
     ) from error
   if not isinstance(outputs, Outputs):
     raise TypeError(
-      f"teacher must return Outputs, got {_check.show(outputs)}; give teachers.frozen(network), "
-      "or return Outputs(logits=...)."
+      f"the teacher must return Outputs, got {_check.show(outputs)}; give teachers.frozen(model), "
+      "or a function that returns Outputs(logits=...)."
     )
   return outputs
 

@@ -1,4 +1,4 @@
-"""The train step: ``(state, teacher variables, batch) -> (state, sums)``, pure.
+"""The train step: ``(state, teacher, batch) -> (state, sums)``, pure.
 
 It knows nothing about devices, files or loops; `jaxdistill.train.fit` compiles and drives it.
 `reduce_terms` makes the loss of an objective's terms: averages are sums until the end, over the
@@ -50,7 +50,6 @@ def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) ->
 
 def make_step(
   student: Network,
-  teacher: Teacher | None,
   objective: Objective | ObjectiveFunction,
   optimizer: optax.GradientTransformation,
   *,
@@ -60,16 +59,15 @@ def make_step(
   accumulate: int = 1,
   unroll: bool = False,
   average: float | None = None,
-) -> Callable[[State, PyTree, Batch], tuple[State, dict[str, Any]]]:
+) -> Callable[[State, Teacher | None, Batch], tuple[State, dict[str, Any]]]:
   """Builds the pure train step.
 
   Args:
     student: the network to train.
-    teacher: ``(variables, batch) -> Outputs``; None for training without one. When a batch brings
-      ``batch.teacher`` along, that is used and the teacher is not run.
     objective: an `Objective` or a bare function.
     optimizer: an optax optimiser, as given to `train.init_state`.
-    hyper: keywords of the objective: numbers, arrays, or schedules of the step.
+    hyper: values of the objective's keywords in place of its own: numbers, arrays, or schedules of
+      the step; they may be traced, as a sweep's are.
     axis_name: the axis to sum over under `pmap`.
     transform: ``(key, batch) -> batch``, before both networks (see `jaxdistill.data.transforms`).
     accumulate: into how many micro-batches a batch is cut, to need less memory. The gradient is the
@@ -81,9 +79,10 @@ def make_step(
       (10 + step))`` so that the first steps do not weigh on it; None for none.
 
   Returns:
-    ``step(state, teacher_variables, batch) -> (state, sums)``. ``sums`` maps each term, ``"loss"``
-    and (for integer labels, where the student is what is deployed) ``"accuracy"`` to
-    ``(sum, count)``.
+    ``step(state, teacher, batch) -> (state, sums)``. ``teacher`` is None for training without one;
+    when a batch brings ``batch.teacher`` along, that is used and the teacher is not run. ``sums``
+    maps each term, ``"loss"`` and (for integer labels, where the student is what is deployed)
+    ``"accuracy"`` to ``(sum, count)``.
 
   Raises:
     ValueError: ``accumulate`` or ``average`` is out of range; and at trace time, ``hyper`` names a
@@ -91,7 +90,6 @@ def make_step(
   """
   return _Step(
     student=student,
-    teacher=teacher,
     objective=as_objective(objective),
     optimizer=optimizer,
     hyper=dict(hyper or {}),
@@ -108,7 +106,6 @@ class _Step:
   """What `make_step` returns; calling it is the step."""
 
   student: Network
-  teacher: Teacher | None
   objective: Objective
   optimizer: optax.GradientTransformation
   hyper: dict[str, Any]
@@ -124,8 +121,10 @@ class _Step:
       raise ValueError(f"average={self.average} must be None or a decay in [0, 1), 0.999 say.")
 
   def __call__(
-    self, state: State, teacher_variables: PyTree, batch: Batch
+    self, state: State, teacher: Teacher | None, batch: Batch
   ) -> tuple[State, dict[str, Any]]:
+    # The run's key stays as it is and the step's number is folded in: a run that is resumed at step
+    # n draws what it would have drawn, and nothing has to be remembered but n.
     step_key = jax.random.fold_in(state.key, state.step)
     if self.axis_name is not None:
       step_key = jax.random.fold_in(step_key, jax.lax.axis_index(self.axis_name))
@@ -135,7 +134,7 @@ class _Step:
     pass_ = _Pass(
       trained={"student": state.params, "objective": state.objective_params},
       states=(state.model_state, state.objective_state),
-      teacher_variables=teacher_variables,
+      teacher=teacher,
       batch=batch,
       keys=(student_key, objective_key),
       keywords=_resolve(self.hyper, self.objective, state.step),
@@ -178,14 +177,16 @@ class _Step:
     return terms, ({**model_state, **updated}, remembered), logits
 
   def target(self, at: _Pass) -> Outputs | None:
-    if at.batch.teacher is not None or self.teacher is None:
+    if at.batch.teacher is not None or at.teacher is None:
       return at.batch.teacher
-    return self.teacher(at.teacher_variables, at.batch)
+    return at.teacher(at.batch)
 
   def gradients(
     self, at: _Pass, counts: Mapping[str, jax.Array] | None = None
   ) -> tuple[PyTree, PyTree, dict[str, Any]]:
     """The gradient of this batch's share of the loss, the states after it, and its sums."""
+    # Outside of what is differentiated: the teacher's activations need not be kept for a backward
+    # pass that would be stopped anyway.
     target = self.target(at)
 
     def loss_of(trained: PyTree) -> tuple[jax.Array, Any]:
@@ -194,6 +195,8 @@ class _Step:
       return loss, (states, sums, logits)
 
     (loss, (states, sums, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(at.trained)
+    # Under jit the batch is one global array, and its sums are global. Under pmap each device has
+    # its share of the loss, divided by the global count already: gradients are summed.
     if self.axis_name is not None:
       grads, loss = jax.lax.psum((grads, loss), self.axis_name)
       states = _mean_over(self.axis_name, states)
@@ -205,7 +208,12 @@ class _Step:
     )
 
   def accumulated(self, at: _Pass) -> tuple[PyTree, PyTree, dict[str, Any]]:
-    """As `gradients`, from micro-batches one after another."""
+    """The same as `gradients` does, from micro-batches one after another.
+
+    The mean of the micro-batches' means is not the mean of the batch where their masks differ: a
+    micro-batch with few labels would weigh as much as one with many. So each term's count over the
+    whole batch is known first, and every micro-batch adds its sum over that count.
+    """
     parts = _micro_batches(at.batch, self.accumulate)
     numbers = jnp.arange(self.accumulate)
     keys = [jax.vmap(jax.random.fold_in, (None, 0))(key, numbers) for key in at.keys]
@@ -282,7 +290,7 @@ class _Pass:
 
   trained: PyTree
   states: tuple[PyTree, PyTree]
-  teacher_variables: PyTree
+  teacher: Teacher | None
   batch: Batch
   keys: Any
   keywords: dict[str, Any]
@@ -298,6 +306,8 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
     )
 
   def cut(leaf: jax.Array) -> jax.Array:
+    # Row i goes to micro-batch i % count: [B, ...] -> [B/count, count, ...], and count in front. A
+    # device's rows, which lie side by side in B, stay side by side in B/count.
     return jnp.moveaxis(leaf.reshape(size // count, count, *leaf.shape[1:]), 1, 0)
 
   return jax.tree.map(cut, batch)
@@ -305,6 +315,8 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 def _averaged(state: State, latest: PyTree, decay: float) -> State:
   """Moves the average towards the new variables; counters and the like are copied."""
+  # a <- a + (1 - d) (w - a), with d = min(decay, (1 + t) / (10 + t)): the first weights are random,
+  # and a decay of 0.999 would keep a third of them for a thousand steps.
   past = (state.step - 1).astype(jnp.float32)
   share = 1 - jnp.minimum(decay, (1 + past) / (10 + past))
 
@@ -390,6 +402,7 @@ def reduce_terms(
     values = jnp.asarray(term.values)
     values = values.astype(compute_dtype(values))
     mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
+    # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
     total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
     if counts is not None:
       count = counts[name]
@@ -397,7 +410,7 @@ def reduce_terms(
       count = jnp.sum(mask)
       if axis_name is not None:
         count = jax.lax.psum(count, axis_name)
-    mean = total / jnp.where(count == 0, 1, count)
+    mean = total / jnp.where(count == 0, 1, count)  # nothing in the mask: 0, not 0/0
     loss = loss.astype(mean.dtype) + jnp.asarray(term.weight, mean.dtype) * mean
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)

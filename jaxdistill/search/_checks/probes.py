@@ -18,12 +18,19 @@ import optax
 from jaxdistill import _check, losses, runs
 from jaxdistill._compile import quick
 from jaxdistill.data import Source
-from jaxdistill.evaluation import Predict, predictor
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.train import State, init_state, reduce_terms
-from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher, Transform, as_objective
+from jaxdistill.types import Batch, Model, Network, Objective, Outputs, Teacher, as_objective
 
-__all__ = ["ProbedTerm", "batches_of", "curve", "predictions", "probe_terms", "taught_further"]
+__all__ = [
+  "ProbedTerm",
+  "batches_of",
+  "curve",
+  "logits_of",
+  "predictions",
+  "probe_terms",
+  "taught_further",
+]
 
 PyTree = Any
 # Rates of the probe steps: that of Adam's authors, and a tenth of it for what is at rest already.
@@ -52,23 +59,20 @@ class ProbedTerm:
   label_change: float
 
 
-def batches_of(
-  source: Source, step: int, count: int, *, transform: Transform | None = None, seed: int = 0
-) -> Batch:
+def batches_of(source: Source, step: int, count: int, *, seed: int = 0) -> Batch:
   """Training batches as a run would see them, stacked.
 
   Args:
     source: where they come from.
     step: the first step.
     count: how many.
-    transform: as in `jaxdistill.train.fit`.
-    seed: for the transform.
+    seed: for the source's transform.
 
   Returns:
     A `Batch` with leaves ``[count, B, ...]``.
   """
   items = source.items(step, count)
-  key = jax.random.key(seed)
+  key, transform = jax.random.key(seed), source.transform
 
   @jax.jit
   def cut(shared: PyTree, item: PyTree, number: Any) -> Batch:
@@ -109,14 +113,19 @@ def curve(run: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, int | No
   return np.array(steps), np.array(values), planned if isinstance(planned, int) else None
 
 
+def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
+  """What a model says of a batch: ``[B, K]``, or ``[B, L, K]`` for tokens."""
+  logits: jax.Array = model(batch).logits
+  return logits
+
+
 def predictions(
-  predict: Predict, variables: Sequence[PyTree], batches: Batch, *, most: int = 10_000
+  models: Sequence[Model | Teacher], batches: Batch, *, most: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray]:
   """What models say of the labelled examples of a split.
 
   Args:
-    predict: ``(variables, batch) -> logits [B, K]``, or ``[B, L, K]`` for tokens.
-    variables: those of each model, all of one network.
+    models: models or teachers, one after another.
     batches: leaves ``[N, B, ...]``, with integer labels.
     most: examples (or tokens) after which no further batch is looked at.
 
@@ -127,14 +136,14 @@ def predictions(
   Raises:
     ValueError: logits and labels do not fit.
   """
-  one = jax.jit(predict)  # of a function that was compiled before, jit knows the program
-  logits: list[list[np.ndarray]] = [[] for _ in variables]
+  one = jax.jit(logits_of)  # of models of one network, jit knows the program
+  logits: list[list[np.ndarray]] = [[] for _ in models]
   labels: list[np.ndarray] = []
   for i in range(len(batches.weight)):
     batch = jax.tree.map(lambda leaf, i=i: leaf[i], batches)
     known = np.asarray(batch.labels)
     counted = _counted(batch, known.shape)
-    for mine, model in zip(logits, variables, strict=True):
+    for mine, model in zip(logits, models, strict=True):
       found = np.asarray(one(model, batch))
       found = found.astype(np.float32) if found.dtype.itemsize < 4 else found
       if found.shape[:-1] != known.shape:
@@ -158,14 +167,8 @@ def _counted(batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def taught_further(
-  network: Network,
-  variables: Sequence[PyTree],
-  batches: Batch,
-  held_out: Batch,
-  *,
-  steps: int = 20,
-  rates: Sequence[float] = RATES,
-) -> list[tuple[np.ndarray, np.ndarray]]:
+  model: Model, batches: Batch, held_out: Batch, *, steps: int = 20, rates: Sequence[float] = RATES
+) -> tuple[np.ndarray, np.ndarray]:
   """What a few more steps on the labels would do to a trained network's loss.
 
   Adam's steps (Kingma, Ba, 2015) on a copy of the parameters, in inference mode: BatchNorm runs on
@@ -174,8 +177,7 @@ def taught_further(
   otherwise seem to learn as soon as it becomes surer.
 
   Args:
-    network: whose variables these are.
-    variables: those of each model (an ensemble's members); they are not changed.
+    model: the network and its variables (an ensemble's member's), which are not changed.
     batches: leaves ``[N, B, ...]``, to learn from; they come round where there are fewer than
       ``steps``.
     held_out: leaves ``[N, B, ...]``: other training batches, to measure the loss on.
@@ -183,13 +185,14 @@ def taught_further(
     rates: learning rates, each of which starts from the copy; the one that does best counts.
 
   Returns:
-    ``(before, after)`` of each model: each held-out example's loss in nats, ``[examples]``.
+    ``(before, after)``: each held-out example's loss in nats, ``[examples]``.
   """
-  predict = predictor(network)
+  network, variables = model.network, model.variables
   adam = optax.scale_by_adam()
 
   def loss(params: PyTree, rest: PyTree, batch: Batch) -> Any:
-    values = losses.cross_entropy(predict({"params": params, **rest}, batch), batch.labels)
+    now = Model(network, {"params": params, **rest})
+    values = losses.cross_entropy(logits_of(now, batch), batch.labels)
     where = batch.weight * jnp.expand_dims(batch.labelled, range(1, batch.weight.ndim))
     where = jnp.expand_dims(where, range(where.ndim, values.ndim))
     where = jnp.broadcast_to(where, values.shape)
@@ -200,25 +203,23 @@ def taught_further(
     updates, moments = adam.update(jax.grad(loss)(params, rest, batch), moments, params)
     return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), moments
 
-  def taught(model: PyTree, rate: float) -> PyTree:
-    rest = {name: value for name, value in model.items() if name != "params"}
+  compiled: Any = jax.jit(step, compiler_options=quick())
+  begin: Any = jax.jit(adam.init)
+  rest = {name: value for name, value in variables.items() if name != "params"}
+
+  def taught(rate: float) -> Model:
     # A step of 1e-4 would be lost in bfloat16's eight bits.
-    now = jax.tree.map(lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), model["params"])
+    now = jax.tree.map(
+      lambda p: p.astype(jnp.promote_types(p.dtype, jnp.float32)), variables["params"]
+    )
     moments = begin(now)
     for i in range(steps):
       now, moments = compiled(now, moments, rest, batches, i % len(batches.weight), rate)
-    return {"params": now, **rest}
+    return Model(network, {"params": now, **rest})
 
-  compiled: Any = jax.jit(step, compiler_options=quick())
-  begin: Any = jax.jit(adam.init)
-  found = []
-  for model in variables:
-    three = [model, *(taught(model, rate) for rate in rates)]
-    logits, labels = predictions(predict, three, held_out)
-    before, *after = [losses_at(z, labels, calibrating_temperature(z, labels)) for z in logits]
-    best = min(after, key=lambda values: np.nan_to_num(values.mean(), nan=np.inf))
-    found.append((before, best))
-  return found
+  logits, labels = predictions([model, *map(taught, rates)], held_out)
+  before, *after = [losses_at(z, labels, calibrating_temperature(z, labels)) for z in logits]
+  return before, min(after, key=lambda values: np.nan_to_num(values.mean(), nan=np.inf))
 
 
 def probe_terms(
@@ -227,10 +228,8 @@ def probe_terms(
   batch: Batch,
   *,
   teacher: Teacher | None = None,
-  teacher_variables: PyTree = None,
   hyper: Sequence[Mapping[str, Any]] = ({},),
   start: Mapping[str, Any] | None = None,
-  objective_start: tuple[PyTree, PyTree] | None = None,
   num_classes: int = 0,
   seed: int = 0,
 ) -> dict[str, ProbedTerm]:
@@ -240,13 +239,11 @@ def probe_terms(
     student: the network that will be trained.
     objective: the objective; what it learns or remembers comes from its own ``init``.
     batch: leaves ``[B, ...]``.
-    teacher: ``(variables, batch) -> Outputs``; not run where the batch brings its outputs along.
-    teacher_variables: its variables.
+    teacher: not run where the batch brings its outputs along.
     hyper: the objective's keywords as numbers, once for each step of the run that is looked at.
-    start: as in `jaxdistill.train.fit`.
-    objective_start: likewise.
+    start: variables that the student starts from, all or some.
     num_classes: of the data; 0 where it has no labels.
-    seed: of the initialisation, as in `jaxdistill.train.fit`.
+    seed: of the initialisation.
 
   Returns:
     ``{name: ProbedTerm}``; each term as it is where its weighted gradient is largest.
@@ -257,22 +254,20 @@ def probe_terms(
   """
   objective = as_objective(objective)
   begin: Any = jax.jit(
-    lambda key, variables, batch: init_state(
+    lambda key, teacher, batch: init_state(
       key,
       student,
       objective,
       optax.identity(),
       batch,
       teacher=teacher,
-      teacher_variables=variables,
       start=start,
-      objective_start=objective_start,
       num_classes=num_classes,
     ),
     compiler_options=quick(),
   )
-  state = begin(jax.random.key(seed), teacher_variables, batch)
-  gradients = _gradients(student, objective, teacher, hyper)
+  state = begin(jax.random.key(seed), teacher, batch)
+  gradients = _gradients(student, objective, hyper)
   # The labels of a batch with few of them may all be hidden: what reads labels is asked about all.
   known = dataclasses.replace(batch, labelled=jnp.ones_like(batch.labelled))
   hidden = bool(np.any(np.asarray(batch.labelled) != 1))
@@ -280,8 +275,8 @@ def probe_terms(
   found: dict[str, ProbedTerm] = {}
   for keywords in hyper:
     given = {n: v for n, v in keywords.items() if _differs(n, hyper)}
-    first, second = (gradients(state, teacher_variables, b, given) for b in (known, other))
-    real = gradients(state, teacher_variables, batch, given) if hidden else first
+    first, second = (gradients(state, teacher, b, given) for b in (known, other))
+    real = gradients(state, teacher, batch, given) if hidden else first
     for name, (weight, value, count, grads) in real.items():
       term = ProbedTerm(
         weight=float(f"{float(weight):.7g}"),  # float32's digits
@@ -304,19 +299,18 @@ def _differs(name: str, hyper: Sequence[Mapping[str, Any]]) -> bool:
 def _gradients(
   student: Network,
   objective: Objective,
-  teacher: Teacher | None,
   hyper: Sequence[Mapping[str, Any]],
 ) -> Any:
-  """``(state, teacher variables, batch, keywords) -> {name: (weight, value, count, gradients)}``.
+  """``(state, teacher, batch, keywords) -> {name: (weight, value, count, gradients)}``.
 
   Keywords that stay the same are constants of the program, as in a step; a schedule's are not.
   """
   fixed = {name: value for name, value in hyper[0].items() if not _differs(name, hyper)}
 
-  def run(state: State, variables: PyTree, batch: Batch, given: Mapping[str, Any]) -> Any:
+  def run(state: State, teacher: Teacher | None, batch: Batch, given: Mapping[str, Any]) -> Any:
     target: Outputs | None = batch.teacher
     if target is None and teacher is not None:
-      target = teacher(variables, batch)
+      target = teacher(batch)
     keys = jax.random.split(state.key)
 
     def values_of(params: PyTree, learned: PyTree) -> Any:
