@@ -1,11 +1,13 @@
-"""Small networks that the tests share."""
+"""Small networks, and their training, that the tests share."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxdistill import networks
+from jaxdistill import networks, train
+from jaxdistill.types import Model
 
 
 class Dense(nn.Module):
@@ -36,3 +38,17 @@ class Dense(nn.Module):
 
 def dense(width, **fields):
   return networks.linen(Dense(width, **fields), features=["mid"])
+
+
+def model(network, *shape, key):
+  """A network with new variables, for inputs of this shape."""
+  return Model(network, network.init(key, jnp.zeros(shape)))
+
+
+def fit(student, objective, **options):
+  """`train.fit`, which takes what `Run` and `Watch` hold as keywords of its own; silent."""
+  options.setdefault("progress", None)
+  for name, kind in (("run", train.Run), ("watch", train.Watch)):
+    fields = [field.name for field in dataclasses.fields(kind)]
+    options[name] = kind(**{field: options.pop(field) for field in fields if field in options})
+  return train.fit(student, objective, **options)

@@ -28,16 +28,15 @@ import jax, numpy as np, optax
 jax.config.update("jax_compilation_cache_dir", os.environ["KILL_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 import small_networks
-from jaxdistill import data, recipes, teachers, train
+from jaxdistill import data, recipes, teachers
 
 rng = np.random.default_rng(0)
 labels = rng.integers(0, 3, 96)
 inputs = (rng.normal(size=(96, 4)) + np.eye(3, 4)[labels]).astype(np.float32)
 examples = data.from_arrays(inputs, labels, num_classes=3)
 source = data.on_device(examples, batch_size=8, data_seed=0)
-teacher = small_networks.dense(7)
-variables = teacher.init(jax.random.key(9), inputs[:1])
-train.fit(
+teacher = small_networks.model(small_networks.dense(7), 1, 4, key=jax.random.key(9))
+small_networks.fit(
   small_networks.dense(64, norm=True, dropout=0.3),
   recipes.combine(recipes.kd(), recipes.hint("mid", "mid")),
   data=source,
@@ -45,13 +44,11 @@ train.fit(
   steps=480,
   seed=(0, 1),
   teacher=teachers.frozen(teacher),
-  teacher_variables=variables,
   average=0.99,
   accumulate=2,
   log_every=4,
   checkpoint_every=12,
   folder=sys.argv[1],
-  progress=None,
 )
 """
 

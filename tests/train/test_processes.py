@@ -19,6 +19,7 @@ import pytest
 import small_networks
 from jaxdistill import data, export, recipes, teachers, train
 from jaxdistill.runs import Checkpoints
+from jaxdistill.types import Model
 
 CHILD = """
 import os, sys
@@ -43,23 +44,21 @@ def run(folder, kind, dispatch=None, **options):
   examples = data.from_arrays(inputs, labels, num_classes=3)
   make = data.streamed if kind == "streamed" else data.on_device
   sources = [make(examples, batch_size=8, data_seed=seed) for seed in (0, 1)]
-  teacher = small_networks.dense(7, param_dtype=jnp.float64)
-  variables = teacher.init(jax.random.key(9), inputs[:1])
+  network = small_networks.dense(7, param_dtype=jnp.float64)
+  teacher = teachers.frozen(Model(network, network.init(jax.random.key(9), inputs[:1])))
   several = kind != "streamed"
-  return train.fit(
+  return small_networks.fit(
     small_networks.dense(5, norm=True, param_dtype=jnp.float64),
     recipes.combine(recipes.kd(), recipes.hint("mid", "mid")),
     data=sources if several else sources[0],
     seed=(0, 1) if several else 0,
     optimizer=optax.sgd(0.1),
-    teacher=teachers.frozen(teacher),
-    teacher_variables=variables,
+    teacher=teacher,
     average=0.9,
     accumulate=2,
-    validate=lambda v: {"accuracy": float(jnp.mean(v["params"]["Dense_0"]["bias"]))},
+    validate=lambda m: {"accuracy": float(jnp.mean(m.variables["params"]["Dense_0"]["bias"]))},
     folder=folder,
     dispatch=dispatch,
-    progress=None,
     **{"steps": 8, "validate_every": 4, "log_every": 2, **options},
   )
 
@@ -81,7 +80,8 @@ def work(folder, kind):
   assert fitted.history[-1]["step"] == 8 or jax.process_index() > 0
   student = export.load_student(folder)
   assert np.all(np.isfinite(student(np.zeros((2, 4)))))
-  assert teachers.restore(folder)["params"]["Dense_0"]["kernel"].shape[-2:] == (4, 5)
+  restored = teachers.restore(folder, small_networks.dense(5, norm=True))
+  assert restored.variables["params"]["Dense_0"]["kernel"].shape[-2:] == (4, 5)
   with pytest.raises(ValueError, match="use with_jit"):
     train.with_pmap()
   with pytest.raises(ValueError, match="another configuration"):

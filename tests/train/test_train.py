@@ -18,7 +18,7 @@ import small_networks
 from jaxdistill import data, evaluation, losses, recipes, teachers, train
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import Intervals, _loop, deployed_variables, init_state, make_step, optimizers
-from jaxdistill.types import Term, make_batch
+from jaxdistill.types import Model, Term, as_objective, make_batch
 
 STEPS = 8
 
@@ -34,24 +34,27 @@ def source(data_seed=0, batch_size=8, **options):
   return data.on_device(examples(**options), batch_size=batch_size, data_seed=data_seed)
 
 
+def a_model(width=7):
+  return small_networks.model(small_networks.dense(width), 1, 4, key=jax.random.key(9))
+
+
 def a_teacher(width=7):
-  network = small_networks.dense(width)
-  return teachers.frozen(network), network.init(jax.random.key(9), jnp.zeros((1, 4)))
+  return teachers.frozen(a_model(width))
 
 
-def distil(*, student=None, objective=None, steps=STEPS, devices=2, dispatch=None, **options):
-  teacher, variables = a_teacher()
-  options.setdefault("data", source())
-  options.setdefault("progress", None)
-  options.setdefault("optimizer", optax.adam(1e-2))
-  options.setdefault("teacher", teacher)
-  options.setdefault("teacher_variables", variables)
-  return train.fit(
+def distil(*, student=None, objective=None, devices=2, dispatch=None, form=None, **options):
+  mesh = train.data_parallel(jax.devices()[:devices])
+  return small_networks.fit(
     small_networks.dense(5) if student is None else student,
     recipes.combine(recipes.kd(), recipes.hint("mid", "mid")) if objective is None else objective,
-    steps=steps,
-    dispatch=dispatch or train.with_jit(train.data_parallel(jax.devices()[:devices])),
-    **options,
+    **{
+      "data": source(),
+      "optimizer": optax.adam(1e-2),
+      "steps": STEPS,
+      "teacher": a_teacher(),
+      "dispatch": dispatch or train.with_jit(mesh, **(form or {})),
+      **options,
+    },
   )
 
 
@@ -127,12 +130,13 @@ def test_the_limit_of_pmap_relations_see_their_share():
 @pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
 def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
   seeds = (3, 11)
-  together = distil(seed=seeds, data=[source(s) for s in seeds], seeds_by=seeds_by, scan=scan)
-  for i, seed in enumerate(seeds):
+  form = {"seeds_by": seeds_by, "scan": scan}
+  together = distil(seed=seeds, data=[source(s) for s in seeds], form=form)
+  assert together.seeds == 2
+  for seed, mine in zip(seeds, together.unstack(), strict=True):
     alone = distil(seed=seed, data=source(seed))
-    mine = jax.tree.map(lambda leaf, i=i: leaf[i], together.variables)
-    assert_close(mine, alone.variables, tolerance=1e-5)  # float32, eight steps
-  assert differ(*teachers.unstack(together.variables), tolerance=1e-2)
+    assert_close(mine.variables, alone.variables, tolerance=1e-5)  # float32, eight steps
+  assert differ(*together.unstack(), tolerance=1e-2)
 
 
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
@@ -172,10 +176,10 @@ def is_key(x):
 
 @pytest.mark.device
 def test_the_teacher_is_in_no_checkpoint_and_unchanged(tmp_path):
-  teacher, variables = a_teacher()
-  before = jax.tree.map(np.array, variables)
-  distil(teacher=teacher, teacher_variables=variables, folder=tmp_path)
-  assert_same_bits(before, variables)
+  teacher = a_teacher()
+  before = jax.tree.map(np.array, teacher)
+  distil(teacher=teacher, folder=tmp_path)
+  assert_same_bits(before, teacher)
   with Checkpoints(tmp_path / "checkpoints") as saved:
     items = saved.restore(saved.latest())
   assert set(items) == {"student", "objective", "optimizer", "progress"}
@@ -187,7 +191,7 @@ def test_the_best_and_the_last_checkpoints_are_kept(tmp_path):
   scores = iter([0.1, 0.9, 0.2, 0.3])
   distil(
     folder=tmp_path,
-    validate=lambda variables: {"accuracy": next(scores)},
+    validate=lambda model: {"accuracy": next(scores)},
     validate_every=2,
     keep_last=1,
   )
@@ -200,10 +204,9 @@ def test_a_folder_of_another_configuration_is_refused(tmp_path):
   distil(folder=tmp_path, config={"temperature": 4})
   with pytest.raises(ValueError, match="temperature: 4 there, 2 now"):
     distil(folder=tmp_path, config={"temperature": 2})
-  teacher, variables = a_teacher()
-  other = jax.tree.map(lambda leaf: leaf + 1, variables)
+  other = jax.tree.map(lambda leaf: leaf + 1, a_teacher())
   with pytest.raises(ValueError, match="teacher: "):
-    distil(folder=tmp_path, config={"temperature": 4}, teacher=teacher, teacher_variables=other)
+    distil(folder=tmp_path, config={"temperature": 4}, teacher=other)
 
 
 def test_a_term_that_is_not_finite_stops_at_its_step(tmp_path):
@@ -213,8 +216,7 @@ def test_a_term_that_is_not_finite_stops_at_its_step(tmp_path):
 
   with pytest.raises(FloatingPointError, match="term 'odd' is not finite at step 7"):
     distil(
-      objective=explodes,
-      hyper={"scale": lambda step: step.astype(jnp.float32) if hasattr(step, "astype") else step},
+      objective=as_objective(explodes, scale=lambda step: jnp.float32(1) * step),
       folder=tmp_path,
       checkpoint_every=4,
       log_every=2,
@@ -230,7 +232,7 @@ def test_a_term_that_is_not_finite_stops_at_its_step(tmp_path):
     ({"steps": 0}, "steps=0 must be at least 1"),
     ({"seed": ()}, "seed is an empty sequence"),
     ({"seed": (1, 2, 3), "data": lambda: [source(1), source(2)]}, "2 sources for 3 seeds"),
-    ({"seed": (1, 2), "seeds_by": "pmap"}, "seeds_by='pmap'"),
+    ({"form": {"seeds_by": "pmap"}}, "seeds_by='pmap'"),
     ({"checkpoint_every": 0}, "checkpoint_every=0"),
     ({"tensorboard": True}, "tensorboard=True writes into the run's folder"),
     ({"teacher": None}, "needs a teacher, and there is none|teacher is None"),
@@ -249,8 +251,7 @@ def test_a_mesh_without_devices_is_refused():
 
 def test_schedules_and_tensorboard_are_logged(tmp_path):
   fitted = distil(
-    objective=recipes.kd(),
-    hyper={"temperature": optax.linear_schedule(4.0, 2.0, STEPS)},
+    objective=recipes.kd(temperature=optax.linear_schedule(4.0, 2.0, STEPS)),
     folder=tmp_path,
     tensorboard=True,
     log_every=4,
@@ -263,22 +264,18 @@ def test_schedules_and_tensorboard_are_logged(tmp_path):
 
 def test_padded_evaluation_is_ragged_evaluation():
   held_out = examples(size=21)
-  network = small_networks.dense(5)
-  variables = network.init(jax.random.key(0), jnp.zeros((1, 4)))
-  predict = evaluation.predictor(network)
-  teacher, taught = a_teacher()
-  reference = (evaluation.teacher_predictor(teacher), taught)
-  whole = evaluation.evaluate(
-    predict, variables, data.evaluation_batches(held_out, batch_size=21), reference=reference
-  )
-  padded = evaluation.evaluate(
-    predict, variables, data.evaluation_batches(held_out, batch_size=8), reference=reference
+  model = small_networks.model(small_networks.dense(5), 1, 4, key=jax.random.key(0))
+  whole, padded = (
+    evaluation.evaluate(
+      model, data.evaluation_batches(held_out, batch_size=size), teacher=a_teacher()
+    )
+    for size in (21, 8)
   )
   assert whole.keys() == padded.keys()
   for name, value in whole.items():
     # Sums of 21 float32 numbers in another order.
     np.testing.assert_allclose(padded[name], value, rtol=1e-6, err_msg=name)
-  logits = np.asarray(network.apply(variables, held_out.inputs, train=False, key=None)[0].logits)
+  logits = np.asarray(model(held_out.inputs).logits)
   assert whole["accuracy"] == np.mean(logits.argmax(1) == held_out.labels)
 
 
@@ -286,11 +283,10 @@ def test_evaluation_over_seeds_is_each_alone():
   network, held_out = small_networks.dense(5, norm=True), examples(size=21)
   batches = data.evaluation_batches(held_out, batch_size=8)
   init = jax.vmap(lambda key: network.init(key, jnp.zeros((1, 4))))
-  stacked = init(jax.random.split(jax.random.key(0), 3))
-  predict = evaluation.predictor(network)
-  together = evaluation.evaluate(predict, stacked, batches, stacked=True)
-  for i, variables in enumerate(teachers.unstack(stacked)):
-    alone = evaluation.evaluate(predict, variables, batches)
+  stacked = Model(network, init(jax.random.split(jax.random.key(0), 3)), seeds=3)
+  together = evaluation.evaluate(stacked, batches)
+  for i, model in enumerate(stacked.unstack()):
+    alone = evaluation.evaluate(model, batches)
     assert together["nll"][i] == pytest.approx(float(alone["nll"]), rel=1e-6)
   assert dataclasses.is_dataclass(batches)
 
@@ -313,7 +309,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
     trouble = jnp.sqrt(jnp.where(on > 3, 0.0, 1.0) * (1 + jnp.sum(student.logits**2, axis=-1)))
     return {"labels": Term(losses.cross_entropy(student.logits, batch.labels) + trouble)}
 
-  options = {"objective": kink, "hyper": {"on": lambda step: step * 1.0}, "folder": tmp_path}
+  options = {"objective": as_objective(kink, on=lambda step: step * 1.0), "folder": tmp_path}
   with pytest.raises(FloatingPointError, match="params is not finite after step 5"):
     distil(checkpoint_every=1, **options)
   with Checkpoints(tmp_path / "checkpoints") as saved:
@@ -325,7 +321,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
   [
     ({"data": lambda: source(batch_size=4)}, "data: .*'batch_size': 8"),
     ({"student": lambda: small_networks.dense(6)}, "student: "),
-    ({"hyper": lambda: {"temperature": 2.0}}, "hyper: "),
+    ({"objective": lambda: recipes.kd(temperature=2.0)}, "objective: "),
   ],
 )
 def test_another_run_is_not_taken_for_this_one(tmp_path, changed, message):
@@ -345,13 +341,13 @@ def test_an_unfinished_run_is_no_teacher(tmp_path):
   with pytest.raises(KilledError):
     distil(folder=tmp_path, log_every=2, validate_every=2, callback=kill)
   with pytest.raises(ValueError, match="stands at step 2 of 8.*step=2"):
-    teachers.restore(tmp_path)
-  assert "params" in teachers.restore(tmp_path, step=2)
+    teachers.restore(tmp_path, small_networks.dense(5))
+  assert "params" in teachers.restore(tmp_path, small_networks.dense(5), step=2).variables
 
 
 def test_a_selection_that_validation_does_not_return_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"select='accuracy' is not among .*\['acc'\]"):
-    distil(folder=tmp_path, validate=lambda variables: {"acc": 1.0})
+    distil(folder=tmp_path, validate=lambda model: {"acc": 1.0})
 
 
 def unlabelled(size=24, dtype=np.float32):
@@ -364,25 +360,16 @@ def unlabelled(size=24, dtype=np.float32):
 
 
 def prepared(batch, *, student, objective, rate=0.5, **options):
-  """A state at step 0, the step, and the teacher's variables."""
-  network, variables = a_teacher()
-  optimizer = optax.sgd(rate)
-  state = init_state(
-    jax.random.key(0),
-    student,
-    objective,
-    optimizer,
-    batch,
-    teacher=network,
-    teacher_variables=variables,
-    average=options.get("average") is not None,
-  )
-  return state, make_step(student, network, objective, optimizer, **options), variables
+  """A state at step 0, the step, and the teacher."""
+  teacher, optimizer, average = a_teacher(), optax.sgd(rate), options.get("average") is not None
+  given = (jax.random.key(0), student, objective, optimizer, batch)
+  state = init_state(*given, teacher=teacher, average=average)
+  return state, make_step(student, objective, optimizer, **options), teacher
 
 
 def one_step(batch, **options):
-  state, step, variables = prepared(batch, **options)
-  return state, *jax.jit(step)(state, variables, batch)
+  state, step, teacher = prepared(batch, **options)
+  return state, *jax.jit(step)(state, teacher, batch)
 
 
 @pytest.mark.device
@@ -409,10 +396,10 @@ def test_the_denominators_cost_no_forward_pass():
   batch, student = unlabelled(), small_networks.dense(64)
   flops = {}
   for parts in (1, 2):
-    state, step, variables = prepared(
+    state, step, teacher = prepared(
       batch, student=student, objective=recipes.kd(), rate=0.1, accumulate=parts, unroll=True
     )
-    analysis = jax.jit(step).lower(state, variables, batch).compile().cost_analysis()
+    analysis = jax.jit(step).lower(state, teacher, batch).compile().cost_analysis()
     flops[parts] = analysis["flops"]
   # Adding up gradients and looping cost something; a second forward pass would be a third more.
   assert flops[2] < 1.15 * flops[1]
@@ -460,13 +447,13 @@ def test_micro_batches_move_batchnorm_one_after_another():
 
 def test_the_moving_average_is_by_hand():
   batch, objective = unlabelled(), recipes.kd()
-  state, step, variables = prepared(
+  state, step, teacher = prepared(
     batch, student=small_networks.dense(5, norm=True), objective=objective, rate=0.3, average=0.3
   )
   step = jax.jit(step)
   average = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.average)
   for number in range(5):
-    state, _ = step(state, variables, batch)
+    state, _ = step(state, teacher, batch)
     decay = min(0.3, (1 + number) / (10 + number))  # 0.1, 0.18, 0.25, 0.3, 0.3
     now = {"params": state.params, **state.model_state}
     average = jax.tree.map(
@@ -494,39 +481,30 @@ def test_a_run_with_an_average_resumes_with_the_same_bits(tmp_path):
   resumed = distil(folder=tmp_path / "killed", **options)
   assert_same_bits(whole.variables, resumed.variables)
   assert_same_bits(whole.state.params, resumed.state.params)
-  assert_same_bits(teachers.restore(tmp_path / "killed"), whole.variables)
+  restored = teachers.restore(tmp_path / "killed", student)
+  assert_same_bits(restored.variables, whole.variables)
   assert differ(whole.state.params, whole.variables["params"], tolerance=1e-4)
 
 
 def test_a_student_starts_from_layers_of_the_teacher():
-  _, variables = a_teacher(width=5)
-
   def look(student, teacher, batch):
     return {"labels": Term(losses.cross_entropy(student.logits, batch.labels))}
 
-  teacher, _ = a_teacher(width=5)
-  start = teachers.layers(variables, {"Dense_0": "Dense_0"})
-  fitted = distil(
-    teacher=teacher,
-    teacher_variables=variables,
-    objective=look,
-    start=start,
-    optimizer=optax.sgd(0.0),
-    steps=1,
-  )
+  taught = a_model(width=5)
+  variables = taught.variables
+  start = Model(small_networks.dense(5), teachers.layers(variables, {"Dense_0": "Dense_0"}))
+  options = {
+    "student": start,
+    "teacher": teachers.frozen(taught),
+    "objective": look,
+    "optimizer": optax.sgd(0.0),
+    "steps": 1,
+  }
+  fitted = distil(**options)
   assert_same_bits(fitted.variables["params"]["Dense_0"], variables["params"]["Dense_0"])
   assert differ(fitted.variables["params"]["Dense_1"], variables["params"]["Dense_1"], tolerance=0)
-  several = distil(
-    seed=(1, 2),
-    start=start,
-    teacher=teacher,
-    teacher_variables=variables,
-    objective=look,
-    optimizer=optax.sgd(0.0),
-    steps=1,
-  )
-  for one in teachers.unstack(several.variables):
-    assert_same_bits(one["params"]["Dense_0"], variables["params"]["Dense_0"])
+  for one in distil(seed=(1, 2), **options).unstack():
+    assert_same_bits(one.variables["params"]["Dense_0"], variables["params"]["Dense_0"])
 
 
 @pytest.mark.parametrize(
@@ -540,7 +518,7 @@ def test_a_student_starts_from_layers_of_the_teacher():
 )
 def test_a_start_that_does_not_fit_is_refused(start, message):
   with pytest.raises(ValueError, match=message):
-    distil(start=start)
+    distil(student=Model(small_networks.dense(5), start))
 
 
 def test_a_transform_is_what_both_networks_see_and_has_a_key_of_its_own():
@@ -554,21 +532,17 @@ def test_a_transform_is_what_both_networks_see_and_has_a_key_of_its_own():
     s, t = student.logits, teacher.logits
     return {"soft": Term(losses.soft_target_kl(s, t, temperature=2.0))}
 
-  network, variables = a_teacher(width=5)
-  student = small_networks.dense(5)
   options = {
-    "student": student,
-    "teacher": network,
-    "teacher_variables": variables,
+    "student": a_model(width=5),
+    "teacher": a_teacher(width=5),
     "objective": look,
-    "start": variables,
     "optimizer": optax.sgd(0.0),
     "log_every": 1,
     "steps": 2,
     "devices": 1,
   }
   # Teacher and student are the same network: whatever both see, they agree on it.
-  fitted = distil(transform=disturb, **options)
+  fitted = distil(data=data.transformed(source(), disturb), **options)
   jax.effects_barrier()
   assert all(line["soft"] == pytest.approx(0, abs=1e-6) for line in fitted.history)
   assert not np.allclose(seen[0], seen[1])
@@ -733,18 +707,16 @@ def test_a_run_that_saves_nothing_has_no_time_to_stop_at():
 def test_sources_of_seeds_may_differ_in_their_arrays():
   """Other labels for each seed: the arrays that differ get an axis over seeds."""
   masks = [np.arange(48) % 4 == i for i in range(2)]
-  from jaxdistill import data
-  from test_train import examples
 
   def of(seed):
     return data.on_device(examples(), batch_size=8, data_seed=seed, labelled=masks[seed])
 
   together = distil(seed=(0, 1), data=[of(0), of(1)])
-  unrolled = distil(seed=(0, 1), data=[of(0), of(1)], seeds_by="unroll")
+  unrolled = distil(seed=(0, 1), data=[of(0), of(1)], form={"seeds_by": "unroll"})
   for seed in (0, 1):
     alone = distil(seed=seed, data=of(seed))
     for several in (together, unrolled):
-      mine = jax.tree.map(lambda leaf, seed=seed: leaf[seed], several.variables)
-      assert_close(mine, alone.variables, tolerance=1e-5)  # float32, eight steps
+      mine = several.unstack()[seed]
+      assert_close(mine.variables, alone.variables, tolerance=1e-5)  # float32, eight steps
   with pytest.raises(ValueError, match="differ in batch_size"):
     distil(seed=(0, 1), data=[source(0), source(1, batch_size=4)])
