@@ -96,15 +96,25 @@ def source(j, data_seed=0, batch_size=8, **options):
   return j.data.on_device(examples, batch_size=batch_size, data_seed=data_seed, **options)
 
 
-def fit(j, folder=None, *, student=None, objective=None, devices=2, **options):
-  if "teacher" not in options:
-    options |= {"teacher": j.teachers.frozen(network(j, 7))}
-    options.setdefault("teacher_variables", variables())
+def teacher(j, values=None):
+  return j.teachers.frozen(j.types.Model(network(j, 7), variables() if values is None else values))
+
+
+def fit(j, folder=None, *, student=None, objective=None, devices=2, hyper=None, **options):
   options = {"data": source(j), "optimizer": optax.adam(1e-2), "steps": 2, **options}
+  options.setdefault("teacher", teacher(j, options.pop("taught", None)))
+  if "transform" in options:
+    options["data"] = j.data.transformed(options["data"], options.pop("transform"))
   options.setdefault("dispatch", j.train.with_jit(j.train.data_parallel(jax.devices()[:devices])))
   student = network(j) if student is None else student
   objective = j.recipes.kd() if objective is None else objective
-  return j.train.fit(student, objective, progress=None, folder=folder, **options)
+  if hyper is not None:
+    objective = j.types.as_objective(objective, **hyper)
+  options |= {"folder": folder, "progress": None}
+  for name, kind in (("run", j.train.Run), ("watch", j.train.Watch)):
+    fields = [field.name for field in dataclasses.fields(kind)]
+    options[name] = kind(**{field: options.pop(field) for field in fields if field in options})
+  return j.train.fit(student, objective, **options)
 
 
 def check(call, error, message):
@@ -141,18 +151,24 @@ FIT = [
   (lambda j: {"objective": j.recipes.hint("gone", "mid")}, "student_layer='gone' is not among"),
   (lambda j: {"objective": j.recipes.hint("mid", "gone")}, "teacher_layer='gone' is not among"),
   (lambda j: {"objective": unprojected(j)}, "differ in width.*use a projector"),
-  (lambda j: {"teacher": network(j, 7), "teacher_variables": variables()}, r"teachers\.frozen"),
-  (told(teacher=Net(7), teacher_variables=None), "is a bare module; give networks"),
-  (told(teacher=None, teacher_variables=variables()), "teacher is None"),
-  (told(teacher_variables=None), r"does not run with teacher_variables \(none\)"),
-  (told(teacher_variables=variables(9)), "does not run with teacher_variables"),
-  (told(teacher_variables=OTHER), r"params/other \(3,\)"),
-  (told(teacher_variables=STACKED), r"teachers\.unstack\(variables\)\[0\]"),
-  (told(teacher_variables="runs/teacher"), "teacher_variables is no array"),
-  (told(teacher_variables=BAD), r"\['kernel'\] holds NaN|\['bias'\] holds NaN"),
-  (told(teacher=lambda v, b: b.labels), "teacher must return Outputs"),
-  (told(start=KERNEL), r"start has \(4, 9\) at"),
-  (told(start="runs/first"), "start is no array"),
+  (lambda j: {"teacher": network(j, 7)}, r"teachers\.frozen\(Model\(network, variables\)\)"),
+  (lambda j: {"teacher": model(j)}, r"teachers\.frozen\(model\)"),
+  (told(teacher=Net(7)), r"must be a Teacher: give networks\.linen"),
+  (told(teacher=lambda v, b: b.labels), r"must be a Teacher: .*Teacher\(variables, apply\)"),
+  (told(teacher=None), "teacher is None"),
+  (told(taught={}), r"does not run with its variables \(none\)"),
+  (told(taught=variables(9)), "does not run with its variables"),
+  (told(taught=OTHER), r"params/other \(3,\)"),
+  (told(taught=STACKED), r"one of fitted\.unstack\(\)"),
+  (told(taught="runs/teacher"), "teacher.variables is no array"),
+  (told(taught=BAD), r"\['kernel'\] holds NaN|\['bias'\] holds NaN"),
+  (
+    lambda j: {"teacher": j.types.Teacher({}, lambda v, b: b.labels)},
+    "teacher must return Outputs",
+  ),
+  (lambda j: {"student": model(j, KERNEL)}, r"start has \(4, 9\) at"),
+  (lambda j: {"student": model(j, "runs/first")}, "student.variables is no array"),
+  (lambda j: {"student": model(j, STACKED, seeds=1), "seed": (0, 1)}, "1 seeds, and seed has 2"),
   # the objective
   (told(objective="kd"), "objective must be a function"),
   (lambda j: {"objective": j.recipes.kd}, r"Call a recipe, recipes\.kd\(\)"),
@@ -169,7 +185,7 @@ FIT = [
   (told(hyper={"temperature": -1.0}), "temperature must be positive, got -1.0"),
   (told(hyper={"temperature": NAN}), "temperature must be positive and finite"),
   (told(hyper={"temperature": ONE}), r"temperature must be positive: one number.*\(8,\)"),
-  (told(hyper={"temperature": "4"}), r"hyper\['temperature'\] must be a number"),
+  (told(hyper={"temperature": "4"}), "temperature must be finite: one number, got '4'"),
   (told(hyper={"temperature": optax.linear_schedule(1.0, -1.0, 2)}), "must be positive, got"),
   (told(hyper=HALF), "cannot be compiled"),
   (told(hyper={"soft_weight": -1.0}), "soft_weight must be at least 0, got -1.0"),
@@ -190,8 +206,8 @@ FIT = [
   (told(keep_last=0), "keep_last=0"),
   *[(told(accumulate=n), f"accumulate={n}") for n in (0, 3, 2.0)],
   *[(told(average=a), "average") for a in (1.0, -0.1, NAN, "0.9")],
-  (told(seeds_by="pmap"), "seeds_by='pmap'"),
-  (told(scan="yes"), "scan='yes' must be True or False"),
+  (lambda j: {"dispatch": j.train.with_jit(seeds_by="pmap")}, "seeds_by='pmap'"),
+  (lambda j: {"dispatch": j.train.with_pmap(scan="yes")}, "scan='yes' must be True or False"),
   (told(select="nll"), "validate is None"),
   (told(validate={"accuracy": 1}), r"validate must be a function.*evaluation\.validator"),
   (told(validate=lambda: {}), "validate must be a function"),
@@ -203,6 +219,10 @@ FIT = [
   (told(optimizer=optax.adam), r"call it: optax\.adam"),
   (lambda j: {"dispatch": j.train.with_jit}, "dispatch must be what"),
 ]
+
+
+def model(j, values=None, **options):
+  return j.types.Model(network(j), variables() if values is None else values, **options)
 
 
 def unprojected(j):
@@ -279,11 +299,11 @@ def test_data_refuses(j, call, message):
   check(lambda: call(j), Wrong, message)
 
 
-def evaluated(j, values, predict=None, classes=3, **options):
+def evaluated(j, values, seeds=None, classes=3, **options):
   examples = j.data.from_arrays(X, Y % classes if classes == 3 else Y + 2)
   batches = j.data.evaluation_batches(examples, batch_size=8)
-  predict = j.evaluation.predictor(network(j, 7)) if predict is None else predict
-  return j.evaluation.evaluate(predict, values, batches, **options)
+  made = j.types.Model(network(j, 7), values, seeds)
+  return j.evaluation.evaluate(made, batches, **options)
 
 
 S = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -323,28 +343,31 @@ PARTS = [
   (lambda j: j.train.data_parallel(jax.devices()[:1] * 2), "more than once"),
   (lambda j: j.train.with_jit(jax.make_mesh((2,), ("x",))), r"use train\.data_parallel\(\)"),
   (lambda j: evaluated(j, OTHER), "do not fit the network"),
-  (lambda j: evaluated(j, variables(), stacked=True), "stacked=True"),
-  (lambda j: evaluated(j, STACKED), "stacked=False"),
-  (lambda j: evaluated(j, variables(), predict=3), "predict must be a function"),
+  (lambda j: evaluated(j, variables(), seeds=7), "with seeds=7"),
+  (lambda j: evaluated(j, STACKED), "with seeds=None"),
+  (lambda j: evaluated(j, variables(), teacher=model(j)), "must be a Teacher"),
+  (lambda j: j.evaluation.evaluate(network(j), source(j)), "batches must be"),
+  (lambda j: j.evaluation.costs(network(j), source(j)), "must be a Model"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
-  (lambda j: j.evaluation.validator(network(j), source(j)), "batches must be"),
+  (lambda j: j.evaluation.validator(source(j)), "batches must be"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
 ]
 
 
 TEACHERS = [
-  (lambda j: j.teachers.frozen(None), "network=None must be a Network"),
-  (lambda j: j.teachers.subset(Net(), [0]), "teacher=Net.* must be a Network"),
-  (lambda j: j.teachers.ensemble([None]), r"members\[0\]=None must be a Network"),
-  (lambda j: j.teachers.ensemble(network(j)), "members is empty or no sequence"),
-  (lambda j: j.teachers.grouped(network(j), None), "groups=None must be the group of each"),
-  (lambda j: j.teachers.layers(None, {"a": "b"}), "teacher_variables=None must be the coll"),
+  (lambda j: j.teachers.frozen(None), "model=None must be a Model"),
+  (lambda j: j.teachers.frozen(network(j)), r"must be a Model.*Model\(network, variables\)"),
+  (lambda j: j.teachers.frozen(model(j, STACKED, seeds=1)), r"one of model\.unstack\(\)"),
+  (lambda j: j.teachers.subset(Net(), [0]), "teacher=Net.* must be a Model"),
+  (lambda j: j.teachers.ensemble([None]), r"members\[0\]=None must be a Model"),
+  (lambda j: j.teachers.ensemble(model(j)), "is empty or no sequence"),
+  (lambda j: j.teachers.grouped(model(j), None), "groups=None must be the group of each"),
+  (lambda j: j.teachers.layers(None, {"a": "b"}), "variables=None must be the collections"),
   (lambda j: j.teachers.layers({"params": {}}, ["a"]), r"pairs=\['a'\] must be"),
   (lambda j: j.teachers.layers({"params": {}}, {"a": 1}), "pairs=.* must be"),
-  (lambda j: j.teachers.unstack({}), "leaves with the first axes"),
-  (lambda j: j.teachers.unstack({"a": 1.0}), "leaves with the first axes"),
-  (lambda j: j.teachers.unstack({"a": np.ones(2), "b": np.ones(3)}), "leaves with the first axes"),
-  (lambda j: j.teachers.restore(None), "run=None must be a path"),
+  (lambda j: model(j, STACKED, seeds=1)(X), "call one of"),
+  (lambda j: j.teachers.restore(None, network(j)), "run=None must be a path"),
+  (lambda j: j.teachers.restore("runs/teacher", None), "network=None must be a Network"),
 ]
 
 
@@ -392,7 +415,7 @@ FILES = [
   (lambda j, p: j.runs.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
   (lambda j, p: j.export.load_student(p / "none"), FileNotFoundError, "no such folder"),
   (lambda j, p: j.export.save_student(p, Net(), {}, stored=S), TypeError, "must be a Network"),
-  (lambda j, p: j.teachers.restore(p), FileNotFoundError, "holds no checkpoints"),
+  (lambda j, p: j.teachers.restore(p, network(j)), FileNotFoundError, "holds no checkpoints"),
   (lambda j, p: j.runs.read_config(p), FileNotFoundError, "no config.json"),
   (lambda j, p: j.runs.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),
   (lambda j, p: fit(j, written(p / "a")), NotADirectoryError, "is a file"),
@@ -442,10 +465,10 @@ def test_nan_in_a_loss_stops_at_its_step_and_the_folder_is_free_again(j, tmp_pat
 def test_what_was_trained_is_kept_where_a_validation_fails(j, tmp_path):
   run = {"folder": tmp_path / "run", "steps": 4, "validate_every": 2}
   run |= {"objective": term()(j), "teacher": None, "devices": 1}
-  check(lambda: fit(j, validate=lambda v: 0.5, **run), TypeError, "validate must return {name:")
+  check(lambda: fit(j, validate=lambda m: 0.5, **run), TypeError, "validate must return {name:")
   with j.runs.Checkpoints(tmp_path / "run" / "checkpoints") as saved:
     assert saved.steps() == [2]
-  again = fit(j, validate=lambda v: {"accuracy": 1.0}, **run)
+  again = fit(j, validate=lambda m: {"accuracy": 1.0}, **run)
   assert [line["step"] for line in again.history] == [4]
 
 

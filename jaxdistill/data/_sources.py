@@ -45,9 +45,9 @@ __all__ = [
   "on_device",
   "rows_of",
   "rows_padded",
+  "transformed",
   "view_count",
   "view_numbers",
-  "transformed",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.

@@ -212,8 +212,10 @@ def ensemble(
     ValueError: there is no member, the rule is unknown, or the weights do not fit; and at trace
       time, when the members' class counts differ or one puts out no logits.
   """
-  if not members:
-    raise ValueError("members is empty: an ensemble needs at least one.")
+  if isinstance(members, Model | Teacher) or not members:
+    raise ValueError(
+      "members is empty or no sequence; give at least one model or teacher: fitted.unstack(), say."
+    )
   if rule not in RULES:
     raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
   share = _shares(weights, len(members)).tolist()

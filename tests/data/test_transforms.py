@@ -13,7 +13,7 @@ import small_networks
 from jaxdistill import losses, recipes, teachers
 from jaxdistill.data import transforms
 from jaxdistill.train import init_state, make_step
-from jaxdistill.types import Outputs, make_batch
+from jaxdistill.types import Model, Outputs, make_batch
 
 SIZE, CLASSES, COUNT = 6, 4, 1000
 LABELS = [0, 1, 2, 3, 1, 0]
@@ -259,24 +259,19 @@ def test_kd_trains_on_mixed_batches_of_each_seeds_own():
     seen.append(transform(key, batch))
     return seen[-1]
 
-  student, teacher = (
-    small_networks.dense(5, classes=CLASSES),
-    small_networks.dense(7, classes=CLASSES),
-  )
-  taught = jax.jit(teacher.init)(jax.random.key(1), batch.inputs)
-  teach, optimizer = teachers.frozen(teacher), optax.sgd(0.1)
+  student, network = (small_networks.dense(width, classes=CLASSES) for width in (5, 7))
+  variables = jax.jit(network.init)(jax.random.key(1), batch.inputs)
+  teacher, optimizer = teachers.frozen(Model(network, variables)), optax.sgd(0.1)
   objective = recipes.kd(temperature=2.0)
-  run = make_step(student, teach, objective, optimizer, transform=spied)
+  run = make_step(student, objective, optimizer, transform=spied)
 
   def train(key):
-    state = init_state(
-      key, student, objective, optimizer, batch, teacher=teach, teacher_variables=taught
-    )
-    after, sums = run(state, taught, batch)
+    state = init_state(key, student, objective, optimizer, batch, teacher=teacher)
+    after, sums = run(state, teacher, batch)
     mixed = seen.pop()
     # What both networks say of the mixed batch.
     logits = student.apply({"params": state.params}, mixed.inputs, train=False, key=None)[0].logits
-    return sums, mixed, logits, teach(taught, mixed).logits, (state.params, after.params)
+    return sums, mixed, logits, teacher(mixed).logits, (state.params, after.params)
 
   sums, mixed, logits, target, params = jax.jit(jax.vmap(train))(
     jax.random.split(jax.random.key(0), 2)

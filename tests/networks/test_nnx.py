@@ -14,6 +14,7 @@ from flax import nnx as flax_nnx
 
 from jaxdistill import data, networks, recipes, teachers, train
 from jaxdistill.networks import Path, nnx
+from jaxdistill.types import Model
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
 KEY = jax.random.key(7)
@@ -847,9 +848,8 @@ def test_distilling_one_nnx_network_into_another():
     data=source,
     optimizer=optax.sgd(0.05),
     steps=4,
-    teacher=teachers.frozen(teacher),
-    teacher_variables=values,
-    progress=None,
+    teacher=teachers.frozen(Model(teacher, values)),
+    run=train.Run(progress=None),
   )
   assert_same(kept, host(values))
   assert_same(before[1], everything(module)[1])

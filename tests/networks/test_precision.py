@@ -13,7 +13,7 @@ from flax import nnx
 
 import small_networks
 from jaxdistill import data, networks, recipes, teachers, train
-from jaxdistill.types import Network, Outputs, make_batch
+from jaxdistill.types import Model, Network, Outputs, make_batch
 
 # bfloat16 keeps 8 bits: a rounding is at most 2^-9 of a number.
 ROUNDING = 2.0**-9
@@ -42,16 +42,14 @@ def trained():
   variables = teacher.init(jax.random.key(9), inputs[:1])
 
   def fit(student, teacher):
-    return train.fit(
+    return small_networks.fit(
       student,
       recipes.kd(),
       data=source,
       # Not Adam: a bias before a BatchNorm has no gradient but rounding, which Adam blows up.
       optimizer=optax.sgd(0.02, momentum=0.9),
       steps=8,
-      teacher=teachers.frozen(teacher),
-      teacher_variables=variables,
-      progress=None,
+      teacher=teachers.frozen(Model(teacher, variables)),
       log_every=1,
       dispatch=train.with_jit(train.data_parallel(jax.devices()[:1])),
       validate_every=8,
@@ -147,9 +145,9 @@ def test_products_and_gradients_of_linen():
 def test_teachers(compute):
   (plain, variables), inputs = initialised(), inputs_of()
   network = networks.mixed_precision(plain, compute=compute)
-  teach, batch = teachers.frozen(network), make_batch(inputs)
-  assert set(products_in(jax.make_jaxpr(teach)(variables, batch))) <= {"bf16", "f16"}
-  ours, theirs = teach(variables, batch), teachers.frozen(plain)(variables, batch)
+  teacher, batch = teachers.frozen(Model(network, variables)), make_batch(inputs)
+  assert set(products_in(jax.make_jaxpr(lambda t, b: t(b))(teacher, batch))) <= {"bf16", "f16"}
+  ours, theirs = teacher(batch), Model(plain, variables)(batch)
   assert dtypes(ours) == {"float32"}
   # Inputs, two kernels, two products, a norm: each is rounded once or twice.
   assert close(ours.logits, theirs.logits, 8)

@@ -11,9 +11,10 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+import small_networks
 from jaxdistill import data, networks, recipes, teachers, train
 from jaxdistill.train import init_state, make_step
-from jaxdistill.types import Objective, Outputs, as_objective, make_batch
+from jaxdistill.types import Model, Objective, Outputs, as_objective, make_batch
 from test_losses_features import energy, meet, ref_hcl, ref_nst, ref_ofd, ref_vid
 from test_projectors import as_float64, fuse, normalise
 
@@ -81,7 +82,6 @@ def tiny(width):
 
 # Two of the widths are the same in both, so that there are connectors and places without one.
 STUDENT, WIDE = staged(3, 2, 4, 3), staged(3, 4, 4, 5)
-TEACHER = teachers.frozen(WIDE)
 
 
 def pictures(size, seed=0):
@@ -101,13 +101,12 @@ def batch():
 
 
 @functools.cache
-def teacher_variables():
-  """Variables whose BatchNorms are not the neutral ones."""
+def teacher():
+  """A teacher whose BatchNorms are not the neutral ones."""
   variables = jax.jit(WIDE.init)(jax.random.key(7, impl=GENERATOR), batch().inputs)
   rng = np.random.default_rng(1)
-  return jax.tree.map(
-    lambda leaf: leaf + jnp.asarray(0.2 * rng.random(leaf.shape), leaf.dtype), variables
-  )
+  move = lambda leaf: leaf + jnp.asarray(0.2 * rng.random(leaf.shape), leaf.dtype)  # noqa: E731
+  return teachers.frozen(Model(WIDE, jax.tree.map(move, variables)))
 
 
 @functools.cache
@@ -116,7 +115,7 @@ def outputs():
 
   def both(params, state):
     ours = STUDENT.apply({"params": params, **state}, batch().inputs, train=True, key=KEY)[0]
-    return ours, TEACHER(teacher_variables(), batch())
+    return ours, teacher()(batch())
 
   (state,) = BEGUN
   return as_float64(jax.jit(both)(state.params, state.model_state))
@@ -129,18 +128,10 @@ OPTIMIZER = optax.sign_sgd(1e-3)
 
 
 def initial(objective):
-  def make(key, example, variables):
-    return init_state(
-      key,
-      STUDENT,
-      objective,
-      OPTIMIZER,
-      example,
-      teacher=TEACHER,
-      teacher_variables=variables,
-    )
+  def make(key, example, teacher):
+    return init_state(key, STUDENT, objective, OPTIMIZER, example, teacher=teacher)
 
-  return jax.jit(make)(KEY, batch(), teacher_variables())
+  return jax.jit(make)(KEY, batch(), teacher())
 
 
 class Side:
@@ -176,12 +167,12 @@ def steps(parts, count=4):
   objective = Objective(init=side.init, apply=side.apply)
   begun = initial(objective)
   BEGUN[:] = [begun]
-  state, variables = jax.device_put((begun, teacher_variables()), everywhere)
+  state, taught = jax.device_put((begun, teacher()), everywhere)
   shared = jax.device_put(batch(), rows)
-  step = jax.jit(make_step(STUDENT, TEACHER, objective, OPTIMIZER))
+  step = jax.jit(make_step(STUDENT, objective, OPTIMIZER))
   lines = []
   for _ in range(count):
-    state, sums = step(state, variables, shared)
+    state, sums = step(state, taught, shared)
     lines.append({name: float(total / count) for name, (total, count) in sums.items()})
   return begun, state, lines, side.weights
 
@@ -228,7 +219,7 @@ def by_hand_vid(params):
 
 @functools.cache
 def margins():
-  return recipes.overhaul_margins(teacher_variables(), [f"{name}_norm" for name in NAMES])
+  return recipes.overhaul_margins(teacher().variables, [f"{name}_norm" for name in NAMES])
 
 
 def by_hand_overhaul(params):
@@ -310,21 +301,19 @@ def test_the_loss_is_all_terms_with_their_weights():
 def test_the_review_warms_up_in_a_run_over_seeds():
   inputs, labels = pictures(24)
   examples = data.from_arrays(inputs[:, ::4, ::4], labels, num_classes=3)
-  student, teacher = tiny(3), tiny(4)
+  student, wide = tiny(3), tiny(4)
   objective = recipes.reviewkd(
     student_layers=("stage1", "pooled"), teacher_layers=("stage1_preact", "pooled"), warmup_steps=4
   )
-  fitted = train.fit(
+  fitted = small_networks.fit(
     student,
     objective,
     data=[data.on_device(examples, batch_size=8, data_seed=i) for i in range(2)],
     optimizer=OPTIMIZER,
     steps=6,
     seed=(0, 1),
-    teacher=teachers.frozen(teacher),
-    teacher_variables=jax.jit(teacher.init)(KEY, inputs[:1, ::4, ::4]),
+    teacher=teachers.frozen(Model(wide, jax.jit(wide.init)(KEY, inputs[:1, ::4, ::4]))),
     log_every=1,
-    progress=None,
   )
   assert [line["review_warmup"] for line in fitted.history] == [0, 0.25, 0.5, 0.75, 1, 1]
   for line in fitted.history:

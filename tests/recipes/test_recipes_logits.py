@@ -434,7 +434,7 @@ def test_all_train_side_by_side_on_two_devices():
   @jax.vmap
   def train(state, chosen):
     hyper = {name: chosen[i] for i, name in enumerate(names)}
-    return make_step(student, None, objective, optimizer, hyper=hyper)(state, None, batch)
+    return make_step(student, objective, optimizer, hyper=hyper)(state, None, batch)
 
   # A seed for each method.
   state = start = seeded(len(names), student, objective, optimizer, batch)

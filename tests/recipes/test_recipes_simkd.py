@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+import small_networks
 from jaxdistill import data, evaluation, export, networks, teachers, train
 from jaxdistill.recipes import combine, crd, projectors, simkd
 from jaxdistill.train import _fit, init_state, reduce_terms
-from jaxdistill.types import Outputs, make_batch
+from jaxdistill.types import Model, Outputs, make_batch
 from test_train import assert_same_bits
 
 # Two float32 programs that add up in another order.
@@ -87,25 +88,21 @@ def student_map(variables, inputs):
 
 def fit(folder):
   objective = combine(simkd(CLASSIFIER), crd(LABELS, negatives=24, width=8, hard_weight=None))
-  network = objective.deployed.network(STUDENT)
   batches = data.evaluation_batches(EXAMPLES, batch_size=12)
-  return train.fit(
-    STUDENT,
+  return small_networks.fit(
+    Model(STUDENT, BEGUN),
     objective,
     data=data.on_device(EXAMPLES, batch_size=8, data_seed=0),
     optimizer=optax.sgd(0.1, momentum=0.9),
     steps=18,
     seed=(0, 1),
-    teacher=teachers.frozen(TEACHER),
-    teacher_variables=TAUGHT,
-    start=BEGUN,
+    teacher=teachers.frozen(Model(TEACHER, TAUGHT)),
     average=0.8,
     log_every=3,
-    validate=evaluation.validator(network, batches, stacked=True),
+    validate=evaluation.validator(batches),
     validate_every=9,
     folder=folder,
-    scan=False,  # compiles sooner
-    progress=None,
+    dispatch=train.with_jit(scan=False),  # compiles sooner
   )
 
 
@@ -116,11 +113,11 @@ def built():
 
   def once(*args, **options):
     if not programs:
-      programs.append(train.build_program(*args, **options))
+      programs.append(train.Program(*args, **options))
     return programs[0]
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_fit, "build_program", once)
+    patch.setattr(_fit, "Program", once)
     yield
 
 
@@ -156,23 +153,23 @@ def test_it_learns_through_the_projector_and_leaves_both_classifiers(run):
 
 def test_what_is_loaded_is_what_was_trained_and_validated(run):
   folder, fitted = run
-  for seed, variables in enumerate(teachers.unstack(fitted.variables)):
+  for seed, model in enumerate(fitted.unstack()):
     loaded = export.load_student(folder, instance=seed)
     assert (loaded.classes, loaded.instances) == (3, 2)
     inputs = jnp.asarray(EXAMPLES.inputs)
     logits = loaded(inputs)
-    outputs, _ = fitted.network.apply(variables, inputs, train=False, key=None)
-    np.testing.assert_allclose(logits, outputs.logits, **CLOSE)
-    np.testing.assert_allclose(logits, by_hand(variables, student_map(variables, inputs)), **CLOSE)
+    np.testing.assert_allclose(logits, model(inputs).logits, **CLOSE)
+    want = by_hand(model.variables, student_map(model.variables, inputs))
+    np.testing.assert_allclose(logits, want, **CLOSE)
     right = float(np.mean(np.argmax(logits, axis=1) == LABELS))
     assert fitted.history[-1]["validation/accuracy"][seed] == pytest.approx(right)
 
 
 def test_the_folder_gives_back_what_is_deployed(run):
   folder, fitted = run
-  assert_same_bits(teachers.restore(folder), fitted.variables)
-  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), fitted.variables)
-  assert_same_bits(teachers.restore(folder, like=shapes), fitted.variables)
+  restored = teachers.restore(folder, fitted.network)
+  assert restored.seeds == fitted.seeds == 2
+  assert_same_bits(restored.variables, fitted.variables)
 
 
 def test_a_run_goes_on_with_the_same_bits(run, tmp_path):
@@ -323,8 +320,7 @@ def test_labels_beyond_the_classifiers_classes_are_refused():
         simkd(CLASSIFIER),
         optax.sgd(0.1),
         batch,
-        teacher=teachers.frozen(TEACHER),
-        teacher_variables=TAUGHT,
+        teacher=teachers.frozen(Model(TEACHER, TAUGHT)),
         num_classes=4,
       ),
       jax.random.key(0),

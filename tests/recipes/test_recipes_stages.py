@@ -1,5 +1,6 @@
 """Methods of two stages: both at once by hand, one stage after the other through two runs."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -9,8 +10,9 @@ import numpy as np
 import optax
 import pytest
 
+import small_networks
 from jaxdistill import data, recipes, teachers, train
-from jaxdistill.types import Outputs, make_batch
+from jaxdistill.types import Model, Outputs, make_batch
 from test_losses_features import energy, meet, ref_ab, ref_fsp
 from test_projectors import as_float64, convolve
 from test_recipes_features import (
@@ -120,30 +122,28 @@ def taught():
   return jax.jit(TEACHER.init)(KEY, jnp.zeros((1, 2, 2, 2)))
 
 
-def fit(objective, *, count=2, **options):
+def fit(objective, *, student=None, count=2, **options):
   seeds = options.get("seed", 0)
   one = data.on_device(examples(), batch_size=8, data_seed=0)
   several = [
     data.on_device(examples(), batch_size=8, data_seed=s) for s in np.atleast_1d(seeds).tolist()
   ]
   options.setdefault("optimizer", optax.sign_sgd(1e-2))
-  return train.fit(
-    STUDENT,
+  return small_networks.fit(
+    STUDENT if student is None else student,
     objective,
     data=one if np.ndim(seeds) == 0 else several,
     steps=count,
     dispatch=train.with_jit(train.data_parallel(jax.devices()[:1])),
-    teacher=teachers.frozen(TEACHER),
-    teacher_variables=taught(),
+    teacher=teachers.frozen(Model(TEACHER, taught())),
     log_every=1,
-    progress=None,
     **options,
   )
 
 
 @functools.cache
 def untrained():
-  return fit(recipes.labels(), count=1, optimizer=optax.sgd(0.0)).variables
+  return fit(recipes.labels(), count=1, optimizer=optax.sgd(0.0))
 
 
 def moved(old, new):
@@ -186,10 +186,10 @@ def test_the_second_stage_goes_on_from_the_first(method):
   assert set(first.history[0]) & {"labels", term} == {term}
   assert first.history[-1][term] < first.history[0][term]
   # Nothing above the named layer has a gradient.
-  assert moved(untrained(), first.variables) == {"stem_dense", "stage1_dense"}
+  assert moved(untrained().variables, first.variables) == {"stem_dense", "stage1_dense"}
   for connector in first.state.objective_params.values():
     assert np.all(connector["norm"]["bias"] != 0)  # where it started
-  second = fit(after, start=first.variables)
+  second = fit(after, student=first)
   assert second.history[0]["labels"] == pytest.approx(entropy(first.variables), rel=1e-5)  # float32
   assert second.history[-1]["loss"] < second.history[0]["loss"]
   assert moved(first.variables, second.variables) == {"stem_dense", "stage1_dense", "classifier"}
@@ -200,16 +200,16 @@ def test_the_second_stage_goes_on_from_the_first(method):
 
 def test_the_paraphraser_is_handed_over_and_frozen():
   before = recipes.factor_transfer(stage=1, student_layer="stage1")
-  first = fit(before, seed=(0, 1), start=untrained())
+  first = fit(before, seed=(0, 1), student=untrained())
   for line, later in zip(first.history, first.history[1:], strict=False):
     assert np.all(later["reconstruction"] < line["reconstruction"])
   # The student takes no part.
-  for one in teachers.unstack(first.variables):
-    assert moved(untrained(), one) == set()
+  for one in first.unstack():
+    assert moved(untrained().variables, one.variables) == set()
   trained = first.state.objective_params
   assert set(trained) == {"paraphraser"}
   after = recipes.factor_transfer(stage=2, student_layer="stage1")
-  second = fit(after, seed=(0, 1), objective_start=({}, trained))
+  second = fit(dataclasses.replace(after, start=({}, trained)), seed=(0, 1))
   assert set(second.state.objective_params) == {"translator"}
   remembered = second.state.objective_state
   assert set(remembered) == {"paraphraser", "translator"}

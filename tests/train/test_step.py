@@ -9,7 +9,7 @@ import pytest
 import small_networks
 from jaxdistill import recipes, teachers, train
 from jaxdistill.train import init_state, reduce_terms
-from jaxdistill.types import Outputs, Term, as_objective, make_batch
+from jaxdistill.types import Model, Outputs, Term, as_objective, make_batch
 
 
 def batch_of(size=8, classes=3, seed=0):
@@ -76,34 +76,31 @@ def test_bfloat16_terms_are_averaged_in_float32(strict_promotion):
 def build(objective, *, teacher_width=7, batch=None, hyper=None, optimizer=None):
   batch = batch_of() if batch is None else batch
   student = small_networks.dense(5, norm=True)
-  teacher_network = small_networks.dense(teacher_width, norm=True)
-  teacher = teachers.frozen(teacher_network)
-  variables = teacher_network.init(jax.random.key(1), batch.inputs)
+  network = small_networks.dense(teacher_width, norm=True)
+  teacher = teachers.frozen(Model(network, network.init(jax.random.key(1), batch.inputs)))
   optimizer = optax.sgd(0.1) if optimizer is None else optimizer
   state = jax.jit(
-    lambda key: init_state(
-      key, student, objective, optimizer, batch, teacher=teacher, teacher_variables=variables
-    )
+    lambda key: init_state(key, student, objective, optimizer, batch, teacher=teacher)
   )(jax.random.key(0))
-  run = train.make_step(student, teacher, objective, optimizer, hyper=hyper)
-  return state, variables, batch, run
+  run = train.make_step(student, objective, optimizer, hyper=hyper)
+  return state, teacher, batch, run
 
 
 def test_the_teacher_is_frozen():
-  state, variables, batch, run = build(recipes.combine(recipes.kd(), recipes.hint("mid", "mid")))
-  before = jax.tree.map(np.array, variables)
+  state, teacher, batch, run = build(recipes.combine(recipes.kd(), recipes.hint("mid", "mid")))
+  before = jax.tree.map(np.array, teacher)
   jitted = jax.jit(run)
   for _ in range(3):
-    state, _ = jitted(state, variables, batch)
-  jax.tree.map(np.testing.assert_array_equal, before, variables)
+    state, _ = jitted(state, teacher, batch)
+  jax.tree.map(np.testing.assert_array_equal, before, teacher)
   # Nor does a gradient reach it, BatchNorm statistics included.
-  grads = jax.jit(jax.grad(lambda v: run(state, v, batch)[1]["soft"][0]))(variables)
+  grads = jax.jit(jax.grad(lambda t: run(state, t, batch)[1]["soft"][0]))(teacher)
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 def test_student_statistics_and_projector_move():
-  state, variables, batch, run = build(recipes.combine(recipes.kd(), recipes.hint("mid", "mid")))
-  after, sums = jax.jit(run)(state, variables, batch)
+  state, teacher, batch, run = build(recipes.combine(recipes.kd(), recipes.hint("mid", "mid")))
+  after, sums = jax.jit(run)(state, teacher, batch)
   moved = jax.tree.map(
     lambda a, b: bool(np.any(a != b)),
     (state.objective_params, state.model_state),
@@ -122,10 +119,8 @@ def test_equal_widths_need_no_projector():
 
 
 def test_the_loss_is_what_the_terms_say():
-  state, variables, batch, run = build(
-    recipes.kd(temperature=2.0, soft_weight=0.7, hard_weight=0.3)
-  )
-  _, sums = jax.jit(run)(state, variables, batch)
+  state, teacher, batch, run = build(recipes.kd(temperature=2.0, soft_weight=0.7, hard_weight=0.3))
+  _, sums = jax.jit(run)(state, teacher, batch)
   mean = {name: float(total / count) for name, (total, count) in sums.items()}
   assert mean["loss"] == pytest.approx(0.7 * mean["soft"] + 0.3 * mean["labels"], rel=1e-6)
 
@@ -133,38 +128,34 @@ def test_the_loss_is_what_the_terms_say():
 def test_unlabelled_examples_reach_the_soft_term_alone():
   batch = batch_of()
   batch = batch.replace(labelled=jnp.zeros(8), labels=jnp.zeros(8, jnp.int32))
-  state, variables, batch, run = build(recipes.kd(), batch=batch)
-  _, sums = jax.jit(run)(state, variables, batch)
+  state, teacher, batch, run = build(recipes.kd(), batch=batch)
+  _, sums = jax.jit(run)(state, teacher, batch)
   assert [float(v) for v in sums["labels"]] == [0, 0]
   assert float(sums["soft"][1]) == 8
 
 
 def test_a_schedule_of_a_keyword_does_not_recompile():
   schedule = optax.linear_schedule(4.0, 1.0, 3)
-  state, variables, batch, run = build(recipes.kd(), hyper={"temperature": schedule})
+  state, teacher, batch, run = build(recipes.kd(), hyper={"temperature": schedule})
   jitted = jax.jit(run)
   fixed = jax.jit(build(recipes.kd(), hyper={"temperature": 4.0})[3])
-  _, at_start = fixed(state, variables, batch)
+  _, at_start = fixed(state, teacher, batch)
   values = []
   for _ in range(4):
-    state, sums = jitted(state, variables, batch)
+    state, sums = jitted(state, teacher, batch)
     values.append(float(sums["soft"][0]))
   assert jitted._cache_size() == 1
   assert values[0] == pytest.approx(float(at_start["soft"][0]), rel=1e-6)
 
 
 def test_numeric_keywords_vary_under_vmap():
-  state, variables, batch, _ = build(recipes.kd())
-  student, teacher = (
-    small_networks.dense(5, norm=True),
-    teachers.frozen(small_networks.dense(7, norm=True)),
-  )
+  state, teacher, batch, _ = build(recipes.kd())
+  student = small_networks.dense(5, norm=True)
 
   def loss_at(temperature):
-    run = train.make_step(
-      student, teacher, recipes.kd(), optax.sgd(0.1), hyper={"temperature": temperature}
-    )
-    return run(state, variables, batch)[1]["soft"][0]
+    hyper = {"temperature": temperature}
+    run = train.make_step(student, recipes.kd(), optax.sgd(0.1), hyper=hyper)
+    return run(state, teacher, batch)[1]["soft"][0]
 
   temperatures = jnp.array([1.0, 4.0])
   together = jax.jit(jax.vmap(loss_at))(temperatures)
@@ -174,24 +165,23 @@ def test_numeric_keywords_vary_under_vmap():
 
 
 def test_a_batch_can_bring_the_teachers_outputs_along():
-  state, variables, batch, run = build(recipes.kd())
-  outputs = teachers.frozen(small_networks.dense(7, norm=True))(variables, batch)
+  state, teacher, batch, run = build(recipes.kd())
+  outputs = teacher(batch)
   jitted = jax.jit(run)
-  _, in_step = jitted(state, variables, batch)
+  _, in_step = jitted(state, teacher, batch)
   _, brought = jitted(state, None, batch.replace(teacher=outputs))
   np.testing.assert_array_equal(in_step["soft"][0], brought["soft"][0])
 
 
 def test_an_unknown_keyword_names_those_there_are():
-  state, variables, batch, run = build(recipes.kd(), hyper={"temprature": 2.0})
+  state, teacher, batch, run = build(recipes.kd(), hyper={"temprature": 2.0})
   with pytest.raises(ValueError, match=r"\['temprature'\].*'temperature'"):
-    run(state, variables, batch)
+    run(state, teacher, batch)
 
 
 def test_class_counts_that_differ_are_refused():
   batch = batch_of()
-  teacher_network = small_networks.dense(4, classes=5)
-  variables = teacher_network.init(jax.random.key(0), batch.inputs)
+  taught = small_networks.model(small_networks.dense(4, classes=5), 1, 6, key=jax.random.key(0))
   with pytest.raises(ValueError, match="3 classes.*the teacher 5"):
     init_state(
       jax.random.key(0),
@@ -199,8 +189,7 @@ def test_class_counts_that_differ_are_refused():
       recipes.kd(),
       optax.sgd(0.1),
       batch,
-      teacher=teachers.frozen(teacher_network),
-      teacher_variables=variables,
+      teacher=teachers.frozen(taught),
     )
 
 
@@ -211,9 +200,9 @@ def test_a_layer_nobody_has_names_those_there_are():
 
 def test_two_terms_of_one_name_are_refused():
   both = recipes.combine(recipes.kd(), recipes.labels())
-  state, variables, batch, run = build(both)
+  state, teacher, batch, run = build(both)
   with pytest.raises(ValueError, match="name a term.*labels"):
-    run(state, variables, batch)
+    run(state, teacher, batch)
 
 
 def test_a_bare_function_with_a_key_gets_one():
@@ -225,8 +214,8 @@ def test_a_bare_function_with_a_key_gets_one():
 
   promoted = as_objective(objective)
   assert dict(promoted.hyper) == {"scale": 2.0}
-  state, variables, batch, run = build(objective)
-  run(state, variables, batch)
+  state, teacher, batch, run = build(objective)
+  run(state, teacher, batch)
   assert jnp.issubdtype(seen[0].dtype, jax.dtypes.prng_key)
 
 
@@ -249,6 +238,6 @@ def test_the_logs_own_names_are_reserved():
   def objective(student, teacher, batch):
     return {"loss": Term(jnp.sum(student.logits, axis=-1))}
 
-  state, variables, batch, run = build(objective)
+  state, teacher, batch, run = build(objective)
   with pytest.raises(ValueError, match=r"named \['loss'\]"):
-    run(state, variables, batch)
+    run(state, teacher, batch)
