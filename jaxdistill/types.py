@@ -181,7 +181,14 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
     number = isinstance(made.hyper[name], int | float) and not isinstance(made.hyper[name], bool)
     if number and not (callable(value) or value is None or hasattr(value, "dtype")):
       _check.scheduled(name, value)
-  return dataclasses.replace(made, hyper={**made.hyper, **hyper}) if hyper else made
+  # Schedules are resolved by the step, which hands their value over; numbers are handed over here,
+  # and not through ``hyper`` alone: what nobody gives, each part of a sum keeps as its own.
+  constants = {name: value for name, value in hyper.items() if not callable(value)}
+
+  def apply(*args: Any, **given: Any) -> tuple[dict[str, Term], PyTree]:
+    return made.apply(*args, **{**constants, **given})
+
+  return dataclasses.replace(made, apply=apply, hyper={**made.hyper, **hyper}) if hyper else made
 
 
 def _promoted(objective: Any) -> Objective:

@@ -24,18 +24,10 @@ EVERYWHERE = {"jax", "flax", "optax", "numpy", "jaxtyping", "jaxdistill"}
 MANY_PARAMETERS = {
   "jaxdistill.data._streams.iterated",
   "jaxdistill.export._export.export",
-  "jaxdistill.search._compress.compress",
-  "jaxdistill.search._preflight.preflight",
-  "jaxdistill.search._sweep.sweep",
-  "jaxdistill.train._fit.fit",
-  "jaxdistill.train._program.build_program",
 }
 LONG_FUNCTIONS = {
   "jaxdistill.export._export.export",
   "jaxdistill.export._export.export_file",
-  "jaxdistill.search._compress.compress",
-  "jaxdistill.search._sweep.sweep",
-  "jaxdistill.train._fit.fit",
 }
 
 MODULES = sorted(

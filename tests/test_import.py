@@ -79,15 +79,15 @@ def test_the_package_opens_one_room_at_a_time():
   assert not {name.split(".")[0] for name in found} & {*HEAVY, "flax", "optax"}
 
 
-def test_the_six_words_and_fit_are_at_the_top():
+def test_the_seven_words_and_fit_are_at_the_top():
   import jaxdistill as jd
   from jaxdistill import train, types
 
-  for name in ("Batch", "Network", "Objective", "Outputs", "Teacher", "Term"):
+  for name in ("Batch", "Model", "Network", "Objective", "Outputs", "Teacher", "Term"):
     assert getattr(jd, name) is getattr(types, name)
   assert jd.fit is train.fit
   assert {*ROOMS} < {*jd.__all__} <= {*dir(jd)}
-  assert len(jd.__all__) == 6 + 1 + len(ROOMS)
+  assert len(jd.__all__) == 7 + 1 + len(ROOMS)
 
 
 def test_a_door_says_what_it_has_not():

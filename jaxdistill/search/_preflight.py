@@ -241,18 +241,17 @@ class _Asked:
     """The objective's keywords at the run's first, middle and last step; once if they stay."""
     assert self.objective is not None
     check_hyper(self.objective, self.steps)
-    hyper = self.objective.hyper
-    changes = any(callable(value) for value in hyper.values())
-    at = sorted({0, self.steps // 2, self.steps - 1}) if changes else [0]
-    return [{n: float(v(s)) if callable(v) else v for n, v in hyper.items()} for s in at]
+    scheduled = {n: value for n, value in self.objective.hyper.items() if callable(value)}
+    at = sorted({0, self.steps // 2, self.steps - 1}) if scheduled else [0]
+    return [{n: float(schedule(s)) for n, schedule in scheduled.items()} for s in at]
 
   @functools.cached_property
   def temperatures(self) -> list[float]:
     """The objective's temperatures, in the steps that are looked at."""
     if self.objective is None:
       return []
-    every = [pair for keywords in self.keywords for pair in keywords.items()]
-    found = [value for name, value in every if name.split("_")[-1] == "temperature"]
+    every = [{**self.objective.hyper, **keywords} for keywords in self.keywords]
+    found = [v for each in every for n, v in each.items() if n.split("_")[-1] == "temperature"]
     return [float(np.max(np.asarray(value))) for value in found if value is not None]
 
   @functools.cached_property

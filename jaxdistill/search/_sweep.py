@@ -154,31 +154,45 @@ def sweep(
   with contextlib.ExitStack() as stack:
     path = None if run.folder is None else stack.enter_context(claimed_folder(run.folder, settings))
     asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
-    found = job.train(groups, points, pairs, path, asked, choice.halving)
-    rows = [found[i].row for i in range(len(points))]
-    best, ties = best_of(rows, choice.metric)
-    group = next(group for group in groups if best in group.indices)
-    winners, final = found[best], pairs
-    if again:
-      below = None if path is None else path / "retrained"
-      winners, final = job.train([_alone(group, best)], points, again, below, asked)[best], again
-    networks = {index: job.plan_of(each).deployed for each in groups for index in each.indices}
-    model = Model(networks[best], winners.variables(), len(final))
-    result = Result(
-      rows=rows,
-      seeds=pairs,
-      metric=choice.metric,
-      best=best,
-      ties=ties,
-      model=model,
-      students=lambda index: Model(networks[index], found[index].variables(), len(pairs)),
-      final_seeds=final,
-      test=None if choice.test is None else _tested(model, choice.test),
-    )
+    result = _chosen(job, groups, points, pairs, again, path, asked)
     if path is not None:
       result.write(path)
       runs.say_saved(run.label("sweep"), path)
   return result
+
+
+def _chosen(
+  job: _Job,
+  groups: list[Group],
+  points: Sequence[Point],
+  pairs: list[tuple[int, int]],
+  again: list[tuple[int, int]],
+  path: pathlib.Path | None,
+  asked: Callable[[int], bool],
+) -> Result:
+  """Trains all points, chooses one, trains it anew where that is asked for, and tests it."""
+  choice = job.choice
+  found = job.train(groups, points, pairs, path, asked, choice.halving)
+  rows = [found[i].row for i in range(len(points))]
+  best, ties = best_of(rows, choice.metric)
+  group = next(group for group in groups if best in group.indices)
+  winners, final = found[best], pairs
+  if again:
+    below = None if path is None else path / "retrained"
+    winners, final = job.train([_alone(group, best)], points, again, below, asked)[best], again
+  networks = {index: job.plan_of(each).deployed for each in groups for index in each.indices}
+  model = Model(networks[best], winners.variables(), len(final))
+  return Result(
+    rows=rows,
+    seeds=pairs,
+    metric=choice.metric,
+    best=best,
+    ties=ties,
+    model=model,
+    students=lambda index: Model(networks[index], found[index].variables(), len(pairs)),
+    final_seeds=final,
+    test=None if choice.test is None else _tested(model, choice.test),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -258,6 +258,19 @@ def fit(
   program.trace(every.next_stop(0))  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
   settings = {**(run.config or {}), "seed": seed, **plan.describe(program.shapes.params)}
+  return _trained(program, every, watch, run, settings, left)
+
+
+def _trained(
+  program: Program,
+  every: Intervals,
+  watch: Watch,
+  run: Run,
+  settings: Mapping[str, Any],
+  left: float | None,
+) -> Fitted:
+  """Runs a program in its folder; stops after so many seconds, where that is not None."""
+  plan = program.plan
   with contextlib.ExitStack() as stack:
     # First, and so the last to go: a signal that is handed on finds everything saved.
     listening = stop_signal(listening=run.folder is not None, after=left)
@@ -268,7 +281,7 @@ def fit(
       kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
       saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)
-    log = _log_of(plan, program, watch, path, at, run.label("train"))
+    log = _log_of(program, watch, path, at, run.label("train"))
     stack.callback(log.close)
     final = run_steps(
       program,
@@ -292,9 +305,10 @@ def fit(
 
 
 def _log_of(
-  plan: Plan, program: Program, watch: Watch, path: pathlib.Path | None, at: int, label: str | None
+  program: Program, watch: Watch, path: pathlib.Path | None, at: int, label: str | None
 ) -> Log:
   """The run's log; process 0 alone writes and shows it."""
+  plan = program.plan
   first_process = jax.process_index() == 0
   return Log(
     path if first_process else None,

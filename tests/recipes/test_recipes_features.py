@@ -427,7 +427,7 @@ def test_margins_are_found_by_path():
   with pytest.raises(ValueError, match=r"norms names 'norm'.*it has them at \['block/norm'\]"):
     recipes.overhaul_margins(norms, ["norm"])
   stacked = jax.tree.map(lambda leaf: leaf[None], norms)
-  with pytest.raises(ValueError, match="teachers.unstack"):
+  with pytest.raises(ValueError, match=r"fitted\.unstack"):
     recipes.overhaul_margins(stacked, ["block/norm"])
 
 

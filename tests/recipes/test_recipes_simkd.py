@@ -271,7 +271,7 @@ class _Same(nn.Module):
 
 def test_the_deployed_network_can_be_trained_on(run):
   _, fitted = run
-  (variables, _), inputs = teachers.unstack(fitted.variables), jnp.asarray(INPUTS[:8])
+  variables, inputs = fitted.unstack()[0].variables, jnp.asarray(INPUTS[:8])
   shape = jax.eval_shape(
     lambda v: fitted.network.apply(v, inputs, train=True, key=jax.random.key(0)), variables
   )

@@ -241,3 +241,19 @@ def test_the_logs_own_names_are_reserved():
   state, teacher, batch, run = build(objective)
   with pytest.raises(ValueError, match=r"named \['loss'\]"):
     run(state, teacher, batch)
+
+
+def test_keywords_that_are_given_reach_the_objective_and_each_part_keeps_its_own():
+  both = recipes.combine(recipes.kd(soft_weight=0.5), recipes.hint("mid", "mid", hint_weight=2.0))
+  given = {"soft_weight": 0.25, "temperature": optax.linear_schedule(2.0, 1.0, 10)}
+  told = as_objective(both, **given)
+  assert told.hyper["soft_weight"] == 0.25
+  state, teacher, batch, run = build(told)
+  _, sums = jax.jit(run)(state, teacher, batch)
+  _, by_hand = jax.jit(build(both, hyper={"soft_weight": 0.25, "temperature": 2.0})[3])(
+    state, teacher, batch
+  )
+  for name, (total, _) in by_hand.items():
+    assert float(sums[name][0]) == pytest.approx(float(total), rel=1e-6), name
+  with pytest.raises(ValueError, match=r"\['temprature'\].*'temperature'"):
+    as_objective(both, temprature=2.0)
