@@ -107,7 +107,7 @@ def fidelity_sums(
     teacher_logits: ``[B, K]``. Classes masked to −inf on both sides have no part in the KL; one
       that only the student masks makes it inf.
     labels: ``[B]`` classes.
-    where: ``[B]``; as in `classification_sums`.
+    where: ``[B]``, which examples count: 0 for padding and where there is no label.
 
   Returns:
     float32 scalar sums: ``fidelity_examples``, ``agreement`` (the same top-1 class), ``kl``

@@ -48,7 +48,7 @@ def capacity_gap(
     teacher_parameters: of all its members, for an ensemble.
     student_parameters: of the network that is trained.
     teacher_flops: of one example; None where unknown.
-    student_flops: likewise.
+    student_flops: those of the student; None where they cannot be counted.
     largest: the largest ratio that is let pass.
 
   Returns:

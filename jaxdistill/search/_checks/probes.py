@@ -46,7 +46,7 @@ class ProbedTerm:
     value: its mean over what counts, not weighted.
     counted: how much counts: the sum of its mask.
     norm: the Euclidean norm of the gradient of ``value`` by the student's parameters, not weighted.
-    objective_norm: likewise by what the objective learns (projectors).
+    objective_norm: that of its gradient by what the objective learns (projectors).
     label_change: by how much other labels change those gradients, relative to their size: 0 for a
       term that does not read labels.
   """

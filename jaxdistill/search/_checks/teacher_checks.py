@@ -217,8 +217,8 @@ def curve_tells(
 
   Args:
     losses: ``[N]``.
-    share: as there.
-    errors: as there.
+    share: which part of the whole fall the last tenth may bring.
+    errors: how many standard errors are noise.
 
   Returns:
     Whether a drop of ``share`` in the last tenth would be beyond noise.
