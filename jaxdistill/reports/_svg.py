@@ -65,6 +65,7 @@ def svg(figure: Any, label: str) -> str:
       "aria-label": clean(label),
       "fill": "var(--soft)",
       "stroke-linejoin": "round",
+      "font-size": "11",
     },
   )
   ElementTree.SubElement(made, "title").text = clean(label)

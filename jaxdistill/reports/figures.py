@@ -303,7 +303,7 @@ def against(
   ['teacher 97.00', 'student 93.00 ± 0.40']
   """
   _check_entries("points", points)
-  figure, axes = _small(220, xlabel=xlabel, above="accuracy, %", top=24)
+  figure, axes = _small(220, xlabel=xlabel, above="accuracy, %", top=28)
   costs = [cost for cost, _, _ in points.values()]
   room = max(1.5, (max(costs) / min(costs)) ** 0.14)
   ends = (min(costs) / room, max(costs) * room)
@@ -387,8 +387,8 @@ def reliability(
   [2, 2]
   """
   count, sure, right = (bins[key].sum(axis=0) for key in ("count", "confidence", "correct"))
-  figure, axes = _small(300, above="accuracy", top=24, bottom=84)
-  below = figure.add_axes((40 / _WIDE, 20 / 300, (_WIDE - 50) / _WIDE, 40 / 300))
+  figure, axes = _small(300, above="accuracy", right=18, top=28, bottom=84)
+  below = figure.add_axes((40 / _WIDE, 20 / 300, (_WIDE - 58) / _WIDE, 40 / 300))
   colour, width = _LOOKS[name][0], 1 / len(count)
   axes.plot([0, 1], [0, 1], color="black", linestyle=(0, (3, 3)), linewidth=1)
   few = max(0.002 * count.sum(), 5)
@@ -587,7 +587,7 @@ def _small(
   axes.set_axisbelow(True)
   axes.locator_params(nbins=5)
   axes.set_xlabel(_text(xlabel), fontsize=11)
-  axes.set_title(_text(above), loc="left", fontsize=11, x=-0.1)
+  axes.set_title(_text(above), loc="left", fontsize=11, x=-left / (_WIDE - left - right), pad=9)
   return figure, axes
 
 
