@@ -124,7 +124,7 @@ def _styles(text: str) -> dict[str, str]:
   >>> _styles("font: bold 11px 'DejaVu Sans'; fill: #000000; white-space: pre")
   {'font-size': '11', 'font-weight': 'bold', 'fill': '#000000'}
   """
-  found = {}
+  found: dict[str, str] = {}
   for one in text.split(";"):
     name, _, value = (part.strip() for part in one.partition(":"))
     if name in ("font", "font-size"):

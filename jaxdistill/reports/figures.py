@@ -319,7 +319,7 @@ def against(
   placed: list[tuple[float, float]] = []
   for name, (cost, value, std) in sorted(points.items(), key=lambda item: -item[1][1]):
     x, y = axes.transData.transform((cost, value)) * 72 / figure.dpi
-    left, shift = x > _WIDE / 2, 0.0
+    left, shift = x > 0.6 * _WIDE, 0.0
     while any(abs(y + shift - other) < 13 and abs(x - beside) < 110 for beside, other in placed):
       shift -= 3
     placed.append((x, y + shift))
@@ -548,7 +548,7 @@ def png(picture: np.ndarray) -> bytes:
   return file.getvalue()
 
 
-def _figure(width: float, height: float, layout: str | None = None) -> Any:
+def _figure(width: float, height: float, layout: Any = None) -> Any:
   _extras.need("a picture", "matplotlib")
   import matplotlib.figure  # a third of a second, which importing the library should not cost
 

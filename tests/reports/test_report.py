@@ -845,31 +845,71 @@ onload = () => {
 """
 
 
+TOUCH = """
+onload = () => {
+  const inside = document.querySelector("iframe").contentWindow
+  const table = inside.document.querySelector("#classes table")
+  const rows = () => [...table.tBodies[0].rows].filter(row => row.getClientRects().length)
+  const column = i => rows().map(row => row.cells[i].textContent)
+  const click = i => table.tHead.rows[0].cells[i].querySelector("button").click()
+  const found = {}
+  click(4); found.up = column(4); found.told = table.tHead.rows[0].cells[4].ariaSort
+  click(4); found.down = column(4); click(0); found.names = column(0)
+  const settings = inside.document.querySelector("#cost input")
+  settings.value = "LATENCY"; settings.oninput()
+  found.kept = [...inside.document.querySelectorAll("#cost tbody tr:not([hidden]) th")]
+    .map(cell => cell.textContent)
+  const script = inside.document.createElement("script")
+  script.textContent = "document.body.dataset.broken = 1"
+  inside.document.body.append(script)
+  found.broken = inside.document.body.dataset.broken ?? null
+  document.title = JSON.stringify(found)
+}
+"""
+
+
+def in_a_browser(made, folder, script, width=1280, scheme="light"):
+  """What a script finds in a page that is drawn in a frame of that width."""
+  browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+  if browser is None:
+    pytest.skip(f"none of {BROWSERS} is installed")
+  # In a frame of that width, since a window has a least one; a script beside it looks.
+  source = html.escape((made / "report.html").read_text())
+  frame = f"<iframe srcdoc='{source}' width={width} height=900 style='border:0'></iframe>"
+  (folder / "frame.html").write_text(
+    f"<!DOCTYPE html><meta charset=utf-8>{frame}<script>{script}</script>"
+  )
+  command = [
+    browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+    f"--user-data-dir={folder / 'profile'}", "--window-size=1400,900",
+    f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+    (folder / "frame.html").as_uri(),
+  ]  # fmt: skip
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+  title = re.search("<title>(.*?)</title>", done.stdout).group(1)
+  return json.loads(html.unescape(title))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_draws_it_at_any_width(made, tmp_path, width, scheme):
-  browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-  if browser is None:
-    pytest.skip(f"none of {BROWSERS} is installed")
-  # In a frame of that width, since a window has a least one; a script beside it measures.
-  source = html.escape((made / "report.html").read_text())
-  frame = f"<iframe srcdoc='{source}' width={width} height=900 style='border:0'></iframe>"
-  (tmp_path / "frame.html").write_text(
-    f"<!DOCTYPE html><meta charset=utf-8>{frame}<script>{MEASURE}</script>"
-  )
-  command = [
-    browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
-    f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,900",
-    f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-    (tmp_path / "frame.html").as_uri(),
-  ]  # fmt: skip
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-  title = re.search("<title>(.*?)</title>", done.stdout).group(1)
-  found = json.loads(html.unescape(title))
+  found = in_a_browser(made, tmp_path, MEASURE, width, scheme)
   assert found["wide"] <= width  # wide tables scroll in their own boxes
   assert found["tall"] > 2000
   assert found["loaded"] == []
   assert found["small"] == 0
   ground = [int(part) for part in re.findall(r"\d+", found["ground"])[:3]]
   assert (max(ground) < 64) == (scheme == "dark")
+
+
+@pytest.mark.slow
+def test_a_browser_sorts_and_filters_tables_and_runs_no_other_script(made, tmp_path):
+  found = in_a_browser(made, tmp_path, TOUCH)
+  numbers = [float(text) for text in found["up"]]
+  assert numbers == sorted(numbers)
+  assert [float(text) for text in found["down"]] == sorted(numbers, reverse=True)
+  assert found["told"] == "ascending"
+  assert found["names"] == ["cat", "cow", "dog", "emu"]
+  assert found["kept"] == ["latency, ms", "latency, 95th pct, ms"]
+  assert found["broken"] is None

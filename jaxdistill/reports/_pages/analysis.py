@@ -33,7 +33,8 @@ def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
   one, right = found.models[model], found.correct(model)
   with np.errstate(divide="ignore", invalid="ignore"):
     nll = -np.log(one.probability.astype(np.float64))
-  sums = {f"bin_{name}": sums for name, sums in reliability(found, model).items()}
+  bins = reliability(found, model)
+  sums: dict[str, Any] = {f"bin_{name}": sums for name, sums in bins.items()}
   sums |= {"examples": len(found), "correct": right.sum(axis=1), "nll": nll.sum(axis=1)}
   # An answer has not what these two need.
   finished = metrics.finish({**sums, "top5": np.nan, "brier": np.nan})

@@ -17,7 +17,7 @@ __all__ = ["VERSION", "complete", "model", "schema", "sound_report", "spread"]
 
 VERSION = 2  # of report.json; 1 had neither this number nor answers on each example
 _SPREAD: dict[str, Any] = {"mean": None, "std": None}
-_MODEL = {
+_MODEL: dict[str, Any] = {
   "description": "",
   "instances": 1,
   **dict.fromkeys(("accuracy", "top5", "nll", "ece", "brier"), _SPREAD),

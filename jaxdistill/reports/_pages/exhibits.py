@@ -16,7 +16,7 @@ from jaxdistill import _check
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation.predictions import Predictions, counted
 from jaxdistill.reports import figures
-from jaxdistill.reports._format import MODELS, WORDS
+from jaxdistill.reports._format import WORDS
 from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
@@ -179,7 +179,7 @@ def shown(
         one = (one.astype(np.float32) * (255 / largest)).clip(0, 255).astype(np.uint8)
       picture = base64.b64encode(figures.png(one)).decode()
       item |= {"text": "", "picture": picture, "small": max(one.shape[:2]) <= 64}
-    models = [name for name in MODELS if name in answers.models]
+    models = [name for name in words if name in answers.models]
     item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
     items.append(item)
   return items

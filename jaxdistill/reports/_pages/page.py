@@ -229,7 +229,7 @@ def _costs(report: Mapping[str, Any]) -> Section:
 
 def _of_models(table: Table) -> Table:
   """A table whose columns are models, in their colours."""
-  head = ["", *(named(str(name)) for name in table.head[1:])]
+  head: list[Cell] = ["", *(named(str(name)) for name in table.head[1:])]
   return Table(head, table.rows, table.caption, sortable=False)
 
 

@@ -95,6 +95,9 @@ def _words(error: Any, place: str) -> str:
   if error.validator == "required":
     missing = [name for name in error.validator_value if name not in error.instance]
     return f"{place or 'it'} lacks {listed(missing)}."
+  if error.validator == "additionalProperties":
+    unknown = set(error.instance) - set(error.schema.get("properties", {}))
+    return f"{place or 'it'} has {listed(sorted(unknown))}, which nobody knows."
   if error.validator == "type":
     allowed = error.validator_value
     kinds = [allowed] if isinstance(allowed, str) else allowed

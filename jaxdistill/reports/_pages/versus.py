@@ -19,6 +19,7 @@ from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import figures
 from jaxdistill.reports._format import (
+  Cell,
   Table,
   change,
   count,
@@ -389,7 +390,7 @@ def _side_by_side(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Secti
     picture = figures.against(None, points, xlabel="parameters", show=count, words=words)
     drawn = [Figure(picture, "Accuracy against size")]
   told = _table(numbers)
-  head = ["", *(named(name, words) for name in _AS.values())]
+  head: list[Cell] = ["", *(named(name, words) for name in _AS.values())]
   table = Table(head, told.rows, "mean ± standard deviation over the seeds", sortable=False)
   return Section("table", "Side by side", figures=drawn, tables=[table])
 
