@@ -1,9 +1,9 @@
 """Pictures of results: models side by side, curves over a setting, methods in rows, calibration.
 
 One code for files and for pages: each function writes a PNG file, or only returns Matplotlib's
-figure, for a notebook to show or for a page to hold. Models have one colour and one
-mark each throughout, which are told apart with any kind of colour vision; so are those of other
-series (Okabe, Ito, 2008).
+figure, for a notebook to show or for a page to hold. Models have one colour and one mark each
+throughout; colours are told apart with any kind of colour vision (Okabe, Ito, 2008), and series by
+their markers too.
 """
 
 from __future__ import annotations
