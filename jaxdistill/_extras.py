@@ -11,6 +11,8 @@ EXTRAS = {
   "array_record": "data",
   "grain": "data",
   "jax2onnx": "export",
+  "jinja2": "report",
+  "jsonschema": "report",
   "matplotlib": "report",
   "onnxruntime": "export",
   "qwix": "export",

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from jaxdistill import reports
+from jaxdistill import reports, runs
+from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Answers, Predictions
 from jaxdistill.reports._pages import analysis
 
@@ -74,13 +75,18 @@ def logs(folder, names=("baseline", "student")):
     (folder / name / "metrics.jsonl").write_text(text)
 
 
-def run(folder, found=None, **changed):
-  """A run's folder with its report; returns it."""
+def run(folder, found=None, *, pages=True, **changed):
+  """A run's folder with its report, or with the numbers of one alone; returns it."""
   found = gathered() if found is None else found
   folder.mkdir(exist_ok=True)
   logs(folder)
   (folder / "config.json").write_text(json.dumps({"experiment": "made up", "rate": 0.1}))
-  reports.write_report(folder, built(found, **changed), predictions=found)
+  report = built(found, **changed)
+  if pages:
+    reports.write_report(folder, report, predictions=found)
+  else:
+    runs.write_json(folder / "report.json", {**report, "predictions": "predictions.npz"})
+    predictions.save(folder / "predictions.npz", found)
   return folder
 
 

@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 BINS = 15  # Guo et al. 2017
+EDGES = np.asarray(np.arange(1, BINS) / BINS, np.float32)
 # One number per run, or that of a single run.
 Values = Sequence[Any] | np.ndarray | float | int
 
@@ -86,9 +87,8 @@ def classification_sums(
     "brier": jnp.where(known, brier, jnp.nan),
   }
   # Comparing with the edges closes the bins on the right without rounding `confidence * 15`.
-  edges = jnp.asarray(np.arange(1, BINS) / BINS, jnp.float32)
   confidence = jnp.max(probs, axis=1)
-  bins = jax.nn.one_hot(jnp.sum(confidence[:, None] > edges[None, :], axis=1), BINS, dtype=bool)
+  bins = jax.nn.one_hot(jnp.sum(confidence[:, None] > EDGES[None, :], axis=1), BINS, dtype=bool)
   for name, values in (("count", counted), ("confidence", confidence), ("correct", correct)):
     sums[f"bin_{name}"] = jnp.where(bins, values.astype(jnp.float32)[:, None], 0)
   return {name: _masked_sum(values, counted) for name, values in sums.items()}

@@ -12,9 +12,8 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.reports import figures as figures
   from jaxdistill.reports._compare import compare_students, gather_predictions
   from jaxdistill.reports._format import csv_text, grid, plain, with_std
-  from jaxdistill.reports._pages.report_text import markdown, picture, table
-  from jaxdistill.reports._pages.versus import compare_runs
-  from jaxdistill.reports._pages.versus_page import write_comparison
+  from jaxdistill.reports._pages.summary import markdown, picture, table
+  from jaxdistill.reports._pages.versus import compare_runs, write_comparison
   from jaxdistill.reports._report import (
     Measured,
     build_report,
@@ -33,7 +32,7 @@ __all__ = [
   "figures",  # pictures of results: models side by side, curves over a setting, methods in rows
   "gather_predictions",  # what all models said of each example, with some to look at: lost ones
   "grid",  # rows as a Markdown table that is aligned as plain text too
-  "markdown",  # ``report.md``: verdict, tables, how to repeat it; a part of broken numbers says so
+  "markdown",  # ``report.md``: verdict, tables, how to repeat it; what is broken in the numbers
   "measure_model",  # evaluates a model and what it costs
   "picture",  # accuracy of the models: every seed a dot, the mean with its standard deviation
   "plain",  # a number in full, a cost for example

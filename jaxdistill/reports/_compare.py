@@ -57,7 +57,7 @@ def compare_students(
     FileNotFoundError: a run has no usable checkpoint.
     ValueError: a run is not finished, or a column of metadata does not fit.
   """
-  _extras.need("reports.compare_students", "matplotlib", "scipy")
+  _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
   size = examples if isinstance(examples, int) else len(examples)
   columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
   there = [name for name in ("baseline", "student") if _is_there(folder, name)]

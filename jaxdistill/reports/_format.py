@@ -1,4 +1,4 @@
-"""Numbers as texts and rows as tables, each form once, so that equal things look equal.
+"""Numbers and names as texts and rows as tables, each form once, so that equal things look equal.
 
 What is unknown or undefined is a dash.
 """
@@ -6,25 +6,103 @@ What is unknown or undefined is a dash.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
   "DASH",
+  "MODELS",
+  "WORDS",
+  "Cell",
+  "Table",
+  "Told",
+  "change",
+  "clean",
   "count",
   "csv_text",
+  "exact",
   "grid",
+  "interval",
+  "listed",
   "number",
   "percent",
   "plain",
   "signed",
   "size",
   "times",
+  "whole",
   "with_std",
 ]
 
 DASH = "–"
+MODELS = ("teacher", "baseline", "student")
+WORDS = {"teacher": "teacher", "baseline": "labels alone", "student": "student"}
+# What neither HTML nor a font has: controls, and halves of a surrogate pair.
+_ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+class Told(NamedTuple):
+  """A text with what it is, for a page to show: a model's name, something good or bad."""
+
+  text: str
+  kind: str
+
+  def __str__(self) -> str:
+    return self.text
+
+
+Cell = str | Told
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Rows of cells with their head, for a page or as Markdown.
+
+  Attributes:
+    head: one cell a column; the first column names the rows.
+    rows: each as long as the head.
+    caption: above it, and what a screen reader calls it.
+    prose: whether the last column is text, which a page wraps.
+    sortable: whether rows are of one kind, so that it says something to sort them.
+  """
+
+  head: Sequence[Cell]
+  rows: Sequence[Sequence[Cell]]
+  caption: str = ""
+  prose: bool = False
+  sortable: bool = True
+
+  @property
+  def kinds(self) -> str:
+    """What it is for a style sheet."""
+    kinds = {"few": len(self.head) <= 4, "sortable": self.sortable, "prose": self.prose}
+    return " ".join(kind for kind, is_so in kinds.items() if is_so)
+
+  def markdown(self) -> str:
+    """As `grid` writes it."""
+    return grid([[str(cell) for cell in line] for line in (self.head, *self.rows)])
+
+
+def clean(value: Any) -> str:
+  r"""A text without characters that neither a page nor a picture can hold.
+
+  >>> clean("a\x00b") == "a\ufffdb"
+  True
+  """
+  return _ODD.sub("\ufffd", str(value))
+
+
+def listed(values: Sequence[str], most: int = 8) -> str:
+  """Some names in a row, and how many there are beside.
+
+  >>> listed(["a", "b", "c"], most=2)
+  'a, b and 1 more'
+  """
+  shown = ", ".join(values[:most])
+  return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
 
 
 def with_std(mean: float | None, std: float | None, places: int = 2) -> str:
@@ -81,6 +159,30 @@ def signed(value: float, places: int = 2) -> str:
   return f"{value:+.{places}f}".replace("-", "−")
 
 
+def change(points: float | None, error: float | None, places: int = 2) -> str:
+  """A difference of shares in points, with its standard error where it has one.
+
+  >>> change(0.01234, 0.002), change(-0.0001, None, 1), change(None, None)
+  ('+1.23 ± 0.20', '0.0', '–')
+  """
+  if points is None:
+    return DASH
+  small = abs(100 * points) < 0.5 * 10**-places
+  text = f"{0:.{places}f}" if small else signed(100 * points, places)
+  return text if error is None else f"{text} ± {100 * error:.{places}f}"
+
+
+def interval(low: float | None, high: float | None, places: int = 2) -> str:
+  """The ends of a difference's interval, in points; empty where they are unknown.
+
+  >>> interval(-0.01, 0.025), interval(None, 0.1)
+  ('−1.00 to +2.50', '')
+  """
+  if low is None or high is None:
+    return ""
+  return f"{signed(100 * low, places)} to {signed(100 * high, places)}"
+
+
 def grid(lines: Sequence[Sequence[str]]) -> str:
   """Rows as a Markdown table that is aligned as plain text too; the first is its head.
 
@@ -134,6 +236,24 @@ def times(value: float) -> str:
   ('0.43', '1,234')
   """
   return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def whole(value: int | None) -> str:
+  """A count in full.
+
+  >>> whole(19_578), whole(None)
+  ('19,578', '–')
+  """
+  return DASH if value is None else f"{value:,}"
+
+
+def exact(value: float | None, places: int = 3) -> str:
+  """A number to some places, milliseconds for example.
+
+  >>> exact(0.4), exact(None)
+  ('0.400', '–')
+  """
+  return with_std(value, None, places)
 
 
 def csv_text(lines: Iterable[Sequence[Any]]) -> str:

@@ -9,8 +9,6 @@ makes the pages again from the folder alone; ``jaxdistill report RUN_A RUN_B`` c
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
-import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -22,10 +20,9 @@ from jaxdistill import _check, _extras, evaluation, runs
 from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Answers, Predictions, column
 from jaxdistill.evaluation.predictions import save as save_predictions
-from jaxdistill.reports._pages import analysis, evidence, page
+from jaxdistill.reports._pages import analysis, document, evidence, page
 from jaxdistill.reports._pages.decision import decide
-from jaxdistill.reports._pages.report_text import markdown, picture, verdict
-from jaxdistill.reports._pages.run_files import BROKEN
+from jaxdistill.reports._pages.summary import markdown, picture, verdict
 from jaxdistill.runs import environment
 from jaxdistill.types import Batch, Model, Teacher
 
@@ -91,8 +88,7 @@ def measure_model(
 
 def report_schema() -> dict[str, Any]:
   """The JSON schema that every ``report.json`` satisfies."""
-  text = (importlib.resources.files("jaxdistill.reports") / "report.schema.json").read_text()
-  return json.loads(text)
+  return document.schema()
 
 
 def build_report(
@@ -132,7 +128,7 @@ def build_report(
   accuracy = {name: np.atleast_1d(part.quality["accuracy"]) for name, part in parts.items()}
   gap, gain = _gap(accuracy, examples)
   report = {
-    "version": evidence.VERSION,
+    "version": document.VERSION,
     "dataset": dataset,
     "split": split,
     "examples": examples,
@@ -190,7 +186,7 @@ def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
 
 def _spread(values: Any) -> dict[str, Any]:
   # Not finite is undefined on this split: a teacher that is never wrong.
-  return evidence.spread(values if np.all(np.isfinite(values)) else [])
+  return document.spread(values if np.all(np.isfinite(values)) else [])
 
 
 def _fidelity(part: Measured) -> dict[str, Any]:
@@ -205,7 +201,7 @@ def _model(part: Measured) -> dict[str, Any]:
     "instances": len(values),
     # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
     **spreads,
-    "accuracy": evidence.spread(values),
+    "accuracy": document.spread(values),
     "accuracy_per_seed": values,
     **part.costs,
   }
@@ -231,7 +227,7 @@ def write_report(
   Returns:
     The path of the Markdown report.
   """
-  _extras.need("reports.write_report", "matplotlib", "scipy")
+  _extras.need("reports.write_report", "matplotlib", "scipy", "jinja2", "jsonschema")
   folder = _check.folder("folder", folder)
   if not isinstance(report, Mapping) or "split" not in report:
     raise TypeError(f"report must be what reports.build_report returns, got {_check.show(report)}.")
@@ -271,7 +267,7 @@ def render_report(
     FileNotFoundError: the folder has nothing to make a report of.
     ValueError: a column does not fit, or there are no answers on each example to slice.
   """
-  _extras.need("a report", "matplotlib", "scipy")
+  _extras.need("a report", "matplotlib", "scipy", "jinja2", "jsonschema")
   found = evidence.read(folder, split)
   if metadata:
     _slice(found, metadata)
@@ -281,10 +277,7 @@ def render_report(
   report = {**found.report, **_as_json(derived), "problems": found.problems}
   if found.intact:
     runs.write_json(found.folder / f"report{end}.json", report)
-  try:
-    picture(report, found.folder / f"accuracy{end}.png")
-  except BROKEN as error:
-    found.problems.append(f"The picture of the accuracies could not be drawn ({error!r}).")
+  picture(report, found.folder / f"accuracy{end}.png")
   text = markdown(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
   runs.write_text(found.folder / f"report{end}.md", text)
   path = found.folder / f"report{end}.html"
@@ -300,7 +293,7 @@ def _slice(found: evidence.Evidence, metadata: Mapping[str, Any]) -> None:
       f"{os.fspath(found.folder)!r} has no answers on each example that could be sliced "
       f"({' '.join(found.problems)})."
     )
-  size = found.report.get("examples")
+  size = found.report["examples"]
   columns = {
     str(name): column(str(name), values, answers.index, size) for name, values in metadata.items()
   }

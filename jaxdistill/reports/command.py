@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxdistill.evaluation import predictions
-from jaxdistill.reports._pages import evidence, versus, versus_page
+from jaxdistill.reports._pages import evidence, versus
 from jaxdistill.reports._report import render_report
 
 __all__ = ["main"]
@@ -54,12 +54,12 @@ def main(args: Sequence[str] | None = None) -> int:
       columns = predictions.read_columns(options.metadata) if options.metadata else None
       path = render_report(options.run, split=options.split, metadata=columns)
       found = evidence.read(options.run, options.split)
-      print(found.report.get("verdict") or "There is no verdict.")
+      print(found.report["verdict"] or "There is no verdict.")
       for problem in found.problems:
         print(f"- {problem}", file=sys.stderr)
     else:
       compared = versus.compare_runs(options.run, options.other, split=options.split)
-      path = versus_page.write_comparison(options.out or pathlib.Path("comparison.html"), compared)
+      path = versus.write_comparison(options.out or pathlib.Path("comparison.html"), compared)
       print(versus.markdown(compared.numbers))
   except (OSError, ValueError) as error:
     print(error, file=sys.stderr)

@@ -1,32 +1,48 @@
-"""Pictures of results: models side by side, curves over a setting, methods in rows.
+"""Pictures of results: models side by side, curves over a setting, methods in rows, calibration.
 
-Each is written as a PNG file, or only returned, for a notebook to show. All of them show a mean and
-its standard deviation over seeds. Colours are told apart with any kind
-of colour vision (Okabe, Ito, 2008), and series by their markers too.
+One code for files and for pages: each function writes a PNG file, or only returns Matplotlib's
+figure, for a notebook to show or for a page to hold. Models have one colour and one mark each
+throughout; colours are told apart with any kind of colour vision (Okabe, Ito, 2008), and series by
+their markers too.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill import _check, _extras
 from jaxdistill.evaluation import metrics
-from jaxdistill.reports._format import with_std
+from jaxdistill.reports._format import MODELS, WORDS, clean, with_std
+from jaxdistill.reports._svg import BASELINE, RULE, STUDENT, TEACHER, hover
 
-__all__ = ["curves", "frontier", "intervals", "models", "png"]
+__all__ = [
+  "against",
+  "curves",
+  "frontier",
+  "gap",
+  "groups",
+  "intervals",
+  "models",
+  "png",
+  "reliability",
+  "training",
+]
 
 # A mean; or a mean and its standard deviation, None or NaN where there is none.
 Value = float | tuple[float, float | None]
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("--", ":", "-.")
-_GREY = "#444444"
-_KINDS = (_GREY, "#c46a1b", "#1b6ac4")  # teacher, labels alone, distilled
+_KINDS = (TEACHER, BASELINE, STUDENT)
+_LOOKS = dict(zip(MODELS, zip(_KINDS, "s^o", strict=True), strict=True))
+_PALE = "#8a8a8a"
+_WIDE = 340  # points of a picture in a page: its text keeps its size on a phone
 
 
 def models(
@@ -62,9 +78,9 @@ def models(
     colour = (*_KINDS, *_COLOURS)[i % 10]
     beside = np.linspace(-0.12, 0.12, len(each)) if len(each) > 1 else np.zeros(1)
     axes.scatter(i + beside, each, s=22, color=colour, alpha=0.45, linewidths=0)
-    axes.errorbar(i, mean, yerr=std, fmt="D", color=colour, capsize=5, ms=7, label=name)
+    axes.errorbar(i, mean, yerr=std, fmt="D", color=colour, capsize=5, ms=7, label=_text(name))
     axes.annotate(f"{mean:.2f}", (i, mean), (30, 0), textcoords="offset points", va="center")
-  axes.set_xticks(range(len(values)), list(values))
+  axes.set_xticks(range(len(values)), [_text(name) for name in values])
   axes.set_xlim(-0.5, len(values) - 0.2)
   axes.grid(axis="y", alpha=0.25)
   return _saved(figure, path)
@@ -122,14 +138,13 @@ def curves(
     mean, std = (_as_long(name, values, len(points)) for values in (mean, std))
     there = np.isfinite(mean)
     colour, marker = _COLOURS[i % len(_COLOURS)], _MARKERS[i % len(_MARKERS)]
-    axes.plot(at[there], mean[there], marker=marker, ms=5, color=colour, label=name)
+    axes.plot(at[there], mean[there], marker=marker, ms=5, color=colour, label=_text(name))
     banded = there & np.isfinite(std)
-    low, high = (mean - std)[banded], (mean + std)[banded]
-    axes.fill_between(at[banded], low, high, color=colour, alpha=0.14, linewidth=0)
+    _band(axes, at[banded], (mean - std)[banded], (mean + std)[banded], colour)
   for i, (name, value) in enumerate((lines or {}).items()):
     mean, std = _mean_std(value)
-    colour = (_GREY, "#8a8a8a")[i % 2]  # no series is grey
-    axes.axhline(mean, color=colour, linestyle=_LINES[i % 3], linewidth=1.4, label=name)
+    colour = (_KINDS[0], _PALE)[i % 2]  # no series is grey
+    axes.axhline(mean, color=colour, linestyle=_LINES[i % 3], linewidth=1.4, label=_text(name))
     if std is not None:
       axes.axhspan(mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
   _name_points(axes, at, [f"{p:g}" for p in points] if ticks is None else list(ticks))
@@ -195,7 +210,7 @@ def frontier(
       mfc="white" if name in hollow else colour,
       capsize=3,
       elinewidth=1,
-      label=label,
+      label=_text(label),
     )
     if i:
       axes.annotate(f"{i}", (at, value), (7, 4), textcoords="offset points", fontsize=9)
@@ -203,7 +218,7 @@ def frontier(
   if len(line) > 1:
     axes.plot(*zip(*line, strict=True), color=_KINDS[2], alpha=0.5, label="Pareto front", zorder=0)
   if limit is not None:
-    axes.axvline(limit, color="#8a8a8a", linestyle="--", linewidth=1.2, label=f"budget {limit:,g}")
+    axes.axvline(limit, color=_PALE, linestyle="--", linewidth=1.2, label=f"budget {limit:,g}")
   axes.set_xlabel(xlabel)
   axes.margins(x=0.1)
   axes.grid(alpha=0.2)
@@ -240,9 +255,9 @@ def intervals(
   figure, axes = _axes(7.0, 1.3 + 0.27 * len(rows), title=title)
   for i, (name, value) in enumerate((lines or {}).items()):
     mean, std = _mean_std(value)
-    colour = (_KINDS[1], _GREY)[i % 2]
+    colour = (_KINDS[1], _KINDS[0])[i % 2]
     shown = f"{name} {_shown(mean, std)}"
-    axes.axvline(mean, color=colour, linestyle=_LINES[i % 3], linewidth=1.4, label=shown)
+    axes.axvline(mean, color=colour, linestyle=_LINES[i % 3], linewidth=1.4, label=_text(shown))
     if std is not None:
       axes.axvspan(mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
   for i, value in enumerate(rows.values()):
@@ -252,12 +267,254 @@ def intervals(
     # At the right end, in a column: a text beside each dot would hide its neighbours'.
     where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
     axes.annotate(_shown(mean, std), (1.0, i), (4, 0), va="center", fontsize=9, **where)
-  axes.set_yticks(range(len(rows)), list(rows))
+  axes.set_yticks(range(len(rows)), [_text(name) for name in rows])
   axes.set_ylim(len(rows) - 0.5, -0.5)
   axes.set_xlabel(xlabel)
   axes.grid(axis="x", alpha=0.25)
   if lines:
     figure.legend(loc="outside upper center", ncols=len(lines), frameon=False, fontsize=9)
+  return _saved(figure, path)
+
+
+def against(
+  path: str | os.PathLike[str] | None,
+  points: Mapping[str, tuple[float, float, float | None]],
+  *,
+  xlabel: str,
+  show: Callable[[float], str],
+  words: Mapping[str, str] = WORDS,
+) -> Any:
+  """Accuracy against what it costs: one mark a model with its name, its std as a bar.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    points: by model (``teacher``, ``baseline``, ``student``) ``(cost, accuracy in %, standard
+      deviation or None)``.
+    xlabel: what the cost is; its axis is logarithmic.
+    show: a cost as a tick's text.
+    words: what the models are called.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  >>> points = {"teacher": (1000.0, 97.0, None), "student": (100.0, 93.0, 0.4)}
+  >>> figure = against(None, points, xlabel="parameters", show="{:g}".format)
+  >>> [text.get_text() for text in figure.axes[0].texts]
+  ['teacher 97.00', 'student 93.00 ± 0.40']
+  """
+  _check_entries("points", points)
+  figure, axes = _small(220, xlabel=xlabel, above="accuracy, %", top=28)
+  costs = [cost for cost, _, _ in points.values()]
+  room = max(1.5, (max(costs) / min(costs)) ** 0.14)
+  ends = (min(costs) / room, max(costs) * room)
+  axes.set(xscale="log", xlim=ends)
+  for name, (cost, value, std) in points.items():
+    axes.errorbar(cost, value, yerr=std, fmt="none", color=_LOOKS[name][0], elinewidth=1.4)
+    _marks(axes, name, [cost], [value], [f"{words[name]}: {show(cost)}, {with_std(value, std)}%"])
+  axes.margins(y=0.18)
+  axes.autoscale(axis="y")
+  ticks = _log_ticks(*ends)
+  axes.set_xticks(ticks, [show(tick) for tick in ticks])
+  axes.set_xticks([], minor=True)
+  placed: list[tuple[float, float]] = []
+  for name, (cost, value, std) in sorted(points.items(), key=lambda item: -item[1][1]):
+    x, y = axes.transData.transform((cost, value)) * 72 / figure.dpi
+    left, shift = x > 0.6 * _WIDE, 0.0
+    while any(abs(y + shift - other) < 13 and abs(x - beside) < 110 for beside, other in placed):
+      shift -= 3
+    placed.append((x, y + shift))
+    told, at = _text(f"{words[name]} {with_std(value, std)}"), (-10 if left else 10, shift)
+    axes.annotate(told, (cost, value), at, textcoords="offset points", va="center", fontsize=11,
+                  ha="right" if left else "left", color=_LOOKS[name][0])  # fmt: skip
+  return _saved(figure, path)
+
+
+def gap(
+  path: str | os.PathLike[str] | None, share: float, interval: tuple[float, float] | None = None
+) -> Any:
+  """How far the student is on the way from labels alone (0) to its teacher (1).
+
+  Args:
+    path: where the PNG goes; None writes none.
+    share: of the way that it went.
+    interval: of that share.
+
+  Returns:
+    The figure, Matplotlib's; what lies far outside is drawn at the edge.
+
+  >>> [text.get_text() for text in gap(None, 0.4, (0.2, 0.6)).axes[0].texts]
+  ['labels alone, 0', 'teacher, 100%', 'student 40%']
+  """
+  figure, axes = _small(84, left=44, right=44, top=26, bottom=30)
+  axes.axis("off")
+  low, high = (min(max(end, -0.6), 1.6) for end in interval or (share, share))
+  here = min(max(share, -0.6), 1.6)
+  axes.set(xlim=(min(0.0, low, here), max(1.0, high, here)), ylim=(-1, 1))
+  axes.plot([0, 1], [0, 0], color="black", linewidth=1)
+  if interval is not None:
+    axes.errorbar(here, 0, xerr=[[max(here - low, 0)], [max(high - here, 0)]], fmt="none",
+                  color=STUDENT, capsize=5, elinewidth=1.4)  # fmt: skip
+  ends = "" if interval is None else f" (95% interval {interval[0]:.0%} to {interval[1]:.0%})"
+  for name, at, told, shown in (
+    ("baseline", 0.0, f"{WORDS['baseline']}, 0", "labels alone: 0%"),
+    ("teacher", 1.0, f"{WORDS['teacher']}, 100%", "teacher: 100%"),
+    ("student", here, f"student {share:.0%}", f"student: {share:.0%}{ends}"),
+  ):
+    large = name == "student"
+    _marks(axes, name, [at], [0.0], [shown], size=13 if large else 10)
+    axes.annotate(told, (at, 0), (0, 18 if large else -24), textcoords="offset points", fontsize=11,
+                  ha="center", va="center", color=_LOOKS[name][0])  # fmt: skip
+  return _saved(figure, path)
+
+
+def reliability(
+  path: str | os.PathLike[str] | None, name: str, bins: Mapping[str, np.ndarray]
+) -> Any:
+  """Accuracy by confidence: on the diagonal, confidence is what it says.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    name: the model's, ``teacher``, ``baseline`` or ``student``: whose colour it has.
+    bins: ``count``, ``confidence`` and ``correct``, sums ``[S, bins]`` over equal bins, drawn over
+      all seeds together.
+
+  Returns:
+    The figure, Matplotlib's; below the diagram, how many answers each bin has.
+
+  >>> ones = np.ones((1, 2))
+  >>> figure = reliability(None, "student", {"count": ones, "confidence": ones, "correct": ones})
+  >>> [len(axes.patches) for axes in figure.axes]
+  [2, 2]
+  """
+  count, sure, right = (bins[key].sum(axis=0) for key in ("count", "confidence", "correct"))
+  figure, axes = _small(300, above="accuracy", right=18, top=28, bottom=84)
+  below = figure.add_axes((40 / _WIDE, 20 / 300, (_WIDE - 58) / _WIDE, 40 / 300))
+  colour, width = _LOOKS[name][0], 1 / len(count)
+  axes.plot([0, 1], [0, 1], color="black", linestyle=(0, (3, 3)), linewidth=1)
+  few = max(0.002 * count.sum(), 5)
+  for i in np.flatnonzero(count):
+    left, accuracy, confidence = i * width, right[i] / count[i], sure[i] / count[i]
+    told = f"confidence {confidence:.0%}: accuracy {accuracy:.0%}, {count[i]:,.0f} answers"
+    for on, height, opacity in (
+      (axes, accuracy, 0.3 if count[i] < few else 0.75),
+      (below, math.log1p(count[i]), 0.3),
+    ):
+      (bar,) = on.bar(left, height, 0.92 * width, align="edge", color=colour, alpha=opacity)
+      hover(bar, told)
+    axes.hlines(confidence, left, left + 0.92 * width, color=colour, linewidth=1.6)
+  ticks = [0, 0.25, 0.5, 0.75, 1]
+  axes.set(xlim=(0, 1), ylim=(0, 1), xticks=ticks, yticks=ticks)
+  for axis in (axes.xaxis, axes.yaxis):
+    axis.set_major_formatter("{x:.0%}")
+  below.set(xlim=(0, 1), xticks=[], yticks=[])
+  below.spines[["top", "left", "right"]].set_visible(False)
+  below.set_xlabel("confidence; below, how many answers (logarithm)", fontsize=11)
+  return _saved(figure, path)
+
+
+def groups(
+  path: str | os.PathLike[str] | None,
+  rows: Sequence[tuple[str, Mapping[str, float | None]]],
+  *,
+  xlabel: str,
+  words: Mapping[str, str] = WORDS,
+) -> Any:
+  """A row for each class or slice with a mark for each model.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    rows: ``(name, {model: accuracy in %, or None})``, from top to bottom.
+    xlabel: what the values are.
+    words: what the models are called.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  >>> figure = groups(None, [("cat", {"teacher": 97.0, "student": 93.0})], xlabel="accuracy, %")
+  >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
+  ['cat']
+  """
+  names = [name for name, _ in rows]
+  left = int(min(120, 16 + 6.2 * max(map(len, names), default=1)))
+  figure, axes = _small(22 * len(rows) + 48, xlabel=xlabel, left=left, top=4)
+  for i, (_, marks) in enumerate(rows):
+    there = [value for value in marks.values() if value is not None]
+    if there:
+      axes.plot([min(there), max(there)], [i, i], color="black", linewidth=1)
+  for model in MODELS:
+    known = [(i, name, value) for i, (name, marks) in enumerate(rows)
+             if (value := marks.get(model)) is not None]  # fmt: skip
+    if known:
+      told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]
+      _marks(axes, model, [value for *_, value in known], [i for i, *_ in known], told, size=9)
+  short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+  axes.set_yticks(range(len(rows)), [_text(name) for name in short])
+  for label, name in zip(axes.get_yticklabels(), names, strict=True):
+    hover(label, name)
+  axes.set_ylim(len(rows) - 0.5, -0.5)
+  axes.grid(False, axis="y")
+  axes.grid(axis="x", color=RULE)
+  axes.tick_params(axis="y", length=0)
+  axes.spines["left"].set_visible(False)
+  axes.margins(x=0.06)
+  return _saved(figure, path)
+
+
+def training(
+  path: str | os.PathLike[str] | None,
+  lines: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  *,
+  xlabel: str,
+  words: Mapping[str, str] = WORDS,
+) -> Any:
+  """Training curves: the mean over seeds, and the seeds' range as a band.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    lines: by model ``(x [N], values [N, S])``, of which at least one is finite; what is not is a
+      gap.
+    xlabel: what x is.
+    words: what the models are called.
+
+  Returns:
+    The figure, Matplotlib's: logarithmic where values are positive and span more than a factor of
+    20.
+
+  >>> lines = {"student": (np.arange(3), np.array([[1.0, 2.0], [np.nan, 1.0], [0.5, 0.5]]))}
+  >>> training(None, lines, xlabel="epochs").axes[0].get_lines()[0].get_ydata().tolist()
+  [1.5, nan, 0.5]
+  """
+  every = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])
+  if not every.size:
+    raise ValueError("lines has no finite value; leave out what was never measured.")
+  figure, axes = _small(190, xlabel=xlabel, left=46)
+  if every.min() > 0 and every.max() / every.min() > 20:
+    axes.set_yscale("log")
+    ticks = _log_ticks(every.min() / 1.15, every.max() * 1.15)
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks([], minor=True)
+  for name, (x, values) in lines.items():
+    kept = np.unique(np.linspace(0, len(x) - 1, 160).round().astype(int))  # all that can be seen
+    x, values = np.asarray(x, np.float64)[kept], values[kept]
+    whole = np.isfinite(values).all(axis=1)
+    values = np.where(whole[:, None], values, np.nan)
+    mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
+    colour, marker = _LOOKS[name]
+    # A value between two gaps is no line, and would not be seen.
+    lonely = whole & ~np.r_[False, whole[:-1]] & ~np.r_[whole[1:], False]
+    axes.plot(x, mean, color=colour, linewidth=1.6)
+    axes.plot(x[lonely], mean[lonely], ls="none", marker=marker, ms=5, color=colour)
+    _band(axes, x, low, high, colour)
+    some = np.flatnonzero(whole)[:: max(1, -(-int(whole.sum()) // 24))]
+    several = values.shape[1] > 1
+    told = [
+      f"{words[name]}, {x[i]:.4g} {xlabel}: {mean[i]:.4g}"
+      + f" ({low[i]:.4g} to {high[i]:.4g})" * several
+      for i in some
+    ]
+    if len(some):
+      _marks(axes, name, x[some], mean[some], told, size=9, alpha=0)
+  axes.set_xlim(left=0)
   return _saved(figure, path)
 
 
@@ -291,17 +548,87 @@ def png(picture: np.ndarray) -> bytes:
   return file.getvalue()
 
 
-def _axes(width: float, height: float, *, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
+def _figure(width: float, height: float, layout: Any = None) -> Any:
   _extras.need("a picture", "matplotlib")
   import matplotlib.figure  # a third of a second, which importing the library should not cost
 
-  figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+  return matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout=layout)
+
+
+def _axes(width: float, height: float, *, ylabel: str = "", title: str = "") -> tuple[Any, Any]:
+  """A picture for a file, whose margins are as wide as its texts need."""
+  figure = _figure(width, height, "constrained")
   axes = figure.add_subplot()
   axes.spines[["top", "right"]].set_visible(False)
-  axes.set_ylabel(ylabel)
+  axes.set_ylabel(_text(ylabel))
   if title:
-    axes.set_title(title, fontsize=10)
+    axes.set_title(_text(title), fontsize=10)
   return figure, axes
+
+
+def _small(
+  height: int,
+  *,
+  xlabel: str = "",
+  above: str = "",
+  left: int = 40,
+  right: int = 10,
+  top: int = 10,
+  bottom: int = 38,
+) -> tuple[Any, Any]:
+  """A picture for a page's column, with its margins in points."""
+  figure = _figure(_WIDE / 72, height / 72)
+  box = left / _WIDE, bottom / height, 1 - (left + right) / _WIDE, 1 - (top + bottom) / height
+  axes = figure.add_axes(box)
+  axes.spines[["top", "right", "left"]].set_visible(False)
+  axes.tick_params(labelsize=11, length=3)
+  axes.tick_params(axis="y", length=0)
+  axes.grid(axis="y", color=RULE)
+  axes.set_axisbelow(True)
+  axes.locator_params(nbins=5)
+  axes.set_xlabel(_text(xlabel), fontsize=11)
+  axes.set_title(_text(above), loc="left", fontsize=11, x=-left / (_WIDE - left - right), pad=9)
+  return figure, axes
+
+
+def _marks(
+  axes: Any, name: str, x: Any, y: Any, told: Sequence[str], *, size: float = 10, alpha: float = 1
+) -> None:
+  """A model's marks, each with the text that is shown where a pointer rests on it."""
+  colour, marker = _LOOKS[name]
+  (drawn,) = axes.plot(
+    x, y, ls="none", marker=marker, ms=size, color=colour, mec="white", alpha=alpha, clip_on=False
+  )
+  hover(drawn, *told)
+
+
+def _band(axes: Any, x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str) -> None:
+  axes.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
+
+
+def _text(value: Any) -> str:
+  r"""A name as a text: two dollars are no formula.
+
+  >>> _text("$a$")
+  '\\$a\\$'
+  """
+  return clean(value).replace("$", r"\$")
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+  """Powers of ten, or 1, 2 and 5 times them where there are few.
+
+  >>> _log_ticks(80, 1200), _log_ticks(0.8, 2e6)
+  ([100.0, 300.0, 1000.0], [1.0, 100.0, 10000.0, 1000000.0])
+  """
+  powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+  found: list[float] = []
+  for factors in ((1,), (1, 3), (1, 2, 5)):
+    found = [f * 10.0**p for p in powers for f in factors]
+    found = [v for v in found if low * 0.999 <= v <= high * 1.001]
+    if len(found) >= 3:
+      break
+  return found[:: -(-len(found) // 5)] if found else [low, high]
 
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.evaluation.metrics import BINS
+from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Column, Predictions
 from jaxdistill.reports._pages import significance
 
@@ -34,14 +34,11 @@ def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
   with np.errstate(divide="ignore", invalid="ignore"):
     nll = -np.log(one.probability.astype(np.float64))
   bins = reliability(found, model)
-  gaps = np.abs(bins["correct"] - bins["confidence"]).sum(axis=1)
-  size = max(len(found), 1)
-  empty = np.full(len(right), np.nan)
-  return {
-    "accuracy": right.mean(axis=1) if len(found) else empty,
-    "nll": nll.mean(axis=1) if len(found) else empty,
-    "ece": gaps / size if len(found) else empty,
-  }
+  sums: dict[str, Any] = {f"bin_{name}": sums for name, sums in bins.items()}
+  sums |= {"examples": len(found), "correct": right.sum(axis=1), "nll": nll.sum(axis=1)}
+  # An answer has not what these two need.
+  finished = metrics.finish({**sums, "top5": np.nan, "brier": np.nan})
+  return {name: finished[name] for name in ("accuracy", "nll", "ece")}
 
 
 def reliability(found: Predictions, model: str) -> dict[str, np.ndarray]:
@@ -58,13 +55,14 @@ def reliability(found: Predictions, model: str) -> dict[str, np.ndarray]:
   Source: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017.
   """
   confidence, right = found.models[model].confidence, found.correct(model)
-  edges = np.asarray(np.arange(1, BINS) / BINS, np.float32)
-  which = np.searchsorted(edges, confidence, side="left")
-  sums = {name: np.zeros((len(confidence), BINS)) for name in ("count", "confidence", "correct")}
+  which = np.searchsorted(metrics.EDGES, confidence, side="left")
+  sums = {
+    name: np.zeros((len(confidence), metrics.BINS)) for name in ("count", "confidence", "correct")
+  }
   for s, (bins, sure, hit) in enumerate(zip(which, confidence, right, strict=True)):
     there = np.isfinite(sure)
     for name, values in (("count", None), ("confidence", sure[there]), ("correct", hit[there])):
-      sums[name][s] = np.bincount(bins[there], values, BINS)
+      sums[name][s] = np.bincount(bins[there], values, metrics.BINS)
   return sums
 
 

@@ -16,26 +16,26 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxdistill.evaluation.predictions import Predictions
-from jaxdistill.reports._format import plain, signed, times
+from jaxdistill.reports._format import change as change_text
+from jaxdistill.reports._format import interval, listed, plain, signed, times
 from jaxdistill.reports._pages import significance
-from jaxdistill.reports._pages.evidence import Evidence, names
-from jaxdistill.reports._pages.page_files import nothing_found
-from jaxdistill.reports._pages.run_files import BROKEN
+from jaxdistill.reports._pages.document import model
+from jaxdistill.reports._pages.evidence import Evidence
 
-__all__ = ["decide", "ratio"]
+__all__ = ["decide", "fell", "nothing_found", "ratio"]
 
 # What a limit in budget.json is held against; more is better for those of the second.
 _AT_MOST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-  "parameters": lambda m: m.get("parameters"),
-  "bytes": lambda m: m.get("bytes"),
-  "flops": lambda m: m.get("flops"),
-  "latency_ms": lambda m: (m.get("latency_ms") or {}).get("median"),
-  "latency_ms_p95": lambda m: (m.get("latency_ms") or {}).get("p95"),
-  "ece": lambda m: (m.get("ece") or {}).get("mean"),
+  "parameters": lambda m: m["parameters"],
+  "bytes": lambda m: m["bytes"],
+  "flops": lambda m: m["flops"],
+  "latency_ms": lambda m: m["latency_ms"]["median"],
+  "latency_ms_p95": lambda m: m["latency_ms"]["p95"],
+  "ece": lambda m: m["ece"]["mean"],
 }
 _AT_LEAST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-  "accuracy": lambda m: (m.get("accuracy") or {}).get("mean"),
-  "throughput": lambda m: m.get("throughput"),
+  "accuracy": lambda m: m["accuracy"]["mean"],
+  "throughput": lambda m: m["throughput"],
 }
 _FEW = 10  # examples of a class, of which nothing short of a collapse would be seen
 _CALLED = {
@@ -52,7 +52,7 @@ def decide(
   classes: Sequence[Mapping[str, Any]] = (),
   slices: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
-  """The decision and its reasons; what cannot be judged for broken numbers is a reason itself.
+  """The decision and its reasons; what could not be judged is a reason itself.
 
   Args:
     found: what the run's folder holds.
@@ -64,58 +64,44 @@ def decide(
     ``"Undecided"``), ``sentence``, and ``reasons``: ``{"side": "for" | "against" | "unknown",
     "weight": "stop" | "care" | "note", "text"}``.
   """
-  models = found.report.get("models") or {}
+  report = found.report
+  teacher, student = model(report, "teacher"), model(report, "student")
   reasons: list[dict[str, str]] = []
 
   def add(side: str, text: str, weight: str = "note") -> None:
     reasons.append({"side": side, "weight": weight, "text": text})
 
-  student = models.get("student") or {}
-  beats = ""
-  for what, make in (
-    ("the gain over labels alone", lambda: _gain(found, models, add)),
-    ("accuracy", lambda: _accuracy(found.report, models, add)),
-    ("what it costs", lambda: _cost(student, models.get("teacher") or {}, add)),
-    ("confidence", lambda: _calibration(models, add)),
-    ("classes and slices", lambda: _groups(classes, slices or {}, add)),
-    ("exported files", lambda: _exported(found.exports, add)),
-    ("the budget", lambda: _budget(found.budget, student, add)),
-    ("the pre-flight checks", lambda: _checks(found, add)),
-  ):
-    try:
-      beats = make() or beats
-    except BROKEN as error:
-      text = f"What is there on {what} could not be judged of these files ({error!r})."
-      add("unknown", text, "care")
+  beats = _gain(found, add)
+  _accuracy(report, teacher, student, add)
+  _cost(student, teacher, add)
+  _calibration(report["models"], add)
+  _groups(classes, slices or {}, add)
+  _exported((found.exports or {}).get("files", []), add)
+  _budget(found.budget, student, add)
+  _checks(found, add)
   for doubt in found.doubts:
     add("against", doubt, "care")
-  try:
-    known = _mean(student, "accuracy") is not None
-  except BROKEN:
-    known = False
+  known = student["accuracy"]["mean"] is not None
   return {**_verdict(reasons, known, beats), "reasons": reasons}
 
 
 _Add = Callable[..., None]
 
 
-def _gain(found: Evidence, models: Mapping[str, Any], add: _Add) -> str:
+def _gain(found: Evidence, add: _Add) -> str:
   """Whether it beats labels alone; returns the sentence on it for a student that may be shipped."""
-  gain = found.report.get("gain") or {}
-  change, error = gain.get("mean"), gain.get("standard_error")
-  if change is None:
+  if found.report["gain"] is None:
     add("unknown", "What distillation gained over labels alone was not measured.", "care")
     return ""
+  change, error = found.report["gain"]["mean"], found.report["gain"]["standard_error"]
   if error is None:
     text = f"One seed: {signed(100 * change)} points over labels alone may be noise."
     add("unknown", text, "care")
     return ""
   points = f"{100 * abs(change):.2f} ± {100 * error:.2f}"
-  if not _beyond_seeds(models, change, error):
-    text = (
-      f"Its gain over labels alone ({signed(100 * change)} ± {100 * error:.2f} points, standard "
-      "error over seeds) is noise."
-    )
+  if not _beyond_seeds(found.report, change, error):
+    shown = change_text(change, error)
+    text = f"Its gain over labels alone ({shown} points, standard error over seeds) is noise."
     add("against", text, "draw")
     return ""
   tested = _over_examples(found.predictions, change > 0)
@@ -144,9 +130,9 @@ def _gain(found: Evidence, models: Mapping[str, Any], add: _Add) -> str:
   return "It beats labels alone beyond the noise of seeds and of examples."
 
 
-def _beyond_seeds(models: Mapping[str, Any], change: float, error: float) -> bool:
+def _beyond_seeds(report: Mapping[str, Any], change: float, error: float) -> bool:
   each = [
-    [v for v in (models.get(name) or {}).get("accuracy_per_seed") or [] if v is not None]
+    [value for value in model(report, name)["accuracy_per_seed"] if value is not None]
     for name in ("student", "baseline")
   ]
   if min(map(len, each)) < 2:  # an older file: all that is left is the rule of thumb
@@ -161,29 +147,30 @@ def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | 
   tested = significance.change(found.correct("student"), found.correct("baseline"))
   change, error, p_value = (tested[key] or 0.0 for key in ("change", "error", "p_value"))
   low, high = change - 1.96 * error, change + 1.96 * error
+  shown = f"95% interval {interval(low, high)}"
   if not (low > 0 if more else high < 0):
-    return False, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+    return False, shown
   # So few examples may differ that the normal law's interval is too short.
   if p_value >= significance.LEVEL:
     return False, f"p = {p_value:.2g}"
-  return True, f"95% interval {signed(100 * low)} to {signed(100 * high)}"
+  return True, shown
 
 
-def _accuracy(report: Mapping[str, Any], models: Mapping[str, Any], add: _Add) -> None:
-  student = _mean(models.get("student"), "accuracy")
-  teacher = _mean(models.get("teacher"), "accuracy")
-  change = (report.get("gain") or {}).get("mean")
-  gap = report.get("gap_closed") or {}
-  if gap.get("value") is not None:
+def _accuracy(
+  report: Mapping[str, Any], teacher: Mapping[str, Any], student: Mapping[str, Any], add: _Add
+) -> None:
+  ours, theirs = student["accuracy"]["mean"], teacher["accuracy"]["mean"]
+  gap = report["gap_closed"]
+  if gap["value"] is not None:
     ends = ""
-    if gap.get("low") is not None and gap.get("high") is not None:
+    if gap["low"] is not None:
       ends = f" (95% interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)"
     side = "for" if gap["value"] > 0 else "against"
     add(side, f"It closes {100 * gap['value']:.0f}% of the gap to the teacher{ends}.")
-  elif change is not None and gap.get("note"):
+  elif report["gain"] is not None and gap["note"]:
     add("unknown", gap["note"])
-  if student is not None and teacher is not None:
-    less = 100 * (teacher - student)
+  if ours is not None and theirs is not None:
+    less = 100 * (theirs - ours)
     if less > 0:
       add("against", f"The price: {less:.2f} points less accuracy than the teacher.")
     else:
@@ -202,8 +189,8 @@ def ratio(more: float | None, less: float | None) -> float | None:
 
 
 def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> None:
-  size = ratio(teacher.get("parameters"), student.get("parameters"))
-  speed = ratio(*((m.get("latency_ms") or {}).get("median") for m in (teacher, student)))
+  size = ratio(teacher["parameters"], student["parameters"])
+  speed = ratio(teacher["latency_ms"]["median"], student["latency_ms"]["median"])
   if size is None and speed is None:
     add("unknown", "What teacher and student cost was not measured.")
     return
@@ -224,10 +211,8 @@ def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> 
 
 
 def _calibration(models: Mapping[str, Any], add: _Add) -> None:
-  spreads = {name: (models.get(name) or {}).get("ece") or {} for name in models}
-  means: dict[str, float] = {
-    name: one["mean"] for name, one in spreads.items() if one.get("mean") is not None
-  }
+  spreads = {name: one["ece"] for name, one in models.items() if one["ece"]["mean"] is not None}
+  means = {name: one["mean"] for name, one in spreads.items()}
   if "student" not in means:
     return
   beside = {"teacher": "the teacher's", "baseline": "labels alone"}
@@ -236,8 +221,9 @@ def _calibration(models: Mapping[str, Any], add: _Add) -> None:
   reference = "baseline" if "baseline" in means else "teacher"
   if reference not in means:
     return
-  instances = {n: max(1, int(models[n].get("instances") or 1)) for n in (reference, "student")}
-  error = math.sqrt(sum((spreads[n].get("std") or 0.0) ** 2 / instances[n] for n in instances))
+  error = math.sqrt(
+    sum((spreads[n]["std"] or 0.0) ** 2 / models[n]["instances"] for n in (reference, "student"))
+  )
   change = means["student"] - means[reference]
   if change > max(2 * error, 0.005):  # half a point is nobody's concern
     add("against", f"Its confidence is less honest: {text}.", "care")
@@ -259,19 +245,19 @@ def _groups(
   # Where the student is below its teacher, large slices all are: that is the price, said above.
   looked += [(f"Slices of {name!r}", rows, "baseline") for name, rows in slices.items()]
   for what, rows, reference in looked:
-    fell = [row for row in rows if _fell(row["changes"].get(reference))]
-    fell.sort(key=lambda row: row["changes"][reference]["change"])
-    if fell:
-      listed = [
+    lost = [row for row in rows if fell(row["changes"].get(reference))]
+    lost.sort(key=lambda row: row["changes"][reference]["change"])
+    if lost:
+      told = [
         f"{row['name']} ({signed(100 * row['changes'][reference]['change'], 1)} points)"
-        for row in fell
+        for row in lost
       ]
       weight = "care" if reference == "baseline" else "note"
-      text = f"{what} that lost beyond noise against {against[reference]}: {names(listed, 5)}."
+      text = f"{what} that lost beyond noise against {against[reference]}: {listed(told, 5)}."
       add("against", text, weight)
   sizes = [row["examples"] for row in classes if row["examples"]]
   kinds = [r["changes"][k] for r in classes for k in against if r["changes"].get(k)]
-  if not kinds or any(_fell(one) for one in kinds):
+  if not kinds or any(fell(one) for one in kinds):
     return
   if max(sizes, default=0) < _FEW:
     text = f"at most {max(sizes, default=0)} examples each are too few to tell"
@@ -281,32 +267,31 @@ def _groups(
   add("for", f"No class lost beyond noise, neither against labels alone nor the teacher{few}.")
 
 
-def _fell(change: Mapping[str, Any] | None) -> bool:
-  return bool(change and change.get("beyond_noise") and (change.get("change") or 0) < 0)
+def fell(change: Mapping[str, Any] | None) -> bool:
+  """Whether a group lost beyond noise."""
+  return change is not None and change["beyond_noise"] and change["change"] < 0
 
 
-def _exported(exports: Mapping[str, Any] | None, add: _Add) -> None:
-  files = (exports or {}).get("files") or []
+def _exported(files: Sequence[Mapping[str, Any]], add: _Add) -> None:
   if not files:
     add("unknown", "No exported file was checked in its own runtime.")
     return
-  batch = (exports or {}).get("batch_size", 1)
-  good = [one["file"] + _timed(one, batch) for one in files if one.get("passed")]
-  bad = [f"{one['file']} ({one.get('problem') or 'no reason given'})" for one in files]
-  bad = [text for text, one in zip(bad, files, strict=True) if not one.get("passed")]
+  good = [one["file"] + _timed(one) for one in files if one["passed"]]
+  bad = [
+    f"{one['file']} ({one['problem'] or 'no reason given'})" for one in files if not one["passed"]
+  ]
   if good:
-    add("for", f"Exported, and checked in a process of its own: {names(good)}.")
+    add("for", f"Exported, and checked in a process of its own: {listed(good)}.")
   if bad:
-    add("against", f"Exports that failed: {names(bad, 3)}.", "care" if good else "stop")
+    add("against", f"Exports that failed: {listed(bad, 3)}.", "care" if good else "stop")
 
 
-def _timed(entry: Mapping[str, Any], batch: Any) -> str:
-  """An exported file's latency in its own runtime, where it was measured; the list's batch."""
-  latency = entry.get("latency_ms")
-  median = latency.get("median") if isinstance(latency, Mapping) else None
-  size = entry.get("batch_size", batch)
-  at = "" if size == 1 else f" at batch {size}"
-  return f" ({median:.2g} ms{at})" if isinstance(median, int | float) else ""
+def _timed(entry: Mapping[str, Any]) -> str:
+  """An exported file's latency in its own runtime, where it was measured."""
+  if entry["latency_ms"] is None:
+    return ""
+  at = "" if entry["batch_size"] == 1 else f" at batch {entry['batch_size']}"
+  return f" ({entry['latency_ms']['median']:.2g} ms{at})"
 
 
 def _checks(found: Evidence, add: _Add) -> None:
@@ -317,6 +302,12 @@ def _checks(found: Evidence, add: _Add) -> None:
     add("against", f"Pre-flight check: {one['message']}{fix}", "care")
   if not found.findings:
     add("for", nothing_found(found))
+
+
+def nothing_found(found: Evidence) -> str:
+  """That the checks found nothing; a compression, which has a budget, checks twice."""
+  when = " before and after the training" if found.budget else ""
+  return f"Checked{when}, nothing found."
 
 
 def _plain(limit: float, value: float) -> tuple[str, str]:
@@ -330,7 +321,7 @@ def _plain(limit: float, value: float) -> tuple[str, str]:
 
 
 def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) -> None:
-  limits, costs = budget.get("limits") or {}, budget.get("costs") or {}
+  limits, costs = budget.get("limits", {}), budget.get("costs", {})
   batch = limits.get("batch_size", 1)
   for name, limit in limits.items():
     least = name in _AT_LEAST
@@ -350,10 +341,6 @@ def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) ->
       add("for", f"Budget met: {words} (it has {texts[1]}).")
     else:
       add("against", f"Budget missed: {words}, but it has {texts[1]}.", "stop")
-
-
-def _mean(model: Mapping[str, Any] | None, key: str) -> Any:
-  return ((model or {}).get(key) or {}).get("mean")
 
 
 def _verdict(reasons: Sequence[Mapping[str, str]], known: bool, beats: str) -> dict[str, str]:

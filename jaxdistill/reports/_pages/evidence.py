@@ -15,14 +15,25 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
-from jaxdistill.evaluation import metrics, predictions
+from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
-from jaxdistill.reports._pages import analysis, run_files
-from jaxdistill.reports._pages.report_text import MODELS
+from jaxdistill.reports._format import MODELS, listed
+from jaxdistill.reports._pages import analysis
+from jaxdistill.reports._pages.document import (
+  VERSION,
+  complete,
+  schema,
+  sound_report,
+  spread,
+)
+from jaxdistill.reports._pages.validation import read_json, sound
 
-__all__ = ["VERSION", "Evidence", "names", "read", "spread", "suffix"]
+__all__ = ["Evidence", "read", "suffix", "values"]
 
-VERSION = 2  # of report.json; 1 had neither this number nor answers on each example
+_EXPORTS = 1  # the version of exports.json that is known
+# What follows from the rest, and is made anew.
+_DERIVED = ("decision", "classes", "slices", "lost", "problems")
+_ENTRY = ("runtime", "bytes", "sha256", "accuracy", "agreement", "largest_difference", "least_jax")
 _QUALITIES = {
   "accuracy": "accuracy",
   "nll": "negative log-likelihood",
@@ -38,10 +49,11 @@ class Evidence:
   Attributes:
     folder: the run's.
     split: which split was read.
-    report: ``report.json``, as far as it could be read.
+    report: ``report.json`` as far as it is sound, and `document.complete`.
     predictions: the answers on each example, or None.
     curves: the lines of ``metrics.jsonl`` by run (``teacher``, ``baseline``, ``student``).
-    exports: ``exports/exports.json`` or None; each file with a ``problem`` where it has one.
+    exports: ``exports/exports.json`` or None; of each file all is there, None where it is unknown,
+      and a ``problem`` where it has one.
     findings: of the pre-flight checks, ``{"check", "message", "fix"}``; None where there were none.
     budget: ``{"limits": {name: limit}, "costs": {name: cost}}`` from ``budget.json``; empty where
       there is none.
@@ -94,20 +106,21 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
       f"{os.fspath(folder)!r} has neither {report.name} nor {answers.name}: measure the run first, "
       f"e.g. by its experiment's --evaluate.{hint}"
     )
-  numbers = run_files.read_json(report, "The report's numbers", problems)
+  numbers = read_json(report, "The report's numbers", problems)
   kept = isinstance(numbers, dict) and numbers.get("predictions", "unknown") is None
   # Answers of an earlier measurement may lie beside a report that was made without any.
   found = None if kept else _predictions(answers, problems)
   read_report, intact = _report(report, numbers, found, problems)
-  made = read_report if read_report is not None else _rebuilt(found, split)
-  doubts = _not_numbers(made, "student")
+  known = _rebuilt(found, split) if read_report is None else read_report
+  made = complete(known)
+  doubts = _not_numbers(known["models"], "student")
   if found is not None:
     problems += _classes_missing(found)
     doubts += _nan_logits(found)
     if read_report is not None:
       doubts += _other_measurement(made["models"], found)
-  for name in made["models"]:
-    problems += [] if name == "student" else _not_numbers(made, name)
+  for name in ("teacher", "baseline"):
+    problems += _not_numbers(known["models"], name)
   curves = _curves(folder, made, problems, doubts)
   return Evidence(
     folder=folder,
@@ -115,36 +128,19 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     report=made,
     predictions=found,
     curves=curves,
-    exports=run_files.exports(folder, problems),
-    findings=run_files.preflight(folder, problems),
-    budget=run_files.budget(folder / "budget.json", problems),
-    configs={name: run_files.config(folder / name, problems) for name in ("", *MODELS)},
+    exports=_exports(folder, problems),
+    findings=_findings(folder, problems),
+    budget=_budget(folder / "budget.json", problems),
+    configs={
+      name: _mapping(
+        folder / name / "config.json", f"The configuration of {(folder / name).name}", problems
+      )
+      for name in ("", *MODELS)
+    },
     problems=doubts + problems,
     doubts=doubts,
     intact=intact,
   )
-
-
-def spread(values: Any) -> dict[str, float | None]:
-  """Mean and sample standard deviation over the finite values; None where there are too few.
-
-  >>> spread([1.0, 3.0, float("nan")])["mean"], spread([float("nan")])
-  (2.0, {'mean': None, 'std': None})
-  """
-  found = np.atleast_1d(np.asarray(values, np.float64))
-  found = found[np.isfinite(found)]
-  mean, std = metrics.mean_std(found) if found.size else (None, None)
-  return {"mean": mean, "std": std}
-
-
-def names(values: list[str], most: int = 8) -> str:
-  """Some names in a row, and how many there are beside.
-
-  >>> names(["a", "b", "c"], most=2)
-  'a, b and 1 more'
-  """
-  shown = ", ".join(values[:most])
-  return shown if len(values) <= most else f"{shown} and {len(values) - most} more"
 
 
 def _predictions(path: pathlib.Path, problems: list[str]) -> Predictions | None:
@@ -169,16 +165,18 @@ def _report(
     if not path.is_file():
       problems.append(f"{path.name} is missing: what the models cost is unknown.")
     return None, False
-  models = report.get("models") if isinstance(report, dict) else None
-  whole = isinstance(models, dict) and all(isinstance(one, dict) for one in models.values())
-  if not whole or not isinstance(models, dict) or "student" not in models:
-    problems.append(f"{path.name} is no report: it has no models, or no student among them.")
+  if isinstance(report, dict):
+    report = {key: value for key, value in report.items() if key not in _DERIVED}
+  version = report.get("version", 1) if isinstance(report, dict) else 1
+  report, wrong = sound_report(report, path.name)
+  if report is None:
+    problems += wrong
     return None, False
-  said = len(problems)
-  report = run_files.as_expected(report, problems)
-  intact = len(problems) == said and report.get("version") == VERSION
-  version = report.get("version", 1)
-  if not isinstance(version, int) or version > VERSION:
+  # What a newer version has more is no fault of the file.
+  newer = not isinstance(version, int) or version > VERSION
+  problems += [] if newer else wrong
+  intact = not wrong and version == VERSION
+  if newer:
     problems.append(
       f"{path.name} was made by a newer version of jaxdistill (format {version}, this one knows "
       f"{VERSION}): what is new in it is not shown."
@@ -190,7 +188,7 @@ def _report(
     )
   elif found is None and not any("answers on each example" in one for one in problems):
     problems.append(f"There are no answers on each example (predictions.npz): {missing}.")
-  if "baseline" not in models:
+  if "baseline" not in report["models"]:
     problems.append(
       "There is no baseline (the same network on labels alone): what distillation gained, and the "
       "share of the gap closed, are unknown."
@@ -201,9 +199,9 @@ def _report(
 def _other_measurement(models: Mapping[str, Any], found: Predictions) -> list[str]:
   """Whether the answers give another accuracy than the report: they are not of one making."""
   for name in sorted(models.keys() & found.models.keys()):
-    there = models[name].get("accuracy_per_seed")
+    there = models[name]["accuracy_per_seed"]
     ours = found.correct(name).mean(axis=1) if len(found) else np.zeros(0)
-    if not isinstance(there, list) or None in there:
+    if not there or None in there:
       continue
     # The device's sums are of float32, exact as counts, and divided in float64.
     if len(there) != len(ours) or not np.allclose(there, ours, atol=1e-6):
@@ -223,7 +221,7 @@ def _rebuilt(found: Predictions | None, split: str) -> dict[str, Any]:
     if name in found.models:
       numbers = analysis.quality(found, name)
       models[name] = {
-        **{key: spread(values) for key, values in numbers.items()},
+        **{key: spread(each) for key, each in numbers.items()},
         "accuracy_per_seed": numbers["accuracy"].tolist(),
         "instances": len(numbers["accuracy"]),
       }
@@ -231,17 +229,13 @@ def _rebuilt(found: Predictions | None, split: str) -> dict[str, Any]:
   return {**about, "examples": len(found), "models": models}
 
 
-def _not_numbers(report: Mapping[str, Any], name: str) -> list[str]:
+def _not_numbers(models: Mapping[str, Any], name: str) -> list[str]:
   """Which of a model's numbers are none."""
-  model = report["models"].get(name) or {}
-  bad = []
-  for key, label in _QUALITIES.items():
-    value = model.get(key)
-    if isinstance(value, dict) and value.get("mean", 0) is None:
-      bad.append(label)
+  one = models.get(name, {})
+  bad = [label for key, label in _QUALITIES.items() if one.get(key, {}).get("mean", 0) is None]
   if bad:
-    return [f"The {name}'s {names(bad)} is not a finite number (NaN or infinite)."]
-  each = model.get("accuracy_per_seed") or []
+    return [f"The {name}'s {listed(bad)} is not a finite number (NaN or infinite)."]
+  each = one.get("accuracy_per_seed", [])
   undefined = sum(value is None for value in each)
   if undefined:
     seeds = f"{undefined} of {len(each)} seeds"
@@ -266,18 +260,18 @@ def _classes_missing(found: Predictions) -> list[str]:
   if absent and len(found):
     problems.append(
       f"{len(absent)} of {len(every)} classes never appear in this split, so nothing is known of "
-      f"them: {names(absent)}."
+      f"them: {listed(absent)}."
     )
   if "student" in found.models:
     predicted = found.models["student"].predicted
     never = [every[k] for k in np.flatnonzero(counts) if not np.any(predicted == k)]
     if never:
-      problems.append(f"The student never predicts the classes {names(never)}, in any seed.")
+      problems.append(f"The student never predicts the classes {listed(never)}, in any seed.")
   for name, column in found.columns.items():
     there = np.bincount(column.codes[column.codes >= 0], minlength=len(column.names))
     empty = [column.names[k] for k in np.flatnonzero(there == 0)]
     if empty:
-      problems.append(f"Slices of {name!r} without an example: {names(empty)}.")
+      problems.append(f"Slices of {name!r} without an example: {listed(empty)}.")
   return problems
 
 
@@ -296,7 +290,7 @@ def _curves(
     if torn:
       lines_of = f"{torn} line{'s' * (torn > 1)} of {name}/metrics.jsonl"
       problems.append(f"{lines_of} could not be read.")
-    bad = [r["step"] for r in lines if not _all_finite(r.get("loss", 0.0))]
+    bad = [r["step"] for r in lines if not np.all(np.isfinite(values(r, "loss")))]
     if bad:
       times = f"in {len(bad)} of {len(lines)} lines of its log, first at step {bad[0]}"
       said = f"The {name}'s loss is not a finite number {times}."
@@ -306,8 +300,104 @@ def _curves(
   return curves
 
 
-def _all_finite(value: Any) -> bool:
+def values(record: Mapping[str, Any], key: str) -> list[float]:
+  """What a log's line has of a key, one number a seed; NaN for what is none.
+
+  >>> values({"loss": [1, "high"]}, "loss"), values({"loss": 2.5}, "loss"), values({}, "loss")
+  ([1.0, nan], [2.5], [])
+  """
+  found = record.get(key, [])
+  return [
+    float(one) if isinstance(one, int | float) and not isinstance(one, bool) else float("nan")
+    for one in (found if isinstance(found, list) else [found])
+  ]
+
+
+def _mapping(path: pathlib.Path, what: str, problems: list[str]) -> dict[str, Any]:
+  """A file's JSON, which should be a mapping; empty where it is not."""
+  found = read_json(path, what, problems)
+  if found is not None and not isinstance(found, dict):
+    problems.append(f"{what} ({path.name}) is no mapping, but {_check.show(found)}.")
+  return found if isinstance(found, dict) else {}
+
+
+def _exports(run: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
+  """The list of exported files; one that is not as it was checked has not passed."""
+  folders = [run / "exports", run / "student" / "exports"]
+  folder = next((one for one in folders if (one / "exports.json").exists()), folders[0])
+  found = read_json(folder / "exports.json", "The list of exported files", problems)
+  if found is None:
+    return None
+  found, wrong = sound(found, schema("exports"), "exports.json", deeper=("files",))
+  problems += wrong
+  if found is None or "files" not in found:
+    return None
+  if found.get("version") != _EXPORTS:
+    problems.append(
+      f"exports.json is of version {found.get('version')!r} and this version of jaxdistill knows "
+      f"{_EXPORTS}: it is shown as far as it is understood. Export again to be sure."
+    )
+  shared = {"batch_size": 1, "examples": None, "split": None, **found}
+  files = []
+  for one in found["files"]:
+    entry = {**dict.fromkeys((*_ENTRY, "latency_ms", "problem")), "passed": False, **one}
+    entry["file"] = one.get("file") or one.get("kind") or "?"
+    entry |= {key: one.get(key) or shared[key] for key in ("batch_size", "examples", "split")}
+    problem = _file_problem(folder, entry)
+    if problem:
+      problems.append(f"The exported file {entry['file']} {problem}: export again.")
+      entry |= {"passed": False, "problem": f"it {problem}"}
+    files.append(entry)
+  return {**shared, "files": files}
+
+
+def _file_problem(folder: pathlib.Path, entry: Mapping[str, Any]) -> str | None:
+  if not entry["passed"]:
+    return None  # it is not there, and the list says why
+  name = pathlib.PurePath(entry["file"])
+  if name.is_absolute() or ".." in name.parts:
+    return "lies outside of the folder exports"
+  path = folder / name
   try:
-    return bool(np.all(np.isfinite(np.asarray(value, np.float64))))
-  except (TypeError, ValueError):
-    return False
+    if not path.is_file():
+      return "is listed, but missing"
+    size = path.stat().st_size
+    digest = runs.sha256(path)
+  except OSError as error:
+    return f"cannot be read ({_check.short(error)})"
+  if entry["bytes"] not in (None, size):
+    return f"has {size:,} bytes, but had {entry['bytes']:,} when it was checked"
+  if entry["sha256"] not in (None, digest):
+    return "is not the one that was checked: its digest is another"
+  return None
+
+
+def _findings(run: pathlib.Path, problems: list[str]) -> list[dict[str, str]] | None:
+  """What the pre-flight checks of the run, and of its ``student/``, found; None without any."""
+  every: list[Any] = []
+  checked = False
+  for path in (run / "preflight.json", run / "student" / "preflight.json"):
+    found = read_json(path, "What the pre-flight checks found", problems)
+    checked |= isinstance(found, list)
+    if found is not None and not isinstance(found, list):
+      problems.append("preflight.json is no list of findings.")
+    every += found if isinstance(found, list) else []
+  keys = ("check", "message", "fix")
+  rows = [{key: str(one.get(key) or "") for key in keys} for one in every if isinstance(one, dict)]
+  return rows if checked else None
+
+
+def _budget(path: pathlib.Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+  """``{"limits": {name: number}, "costs": {name: number}}``, as far as there are such."""
+  found = _mapping(path, "The budget", problems)
+  inner = next((found[k] for k in ("limits", "budget") if isinstance(found.get(k), dict)), found)
+  costs = found["costs"] if isinstance(found.get("costs"), dict) else {}
+
+  def numbers(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+      str(name): value
+      for name, value in given.items()
+      if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+  return {"limits": numbers(inner), "costs": numbers(costs)} if found else {}

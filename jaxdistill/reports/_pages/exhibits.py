@@ -1,7 +1,11 @@
-"""Examples as something to look at: pictures where the inputs are pictures, else a text."""
+"""Examples as something to look at: pictures where the inputs are pictures, else a text.
+
+`chosen` reads some of a split, which are kept beside the answers; `shown` prepares them for a page.
+"""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,15 +14,19 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill.data import Examples, Records
-from jaxdistill.evaluation.predictions import counted
+from jaxdistill.evaluation.predictions import Predictions, counted
+from jaxdistill.reports import figures
+from jaxdistill.reports._format import WORDS
+from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
-__all__ = ["Show", "chosen", "view"]
+__all__ = ["Show", "chosen", "shown", "view"]
 
 # The inputs of one example to a text, or to a picture [H, W] or [H, W, C].
 Show = Callable[[Any], Any]
 _SIDE = 96  # pixels; larger pictures are made smaller, so that a page stays small
 _LETTERS = 600
+_GALLERY = 24  # examples on a page
 
 
 def chosen(
@@ -136,3 +144,55 @@ def _stretched(made: Sequence[np.ndarray | str]) -> list[np.ndarray | str]:
       one = blocks.mean(axis=(1, 3)).astype(np.uint8)
     out.append(one)
   return out
+
+
+def shown(
+  answers: Predictions,
+  rows: Sequence[int] | np.ndarray,
+  *,
+  words: Mapping[str, str] = WORDS,
+) -> list[dict[str, Any]]:
+  """Examples with what each model says of them; those that were kept, up to 24.
+
+  Args:
+    answers: of the models.
+    rows: places in the answers.
+    words: what the models are called.
+
+  Returns:
+    One dictionary an example: ``label``, ``index`` (its number in the split), ``text`` or
+    ``picture`` (a PNG file's bytes in base 64), ``small`` (whether its pixels should be seen), and
+    ``said``, pairs of a model's name and its answers.
+  """
+  pictures = [one for one in answers.shown.values() if not isinstance(one, str)]
+  largest = max((int(one.max(initial=0)) for one in pictures), default=255)
+  items: list[dict[str, Any]] = []
+  for row in map(int, rows):
+    index = int(answers.index[row])
+    one = answers.shown.get(index)
+    if one is None or len(items) == _GALLERY:
+      continue
+    item = {"label": answers.name(int(answers.labels[row])), "index": index, "text": one}
+    if not isinstance(one, str):
+      # Pictures of a small range (digits count to 16) are stretched alike, so that one sees them.
+      if 0 < largest < 64:
+        one = (one.astype(np.float32) * (255 / largest)).clip(0, 255).astype(np.uint8)
+      picture = base64.b64encode(figures.png(one)).decode()
+      item |= {"text": "", "picture": picture, "small": max(one.shape[:2]) <= 64}
+    models = [name for name in words if name in answers.models]
+    item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
+    items.append(item)
+  return items
+
+
+def _said(answers: Predictions, model: str, row: int) -> str:
+  """The classes that a model's instances gave, the most frequent first."""
+  one = answers.models[model]
+  given, sure = one.predicted[:, row], one.confidence[:, row]
+  values, times = np.unique(given, return_counts=True)
+  words = []
+  for i in np.argsort(-times, kind="stable")[:2]:
+    mean = float(np.mean(sure[given == values[i]]))
+    share = f"{times[i]} of {len(given)}, " if len(given) > 1 else ""
+    words.append(f"{answers.name(int(values[i]))} ({share}{100 * mean:.0f}% sure)")
+  return ", ".join(words)

@@ -1,27 +1,55 @@
 """``report.html``: one file that opens anywhere, from which one can decide whether to ship.
 
-Made of what `jaxdistill.reports._pages.evidence.read` found in a run's folder. A section that
-cannot be made of a broken or older file says so, and the others are made.
+Made of what `jaxdistill.reports._pages.evidence.read` found in a run's folder, section by section;
+what is missing there has no section, and is told above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxdistill.reports._format import DASH, count, percent, signed, size, times
-from jaxdistill.reports._pages import analysis, charts, page_files, page_groups, report_text
-from jaxdistill.reports._pages.decision import ratio
-from jaxdistill.reports._pages.evidence import Evidence
-from jaxdistill.reports._pages.markup import Element, document, element, section, table, tile
-from jaxdistill.reports._pages.report_text import MODELS
-from jaxdistill.reports._pages.run_files import BROKEN
+from jaxdistill.reports import figures
+from jaxdistill.reports._format import (
+  DASH,
+  MODELS,
+  WORDS,
+  Cell,
+  Table,
+  Told,
+  change,
+  count,
+  listed,
+  percent,
+  plain,
+  signed,
+  size,
+  times,
+)
+from jaxdistill.reports._pages import analysis, exhibits, summary
+from jaxdistill.reports._pages.analysis import Lost
+from jaxdistill.reports._pages.decision import fell, nothing_found, ratio
+from jaxdistill.reports._pages.document import model
+from jaxdistill.reports._pages.evidence import Evidence, values
+from jaxdistill.reports._pages.rendering import (
+  Figure,
+  Gallery,
+  Section,
+  Tile,
+  legend,
+  named,
+  render,
+)
 
-__all__ = ["build"]
+__all__ = ["build", "change_cell", "marks"]
 
 _COLOURS = {"Ship it": "good", "Do not ship it": "bad"}
+_CALLED = {"teacher": "the teacher", "baseline": "labels alone"}
+_MANY = 14  # rows of a figure or a table that are shown at once
+_MOST = 60  # rows of a slice's table
 
 
 def build(found: Evidence, derived: Mapping[str, Any]) -> str:
@@ -34,115 +62,77 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
   Returns:
     HTML.
   """
-  problems = list(found.problems)
-  parts: list[Element] = []
-  for title, name, make in (
-    ("Accuracy against what it costs", "cost", lambda: _costs(found)),
-    ("The gap to the teacher", "gap", lambda: _gap(found)),
-    ("Is its confidence honest?", "calibration", lambda: _calibration(found)),
-    ("Classes", "classes", lambda: page_groups.classes(derived["classes"])),
-    ("What the student lost", "lost", lambda: page_groups.lost(found, derived["lost"])),
-    ("Slices", "slices", lambda: page_groups.slices(derived["slices"])),
-    ("Training", "training", lambda: _training(found)),
-    ("Exported files", "exports", lambda: page_files.exports(found)),
-    ("Pre-flight checks", "preflight", lambda: page_files.findings(found)),
-    ("How to repeat it", "repeat", lambda: page_files.repeat(found)),
-  ):
-    try:
-      made = make()
-    except BROKEN as error:
-      problems.append(f"The section “{title}” could not be made of these files ({error!r}).")
-      continue
-    if made:
-      parts.append(section(title, *made, name=name))
-  report = found.report
-  title = f"{report.get('dataset') or found.folder.name}, {found.split} split"
-  links = [element("a", part[0].text, href=f"#{part.get('id')}") for part in parts]
-  return document(
-    f"{title}: distillation report",
-    element("p", "Distillation report", class_="kicker"),
-    element("h1", title),
-    element("p", report.get("verdict") or "There is no verdict: see below.", class_="lede"),
-    element("p", _conditions(report), class_="note"),
-    _ship(found, derived),
-    _problems(problems),
-    element("nav", links, aria_label="sections"),
-    parts,
-    element("footer", "Made by jaxdistill of this run's own files; this page fetches nothing."),
+  report, decision = found.report, derived["decision"]
+  sections = (
+    _costs(report),
+    _gap(report),
+    _calibration(found),
+    _classes(derived["classes"]),
+    _lost(found, derived["lost"]),
+    _slices(derived["slices"]),
+    _training(found),
+    _exports(found.exports),
+    _findings(found),
+    _repeat(found),
+  )
+  heading = f"{report['dataset'] or found.folder.name}, {found.split} split"
+  made = (
+    _tile_accuracy(report),
+    _tile_size(report),
+    _tile_latency(found),
+    _tile_calibration(report),
+    _tile_class(derived["classes"]),
+  )
+  return render(
+    "page.html.j2",
+    title=f"{heading}: distillation report",
+    kicker="Distillation report",
+    heading=heading,
+    verdict=report["verdict"] or "There is no verdict: see below.",
+    conditions=_conditions(report),
+    colour=_COLOURS.get(decision["word"], "care"),
+    decision=f"{decision['word']}.",
+    why=decision["sentence"],
+    tiles=[tile for tile in made if tile is not None],
+    sides=_sides(decision["reasons"]),
+    problems_title="What is missing or broken",
+    problems=found.problems,
+    sections=[section for section in sections if section],
   )
 
 
 def _conditions(report: Mapping[str, Any]) -> str:
-  words = []
-  if report.get("examples"):
-    words.append(f"{report['examples']:,} held-out examples.")
-  seeds = report.get("seeds") or []
-  if seeds:
-    over = f" over {report['varied']}" if report.get("varied") else ""
-    words.append(f"{len(seeds)} seed{'s' * (len(seeds) > 1)}; ± is the standard deviation{over}.")
+  words = [f"{report['examples']:,} held-out examples."] if report["examples"] else []
+  if report["seeds"]:
+    seeds = len(report["seeds"])
+    over = f" over {report['varied']}" if report["varied"] else ""
+    words.append(f"{seeds} seed{'s' * (seeds > 1)}; ± is the standard deviation{over}.")
   return " ".join(words)
 
 
-def _problems(problems: Sequence[str]) -> Element | None:
-  if not problems:
-    return None
-  items = [element("li", one) for one in problems]
-  return element(
-    "aside", element("h2", "What is missing or broken"), element("ul", items), class_="problems"
-  )
+def _sides(reasons: Sequence[Mapping[str, str]]) -> list[list[tuple[str, list[Any]]]]:
+  """What speaks for it in one column, all else in another, the weightiest first."""
+  order = ("stop", "care", "draw", "note")
+  weighed = sorted(reasons, key=lambda reason: order.index(reason["weight"]))
+  columns = []
+  for column in (("for",), ("against", "unknown")):
+    sides = [(side.capitalize(), [r for r in weighed if r["side"] == side]) for side in column]
+    columns.append([(title, found) for title, found in sides if found])
+  return columns
 
 
-def _ship(found: Evidence, derived: Mapping[str, Any]) -> Element:
-  decision = derived["decision"]
-  sides = {}
-  for side, title in (("for", "For"), ("against", "Against"), ("unknown", "Unknown")):
-    reasons = [r for r in decision["reasons"] if r["side"] == side]
-    reasons.sort(key=lambda r: ("stop", "care", "draw", "note").index(r["weight"]))
-    if reasons:
-      items = [element("li", r["text"], class_=r["weight"]) for r in reasons]
-      sides[side] = [element("h3", title), element("ul", items)]
-  colour = _COLOURS.get(decision["word"], "care")
-  tiles = []
-  for make in (_tile_accuracy, _tile_size, _tile_latency, _tile_calibration):
-    try:
-      tiles.append(make(found))
-    except BROKEN:
-      continue
-  tiles.append(page_groups.tile(derived["classes"]))
-  shown = [tile(*made) for made in tiles if made is not None]
-  return element(
-    "div",
-    element("h2", decision["word"] + "."),
-    element("p", decision["sentence"]),
-    element("dl", shown, class_="tiles") if shown else None,
-    element(
-      "div",
-      element("div", sides.get("for")),
-      element("div", sides.get("against"), sides.get("unknown")),
-      class_="sides",
-    ),
-    class_=f"ship {colour}",
-  )
-
-
-_Tile = tuple[str, str, str] | None
-
-
-def _tile_accuracy(found: Evidence) -> _Tile:
-  report, models = found.report, found.report["models"]
-  mean = models["student"]["accuracy"]["mean"]
+def _tile_accuracy(report: Mapping[str, Any]) -> Tile | None:
+  mean = model(report, "student")["accuracy"]["mean"]
   if mean is None:
     return None
   beside = []
-  gain = report.get("gain") or {}
-  if gain.get("mean") is not None:
-    error = gain.get("standard_error")
-    noise = "" if error is None else f" ± {100 * error:.2f}"
-    beside.append(f"{signed(100 * gain['mean'])}{noise} points to labels alone")
-  teacher = (models.get("teacher", {}).get("accuracy") or {}).get("mean")
+  if report["gain"] is not None:
+    gain = change(report["gain"]["mean"], report["gain"]["standard_error"])
+    beside.append(f"{gain} points to labels alone")
+  teacher = model(report, "teacher")["accuracy"]["mean"]
   if teacher is not None:
     beside.append(f"{signed(100 * (mean - teacher))} to the teacher")
-  return "Accuracy", f"{100 * mean:.2f}%", "; ".join(beside)
+  return Tile("Accuracy", f"{100 * mean:.2f}%", "; ".join(beside))
 
 
 def _times(value: float | None, more: str, less: str) -> str:
@@ -151,172 +141,387 @@ def _times(value: float | None, more: str, less: str) -> str:
   return f"{times(value)}× {more}" if value >= 1 else f"{times(1 / value)}× {less}"
 
 
-def _tile_size(found: Evidence) -> _Tile:
-  student, teacher = (found.report["models"].get(n) or {} for n in ("student", "teacher"))
-  if not student.get("parameters"):
+def _tile_size(report: Mapping[str, Any]) -> Tile | None:
+  ours, theirs = (model(report, name)["parameters"] for name in ("student", "teacher"))
+  if ours is None:
     return None
-  smaller = ratio(teacher.get("parameters"), student["parameters"])
-  beside = f"{student['parameters']:,} parameters, {size(student.get('bytes'))}"
-  return "Size", _times(smaller, "smaller", "larger"), beside
+  beside = f"{ours:,} parameters, {size(model(report, 'student')['bytes'])}"
+  return Tile("Size", _times(ratio(theirs, ours), "smaller", "larger"), beside)
 
 
-def _tile_latency(found: Evidence) -> _Tile:
-  student, teacher = (found.report["models"].get(n) or {} for n in ("student", "teacher"))
-  if not student.get("latency_ms"):
+def _tile_latency(found: Evidence) -> Tile | None:
+  ours, theirs = (model(found.report, n)["latency_ms"]["median"] for n in ("student", "teacher"))
+  if ours is None:
     return None
-  both = [(m.get("latency_ms") or {}).get("median") for m in (teacher, student)]
-  beside = f"{both[1]:.2g} ms for one example"
-  if both[0] is not None:
-    beside += f"; the teacher {both[0]:.2g} ms"
+  beside = f"{ours:.2g} ms for one example"
+  if theirs is not None:
+    beside += f"; the teacher {theirs:.2g} ms"
   exported = [
-    (one["latency_ms"]["median"], one.get("batch_size", (found.exports or {}).get("batch_size", 1)))
-    for one in (found.exports or {}).get("files") or []
+    (one["latency_ms"]["median"], one["batch_size"])
+    for one in (found.exports or {}).get("files", [])
     # Weights alone are no program.
-    if one.get("passed") and one.get("latency_ms") and "safetensors" not in one["file"]
+    if one["passed"] and one["latency_ms"] and "safetensors" not in one["file"]
   ]
   if exported:
     median, batch = min(exported)
     beside += f"; exported {median:.2g} ms" + ("" if batch == 1 else f" for {batch}")
-  return "Latency", _times(ratio(*both), "faster", "slower"), beside
+  return Tile("Latency", _times(ratio(theirs, ours), "faster", "slower"), beside)
 
 
-def _tile_calibration(found: Evidence) -> _Tile:
-  means: dict[str, float] = {}
-  for name, model in found.report["models"].items():
-    if (model.get("ece") or {}).get("mean") is not None:
-      means[name] = 100 * model["ece"]["mean"]
-  if "student" not in means:
+def _tile_calibration(report: Mapping[str, Any]) -> Tile | None:
+  means = {name: one["ece"]["mean"] for name, one in report["models"].items()}
+  shown = {name: f"{100 * mean:.2f}%" for name, mean in means.items() if mean is not None}
+  if "student" not in shown:
     return None
-  called = {"teacher": "teacher", "baseline": "labels alone"}
-  beside = [f"{called[n]} {means[n]:.2f}%" for n in called if n in means]
-  return "Calibration error", f"{means['student']:.2f}%", "; ".join(beside)
+  beside = [f"{WORDS[name]} {shown[name]}" for name in ("teacher", "baseline") if name in shown]
+  return Tile("Calibration error", shown["student"], "; ".join(beside))
 
 
-def _costs(found: Evidence) -> list[Any]:
-  models = {n: m for n, m in found.report["models"].items() if n in MODELS}
-  if not models:
-    return []
-  kinds: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Any], Callable[[float], str]], ...] = (
-    ("size", "parameters", lambda m: m.get("parameters"), count),
-    ("latency", "latency of one example, ms", lambda m: (m.get("latency_ms") or {}).get("median"),
-     "{:.2g}".format),
-  )  # fmt: skip
-  figures = []
-  for what, xlabel, get, show in kinds:
-    points = {
-      name: (float(get(m)), 100 * m["accuracy"]["mean"], 100 * (m["accuracy"]["std"] or 0) or None)
-      for name, m in models.items()
-      if get(m) and (m.get("accuracy") or {}).get("mean") is not None
-    }
+def _tile_class(rows: Sequence[Mapping[str, Any]]) -> Tile | None:
+  counted = [row for row in rows if row["examples"] and row["changes"]]
+  if not counted:
+    return None
+  worst = _by_change(counted)[0]
+  reference = "teacher" if "teacher" in worst["changes"] else "baseline"
+  lost = worst["changes"][reference]
+  noise = "beyond noise" if lost["beyond_noise"] else "within noise"
+  points = f"{change(lost['change'], None, 1)} points to {_CALLED[reference]}, {noise}"
+  beside = f"{points}; {100 * worst['accuracy']['student']['mean']:.1f}% right"
+  name = worst["name"]
+  return Tile("Class that lost most", f"class {name}" if name.isdigit() else name, beside)
+
+
+def _costs(report: Mapping[str, Any]) -> Section:
+  models = report["models"]
+  drawn = []
+  for what, xlabel, costs, show in (
+    ("size", "parameters", {n: m["parameters"] for n, m in models.items()}, count),
+    (
+      "latency",
+      "latency of one example, ms",
+      {n: m["latency_ms"]["median"] for n, m in models.items()},
+      "{:.2g}".format,
+    ),
+  ):
+    points = {}
+    for name, one in models.items():
+      mean, std = one["accuracy"]["mean"], one["accuracy"]["std"]
+      if costs[name] and mean is not None:
+        points[name] = (float(costs[name]), 100 * mean, None if std is None else 100 * std)
     if points:
-      label = f"Accuracy against {what}"
-      made = charts.against(points, xlabel=xlabel, show=show, label=label)
-      figures.append(element("figure", made, element("figcaption", f"{label}.")))
-  rows = report_text.rows(found.report)
-  heads = [element("span", charts.WORDS[name], class_=name) for name in rows[0][1:]]
-  described = [
-    element("li", element("strong", charts.WORDS[name]), f": {m['description']}")
-    for name, m in models.items()
-    if m.get("description")
-  ]
-  where = found.report.get("environment") or {}
-  measured = ""
-  if where:
-    measured = (
-      f"Latency is for one example, on {where.get('processor')} ({where.get('cores')} cores), JAX "
-      f"device {where.get('device')}. The teacher's size is that of all its networks together."
-    )
-  return [
-    element("div", figures, class_="figures") if figures else None,
-    table(["", *heads], rows[1:], caption="All of it; mean ± standard deviation over the seeds"),
-    element("p", measured, class_="note") if measured else None,
-    element("ul", described, class_="small") if described else None,
-  ]
+      picture = figures.against(None, points, xlabel=xlabel, show=show)
+      drawn.append(Figure(picture, f"Accuracy against {what}"))
+  where = {**dict.fromkeys(("processor", "cores", "device")), **report["environment"]}
+  measured = (
+    f"Latency is for one example, on {where['processor']} ({where['cores']} cores), JAX "
+    f"device {where['device']}. The teacher's size is that of all its networks together."
+  )
+  described = [(named(name), m["description"]) for name, m in models.items() if m["description"]]
+  return Section(
+    "cost",
+    "Accuracy against what it costs",
+    figures=drawn,
+    tables=[_of_models(summary.measured(report))] if models else [],
+    after=measured if report["environment"] else "",
+    items=described,
+  )
 
 
-def _gap(found: Evidence) -> list[Any]:
-  report = found.report
-  shares = report.get("gap_closed") or {}
-  means = {n: (m.get("accuracy") or {}).get("mean") for n, m in report["models"].items()}
-  made: list[Any] = []
-  if "gap_closed" in report:
-    made.append(element("p", report_text.gap_sentence(shares)))
-  if shares.get("value") is not None and all(means.get(name) is not None for name in MODELS):
-    ends = None if shares.get("low") is None else (shares["low"], shares["high"])
+def _of_models(table: Table) -> Table:
+  """A table whose columns are models, in their colours."""
+  head: list[Cell] = ["", *(named(str(name)) for name in table.head[1:])]
+  return Table(head, table.rows, table.caption, sortable=False)
+
+
+def _gap(report: Mapping[str, Any]) -> Section:
+  shares = report["gap_closed"]
+  means = [model(report, name)["accuracy"]["mean"] for name in MODELS]
+  drawn = []
+  if shares["value"] is not None and None not in means:
+    ends = None if shares["low"] is None else (shares["low"], shares["high"])
     label = "How far the student is from labels alone to its teacher"
-    made.append(element("figure", charts.gap(shares["value"], ends, label)))
-  lines = report_text.fidelity_rows(report)
-  if len(lines[0]) > 1:
-    heads = [element("span", charts.WORDS[name], class_=name) for name in lines[0][1:]]
-    made.append(table(["", *heads], lines[1:], caption="How far they agree with the teacher"))
-  return made
+    drawn = [Figure(figures.gap(None, shares["value"], ends), label)]
+  agree = summary.agreement(report)
+  return Section(
+    "gap",
+    "The gap to the teacher",
+    text=summary.gap_sentence(shares) if shares["value"] is not None or shares["note"] else "",
+    figures=drawn,
+    tables=[_of_models(agree)] if len(agree.head) > 1 else [],
+  )
 
 
-def _calibration(found: Evidence) -> list[Any]:
-  if found.predictions is None:
-    return []
-  figures = []
-  for name in MODELS:
-    if name not in found.predictions.models:
+def _calibration(found: Evidence) -> Section:
+  drawn = []
+  for name in MODELS if found.predictions is not None else ():
+    if found.predictions is None or name not in found.predictions.models:
       continue
-    error = percent((found.report["models"].get(name) or {}).get("ece"))
-    label = f"Reliability of the {charts.WORDS[name]}"
-    made = charts.reliability(name, analysis.reliability(found.predictions, name), label)
-    bold = element("strong", charts.WORDS[name], class_=name)
-    caption = element("figcaption", bold, f": calibration error {error} %")
-    figures.append(element("figure", made, caption))
-  text = (
+    picture = figures.reliability(None, name, analysis.reliability(found.predictions, name))
+    error = percent(model(found.report, name)["ece"])
+    caption = (named(name), f": calibration error {error} %")
+    drawn.append(Figure(picture, f"Reliability of the {WORDS[name]}", caption))
+  note = (
     "Each bar is how often answers of that confidence are right; the short line across it is the "
     "confidence. Bars below the diagonal promise more than they keep. Pale bars have few answers."
   )
-  return [element("p", text, class_="note"), element("div", figures, class_="figures")]
+  return Section("calibration", "Is its confidence honest?", note=note, figures=drawn)
 
 
-def _training(found: Evidence) -> list[Any]:
-  skipped = {"step", "epoch", "examples_per_second"}
-  names: list[str] = []
+def _by_change(
+  rows: Sequence[Mapping[str, Any]], references: Sequence[str] = ("teacher", "baseline")
+) -> list[Mapping[str, Any]]:
+  """Groups that lost most against the first reference that there is come first; empty ones last."""
+
+  def key(row: Mapping[str, Any]) -> tuple[bool, float]:
+    changes = [row["changes"][r]["change"] for r in references if r in row["changes"]]
+    known = [change for change in changes if change is not None]
+    return not row["examples"], known[0] if known else 0.0
+
+  return sorted(rows, key=key)
+
+
+def change_cell(
+  found: Mapping[str, Any] | None, words: tuple[str, str] = ("lost", "gained")
+) -> Cell:
+  """A change in points with its standard error, marked where it is beyond noise.
+
+  Args:
+    found: from `analysis.groups`, or None.
+    words: what a change down, and a change up, is called.
+  """
+  if found is None or found["change"] is None:
+    return DASH
+  text = change(found["change"], found["error"], 1)
+  if not found["beyond_noise"]:
+    return text
+  worse = found["change"] < 0
+  return Told(f"{words[0] if worse else words[1]} {text}", "bad-text" if worse else "good-text")
+
+
+def _group_table(
+  rows: Sequence[Mapping[str, Any]], what: str, caption: str, *, interval: bool = False
+) -> Table:
+  models = [name for name in MODELS if rows and name in rows[0]["accuracy"]]
+  references = [name for name in ("teacher", "baseline") if any(name in r["changes"] for r in rows)]
+  taken = any("taken_for" in row for row in rows)
+  head: list[Cell] = [what, "examples", *map(named, models)]
+  head += [f"change from {WORDS[name]}" for name in references] + ["mostly taken for"] * taken
+  body = []
+  for row in rows:
+    cells: list[Cell] = [row["name"], f"{row['examples']:,}" if row["examples"] else "none"]
+    for share in (row["accuracy"][name] for name in models):
+      ends = f" ({100 * share['low']:.1f}–{100 * share['high']:.1f})" if share["mean"] else ""
+      mean = DASH if share["mean"] is None else f"{100 * share['mean']:.1f}"
+      cells.append(mean + ends * interval)
+    cells += [change_cell(row["changes"].get(name)) for name in references]
+    if taken:
+      others = [f"{name} ({often:.3g})" for name, often in row.get("taken_for", [])]
+      cells.append(", ".join(others) or DASH)
+    body.append(cells)
+  return Table(head, body, caption, prose=taken)
+
+
+def marks(
+  rows: Sequence[Mapping[str, Any]], sides: Mapping[str, str]
+) -> list[tuple[str, dict[str, float | None]]]:
+  """Groups for `figures.groups`: a row's name, and by model its accuracy in %.
+
+  Args:
+    rows: of groups.
+    sides: models, by what they are called in the rows.
+  """
+  return [
+    (row["name"], {model: _hundredfold(row["accuracy"].get(side)) for side, model in sides.items()})
+    for row in rows
+  ]
+
+
+def _hundredfold(share: Mapping[str, Any] | None) -> float | None:
+  return None if share is None or share["mean"] is None else 100 * share["mean"]
+
+
+def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
+  """A figure and a table, classes that lost most first."""
+  if not rows:
+    return Section("classes", "Classes")
+  ordered = _by_change(rows)
+  counted = [row for row in ordered if row["examples"]]
+  shown = counted if len(counted) <= _MANY else counted[: _MANY - 3] + counted[-3:]
+  few = "" if len(shown) == len(counted) else f"; {len(shown) - 3} that lost most, 3 that did best"
+  models = [name for name in MODELS if counted and name in counted[0]["accuracy"]]
+  picture = figures.groups(
+    None, marks(shown, {name: name for name in models}), xlabel="accuracy, %"
+  )
+  lost = [
+    (name, [row["name"] for row in counted if fell(row["changes"].get(name))]) for name in _CALLED
+  ]
+  sentences = [
+    f"Lost against {_CALLED[name]}, beyond noise: {listed(found)}." for name, found in lost if found
+  ]
+  note = (
+    "Those that lost most against the teacher come first. ± is the standard error over examples "
+    "and seeds; “lost” and “gained” are said only beyond the noise of both, corrected for the "
+    "number of classes. What a class is taken for is counted in examples, a mean over seeds."
+  )
+  caption = "Accuracy in %, changes of the student in points"
+  every = (f"All {len(ordered)} classes", _group_table(ordered, "class", caption))
+  return Section(
+    "classes",
+    "Classes",
+    text=" ".join(sentences) or "No class lost beyond noise.",
+    note=note,
+    legend=legend(models),
+    figures=[Figure(picture, f"Accuracy by class{few}")] if shown else [],
+    tables=[_group_table(ordered[:_MANY], "class", caption)],
+    folded=[every] if len(ordered) > _MANY else [],
+  )
+
+
+def _slices(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
+  """A table for each column of metadata."""
+  tables = []
+  for name, rows in found.items():
+    caption = f"By {name}: accuracy in % with its 95% interval (Wilson), changes in points"
+    shown = list(rows)
+    if len(shown) > _MOST:
+      shown = _by_change(rows)[:_MOST]
+      caption += f"; the {_MOST} of {len(rows)} slices that lost most"
+    tables.append(_group_table(shown, name, caption, interval=True))
+  return Section("slices", "Slices", tables=tables)
+
+
+def _lost(found: Evidence, gone: Lost | None) -> Section:
+  """The examples that the teacher knew and the student does not."""
+  title = "What the student lost"
+  if found.predictions is None or gone is None:
+    return Section("lost", title)
+  text = (
+    f"On {gone.known:,} examples the teacher is right and gives the label a probability of "
+    f"{gone.sure:g} or more. Most students get {_many(gone.most)} of them wrong, and at least one "
+    f"student {_many(len(gone.rows))}."
+  )
+  if gone.baseline_right is not None and gone.most:
+    known = _many(gone.baseline_right)
+    text += f" Trained on labels alone, the same network knows {known} of those that most lost."
+  gained = _many(gone.gained)
+  text += f" The other way round, most students are right on {gained} where the teacher is wrong."
+  items = exhibits.shown(found.predictions, gone.rows)
+  return Section("lost", title, text=text, galleries=[Gallery(items)])
+
+
+def _many(number: int) -> str:
+  return f"{number:,}" if number else "none"
+
+
+def _training(found: Evidence) -> Section:
+  """The loss first, its terms, then what was measured beside it."""
+  keys: list[str] = []
   for name in ("student", "baseline", "teacher"):
     for record in found.curves.get(name, [])[-1:] + found.curves.get(name, [])[:1]:
-      names += [key for key in record if key not in skipped and key not in names]
-  # The loss first, its terms, then what was measured beside it.
-  beside = [n for n in names if n == "accuracy" or n.startswith("validation/")]
-  ordered = [n for n in names if n == "loss"] + [n for n in names if n not in (*beside, "loss")]
-  figures, seen = [], set()
-  for key in ordered + beside:
-    lines = {}
-    for name in MODELS:
-      traced = _series(found.curves.get(name, []), key)
-      if traced is not None:
-        lines[name] = traced
-    made = charts.curves(lines, xlabel="epochs", label=f"{key} during training") if lines else None
-    if made is not None:
+      keys += [key for key in record if key not in keys]
+  skipped = ("step", "epoch", "examples_per_second", "loss")
+  terms = [key for key in keys if key not in skipped]
+  beside = [key for key in terms if key == "accuracy" or key.startswith("validation/")]
+  drawn, seen = [], set()
+  for key in ("loss", *(key for key in terms if key not in beside), *beside):
+    traced = {name: _series(found.curves.get(name, []), key) for name in MODELS}
+    lines = {name: line for name, line in traced.items() if np.isfinite(line[1]).any()}
+    if lines:
       seen |= set(lines)
+      picture = figures.training(None, lines, xlabel="epochs")
       title = key.replace("/", " ")
-      figures.append(element("figure", element("figcaption", title, class_="over"), made))
-  if not figures:
-    return []
+      drawn.append(Figure(picture, f"{key} during training", [title], above=True))
   note = (
     "The objective's terms before their weights, accuracy on the training batches, and validation. "
     "A line is the mean over seeds, its band from the least to the largest."
   )
+  models = [name for name in MODELS if name in seen]
+  return Section("training", "Training", note=note, legend=legend(models), figures=drawn)
+
+
+def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """A key's values ``[N, S]`` over epochs ``[N]``; none where lines have not as many seeds each."""
+  there = [record for record in lines if key in record]
+  found = [values(record, key) for record in there]
+  if len({len(one) for one in found}) != 1:
+    return np.zeros(0), np.zeros((0, 0))
+  epochs = [(values(record, "epoch") or [float("nan")])[0] for record in there]
+  steps = [float(record["step"]) for record in there]
+  x = [
+    step if not epoch or np.isnan(epoch) else epoch
+    for epoch, step in zip(epochs, steps, strict=True)
+  ]
+  return np.array(x), np.array(found)
+
+
+def _exports(exports: Mapping[str, Any] | None) -> Section:
+  """Each exported file with its check, and its latency in its own runtime."""
+  title = "Exported files"
+  if not exports or not exports["files"]:
+    return Section("exports", title)
+  head = ["file", "runtime", "size", "latency, ms (95th pct)", "accuracy, %", "same answer, %"]
+  many, split, batch = exports["examples"], exports["split"], exports["batch_size"]
+  note = "Each file was loaded in a process of its own, with its own runtime, and compared there"
+  note += f" with the student on {many:,} held-out examples" if many else " with the student"
+  note += f" ({split} split)" if split else ""
+  table = Table(
+    [*head, "largest difference", "check"],
+    [_exported(one, exports) for one in exports["files"]],
+    title,
+    prose=True,
+  )
+  return Section("exports", title, note=f"{note}; its latency is of batch {batch}.", tables=[table])
+
+
+def _exported(one: Mapping[str, Any], exports: Mapping[str, Any]) -> list[Cell]:
+  latency = one["latency_ms"] or {}
+  median, high = latency.get("median"), latency.get("p95")
+  told = f"{one['problem'] or ''}"
+  if one["passed"]:
+    told = f"passed; needs jax {one['least_jax']} or newer" if one["least_jax"] else "passed"
+    # What was another for a file that an earlier export left than the text above the table says.
+    forms = {"batch_size": "batch {}", "examples": "{} examples", "split": "{} split"}
+    other = [form.format(one[n]) for n, form in forms.items() if one[n] != exports[n]]
+    told += f"; of an earlier export: {', '.join(other)}" if other else ""
   return [
-    element("p", note, class_="note"),
-    charts.legend([name for name in MODELS if name in seen]),
-    element("div", figures, class_="figures"),
+    one["file"],
+    one["runtime"] or DASH,
+    size(one["bytes"]),
+    plain(median, 3) + ("" if high is None else f" ({plain(high, 3)})"),
+    percent({"mean": one["accuracy"]}),
+    percent({"mean": one["agreement"]}),
+    plain(one["largest_difference"], 2),
+    Told(told, "good-text" if one["passed"] else "bad-text"),
   ]
 
 
-def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray] | None:
-  """A key's values ``[N, S]`` over epochs; what is no number is NaN."""
-  xs, values = [], []
-  for record in lines:
-    if key not in record:
-      continue
-    value = record[key] if isinstance(record[key], list) else [record[key]]
-    xs.append(float(record.get("epoch") or record["step"]))
-    values.append([float("nan") if v is None else float(v) for v in value])
-  wide = max((len(value) for value in values), default=0)
-  values = [value for value in values if len(value) == wide]
-  if not wide or not values or len(values) != len(xs):
-    return None
-  return np.array(xs), np.array(values)
+def _findings(found: Evidence) -> Section:
+  """What the pre-flight checks found; one line where that is nothing."""
+  title = "Pre-flight checks"
+  if not found.findings:
+    text = nothing_found(found) if found.findings is not None else ""
+    return Section("preflight", title, text=text)
+  rows = [[one["check"] or "check", f"{one['message']} {one['fix']}"] for one in found.findings]
+  table = Table(["check", "what it found, and what to do"], rows, "Warnings", prose=True)
+  return Section("preflight", title, tables=[table])
+
+
+def _repeat(found: Evidence) -> Section:
+  """The commands, versions and settings that repeat the run."""
+  where = found.report["environment"]
+  words = ", ".join(f"{key} {value}" for key, value in where.items() if value is not None)
+  called = {"": "of all", "teacher": "of the teacher's run"}
+  called |= {"baseline": "of the run on labels alone", "student": "of the student's run"}
+  folded = []
+  for name, config in found.configs.items():
+    if config:
+      rows = [[key, json.dumps(value, ensure_ascii=False)] for key, value in config.items()]
+      title = f"Configuration {called[name]} ({len(rows)} settings)"
+      folded.append((title, Table(["setting", "value"], rows, title, prose=True)))
+  return Section(
+    "repeat",
+    "How to repeat it",
+    code=found.report["commands"],
+    after=f"Versions and hardware: {words}." if words else "",
+    folded=folded,
+  )

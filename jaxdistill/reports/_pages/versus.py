@@ -10,22 +10,47 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation.predictions import Predictions
-from jaxdistill.reports._format import DASH, count, grid, number, percent, signed
-from jaxdistill.reports._pages import analysis, evidence, significance
+from jaxdistill.reports import figures
+from jaxdistill.reports._format import (
+  Cell,
+  Table,
+  change,
+  count,
+  exact,
+  interval,
+  number,
+  percent,
+  plain,
+  whole,
+)
+from jaxdistill.reports._pages import analysis, evidence, exhibits, significance
+from jaxdistill.reports._pages.decision import ratio
+from jaxdistill.reports._pages.document import model, spread
 from jaxdistill.reports._pages.evidence import Evidence
+from jaxdistill.reports._pages.page import change_cell, marks
+from jaxdistill.reports._pages.rendering import (
+  Figure,
+  Gallery,
+  Section,
+  Tile,
+  legend,
+  named,
+  render,
+)
 
-__all__ = ["AS", "Compared", "compare_runs", "markdown", "rows", "test_rows"]
+__all__ = ["Compared", "compare_runs", "markdown", "write_comparison"]
 
 VERSION = 1
 # The colours and marks of two of the three models stand for the two runs.
-AS = {"a": "student", "b": "baseline"}
+_AS = {"a": "student", "b": "baseline"}
+_SHOWN, _LISTED = 12, 40  # examples that only one of the two knows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +92,7 @@ def compare_runs(
     ValueError: a run has no answers on each example; or they are of another data set or split, of
       other labels, or have no example in common.
   """
-  _extras.need("reports.compare_runs", "matplotlib", "scipy")
+  _extras.need("reports.compare_runs", "matplotlib", "scipy", "jinja2", "jsonschema")
   found = {"a": evidence.read(first, split), "b": evidence.read(second, split)}
   names = _names(first, second)
   a, b = (_answers(found[side], names[side]) for side in ("a", "b"))
@@ -91,7 +116,7 @@ def compare_runs(
     "split": a.split,
     "examples": len(answers),
     "paired_seeds": paired,
-    "runs": {side: _side(found[side], names[side], answers, AS[side]) for side in ("a", "b")},
+    "runs": {side: _side(found[side], names[side], answers, _AS[side]) for side in ("a", "b")},
     "accuracy": tested,
     "mcnemar": _tests(right["a"], right["b"], a.seeds, b.seeds),
     "agreement": _agreement(answers),
@@ -165,16 +190,16 @@ def _clearest(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
   return rows[np.argsort((theirs - ours)[rows], kind="stable")]
 
 
-def _side(found: Evidence, name: str, answers: Predictions, model: str) -> dict[str, Any]:
-  student = (found.report.get("models") or {}).get("student") or {}
-  quality = analysis.quality(answers, model)
+def _side(found: Evidence, name: str, answers: Predictions, called: str) -> dict[str, Any]:
+  student = model(found.report, "student")
+  quality = analysis.quality(answers, called)
   return {
     "name": name,
-    "description": student.get("description") or "",
+    "description": student["description"],
     "instances": len(quality["accuracy"]),
-    **{key: evidence.spread(values) for key, values in quality.items()},
+    **{key: spread(values) for key, values in quality.items()},
     "accuracy_per_seed": quality["accuracy"],
-    **{key: student.get(key) for key in ("parameters", "bytes", "flops", "latency_ms")},
+    **{key: student[key] for key in ("parameters", "bytes", "flops", "latency_ms")},
   }
 
 
@@ -198,7 +223,7 @@ def _agreement(answers: Predictions) -> float:
 def _classes(answers: Predictions) -> list[dict[str, Any]]:
   rows = []
   for row in analysis.classes(answers):
-    shares = {side: row["accuracy"][model] for side, model in AS.items()}
+    shares = {side: row["accuracy"][model] for side, model in _AS.items()}
     change = row["changes"].get("baseline")
     rows.append(
       {"name": row["name"], "examples": row["examples"], "accuracy": shares, "change": change}
@@ -208,12 +233,10 @@ def _classes(answers: Predictions) -> list[dict[str, Any]]:
 
 def _verdict(numbers: Mapping[str, Any]) -> str:
   tested, runs = numbers["accuracy"], numbers["runs"]
-  interval = (
-    f"95% bootstrap interval {signed(100 * tested['low'])} to {signed(100 * tested['high'])}"
-  )
+  ends = f"95% bootstrap interval {interval(tested['low'], tested['high'])}"
   points = f"{100 * abs(tested['change']):.2f} points"
   means = [100 * runs[side]["accuracy"]["mean"] for side in ("a", "b")]
-  where = f"({means[0]:.2f}% against {means[1]:.2f}%; {interval}, p = {tested['p_value']:.2g})"
+  where = f"({means[0]:.2f}% against {means[1]:.2f}%; {ends}, p = {tested['p_value']:.2g})"
   if tested["p_value"] >= significance.LEVEL:
     return (
       f"No difference beyond noise between {runs['a']['name']} and {runs['b']['name']} {where}."
@@ -222,40 +245,31 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
   return f"{runs[better]['name']} is {points} better than {runs[worse]['name']} {where}."
 
 
-def rows(numbers: Mapping[str, Any]) -> list[list[str]]:
-  """Both runs in a table, its head first."""
-  a, b = (numbers["runs"][side] for side in ("a", "b"))
-
-  def both(label: str, show: Any) -> list[str]:
-    return [label, show(a), show(b)]
-
-  return [
-    ["", a["name"], b["name"]],
-    both("accuracy, %", lambda m: percent(m["accuracy"])),
-    both("negative log-likelihood", lambda m: number(m["nll"])),
-    both("calibration error, %", lambda m: percent(m["ece"])),
-    both("instances", lambda m: str(m["instances"])),
-    both("parameters", lambda m: DASH if m["parameters"] is None else f"{m['parameters']:,}"),
-    both("FLOPs an example", lambda m: count(m["flops"])),
-    both(
-      "latency, ms",
-      lambda m: DASH if not m["latency_ms"] else f"{m['latency_ms'].get('median') or 0:.3f}",
-    ),
-  ]
+def _table(numbers: Mapping[str, Any]) -> Table:
+  """Both runs side by side."""
+  both = [numbers["runs"][side] for side in ("a", "b")]
+  rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+    ("accuracy, %", lambda m: percent(m["accuracy"])),
+    ("negative log-likelihood", lambda m: number(m["nll"])),
+    ("calibration error, %", lambda m: percent(m["ece"])),
+    ("instances", lambda m: str(m["instances"])),
+    ("parameters", lambda m: whole(m["parameters"])),
+    ("FLOPs an example", lambda m: count(m["flops"])),
+    ("latency, ms", lambda m: exact(m["latency_ms"]["median"])),
+  )
+  body = [[label, *(show(one) for one in both)] for label, show in rows]
+  return Table(["", *(one["name"] for one in both)], body, sortable=False)
 
 
-def test_rows(numbers: Mapping[str, Any]) -> list[list[str]]:
-  """McNemar's tests in a table, without its head."""
-  return [
-    [
-      str(test["seed_a"]) if test["seed_a"] == test["seed_b"] else
-      f"{test['seed_a']} and {test['seed_b']}",
-      str(test["first_only"]),
-      str(test["second_only"]),
-      f"{test['p_value']:.3g}",
-    ]
-    for test in numbers["mcnemar"]
-  ]  # fmt: skip
+def _mcnemar(numbers: Mapping[str, Any]) -> Table:
+  """McNemar's tests, by seed."""
+  names = [numbers["runs"][side]["name"] for side in ("a", "b")]
+  body = []
+  for test in numbers["mcnemar"]:
+    seeds = [str(seed) for seed in dict.fromkeys((test["seed_a"], test["seed_b"]))]
+    only = [str(test["first_only"]), str(test["second_only"])]
+    body.append([" and ".join(seeds), *only, f"{test['p_value']:.3g}"])
+  return Table(["seed", f"only {names[0]} right", f"only {names[1]} right", "p"], body)
 
 
 def markdown(numbers: Mapping[str, Any]) -> str:
@@ -276,18 +290,163 @@ def markdown(numbers: Mapping[str, Any]) -> str:
     f"{numbers['dataset']}, {numbers['split']} split, {numbers['examples']:,} examples.",
     *numbers["notes"],
     "",
-    grid(rows(numbers)),
+    _table(numbers).markdown(),
     "",
     "McNemar's exact test, by seed:",
     "",
-    grid([["seed", f"only {names[0]} right", f"only {names[1]} right", "p"], *test_rows(numbers)]),
+    _mcnemar(numbers).markdown(),
     "",
   ]
   changed = [r for r in numbers["classes"] if (r["change"] or {}).get("beyond_noise")]
   if changed:
     lines += [f"Classes that differ beyond noise ({names[0]} less {names[1]}):", ""]
-    lines += [
-      f"- {r['name']}: {signed(100 * r['change']['change'], 1)} points" for r in changed
-    ] + [""]
+    lines += [f"- {r['name']}: {change(r['change']['change'], None, 1)} points" for r in changed]
+    lines.append("")
   lines += [f"- {problem}" for problem in numbers["problems"]]
   return "\n".join(lines).rstrip() + "\n"
+
+
+def write_comparison(path: str | os.PathLike[str], compared: Compared) -> pathlib.Path:
+  """Writes the page, and beside it the same as ``.md`` and ``.json``.
+
+  Args:
+    path: the page's file, ``comparison.html``; a folder gets one of that name.
+    compared: from `compare_runs`.
+
+  Returns:
+    The page's path.
+  """
+  path = _check.folder("path", path)
+  if path.is_dir():
+    path = path / "comparison.html"
+  if path.suffix != ".html":
+    raise ValueError(f"path={os.fspath(path)!r} must end in .html; .md and .json go beside it.")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  runs.write_json(path.with_suffix(".json"), compared.numbers)
+  runs.write_text(path.with_suffix(".md"), markdown(compared.numbers))
+  runs.write_text(path, _page(compared))
+  return path
+
+
+def _page(compared: Compared) -> str:
+  numbers = compared.numbers
+  words = {model: numbers["runs"][side]["name"] for side, model in _AS.items()}
+  title = f"{words['student']} against {words['baseline']}"
+  sure = numbers["accuracy"]["p_value"] < significance.LEVEL
+  return render(
+    "page.html.j2",
+    title=f"{title}: comparison",
+    kicker="Comparison of two runs",
+    heading=title,
+    verdict=numbers["verdict"],
+    conditions=f"{numbers['dataset']}, {numbers['split']} split; {numbers['examples']:,} examples, "
+    "paired.",
+    colour="good" if sure else "care",
+    decision="A difference." if sure else "No difference beyond noise.",
+    why="",
+    tiles=_tiles(numbers, words),
+    sides=[],
+    problems_title="Worth knowing",
+    problems=numbers["problems"] + numbers["notes"],
+    sections=[
+      _side_by_side(numbers, words),
+      _significance(numbers),
+      _class_section(numbers, words),
+      _examples(compared, words),
+    ],
+  )
+
+
+def _tiles(numbers: Mapping[str, Any], words: Mapping[str, str]) -> list[Tile]:
+  tested, (a, b) = numbers["accuracy"], (numbers["runs"][side] for side in ("a", "b"))
+  ends = f"95% interval {interval(tested['low'], tested['high'])}; p = {tested['p_value']:.2g}"
+  tiles = [
+    Tile("Difference in accuracy", f"{change(tested['change'], None)} points", ends),
+    Tile(
+      "Same answer", f"{100 * numbers['agreement']:.1f}%", "an instance of one and of the other"
+    ),
+  ]
+  for label, one, other, unit in (
+    ("Parameters", a["parameters"], b["parameters"], ""),
+    ("Latency", a["latency_ms"]["median"], b["latency_ms"]["median"], " ms"),
+  ):
+    times = ratio(one, other)
+    if times is not None:
+      beside = f"{plain(one)} against {plain(other)}{unit}"
+      names = f"{words['student']} over {words['baseline']}"
+      tiles.append(Tile(label, f"{times:.3g}×", f"{beside}: {names}"))
+  return tiles
+
+
+def _side_by_side(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Section:
+  points = {}
+  for side, name in _AS.items():
+    one = numbers["runs"][side]
+    mean, std = one["accuracy"]["mean"], one["accuracy"]["std"]
+    if one["parameters"] and mean is not None:
+      points[name] = (float(one["parameters"]), 100 * mean, None if std is None else 100 * std)
+  drawn = []
+  if len({point[0] for point in points.values()}) == 2:  # of one size there is nothing to see
+    picture = figures.against(None, points, xlabel="parameters", show=count, words=words)
+    drawn = [Figure(picture, "Accuracy against size")]
+  told = _table(numbers)
+  head: list[Cell] = ["", *(named(name, words) for name in _AS.values())]
+  table = Table(head, told.rows, "mean ± standard deviation over the seeds", sortable=False)
+  return Section("table", "Side by side", figures=drawn, tables=[table])
+
+
+def _significance(numbers: Mapping[str, Any]) -> Section:
+  pairing = (
+    "with the same seeds for both" if numbers["paired_seeds"] else "with seeds drawn independently"
+  )
+  note = (
+    f"The interval above is a bootstrap over examples and seeds, {pairing}. Below is McNemar's "
+    "exact test for each pair of instances: of the examples that only one gets right, either "
+    "side is as likely if both are equally good. One of several seeds below 0.05 is no finding."
+  )
+  return Section("significance", "Significance", note=note, tables=[_mcnemar(numbers)])
+
+
+def _class_section(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Section:
+  ordered = sorted(
+    (row for row in numbers["classes"] if row["examples"]),
+    key=lambda row: -abs((row["change"] or {}).get("change") or 0),
+  )
+  body = [
+    [
+      row["name"],
+      f"{row['examples']:,}",
+      *(f"{100 * row['accuracy'][side]['mean']:.1f}" for side in _AS),
+      change_cell(row["change"], ("lower", "higher")),
+    ]
+    for row in ordered[:40]
+  ]
+  heads = [named(name, words) for name in _AS.values()]
+  picture = figures.groups(None, marks(ordered[:14], _AS), xlabel="accuracy, %", words=words)
+  return Section(
+    "classes",
+    "Classes",
+    note="Those that differ most come first; “lower” and “higher” are said only beyond the "
+    "noise of examples and seeds, corrected for the number of classes.",
+    legend=legend(list(words), words),
+    figures=[Figure(picture, "Accuracy by class")],
+    tables=[
+      Table(
+        ["class", "examples", *heads, "difference"], body, "Accuracy in %, difference in points"
+      )
+    ],
+  )
+
+
+def _examples(compared: Compared, words: Mapping[str, str]) -> Section:
+  galleries = []
+  for side, name in _AS.items():
+    only, index = compared.only[side], compared.answers.index
+    there = only[np.isin(index[only], list(compared.answers.shown))]
+    text = ""
+    if len(there) < len(only):
+      listed = ", ".join(str(int(index[row])) for row in only[:_LISTED])
+      text = f"Examples {listed}{' …' * (len(only) > _LISTED)}."
+    items = exhibits.shown(compared.answers, there[:_SHOWN], words=words)
+    galleries.append(Gallery(items, f"Only {words[name]}: {len(only):,}", text))
+  return Section("examples", "Examples that only one knows", galleries=galleries)

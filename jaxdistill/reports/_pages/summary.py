@@ -1,0 +1,247 @@
+"""A report in short: the verdict, the one table, the Markdown page; and the picture beside it.
+
+What is unknown or undefined is a dash, and a model that was not measured has no column.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxdistill.reports import figures
+from jaxdistill.reports._format import (
+  DASH,
+  MODELS,
+  Table,
+  change,
+  count,
+  exact,
+  grid,
+  number,
+  percent,
+  whole,
+)
+from jaxdistill.reports._pages import significance
+from jaxdistill.reports._pages.document import complete, model, sound_report
+
+__all__ = [
+  "agreement",
+  "gap_sentence",
+  "markdown",
+  "measured",
+  "picture",
+  "table",
+  "verdict",
+]
+
+
+def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
+  """Whether distillation helped, in one sentence; its error is that over seeds alone.
+
+  It helps (or hurts) where Welch's test over seeds has p < 0.05, and seems to beyond one standard
+  error. Whether other examples would say the same is the decision's question.
+
+  Args:
+    accuracy: ``[S]`` by model; values that are not finite are no part of it.
+    gain: from `evaluation.metrics.difference` of student and baseline; None where there is no
+      baseline.
+
+  Returns:
+    The sentence.
+  """
+  values = {name: found[np.isfinite(found)] for name, found in accuracy.items()}
+  if not values["student"].size:
+    return "Nothing is known of the student: its accuracy is not a number in any seed."
+  student = values["student"].mean()
+  if gain is None or not values.get("baseline", np.zeros(0)).size:
+    why = "no usable baseline" if "baseline" in values else "no baseline (labels alone)"
+    teacher = values.get("teacher", np.zeros(0))
+    beside = f", the teacher's {100 * teacher.mean():.2f}%" if teacher.size else ""
+    return (
+      f"What distillation gained is unknown: there is {why}. The student's accuracy is "
+      f"{100 * student:.2f}%{beside}."
+    )
+  baseline = values["baseline"].mean()
+  error = gain["standard_error"]
+  change = f"{100 * abs(student - baseline):.2f} points"
+  where = f"({100 * student:.2f}% against {100 * baseline:.2f}%)"
+  if error is None:
+    word = "higher" if student > baseline else "lower or equal"
+    return f"One seed: the distilled student's accuracy is {change} {word} {where}; no error known."
+  margin = f"standard error of the difference over seeds {100 * error:.2f}"
+  beyond = abs(student - baseline) / error if error else float("inf")
+  if beyond > 1 and student != baseline:
+    sure = significance.welch(values["student"], values["baseline"]) < 0.05
+    if student > baseline:
+      word = "helps" if sure else "seems to help"
+      return f"Distillation {word}: {change} over labels alone {where}, {margin}."
+    word = "hurts" if sure else "seems to hurt"
+    return f"Distillation {word}: {change} under labels alone {where}, {margin}."
+  return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
+
+
+def measured(report: Mapping[str, Any]) -> Table:
+  """The one table of a complete report: quality, agreement with the teacher, and cost."""
+  names = list(report["models"])
+  fidelity = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
+  rows: tuple[tuple[str, Callable[[str, Mapping[str, Any]], str]], ...] = (
+    ("accuracy, %", lambda _, m: percent(m["accuracy"])),
+    ("top-5, %", lambda _, m: percent(m["top5"])),
+    ("negative log-likelihood", lambda _, m: number(m["nll"])),
+    ("calibration error, %", lambda _, m: percent(m["ece"])),
+    ("Brier score", lambda _, m: number(m["brier"])),
+    ("agrees with teacher, %", lambda n, _: percent((fidelity.get(n) or {}).get("agreement"))),
+    ("parameters", lambda _, m: whole(m["parameters"])),
+    ("bytes", lambda _, m: whole(m["bytes"])),
+    ("FLOPs an example", lambda _, m: count(m["flops"])),
+    ("FLOPs by XLA's count", lambda _, m: count(m["xla_flops"])),
+    ("latency, ms", lambda _, m: exact(m["latency_ms"]["median"])),
+    ("latency, 95th pct, ms", lambda _, m: exact(m["latency_ms"]["p95"])),
+    ("examples a second", lambda _, m: count(m["throughput"])),
+  )
+  body = [[label, *(show(n, model(report, n)) for n in names)] for label, show in rows]
+  caption = "All of it; mean ± standard deviation over the seeds"
+  return Table(["", *names], body, caption, sortable=False)
+
+
+def table(report: Mapping[str, Any]) -> str:
+  """The one table: quality, agreement with the teacher, and cost of the models, as Markdown."""
+  return measured(complete(report)).markdown()
+
+
+def agreement(report: Mapping[str, Any]) -> Table:
+  """How far baseline and student of a complete report agree with the teacher."""
+  both = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
+  there = {name: one for name, one in both.items() if one}
+  rows = [
+    [label, *(show(one[key]) for one in there.values())]
+    for key, label, show in (
+      ("agreement", "same answer as the teacher, %", percent),
+      ("kl", "KL to the teacher, nats", number),
+      ("accuracy_where_teacher_wrong", "accuracy where the teacher is wrong, %", percent),
+    )
+  ]
+  return Table(["", *there], rows, "How far they agree with the teacher", sortable=False)
+
+
+def gap_sentence(gap: Mapping[str, Any]) -> str:
+  """The share of the gap closed, in a sentence."""
+  if gap["value"] is None:
+    return f"Share of the gap closed: undefined. {gap['note'] or ''}".strip()
+  share = f"Share of the gap closed: {100 * gap['value']:.0f}%"
+  if gap["low"] is None:
+    return f"{share}."
+  return f"{share} (95% bootstrap interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)."
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+  """``report.md``: verdict, tables, how to repeat it.
+
+  Args:
+    report: from `reports.build_report`, or a file's; what is not as the schema has it is named
+      among what is missing or broken, and left out.
+
+  Returns:
+    Markdown that reads as plain text too.
+  """
+  kept, wrong = sound_report(dict(report), "The report")
+  told = complete({} if kept is None else kept)
+  title = f"# {told['dataset'] or DASH}, {told['split'] or DASH} split"
+  lines = [
+    title,
+    "",
+    told["verdict"] or "There is no verdict.",
+    "",
+    gap_sentence(told["gap_closed"]),
+  ]
+  lines += ["", *_decided(told["decision"], [*wrong, *told["problems"]]), *_numbers(told)]
+  lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
+  lines += _by_groups(told)
+  described = [f"- **{name}**: {one['description']}" for name, one in told["models"].items()]
+  lines += ["## What they are", "", *described, "", "![accuracy](accuracy.png)", ""]
+  where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
+  lines += ["## How to repeat it", "", "```", *told["commands"], "```", ""]
+  lines += [f"Python {where['python']}, jax {where['jax']}, numpy {where['numpy']}.", ""]
+  return "\n".join(lines)
+
+
+def _numbers(report: Mapping[str, Any]) -> list[str]:
+  """The table, and how its numbers came about."""
+  names = ("processor", "cores", "device", "devices")
+  where = {**dict.fromkeys(names, DASH), **report["environment"]}
+  size = "An unknown number of" if report["examples"] is None else f"{report['examples']:,}"
+  batch = model(report, "student")["throughput_batch"] or DASH
+  return [
+    f"{size} examples. Mean ± standard deviation over {len(report['seeds'])} seeds "
+    f"({report['varied'] or DASH}); no ± where there is one instance. The last checkpoint of "
+    "every run.",
+    "",
+    measured(report).markdown(),
+    "",
+    f"Latency is at batch 1, throughput at batch {batch}, on {where['processor']} "
+    f"({where['cores']} cores), JAX device {where['device']} × {where['devices']}.",
+    "",
+  ]
+
+
+def _decided(decision: Mapping[str, Any] | None, problems: list[str]) -> list[str]:
+  """What the page says of shipping the student, and what is missing or broken."""
+  lines: list[str] = []
+  if decision:
+    reasons = [f"- {one['side']}: {one['text']}" for one in decision["reasons"]]
+    lines = [f"**{decision['word']}.** {decision['sentence']}", "", *reasons, ""]
+  if problems:
+    lines += ["What is missing or broken:", "", *(f"- {one}" for one in problems), ""]
+  return lines
+
+
+def _by_groups(report: Mapping[str, Any]) -> list[str]:
+  """Classes and slices, where the report has them: classes that lost most come first."""
+  counted = [row for row in report["classes"] if row["examples"] and row["changes"].get("teacher")]
+  counted.sort(key=lambda row: row["changes"]["teacher"]["change"] or 0)
+  parts = [("class", "Classes that lost most", counted[:10] if report["classes"] else [])]
+  parts += [(name, f"By {name}", rows) for name, rows in report["slices"].items()]
+  lines: list[str] = []
+  for name, title, rows in parts:
+    if not rows:
+      continue
+    models = [m for m in MODELS if m in rows[0]["accuracy"]]
+    shown = [[name, "examples", *models, "student − teacher"]]
+    for row in rows:
+      told = row["changes"].get("teacher") or {"change": None}
+      mark = " (beyond noise)" if told.get("beyond_noise") else ""
+      cells = [percent(row["accuracy"][m]) for m in models]
+      shown.append([row["name"], str(row["examples"]), *cells, change(told["change"], None) + mark])
+    lines += [f"## {title}", "", grid(shown), ""]
+  return lines
+
+
+def picture(report: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:
+  """Accuracy of the models: every seed a dot, the mean with its standard deviation.
+
+  Args:
+    report: from `reports.build_report`.
+    path: where the PNG goes; None writes none.
+
+  Returns:
+    The figure, Matplotlib's, which a notebook shows; None where no accuracy is known.
+  """
+  told = complete(report)
+  labels = {"teacher": "teacher", "baseline": "labels alone", "student": "distilled"}
+  values = {}
+  for name, one in told["models"].items():
+    each = [value for value in one["accuracy_per_seed"] if value is not None]
+    if each:
+      below = "" if one["parameters"] is None else f"\n{one['parameters']:,} parameters"
+      values[labels[name] + below] = 100 * np.asarray(each, np.float64)
+  if not values:
+    return None
+  return figures.models(
+    path,
+    values,
+    ylabel=f"accuracy on the {told['split'] or DASH} split, %",
+    title=f"{told['dataset'] or DASH}: {len(told['seeds'])} seeds, mean ± std",
+  )
