@@ -23,7 +23,9 @@ from jaxdistill import _check
 from jaxdistill.data._views import epoch_order
 
 __all__ = [
+  "IMAGES",
   "Examples",
+  "Fields",
   "Records",
   "check_classes",
   "from_arrays",
@@ -69,6 +71,38 @@ class Examples:
   def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
     """The inputs and labels of these rows, in this order."""
     return jax.tree.map(lambda leaf: leaf[rows], self.inputs), self.labels[rows]
+
+  def read_ids(self) -> list[str]:
+    """The ids of all rows, in their order."""
+    return self.ids.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """What of a row is the input and what is the label, where rows are dicts.
+
+  Values are whatever `numpy.asarray` takes: pictures of PIL (grey ones become ``[H, W, 1]``),
+  lists, arrays of NumPy, JAX or torch.
+
+  Attributes:
+    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
+    labels: the key of the label, an integer or one of ``label_names``; None without labels.
+    transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
+      looked at then.
+    num_classes: K; by default as many as there are names. Where there are neither, `from_dicts`,
+      which reads every label, takes one more than the largest.
+    label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+  """
+
+  inputs: str | tuple[str, ...] = "image"
+  labels: str | None = "label"
+  transform: Callable[[Any], Any] | None = None
+  num_classes: int | None = None
+  label_names: Sequence[str] = ()
+
+
+# What sets of images call theirs.
+IMAGES = Fields()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -408,29 +442,13 @@ def from_arrays(
 
 
 def from_dicts(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...] = "image",
-  labels: str | None = "label",
-  transform: Callable[[Any], Any] | None = None,
-  num_classes: int | None = None,
-  label_names: Sequence[str] = (),
-  name: str = "rows",
-  limit: int | None = None,
+  rows: Any, fields: Fields = IMAGES, *, name: str = "rows", limit: int | None = None
 ) -> Examples:
   """Reads rows that are dicts into memory: all of them, once.
 
-  Values are whatever `numpy.asarray` takes: pictures of PIL (grey ones become ``[H, W, 1]``),
-  lists, arrays of NumPy, JAX or torch.
-
   Args:
     rows: any iterable of dicts: a split of Hugging Face's ``datasets``, a list, a generator.
-    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label, an integer or one of ``label_names``; None without labels.
-    transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
-      looked at then.
-    num_classes: K; by default as many as there are names, or one more than the largest label.
-    label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+    fields: what of a row is the input, and what the label.
     name: for reports.
     limit: how many rows to read at most, for an iterable without an end.
 
@@ -443,7 +461,7 @@ def from_dicts(
       label is text or out of range; the message names the row.
 
   >>> rows = [{"image": [0.0, 1.0], "label": "cat"}, {"image": [1.0, 1.0], "label": "dog"}]
-  >>> examples = from_dicts(rows, label_names=("cat", "dog"))
+  >>> examples = from_dicts(rows, Fields(label_names=("cat", "dog")))
   >>> examples.inputs.shape, examples.labels.tolist()
   ((2, 2), [0, 1])
   """
@@ -452,46 +470,26 @@ def from_dicts(
     raise TypeError(f"from_dicts needs an iterable of dicts, got {type(rows).__name__}.")
   if limit is not None:
     _check.whole("limit", limit, instead=", or None for all rows")
-  reader = row_reader(
-    rows,
-    inputs=inputs,
-    labels=labels,
-    transform=transform,
-    num_classes=num_classes,
-    label_names=label_names,
-    name=name,
-  )
+  reader = row_reader(rows, fields, name)
   stacked, numbers = reader.stack(itertools.islice(rows, limit))
   return from_arrays(
     stacked,
-    None if labels is None else numbers,
+    None if fields.labels is None else numbers,
     num_classes=reader.num_classes or None,
     name=name,
     label_names=reader.label_names,
   )
 
 
-def from_sequence(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...] = "image",
-  labels: str | None = "label",
-  transform: Callable[[Any], Any] | None = None,
-  num_classes: int | None = None,
-  label_names: Sequence[str] = (),
-  name: str = "rows",
-) -> Records:
+def from_sequence(rows: Any, fields: Fields = IMAGES, *, name: str = "rows") -> Records:
   """Opens rows that can be asked for by number; `data.streamed` reads them when their turn comes.
 
   Args:
     rows: has ``__len__``, and gives a dict by ``rows[number]`` or a list of dicts by
       ``rows.__getitems__(numbers)``: a split of Hugging Face's ``datasets``, a torch ``Dataset``
       of dicts, a list. Several threads read it at once.
-    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label, an integer or one of ``label_names``; None without labels.
-    transform: makes the inputs (an array or a dict of arrays) of a whole row, as in `from_dicts`.
-    num_classes: K; may be left out only where there are names, since not all labels are read.
-    label_names: K names; by default those that ``rows.features`` tells.
+    fields: what of a row is the input, and what the label. Not all labels are read, so it says
+      ``num_classes`` unless there are names.
     name: for reports.
 
   Returns:
@@ -502,7 +500,7 @@ def from_sequence(
     ValueError: ``rows`` is empty, ``num_classes`` is missing, or row 0 does not fit.
 
   >>> rows = [{"tokens": [5, 7], "mask": [1, 0], "label": 1}]
-  >>> records = from_sequence(rows, inputs=("tokens", "mask"), num_classes=2)
+  >>> records = from_sequence(rows, Fields(inputs=("tokens", "mask"), num_classes=2))
   >>> records.read(np.array([0]))[0]["tokens"].tolist()
   [[5, 7]]
   """
@@ -514,58 +512,42 @@ def from_sequence(
     )
   if len(rows) == 0:
     raise ValueError(f"rows of {name!r} are empty: a source needs at least one example.")
-  reader = row_reader(
-    rows,
-    inputs=inputs,
-    labels=labels,
-    transform=transform,
-    num_classes=num_classes,
-    label_names=label_names,
-    name=name,
-  )
+  reader = row_reader(rows, fields, name)
   check_classes("from_sequence", reader)
   records = dataclasses.replace(reader, source=rows)
   records.read(np.arange(1))
   return records
 
 
-def row_reader(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...],
-  labels: str | None,
-  transform: Callable[[Any], Any] | None,
-  num_classes: int | None,
-  label_names: Sequence[str],
-  name: str,
-) -> Records:
-  """`Records` without a source, whose `Records.stack` makes arrays of rows; see `from_dicts`.
+def row_reader(rows: Any, fields: Fields, name: str) -> Records:
+  """`Records` without a source, whose `Records.stack` makes arrays of rows.
 
   Its ``num_classes`` is 0 where neither the caller nor the rows' ``features`` tell it.
   """
-  if isinstance(inputs, list):
-    inputs = tuple(inputs)
-  if labels is None and (num_classes or label_names):
+  if not isinstance(fields, Fields):
+    raise TypeError(f"fields={_check.show(fields)} must be data.Fields(inputs=..., labels=...).")
+  labels, num_classes, names = fields.labels, fields.num_classes, tuple(fields.label_names)
+  if labels is None and (num_classes or names):
     raise ValueError(
       "num_classes and label_names are of labels, and labels is None: leave them out."
     )
   if num_classes is not None:
     _check.whole("num_classes", num_classes)
-  names = tuple(label_names)
   if names and num_classes not in (None, len(names)):
     raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(names)}.")
   features = getattr(rows, "features", None)
   if labels is not None and not names and isinstance(features, Mapping):
     names = tuple(getattr(features.get(labels), "names", None) or ())
     names = names if num_classes in (None, len(names)) else ()
+  inputs = tuple(fields.inputs) if isinstance(fields.inputs, list) else fields.inputs
   return Records(
     source=(),
-    inputs=None if transform else inputs,
+    inputs=None if fields.transform else inputs,
     labels=labels,
     num_classes=num_classes or len(names),
     name=name,
     label_names=names,
-    transform=transform,
+    transform=fields.transform,
     prepared=False,
   )
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill._compile import by_work
-from jaxdistill.data._examples import Examples, label_mask
+from jaxdistill.data._examples import Examples, Records, label_mask
 from jaxdistill.data._views import (
   Augmentation,
   Normalize,
@@ -40,13 +40,12 @@ __all__ = [
   "cutter",
   "evaluation_batches",
   "example_shapes",
-  "index_and_view",
   "mixed",
   "on_device",
   "rows_of",
-  "rows_padded",
   "view_count",
   "view_numbers",
+  "whole_of",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
@@ -197,7 +196,8 @@ def on_device(
     augmentation: applied to the inputs as stored.
     views: V, so that epoch e shows view e mod V; None for a new view in every epoch (for the one
       view that there is, without augmentation).
-    normalize: see `normalizer`.
+    normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
+      which scales uint8 to 0 .. 1.
     labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
       set has no labels). A label that may not be used does not reach the batch.
 
@@ -232,10 +232,6 @@ def on_device(
     rows = [rows_of(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
     return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
 
-  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
-    for index in rows_padded(len(examples), batch):
-      yield {"index": index, **view_numbers(seed, np.asarray(view), None)}
-
   finish = normalizer(normalize)
   return Source(
     # Not by jnp.asarray, which compiles a program for each shape.
@@ -258,7 +254,7 @@ def on_device(
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
-    whole=Whole(len(examples), every, index_and_view, lambda: examples.ids.tolist()),
+    whole=whole_of(examples, lambda index, numbers: {"index": index, **numbers}),
   )
 
 
@@ -294,16 +290,23 @@ def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.nda
   return order[first : first + mine]
 
 
-def rows_padded(size: int, batch_size: int) -> Iterator[np.ndarray]:
-  """All rows in their own order, in batches of one size: the last row comes again at the end."""
-  for first in range(0, size, batch_size):
-    yield np.minimum(np.arange(first, first + batch_size, dtype=np.int32), size - 1)
+def whole_of(
+  examples: Examples | Records, item: Callable[[np.ndarray, dict[str, np.ndarray]], PyTree]
+) -> Whole:
+  """Every example of a source that is no mix; ``item`` makes what ``cut`` takes of row numbers."""
+  size = len(examples)
 
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    for first in range(0, size, batch):
+      # The last row comes again at the end: a smaller batch would be another program.
+      index = np.minimum(np.arange(first, first + batch, dtype=np.int32), size - 1)
+      yield item(index, view_numbers(seed, np.asarray(view), None))
 
-def index_and_view(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
-  """The ``rows`` of a `Whole` of a source that is no mix."""
-  index = np.asarray(items["index"])
-  return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+  def rows(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
+    index = np.asarray(items["index"])
+    return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+
+  return Whole(size, every, rows, examples.read_ids)
 
 
 def view_count(augmentation: Augmentation, views: int | None) -> int | None:
@@ -374,30 +377,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
   >>> batch.inputs[:, 0].tolist(), batch.labelled.tolist(), mix.steps_per_epoch
   ([0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 0.0], 2)
   """
-  for argument, one in (("source", source), ("transfer", transfer)):
-    if not isinstance(one, Source):
-      raise TypeError(
-        f"{argument} must be a Source (from on_device, streamed or iterated), got "
-        f"{type(one).__name__}."
-      )
-    if one.teacher is not None:
-      raise ValueError(
-        f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
-      )
-    if one.share:
-      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
-  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
-    raise ValueError(
-      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
-      "out, for nothing else train on the transfer source with labelled all 0."
-    )
-  seen = [_normalised(one) for one in (source, transfer)]
-  if seen[0] != seen[1]:
-    raise ValueError(
-      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
-      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
-    )
-
+  _check_mix(source, transfer, share)
   known = [one.views for one in (source, transfer) if one.views is not None]
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
@@ -440,6 +420,33 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     augmentation=" with ".join(dict.fromkeys((source.augmentation, transfer.augmentation))),
     whole=_both(source, transfer),
   )
+
+
+def _check_mix(source: Any, transfer: Any, share: Any) -> None:
+  """Raises where two sources can't be shown side by side."""
+  for argument, one in (("source", source), ("transfer", transfer)):
+    if not isinstance(one, Source):
+      raise TypeError(
+        f"{argument} must be a Source (from on_device, streamed or iterated), got "
+        f"{type(one).__name__}."
+      )
+    if one.teacher is not None:
+      raise ValueError(
+        f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
+      )
+    if one.share:
+      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
+  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
+    raise ValueError(
+      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
+      "out, for nothing else train on the transfer source with labelled all 0."
+    )
+  seen = [_normalised(one) for one in (source, transfer)]
+  if seen[0] != seen[1]:
+    raise ValueError(
+      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
+      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
+    )
 
 
 def _other_seed(seed: int) -> int:
@@ -497,8 +504,10 @@ def evaluation_batches(
   Args:
     examples: from `load`, `from_arrays` or `from_dicts`.
     batch_size: B; may exceed the number of examples.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, as in `on_device`.
+    normalize: of the inputs: a function, (mean, std) by channel, or None, which scales uint8 to
+      0 .. 1.
+    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
+      set has no labels).
 
   Returns:
     A `Batch` whose leaves have the axes ``[N, B]`` first: scan over N, or index it.
