@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.traverse_util import flatten_dict
 
 from jaxdistill.networks import _features
-from jaxdistill.networks._features import Path
+from jaxdistill.networks._features import Flag, Path
 from jaxdistill.runs import is_key
 
 __all__ = [
-  "Flag",
   "Slot",
   "Tap",
   "build",
@@ -57,20 +57,6 @@ class Slot(NamedTuple):
   variable: Any
   places: tuple[tuple[str, ...], ...]
   leaves: list[Any]
-
-
-class Flag(NamedTuple):
-  """A way to tell a module whether it trains.
-
-  Attributes:
-    name: of an argument of its method, or an attribute of it and its submodules.
-    argument: which of the two.
-    inverted: whether it asks the opposite.
-  """
-
-  name: str
-  argument: bool
-  inverted: bool
 
 
 def make(model: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -214,14 +200,6 @@ def insert(tree: dict[str, Any], place: Sequence[str], value: Any) -> None:
   tree[place[-1]] = value
 
 
-def _placed_leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-  if not isinstance(tree, Mapping):
-    yield place, tree
-    return
-  for name, child in tree.items():
-    yield from _placed_leaves(child, (*place, name))
-
-
 def build(
   graph: Any, slots: Sequence[Slot], variables: Mapping[str, PyTree], key: Any, label: str
 ) -> nnx.Module:
@@ -248,7 +226,7 @@ def build(
     place: leaf for slot in slots for place, leaf in zip(slot.places, slot.leaves, strict=True)
   }
   collections = {place[0] for place in expected}
-  given = dict(_placed_leaves({n: tree for n, tree in variables.items() if n in collections}))
+  given = flatten_dict({n: tree for n, tree in variables.items() if n in collections})
   both = set(expected) & set(given)
   for text, wrong in (
     ("the variables lack", set(expected) - set(given)),
@@ -332,25 +310,9 @@ def find_flags(
   >>> find_flags(nnx.Dropout(0.5), inspect.signature(nnx.Dropout.__call__), "auto")[1]
   Flag(name='deterministic', argument=False, inverted=True)
   """
-  if train_flag is None:
-    return []
-  taken = list(signature.parameters)[1:]
-  anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   nodes = [node for _, node in nnx.iter_modules(module)]
-  switches = {name for node in nodes for name in vars(node) if _switch(node, name)}
-  if train_flag == "auto":
-    known = _features.TRAIN_FLAGS.items()
-    arguments = [Flag(name, True, inverted) for name, inverted in known if name in taken]
-    return arguments + [Flag(name, False, inverted) for name, inverted in known if name in switches]
-  name, inverted = _features.parse_flag(train_flag)
-  if name in taken or (anything and name not in switches):
-    return [Flag(name, True, inverted)]
-  if name in switches:
-    return [Flag(name, False, inverted)]
-  raise ValueError(
-    f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
-    f"method takes {taken}, the attributes of it and its submodules are {sorted(switches)}."
-  )
+  switches = sorted({name for node in nodes for name in vars(node) if _switch(node, name)})
+  return _features.find_flags(module, signature, train_flag, attributes=switches, switches=switches)
 
 
 def _switch(node: Any, name: str) -> bool:

@@ -43,7 +43,7 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
   ``dtype=jnp.bfloat16``; and in Linen's SpectralNorm, which divides by what it keeps. See
   `count_products`.
 
-  Wrap the network last: `networks.linen_features` knows only the bare one. A teacher is wrapped
+  Wrap the network last: `networks.capturable` knows only the bare one. A teacher is wrapped
   just so: ``teachers.frozen(mixed_precision(network))``.
 
   Args:

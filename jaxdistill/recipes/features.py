@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, losses
+from jaxdistill.networks.models.layers import default_init, kaiming_init
 from jaxdistill.recipes import projectors
 from jaxdistill.recipes.parts import (
   STAGES,
   Modules,
   Running,
-  convolution_init,
   feature,
   hard_term,
   layer_pairs,
@@ -30,7 +30,6 @@ from jaxdistill.recipes.parts import (
   map_pairs,
   recipe,
   stage_weights_or,
-  total,
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 
@@ -38,8 +37,6 @@ __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
 
 PyTree = Any
 _BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
-# PyTorch's kaiming_normal_(mode="fan_out").
-_connector_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 @recipe(check=layer_pairs)
@@ -80,7 +77,7 @@ def attention_transfer(
   [0.0]
   """
   maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
-  values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
+  values = sum(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
   return {
     "labels": hard_term(student, batch, hard_weight),
     "attention": Term(values, weight=attention_weight),
@@ -124,7 +121,7 @@ def nst(
   [0.0]
   """
   maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
-  values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
+  values = sum(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
   return {
     "labels": hard_term(student, batch, hard_weight),
     "nst": Term(values, weight=nst_weight),
@@ -146,7 +143,7 @@ class _VariationalMean(nn.Module):
       x = nn.Dense(
         self.features,
         use_bias=False,
-        kernel_init=convolution_init,
+        kernel_init=default_init,
         param_dtype=self.param_dtype,
         name=f"conv{i + 1}",
       )(jax.nn.relu(x) if i else x)
@@ -206,7 +203,7 @@ def vid(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, vid_weight: Any
   ) -> dict[str, Term]:
     # -log q(teacher | student) of a Gaussian for each stage, without its constant.
-    values = total(
+    values = sum(
       losses.variational_information(mean, teacher.features[name], raw_variance=raw_variance)
       for (mean, raw_variance), (_, name) in zip(running.each(), pairs, strict=True)
     )
@@ -277,7 +274,7 @@ def overhaul(
         tuple(ours.shape[1:3]),
         use_bias=False,
         use_relu=False,
-        kernel_init=_connector_init,
+        kernel_init=kaiming_init,
         axis_name=axis_name,
       )
       found[f"connector{i}"] = (module, ours)
@@ -286,7 +283,7 @@ def overhaul(
   def method(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, overhaul_weight: Any
   ) -> dict[str, Term]:
-    values = total(
+    values = sum(
       weight * losses.overhaul(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name), margin in zip(
         weights, running.each(), pairs, margins, strict=True

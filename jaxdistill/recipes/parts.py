@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +44,6 @@ __all__ = [
   "both_logits",
   "check_keywords",
   "check_loss",
-  "convolution_init",
   "embed",
   "embeddings",
   "feature",
@@ -59,7 +57,6 @@ __all__ = [
   "recipe",
   "rising",
   "stage_weights_or",
-  "total",
 ]
 
 PyTree = Any
@@ -73,8 +70,6 @@ Modules = Mapping[str, tuple[Any, Any]]
 EPOCH = 781
 # The three stages of a CIFAR ResNet, as `jaxdistill.networks.models` sows them.
 STAGES = ("stage1", "stage2", "stage3")
-# PyTorch's default for a convolution.
-convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 # --- A method is a function. ---
@@ -449,18 +444,6 @@ def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, 
   for weight in given:
     _check.number("stage_weights", weight, least=0)
   return tuple(given)
-
-
-def total(values: Iterable[Any]) -> Any:
-  """Σ over layers, without a 0 of another dtype to start from.
-
-  >>> total([1, 2])
-  3
-  """
-  first, *others = values
-  for value in others:
-    first = first + value
-  return first
 
 
 # --- A method that trains something: the same function, and modules. ---

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import batch_norm, default_init
 from jaxdistill.types import compute_dtype
 
 __all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
@@ -246,14 +247,7 @@ class Conv(nn.Module):
     kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
     y = layer(self.features, **kernel, **options, name="conv")(x)
     if self.use_norm:
-      y = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=self.axis_name,
-        **options,
-        name="norm",
-      )(y)
+      y = batch_norm(self, train, "norm")(y)
     return jax.nn.relu(y) if self.use_relu else y
 
 
@@ -323,9 +317,8 @@ def _pointwise(x: Any, kernel: Any, *args: Any, **options: Any) -> Any:
   return jnp.matmul(x, kernel[0, 0], precision=options.get("precision"))
 
 
-# PyTorch's kaiming_uniform_(a=1), and its default for a convolution.
+# PyTorch's kaiming_uniform_(a=1), which the published fusions set.
 _fusion_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-_attention_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ReviewFusion(nn.Module):
@@ -389,11 +382,11 @@ class ReviewFusion(nn.Module):
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     # A 1 x 1 convolution is a linear map of the channels.
     y = nn.Dense(self.mid, use_bias=False, kernel_init=_fusion_init, **options, name="conv1")(x)
-    y = self._norm("norm1", train)(y)
+    y = batch_norm(self, train, "norm1")(y)
     if residual is not None:
       above = _nearest(residual, (x.shape[1], x.shape[2])).astype(y.dtype)
       both = jnp.concatenate([y, above], axis=-1)
-      attention = nn.Dense(2, kernel_init=_attention_init, **options, name="attention")(both)
+      attention = nn.Dense(2, kernel_init=default_init, **options, name="attention")(both)
       attention = jax.nn.sigmoid(attention)
       y = y * attention[..., :1] + above * attention[..., 1:]
     y = _nearest(y, self.spatial)
@@ -406,18 +399,7 @@ class ReviewFusion(nn.Module):
       **options,
       name="conv2",
     )(y)
-    return self._norm("norm2", train)(out), y
-
-  def _norm(self, name: str, train: bool) -> nn.Module:
-    return nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=name,
-    )
+    return batch_norm(self, train, "norm2")(out), y
 
 
 def _nearest(maps: Any, spatial: tuple[int, int]) -> Any:

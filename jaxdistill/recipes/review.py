@@ -18,7 +18,6 @@ from jaxdistill.recipes.parts import (
   layer_pairs,
   learned,
   rising,
-  total,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -120,7 +119,7 @@ def reviewkd(
       values.append(losses.hierarchical_context(fused, taught))
     # A schedule that no step has followed: the warm-up is over.
     warmup = 1.0 if callable(review_warmup) else review_warmup
-    return {"review": Term(total(values), weight=review_weight * warmup)}
+    return {"review": Term(sum(values), weight=review_weight * warmup)}
 
   hyper = {"review_weight": review_weight, "review_warmup": warmup}
   return learned(modules, method, hyper, hard_weight)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxdistill import _check, losses
 from jaxdistill.losses import pooling
+from jaxdistill.networks.models.layers import batch_norm
 from jaxdistill.recipes.parts import (
   Modules,
   Running,
@@ -248,14 +249,7 @@ class _Bottleneck(nn.Module):
     widths = (self.middle, self.middle, self.features)
     for i, (channels, size) in enumerate(zip(widths, (1, 3, 1), strict=True), start=1):
       x = nn.Conv(channels, (size, size), padding=size // 2, use_bias=False, name=f"conv{i}")(x)
-      x = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=self.axis_name,
-        name=f"norm{i}",
-      )(x)
-      x = nn.relu(x)
+      x = nn.relu(batch_norm(self, train, f"norm{i}")(x))
     return x
 
 

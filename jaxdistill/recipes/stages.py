@@ -31,18 +31,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import _check, losses
+from jaxdistill.networks.models.layers import batch_norm, default_init
 from jaxdistill.recipes import projectors
 from jaxdistill.recipes.basics import labels
 from jaxdistill.recipes.parts import (
   Modules,
   Running,
-  convolution_init,
   init_modules,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
-  total,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -118,7 +117,7 @@ def fsp(
     theirs = [teacher.features[name] for _, name in pairs]
     # How the channels of a layer go with those of the next one, [C, C'], for each two of them.
     steps = zip(itertools.pairwise(ours), itertools.pairwise(theirs), strict=True)
-    values = total(losses.flow_of_solution(mine, its) for mine, its in steps)
+    values = sum(losses.flow_of_solution(mine, its) for mine, its in steps)
     return {"fsp": Term(values, weight=fsp_weight)}
 
   hyper = {"fsp_weight": fsp_weight}
@@ -192,7 +191,7 @@ def activation_boundary(
     margin: Any,
   ) -> dict[str, Term]:
     _check.number("margin", margin, least=0)
-    values = total(
+    values = sum(
       weight * losses.activation_boundary(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name) in zip(weights, running.each(), pairs, strict=True)
     )
@@ -310,18 +309,10 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: Any, *, train: bool = False) -> Any:
     for i, features in enumerate(self.features):
-      layer = nn.Conv(
-        features, (3, 3), padding=1, kernel_init=convolution_init, name=f"conv{i + 1}"
-      )
+      layer = nn.Conv(features, (3, 3), padding=1, kernel_init=default_init, name=f"conv{i + 1}")
       x = layer(x)
       if self.use_norm:
-        x = nn.BatchNorm(
-          use_running_average=not train,
-          momentum=0.9,
-          epsilon=1e-5,
-          axis_name=self.axis_name,
-          name=f"norm{i + 1}",
-        )(x)
+        x = batch_norm(self, train, f"norm{i + 1}")(x)
       x = jax.nn.leaky_relu(x, 0.1)
     return x
 
