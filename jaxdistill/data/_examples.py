@@ -142,6 +142,8 @@ class Records:
 
   def features(self, rows: np.ndarray) -> list[dict[str, Any]]:
     """The decoded features of these rows, one dict each."""
+    # A set that TFDS prepared and that can't be read is damaged; a user's own rows are his to mend,
+    # so that their error is shown as it is.
     problem = "some of its records are empty"  # so reads a file cut off at a block's border
     wanted = [int(row) for row in rows]
     try:
@@ -180,6 +182,7 @@ class Records:
     """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
     numbers, made, labels = [], [], []
     for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
+      # One by one, so that the message names the row; a stack of a million says "inhomogeneous".
       numbers.append(int(row))
       made.append(self._inputs(example, numbers[-1]))
       self._check_alike(made, numbers)
@@ -228,6 +231,7 @@ class Records:
     example = self._checked(example, row)
     if key not in example:
       key = str(key)
+      # What contains the key or is contained comes first: "label" finds "fine_label".
       near = [one for one in example if key in str(one) or str(one) in key]
       near = near or difflib.get_close_matches(key, map(str, example), n=2, cutoff=0.5)
       hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -382,8 +386,8 @@ def from_arrays(
   Args:
     inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
       everything else stays.
-    labels: ``[N]`` integers, 0 for an example without one (see `data.on_device`'s ``labelled``);
-      None where the set has no labels.
+    labels: ``[N]`` integers, 0 for an example without one, which a source's ``labelled`` then
+      marks; None where the set has no labels.
     num_classes: K; one more than the largest label by default.
     ids: ``[N]``; the row's number by default.
     name: for reports.
@@ -421,6 +425,7 @@ def from_arrays(
   if num_classes is None:
     num_classes = int(labels.max()) + 1
   _check.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
+  # A label beyond K would be a one-hot row of zeros: no error anywhere, and a loss of 0.
   wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
   if len(wrong):
     row = int(wrong[0])
@@ -579,6 +584,7 @@ _LABELS = 0x6C6162656C
 
 def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
   """The mask of labels that may be used, ``[N]`` float32."""
+  # In the loss it is a mask; a set without labels is the mask that is 0 everywhere.
   if labelled is None:
     return np.full(len(examples), float(examples.num_classes > 0), np.float32)
   mask = np.asarray(labelled)
@@ -632,6 +638,8 @@ def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[
       f"share={share} of {size} examples is {count} labels, too few for one of each of the "
       f"{len(present)} classes: take a share of at least {_rounded_up(len(present), size)}, or 0."
     )
+  # Each class's rows are spread over 0 .. 1 in random order, so that any prefix of all rows by
+  # that number has the classes in proportion; the first of each class is set to 0, to be in all.
   order = epoch_order(data_seed, _LABELS, size)
   quantile = np.zeros(size)
   for label in present:

@@ -118,6 +118,7 @@ class Source:
   teacher: str | None = None
 
   def __post_init__(self) -> None:
+    # Here and not in `on_device`: dataclasses.replace makes sources too.
     check_seed(self.data_seed)
     _check.whole("size", self.size)
     _check.whole("batch_size", self.batch_size, least=None)
@@ -227,6 +228,8 @@ def on_device(
     return latest[seed][1]
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    # A step's rows follow from its number alone, so that a run can go on at any step, and a chunk
+    # may cross the end of an epoch.
     numbers = np.arange(step, step + count)
     steps = len(examples) // batch
     rows = [rows_of(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
@@ -265,6 +268,7 @@ def cutter(
   check_augmentation(augmentation)
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    # [B]. Arrays on the device are gathered inside the program; a stream's item brings its rows.
     index = item["index"]
     rows = item
     if shared is not None:
@@ -285,6 +289,7 @@ def cutter(
 def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
   """The rows that a process gets of one step of an epoch."""
   process, processes = part
+  # Contiguous shares, which a mesh over all processes puts together to this very batch.
   mine = batch_size // processes
   first = step * batch_size + process * mine
   return order[first : first + mine]
@@ -393,6 +398,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     }
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    # Both are cut as they would be alone, each with its own views, and joined along the batch.
     mine = source.cut(shared[0], item["source"])
     more = transfer.cut(shared[1], item["transfer"])
     more = dataclasses.replace(
@@ -462,6 +468,7 @@ def _both(source: Source, transfer: Source) -> Whole | None:
     return None
 
   def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    # Both halves every time, whatever the share: one program, and each example at least once.
     half = max(1, batch // 2)
     mine = _again(first, seed, half, view % (source.views or view + 1))
     more = _again(second, _other_seed(seed), half, view % (transfer.views or view + 1))
@@ -529,6 +536,7 @@ def evaluation_batches(
   count = -(-size // batch_size)
   rows = np.arange(count * batch_size, dtype=np.int32)
   real = rows < size
+  # Padding repeats row 0, with weight 0: a row of zeros may be NaN behind a user's normalisation.
   rows = np.where(real, rows, 0).astype(np.int32)
   stored = jax.tree.map(lambda leaf: leaf[rows], examples.inputs)
   finish = normalizer(normalize)

@@ -122,6 +122,7 @@ def resumable(
   open_streams: dict[Any, tuple[int, Iterator[PyTree]]] = {}
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    # One open stream for each seed: a run over several asks in turn, and none may start anew.
     key = (seed, batch, part)
     at, stream = open_streams.pop(key, (-1, iter(())))
     if at != step:
@@ -169,6 +170,7 @@ def _stream(
   """The items of all steps from ``step`` on, read ahead by Grain."""
   import grain  # a second to import, and only streams need it
 
+  # Of step numbers, not of examples: an item is one whole batch, and any step can be the first.
   steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
   stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
   if workers:
@@ -250,6 +252,8 @@ def iterated(
   >>> source.items(1, 2)["inputs"][..., 0].tolist()
   [[2.0, 3.0], [0.0, 1.0]]
   """
+  # Opened once to look at a row, and once more where it is an iterator: one that is the same
+  # object would be empty in the second epoch, hours from here.
   again = _opened(open, 0, name)
   if isinstance(again, Iterator) and _opened(open, 0, name) is again:
     raise ValueError(

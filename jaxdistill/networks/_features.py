@@ -135,9 +135,11 @@ def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]
     path = Path(place) if isinstance(place, str) else place
     if not isinstance(name, str) or not isinstance(path, Path):
       raise TypeError(f"features has {name!r}: {place!r}; name a path, as text or as a Path.")
+    # A colon and digits at the end are a call; any other colon belongs to the name.
     parts = re.fullmatch(r"(.*):(\d+)", path.path)
     if parts and path.call is None:
       path = dataclasses.replace(path, path=parts[1], call=int(parts[2]))
+    # "/encoder/" and "encoder" are one place, and a path is compared part by part.
     path = dataclasses.replace(path, path=path.path.strip("/"))
     if not name or not path.path:
       raise ValueError(
@@ -180,13 +182,14 @@ Flag(name='inference', argument=False, inverted=True)]
     return []
   if not isinstance(train_flag, str):
     raise TypeError(f"train_flag={train_flag!r} must be a flag's name, 'auto', or None.")
-  taken = list(signature.parameters)[1:]
+  taken = list(signature.parameters)[1:]  # the first is the module
   if train_flag == "auto":
     known = TRAIN_FLAGS.items()
     arguments = [Flag(name, True, inverted) for name, inverted in known if name in taken]
     return arguments + [Flag(name, False, inverted) for name, inverted in known if name in switches]
   name = train_flag.removeprefix("not ").strip()
   inverted = TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+  # Behind **keywords any name may be understood; an attribute of that name is the better guess.
   anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   if name in taken or (anything and name not in attributes):
     return [Flag(name, True, inverted)]
@@ -214,6 +217,7 @@ def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.S
   >>> list(signature({}, "get").parameters)
   ['self', 'key', 'default']
   """
+  # Of the class, not of the instance: there the module itself is no argument any more.
   if callable(method):
     return inspect.signature(method)
   chosen = getattr(type(module), method or "__call__", None)
@@ -263,6 +267,7 @@ def bind(
       "give train_flag=None."
     )
   keywords.update(told)
+  # Before the call, where it can be told from a TypeError that the module raises inside.
   try:
     signature.bind(None, *args, **keywords)
   except TypeError as error:
@@ -320,6 +325,8 @@ def find(sown: Any, path: Path) -> Any:
   >>> find({"encoder": {"mid": (1.0,)}}, Path("encoder/mid"))
   (1.0,)
   """
+  # The collection nests as the submodules do; a leaf is a sown value, a dict a submodule, whose own
+  # output lies in it under the name of its method.
   node = sown
   for part in path.path.split("/"):
     if not isinstance(node, Mapping) or part not in node:
@@ -346,6 +353,7 @@ def pick(sown: Any, path: Path, label: str) -> Any:
   >>> pick({"mid": (np.zeros(2), np.ones(2))}, Path("mid", call=1), "mid").tolist()
   [1.0, 1.0]
   """
+  # From the outside in: which call, which part of what it put out, which layer of a stack.
   calls = _calls(find(sown, path))
   if path.call is None and len(calls) > 1:
     options = ", ".join(repr(f"{path.path}:{i}") for i in range(len(calls)))
@@ -389,6 +397,7 @@ def names(sown: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """
   found = {}
   for name, value in sown.items():
+    # A submodule's output has the submodule's own name, what is sown below it a longer one.
     here = prefix if name == "__call__" else f"{prefix}/{name}".lstrip("/")
     if isinstance(value, Mapping):
       found.update(names(value, here))
@@ -443,6 +452,7 @@ class Adapter:
 
   def explain_missing(self, missing: Sequence[str], call: Call) -> str:
     """Of each feature that was not found why, and all that there are."""
+    # Only now, when there is an error to explain: capturing everything may be slow.
     shapes, called, hidden = self.survey(call)
     lines = [f"{self.name}: {len(missing)} of the features can't be found."]
     for name in missing:
@@ -508,6 +518,7 @@ def _calls(value: Any) -> tuple[Any, ...]:
 
 
 def _element(value: Any, part: int | str, label: str) -> Any:
+  # Dataclasses and named tuples by attribute, dicts and tuples by index.
   if isinstance(part, str) and not isinstance(value, Mapping) and hasattr(value, part):
     return getattr(value, part)
   try:

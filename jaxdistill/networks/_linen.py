@@ -120,6 +120,7 @@ class _Adapter(Adapter):
       self.outputs(call, out, state.get(_SOWN, {}))
       return {name: state[name] for name in collections if name in state}
 
+    # By shapes alone: a missing feature is an error here, before anything is computed.
     after = jax.eval_shape(check, variables, inputs, key)
     return {name: v for name, v in variables.items() if not _grew(v, after.get(name, v))}
 
@@ -128,6 +129,7 @@ class _Adapter(Adapter):
   ) -> tuple[Outputs, dict[str, PyTree]]:
     # Left-over intermediates would be the first of several values.
     variables = {name: value for name, value in variables.items() if name != _SOWN}
+    # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
     call = Call(variables, inputs, train, key)
     out, state = self.run(call, mutable)
@@ -144,12 +146,14 @@ class _Adapter(Adapter):
     return {"params": {}, **nn.unbox(made)}
 
   def streams(self, key: Any) -> dict[str, Any]:
+    # Folded by the stream's place, or two streams of one key would draw the same numbers.
     names = () if key is None else self.rngs
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
   def bind(self, inputs: Any, train: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     told = {flag.name: train != flag.inverted for flag in self.flags if flag.argument}
     args, keywords = _features.bind(self.signature, inputs, self.arguments, told, self.name)
+    # A flag that is an attribute is set on a copy: the module itself is the user's.
     attributes: Any = {f.name: train != f.inverted for f in self.flags if not f.argument}
     return self.module.clone(**attributes) if attributes else self.module, args, keywords
 
@@ -190,6 +194,7 @@ class _Adapter(Adapter):
     lifted: dict[str | None, str] = {}
     shapes: dict[str, Any] = {}
 
+    # Flax asks this of every method that is called: a filter that also notes who was there.
     def visit(module: nn.Module, method: str) -> bool:
       path = "/".join(module.path)
       if type(module).__module__ == nn.transforms.__name__:
@@ -198,6 +203,7 @@ class _Adapter(Adapter):
       if method in ("setup", "<lambda>"):
         return False
       called.setdefault(path, set()).add(method)
+      # In a transform that does not lift the collection, sow drops its values without a word.
       if not module.is_mutable_collection(_SOWN):
         hidden[path] = lifted.get(module.name, "")
       return method == "__call__" and path != ""
@@ -252,6 +258,7 @@ def _grew(before: PyTree, after: PyTree) -> bool:
   def outline(tree: PyTree, leaf: type | tuple[()]) -> Any:
     return jax.tree.structure(tree, is_leaf=lambda node: isinstance(node, leaf))
 
+  # sow appends to a tuple: leaves are added, while with tuples as leaves all is as it was.
   same = outline(before, ()) == outline(after, ())
   return not same and outline(before, tuple) == outline(after, tuple)
 

@@ -122,8 +122,8 @@ def nnx_variables(module: Any) -> dict[str, PyTree]:
     module: an NNX module with values.
 
   Returns:
-    ``{"params": ..., "batch_stats": ..., ...}``, nested dicts by path, see `nnx`. The arrays are
-    copies, since a training step overwrites its own.
+    ``{"params": ..., "batch_stats": ..., ...}``, nested dicts by path, a collection for each type
+    of variable. The arrays are copies, since a training step overwrites its own.
 
   Raises:
     ValueError: ``module`` is no NNX module, or holds shapes instead of values.
@@ -143,6 +143,7 @@ def nnx_variables(module: Any) -> dict[str, PyTree]:
           f"{type(module).__name__}: {what} is a {type(leaf).__name__}, not an array; give a "
           "module with values (a ShapeDtypeStruct comes from nnx.eval_shape)."
         )
+      # A copy, since a training step donates its variables and would take the module's weights.
       value = leaf
       if not is_key(leaf):
         value = jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)  # strongly typed
@@ -179,6 +180,7 @@ class _Adapter(Adapter):
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     made = self.variables(key, inputs)
+    # A call by shapes: a feature that is not there, or inputs that do not fit, show here.
     # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
     check = lambda made, inputs, key: self.call(Call(made, inputs, False, key))[0]  # noqa: E731
     jax.eval_shape(check, made, inputs, key)
@@ -210,6 +212,8 @@ class _Adapter(Adapter):
     try:
       ran = self.run(call, functools.partial(_nnx_graph.find_taps, list(self.wanted.values())))
     except (TypeError, ValueError) as error:
+      # The module's own error, or one of ours for capturing where nothing can be added? Whoever
+      # runs without the capture and not with it is stuck.
       stuck = [n for n, path in self.wanted.items() if not self.traces(call, [path])]
       if not stuck or not self.traces(call, []):
         raise
@@ -228,6 +232,7 @@ class _Adapter(Adapter):
 
   def capture(self, call: Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
     """Runs the module abstractly: the shapes of what is captured, and the modules watched."""
+    # Filled while tracing: a captured value can't leave eval_shape but as a shape.
     seen: list[Tap] = []
     shapes: dict[str, Any] = {}
 
@@ -241,6 +246,7 @@ class _Adapter(Adapter):
     return shapes, seen
 
   def run(self, call: Call, find: _Taps) -> _Ran:
+    # A module of this call's own; the user's is never written to.
     module = _nnx_graph.build(self.graph, self.slots, call.variables, call.key, self.name)
     module = _nnx_graph.set_flags(module, self.flags, self.auto, call.train)
     told: dict[str, Any] = {f.name: call.train != f.inverted for f in self.flags if f.argument}
@@ -248,6 +254,7 @@ class _Adapter(Adapter):
       told["rngs"] = flax_nnx.Rngs(_nnx_graph.stream_key(call.key, len(self.slots)))
     args, keywords = _features.bind(self.signature, call.inputs, self.arguments, told, self.name)
     streams = {"": module, "rngs": told.get("rngs")}
+    # Without a key nobody may draw: the streams are watched, and `apply` says who did.
     drawn = _nnx_graph.drawn(streams) if call.key is None else set()
 
     def method() -> Any:
@@ -288,6 +295,7 @@ class _Adapter(Adapter):
           more, tapped = self.capture(call, functools.partial(one_module, i))
           shapes.update(more)
           seen += tapped
+    # A module that ran, and of whose output nothing came out, is inside a transform that hides it.
     called = {"/".join(tap.path): _nnx_graph.watched(tap) for tap in seen}
     hidden = [
       path

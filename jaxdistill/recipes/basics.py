@@ -58,6 +58,7 @@ def labels(
     An objective with the one term ``labels``. It needs no teacher.
   """
   del teacher
+  # [B]. An example without a label is left out by the mask, so its label may be anything.
   values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
 
@@ -87,6 +88,7 @@ def kd(
     An objective with the terms ``labels`` and ``soft``.
   """
   # [B]: T² KL(softmax(teacher / T) ‖ softmax(student / T)), which keeps its gradient's size.
+  # It asks no label of the example, so it has no mask: the teacher knows something of all of them.
   soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
   return {
     "labels": hard_term(student, batch, hard_weight),
@@ -168,6 +170,7 @@ def _matched(
   layers = layer_names(*layers)
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    # Shapes here, from an abstract evaluation of both networks: nobody types a width in by hand.
     ours, theirs = both_features(student, teacher, layers)
     # Where the shapes are the same, the student's own feature is the teacher's to match.
     same = ours.shape[1:] == theirs.shape[1:]
@@ -204,6 +207,7 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
   if not objectives:
     raise ValueError("combine needs at least one objective.")
   parts = [as_objective(o) for o in objectives]
+  # Below, each part's parameters and state lie under its number: two may name a module alike.
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     keys = jax.random.split(key, len(parts))
@@ -223,6 +227,7 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
       # A key of its own, or two parts that draw would draw the same.
       own["key"] = jax.random.fold_in(key, i)
       found, states[str(i)] = part.apply(params[str(i)], state[str(i)], *seen, **own)
+      # Of two terms of one name a log would show one, and a sum count one.
       twice = sorted(set(found) & set(terms))
       if twice:
         raise ValueError(
@@ -245,6 +250,7 @@ def _deployed_of(parts: list[Objective]) -> Deployed | None:
   if len(found) > 1:
     raise ValueError(f"{len(found)} objectives deploy a network of their own; combine one at most.")
   ((name, deployed),) = found.items()
+  # Of the combined trees it sees its own branch, as if it were alone.
   return Deployed(
     network=deployed.network,
     variables=lambda student, params, state: deployed.variables(student, params[name], state[name]),

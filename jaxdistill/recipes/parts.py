@@ -66,7 +66,8 @@ LogitLoss = Callable[..., jax.Array]
 Pairs = Sequence[tuple[str, str]]
 # ``{name: (module or None, what goes in)}``.
 Modules = Mapping[str, tuple[Any, Any]]
-# Steps of an epoch of CIFAR-100 at the published batch size of 64.
+# Steps of an epoch of CIFAR-100 at the published batch size of 64: 50,000 // 64. Published warm-ups
+# are in epochs; a schedule here is of the step, and batches are never padded.
 EPOCH = 781
 # The three stages of a CIFAR ResNet, as `jaxdistill.networks.models` sows them.
 STAGES = ("stage1", "stage2", "stage3")
@@ -150,8 +151,10 @@ def recipe(
     p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "key"
   ]
   defaults = {p.name: p.default for p in keywords}
+  # A keyword that a check or a follower reads has to be a plain value when the objective is made.
   taken = {maker: _names_of(maker, defaults) for maker in (check, *follows.values()) if maker}
   fixed = {name for names in taken.values() for name in names}
+  # Annotated as a number, it may be None only where the annotation says so.
   optional = {p.name for p in keywords if p.annotation is p.empty or "None" in str(p.annotation)}
 
   @functools.wraps(function)
@@ -161,12 +164,15 @@ def recipe(
       wrong = f"keywords {unknown}" if unknown else "positional arguments"
       own = f"; the method itself is {function.__name__}.function" if args else ""
       raise TypeError(f"{function.__name__} has no {wrong}; it has {sorted(defaults)}{own}.")
+    # From here on the recipe is its method with other defaults: functools.partial, and no more.
     values = {**defaults, **given}
     if check is not None:
       check(**{name: values[name] for name in taken[check]})
     for name, maker in follows.items():
       if name not in given:
         values[name] = maker(**{other: values[other] for other in taken[maker]})
+    # What may change from step to step, or along a sweep's axis, is an argument of the program;
+    # the rest is part of it.
     hyper = {
       name: value
       for name, value in values.items()
@@ -192,6 +198,7 @@ def _objective(
   bound = functools.partial(function, **{n: v for n, v in values.items() if v is not empty})
   promoted = as_objective(bound)
 
+  # Looked at twice: a number when it is given, a schedule's value when a step asks for it.
   def apply(*args: Any, key: Any, **now: Any) -> tuple[dict[str, Term], PyTree]:
     check_keywords(**now)
     return promoted.apply(*args, key=key, **now)
@@ -281,6 +288,7 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Ter
   >>> term.weight, round(term.values.item(), 4)  # log 2
   (0.5, 0.6931)
   """
+  # No logits, no labels needed then: an embedding network has neither.
   if hard_weight is None:
     return Term(None, weight=None)
   values = losses.cross_entropy(student.logits, batch.labels)
@@ -425,6 +433,7 @@ def present(batch: Batch) -> jax.Array:
   >>> present(make_batch(jnp.ones((2, 1)), weight=jnp.array([1.0, 0.0]))).tolist()
   [True, False]
   """
+  # [B] or [B, L]: an example of tokens is there if one of its tokens is.
   there = batch.weight > 0
   return jnp.any(there, axis=tuple(range(1, there.ndim)))
 
@@ -436,6 +445,7 @@ def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, 
   (0.25, 0.5, 1.0)
   """
   if given is None:
+    # AB's and OFD's published weights, 2^(i − n + 1): later stages are nearer to the decision.
     return tuple(2.0 ** (i - count + 1) for i in range(count))
   if len(given) != count:
     raise ValueError(
@@ -483,6 +493,7 @@ class Running:
     inputs = inputs or (given if isinstance(given, tuple) else (given,))
     if module is None:
       return inputs[0]
+    # Beside the parameters a module may hold statistics, which a call in training moves.
     mine = self.state.get(name, {})
     variables = {"params": self._params[name], **mine}
     out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
@@ -508,7 +519,8 @@ def learned(
 
   Args:
     modules: ``(student, teacher) -> {name: (module or None, what goes in)}``, a module ``(x, ...,
-      *, train)`` as `projectors` has them; from arrays, and from shapes (see `init_modules`).
+      *, train)`` as `projectors` has them. It is called with arrays, and before the first step
+      with their shapes.
     method: ``(running, student, teacher, batch, *, ...) -> {name: Term}``, with `Running`; its
       keywords are those of ``hyper``, and ``key`` if it wants the step's random key.
     hyper: the keywords with their defaults.
@@ -548,6 +560,7 @@ def learned(
   ) -> tuple[dict[str, Term], PyTree]:
     check_keywords(**now)
     now = {**hyper, **labels, **now}
+    # The labels' term is the same in all methods, so the method itself says nothing of it.
     made = {"labels": hard_term(student, batch, now.pop("hard_weight"))} if labels else {}
     running = Running(modules(student, teacher), params, state)
     bare = as_objective(functools.partial(method, running))
@@ -579,8 +592,10 @@ def init_modules(key: Any, modules: Modules) -> tuple[dict[str, PyTree], dict[st
   for i, (name, (module, given)) in enumerate(modules.items()):
     if module is None:
       continue
+    # Of shapes or arrays alike: initialisation looks at no value.
     inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    # In training mode, since a module may make some of its variables only then.
     variables = dict(module.init(jax.random.fold_in(key, i), *inputs, train=True))
     params[name] = variables.pop("params", {})
     if variables:
@@ -600,6 +615,7 @@ def embeddings(
   """
   found = {}
   for name, x in zip(("student", "teacher"), both_features(student, teacher, layers), strict=True):
+    # [B, ...] flattened: a pooled feature is as it is, a map becomes one long row.
     flat = jax.ShapeDtypeStruct((x.shape[0], math.prod(x.shape[1:])), compute_dtype(x))
     found[name] = (projectors.Linear(width), flat)
   return found
@@ -623,6 +639,7 @@ def embed(
   >>> [x.shape for x in embed(running, outputs, outputs, ("a", "a"), jnp.ones(1, bool))]
   [(1, 4), (1, 4)]
   """
+  # Replaced in front of the product: behind it, NaN would be in the kernel's gradient already.
   ours, theirs = (
     jnp.where(where[:, None], x.reshape(x.shape[0], -1).astype(compute_dtype(x)), 0.0)
     for x in both_features(student, teacher, layers)

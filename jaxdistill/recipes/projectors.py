@@ -134,17 +134,21 @@ class LearnedTemperature(nn.Module):
         f"hidden={self.hidden} and predictions {'without' if predictions is None else 'with'} "
         "values: a temperature for each example needs both, hidden=128 say; one for all neither."
       )
+    # The last layer's bias where there are layers, so that both forms start at one temperature.
     start = nn.initializers.constant(self.initial)
     if predictions is None:
       theta = self.param("theta", start, (), self.param_dtype)
     else:
+      # Or the student would be trained to please the module that is trained against it.
       x = jax.lax.stop_gradient(jnp.asarray(predictions))
       options = {"dtype": compute_dtype(x), "param_dtype": self.param_dtype}
       x = jax.nn.relu(nn.Dense(self.hidden or 0, **options, name="dense1")(x))
       theta = nn.Dense(1, bias_init=start, **options, name="dense2")(x)[..., 0]
+    # A sigmoid keeps it in its range: climbing a loss that T² multiplies, it would never stop.
     value = self.lowest + self.span * jax.nn.sigmoid(theta)
     fixed = jax.lax.stop_gradient(value)
-    # The difference is 0 exactly; only its gradient counts.
+    # Gradient reversal in one line: forwards the difference is 0 exactly, backwards its slope is
+    # −reversal times the plain one, so that descending this is climbing the loss.
     return fixed - jnp.asarray(reversal, value.dtype) * (value - fixed)
 
 
@@ -183,6 +187,7 @@ class MLP(nn.Module):
     """
     del train
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    # One ReLU between: two linear maps in a row would be one.
     x = jax.nn.relu(nn.Dense(self.hidden, **options, name="dense1")(x))
     return nn.Dense(self.features, **options, name="dense2")(x)
 
@@ -271,6 +276,7 @@ def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.M
   >>> between(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 4, 4, 5))).spatial
   (4, 4)
   """
+  # Shapes alone, so that it works on an abstract evaluation as on arrays.
   ours, theirs = tuple(student.shape), tuple(teacher.shape)
   if len(ours) != len(theirs) or len(ours) not in (2, 3, 4):
     raise ValueError(
@@ -286,13 +292,14 @@ def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.M
     )
   if len(ours) < 4:
     return Linear(features=theirs[-1])
-  _convolution(ours, theirs)
+  _convolution(ours, theirs)  # raises here where no size of kernel leads there, before any training
   return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
 
 
 def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
   """The class of the layer that leads from one size to the other, but for its channels."""
   ours, theirs = student[1:3], teacher[1:3]
+  # FitNets matches two sizes by a convolution that learns how, where the losses only average.
   if all(s == 2 * t for s, t in zip(ours, theirs, strict=True)):
     return functools.partial(nn.Conv, kernel_size=(3, 3), strides=(2, 2), padding=1)
   if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
@@ -302,6 +309,7 @@ def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
     product = functools.partial(nn.Conv, kernel_size=(1, 1), padding="VALID")
     return functools.partial(product, conv_general_dilated=_pointwise)
   if all(s >= t for s, t in zip(ours, theirs, strict=True)):
+    # Without padding a kernel of size k takes k − 1 pixels off a side.
     kernel = tuple(1 + s - t for s, t in zip(ours, theirs, strict=True))
     return functools.partial(nn.Conv, kernel_size=kernel, padding="VALID")
   raise ValueError(
@@ -384,11 +392,14 @@ class ReviewFusion(nn.Module):
     y = nn.Dense(self.mid, use_bias=False, kernel_init=_fusion_init, **options, name="conv1")(x)
     y = batch_norm(self, train, "norm1")(y)
     if residual is not None:
+      # The stage above is smaller: its pixels are repeated, [B, H, W, mid].
       above = _nearest(residual, (x.shape[1], x.shape[2])).astype(y.dtype)
       both = jnp.concatenate([y, above], axis=-1)
       attention = nn.Dense(2, kernel_init=default_init, **options, name="attention")(both)
+      # Two gates for each pixel, [B, H, W, 2], that need not add up to 1.
       attention = jax.nn.sigmoid(attention)
       y = y * attention[..., :1] + above * attention[..., 1:]
+    # To the teacher's size only now: the gates see the student's own positions.
     y = _nearest(y, self.spatial)
     out = nn.Conv(
       self.features,

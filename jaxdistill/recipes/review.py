@@ -87,14 +87,18 @@ def reviewkd(
     """The fusions from the top down: each takes a stage, and what the one above leaves over."""
     found: dict[str, tuple[Any, Any]] = {}
     residual: tuple[Any, ...] = ()
+    # A pooled vector [B, D] is a map of one pixel: the top of the review.
     shapes = [_as_map(feature(student, name, "student_layers"), name) for name, _ in pairs]
+    # One width for all residuals, or a fusion could not add what comes from above to its own.
     mid = min(max_mid, shapes[-1].shape[-1])
+    # From the top down: what a stage has learned is reviewed by the one below it, never above.
     for i, shape in reversed(list(enumerate(shapes))):
       target = _as_map(feature(teacher, pairs[i][1], "teacher_layers"), pairs[i][1])
       module = projectors.ReviewFusion(
         mid, target.shape[-1], tuple(target.shape[1:3]), axis_name=axis_name
       )
       found[f"fusion{i}"] = (module, (shape, *residual))
+      # [B, H, W, mid] in the teacher's size here, which the fusion below brings to its own.
       residual = (jax.ShapeDtypeStruct((*target.shape[:3], mid), shape.dtype),)
     return found
 
@@ -114,6 +118,7 @@ def reviewkd(
         x.reshape(_as_map(x, name).shape)
         for x, name in ((student.features[ours], ours), (teacher.features[theirs], theirs))
       )
+      # Fused, as wide as the teacher's stage; and what is left over for the stage below.
       fused, left = running(f"fusion{i}", maps, *residual)
       residual = (left,)
       values.append(losses.hierarchical_context(fused, taught))

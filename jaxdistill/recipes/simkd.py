@@ -97,6 +97,7 @@ def simkd(
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ours, theirs = parts.shapes(student, teacher)
+    # The student is pooled in front of the projector, so that its 3 × 3 runs on the smaller map.
     target = _smaller(ours, theirs)
     pooled = jax.ShapeDtypeStruct((ours.shape[0], *target[:2], ours.shape[-1]), ours.dtype)
     return {"projector": (parts.module(pooled, target), pooled)}
@@ -104,8 +105,10 @@ def simkd(
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     params, state = init_modules(key, modules(student, teacher))
     ours, theirs = parts.shapes(student, teacher)
+    # State and no parameter: nothing trains it, and it travels with checkpoint and export.
     kept = jax.tree.map(jnp.asarray, classifier)
     _check_head(parts.head, kept, theirs)
+    # The deployed network never sees the teacher: this array of nothing has its map's shape.
     target = jnp.zeros(_smaller(ours, theirs), bool)
     return params, {**state, "classifier": kept, "target": target}
 
@@ -119,6 +122,8 @@ def simkd(
     hard_weight: Any = None,
   ) -> dict[str, Term]:
     ours, theirs = both_features(student, teacher, layers)
+    # [B, H, W, C] of the teacher's width. Once it equals the teacher's map, the classifier cannot
+    # tell the two apart; so no term on the logits is needed.
     projected = running("projector", parts.pooled(ours, running.state["target"].shape))
     terms = {"simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight)}
     if hard_weight is not None:  # the labels, of what the deployed network predicts
@@ -181,6 +186,7 @@ class _Parts:
       variables: PyTree, inputs: Any, *, train: bool, key: Any
     ) -> tuple[Outputs, dict[str, PyTree]]:
       params = variables["params"]
+      # The student's own logits are computed and dropped; a compiler leaves them out.
       outputs, updated = student.apply(
         {"params": params["student"], **variables["student"]}, inputs, train=train, key=key
       )
@@ -195,6 +201,7 @@ class _Parts:
       else:
         projected, moved = module.apply(known, pooled, train=False), {}
       logits = self.head(params["classifier"], projected)
+      # Both parts may hold statistics: what moved replaces what was there, the rest stays.
       state = {"student": updated, "projector": moved} if train else {}
       state = {part: {**variables[part], **new} for part, new in state.items()}
       return Outputs(logits=logits, features=outputs.features), state
@@ -246,6 +253,7 @@ class _Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    # Narrow, so that what the deployed student carries beside itself stays small.
     widths = (self.middle, self.middle, self.features)
     for i, (channels, size) in enumerate(zip(widths, (1, 3, 1), strict=True), start=1):
       x = nn.Conv(channels, (size, size), padding=size // 2, use_bias=False, name=f"conv{i}")(x)
@@ -255,6 +263,7 @@ class _Bottleneck(nn.Module):
 
 def _mean_and_dense(classifier: PyTree, maps: jax.Array) -> jax.Array:
   """Logits of a head that averages over positions and then is linear."""
+  # [B, H, W, C] to [B, C] to [B, K], in float32 at least, as the teacher's own head computes.
   pooled = jnp.mean(maps.astype(compute_dtype(maps, classifier["kernel"])), axis=(1, 2))
   logits = pooled @ classifier["kernel"].astype(pooled.dtype)
   if "bias" not in classifier:

@@ -93,6 +93,8 @@ def fsp(
   pairs = layer_pairs(student_layers, teacher_layers, least=2)
   if stage == 2:
     return _labels_alone(hard_weight)
+  # RepDistiller's 50 takes no effect there, since its second stage drops the term; beside the
+  # labels in one run there has to be a weight.
   if fsp_weight is None:
     fsp_weight = 50.0 if stage is None else 1.0
 
@@ -106,6 +108,7 @@ def fsp(
             f"fsp needs equal widths: the student's {pairs[i][0]!r} is {tuple(ours.shape)} and the "
             f"teacher's {pairs[i][1]!r} {tuple(theirs.shape)}; take connect=True, or other layers."
           )
+        # To the teacher's width in the student's own size: a flow has no positions to match.
         module = projectors.Conv(width, tuple(ours.shape[1:3]), axis_name=axis_name)
       found[f"connector{i}"] = (module, ours)
     return found
@@ -177,6 +180,7 @@ def activation_boundary(
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
       module = None
       if ours.shape[1:] != theirs.shape[1:]:
+        # Signs are what is compared, and after a ReLU there is no other side.
         module = projectors.between(ours, theirs, axis_name=axis_name).clone(use_relu=False)
       found[f"connector{i}"] = (module, ours)
     return found
@@ -190,7 +194,7 @@ def activation_boundary(
     boundary_weight: Any,
     margin: Any,
   ) -> dict[str, Term]:
-    _check.number("margin", margin, least=0)
+    _check.number("margin", margin, least=0)  # once more, now that a schedule has become a number
     values = sum(
       weight * losses.activation_boundary(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name) in zip(weights, running.each(), pairs, strict=True)
@@ -261,6 +265,7 @@ def factor_transfer(
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ((ours, theirs),) = map_pairs(student, teacher, pairs)
     width = theirs.shape[-1]
+    # The bottleneck is the point: a paraphrase in half the channels is easier to imitate.
     factor = max(1, int(ratio * width))
     found: dict[str, tuple[Any, Any]] = {"paraphraser": (_Paraphraser(factor, width), theirs)}
     if stage != 1:
@@ -280,11 +285,13 @@ def factor_transfer(
   ) -> dict[str, Term]:
     made = {}
     if stage == 2:
+      # Read from the state: not in the parameters, so no optimiser and no weight decay reaches it.
       module, theirs = modules(student, teacher)["paraphraser"]
       variables = {"params": running.state["paraphraser"]}
       factor = module.apply(variables, theirs, method=_Paraphraser.encode)
     else:
       factor, decoded = running("paraphraser")
+      # An autoencoder of the teacher's map; neither labels nor student take part.
       values = losses.hint_l2(decoded, teacher.features[pairs[0][1]])
       made["reconstruction"] = Term(values, weight=weights["reconstruction_weight"])
     if stage != 1:
@@ -313,6 +320,7 @@ class _Encoder(nn.Module):
       x = layer(x)
       if self.use_norm:
         x = batch_norm(self, train, f"norm{i + 1}")(x)
+      # Leaky, as published: a factor has both signs, which its energy then squares.
       x = jax.nn.leaky_relu(x, 0.1)
     return x
 

@@ -93,6 +93,7 @@ class BasicBlock(nn.Module):
     """
     conv = convolution(self, conv_general_dilated=_CONVOLUTIONS[self.conv])
     norm = functools.partial(batch_norm, self, train)
+    # An identity wherever shapes allow it: what He et al. found to train best.
     shortcut = x
     if self.stride != 1 or x.shape[-1] != self.channels:
       shortcut = conv(
@@ -102,6 +103,7 @@ class BasicBlock(nn.Module):
     y = conv(self.channels, (3, 3), (self.stride, self.stride), padding=1, name="conv1")(x)
     y = nn.relu(norm(name="norm1")(y))
     y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+    # The sum before its ReLU is a feature of its own: OFD, AB and ReviewKD compare it.
     preact = norm(name="norm2")(y) + shortcut
     return nn.relu(preact), preact
 
@@ -177,6 +179,7 @@ class ResNet(nn.Module):
       for block in range((self.depth - 2) // 6):
         x, preact = BasicBlock(
           channels,
+          # 32, 16 and 8 pixels a side on CIFAR: the first block of a later stage halves the map.
           stride=2 if stage > 1 and block == 0 else 1,
           dtype=self.dtype,
           param_dtype=self.param_dtype,

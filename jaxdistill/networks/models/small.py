@@ -55,6 +55,7 @@ def patches_convolution(
     for i in range(taps[0])
     for j in range(taps[1])
   ]
+  # [B, H2, W2, h·w·C] by [h·w·C, D]: rows of the kernel lie in the order of the slices.
   return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -117,8 +118,8 @@ class ConvNet(nn.Module):
     strides: of each convolution.
     dense: width of the dense layer.
     num_classes: K.
-    conv: how convolutions are computed, ``"patches"`` or ``"lax"``; see `Conv3x3`. Same parameters,
-      same numbers to rounding.
+    conv: how convolutions are computed: ``"patches"``, as one matrix product, or ``"lax"``, as XLA
+      does. Same parameters, same numbers to rounding.
     dtype: of the computation; None promotes from inputs and parameters. The last layer computes in
       float32 at least.
     param_dtype: of the parameters.
@@ -171,10 +172,11 @@ class ConvNet(nn.Module):
       )
       x = nn.relu(layer(x))
       self.sow("intermediates", f"conv{i + 1}", x)
-    x = x.reshape(x.shape[0], -1)
+    x = x.reshape(x.shape[0], -1)  # [B, H·W·C]
     x = nn.Dense(self.dense, dtype=self.dtype, param_dtype=self.param_dtype, name="dense_layer")(x)
     x = nn.relu(x)
     self.sow("intermediates", "hidden", x)
+    # Logits in bfloat16 carry three digits: too few to distil from, and the layer is tiny.
     x = x.astype(np.promote_types(x.dtype, np.float32))
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(x)
 
@@ -223,5 +225,6 @@ class MLP(nn.Module):
       )
       x = nn.relu(layer(x))
       self.sow("intermediates", f"hidden{i + 1}", x)
+    # Logits in bfloat16 carry three digits: too few to distil from, and the layer is tiny.
     x = x.astype(np.promote_types(x.dtype, np.float32))
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(x)

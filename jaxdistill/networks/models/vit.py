@@ -51,6 +51,7 @@ class EncoderBlock(nn.Module):
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
     xavier = nn.initializers.xavier_uniform()
+    # Norms come first in each half, so that the residual stream itself is never normalised.
     y = nn.LayerNorm(name="attention_norm", **dtypes)(x)
     y = nn.MultiHeadDotProductAttention(
       self.num_heads, kernel_init=xavier, deterministic=True, name="attention", **dtypes
@@ -140,7 +141,7 @@ class VisionTransformer(nn.Module):
         f"got {self.patch_size}: use another patch_size, or pad the images."
       )
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    tokens = self._embed(x)
+    tokens = self._embed(x)  # [B, H·W / patch², width], one more with a class token
     self.sow("intermediates", "embedding", tokens)
     tokens = nn.Dropout(self.dropout_rate, deterministic=not train)(tokens)
     for i in range(self.depth):
@@ -157,6 +158,7 @@ class VisionTransformer(nn.Module):
 
   def _embed(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B N D"]:
     """Patches as tokens, after the class token if there is one, plus positions."""
+    # A convolution whose stride is its size: a linear map of each patch.
     normal = nn.initializers.normal(0.02)
     patch = (self.patch_size, self.patch_size)
     tokens = nn.Conv(

@@ -69,6 +69,7 @@ class WideBlock(nn.Module):
     conv = convolution(self)
     norm = functools.partial(batch_norm, self, train)
     strides = (self.stride, self.stride)
+    # BatchNorm and ReLU come before the convolution, so that the shortcut runs through untouched.
     normalised = norm(name="norm1")(x)
     active = nn.relu(normalised)
     shortcut = x
@@ -144,13 +145,14 @@ class WideResNet(nn.Module):
     for stage in (1, 2, 3):
       for block in range((self.depth - 4) // 6):
         x, normalised = WideBlock(
-          8 * 2**stage * self.widen_factor,
+          8 * 2**stage * self.widen_factor,  # 16, 32, 64 channels, times the factor
           stride=2 if stage > 1 and block == 0 else 1,
           dtype=self.dtype,
           param_dtype=self.param_dtype,
           axis_name=self.axis_name,
           name=f"stage{stage}_block{block}",
         )(x, train=train)
+        # A stage ends without a norm; the one that begins the next stage is its pre-activation.
         if stage > 1 and block == 0:
           self.sow("intermediates", f"stage{stage - 1}_preact", normalised)
       self.sow("intermediates", f"stage{stage}", x)
