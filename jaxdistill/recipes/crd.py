@@ -138,6 +138,7 @@ def crd(
     values = jnp.where((index >= 0) & (index < len(banks.labels)), values, jnp.nan)
     return {"crd": Term(values, weight=crd_weight, where=batch.labelled)}
 
+  # ``negatives`` and ``width`` are shapes of the program, so no step can change them: no keywords.
   hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
   return learned(modules, method, hyper, hard_weight, init=init)
 
@@ -152,6 +153,7 @@ def _gathered(seen: PyTree, key: Any, axis_name: str) -> tuple[PyTree, Any]:
 
 def _classes(labels: Any) -> np.ndarray:
   """The data set's labels, as integers ``[N]``."""
+  # A soft label has no class to draw "others" from, so that only integers will do.
   classes = np.asarray(labels)
   if not np.issubdtype(classes.dtype, np.integer):
     raise TypeError(f"labels must be the data set's integer labels [N], got {_check.show(labels)}.")

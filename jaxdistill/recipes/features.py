@@ -270,6 +270,7 @@ def overhaul(
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found = {}
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
+      # A margin of another layer of the same width would pass: paths are the caller's to get right.
       if np.shape(margins[i]) != theirs.shape[-1:]:
         raise ValueError(
           f"margins[{i}] has the shape {np.shape(margins[i])} and the teacher's {pairs[i][1]!r} "
@@ -331,7 +332,7 @@ def overhaul_margins(
   layer_pairs(norms, None)  # refuses a text, which is a sequence of letters
   leaves = jax.tree_util.tree_leaves_with_path(teacher_variables["params"])
   flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-  margins = []
+  margins = []  # [C] for each norm
   # One compilation instead of one for each operation.
   margin = jax.jit(losses.overhaul_margin)
   for norm in norms:

@@ -140,6 +140,7 @@ def dkd(
   (['dkd', 'labels'], 0.5, [0.0])
   """
   del warmup_steps  # of which dkd_warmup is the schedule, and here the number of this step
+  # Logits, not probabilities: the loss stays in log space, where 1 − p_y can't round to 0.
   ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
   # NCKD weighs 8 where plain KD has 1 − p_y, next to nothing. Published runs rise to that over 20
   # epochs, since at first the student's other classes are in no order at all.
@@ -305,6 +306,7 @@ class _PooledLinear(nn.Module):
   @nn.compact
   def __call__(self, x: Any, *, train: bool = False) -> Any:
     # In float32 at least, as the networks' own logits are.
+    # [B, ..., C] to [B, C]: maps and tokens by the mean over positions, a vector as it is.
     pooled = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x))
     return nn.Dense(self.num_classes, dtype=pooled.dtype, name="classifier")(pooled)
 

@@ -183,6 +183,7 @@ def recipe(
     return _objective(function, values, hyper)
 
   made.__annotations__ = {**{p.name: p.annotation for p in keywords}, "return": Objective}
+  # A recipe takes keywords, its function outputs and a batch: two signatures of one name.
   # What help() shows, and where `jaxdistill.search` sees that it is called with keywords.
   shown = signature.replace(parameters=keywords, return_annotation=Objective)
   vars(made).update(function=function, __signature__=shown)
@@ -321,6 +322,7 @@ def both_logits(
   """
   if teacher is None:
     raise ValueError(f"{recipe} compares with a teacher, and teacher is None; give fit a teacher.")
+  # [B, K] both, and as many classes: the losses refuse two numbers of them.
   if not standardize:
     return student.logits, teacher.logits
   return losses.standardize_logits(student.logits), losses.standardize_logits(teacher.logits)
@@ -343,6 +345,7 @@ def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
   >>> feature(Outputs(features={"mid": jnp.ones(2)}), "mid", "student_layer").shape
   (2,)
   """
+  # Both networks' features are asked for by one function, so the argument says whose is missing.
   side = argument.split("_")[0]
   if outputs is None:
     raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
@@ -389,9 +392,11 @@ def layer_pairs(
   >>> layer_pairs(("stage1",), None), layer_pairs(("a", "b"), ("c", "d"))
   ([('stage1', 'stage1')], [('a', 'c'), ('b', 'd')])
   """
+  # Pairs by name: positions in two lists of features would match wrong stages without a word.
   teacher_layers = student_layers if teacher_layers is None else teacher_layers
   named = {"student_layers": student_layers, "teacher_layers": teacher_layers}
   for argument, layers in named.items():
+    # "stage1" is a sequence too, of six letters.
     words = not isinstance(layers, str) and isinstance(layers, Sequence)
     if not words or not all(isinstance(name, str) for name in layers):
       raise TypeError(
@@ -542,6 +547,7 @@ def learned(
   >>> params["projector"]["dense"]["kernel"].shape
   (2, 3)
   """
+  # Without a weight there is no such keyword either: a sum of recipes has the labels once.
   labels = {} if hard_weight is None else {"hard_weight": hard_weight}
   check_keywords(**hyper, **labels)
 
@@ -562,6 +568,7 @@ def learned(
     now = {**hyper, **labels, **now}
     # The labels' term is the same in all methods, so the method itself says nothing of it.
     made = {"labels": hard_term(student, batch, now.pop("hard_weight"))} if labels else {}
+    # Made anew from the shapes at every trace: modules hold no arrays, so nothing is kept in them.
     running = Running(modules(student, teacher), params, state)
     bare = as_objective(functools.partial(method, running))
     terms, _ = bare.apply({}, {}, student, teacher, batch, key=key, **now)

@@ -18,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxdistill.networks.models.layers import batch_norm, default_init
+from jaxdistill.networks.models.layers import Images, batch_norm, default_init
 from jaxdistill.types import compute_dtype
 
 __all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
+
+# A vector or tokens, whose last axis is mapped.
+Features = Float[Array | np.ndarray, "B *axes D"]
 
 
 class Linear(nn.Module):
@@ -46,9 +49,7 @@ class Linear(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
-  ) -> Float[Array, "B *axes E"]:
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
     """Projects features.
 
     Args:
@@ -173,9 +174,7 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
-  ) -> Float[Array, "B *axes E"]:
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
     """Projects features.
 
     Args:
@@ -232,9 +231,7 @@ class Conv(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B H2 W2 D"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Float[Array, "B H2 W2 D"]:
     """Projects maps.
 
     Args:
@@ -247,12 +244,14 @@ class Conv(nn.Module):
     Raises:
       ValueError: ``spatial`` can't be reached from ``[H, W]``.
     """
+    # Which convolution follows from the two sizes alone, so that nobody chooses one by hand.
     layer = _convolution(x.shape, (x.shape[0], *self.spatial, self.features))
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
     y = layer(self.features, **kernel, **options, name="conv")(x)
     if self.use_norm:
       y = batch_norm(self, train, "norm")(y)
+    # A teacher's map behind its ReLU has no negative values; one before it has.
     return jax.nn.relu(y) if self.use_relu else y
 
 
@@ -364,7 +363,7 @@ class ReviewFusion(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array | np.ndarray, "B H W C"],
+    x: Images,
     residual: Float[Array | np.ndarray, "B H2 W2 mid"] | None = None,
     *,
     train: bool = False,
@@ -388,7 +387,7 @@ class ReviewFusion(nn.Module):
         f"residual {residual.shape} must have mid={self.mid} channels: give all fusions one mid."
       )
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    # A 1 x 1 convolution is a linear map of the channels.
+    # [B, H, W, mid]. A 1 x 1 convolution is a linear map of the channels.
     y = nn.Dense(self.mid, use_bias=False, kernel_init=_fusion_init, **options, name="conv1")(x)
     y = batch_norm(self, train, "norm1")(y)
     if residual is not None:
@@ -401,6 +400,7 @@ class ReviewFusion(nn.Module):
       y = y * attention[..., :1] + above * attention[..., 1:]
     # To the teacher's size only now: the gates see the student's own positions.
     y = _nearest(y, self.spatial)
+    # [B, *spatial, features]. 3 × 3: nearest pixels are copies, and neighbours tell them apart.
     out = nn.Conv(
       self.features,
       (3, 3),

@@ -114,6 +114,7 @@ def reviewkd(
     values = []
     residual: tuple[Any, ...] = ()
     for i, (ours, theirs) in reversed(list(enumerate(pairs))):
+      # Vectors become maps of one pixel on both sides, so that one loss serves all levels.
       maps, taught = (
         x.reshape(_as_map(x, name).shape)
         for x, name in ((student.features[ours], ours), (teacher.features[theirs], theirs))
@@ -122,7 +123,7 @@ def reviewkd(
       fused, left = running(f"fusion{i}", maps, *residual)
       residual = (left,)
       values.append(losses.hierarchical_context(fused, taught))
-    # A schedule that no step has followed: the warm-up is over.
+    # [B], summed over the levels. A schedule that no step has followed: the warm-up is over.
     warmup = 1.0 if callable(review_warmup) else review_warmup
     return {"review": Term(sum(values), weight=review_weight * warmup)}
 

@@ -125,6 +125,8 @@ def simkd(
     # [B, H, W, C] of the teacher's width. Once it equals the teacher's map, the classifier cannot
     # tell the two apart; so no term on the logits is needed.
     projected = running("projector", parts.pooled(ours, running.state["target"].shape))
+    # Published with weight 1 and nothing beside it: the labels' default weight is 0, so that the
+    # term is logged and changes nothing.
     terms = {"simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight)}
     if hard_weight is not None:  # the labels, of what the deployed network predicts
       predicted = parts.head(running.state["classifier"], projected)
@@ -139,6 +141,7 @@ def simkd(
 
 def _smaller(ours: Any, theirs: Any) -> tuple[int, ...]:
   """The shape ``[H, W, C]`` that the projector leads to: the teacher's width, the smaller map."""
+  # Only ever smaller: what a map has lost in pooling no projector brings back.
   sizes = zip(ours.shape[1:3], theirs.shape[1:3], strict=True)
   return (*map(min, sizes), theirs.shape[-1])
 
@@ -212,6 +215,8 @@ class _Parts:
 
 def _together(student: PyTree, params: PyTree, state: PyTree) -> dict[str, PyTree]:
   """The deployed network's variables."""
+  # One tree that is trained, saved and exported as any network's: parameters together, statistics
+  # by the part that they belong to.
   collections = {name: value for name, value in student.items() if name != "params"}
   return {
     "params": {
@@ -284,6 +289,8 @@ def _check_dense(classifier: Any) -> None:
 
 def _check_head(head: Callable[..., Any], classifier: PyTree, maps: Any) -> None:
   """Raises where the head does not take the teacher's map."""
+  # By shapes, at the first step and not after a run: the classifier of another teacher may well fit
+  # the student's map and not this teacher's.
   try:
     logits = jax.eval_shape(head, classifier, jax.ShapeDtypeStruct(maps.shape, maps.dtype))
   except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:

@@ -116,6 +116,7 @@ def fsp(
   def method(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, fsp_weight: Any
   ) -> dict[str, Term]:
+    # The connected maps of the student, [B, H, W, C] in their order, and the teacher's own.
     ours = running.each()
     theirs = [teacher.features[name] for _, name in pairs]
     # How the channels of a layer go with those of the next one, [C, C'], for each two of them.
@@ -195,6 +196,7 @@ def activation_boundary(
     margin: Any,
   ) -> dict[str, Term]:
     _check.number("margin", margin, least=0)  # once more, now that a schedule has become a number
+    # [B]. A hinge for each unit: on the teacher's side by a margin, and no more is asked.
     values = sum(
       weight * losses.activation_boundary(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name) in zip(weights, running.each(), pairs, strict=True)
@@ -267,6 +269,7 @@ def factor_transfer(
     width = theirs.shape[-1]
     # The bottleneck is the point: a paraphrase in half the channels is easier to imitate.
     factor = max(1, int(ratio * width))
+    # The translator is half an autoencoder: it meets the factor, not the map.
     found: dict[str, tuple[Any, Any]] = {"paraphraser": (_Paraphraser(factor, width), theirs)}
     if stage != 1:
       found["translator"] = (_Encoder((ours.shape[-1], factor, factor), True, axis_name), ours)
@@ -300,6 +303,7 @@ def factor_transfer(
       made["factor"] = Term(values, weight=weights["factor_weight"])
     return made
 
+  # Which keywords there are follows from the stage, as the terms do.
   first = {"reconstruction_weight": reconstruction_weight}
   second = {"factor_weight": factor_weight}
   hyper = {1: first, 2: second, None: {**second, **first}}[stage]

@@ -11,18 +11,7 @@ import PIL.Image
 import pytest
 
 from jaxdistill import data
-
-
-def pick(items, step):
-  return jax.tree.map(lambda leaf: leaf[step], items)
-
-
-def assert_same(one, other):
-  """The same structure, types and bits."""
-  assert jax.tree.structure(one) == jax.tree.structure(other)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
+from test_data import assert_same, pick
 
 
 def untyped(function):

@@ -11,8 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
+from jaxtyping import Array, Float
 
-__all__ = ["batch_norm", "convolution", "default_init", "kaiming_init"]
+__all__ = ["Images", "Logits", "batch_norm", "convolution", "default_init", "kaiming_init"]
+
+# What a classifier of images takes, and what it gives.
+Images = Float[Array | np.ndarray, "B H W C"]
+Logits = Float[Array, "B K"]
 
 # kaiming_normal_(mode="fan_out"): a standard deviation of √(2 / (k² · channels out)). Not
 # truncated, as Flax's he_normal is.
@@ -33,13 +39,15 @@ def batch_norm(module: nn.Module, train: bool, name: str, **options: Any) -> nn.
   Returns:
     The layer.
 
+  >>> import jax
   >>> class Block(nn.Module):
   ...   axis_name: str | None = None
   ...   @nn.compact
   ...   def __call__(self, x):
   ...     return batch_norm(self, True, "norm")(x)
-  >>> jax.eval_shape(Block().init, jax.random.key(0), jnp.ones((2, 3)))["params"]["norm"].keys()
-  dict_keys(['scale', 'bias'])
+  >>> made = jax.eval_shape(Block().init, jax.random.key(0), np.ones((2, 3)))
+  >>> sorted(made["params"]["norm"])
+  ['bias', 'scale']
   """
   dtypes = {d: getattr(module, d) for d in ("dtype", "param_dtype") if hasattr(module, d)}
   return nn.BatchNorm(

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.networks.models._named import named
-from jaxdistill.networks.models.layers import batch_norm, convolution, default_init
+from jaxdistill.networks.models.layers import Images, Logits, batch_norm, convolution, default_init
 from jaxdistill.networks.models.small import patches_convolution
 
 __all__ = [
@@ -159,9 +159,7 @@ class ResNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import Images, Logits
+
 __all__ = ["MLP", "Conv3x3", "ConvNet", "patches_convolution"]
 
 
@@ -82,7 +84,7 @@ class Conv3x3(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+  def __call__(self, x: Images) -> Float[Array, "B H2 W2 D"]:
     """Applies the convolution.
 
     Args:
@@ -153,9 +155,7 @@ class ConvNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -205,9 +205,7 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B ..."], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Float[Array | np.ndarray, "B ..."], *, train: bool = False) -> Logits:
     """Classifies inputs of any shape.
 
     Args:

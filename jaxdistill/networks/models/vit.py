@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import Images, Logits
+
 __all__ = ["EncoderBlock", "VisionTransformer", "vit_tiny"]
 
 
@@ -123,9 +125,7 @@ class VisionTransformer(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -156,7 +156,7 @@ class VisionTransformer(nn.Module):
     self.sow("intermediates", "pooled", pooled)
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)
 
-  def _embed(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B N D"]:
+  def _embed(self, x: Images) -> Float[Array, "B N D"]:
     """Patches as tokens, after the class token if there is one, plus positions."""
     # A convolution whose stride is its size: a linear map of each patch.
     normal = nn.initializers.normal(0.02)

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.networks.models._named import named
-from jaxdistill.networks.models.layers import batch_norm, convolution, default_init
+from jaxdistill.networks.models.layers import Images, Logits, batch_norm, convolution, default_init
 
 __all__ = ["WideBlock", "WideResNet", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
 
@@ -128,9 +128,7 @@ class WideResNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
