@@ -36,6 +36,7 @@ def capturable(network: Any, inputs: Any) -> dict[str, Any]:
   """
   if not isinstance(network, Network):
     network = linen(network) if isinstance(network, nn.Module) else nnx(network)
+  # A network is two functions; those of an adapter are its methods, which lead back to it.
   adapter = getattr(network.apply, "__self__", None)
   if not isinstance(adapter, Adapter):
     raise ValueError(

@@ -260,6 +260,7 @@ def bind(
       "(positional) or a dict (keywords)."
     )
   args, keywords = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
+  # Whoever sets the flag himself would evaluate in training mode, or train in evaluation's.
   twice = sorted(set(keywords) & set(told))
   if twice:
     raise ValueError(
@@ -295,6 +296,7 @@ def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
   >>> logits({"logits": np.zeros(2), "aux": None}, None, "Net").tolist()
   [0.0, 0.0]
   """
+  # What most modules return is understood; anything else is asked for, never guessed.
   if finder is not None:
     if not callable(finder):
       raise TypeError(f"{label}: logits={finder!r} must be a function of what the module returns.")

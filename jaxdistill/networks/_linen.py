@@ -86,6 +86,7 @@ def linen(
     raise TypeError(f"module must be a Linen module, got {_check.show(module)}; {how}.")
   if isinstance(rngs, str):
     raise ValueError(f"rngs={rngs!r} must be a sequence of names: rngs=({rngs!r},).")
+  # What the module takes decides how it is told that it trains, before anything is run.
   signature = _features.signature(module, method)
   adapter = _Adapter(
     module=module,
@@ -175,6 +176,7 @@ class _Adapter(Adapter):
         capture_intermediates=capture or False,
         **keywords,
       )
+    # Flax's messages speak of scopes; the user's words are the network, its flags and its key.
     except flax.errors.InvalidRngError as error:
       raise ValueError(self.explain_stream(str(error), call)) from error
     except (

@@ -98,6 +98,7 @@ def nnx(
     make = functools.partial(_nnx_graph.make, model)
     module = flax_nnx.eval_shape(make, flax_nnx.Rngs(0))
   signature = _features.signature(module, method)
+  # From shapes where the model is a function: no weight is drawn before `init` has a key.
   graph, slots = _nnx_graph.split(module)
   adapter = _Adapter(
     make=make,

@@ -286,6 +286,7 @@ def convolution(weight: np.ndarray) -> np.ndarray:
   >>> convolution(np.zeros((8, 3, 5, 7))).shape
   (5, 7, 3, 8)
   """
+  # [out, in, *space] to [*space, in, out].
   axes = np.ndim(weight)
   if not 3 <= axes <= 5:
     raise ValueError(
@@ -410,6 +411,7 @@ def _tensor(place: pathlib.Path, handle: Any, tensor: str, function: Function | 
     raise CheckpointError(
       f"{tensor!r} of {place} cannot be read into NumPy ({error}); convert its dtype."
     ) from error
+  # A user's function on a user's tensor: its error is shown with the tensor's name.
   if function is None:
     return value
   try:

@@ -36,6 +36,7 @@ from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
 
 PyTree = Any
+# What OFD compares: behind its ReLU a unit that is off has lost how far off it is.
 _BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
 
 

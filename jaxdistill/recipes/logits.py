@@ -312,6 +312,7 @@ class _PooledLinear(nn.Module):
 
 
 def _names(argument: str, layers: Sequence[str]) -> tuple[str, ...]:
+  # Each layer's exit is a module under the layer's name, so a name can be there once only.
   if isinstance(layers, str):
     raise ValueError(
       f"{argument}={layers!r} must be a sequence of names: {argument}=({layers!r},)."

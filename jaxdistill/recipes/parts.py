@@ -63,6 +63,7 @@ PyTree = Any
 P = ParamSpec("P")
 # ``(student_logits, teacher_logits, *, temperature) -> [...]``.
 LogitLoss = Callable[..., jax.Array]
+# The student's feature and the teacher's that it is compared with.
 Pairs = Sequence[tuple[str, str]]
 # ``{name: (module or None, what goes in)}``.
 Modules = Mapping[str, tuple[Any, Any]]
@@ -231,6 +232,8 @@ def check_keywords(**values: Any) -> None:
 
   >>> check_keywords(temperature=4.0, hard_weight=lambda step: 0.1 * step)
   """
+  # By the name alone: a temperature of 0 divides by 0, and below a weight of 0 the student climbs
+  # what it should descend.
   for name, value in values.items():
     above = 0 if name.endswith("temperature") else None
     least = 0 if name.endswith(("weight", "warmup")) else -math.inf
@@ -267,6 +270,7 @@ def rising(warmup_steps: Any) -> Any:
   >>> float(rising(10)(5)), rising(0)
   (0.5, 1.0)
   """
+  # By the step, where published warm-ups go by the epoch, in stairs: smooth, and the same line.
   _check.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
   return optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
 
@@ -418,6 +422,7 @@ def map_pairs(student: Outputs, teacher: Outputs | None, pairs: Pairs) -> list[t
   >>> [(s.shape, t.shape) for s, t in map_pairs(outputs, outputs, [("a", "a")])]
   [((1, 2, 2, 3), (1, 2, 2, 3))]
   """
+  # The losses refuse what is no map too, but know neither the argument nor the feature's name.
   found = []
   for ours, theirs in pairs:
     pair = (feature(student, ours, "student_layers"), feature(teacher, theirs, "teacher_layers"))
@@ -597,6 +602,7 @@ def init_modules(key: Any, modules: Modules) -> tuple[dict[str, PyTree], dict[st
   """
   params, state = {}, {}
   for i, (name, (module, given)) in enumerate(modules.items()):
+    # Folded in by place, so that two modules of one shape do not start as twins.
     if module is None:
       continue
     # Of shapes or arrays alike: initialisation looks at no value.

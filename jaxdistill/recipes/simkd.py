@@ -180,6 +180,7 @@ class _Parts:
   def network(self, student: Network) -> Network:
     """The student, the projector and the classifier as one network."""
 
+    # A random projector in front of a trained classifier would be a network of nobody's.
     def init(key: Any, inputs: Any) -> dict[str, PyTree]:
       raise NotImplementedError(
         f"{name!r} is made by training: take the variables that train.fit returns."
@@ -196,6 +197,7 @@ class _Parts:
       target = variables["target"].shape
       pooled = self.pooled(feature(outputs, self.layers[0], "student_layer"), target)
       module = self.module(pooled, target)
+      # In inference the projector's BatchNorms use their averages, like all the rest.
       known = {"params": params["projector"], **variables["projector"]}
       if train:
         projected, moved = module.apply(
@@ -235,6 +237,7 @@ def _published(factor: int, axis_name: str | None) -> Callable[[Any, Any], nn.Mo
 
   def projector(student: Any, teacher: Any) -> nn.Module:
     del student
+    # The student's width does not matter: the first 1 × 1 convolution takes what comes.
     channels = teacher.shape[-1]
     if channels < factor:
       raise ValueError(f"factor={factor} is more than the teacher's {channels} channels.")

@@ -337,7 +337,7 @@ class _Paraphraser(nn.Module):
 
   def setup(self) -> None:
     self.encoder = _Encoder((self.features, self.factor, self.factor))
-    # A transposed convolution of stride 1 is a convolution.
+    # Back to the map's width. A transposed convolution of stride 1, as published, is a convolution.
     self.decoder = _Encoder((self.factor, self.features, self.features))
 
   def __call__(self, x: Any, *, train: bool = False) -> tuple[Any, Any]:
@@ -350,6 +350,7 @@ class _Paraphraser(nn.Module):
 
 
 def _check_stage(stage: Any) -> None:
+  # None is our own: published methods are two runs, and so is every published number.
   if stage not in (None, 1, 2):
     raise ValueError(f"stage={_check.show(stage)} must be 1, 2, or None for both at once.")
 

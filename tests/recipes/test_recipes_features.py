@@ -38,7 +38,7 @@ class Staged(nn.Module):
 
   @nn.compact
   def __call__(self, x, *, train: bool = False):
-    x = nn.relu(nn.Dense(self.widths[0], name="stem_dense")(x))
+    x = nn.relu(nn.Dense(self.widths[0])(x))
     self.sow("intermediates", "stem", x)
     for i, width in enumerate(self.widths[1:], start=1):
       if i > 1:
@@ -321,7 +321,7 @@ def test_the_review_warms_up_in_a_run_over_seeds():
   assert kernels.shape == (2, 3, 3)
   assert np.all(kernels[0] != kernels[1])
   # Nothing of the fusions is deployed.
-  assert fitted.variables["params"].keys() == {"stem_dense", "stage1_dense", "classifier"}
+  assert fitted.variables["params"].keys() == {"Dense_0", "stage1_dense", "classifier"}
 
 
 def test_warm_up_steps():

@@ -171,6 +171,7 @@ class VisionTransformer(nn.Module):
       name="patch_embedding",
     )(x)
     tokens = tokens.reshape(x.shape[0], -1, self.width)
+    # First, where ViT has it; one vector for all images, which attention fills for each.
     if self.pooling == "cls":
       token = self.param("class_token", normal, (1, 1, self.width), self.param_dtype)
       token = jnp.broadcast_to(token.astype(tokens.dtype), (x.shape[0], 1, self.width))
