@@ -1,10 +1,12 @@
-"""Small networks, and their training, that the tests share."""
+"""Small networks and their training that the tests share, parameters, a convolution by hand."""
 
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill import networks, train
 from jaxdistill.types import Model
@@ -52,3 +54,22 @@ def fit(student, objective, **options):
     fields = [field.name for field in dataclasses.fields(kind)]
     options[name] = kind(**{field: options.pop(field) for field in fields if field in options})
   return train.fit(student, objective, **options)
+
+
+def drawn(shapes, seed=0, scale=1.0):
+  """Parameters without the initialisers, whose compilation would take most of the time."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: jnp.asarray(scale * rng.normal(size=s.shape), s.dtype), shapes)
+
+
+def convolve(x, kernel, stride=1, pad=1):
+  """A convolution with zero padding, one output pixel after the other."""
+  x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  high, wide = kernel.shape[:2]
+  rows = range(0, x.shape[1] - high + 1, stride)
+  columns = range(0, x.shape[2] - wide + 1, stride)
+  pixels = [
+    [np.einsum("bhwc,hwcd->bd", x[:, i : i + high, j : j + wide], kernel) for j in columns]
+    for i in rows
+  ]
+  return np.stack([np.stack(row, axis=1) for row in pixels], axis=1)

@@ -246,8 +246,8 @@ def arrays(inputs=X, labels=Y, **options):
   return lambda j: j.data.from_arrays(inputs, labels, **options)
 
 
-def streams(rows, **options):
-  return lambda j: j.data.from_dicts(rows, **options)
+def streams(rows, limit=None, **fields):
+  return lambda j: j.data.from_dicts(rows, j.data.Fields(**fields), limit=limit)
 
 
 DATA = [
@@ -275,6 +275,10 @@ DATA = [
   (lambda j: dataclasses.replace(source(j), batch_size=0), "batch_size=0 must lie in"),
   (streams(3), "needs an iterable of dicts"),
   (streams([]), "gave no rows"),
+  (
+    lambda j: j.data.from_dicts([{"image": [0.0]}], "image"),
+    r"fields='image' must be data\.Fields",
+  ),
   (streams([{"image": [0.0], "label": "cat"}]), "pass label_names="),
   (streams([{"image": [0.0], "label": 0}], limit=1.5), "limit=1.5 must be an integer"),
   (streams([{"image": [0.0], "label": 0}], inputs=3), "row 0 of 'rows' has no '3'"),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data import transforms as transforms
   from jaxdistill.data._examples import (
     Examples,
+    Fields,
     Records,
     from_arrays,
     from_dicts,
@@ -50,6 +51,7 @@ __all__ = [
   "Augmentation",  # what may happen to an input before it is normalised
   "Digits",  # handwritten digits that come with scikit-learn, as a TFDS set: no download
   "Examples",  # a split in memory, as stored: not normalised, not augmented
+  "Fields",  # what of a row is the input and what is the label, where rows are dicts
   "Normalize",  # what `normalize` may be: a function, (mean, std), or None
   "Part",  # which share of a batch a process reads: (its number, of how many)
   "Records",  # random access to dicts of features

@@ -23,7 +23,9 @@ from jaxdistill import _check
 from jaxdistill.data._views import epoch_order
 
 __all__ = [
+  "IMAGES",
   "Examples",
+  "Fields",
   "Records",
   "check_classes",
   "from_arrays",
@@ -70,6 +72,38 @@ class Examples:
     """The inputs and labels of these rows, in this order."""
     return jax.tree.map(lambda leaf: leaf[rows], self.inputs), self.labels[rows]
 
+  def read_ids(self) -> list[str]:
+    """The ids of all rows, in their order."""
+    return self.ids.tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """What of a row is the input and what is the label, where rows are dicts.
+
+  Values are whatever `numpy.asarray` takes: pictures of PIL (grey ones become ``[H, W, 1]``),
+  lists, arrays of NumPy, JAX or torch.
+
+  Attributes:
+    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
+    labels: the key of the label, an integer or one of ``label_names``; None without labels.
+    transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
+      looked at then.
+    num_classes: K; by default as many as there are names. Where there are neither, `from_dicts`,
+      which reads every label, takes one more than the largest.
+    label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+  """
+
+  inputs: str | tuple[str, ...] = "image"
+  labels: str | None = "label"
+  transform: Callable[[Any], Any] | None = None
+  num_classes: int | None = None
+  label_names: Sequence[str] = ()
+
+
+# What sets of images call theirs.
+IMAGES = Fields()
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
@@ -108,6 +142,8 @@ class Records:
 
   def features(self, rows: np.ndarray) -> list[dict[str, Any]]:
     """The decoded features of these rows, one dict each."""
+    # A set that TFDS prepared and that can't be read is damaged; a user's own rows are his to mend,
+    # so that their error is shown as it is.
     problem = "some of its records are empty"  # so reads a file cut off at a block's border
     wanted = [int(row) for row in rows]
     try:
@@ -146,6 +182,7 @@ class Records:
     """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
     numbers, made, labels = [], [], []
     for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
+      # One by one, so that the message names the row; a stack of a million says "inhomogeneous".
       numbers.append(int(row))
       made.append(self._inputs(example, numbers[-1]))
       self._check_alike(made, numbers)
@@ -194,6 +231,7 @@ class Records:
     example = self._checked(example, row)
     if key not in example:
       key = str(key)
+      # What contains the key or is contained comes first: "label" finds "fine_label".
       near = [one for one in example if key in str(one) or str(one) in key]
       near = near or difflib.get_close_matches(key, map(str, example), n=2, cutoff=0.5)
       hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -348,8 +386,8 @@ def from_arrays(
   Args:
     inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
       everything else stays.
-    labels: ``[N]`` integers, 0 for an example without one (see `data.on_device`'s ``labelled``);
-      None where the set has no labels.
+    labels: ``[N]`` integers, 0 for an example without one, which a source's ``labelled`` then
+      marks; None where the set has no labels.
     num_classes: K; one more than the largest label by default.
     ids: ``[N]``; the row's number by default.
     name: for reports.
@@ -387,6 +425,7 @@ def from_arrays(
   if num_classes is None:
     num_classes = int(labels.max()) + 1
   _check.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
+  # A label beyond K would be a one-hot row of zeros: no error anywhere, and a loss of 0.
   wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
   if len(wrong):
     row = int(wrong[0])
@@ -408,29 +447,13 @@ def from_arrays(
 
 
 def from_dicts(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...] = "image",
-  labels: str | None = "label",
-  transform: Callable[[Any], Any] | None = None,
-  num_classes: int | None = None,
-  label_names: Sequence[str] = (),
-  name: str = "rows",
-  limit: int | None = None,
+  rows: Any, fields: Fields = IMAGES, *, name: str = "rows", limit: int | None = None
 ) -> Examples:
   """Reads rows that are dicts into memory: all of them, once.
 
-  Values are whatever `numpy.asarray` takes: pictures of PIL (grey ones become ``[H, W, 1]``),
-  lists, arrays of NumPy, JAX or torch.
-
   Args:
     rows: any iterable of dicts: a split of Hugging Face's ``datasets``, a list, a generator.
-    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label, an integer or one of ``label_names``; None without labels.
-    transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
-      looked at then.
-    num_classes: K; by default as many as there are names, or one more than the largest label.
-    label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+    fields: what of a row is the input, and what the label.
     name: for reports.
     limit: how many rows to read at most, for an iterable without an end.
 
@@ -443,7 +466,7 @@ def from_dicts(
       label is text or out of range; the message names the row.
 
   >>> rows = [{"image": [0.0, 1.0], "label": "cat"}, {"image": [1.0, 1.0], "label": "dog"}]
-  >>> examples = from_dicts(rows, label_names=("cat", "dog"))
+  >>> examples = from_dicts(rows, Fields(label_names=("cat", "dog")))
   >>> examples.inputs.shape, examples.labels.tolist()
   ((2, 2), [0, 1])
   """
@@ -452,46 +475,26 @@ def from_dicts(
     raise TypeError(f"from_dicts needs an iterable of dicts, got {type(rows).__name__}.")
   if limit is not None:
     _check.whole("limit", limit, instead=", or None for all rows")
-  reader = row_reader(
-    rows,
-    inputs=inputs,
-    labels=labels,
-    transform=transform,
-    num_classes=num_classes,
-    label_names=label_names,
-    name=name,
-  )
+  reader = row_reader(rows, fields, name)
   stacked, numbers = reader.stack(itertools.islice(rows, limit))
   return from_arrays(
     stacked,
-    None if labels is None else numbers,
+    None if fields.labels is None else numbers,
     num_classes=reader.num_classes or None,
     name=name,
     label_names=reader.label_names,
   )
 
 
-def from_sequence(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...] = "image",
-  labels: str | None = "label",
-  transform: Callable[[Any], Any] | None = None,
-  num_classes: int | None = None,
-  label_names: Sequence[str] = (),
-  name: str = "rows",
-) -> Records:
+def from_sequence(rows: Any, fields: Fields = IMAGES, *, name: str = "rows") -> Records:
   """Opens rows that can be asked for by number; `data.streamed` reads them when their turn comes.
 
   Args:
     rows: has ``__len__``, and gives a dict by ``rows[number]`` or a list of dicts by
       ``rows.__getitems__(numbers)``: a split of Hugging Face's ``datasets``, a torch ``Dataset``
       of dicts, a list. Several threads read it at once.
-    inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label, an integer or one of ``label_names``; None without labels.
-    transform: makes the inputs (an array or a dict of arrays) of a whole row, as in `from_dicts`.
-    num_classes: K; may be left out only where there are names, since not all labels are read.
-    label_names: K names; by default those that ``rows.features`` tells.
+    fields: what of a row is the input, and what the label. Not all labels are read, so it says
+      ``num_classes`` unless there are names.
     name: for reports.
 
   Returns:
@@ -502,7 +505,7 @@ def from_sequence(
     ValueError: ``rows`` is empty, ``num_classes`` is missing, or row 0 does not fit.
 
   >>> rows = [{"tokens": [5, 7], "mask": [1, 0], "label": 1}]
-  >>> records = from_sequence(rows, inputs=("tokens", "mask"), num_classes=2)
+  >>> records = from_sequence(rows, Fields(inputs=("tokens", "mask"), num_classes=2))
   >>> records.read(np.array([0]))[0]["tokens"].tolist()
   [[5, 7]]
   """
@@ -514,58 +517,42 @@ def from_sequence(
     )
   if len(rows) == 0:
     raise ValueError(f"rows of {name!r} are empty: a source needs at least one example.")
-  reader = row_reader(
-    rows,
-    inputs=inputs,
-    labels=labels,
-    transform=transform,
-    num_classes=num_classes,
-    label_names=label_names,
-    name=name,
-  )
+  reader = row_reader(rows, fields, name)
   check_classes("from_sequence", reader)
   records = dataclasses.replace(reader, source=rows)
   records.read(np.arange(1))
   return records
 
 
-def row_reader(
-  rows: Any,
-  *,
-  inputs: str | tuple[str, ...],
-  labels: str | None,
-  transform: Callable[[Any], Any] | None,
-  num_classes: int | None,
-  label_names: Sequence[str],
-  name: str,
-) -> Records:
-  """`Records` without a source, whose `Records.stack` makes arrays of rows; see `from_dicts`.
+def row_reader(rows: Any, fields: Fields, name: str) -> Records:
+  """`Records` without a source, whose `Records.stack` makes arrays of rows.
 
   Its ``num_classes`` is 0 where neither the caller nor the rows' ``features`` tell it.
   """
-  if isinstance(inputs, list):
-    inputs = tuple(inputs)
-  if labels is None and (num_classes or label_names):
+  if not isinstance(fields, Fields):
+    raise TypeError(f"fields={_check.show(fields)} must be data.Fields(inputs=..., labels=...).")
+  labels, num_classes, names = fields.labels, fields.num_classes, tuple(fields.label_names)
+  if labels is None and (num_classes or names):
     raise ValueError(
       "num_classes and label_names are of labels, and labels is None: leave them out."
     )
   if num_classes is not None:
     _check.whole("num_classes", num_classes)
-  names = tuple(label_names)
   if names and num_classes not in (None, len(names)):
     raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(names)}.")
   features = getattr(rows, "features", None)
   if labels is not None and not names and isinstance(features, Mapping):
     names = tuple(getattr(features.get(labels), "names", None) or ())
     names = names if num_classes in (None, len(names)) else ()
+  inputs = tuple(fields.inputs) if isinstance(fields.inputs, list) else fields.inputs
   return Records(
     source=(),
-    inputs=None if transform else inputs,
+    inputs=None if fields.transform else inputs,
     labels=labels,
     num_classes=num_classes or len(names),
     name=name,
     label_names=names,
-    transform=transform,
+    transform=fields.transform,
     prepared=False,
   )
 
@@ -597,6 +584,7 @@ _LABELS = 0x6C6162656C
 
 def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
   """The mask of labels that may be used, ``[N]`` float32."""
+  # In the loss it is a mask; a set without labels is the mask that is 0 everywhere.
   if labelled is None:
     return np.full(len(examples), float(examples.num_classes > 0), np.float32)
   mask = np.asarray(labelled)
@@ -650,6 +638,8 @@ def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[
       f"share={share} of {size} examples is {count} labels, too few for one of each of the "
       f"{len(present)} classes: take a share of at least {_rounded_up(len(present), size)}, or 0."
     )
+  # Each class's rows are spread over 0 .. 1 in random order, so that any prefix of all rows by
+  # that number has the classes in proportion; the first of each class is set to 0, to be in all.
   order = epoch_order(data_seed, _LABELS, size)
   quantile = np.zeros(size)
   for label in present:

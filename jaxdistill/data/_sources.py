@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill._compile import by_work
-from jaxdistill.data._examples import Examples, label_mask
+from jaxdistill.data._examples import Examples, Records, label_mask
 from jaxdistill.data._views import (
   Augmentation,
   Normalize,
@@ -40,14 +40,13 @@ __all__ = [
   "cutter",
   "evaluation_batches",
   "example_shapes",
-  "index_and_view",
   "mixed",
   "on_device",
   "rows_of",
-  "rows_padded",
   "transformed",
   "view_count",
   "view_numbers",
+  "whole_of",
 ]
 
 # Of several processes that share every batch: which one this is, and how many there are.
@@ -123,6 +122,7 @@ class Source:
   transform: Transform | None = None
 
   def __post_init__(self) -> None:
+    # Here and not in `on_device`: dataclasses.replace makes sources too.
     check_seed(self.data_seed)
     _check.whole("size", self.size)
     _check.whole("batch_size", self.batch_size, least=None)
@@ -201,7 +201,8 @@ def on_device(
     augmentation: applied to the inputs as stored.
     views: V, so that epoch e shows view e mod V; None for a new view in every epoch (for the one
       view that there is, without augmentation).
-    normalize: see `normalizer`.
+    normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
+      which scales uint8 to 0 .. 1.
     labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
       set has no labels). A label that may not be used does not reach the batch.
 
@@ -231,14 +232,12 @@ def on_device(
     return latest[seed][1]
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    # A step's rows follow from its number alone, so that a run can go on at any step, and a chunk
+    # may cross the end of an epoch.
     numbers = np.arange(step, step + count)
     steps = len(examples) // batch
     rows = [rows_of(order(seed, n // steps), n % steps, batch, part) for n in numbers.tolist()]
     return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
-
-  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
-    for index in rows_padded(len(examples), batch):
-      yield {"index": index, **view_numbers(seed, np.asarray(view), None)}
 
   finish = normalizer(normalize)
   return Source(
@@ -262,7 +261,7 @@ def on_device(
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
-    whole=Whole(len(examples), every, index_and_view, lambda: examples.ids.tolist()),
+    whole=whole_of(examples, lambda index, numbers: {"index": index, **numbers}),
   )
 
 
@@ -273,6 +272,7 @@ def cutter(
   check_augmentation(augmentation)
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    # [B]. Arrays on the device are gathered inside the program; a stream's item brings its rows.
     index = item["index"]
     rows = item
     if shared is not None:
@@ -293,21 +293,29 @@ def cutter(
 def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
   """The rows that a process gets of one step of an epoch."""
   process, processes = part
+  # Contiguous shares, which a mesh over all processes puts together to this very batch.
   mine = batch_size // processes
   first = step * batch_size + process * mine
   return order[first : first + mine]
 
 
-def rows_padded(size: int, batch_size: int) -> Iterator[np.ndarray]:
-  """All rows in their own order, in batches of one size: the last row comes again at the end."""
-  for first in range(0, size, batch_size):
-    yield np.minimum(np.arange(first, first + batch_size, dtype=np.int32), size - 1)
+def whole_of(
+  examples: Examples | Records, item: Callable[[np.ndarray, dict[str, np.ndarray]], PyTree]
+) -> Whole:
+  """Every example of a source that is no mix; ``item`` makes what ``cut`` takes of row numbers."""
+  size = len(examples)
 
+  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    for first in range(0, size, batch):
+      # The last row comes again at the end: a smaller batch would be another program.
+      index = np.minimum(np.arange(first, first + batch, dtype=np.int32), size - 1)
+      yield item(index, view_numbers(seed, np.asarray(view), None))
 
-def index_and_view(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
-  """The ``rows`` of a `Whole` of a source that is no mix."""
-  index = np.asarray(items["index"])
-  return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+  def rows(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
+    index = np.asarray(items["index"])
+    return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
+
+  return Whole(size, every, rows, examples.read_ids)
 
 
 def view_count(augmentation: Augmentation, views: int | None) -> int | None:
@@ -404,32 +412,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
   >>> batch.inputs[:, 0].tolist(), batch.labelled.tolist(), mix.steps_per_epoch
   ([0.0, 0.0, 0.0, 5.0], [1.0, 1.0, 1.0, 0.0], 2)
   """
-  for argument, one in (("source", source), ("transfer", transfer)):
-    if not isinstance(one, Source):
-      raise TypeError(
-        f"{argument} must be a Source (from on_device, streamed or iterated), got "
-        f"{type(one).__name__}."
-      )
-    if one.teacher is not None:
-      raise ValueError(
-        f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
-      )
-    if one.transform is not None:
-      raise ValueError(f"{argument} has a transform of its own: mix first, and transform the mix.")
-    if one.share:
-      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
-  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
-    raise ValueError(
-      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
-      "out, for nothing else train on the transfer source with labelled all 0."
-    )
-  seen = [_normalised(one) for one in (source, transfer)]
-  if seen[0] != seen[1]:
-    raise ValueError(
-      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
-      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
-    )
-
+  _check_mix(source, transfer, share)
   known = [one.views for one in (source, transfer) if one.views is not None]
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
@@ -445,6 +428,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     }
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
+    # Both are cut as they would be alone, each with its own views, and joined along the batch.
     mine = source.cut(shared[0], item["source"])
     more = transfer.cut(shared[1], item["transfer"])
     more = dataclasses.replace(
@@ -474,6 +458,35 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
   )
 
 
+def _check_mix(source: Any, transfer: Any, share: Any) -> None:
+  """Raises where two sources can't be shown side by side."""
+  for argument, one in (("source", source), ("transfer", transfer)):
+    if not isinstance(one, Source):
+      raise TypeError(
+        f"{argument} must be a Source (from on_device, streamed or iterated), got "
+        f"{type(one).__name__}."
+      )
+    if one.teacher is not None:
+      raise ValueError(
+        f"{argument} brings a teacher's outputs along: mix the sources first, and cache the mix."
+      )
+    if one.transform is not None:
+      raise ValueError(f"{argument} has a transform of its own: mix first, and transform the mix.")
+    if one.share:
+      raise ValueError(f"{argument} is a mix itself; mixed takes two sources that are none.")
+  if not isinstance(share, float | int | np.number) or not 0 < share < 1:
+    raise ValueError(
+      f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
+      "out, for nothing else train on the transfer source with labelled all 0."
+    )
+  seen = [_normalised(one) for one in (source, transfer)]
+  if seen[0] != seen[1]:
+    raise ValueError(
+      f"The inputs of {source.name!r} and of {transfer.name!r} must agree once normalised, but are "
+      f"{seen[0]} and {seen[1]}: give both one shape and set of keys, and one dtype by normalize=."
+    )
+
+
 def _other_seed(seed: int) -> int:
   """The seed of a mix's transfer data."""
   # An odd factor and an even, fixed-point-free shift: seeds stay apart, and none maps to itself.
@@ -487,6 +500,7 @@ def _both(source: Source, transfer: Source) -> Whole | None:
     return None
 
   def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
+    # Both halves every time, whatever the share: one program, and each example at least once.
     half = max(1, batch // 2)
     mine = _again(first, seed, half, view % (source.views or view + 1))
     more = _again(second, _other_seed(seed), half, view % (transfer.views or view + 1))
@@ -529,8 +543,10 @@ def evaluation_batches(
   Args:
     examples: from `load`, `from_arrays` or `from_dicts`.
     batch_size: B; may exceed the number of examples.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, as in `on_device`.
+    normalize: of the inputs: a function, (mean, std) by channel, or None, which scales uint8 to
+      0 .. 1.
+    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
+      set has no labels).
 
   Returns:
     A `Batch` whose leaves have the axes ``[N, B]`` first: scan over N, or index it.
@@ -552,6 +568,7 @@ def evaluation_batches(
   count = -(-size // batch_size)
   rows = np.arange(count * batch_size, dtype=np.int32)
   real = rows < size
+  # Padding repeats row 0, with weight 0: a row of zeros may be NaN behind a user's normalisation.
   rows = np.where(real, rows, 0).astype(np.int32)
   stored = jax.tree.map(lambda leaf: leaf[rows], examples.inputs)
   finish = normalizer(normalize)

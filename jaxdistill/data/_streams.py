@@ -17,18 +17,24 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _extras
-from jaxdistill.data._examples import Examples, Records, check_classes, label_mask, row_reader
+from jaxdistill.data._examples import (
+  IMAGES,
+  Examples,
+  Fields,
+  Records,
+  check_classes,
+  label_mask,
+  row_reader,
+)
 from jaxdistill.data._sources import (
   Part,
   Source,
-  Whole,
   cutter,
   example_shapes,
-  index_and_view,
   rows_of,
-  rows_padded,
   view_count,
   view_numbers,
+  whole_of,
 )
 from jaxdistill.data._views import Augmentation, Normalize, epoch_order, identity, normalizer
 from jaxdistill.types import PyTree
@@ -58,9 +64,11 @@ def streamed(
     batch_size: B, at most the number of examples.
     data_seed: decides order and views, ``0 .. 2**32 - 1``.
     augmentation: applied on the device to the inputs as read.
-    views: V, as in `on_device`.
-    normalize: see `normalizer`.
-    labelled: ``[N]``, whether an example's label may be used, as in `on_device`.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
+    normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
+      which scales uint8 to 0 .. 1.
+    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
+      set has no labels). A label that may not be used does not reach the batch.
     prefetch: how many batches are read ahead, by as many threads.
     workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
       Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
@@ -85,10 +93,6 @@ def streamed(
   known = label_mask(examples, labelled)
   fetch = functools.partial(_fetch, examples, known, views)
 
-  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
-    for index in rows_padded(len(examples), batch):
-      yield _item(examples, known, index, view_numbers(seed, np.asarray(view), None))
-
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
     return _stream(functools.partial(fetch, seed, batch, part), step, prefetch, workers)
 
@@ -107,7 +111,7 @@ def streamed(
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
-    whole=Whole(len(examples), every, index_and_view, functools.partial(_ids, examples)),
+    whole=whole_of(examples, functools.partial(_item, examples, known)),
   )
 
 
@@ -118,6 +122,7 @@ def resumable(
   open_streams: dict[Any, tuple[int, Iterator[PyTree]]] = {}
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
+    # One open stream for each seed: a run over several asks in turn, and none may start anew.
     key = (seed, batch, part)
     at, stream = open_streams.pop(key, (-1, iter(())))
     if at != step:
@@ -159,17 +164,13 @@ def _item(
   }
 
 
-def _ids(examples: Examples | Records) -> list[str]:
-  """The ids of all examples; of records they are read when somebody asks."""
-  return examples.ids.tolist() if isinstance(examples, Examples) else examples.read_ids()
-
-
 def _stream(
   fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
 ) -> Iterator[PyTree]:
   """The items of all steps from ``step`` on, read ahead by Grain."""
   import grain  # a second to import, and only streams need it
 
+  # Of step numbers, not of examples: an item is one whole batch, and any step can be the first.
   steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
   stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
   if workers:
@@ -201,26 +202,13 @@ def _parse_flags() -> None:
     flags.FLAGS.mark_as_parsed()
 
 
-def __getattr__(name: str) -> Any:
-  # TFDS takes a quarter of a second to import, and data of one's own does without it.
-  if name not in ("Digits", "load", "records", "splits"):
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  from jaxdistill.data import _tfds
-
-  return getattr(_tfds, name)
-
-
 def iterated(
   open: Callable[[int], Iterable[Mapping[str, Any]]],
+  fields: Fields = IMAGES,
   *,
   size: int,
   batch_size: int,
   data_seed: int,
-  inputs: str | tuple[str, ...] = "image",
-  labels: str | None = "label",
-  transform: Callable[[Any], Any] | None = None,
-  num_classes: int | None = None,
-  label_names: Sequence[str] = (),
   augmentation: Augmentation = identity,
   views: int | None = None,
   normalize: Normalize = None,
@@ -236,18 +224,17 @@ def iterated(
   Args:
     open: ``epoch -> iterable of dicts``, anew at every call, e.g. ``lambda epoch: rows``; where
       Hugging Face shuffles a stream, ``lambda epoch: rows.set_epoch(epoch) or rows``.
+    fields: what of a row is the input, and what the label; ``num_classes`` unless there are names
+      or no labels. Its transform makes, in each process, only that one's rows of a batch.
     size: how many rows an epoch has. Rows beyond it are not shown.
     batch_size: B, at most ``size``.
     data_seed: decides what views show; the order is the stream's own.
-    inputs: as in `from_dicts`.
-    labels: as in `from_dicts`.
-    transform: as in `from_dicts`; each process makes only its own rows of a batch.
-    num_classes: K; may be left out where there are names or no labels.
-    label_names: as in `from_dicts`.
     augmentation: applied on the device to the inputs as read.
-    views: V, as in `on_device`. A batch's ``index`` is a row's place in its epoch, so a view comes
-      back only where every epoch has the same order.
-    normalize: see `normalizer`.
+    views: V, so that epoch e shows view e mod V; None for a new view in every epoch. A batch's
+      ``index`` is a row's place in its epoch, so a view comes back only where every epoch has the
+      same order.
+    normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
+      which scales uint8 to 0 .. 1.
     name: for reports.
 
   Returns:
@@ -260,10 +247,13 @@ def iterated(
     RuntimeError: an epoch ended before its last batch; when that is asked for.
 
   >>> rows = [{"image": [float(row)], "label": row % 2} for row in range(5)]
-  >>> source = iterated(lambda epoch: rows, size=5, batch_size=2, data_seed=0, num_classes=2)
+  >>> fields = Fields(num_classes=2)
+  >>> source = iterated(lambda epoch: rows, fields, size=5, batch_size=2, data_seed=0)
   >>> source.items(1, 2)["inputs"][..., 0].tolist()
   [[2.0, 3.0], [0.0, 1.0]]
   """
+  # Opened once to look at a row, and once more where it is an iterator: one that is the same
+  # object would be empty in the second epoch, hours from here.
   again = _opened(open, 0, name)
   if isinstance(again, Iterator) and _opened(open, 0, name) is again:
     raise ValueError(
@@ -272,48 +262,43 @@ def iterated(
     )
   _check.whole("size", size)
   _check.whole("batch_size", batch_size, least=None)
-  reader = row_reader(
-    again,
-    inputs=inputs,
-    labels=labels,
-    transform=transform,
-    num_classes=num_classes,
-    label_names=label_names,
-    name=name,
-  )
+  reader = row_reader(again, fields, name)
   check_classes("iterated", reader)
   first, _ = reader.stack(itertools.islice(again, 1))
   views = view_count(augmentation, views)
 
+  def epoch_items(epoch: int, done: int, seed: int, batch: int, part: Part) -> Iterator[PyTree]:
+    rows = iter(_opened(open, epoch, name))
+    # What a resumed run has seen already is read past, and no array is made of it.
+    seen = sum(1 for _ in itertools.islice(rows, done * batch))
+    for begin in range(done * batch, size - batch + 1, batch):
+      low = begin + part[0] * batch // part[1]
+      index = np.arange(low, low + batch // part[1], dtype=np.int32)
+      mine = []
+      # Every process reads all of a batch, so that all notice where an epoch is too short.
+      for row in itertools.islice(rows, batch):
+        if index[0] <= seen <= index[-1]:
+          mine.append(row)
+        seen += 1
+      if seen < begin + batch:
+        raise RuntimeError(
+          f"Epoch {epoch} of {name!r} ended after {seen} rows, but size={size} and batches of "
+          f"{batch} need {size // batch * batch}: set size to what an epoch has, and let open "
+          "start anew at every call."
+        )
+      made, numbers = reader.stack(mine, index)
+      yield {
+        "index": index,
+        "inputs": made,
+        "labels": numbers,
+        "labelled": np.full(index.shape, float(fields.labels is not None), np.float32),
+        **view_numbers(seed, np.asarray(epoch), views),
+      }
+
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
     epoch, done = divmod(step, size // batch)
     while True:
-      rows = iter(_opened(open, epoch, name))
-      seen = sum(1 for _ in itertools.islice(rows, done * batch))
-      for begin in range(done * batch, size - batch + 1, batch):
-        low = begin + part[0] * batch // part[1]
-        index = np.arange(low, low + batch // part[1], dtype=np.int32)
-        mine = []
-        # Every process reads all of a batch, so that all notice where an epoch is too short.
-        for row in itertools.islice(rows, batch):
-          if index[0] <= seen <= index[-1]:
-            mine.append(row)
-          seen += 1
-        if seen < begin + batch:
-          raise RuntimeError(
-            f"Epoch {epoch} of {name!r} ended after {seen} rows, but size={size} and batches of "
-            f"{batch} need {size // batch * batch}: set size to what an epoch has, and let open "
-            "start anew at every call."
-          )
-        made, numbers = reader.stack(mine, index)
-        known = np.full(index.shape, float(labels is not None), np.float32)
-        yield {
-          "index": index,
-          "inputs": made,
-          "labels": numbers,
-          "labelled": known,
-          **view_numbers(seed, np.asarray(epoch), views),
-        }
+      yield from epoch_items(epoch, done, seed, batch, part)
       epoch, done = epoch + 1, 0
 
   finish = normalizer(normalize)

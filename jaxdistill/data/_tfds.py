@@ -241,6 +241,7 @@ def splits(
     ValueError: an unknown name, or a set without ``train``, or with nothing to test on.
     ModuleNotFoundError: preparing the set needs TensorFlow; raised before any download.
   """
+  # Choices are made on validation, and test is read once: they must never be the same rows.
   has = set(_prepared(name, data_dir).info.splits)
   test = next((split for split in ("test", "validation") if split in has), None)
   if "train" not in has or test is None:
@@ -301,6 +302,7 @@ def _prepared(name: str, data_dir: str | pathlib.Path | None) -> tfds.core.Datas
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, options: dict[str, str]) -> None:
   """Prepares a set, or stops before the download where TensorFlow is needed and absent."""
+  # Before the download: hours of it would end in an ImportError.
   if not _extras.there("tensorflow") and _uses_tensorflow(builder):
     raise ModuleNotFoundError(_needs_tensorflow(name, builder.data_dir), name="tensorflow")
   try:

@@ -165,6 +165,7 @@ def epoch_order(data_seed: int, epoch: int, size: int) -> Int32[np.ndarray, " si
 
 def _view_key(data_seed: Any, index: Any) -> Array:
   """The key of an example's views."""
+  # The implementation by name: a user's default_prng_impl would change what every view shows.
   words = jnp.stack([_VIEWS, jnp.asarray(data_seed, jnp.uint32)])
   return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index)
 
@@ -206,6 +207,7 @@ def choice(
     _view_key(data_seed, index), view - mine + candidates
   )
   words = jax.random.key_data(keys)[:, 0]
+  # Its rank among the round's words: a permutation without a sort. Ties go by the view's number.
   before = (words < words[mine]) | ((words == words[mine]) & (candidates < mine))
   return jnp.sum(before, dtype=jnp.int32)
 
@@ -268,6 +270,7 @@ def crop(padding: int) -> Augmentation:
       )
     if image.ndim != 3:
       raise ValueError(f"crops are of images [H, W, C], got inputs of shape {image.shape}.")
+    # A slice of a framed image at a start that is data: one program for all choices.
     framed = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
     start = (number // jnp.int32(positions), number % jnp.int32(positions), jnp.int32(0))
     return jax.lax.dynamic_slice(framed, start, image.shape)
@@ -332,6 +335,8 @@ def augment(
     chosen = jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
   else:
     chosen = jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
+  # Each example by its own index, seed and view, so that the batch it comes in does not matter:
+  # what a cache of a teacher's outputs relies on.
   made = jax.vmap(augmentation.apply)(inputs, chosen)
   before, after = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", t) for t in (inputs, made))
   if before != after:

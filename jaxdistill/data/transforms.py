@@ -65,6 +65,7 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
 
   def transform(key: Any, batch: Batch) -> Batch:
     _check_mixable("mixup", batch)
+    # One share and one permutation for the whole batch, as published: [] and [B].
     share_key, partner_key = jax.random.split(key)
     share = _beta(share_key, concentration)
     partner = jax.random.permutation(partner_key, batch.labels.shape[0])
@@ -91,7 +92,8 @@ def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
   λ ~ Beta(concentration, concentration) and a centre, uniform over the pixels, are drawn once for
   the batch; the box has sides ⌊H √(1 − λ)⌋ and ⌊W √(1 − λ)⌋, made even, and is cut off at the
   image's edges. Labels are λ' · y_i + (1 − λ') · y_j, where 1 − λ' is the exact share of the pixels
-  that came from j. Partners, ``labelled``, ``weight``, ``index`` and ``view`` as in `mixup`.
+  that came from j. Partners are a permutation of the batch; ``labelled`` and ``weight`` are the
+  products of both parts', ``index`` and ``view`` those of i, as `mixup` has them.
 
   Args:
     num_classes: K.
@@ -230,6 +232,7 @@ def _box(key: Any, height: int, width: int, concentration: float) -> tuple[jax.A
     at = jnp.arange(length, dtype=jnp.int32)
     return (at >= centre - half) & (at < centre + half)
 
+  # Cut off at the edges, so that the area is counted from the pixels and not from λ.
   rows, columns = within(row_key, height), within(column_key, width)
   area = jnp.sum(rows, dtype=jnp.int32) * jnp.sum(columns, dtype=jnp.int32)
   share = 1 - area.astype(jnp.float32) / (height * width)

@@ -10,18 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Num
+from jaxtyping import Array, Bool, Float, Num
 
 from jaxdistill import _check
 
 __all__ = [
   "MASKED",
   "AnyArray",
+  "Logits",
+  "PerExample",
   "Scalar",
   "absolute",
   "bounded",
-  "check_positive",
-  "check_share",
+  "counted",
   "distribution",
   "float_arrays",
   "is_masked",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 AnyArray = Array | np.ndarray
+# A network's logits, and what a loss on them gives: the leading axes stay, the classes go.
+Logits = Float[AnyArray, "*batch K"]
+PerExample = Float[Array, "*batch"]
 # A hyper-parameter: a number, or a scalar array (of a schedule, or of a sweep under vmap).
 Scalar = float | int | np.number | Num[AnyArray, ""]
 # Stands for −inf where a class is masked. Its exponential is 0 and, being finite, its difference
@@ -60,22 +64,16 @@ def bounded(x: Array) -> Array:
   return jnp.clip(x, MASKED, -MASKED)
 
 
-def check_positive(name: str, value: Scalar) -> None:
-  """Refuses what is no positive, finite number; an array that is traced passes unread.
+def counted(where: Any, shape: tuple[int, ...]) -> Bool[Array, ...]:
+  """Which examples (or positions) take part: those that are not 0, or all.
 
-  >>> check_positive("temperature", 4.0)
+  >>> counted(None, (2,)).tolist(), counted(jnp.array([1.0, 0.0]), (2,)).tolist()
+  ([True, True], [True, False])
   """
-  if isinstance(value, float | int | np.number) and 0 < value < np.inf:
-    return
-  _check.number(name, value, above=0)
-
-
-def check_share(name: str, value: Scalar) -> None:
-  """Refuses what is no number in [0, 1]; an array that is traced passes unread.
-
-  >>> check_share("beta", 0.5)
-  """
-  _check.number(name, value, least=0, most=1)
+  valid = jnp.ones(shape, bool) if where is None else jnp.asarray(where).astype(bool)
+  if valid.shape != shape:
+    raise ValueError(f"where must have shape {shape}, got {valid.shape}.")
+  return valid
 
 
 def float_arrays(*arrays: Any) -> list[Array]:
@@ -163,8 +161,9 @@ def log_probabilities(
   >>> round(log_q[0].item(), 4), squared.item()
   (-0.6931, 9.0)
   """
-  check_positive("temperature", temperature)
+  _check.number("temperature", temperature, above=0)
   student, teacher = pair(student_logits, teacher_logits)
+  # Of the logits' dtype: two dtypes in one operation raise under strict promotion.
   scale = jnp.asarray(temperature, student.dtype)
   log_q = jax.nn.log_softmax(soften(student, scale), axis=-1)
   log_p = jax.nn.log_softmax(soften(teacher, scale), axis=-1)
@@ -177,6 +176,7 @@ def kl(log_a: Array, log_b: Array) -> Array:
   >>> round(kl(jnp.array([0.0, -2e4]), jnp.log(jnp.array([0.5, 0.5]))).item(), 4)
   0.6931
   """
+  # [...]. A masked class has MASKED in both: exp gives 0, the difference is finite, the term is 0.
   return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
 
 
@@ -190,9 +190,11 @@ def log_mixture(log_a: Array, log_b: Array, share: Scalar) -> Array:
   [-20000.0]
   """
   share = jnp.asarray(share, log_a.dtype)
+  # exp, mix and log again would lose what both sides have below 1e-38, and a log(0) with it.
   return jnp.logaddexp(log_a + _log_share(share), log_b + _log_share(1 - share))
 
 
 def _log_share(share: Array) -> Array:
   """Logarithm of a share: −inf at 0, with a gradient of 0 there."""
+  # The inner `where` is for the gradient: 1/0 times the 0 of the branch not taken is NaN.
   return jnp.where(share > 0, jnp.log(jnp.where(share > 0, share, 1.0)), -jnp.inf)

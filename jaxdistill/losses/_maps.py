@@ -12,13 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Shaped
 
-from jaxdistill.losses._log_space import float_arrays
+from jaxdistill.losses._log_space import AnyArray, counted, float_arrays
 from jaxdistill.losses.pooling import average_pool
 
 __all__ = [
   "SMALLEST_NORM",
+  "Features",
+  "Maps",
+  "Mask",
   "huber",
   "map_pair",
   "norm",
@@ -30,6 +33,11 @@ __all__ = [
   "unit",
 ]
 
+# A feature of a batch, whatever its other axes; one that is a map ``[B, H, W, C]``; and which
+# examples take part.
+Features = Float[AnyArray, "B ..."]
+Maps = Float[AnyArray, "B _ _ _"]
+Mask = Shaped[AnyArray, " B"] | None
 # What PyTorch's normalize divides by at least.
 SMALLEST_NORM = 1e-12
 # Squares of larger numbers come near float32's end.
@@ -51,6 +59,7 @@ def map_pair(student: Any, teacher: Any) -> tuple[Array, Array]:
       f"student {shapes[0]} and teacher {shapes[1]} must be maps [B, H, W, C]: name a layer before "
       "the pooling."
     )
+  # Along each axis by itself: a 7 × 3 map and a 3 × 5 one meet at 3 × 3.
   height, width = (min(sizes) for sizes in zip(shapes[0][1:3], shapes[1][1:3], strict=True))
   student, teacher = float_arrays(student, teacher)
   return average_pool(student, height, width), average_pool(teacher, height, width)
@@ -92,9 +101,7 @@ def rows(student: Any, teacher: Any, where: Any) -> tuple[Array, Array, Array]:
   if not shapes[0] or shapes[0][:1] != shapes[1][:1]:
     raise ValueError(f"student {shapes[0]} and teacher {shapes[1]} must hold the same examples.")
   size = shapes[0][0]
-  valid = jnp.ones(size, bool) if where is None else jnp.asarray(where).astype(bool)
-  if valid.shape != (size,):
-    raise ValueError(f"where must have shape {(size,)}, got {valid.shape}.")
+  valid = counted(where, (size,))
   # Before anything is computed as well as after it: a value masked only later can still leak NaN.
   flat = [
     jnp.where(valid[:, None], x.reshape(size, math.prod(x.shape[1:])), 0.0)
@@ -133,6 +140,8 @@ def norm(x: Array, axis: int | tuple[int, ...], floor: float = 0.0) -> Array:
   >>> norm(jnp.array([[3.0, 4.0], [0.0, 0.0]]), -1).ravel().tolist()
   [5.0, 0.0]
   """
+  # The root is taken of 1 where there is nothing: its slope at 0 is infinite, and infinity times
+  # the 0 of the branch not taken is NaN.
   squared = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
   above = squared > floor**2
   return jnp.where(above, jnp.sqrt(jnp.where(above, squared, 1.0)), floor)
@@ -157,5 +166,7 @@ def huber(x: Array) -> Array:
   >>> huber(jnp.array([0.5, -2.0])).tolist()
   [0.125, 1.5]
   """
+  # Quadratic where errors are small, so that it is smooth at 0; straight beyond, so that one pair
+  # far apart does not rule the batch.
   size = jnp.abs(x)
   return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)

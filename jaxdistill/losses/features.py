@@ -20,8 +20,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxdistill.losses._log_space import MASKED, AnyArray, Scalar, absolute, float_arrays, kl
-from jaxdistill.losses._maps import SMALLEST_NORM, map_pair, pair, product, same_width, tame, unit
+from jaxdistill.losses._log_space import (
+  MASKED,
+  AnyArray,
+  Scalar,
+  absolute,
+  counted,
+  float_arrays,
+  kl,
+)
+from jaxdistill.losses._maps import (
+  SMALLEST_NORM,
+  Features,
+  Maps,
+  map_pair,
+  pair,
+  product,
+  same_width,
+  tame,
+  unit,
+)
 from jaxdistill.losses.pooling import average_pool
 
 __all__ = [
@@ -40,10 +58,11 @@ __all__ = [
   "variational_information",
 ]
 
+# Products of larger queries and keys leave float32.
+_LARGEST = 1e15
 
-def hint_l2(
-  student: Float[AnyArray, "B ..."], teacher: Float[AnyArray, "B ..."]
-) -> Float[Array, "B ..."]:
+
+def hint_l2(student: Features, teacher: Features) -> Float[Array, "B ..."]:
   """Hints (FitNets): squared error of two features.
 
   mean (student − teacher)² over all axes but the batch's: H, W and C of maps, D of vectors and
@@ -51,8 +70,8 @@ def hint_l2(
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
-      PyTorch's ``adaptive_avg_pool2d``).
+    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
+      (as PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``; ``[B, L]`` for tokens.
@@ -69,12 +88,11 @@ def hint_l2(
   [2.0]
   """
   student, teacher = pair(student, teacher)
-  return jnp.mean(jnp.square(student - teacher), axis=_own_axes(student))
+  # A token is a value of its own, so that a mask over padding can still reach it: [B, L].
+  return _mean_square(student - teacher)
 
 
-def hint_cosine(
-  student: Float[AnyArray, "B ..."], teacher: Float[AnyArray, "B ..."]
-) -> Float[Array, "B ..."]:
+def hint_cosine(student: Features, teacher: Features) -> Float[Array, "B ..."]:
   """Hints by direction (Lcos of DistilBERT): cosine distance of two features.
 
   mean over positions of 1 − n(student)·n(teacher), n(v) = v / max(‖v‖, 1e-12) over the last axis,
@@ -82,8 +100,8 @@ def hint_cosine(
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
-      PyTorch's ``adaptive_avg_pool2d``).
+    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
+      (as PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``, in [0, 2]; ``[B, L]`` for tokens, each of which is a position.
@@ -101,13 +119,13 @@ def hint_cosine(
   [1.0]
   """
   student, teacher = pair(student, teacher)
+  # One cosine at each position, [B, H, W] of maps: a unit that is 0 there has no direction, and
+  # `unit` gives it no gradient, where the formula's own would be 1e12.
   distance = 1 - product("...c,...c->...", unit(student), unit(teacher))
   return jnp.mean(distance, axis=_own_axes(student)[:-1])
 
 
-def hierarchical_context(
-  student: Float[AnyArray, "B _ _ _"], teacher: Float[AnyArray, "B _ _ _"]
-) -> Float[Array, " B"]:
+def hierarchical_context(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Hierarchical context loss (HCL) of ReviewKD: squared errors at several sizes.
 
   Σ_l weight_l · mean (student_l − teacher_l)² / Σ_l weight_l, student_l and teacher_l the maps
@@ -118,7 +136,7 @@ def hierarchical_context(
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels (ReviewKD fuses stages to that end).
-    teacher: likewise; the larger map is average-pooled to the smaller first (as PyTorch's
+    teacher: ``[B, H', W', C]``; the larger map is average-pooled to the smaller first (as PyTorch's
       ``adaptive_avg_pool2d``, and so are the levels).
 
   Returns:
@@ -139,10 +157,11 @@ def hierarchical_context(
   """
   same_width(student, teacher)
   student, teacher = map_pair(student, teacher)
-  # Averages of differences are differences of averages.
+  # Averages of differences are differences of averages: one map is pooled, not two.
   difference = student - teacher
   height = difference.shape[1]
   total, weight, weights = _mean_square(difference), 1.0, 1.0
+  # Coarse levels ask what is there, the full size where it is.
   for level in (4, 2, 1):
     if level < height:
       weight /= 2
@@ -152,10 +171,7 @@ def hierarchical_context(
 
 
 def variational_information(
-  student_mean: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  raw_variance: Float[AnyArray, " C"],
+  student_mean: Features, teacher: Features, *, raw_variance: Float[AnyArray, " C"]
 ) -> Float[Array, "B ..."]:
   """Variational information distillation (VID): likelihood of the teacher's feature.
 
@@ -164,8 +180,8 @@ def variational_information(
 
   Args:
     student_mean: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``: the mean that a projector predicts.
-    teacher: likewise; of two maps the larger is average-pooled to the smaller (as
-      PyTorch's ``adaptive_avg_pool2d``).
+    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
+      (as PyTorch's ``adaptive_avg_pool2d``).
     raw_variance: ``[C]``, learned with the student. The published code starts at σ² = 5:
       log(exp(5 − 1e-5) − 1).
 
@@ -189,17 +205,17 @@ def variational_information(
   """
   same_width(student_mean, raw_variance, ("student_mean", "raw_variance"))
   mean, teacher = pair(student_mean, teacher)
+  # softplus, since an optimiser would walk a variance through 0; the published 1e-5 keeps the
+  # quotient finite where it has nearly vanished. [C] meets [..., C].
   raw = jnp.asarray(raw_variance, mean.dtype)
   variance = jax.nn.softplus(raw).reshape((1,) * (mean.ndim - 1) + (-1,)) + 1e-5
+  # −log of the Gaussian's density without ½ log 2π: log σ² keeps the variance from growing away.
   values = 0.5 * (jnp.square(mean - teacher) / variance + jnp.log(variance))
   return jnp.mean(values, axis=_own_axes(mean))
 
 
 def activation_boundary(
-  student: Float[AnyArray, "B _ _ _"],
-  teacher: Float[AnyArray, "B _ _ _"],
-  *,
-  margin: Scalar = 1.0,
+  student: Maps, teacher: Maps, *, margin: Scalar = 1.0
 ) -> Float[Array, " B"]:
   """Activation boundaries (AB): which units are on, with a hinge of width ``margin``.
 
@@ -208,7 +224,7 @@ def activation_boundary(
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller (as
+    teacher: ``[B, H', W', C]``; the larger map is average-pooled to the smaller (as
       PyTorch's ``adaptive_avg_pool2d``).
     margin: how far on the teacher's side a unit has to be, ≥ 0. 1 is the published code's.
 
@@ -233,18 +249,14 @@ def activation_boundary(
   same_width(student, teacher)
   student, teacher = map_pair(student, teacher)
   margin = jnp.asarray(margin, student.dtype)
+  # The hinge that stands in for "are the signs equal?", which has no gradient anywhere.
   # Picked before the square: what does not count may be too large for one.
   off = jnp.where((student > -margin) & (teacher <= 0), student + margin, 0.0)
   on = jnp.where((student <= margin) & (teacher > 0), student - margin, 0.0)
   return jnp.sum(jnp.square(off) + jnp.square(on), axis=(1, 2, 3))
 
 
-def overhaul(
-  student: Float[AnyArray, "B _ _ _"],
-  teacher: Float[AnyArray, "B _ _ _"],
-  *,
-  margin: Float[AnyArray, " C"],
-) -> Float[Array, " B"]:
+def overhaul(student: Maps, teacher: Maps, *, margin: Float[AnyArray, " C"]) -> Float[Array, " B"]:
   """Overhaul of feature distillation (OFD): partial L2 before the activation.
 
   Σ over H, W, C of (s − m)²·[s > m, t ≤ m] + (s − t)²·[s > t, m < t ≤ 0] + (s − t)²·[t > 0],
@@ -254,8 +266,8 @@ def overhaul(
 
   Args:
     student: ``[B, H, W, C]`` before the activation, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller (as
-      PyTorch's ``adaptive_avg_pool2d``).
+    teacher: ``[B, H', W', C]`` before the activation; the larger map is average-pooled to the
+      smaller (as PyTorch's ``adaptive_avg_pool2d``).
     margin: ``[C]``, ≤ 0, from `overhaul_margin`.
 
   Returns:
@@ -279,7 +291,9 @@ def overhaul(
   same_width(student, margin, ("student", "margin"))
   student, teacher = map_pair(student, teacher)
   margin = jnp.asarray(margin, student.dtype).reshape(1, 1, 1, -1)
+  # A value below the margin is as off as can be: nobody asks how far below.
   target = jnp.where(teacher > margin, teacher, margin)
+  # Where the teacher is on, both directions count; where it is off, only being too large does.
   counts = (teacher > 0) | (student > target)
   # Picked before the square: what does not count may be too large for one.
   return jnp.sum(jnp.square(jnp.where(counts, student - target, 0.0)), axis=(1, 2, 3))
@@ -314,28 +328,13 @@ def overhaul_margin(
   # the ratio below is 0, or the rule of thumb holds.
   spread = jnp.maximum(jnp.abs(scale), SMALLEST_NORM)
   z = jnp.clip(bias, -20 * spread, 4 * spread) / spread
+  # φ/Φ as a difference of logarithms: both underflow for a unit that is hardly ever off.
   log_off = jax.scipy.stats.norm.logcdf(-z)
   mean = bias - spread * jnp.exp(jax.scipy.stats.norm.logpdf(z) - log_off)
   return jnp.where(jnp.exp(log_off) > 1e-3, mean, -3 * jnp.abs(scale))
 
 
-def _mean_square(x: Array) -> Array:
-  """Mean of squares over all axes but the first."""
-  return jnp.mean(jnp.square(x), axis=tuple(range(1, x.ndim)))
-
-
-def _own_axes(features: Array) -> tuple[int, ...]:
-  """The axes that belong to one value: all but the batch's, and of tokens the last."""
-  return (2,) if features.ndim == 3 else tuple(range(1, features.ndim))
-
-
-# Products of larger queries and keys leave float32.
-_LARGEST = 1e15
-
-
-def attention_transfer(
-  student: Float[AnyArray, "B _ _ _"], teacher: Float[AnyArray, "B _ _ _"]
-) -> Float[Array, " B"]:
+def attention_transfer(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Attention transfer (AT): where in the image the energy of the activations is.
 
   mean over H·W of (a_student − a_teacher)², a_f = v / max(‖v‖, 1e-12), v = mean_c f² flattened
@@ -343,7 +342,7 @@ def attention_transfer(
 
   Args:
     student: ``[B, H, W, C]``; its channels need not be the teacher's.
-    teacher: likewise; the larger map is average-pooled to the smaller (as
+    teacher: ``[B, H', W', C']``; the larger map is average-pooled to the smaller (as
       PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
@@ -364,12 +363,11 @@ def attention_transfer(
   [1.0]
   """
   student, teacher = map_pair(student, teacher)
+  # Two [B, H, W] without channels, hence of any two widths.
   return jnp.mean(jnp.square(_attention(student) - _attention(teacher)), axis=(1, 2))
 
 
-def factor_transfer(
-  student: Float[AnyArray, "B _ _ _"], teacher: Float[AnyArray, "B _ _ _"]
-) -> Float[Array, " B"]:
+def factor_transfer(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Factor transfer (FT): distance of two factors' energies over the image.
 
   mean over H·W of |n(mean_c student²) − n(mean_c teacher²)|, n(v) = v / max(‖v‖, 1e-12) of the
@@ -377,8 +375,8 @@ def factor_transfer(
 
   Args:
     student: ``[B, H, W, C]``, the translator's output; its channels need not be the teacher's.
-    teacher: likewise, the paraphraser's; the larger map is average-pooled to the smaller (as
-      PyTorch's ``adaptive_avg_pool2d``).
+    teacher: ``[B, H', W', C']``, the paraphraser's; the larger map is average-pooled to the
+      smaller (as PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``.
@@ -397,12 +395,11 @@ def factor_transfer(
   [1.0]
   """
   student, teacher = map_pair(student, teacher)
+  # L1 of what attention transfer squares; `absolute` has no gradient at a tie, JAX's |x| has one.
   return jnp.mean(absolute(_attention(student) - _attention(teacher)), axis=(1, 2))
 
 
-def neuron_selectivity(
-  student: Float[AnyArray, "B _ _ _"], teacher: Float[AnyArray, "B _ _ _"]
-) -> Float[Array, " B"]:
+def neuron_selectivity(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Neuron selectivity transfer (NST): where channels fire, by maximum mean discrepancy.
 
   mean_cc' k(t_c, t_c') + mean_cc' k(s_c, s_c') − 2 mean_cc' k(s_c, t_c'), k(a, b) = (aᵀb)²,
@@ -411,7 +408,7 @@ def neuron_selectivity(
 
   Args:
     student: ``[B, H, W, C]``; its channels need not be the teacher's.
-    teacher: likewise; the larger map is average-pooled to the smaller (as
+    teacher: ``[B, H', W', C']``; the larger map is average-pooled to the smaller (as
       PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
@@ -432,11 +429,15 @@ def neuron_selectivity(
   [2.0]
   """
   student, teacher = map_pair(student, teacher)
+  # Each channel a unit vector over H·W: its pattern counts, not how strongly it fires.
   student, teacher = unit(student, (1, 2)), unit(teacher, (1, 2))
 
   def mean_kernel(a: Array, b: Array) -> Array:
+    # [B, C, C']. The published [B, C, C', H·W] is 1.07 GB for the first stage of resnet32x4 at 64
+    # examples; this is 1 MB.
     return jnp.mean(jnp.square(product("bhwc,bhwd->bcd", a, b)), axis=(1, 2))
 
+  # Squared maximum mean discrepancy: how far apart two sets of patterns lie, in no order.
   return (
     mean_kernel(teacher, teacher)
     + mean_kernel(student, student)
@@ -445,8 +446,7 @@ def neuron_selectivity(
 
 
 def flow_of_solution(
-  student_pair: Sequence[Float[AnyArray, "B _ _ _"]],
-  teacher_pair: Sequence[Float[AnyArray, "B _ _ _"]],
+  student_pair: Sequence[Maps], teacher_pair: Sequence[Maps]
 ) -> Float[Array, " B"]:
   """Flow of the solution procedure (FSP): how one layer's channels go with another's.
 
@@ -457,8 +457,8 @@ def flow_of_solution(
     student_pair: (lower map ``[B, H, W, C]``, upper map ``[B, H', W', C']``) of the student; the
       larger is average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
       Both widths are the teacher's.
-    teacher_pair: likewise of the teacher. Its maps may have other sizes than the student's: F has
-      no positions, so that they are not pooled to each other.
+    teacher_pair: (lower map, upper map) of the teacher. They may have other sizes than the
+      student's: F has no positions, so that they are not pooled to each other.
 
   Returns:
     ``[B]``.
@@ -482,13 +482,12 @@ def flow_of_solution(
   for i in range(2):
     same_width(student_pair[i], teacher_pair[i], (f"student_pair[{i}]", f"teacher_pair[{i}]"))
   lower, upper, teacher_lower, teacher_upper = float_arrays(*student_pair, *teacher_pair)
+  # [B, C, C'] each: how much channel c of the lower layer goes along with c' of the upper one.
   student, teacher = _flow(lower, upper), _flow(teacher_lower, teacher_upper)
   return jnp.mean(jnp.square(student - teacher), axis=(1, 2))
 
 
-def inter_channel_correlation(
-  student: Float[AnyArray, "B _ _ _"], teacher: Float[AnyArray, "B _ _ _"]
-) -> Float[Array, " B"]:
+def inter_channel_correlation(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Inter-channel correlation (ICKD): which channels of one example fire together.
 
   Σ_cc' (G_student − G_teacher)²_cc' / C, G = fᵀf over positions, ``[C, C]``, each row divided by
@@ -496,7 +495,7 @@ def inter_channel_correlation(
 
   Args:
     student: ``[B, H, W, C]``, with the teacher's channels.
-    teacher: likewise; the larger map is average-pooled to the smaller (as
+    teacher: ``[B, H', W', C]``; the larger map is average-pooled to the smaller (as
       PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
@@ -519,7 +518,9 @@ def inter_channel_correlation(
   student, teacher = map_pair(student, teacher)
 
   def correlations(maps: Array) -> Array:
+    # A scale of the whole example cancels in the rows' norms; its square might overflow first.
     maps = tame(maps, (1, 2, 3))
+    # [B, C, C], rows of norm 1: which channels fire with c.
     return unit(product("bhwc,bhwd->bcd", maps, maps))
 
   difference = correlations(student) - correlations(teacher)
@@ -573,27 +574,40 @@ def attention_relation(
         "number, or use a projector."
       )
   student, teacher = float_arrays(student, teacher)
-  valid = jnp.ones(shapes[0][:2], bool) if where is None else jnp.asarray(where).astype(bool)
-  if valid.shape != shapes[0][:2]:
-    raise ValueError(f"where must have shape {shapes[0][:2]}, got {valid.shape}.")
+  valid = counted(where, shapes[0][:2])
 
   def log_attention(x: Array) -> Array:
     # Before the product as well as after it: a value that is masked only later can still leak NaN.
+    # [B, L, D] becomes [B, L, heads, D / heads]: relation heads, whatever the network's own are.
     x = jnp.where(valid[..., None], x, 0.0).reshape(*x.shape[:2], num_heads, -1)
     x = jnp.clip(x, -_LARGEST, _LARGEST)
+    # [B, heads, L, L]. MASKED and not −inf: a row in which nobody is valid would be NaN.
     scores = product("bqhd,bkhd->bhqk", x, x) / x.shape[-1] ** 0.5
     return jax.nn.log_softmax(jnp.where(valid[:, None, None, :], scores, MASKED), axis=-1)
 
+  # [B, L]: the mean over heads of the divergence of each position's row.
   values = jnp.mean(kl(log_attention(teacher), log_attention(student)), axis=1)
   return jnp.where(valid, values, 0.0)
 
 
+def _own_axes(features: Array) -> tuple[int, ...]:
+  """The axes that belong to one value: all but the batch's, and of tokens the last."""
+  return (2,) if features.ndim == 3 else tuple(range(1, features.ndim))
+
+
+def _mean_square(x: Array) -> Array:
+  """Mean of squares over the axes that belong to one value."""
+  return jnp.mean(jnp.square(x), axis=_own_axes(x))
+
+
 def _attention(maps: Array) -> Array:
   """Energy per position, ``[B, H, W]``, as a unit vector of each example."""
+  # `tame` in front of the square: the scale cancels in the unit vector, and 1e20² is no float32.
   return unit(jnp.mean(jnp.square(tame(maps, (1, 2, 3))), axis=-1), (1, 2))
 
 
 def _flow(lower: Array, upper: Array) -> Array:
   """Mean over positions of lower ⊗ upper, ``[B, C, C']``."""
+  # A later stage is smaller: the earlier one is pooled to it, so that positions meet.
   lower, upper = map_pair(lower, upper)
   return product("bhwc,bhwd->bcd", lower, upper) / (lower.shape[1] * lower.shape[2])

@@ -20,14 +20,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Shaped
 
+from jaxdistill import _check
 from jaxdistill.losses._log_space import (
   MASKED,
   AnyArray,
+  Logits,
+  PerExample,
   Scalar,
   absolute,
   bounded,
-  check_positive,
-  check_share,
+  counted,
   distribution,
   float_arrays,
   is_masked,
@@ -38,7 +40,7 @@ from jaxdistill.losses._log_space import (
   pair,
   soften,
 )
-from jaxdistill.losses._maps import tame
+from jaxdistill.losses._maps import norm, tame
 
 __all__ = [
   "cross_entropy",
@@ -58,11 +60,11 @@ __all__ = [
 
 
 def cross_entropy(
-  student_logits: Float[AnyArray, "*batch K"],
-  labels: Integer[AnyArray, "*batch"] | Float[AnyArray, "*batch K"],
+  student_logits: Logits,
+  labels: Integer[AnyArray, "*batch"] | Logits,
   *,
   label_smoothing: Scalar = 0.0,
-) -> Float[Array, "*batch"]:
+) -> PerExample:
   """Cross-entropy (CE) with hard labels or a distribution.
 
   −Σ_k y_k log q_k, q = softmax(student_logits),
@@ -94,24 +96,24 @@ def cross_entropy(
   >>> round(cross_entropy(logits, jnp.array([0.5, 0.5])).item(), 4)
   0.837
   """
-  check_share("label_smoothing", label_smoothing)
+  _check.number("label_smoothing", label_smoothing, least=0, most=1)
   student = float_arrays(student_logits)[0]
+  # [..., K]: an integer becomes a one-hot row, so that one formula serves hard and mixed labels.
   targets = distribution(labels, student)
   # A zero that is known when tracing saves a pass over the classes.
   if not (isinstance(label_smoothing, float | int) and label_smoothing == 0):
     smoothing = jnp.asarray(label_smoothing, student.dtype)
+    # A share for a class that is masked would cost 1e30 of it: the others have it among them.
     valid = (~is_masked(student)).astype(student.dtype)
     count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
     targets = (1 - smoothing) * targets + smoothing * valid / count
+  # Never log(softmax(z)): at logits of ±1e4 a probability rounds to 0, and its logarithm is −inf.
   return -jnp.sum(targets * jax.nn.log_softmax(soften(student, 1.0), axis=-1), axis=-1)
 
 
 def soft_target_kl(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  temperature: Scalar = 4.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 4.0
+) -> PerExample:
   """Knowledge distillation (KD): KL of the teacher's softened probabilities from the student's.
 
   temperature² · Σ_k p_k log(p_k / q_k), where a p_k of 0 contributes 0,
@@ -141,15 +143,14 @@ def soft_target_kl(
   0.0
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # Gradients of softened targets shrink as 1/T². Hinton's T² undoes that, so that a weight beside
+  # the labels' term means the same at every temperature.
   return squared * kl(log_p, log_q)
 
 
 def reverse_kl(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> PerExample:
   """Reverse KL (RKL), as in MiniLLM: mode-seeking where `soft_target_kl` covers mass.
 
   temperature² · Σ_k q_k log(q_k / p_k), where a q_k of 0 contributes 0,
@@ -176,16 +177,14 @@ def reverse_kl(
   0.1438
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # The student's own probabilities do the weighing: it pays for classes that it favours and the
+  # teacher does not, and nothing for those that it leaves out.
   return squared * kl(log_q, log_p)
 
 
 def generalized_jsd(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  beta: Scalar = 0.5,
-  temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, beta: Scalar = 0.5, temperature: Scalar = 1.0
+) -> PerExample:
   """Generalised Jensen-Shannon divergence (JSD, GKD): both networks against their mixture.
 
   temperature² · [beta · KL(p ‖ m) + (1 − beta) · KL(q ‖ m)], m = beta · p + (1 − beta) · q,
@@ -221,19 +220,17 @@ def generalized_jsd(
   >>> generalized_jsd(student, teacher, beta=0.0).item()
   0.0
   """
-  check_share("beta", beta)
+  _check.number("beta", beta, least=0, most=1)
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
   share = jnp.asarray(beta, log_q.dtype)
+  # m is at least a share of either side, so that neither KL can exceed −log of that share.
   log_m = log_mixture(log_p, log_q, share)
   return squared * (share * kl(log_p, log_m) + (1 - share) * kl(log_q, log_m))
 
 
 def total_variation(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> PerExample:
   """Total variation distance (TVD) of the softened probabilities.
 
   temperature² · ½ Σ_k |p_k − q_k|,
@@ -262,16 +259,13 @@ def total_variation(
   0.25
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # `absolute`: at p = q JAX's own slope of |x| is 1, which would push a student that has arrived.
   return squared * 0.5 * jnp.sum(absolute(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
 def skew_kl(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  skew: Scalar = 0.1,
-  temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, skew: Scalar = 0.1, temperature: Scalar = 1.0
+) -> PerExample:
   """Skew KL (SKL) of DistiLLM: the teacher from a mixture of both.
 
   temperature² · KL(p ‖ m), m = skew · p + (1 − skew) · q,
@@ -302,18 +296,16 @@ def skew_kl(
   >>> round(skew_kl(student, teacher).item(), 4)
   0.107
   """
-  check_share("skew", skew)
+  _check.number("skew", skew, least=0, most=1)
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # m ≥ skew · p, so where q misses a class of the teacher's the logarithm is −log(skew) at most,
+  # where that of `soft_target_kl` has no bound.
   return squared * kl(log_p, log_mixture(log_p, log_q, skew))
 
 
 def skew_reverse_kl(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  skew: Scalar = 0.1,
-  temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, skew: Scalar = 0.1, temperature: Scalar = 1.0
+) -> PerExample:
   """Skew reverse KL (SRKL) of DistiLLM: the student from a mixture of both.
 
   temperature² · KL(q ‖ m), m = (1 − skew) · p + skew · q,
@@ -343,20 +335,21 @@ def skew_reverse_kl(
   >>> round(skew_reverse_kl(student, teacher).item(), 4)
   0.1131
   """
-  check_share("skew", skew)
+  _check.number("skew", skew, least=0, most=1)
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # The same bound the other way round: here m holds a share of the student's own q.
   return squared * kl(log_q, log_mixture(log_q, log_p, skew))
 
 
 def decoupled_kd(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
+  student_logits: Logits,
+  teacher_logits: Logits,
   labels: Integer[AnyArray, "*batch"],
   *,
   temperature: Scalar = 4.0,
   target_weight: Scalar = 1.0,
   nontarget_weight: Scalar = 8.0,
-) -> Float[Array, "*batch"]:
+) -> PerExample:
   """Decoupled knowledge distillation (DKD): the label's class apart from the others.
 
   temperature² · (target_weight · KL([p_y, 1 − p_y] ‖ [q_y, 1 − q_y])
@@ -393,36 +386,41 @@ def decoupled_kd(
   >>> round(decoupled_kd(student, teacher, jnp.array(0), temperature=1.0).item(), 4)
   1.1054
   """
-  check_positive("temperature", temperature)
+  _check.number("temperature", temperature, above=0)
   student, teacher = pair(student_logits, teacher_logits)
   scale = jnp.asarray(temperature, student.dtype)
   is_target = one_hot(labels, student)
+  # [..., 2] of (label, rest) and [..., K] of the others among themselves, from either network.
   student_pair, log_q = _decouple(soften(student, scale), is_target)
   teacher_pair, log_p = _decouple(soften(teacher, scale), is_target)
+  # The paper's TCKD: how sure the label is.
   target_part = jnp.asarray(target_weight, scale.dtype) * kl(teacher_pair, student_pair)
+  # The paper's NCKD: which others are near. In plain KD its weight is 1 − p_y, next to nothing for
+  # a teacher that is sure; here it is free.
   nontarget_part = jnp.asarray(nontarget_weight, scale.dtype) * kl(log_p, log_q)
   return jnp.square(scale) * (target_part + nontarget_part)
 
 
 def _decouple(logits: Array, is_target: Array) -> tuple[Array, Array]:
   """Log-probabilities of (label, rest) ``[..., 2]`` and of the others among themselves."""
+  # [...]: a label of no class leaves MASKED, a probability of 0.
   target = jnp.max(jnp.where(is_target, logits, MASKED), axis=-1)
   others = jnp.where(is_target, MASKED, logits)
   rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+  # log p_y = −softplus(−odds) and log(1 − p_y) = −softplus(odds), without the 1 − p_y that rounds
+  # to 0 at a confident label, where the published code ends.
   odds = target - rest[..., 0]
   return -jax.nn.softplus(jnp.stack([-odds, odds], axis=-1)), others - rest
 
 
-def logit_l2(
-  student_logits: Float[AnyArray, "*batch K"], teacher_logits: Float[AnyArray, "*batch K"]
-) -> Float[Array, "*batch"]:
+def logit_l2(student_logits: Logits, teacher_logits: Logits) -> PerExample:
   """Logit regression (L2): mean squared error of the logits.
 
   mean_k (student_logits_k − teacher_logits_k)².
 
   Args:
     student_logits: ``[..., K]``, no class masked to −inf.
-    teacher_logits: ``[..., K]``, likewise.
+    teacher_logits: ``[..., K]``, no class masked to −inf.
 
   Returns:
     ``[...]``.
@@ -442,7 +440,7 @@ def logit_l2(
   return jnp.mean(jnp.square(student - teacher), axis=-1)
 
 
-def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*batch K"]:
+def standardize_logits(logits: Logits) -> Float[Array, "*batch K"]:
   """Logit standardisation (LSKD): z-scores over the classes, for use in front of any loss.
 
   (z − mean_k z) / (1e-7 + std_k z), z = logits,
@@ -470,16 +468,14 @@ def standardize_logits(logits: Float[AnyArray, "*batch K"]) -> Float[Array, "*ba
   # A scale of more than 1e9 cancels, but for the 1e-7; its square would not be finite.
   z = tame(bounded(z), -1)
   z = _centred(z, axis=-1)
-  spread = _norm(z, axis=-1) / max(z.shape[-1] - 1, 1) ** 0.5
+  # [..., 1]. K − 1, as in PyTorch; a single class has no spread, and divides by 1e-7 alone.
+  spread = norm(z, axis=-1) / max(z.shape[-1] - 1, 1) ** 0.5
   return _moving(z, spread) / (1e-7 + spread)
 
 
 def inter_class_correlation(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
-  *,
-  temperature: Scalar = 4.0,
-) -> Float[Array, "*batch"]:
+  student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 4.0
+) -> PerExample:
   """Inter-class relation (DIST): how an example's classes rank and spread.
 
   temperature² · (1 − a·b / (‖a‖‖b‖ + 1e-8)), which is 1 − Pearson's correlation over the classes,
@@ -490,7 +486,7 @@ def inter_class_correlation(
 
   Args:
     student_logits: ``[..., K]``, q's logits; no class masked to −inf.
-    teacher_logits: ``[..., K]``, p's logits; likewise.
+    teacher_logits: ``[..., K]``, p's logits; no class masked to −inf.
     temperature: softens both, > 0. 4 is the published code's for CIFAR-100 (1 for ImageNet).
 
   Returns:
@@ -510,13 +506,15 @@ def inter_class_correlation(
   """
   log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
   q, p = jnp.exp(log_q), jnp.exp(log_p)
+  # Pearson's correlation is the cosine of what is centred: shift and scale of a row do not count,
+  # only which classes it ranks above which.
   a, b = _centred(q, axis=-1), _centred(p, axis=-1)
   return squared * (1 - _cosine(a, b, axis=-1))
 
 
 def intra_class_correlation(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
+  student_logits: Logits,
+  teacher_logits: Logits,
   *,
   temperature: Scalar = 4.0,
   where: Shaped[AnyArray, "*batch"] | None = None,
@@ -529,7 +527,7 @@ def intra_class_correlation(
 
   Args:
     student_logits: ``[..., K]``, q's logits; no class masked to −inf.
-    teacher_logits: ``[..., K]``, p's logits; likewise.
+    teacher_logits: ``[..., K]``, p's logits; no class masked to −inf.
     temperature: softens both, > 0. 4 is the published code's for CIFAR-100 (1 for ImageNet).
     where: ``[...]``, which examples count (not 0); the others may hold anything. None counts all.
 
@@ -544,42 +542,41 @@ def intra_class_correlation(
   Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
 
   Other codes: temperature² and 1e-8 are here as in the published code, whose number is the mean
-  over the classes (see `inter_class_correlation`).
+  over the classes; the paper's has no temperature², and torchdistill clamps ‖a‖‖b‖ instead.
 
   >>> student, teacher = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [1.0, 0.0]])
   >>> intra_class_correlation(student, teacher, temperature=1.0).round(3).tolist()
   [2.0, 2.0]
   """
   student, teacher = pair(student_logits, teacher_logits)
-  counted = jnp.ones(student.shape[:-1], bool) if where is None else jnp.asarray(where).astype(bool)
-  if counted.shape != student.shape[:-1]:
-    raise ValueError(f"where must have shape {student.shape[:-1]}, got {counted.shape}.")
-  counted = counted[..., None]
+  valid = counted(where, student.shape[:-1])[..., None]
   # Before the softmax as well as after it: a value that is masked only later can still leak NaN.
-  student, teacher = jnp.where(counted, student, 0.0), jnp.where(counted, teacher, 0.0)
+  student, teacher = jnp.where(valid, student, 0.0), jnp.where(valid, teacher, 0.0)
   log_q, log_p, squared = log_probabilities(student, teacher, temperature)
+  # All leading axes are examples to a class: the sums below leave [1, ..., 1, K].
   axes = tuple(range(student.ndim - 1))
-  count = jnp.sum(counted, axis=axes, keepdims=True).astype(student.dtype)
+  count = jnp.sum(valid, axis=axes, keepdims=True).astype(student.dtype)
 
   def centre(x: Array) -> Array:
     # From the largest on, so that rounding in the mean cannot show where all are equal.
-    largest = jnp.max(jnp.where(counted, x, 0.0), axis=axes, keepdims=True)
+    largest = jnp.max(jnp.where(valid, x, 0.0), axis=axes, keepdims=True)
     x = x - jax.lax.stop_gradient(largest)
-    mean = jnp.sum(jnp.where(counted, x, 0.0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
-    return jnp.where(counted, x - mean, 0.0)
+    mean = jnp.sum(jnp.where(valid, x, 0.0), axis=axes, keepdims=True) / jnp.maximum(count, 1)
+    return jnp.where(valid, x - mean, 0.0)
 
+  # [K]; a single example correlates with nothing.
   cosine = _cosine(centre(jnp.exp(log_q)), centre(jnp.exp(log_p)), axis=axes)
   return jnp.where(count.reshape(1) > 1, squared * (1 - cosine), 0.0)
 
 
 def one_for_all(
-  student_logits: Float[AnyArray, "*batch K"],
-  teacher_logits: Float[AnyArray, "*batch K"],
+  student_logits: Logits,
+  teacher_logits: Logits,
   labels: Integer[AnyArray, "*batch"],
   *,
   power: Scalar = 1.0,
   temperature: Scalar = 1.0,
-) -> Float[Array, "*batch"]:
+) -> PerExample:
   """One-for-all distillation (OFA-KD): the label's class is enhanced by a power.
 
   −Σ_k [(p_k + y_k)^power − y_k] log q_k, y one-hot of labels,
@@ -590,7 +587,7 @@ def one_for_all(
   Args:
     student_logits: ``[..., K]``, q's logits (of an exit head, or the last); no class masked to
       −inf.
-    teacher_logits: ``[..., K]``, p's logits; likewise.
+    teacher_logits: ``[..., K]``, p's logits; no class masked to −inf.
     labels: ``[...]`` integers. One outside ``0 .. K-1`` enhances no class.
     power: > 0. 1 is the published code's for CIFAR-100 (1.5 for ImageNet); larger trusts the
       label more.
@@ -612,8 +609,9 @@ def one_for_all(
   >>> round(one_for_all(student, teacher, jnp.array(0), power=2.0).item(), 4)  # 2.125 · log 2
   1.4729
   """
-  check_positive("power", power)
+  _check.number("power", power, above=0)
   log_q, log_p, _ = log_probabilities(student_logits, teacher_logits, temperature)
+  # At the label (p + 1)^power − 1, by log1p and expm1, which keep the digits of a small p.
   exponent = jnp.asarray(power, log_q.dtype)
   # p^power as an exponential: its gradient is finite where p is 0, whatever the power.
   enhanced = jnp.expm1(exponent * jnp.log1p(jnp.exp(log_p)))
@@ -633,16 +631,10 @@ def _moving(x: Array, size: Array) -> Array:
   return jnp.where(size > 0, x, jax.lax.stop_gradient(x))
 
 
-def _norm(x: Array, axis: int | tuple[int, ...]) -> Array:
-  """Euclidean norm, axes kept, with a gradient of 0 at 0."""
-  squared = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
-  positive = squared > 0
-  return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
-
-
 def _cosine(a: Array, b: Array, axis: int | tuple[int, ...]) -> Array:
   """Cosine of two arrays over axes, with DIST's 1e-8 in the denominator."""
-  sizes = _norm(a, axis), _norm(b, axis)
+  # Of shape 1 along the axes, so that they divide without an alignment of ranks.
+  sizes = norm(a, axis), norm(b, axis)
   # Beside a size of 0 the 1e-8 is all there is, and the gradient would be 1e8 times the other side.
   a, b = _moving(a, sizes[0]), _moving(b, sizes[1])
   dot = jnp.sum(a * b, axis=axis, keepdims=True)

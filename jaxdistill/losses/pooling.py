@@ -30,6 +30,7 @@ def average_pool(
   [1.0, 3.0]
   """
   for axis, (size, windows) in enumerate(zip(maps.shape[1:3], (height, width), strict=True)):
+    # Axis by axis, since a mean over a window is a mean over rows of means over columns.
     if size != windows:
       letters = ("bhwc,nh->bnwc", "bhwc,nw->bhnc")[axis]
       matrix = jnp.asarray(_windows(size, windows), maps.dtype)
@@ -40,6 +41,8 @@ def average_pool(
 
 def _windows(size: int, windows: int) -> np.ndarray:
   """The averaging matrix ``[windows, size]``."""
+  # Sizes are known when tracing, so this is a constant of the program; as a product with it,
+  # windows may overlap, and the gradient is a product too.
   matrix = np.zeros((windows, size))
   for i in range(windows):
     start, stop = i * size // windows, -(-(i + 1) * size // windows)

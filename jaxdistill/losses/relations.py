@@ -22,17 +22,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Float, Integer
 
-from jaxdistill.losses._log_space import (
-  MASKED,
-  AnyArray,
-  Scalar,
-  absolute,
-  check_positive,
-  check_share,
+from jaxdistill import _check
+from jaxdistill.losses._log_space import MASKED, AnyArray, Scalar, absolute
+from jaxdistill.losses._maps import (
+  Features,
+  Mask,
+  huber,
+  norm,
+  product,
+  rows,
+  same_width,
+  tame,
+  unit,
 )
-from jaxdistill.losses._maps import huber, norm, product, rows, same_width, tame, unit
 
 __all__ = [
   "Banks",
@@ -48,16 +52,14 @@ __all__ = [
 
 # The published code's floor under distances; it keeps their gradient finite at equal rows.
 SMALLEST_DISTANCE = 1e-6
+# The published code's guard against a norm, and the logarithm of a probability, of 0.
 PKT_EPSILON = 1e-7
 # Steps in which the batch is streamed: fewer are faster on an accelerator and take more memory.
 STEPS = 32
 
 
 def similarity_preserving(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, where: Mask = None
 ) -> Float[Array, " B"]:
   """Similarity-preserving distillation (SP, SPKD): which examples excite the same units.
 
@@ -87,16 +89,14 @@ def similarity_preserving(
   def similarities(x: Array) -> Array:
     # A scale of all examples cancels in the rows' norms.
     x = tame(x, (0, 1))
+    # [B, B]: whom example i resembles, in a row of norm 1.
     return unit(product("id,jd->ij", x, x))
 
   return _mean(jnp.square(similarities(student) - similarities(teacher)), valid)
 
 
 def relational_distance(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, where: Mask = None
 ) -> Float[Array, " B"]:
   """Relational knowledge distillation by distance (RKD-D).
 
@@ -132,6 +132,7 @@ def relational_distance(
     # By differences: the product of Gram matrices would lose small distances in rounding.
     lengths = _stream(lambda anchor: norm(x - anchor[None], -1, SMALLEST_DISTANCE)[:, 0], x)
     lengths = jnp.where(others, lengths, 0.0)
+    # By their mean, so that a network of longer features is not farther from the other one.
     mean = jnp.sum(lengths) / jnp.maximum(count, 1)
     return lengths / jnp.where(count > 0, mean, 1.0)
 
@@ -139,10 +140,7 @@ def relational_distance(
 
 
 def relational_angle(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, where: Mask = None
 ) -> Float[Array, " B"]:
   """Relational knowledge distillation by angle (RKD-A).
 
@@ -176,21 +174,20 @@ def relational_angle(
   count = jnp.sum(valid).astype(student.dtype)
 
   def cosines(x: Array, anchor: Array) -> Array:
+    # Unit vectors from this example to all others, [B, D]; to itself it is 0, an angle with nobody.
     directions = jnp.where(valid[:, None], unit(x - anchor[None]), 0.0)
     return product("jd,kd->jk", directions, directions)
 
   def total(student_anchor: Array, teacher_anchor: Array) -> Array:
     return jnp.sum(huber(cosines(student, student_anchor) - cosines(teacher, teacher_anchor)))
 
+  # One [B, B] of cosines at a time, in place of the [B, B, B] of all corners.
   totals = _stream(total, student, teacher)
   return jnp.where(valid, totals / jnp.maximum(count, 1) ** 2, 0.0)
 
 
 def probabilistic_transfer(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, where: Mask = None
 ) -> Float[Array, " B"]:
   """Probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour.
 
@@ -233,10 +230,7 @@ def probabilistic_transfer(
 
 
 def correlation_congruence(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, where: Mask = None
 ) -> Float[Array, " pairs"]:
   """Correlation congruence (CC): neighbours' errors. One value per consecutive **pair**.
 
@@ -267,6 +261,7 @@ def correlation_congruence(
   same_width(student, teacher)
   student, teacher, valid = rows(student, teacher, where)
   same_width(student, teacher)
+  # [B − 1]: the errors of an example and of the next one, which the loss wants apart.
   size = absolute(student - teacher)
   values = jnp.sum(size[:-1] * size[1:], axis=1)
   return jnp.where(valid[:-1] & valid[1:], values, 0.0)
@@ -274,6 +269,7 @@ def correlation_congruence(
 
 def _stream(function: Callable[..., Array], *anchors: Array) -> Array:
   """Maps a function over examples, a few at a time, forwards and backwards."""
+  # The largest number of examples at once that divides the batch into about STEPS steps.
   size = len(anchors[0])
   few = max(n for n in range(1, max(size // STEPS, 1) + 1) if size % n == 0)
   # Computed again on the way back; a scan would otherwise stack what every step has held.
@@ -283,6 +279,7 @@ def _stream(function: Callable[..., Array], *anchors: Array) -> Array:
 
 def _mean(pairs: Array, valid: Array) -> Array:
   """Mean over the valid j of ``[B, B]`` pairs ij; 0 where i is not valid."""
+  # Over the examples that take part, the example itself included, as the published codes have it.
   both = valid[:, None] & valid[None, :]
   count = jnp.maximum(jnp.sum(valid), 1).astype(pairs.dtype)
   return jnp.sum(jnp.where(both, pairs, 0.0), axis=1) / count
@@ -299,7 +296,7 @@ class Banks(NamedTuple):
 
   Attributes:
     student: ``[N, D]``, unit rows; float32 from `init_banks`, whatever the networks' dtype.
-    teacher: ``[N, D]``, likewise.
+    teacher: ``[N, D]``, unit rows of the same dtype.
     labels: ``[N]`` int32, the classes of the examples, from which negatives are chosen.
     log_normalizers: ``[2]`` float32, logarithms of the normalisers Z of the student's scores
       (against the teacher's bank) and of the teacher's (against the student's); 0 until they are
@@ -348,7 +345,8 @@ def init_banks(key: Any, labels: Integer[AnyArray, " N"], width: int) -> Banks:
   >>> jnp.linalg.norm(banks.teacher, axis=1).round(3).tolist(), banks.normalized.item()
   ([1.0, 1.0, 1.0], False)
   """
-  check_positive("width", width)
+  _check.number("width", width, above=0)
+  # A uniform number within ±bound has the variance bound² / 3 = 1 / width: rows near norm 1.
   bound = math.sqrt(3 / width)
   student, teacher = (
     unit(jax.random.uniform(each, (len(labels), width), jnp.float32, -bound, bound))
@@ -364,11 +362,7 @@ def init_banks(key: Any, labels: Integer[AnyArray, " N"], width: int) -> Banks:
 
 
 def contrastive(
-  student: Float[AnyArray, "B ..."],
-  teacher: Float[AnyArray, "B ..."],
-  *,
-  temperature: Scalar = 0.07,
-  where: Shaped[AnyArray, " B"] | None = None,
+  student: Features, teacher: Features, *, temperature: Scalar = 0.07, where: Mask = None
 ) -> Float[Array, " B"]:
   """Contrastive distillation within the batch (InfoNCE), both ways round.
 
@@ -377,7 +371,7 @@ def contrastive(
 
   Args:
     student: ``[B, ...]``, flattened; embedded in the teacher's width.
-    teacher: ``[B, ...]``, likewise.
+    teacher: ``[B, ...]``, flattened to the same width.
     temperature: > 0. 0.07 is CRD's and MoCo's.
     where: ``[B]``, which examples take part (not 0); the others are nobody's negatives, may hold
       anything and have the value 0. None is all.
@@ -399,12 +393,14 @@ def contrastive(
   >>> [round(value, 4) for value in values.tolist()]  # log(1 + exp(-1))
   [0.3133, 0.3133]
   """
-  check_positive("temperature", temperature)
+  _check.number("temperature", temperature, above=0)
   same_width(student, teacher)
   student, teacher, valid = rows(student, teacher, where)
   same_width(student, teacher)
+  # [B, B] cosines: the diagonal is each example with itself, everything else its negatives.
   scores = product("id,jd->ij", unit(student), unit(teacher))
   scores = scores / jnp.asarray(temperature, scores.dtype)
+  # Forth: find your teacher among all teachers (a row). Back: find your student (a column).
   forth = jax.nn.log_softmax(jnp.where(valid[None, :], scores, MASKED), axis=1)
   back = jax.nn.log_softmax(jnp.where(valid[:, None], scores, MASKED), axis=0)
   return jnp.where(valid, -0.5 * (jnp.diagonal(forth) + jnp.diagonal(back)), 0.0)
@@ -421,7 +417,7 @@ def contrastive_bank(
   negatives: int = 16384,
   temperature: Scalar = 0.07,
   momentum: Scalar = 0.5,
-  where: Shaped[AnyArray, " B"] | None = None,
+  where: Mask = None,
 ) -> tuple[Float[Array, " B"], Banks]:
   """Contrastive representation distillation (CRD), against banks of all training examples.
 
@@ -437,7 +433,7 @@ def contrastive_bank(
 
   Args:
     student: ``[B, D]``, embeddings as wide as the banks (a projector's; both are trained).
-    teacher: ``[B, D]``, likewise.
+    teacher: ``[B, D]``, the teacher's embeddings of the same examples.
     labels: ``[B]``, the examples' classes.
     index: ``[B]``, which rows of the banks the examples are; no two of one batch the same.
     banks: from `init_banks`, or from the call before. Under ``pmap`` each device would remember its
@@ -471,9 +467,9 @@ def contrastive_bank(
   >>> values.shape, banks.normalized.item()
   ((2,), True)
   """
-  check_positive("negatives", negatives)
-  check_positive("temperature", temperature)
-  check_share("momentum", momentum)
+  _check.number("negatives", negatives, above=0)
+  _check.number("temperature", temperature, above=0)
+  _check.number("momentum", momentum, least=0, most=1)
   same_width(student, teacher)
   for bank in ("student", "teacher"):
     same_width(student, getattr(banks, bank), ("student", f"banks.{bank}"))
@@ -481,6 +477,7 @@ def contrastive_bank(
   student, teacher = unit(student), unit(teacher)
   # A bank is state: what was seen before, not what is being trained.
   banks = jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.asarray(x)), banks)
+  # An excluded example may have any index, and a gather out of range would be clamped in silence.
   index = jnp.where(valid, jnp.asarray(index, jnp.int32), 0)
   drawn = _draw(key, jnp.asarray(labels, jnp.int32), index, banks.labels, negatives)
 
@@ -490,10 +487,14 @@ def contrastive_bank(
     everyone = product("bd,nd->bn", vectors, bank) / scale
     return everyone, product("bd,bd->b", vectors, bank[index]) / scale
 
+  # Each network's embedding against the other's memory: [B, N] scores, and [B] of its own row.
   sides = [score(student, banks.teacher), score(teacher, banks.student)]
   fresh = jnp.stack([_log_normalizer(*side, drawn, valid, negatives) for side in sides])
+  # NCE's Z would be a sum over the data set at every step. The published code estimates it once,
+  # on the first batch, and keeps it; a batch that is all padding cannot be that one.
   keep = banks.normalized | ~jnp.any(valid)
   log_z = jnp.where(keep, banks.log_normalizers, fresh.astype(banks.log_normalizers.dtype))
+  # Both sides are added up: an example against its true pair, and against what was drawn.
   values = jnp.zeros_like(student[:, 0])
   for (scores, own), z in zip(sides, log_z.astype(values.dtype), strict=True):
     values = values + _noise_contrast(scores - z, own - z, drawn, negatives)
@@ -541,7 +542,8 @@ def _log_normalizer(scores: Array, own: Array, drawn: Array, valid: Array, negat
 def _noise_contrast(log_p: Array, log_own: Array, drawn: Array, negatives: int) -> Array:
   """One side of CRD per example, from log P of all rows and of its own."""
   share = negatives / log_p.shape[1]
-  # In log space, and as log(1 + x): thousands of terms near 0 are summed.
+  # In log space, and as log(1 + x): thousands of terms near 0 are summed. ``share`` is m/N, what a
+  # score of pure noise would be.
   own = jax.nn.softplus(math.log(share + CRD_EPSILON) - log_own)
   terms = jax.nn.softplus(jnp.logaddexp(log_p, math.log(CRD_EPSILON)) - math.log(share))
   others = jnp.sum(jnp.where(drawn, terms, 0.0), axis=1)
@@ -550,6 +552,7 @@ def _noise_contrast(log_p: Array, log_own: Array, drawn: Array, negatives: int) 
 
 def _remember(bank: Array, vectors: Array, index: Array, valid: Array, momentum: Scalar) -> Array:
   """The bank with the valid examples' rows moved towards their vectors."""
+  # A slow average, so that rows from a few epochs ago still fit those of today.
   old = bank[index]
   keep = jnp.asarray(momentum, bank.dtype)
   mixed = keep * old + (1 - keep) * jax.lax.stop_gradient(vectors).astype(bank.dtype)

@@ -11,20 +11,20 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks import models as models
   from jaxdistill.networks import weights as weights
+  from jaxdistill.networks._capturable import capturable
   from jaxdistill.networks._features import Path
-  from jaxdistill.networks._linen import linen, linen_features
-  from jaxdistill.networks._nnx import nnx, nnx_features, nnx_variables
+  from jaxdistill.networks._linen import linen
+  from jaxdistill.networks._nnx import nnx, nnx_variables
   from jaxdistill.networks._precision import count_products, mixed_precision
 
 __all__ = [
   "Path",  # where a feature comes from, when a string does not say enough
+  "capturable",  # what can be captured from a network, by abstract evaluation only
   "count_products",  # counts a network's matrix products and convolutions by the dtype that they
   "linen",  # a Linen module as a `Network`
-  "linen_features",  # what can be captured from a network, by abstract evaluation only
   "mixed_precision",  # a network that keeps its parameters in float32 and computes in a shorter
   "models",  # networks that sow what there is to distil from
   "nnx",  # an NNX module as a `Network`
-  "nnx_features",  # what can be captured from a network, by abstract evaluation only
   "nnx_variables",  # the variables of a module, as its network takes them
   "weights",  # weights that other programs wrote, as variables of ours: Orbax, Flax's msgpack
 ]

@@ -18,18 +18,24 @@ import jax
 import numpy as np
 
 from jaxdistill._check import shapes
+from jaxdistill.types import Outputs
 
 __all__ = [
   "TRAIN_FLAGS",
+  "Adapter",
   "Call",
+  "Flag",
+  "Hidden",
   "Path",
   "bind",
   "find",
+  "find_flags",
+  "inside",
   "is_array",
+  "listed",
   "logits",
   "names",
   "parse",
-  "parse_flag",
   "pick",
   "signature",
 ]
@@ -54,6 +60,27 @@ class Call(NamedTuple):
   inputs: Any
   train: bool
   key: Any
+
+
+class Flag(NamedTuple):
+  """A way to tell a module whether it trains.
+
+  Attributes:
+    name: of an argument of its method, or an attribute of it (or of its submodules).
+    argument: which of the two.
+    inverted: whether it asks the opposite.
+  """
+
+  name: str
+  argument: bool
+  inverted: bool
+
+
+class Hidden(NamedTuple):
+  """Why nothing can be captured at a path, for messages: "runs inside ..., Hidden in ..."."""
+
+  runs_inside: str
+  transform: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +135,11 @@ def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]
     path = Path(place) if isinstance(place, str) else place
     if not isinstance(name, str) or not isinstance(path, Path):
       raise TypeError(f"features has {name!r}: {place!r}; name a path, as text or as a Path.")
+    # A colon and digits at the end are a call; any other colon belongs to the name.
     parts = re.fullmatch(r"(.*):(\d+)", path.path)
     if parts and path.call is None:
       path = dataclasses.replace(path, path=parts[1], call=int(parts[2]))
+    # "/encoder/" and "encoder" are one place, and a path is compared part by part.
     path = dataclasses.replace(path, path=path.path.strip("/"))
     if not name or not path.path:
       raise ValueError(
@@ -121,22 +150,55 @@ def parse(features: Sequence[str] | Mapping[str, str | Path]) -> dict[str, Path]
   return found
 
 
-def parse_flag(train_flag: str) -> tuple[str, bool]:
-  """Reads a train flag that a user names.
+def find_flags(
+  module: Any,
+  signature: inspect.Signature,
+  train_flag: str | None,
+  *,
+  attributes: Sequence[str],
+  switches: Sequence[str],
+) -> list[Flag]:
+  """How a module can be told whether it trains.
 
   Args:
-    train_flag: a name; ``"not frozen"`` inverts it.
+    module: a foreign module.
+    signature: of the method that is called, with the module first.
+    train_flag: ``"auto"``; a name, which ``"not frozen"`` inverts; or None.
+    attributes: those of the module (and of its submodules) that a name may mean.
+    switches: those that hold a bool or None: one of a flag's name may hold something else.
 
   Returns:
-    ``(name, whether it asks the opposite)``.
+    The flags. ``"auto"`` finds all that are known, arguments first.
 
-  >>> parse_flag("train"), parse_flag("deterministic"), parse_flag("not frozen")
-  (('train', False), ('deterministic', True), ('frozen', True))
+  Raises:
+    ValueError: there is none of that name.
+
+  >>> def call(module, x, train): ...
+  >>> find_flags(None, inspect.signature(call), "auto", attributes=[], switches=["inference"])
+  [Flag(name='train', argument=True, inverted=False), \
+Flag(name='inference', argument=False, inverted=True)]
   """
+  if train_flag is None:
+    return []
   if not isinstance(train_flag, str):
     raise TypeError(f"train_flag={train_flag!r} must be a flag's name, 'auto', or None.")
+  taken = list(signature.parameters)[1:]  # the first is the module
+  if train_flag == "auto":
+    known = TRAIN_FLAGS.items()
+    arguments = [Flag(name, True, inverted) for name, inverted in known if name in taken]
+    return arguments + [Flag(name, False, inverted) for name, inverted in known if name in switches]
   name = train_flag.removeprefix("not ").strip()
-  return name, TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+  inverted = TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+  # Behind **keywords any name may be understood; an attribute of that name is the better guess.
+  anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+  if name in taken or (anything and name not in attributes):
+    return [Flag(name, True, inverted)]
+  if name in attributes:
+    return [Flag(name, False, inverted)]
+  raise ValueError(
+    f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
+    f"method takes {taken}, the attributes are {sorted(attributes)}."
+  )
 
 
 def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.Signature:
@@ -155,6 +217,7 @@ def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.S
   >>> list(signature({}, "get").parameters)
   ['self', 'key', 'default']
   """
+  # Of the class, not of the instance: there the module itself is no argument any more.
   if callable(method):
     return inspect.signature(method)
   chosen = getattr(type(module), method or "__call__", None)
@@ -197,6 +260,7 @@ def bind(
       "(positional) or a dict (keywords)."
     )
   args, keywords = ((), dict(given)) if isinstance(given, Mapping) else (given, {})
+  # Whoever sets the flag himself would evaluate in training mode, or train in evaluation's.
   twice = sorted(set(keywords) & set(told))
   if twice:
     raise ValueError(
@@ -204,6 +268,7 @@ def bind(
       "give train_flag=None."
     )
   keywords.update(told)
+  # Before the call, where it can be told from a TypeError that the module raises inside.
   try:
     signature.bind(None, *args, **keywords)
   except TypeError as error:
@@ -231,6 +296,7 @@ def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
   >>> logits({"logits": np.zeros(2), "aux": None}, None, "Net").tolist()
   [0.0, 0.0]
   """
+  # What most modules return is understood; anything else is asked for, never guessed.
   if finder is not None:
     if not callable(finder):
       raise TypeError(f"{label}: logits={finder!r} must be a function of what the module returns.")
@@ -261,6 +327,8 @@ def find(sown: Any, path: Path) -> Any:
   >>> find({"encoder": {"mid": (1.0,)}}, Path("encoder/mid"))
   (1.0,)
   """
+  # The collection nests as the submodules do; a leaf is a sown value, a dict a submodule, whose own
+  # output lies in it under the name of its method.
   node = sown
   for part in path.path.split("/"):
     if not isinstance(node, Mapping) or part not in node:
@@ -287,6 +355,7 @@ def pick(sown: Any, path: Path, label: str) -> Any:
   >>> pick({"mid": (np.zeros(2), np.ones(2))}, Path("mid", call=1), "mid").tolist()
   [1.0, 1.0]
   """
+  # From the outside in: which call, which part of what it put out, which layer of a stack.
   calls = _calls(find(sown, path))
   if path.call is None and len(calls) > 1:
     options = ", ".join(repr(f"{path.path}:{i}") for i in range(len(calls)))
@@ -330,6 +399,7 @@ def names(sown: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   """
   found = {}
   for name, value in sown.items():
+    # A submodule's output has the submodule's own name, what is sown below it a longer one.
     here = prefix if name == "__call__" else f"{prefix}/{name}".lstrip("/")
     if isinstance(value, Mapping):
       found.update(names(value, here))
@@ -338,6 +408,101 @@ def names(sown: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for i, entry in enumerate(calls):
       found[here if len(calls) == 1 else f"{here}:{i}"] = jax.tree.map(_shape, entry)
   return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Adapter:
+  """A foreign module and how to call it; ``init`` and ``apply`` are the network's.
+
+  Attributes:
+    wanted: the features, by the names that they get.
+    signature: of the method that is called.
+    arguments: ``inputs -> tuple`` or ``dict``, or None.
+    logits: finds them in what the module returns, or None.
+    method: the method to call, or None for ``__call__``.
+    name: what to call the module in messages.
+  """
+
+  wanted: dict[str, Path]
+  signature: inspect.Signature
+  arguments: Callable[[Any], Any] | None
+  logits: Callable[[Any], Any] | None
+  method: str | Callable[..., Any] | None
+  name: str
+
+  def variables(self, key: Any, inputs: Any) -> dict[str, Any]:
+    """What the module's own initialisation makes."""
+    raise NotImplementedError
+
+  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, Hidden]]:
+    """Runs the module abstractly and captures every submodule's output.
+
+    Returns:
+      ``(shapes by name, methods called by path, what hides a path)``.
+    """
+    raise NotImplementedError
+
+  def outputs(self, call: Call, out: Any, sown: Mapping[str, Any]) -> Outputs:
+    """What the network puts out, from what the module returned and what was captured."""
+    missing = [name for name, path in self.wanted.items() if find(sown, path) is None]
+    if missing:
+      raise ValueError(self.explain_missing(missing, call))
+    features = {
+      name: pick(sown, path, f"{self.name}: feature {name!r}") for name, path in self.wanted.items()
+    }
+    return Outputs(logits=logits(out, self.logits, self.name), features=features)
+
+  def explain_missing(self, missing: Sequence[str], call: Call) -> str:
+    """Of each feature that was not found why, and all that there are."""
+    # Only now, when there is an error to explain: capturing everything may be slow.
+    shapes, called, hidden = self.survey(call)
+    lines = [f"{self.name}: {len(missing)} of the features can't be found."]
+    for name in missing:
+      path, method = self.wanted[name].path, self.wanted[name].method
+      label = repr(name) if name == path else f"{name!r} (at {path!r})"
+      around = next((outer for outer in hidden if inside(path, outer)), None)
+      if around is not None:
+        what = repr(around) if around else "the module"
+        lines.append(f"{label}: {what} runs inside {hidden[around].runs_inside}")
+      elif called.get(path):
+        lines.append(
+          f"{label}: the submodule is called by {sorted(called[path])}, not by {method!r}; give "
+          f"Path({path!r}, method=...)."
+        )
+      else:
+        lines.append(f"{label}: nothing of that name is sown, and no such submodule is called.")
+    lines += listed(shapes)
+    lines += [f"Hidden in {lift.transform}: {path or 'all'}" for path, lift in hidden.items()]
+    return "\n".join(lines)
+
+  def explain_draw(self, stream: str, told: Sequence[str], train: bool) -> str:
+    """Why a random stream that is drawn from is an error."""
+    if train:
+      return f"{self.name} draws from {stream} in training; give apply a key."
+    return (
+      f"{self.name} draws from {stream} even with train=False, which it is told by "
+      f"{sorted(told) or 'no flag'}; name its own flag with train_flag=..., or give apply a key if "
+      "it is meant to be random."
+    )
+
+
+def inside(path: str, outer: str) -> bool:
+  """Whether a path is another one, or below it; ``""`` is the module itself.
+
+  >>> inside("encoder/mid", "encoder"), inside("encoder", "enc"), inside("mid", "")
+  (True, False, True)
+  """
+  return not outer or path == outer or path.startswith(f"{outer}/")
+
+
+def listed(shapes_by_name: Mapping[str, Any]) -> list[str]:
+  """The lines of a message that list what can be captured.
+
+  >>> listed({"mid": jax.ShapeDtypeStruct((2, 3), np.float32)})
+  ['Available:', '  mid (2, 3)']
+  """
+  lines = [f"  {name} {shapes(shape)}" for name, shape in shapes_by_name.items()]
+  return ["Available:" if lines else "Nothing is available.", *lines]
 
 
 def is_array(value: Any) -> bool:
@@ -355,6 +520,7 @@ def _calls(value: Any) -> tuple[Any, ...]:
 
 
 def _element(value: Any, part: int | str, label: str) -> Any:
+  # Dataclasses and named tuples by attribute, dicts and tuples by index.
   if isinstance(part, str) and not isinstance(value, Mapping) and hasattr(value, part):
     return getattr(value, part)
   try:

@@ -18,10 +18,10 @@ import jax
 
 from jaxdistill import _check
 from jaxdistill.networks import _features
-from jaxdistill.networks._features import Call, Path
+from jaxdistill.networks._features import Adapter, Call, Flag, Hidden, Path
 from jaxdistill.types import Network, Outputs
 
-__all__ = ["linen", "linen_features"]
+__all__ = ["linen"]
 
 PyTree = Any
 _Filter = Callable[[nn.Module, str], bool]
@@ -86,6 +86,7 @@ def linen(
     raise TypeError(f"module must be a Linen module, got {_check.show(module)}; {how}.")
   if isinstance(rngs, str):
     raise ValueError(f"rngs={rngs!r} must be a sequence of names: rngs=({rngs!r},).")
+  # What the module takes decides how it is told that it trains, before anything is run.
   signature = _features.signature(module, method)
   adapter = _Adapter(
     module=module,
@@ -101,53 +102,13 @@ def linen(
   return Network(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
 
-def linen_features(network: Network | nn.Module, inputs: Any) -> dict[str, Any]:
-  """What can be captured from a network, by abstract evaluation only.
-
-  Args:
-    network: from `linen`, or a Linen module that `linen` understands without further arguments.
-    inputs: what the network sees, or its shapes (``jax.ShapeDtypeStruct``).
-
-  Returns:
-    Names that `linen` takes as ``features``, each with its shape; a tuple or a dict of shapes where
-    a `Path` has to say which ``element``. What is hidden in a lifted transform is not among them.
-
-  Raises:
-    ValueError: ``network`` was not made by `linen`.
-
-  >>> found = linen_features(nn.Sequential([nn.Dense(4), nn.Dense(3)]), jax.numpy.ones((2, 5)))
-  >>> found["layers_0"].shape
-  (2, 4)
-  """
-  if isinstance(network, nn.Module):
-    network = linen(network)
-  if not isinstance(network, Network):
-    raise TypeError(f"network must be from networks.linen, got {_check.show(network)}.")
-  adapter = getattr(network.apply, "__self__", None)
-  if not isinstance(adapter, _Adapter):
-    raise ValueError(
-      f"network {network.name!r} was not made by networks.linen; give that one, or the Linen "
-      "module."
-    )
-
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  variables = jax.eval_shape(adapter.variables, key, inputs)
-  return adapter.survey(Call(variables, inputs, False, key))[0]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Adapter:
-  """A module and how to call it; ``init`` and ``apply`` are the network's."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Adapter(Adapter):
+  """A Linen module, which is given its variables at every call."""
 
   module: nn.Module
-  wanted: dict[str, Path]
-  signature: inspect.Signature
-  flags: dict[str, tuple[bool, bool]]  # name -> (is an argument, is inverted)
+  flags: list[Flag]
   rngs: tuple[str, ...]
-  arguments: Callable[[Any], Any] | None
-  logits: Callable[[Any], Any] | None
-  method: str | Callable[..., Any] | None
-  name: str
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     variables = self.variables(key, inputs)
@@ -157,9 +118,10 @@ class _Adapter:
       # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
       call = Call(variables, inputs, False, key)
       out, state = self.run(call, collections)
-      self.outputs(call, out, state)
+      self.outputs(call, out, state.get(_SOWN, {}))
       return {name: state[name] for name in collections if name in state}
 
+    # By shapes alone: a missing feature is an error here, before anything is computed.
     after = jax.eval_shape(check, variables, inputs, key)
     return {name: v for name, v in variables.items() if not _grew(v, after.get(name, v))}
 
@@ -168,11 +130,12 @@ class _Adapter:
   ) -> tuple[Outputs, dict[str, PyTree]]:
     # Left-over intermediates would be the first of several values.
     variables = {name: value for name, value in variables.items() if name != _SOWN}
+    # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
     call = Call(variables, inputs, train, key)
     out, state = self.run(call, mutable)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
-    return self.outputs(call, out, state), updated
+    return self.outputs(call, out, state.get(_SOWN, {})), updated
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     # In training mode, since some modules make their auxiliary heads only then.
@@ -184,14 +147,15 @@ class _Adapter:
     return {"params": {}, **nn.unbox(made)}
 
   def streams(self, key: Any) -> dict[str, Any]:
+    # Folded by the stream's place, or two streams of one key would draw the same numbers.
     names = () if key is None else self.rngs
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
 
   def bind(self, inputs: Any, train: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    told = {n: (argument, train != inverted) for n, (argument, inverted) in self.flags.items()}
-    flags = {name: value for name, (argument, value) in told.items() if argument}
-    args, keywords = _features.bind(self.signature, inputs, self.arguments, flags, self.name)
-    attributes: dict[str, Any] = {n: value for n, (argument, value) in told.items() if not argument}
+    told = {flag.name: train != flag.inverted for flag in self.flags if flag.argument}
+    args, keywords = _features.bind(self.signature, inputs, self.arguments, told, self.name)
+    # A flag that is an attribute is set on a copy: the module itself is the user's.
+    attributes: Any = {f.name: train != f.inverted for f in self.flags if not f.argument}
     return self.module.clone(**attributes) if attributes else self.module, args, keywords
 
   def run(
@@ -212,6 +176,7 @@ class _Adapter:
         capture_intermediates=capture or False,
         **keywords,
       )
+    # Flax's messages speak of scopes; the user's words are the network, its flags and its key.
     except flax.errors.InvalidRngError as error:
       raise ValueError(self.explain_stream(str(error), call)) from error
     except (
@@ -225,28 +190,13 @@ class _Adapter:
       ) from error
     return out, dict(state)
 
-  def outputs(self, call: Call, out: Any, state: Mapping[str, PyTree]) -> Outputs:
-    sown = state.get(_SOWN, {})
-    missing = [name for name, path in self.wanted.items() if _features.find(sown, path) is None]
-    if missing:
-      raise ValueError(self.explain_missing(missing, call))
-    features = {
-      name: _features.pick(sown, path, f"{self.name}: feature {name!r}")
-      for name, path in self.wanted.items()
-    }
-    return Outputs(logits=_features.logits(out, self.logits, self.name), features=features)
-
-  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, str]]:
-    """Runs the module abstractly and captures every submodule's output.
-
-    Returns:
-      ``(shapes by name, methods called by path, lifted class by the path that it hides)``.
-    """
+  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, Hidden]]:
     called: dict[str, set[str]] = {}
     hidden: dict[str, str] = {}
     lifted: dict[str | None, str] = {}
     shapes: dict[str, Any] = {}
 
+    # Flax asks this of every method that is called: a filter that also notes who was there.
     def visit(module: nn.Module, method: str) -> bool:
       path = "/".join(module.path)
       if type(module).__module__ == nn.transforms.__name__:
@@ -255,6 +205,7 @@ class _Adapter:
       if method in ("setup", "<lambda>"):
         return False
       called.setdefault(path, set()).add(method)
+      # In a transform that does not lift the collection, sow drops its values without a word.
       if not module.is_mutable_collection(_SOWN):
         hidden[path] = lifted.get(module.name, "")
       return method == "__call__" and path != ""
@@ -274,75 +225,33 @@ class _Adapter:
       # The branches of an nn.cond can't differ in what they capture.
       collect(lambda module, method: visit(module, method) and False)
     # What is inside a hidden module is hidden by the same transform.
-    outer = {p: c for p, c in hidden.items() if not any(_inside(p, q) for q in hidden if q != p)}
+    outer = {
+      path: _hidden(lift)
+      for path, lift in hidden.items()
+      if not any(_features.inside(path, other) for other in hidden if other != path)
+    }
     return shapes, called, outer
 
-  def explain_missing(self, missing: Sequence[str], call: Call) -> str:
-    shapes, called, hidden = self.survey(call)
-    lines = [f"{self.name}: {len(missing)} of the features can't be found."]
-    for name in missing:
-      path, method = self.wanted[name].path, self.wanted[name].method
-      label = repr(name) if name == path else f"{name!r} (at {path!r})"
-      around = next((outer for outer in hidden if _inside(path, outer)), None)
-      if around is not None:
-        what = repr(around) if around else "the module"
-        lines.append(
-          f"{label}: {what} runs inside {_transform(hidden[around])}, which does not lift "
-          "'intermediates', so that captures vanish; add 'intermediates': 0 to its variable_axes."
-        )
-      elif path in called:
-        lines.append(
-          f"{label}: the submodule is called by {sorted(called[path])}, not by {method!r}; give "
-          f"Path({path!r}, method=...)."
-        )
-      else:
-        lines.append(f"{label}: nothing of that name is sown, and no such submodule is called.")
-    lines.append("Available:" if shapes else "Nothing is available.")
-    lines += [f"  {name} {_check.shapes(shape)}" for name, shape in shapes.items()]
-    lines += [f"Hidden in {_transform(lift)}: {path or 'all'}" for path, lift in hidden.items()]
-    return "\n".join(lines)
-
   def explain_stream(self, error: str, call: Call) -> str:
-    stream = error.partition('PRNG for "')[2].partition('"')[0]
-    draws = f"{self.name} draws from the random stream {stream!r}"
+    stream = repr(error.partition('PRNG for "')[2].partition('"')[0])
     if call.key is not None:
-      return f"{draws}, which is not in rngs={self.rngs!r}; give rngs={(*self.rngs, stream)!r}."
-    if call.train:
-      return f"{draws} in training; give apply a key."
-    told = sorted(self.flags) or "no flag"
-    return (
-      f"{draws} even with train=False, which it is told by {told}; name its own flag with "
-      "train_flag=..., or give apply a key if it is meant to be random."
-    )
+      more = (*self.rngs, stream.strip("'"))
+      return (
+        f"{self.name} draws from the random stream {stream}, which is not in rngs={self.rngs!r}; "
+        f"give rngs={more!r}."
+      )
+    told = [flag.name for flag in self.flags]
+    return self.explain_draw(f"the random stream {stream}", told, call.train)
 
 
-def _flags(
-  module: nn.Module, signature: inspect.Signature, train_flag: str | None
-) -> dict[str, tuple[bool, bool]]:
-  taken = list(signature.parameters)[1:]
-  anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | None) -> list[Flag]:
   attributes = [f.name for f in dataclasses.fields(module) if f.init and f.name != "parent"]
-  if train_flag is None:
-    return {}
-  if train_flag == "auto":
-    known = _features.TRAIN_FLAGS
-    arguments = {n: (True, inverted) for n, inverted in known.items() if n in taken}
-    # An attribute of such a name may be something else than a flag.
-    switches = [n for n in attributes if isinstance(getattr(module, n), bool | None)]
-    return arguments or {n: (False, i) for n, i in known.items() if n in switches}
-  name, inverted = _features.parse_flag(train_flag)
-  if name in taken or (anything and name not in attributes):
-    return {name: (True, inverted)}
-  if name in attributes:
-    return {name: (False, inverted)}
-  raise ValueError(
-    f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
-    f"method takes {taken}, its attributes are {attributes}."
+  switches = [name for name in attributes if isinstance(getattr(module, name), bool | None)]
+  flags = _features.find_flags(
+    module, signature, train_flag, attributes=attributes, switches=switches
   )
-
-
-def _inside(path: str, outer: str) -> bool:
-  return not outer or path == outer or path.startswith(f"{outer}/")
+  # Told by an argument, a module's attribute of such a name is its own affair.
+  return [flag for flag in flags if flag.argument] or flags
 
 
 def _grew(before: PyTree, after: PyTree) -> bool:
@@ -351,12 +260,17 @@ def _grew(before: PyTree, after: PyTree) -> bool:
   def outline(tree: PyTree, leaf: type | tuple[()]) -> Any:
     return jax.tree.structure(tree, is_leaf=lambda node: isinstance(node, leaf))
 
+  # sow appends to a tuple: leaves are added, while with tuples as leaves all is as it was.
   same = outline(before, ()) == outline(after, ())
   return not same and outline(before, tuple) == outline(after, tuple)
 
 
-def _transform(lifted: str) -> str:
-  for word in ("Scan", "Vmap"):
-    if word in lifted:
-      return f"nn.{word.lower()} ({lifted})"
-  return f"a lifted transform (nn.scan, nn.vmap; {lifted or 'a function of the module'})"
+def _hidden(lifted: str) -> Hidden:
+  words = [f"nn.{word.lower()} ({lifted})" for word in ("Scan", "Vmap") if word in lifted]
+  other = f"a lifted transform (nn.scan, nn.vmap; {lifted or 'a function of the module'})"
+  transform = words[0] if words else other
+  vanish = (
+    f"{transform}, which does not lift 'intermediates', so that captures vanish; add "
+    "'intermediates': 0 to its variable_axes."
+  )
+  return Hidden(vanish, transform)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,14 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx as flax_nnx
 
-from jaxdistill import _check
 from jaxdistill.networks import _features, _nnx_graph
-from jaxdistill.networks._features import Call, Path
-from jaxdistill.networks._nnx_graph import Flag, Slot, Tap
+from jaxdistill.networks._features import Adapter, Call, Flag, Hidden, Path
+from jaxdistill.networks._nnx_graph import Slot, Tap
 from jaxdistill.runs import is_key
 from jaxdistill.types import Network, Outputs
 
-__all__ = ["nnx", "nnx_features", "nnx_variables"]
+__all__ = ["nnx", "nnx_variables"]
 
 PyTree = Any
 
@@ -100,6 +98,7 @@ def nnx(
     make = functools.partial(_nnx_graph.make, model)
     module = flax_nnx.eval_shape(make, flax_nnx.Rngs(0))
   signature = _features.signature(module, method)
+  # From shapes where the model is a function: no weight is drawn before `init` has a key.
   graph, slots = _nnx_graph.split(module)
   adapter = _Adapter(
     make=make,
@@ -124,8 +123,8 @@ def nnx_variables(module: Any) -> dict[str, PyTree]:
     module: an NNX module with values.
 
   Returns:
-    ``{"params": ..., "batch_stats": ..., ...}``, nested dicts by path, see `nnx`. The arrays are
-    copies, since a training step overwrites its own.
+    ``{"params": ..., "batch_stats": ..., ...}``, nested dicts by path, a collection for each type
+    of variable. The arrays are copies, since a training step overwrites its own.
 
   Raises:
     ValueError: ``module`` is no NNX module, or holds shapes instead of values.
@@ -145,40 +144,12 @@ def nnx_variables(module: Any) -> dict[str, PyTree]:
           f"{type(module).__name__}: {what} is a {type(leaf).__name__}, not an array; give a "
           "module with values (a ShapeDtypeStruct comes from nnx.eval_shape)."
         )
+      # A copy, since a training step donates its variables and would take the module's weights.
       value = leaf
       if not is_key(leaf):
         value = jnp.array(leaf, dtype=jnp.asarray(leaf).dtype, copy=True)  # strongly typed
       _nnx_graph.insert(found, where, value)
   return found
-
-
-def nnx_features(network: Any, inputs: Any) -> dict[str, Any]:
-  """What can be captured from a network, by abstract evaluation only.
-
-  Args:
-    network: from `nnx`, or a module or function that `nnx` understands without further arguments.
-    inputs: what the network sees, or its shapes (``jax.ShapeDtypeStruct``).
-
-  Returns:
-    Names that `nnx` takes as ``features``, each with its shape; a tuple or a dict of shapes where
-    a `Path` has to say which ``element``.
-
-  Raises:
-    ValueError: ``network`` was not made by `nnx`.
-
-  >>> nnx_features(lambda rngs: flax_nnx.Sequential(flax_nnx.relu), jax.numpy.ones((2, 5)))
-  {}
-  """
-  if not isinstance(network, Network):
-    network = nnx(network)
-  adapter = getattr(network.apply, "__self__", None)
-  if not isinstance(adapter, _Adapter):
-    raise ValueError(
-      f"network {network.name!r} was not made by networks.nnx; give that one, or the NNX module."
-    )
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  shapes = jax.eval_shape(adapter.variables, key)
-  return adapter.survey(Call(shapes, inputs, False, key))[0]
 
 
 class _Ran(NamedTuple):
@@ -190,26 +161,27 @@ class _Ran(NamedTuple):
 
 
 _Taps = Callable[[flax_nnx.Module], list[Tap]]
+_HIDDEN = Hidden(
+  "a transform (nnx.scan, nnx.vmap, jax.lax.scan of nnx.merge) that does not hand captured values "
+  "out; give nnx.scan or nnx.vmap the module itself, with an axis for nnx.Intermediate among its "
+  "StateAxes.",
+  "a transform",
+)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Adapter:
-  """A module's structure and how to call it; ``init`` and ``apply`` are the network's."""
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class _Adapter(Adapter):
+  """An NNX module's structure, of which every call builds a module of its own."""
 
   make: Callable[[flax_nnx.Rngs], flax_nnx.Module]
   graph: Any
   slots: list[Slot]
-  wanted: dict[str, Path]
-  signature: inspect.Signature
   flags: list[Flag]
   auto: bool
-  arguments: Callable[[Any], Any] | None
-  logits: Callable[[Any], Any] | None
-  method: str | Callable[..., Any] | None
-  name: str
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
-    made = self.variables(key)
+    made = self.variables(key, inputs)
+    # A call by shapes: a feature that is not there, or inputs that do not fit, show here.
     # In inference mode, since a BatchNorm with an axis name can't train outside of `pmap`.
     check = lambda made, inputs, key: self.call(Call(made, inputs, False, key))[0]  # noqa: E731
     jax.eval_shape(check, made, inputs, key)
@@ -233,25 +205,21 @@ class _Adapter:
         raise ValueError(self.explain_stream(drawn, train)) from error
     return outputs, state
 
-  def variables(self, key: Any) -> dict[str, PyTree]:
+  def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
+    del inputs  # an NNX module has its shapes from its own arguments
     return nnx_variables(self.make(flax_nnx.Rngs(key)))
 
   def call(self, call: Call) -> tuple[Outputs, dict[str, PyTree], set[str]]:
     try:
       ran = self.run(call, functools.partial(_nnx_graph.find_taps, list(self.wanted.values())))
     except (TypeError, ValueError) as error:
+      # The module's own error, or one of ours for capturing where nothing can be added? Whoever
+      # runs without the capture and not with it is stuck.
       stuck = [n for n, path in self.wanted.items() if not self.traces(call, [path])]
       if not stuck or not self.traces(call, []):
         raise
       raise ValueError(self.explain_stuck(stuck, call)) from error
-    missing = [name for name, path in self.wanted.items() if _features.find(ran.sown, path) is None]
-    if missing:
-      raise ValueError(self.explain_missing(missing, call))
-    features = {
-      name: _features.pick(ran.sown, path, f"{self.name}: feature {name!r}")
-      for name, path in self.wanted.items()
-    }
-    outputs = Outputs(logits=_features.logits(ran.out, self.logits, self.name), features=features)
+    outputs = self.outputs(call, ran.out, ran.sown)
     state = _nnx_graph.updated(self.slots, ran.module, self.name) if call.train else {}
     return outputs, state, ran.drawn
 
@@ -265,6 +233,7 @@ class _Adapter:
 
   def capture(self, call: Call, taps: _Taps) -> tuple[dict[str, Any], list[Tap]]:
     """Runs the module abstractly: the shapes of what is captured, and the modules watched."""
+    # Filled while tracing: a captured value can't leave eval_shape but as a shape.
     seen: list[Tap] = []
     shapes: dict[str, Any] = {}
 
@@ -278,6 +247,7 @@ class _Adapter:
     return shapes, seen
 
   def run(self, call: Call, find: _Taps) -> _Ran:
+    # A module of this call's own; the user's is never written to.
     module = _nnx_graph.build(self.graph, self.slots, call.variables, call.key, self.name)
     module = _nnx_graph.set_flags(module, self.flags, self.auto, call.train)
     told: dict[str, Any] = {f.name: call.train != f.inverted for f in self.flags if f.argument}
@@ -285,6 +255,7 @@ class _Adapter:
       told["rngs"] = flax_nnx.Rngs(_nnx_graph.stream_key(call.key, len(self.slots)))
     args, keywords = _features.bind(self.signature, call.inputs, self.arguments, told, self.name)
     streams = {"": module, "rngs": told.get("rngs")}
+    # Without a key nobody may draw: the streams are watched, and `apply` says who did.
     drawn = _nnx_graph.drawn(streams) if call.key is None else set()
 
     def method() -> Any:
@@ -296,12 +267,7 @@ class _Adapter:
     out, sown = _nnx_graph.run_tapped(module, method, found)
     return _Ran(module, out, sown, drawn, found)
 
-  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], list[str]]:
-    """Runs the module abstractly and captures every submodule's output.
-
-    Returns:
-      ``(shapes by name, methods called by path, paths hidden by a transform)``.
-    """
+  def survey(self, call: Call) -> tuple[dict[str, Any], dict[str, set[str]], dict[str, Hidden]]:
     output = frozenset({"__call__"})
 
     def every(module: flax_nnx.Module) -> list[Tap]:
@@ -330,6 +296,7 @@ class _Adapter:
           more, tapped = self.capture(call, functools.partial(one_module, i))
           shapes.update(more)
           seen += tapped
+    # A module that ran, and of whose output nothing came out, is inside a transform that hides it.
     called = {"/".join(tap.path): _nnx_graph.watched(tap) for tap in seen}
     hidden = [
       path
@@ -337,31 +304,8 @@ class _Adapter:
       if path and "__call__" in methods and not any(n.split(":")[0] == path for n in shapes)
     ]
     # What is inside a hidden module is hidden by the same transform.
-    return shapes, called, [p for p in hidden if not any(p.startswith(f"{q}/") for q in hidden)]
-
-  def explain_missing(self, missing: Sequence[str], call: Call) -> str:
-    shapes, called, hidden = self.survey(call)
-    lines = [f"{self.name}: {len(missing)} of the features can't be found."]
-    for name in missing:
-      path, method = self.wanted[name].path, self.wanted[name].method
-      label = repr(name) if name == path else f"{name!r} (at {path!r})"
-      around = next((p for p in hidden if path == p or path.startswith(f"{p}/")), None)
-      if around is not None:
-        lines.append(
-          f"{label}: {around!r} runs inside a transform (nnx.scan, nnx.vmap, jax.lax.scan of "
-          "nnx.merge) that does not hand captured values out; give nnx.scan or nnx.vmap the module "
-          "itself, with an axis for nnx.Intermediate among its StateAxes."
-        )
-      elif called.get(path):
-        lines.append(
-          f"{label}: the submodule is called by {sorted(called[path])}, not by {method!r}; give "
-          f"Path({path!r}, method=...)."
-        )
-      else:
-        lines.append(f"{label}: nothing of that name is sown, and no such submodule is called.")
-    lines += _listed(shapes)
-    lines += [f"Hidden in a transform: {path}" for path in hidden]
-    return "\n".join(lines)
+    outer = [p for p in hidden if not any(_features.inside(p, q) for q in hidden if q != p)]
+    return shapes, called, dict.fromkeys(outer, _HIDDEN)
 
   def explain_stuck(self, stuck: Sequence[str], call: Call) -> str:
     where = [self.wanted[name].path for name in stuck]
@@ -370,19 +314,8 @@ class _Adapter:
       "their structure (nnx.cond, nnx.switch, nnx.while_loop, a module carried by nnx.scan), "
       "nothing can be added."
     ]
-    return "\n".join(lines + _listed(self.survey(call)[0]))
+    return "\n".join(lines + _features.listed(self.survey(call)[0]))
 
   def explain_stream(self, drawn: set[str], train: bool) -> str:
-    draws = f"{self.name} draws from the random streams {sorted(drawn)}"
-    if train:
-      return f"{draws} in training; give apply a key."
-    told = sorted({flag.name for flag in self.flags} | ({"eval()"} if self.auto else set()))
-    return (
-      f"{draws} even with train=False, which it is told by {told or 'no flag'}; name its own flag "
-      "with train_flag=..., or give apply a key if it is meant to be random."
-    )
-
-
-def _listed(shapes: Mapping[str, Any]) -> list[str]:
-  lines = [f"  {name} {_check.shapes(shape)}" for name, shape in shapes.items()]
-  return ["Available:" if shapes else "Nothing is available.", *lines]
+    told = {flag.name for flag in self.flags} | ({"eval()"} if self.auto else set())
+    return self.explain_draw(f"the random streams {sorted(drawn)}", list(told), train)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from flax.traverse_util import flatten_dict
 
 from jaxdistill.networks import _features
-from jaxdistill.networks._features import Path
+from jaxdistill.networks._features import Flag, Path
 from jaxdistill.runs import is_key
 
 __all__ = [
-  "Flag",
   "Slot",
   "Tap",
   "build",
@@ -57,20 +57,6 @@ class Slot(NamedTuple):
   variable: Any
   places: tuple[tuple[str, ...], ...]
   leaves: list[Any]
-
-
-class Flag(NamedTuple):
-  """A way to tell a module whether it trains.
-
-  Attributes:
-    name: of an argument of its method, or an attribute of it and its submodules.
-    argument: which of the two.
-    inverted: whether it asks the opposite.
-  """
-
-  name: str
-  argument: bool
-  inverted: bool
 
 
 def make(model: Any, rngs: nnx.Rngs) -> nnx.Module:
@@ -133,6 +119,7 @@ def split(module: Any) -> tuple[Any, list[Slot]]:
   >>> split(nnx.Linear(5, 4, rngs=nnx.Rngs(0)))[1][0].places
   (('params', 'bias'),)
   """
+  # Structure and values apart: the structure is kept once, values come with every call.
   graph, state = nnx.split(module)
   flat = nnx.to_flat_state(state)
   if any(isinstance(variable, nnx.Intermediate) for _, variable in flat):
@@ -141,7 +128,9 @@ def split(module: Any) -> tuple[Any, list[Slot]]:
     return split(module)
   slots = []
   for path, variable in flat:
+    # A variable may hold a tree (a cache, say), whose leaves then have places of their own.
     leaves = jax.tree_util.tree_flatten_with_path(_raw(variable))[0]
+    # Random state is no variable of a network: it comes from the key of each call.
     if isinstance(variable, nnx.RngState):
       leaves = []
     base = (_collection(variable), *map(str, path))
@@ -214,14 +203,6 @@ def insert(tree: dict[str, Any], place: Sequence[str], value: Any) -> None:
   tree[place[-1]] = value
 
 
-def _placed_leaves(tree: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-  if not isinstance(tree, Mapping):
-    yield place, tree
-    return
-  for name, child in tree.items():
-    yield from _placed_leaves(child, (*place, name))
-
-
 def build(
   graph: Any, slots: Sequence[Slot], variables: Mapping[str, PyTree], key: Any, label: str
 ) -> nnx.Module:
@@ -244,11 +225,12 @@ def build(
   >>> build(graph, slots, {"params": {"kernel": jnp.ones((1, 1))}}, None, "Linear")(jnp.ones(1))
   Array([1.], dtype=float32)
   """
+  # All three kinds of mismatch are named by path, where nnx.merge would fail at the first one.
   expected = {
     place: leaf for slot in slots for place, leaf in zip(slot.places, slot.leaves, strict=True)
   }
   collections = {place[0] for place in expected}
-  given = dict(_placed_leaves({n: tree for n, tree in variables.items() if n in collections}))
+  given = flatten_dict({n: tree for n, tree in variables.items() if n in collections})
   both = set(expected) & set(given)
   for text, wrong in (
     ("the variables lack", set(expected) - set(given)),
@@ -264,6 +246,7 @@ def build(
   state = []
   for i, slot in enumerate(slots):
     if isinstance(slot.variable, nnx.RngState):
+      # By the slot's number: two layers made from one stream must not drop the same units.
       value = _random(slot.variable, stream_key(key, i))
     else:
       structure = jax.tree.structure(_raw(slot.variable))
@@ -302,6 +285,7 @@ def updated(slots: Sequence[Slot], module: nnx.Module, label: str) -> dict[str, 
   for slot in slots:
     if not slot.places or slot.places[0][0] == "params":
       continue
+    # A state that grows or changes shape can be no carry of a compiled loop.
     new = after.get(slot.path)
     if new is None or new.places != slot.places or any(map(_differ, new.leaves, slot.leaves)):
       raise ValueError(
@@ -321,7 +305,7 @@ def find_flags(
   Args:
     module: the module, of values or of shapes.
     signature: of its method, with the module first.
-    train_flag: ``"auto"``, a name, or None, see `jaxdistill.networks.nnx`.
+    train_flag: ``"auto"``; a name, which ``"not frozen"`` inverts; or None, for not at all.
 
   Returns:
     The flags.
@@ -332,25 +316,9 @@ def find_flags(
   >>> find_flags(nnx.Dropout(0.5), inspect.signature(nnx.Dropout.__call__), "auto")[1]
   Flag(name='deterministic', argument=False, inverted=True)
   """
-  if train_flag is None:
-    return []
-  taken = list(signature.parameters)[1:]
-  anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   nodes = [node for _, node in nnx.iter_modules(module)]
-  switches = {name for node in nodes for name in vars(node) if _switch(node, name)}
-  if train_flag == "auto":
-    known = _features.TRAIN_FLAGS.items()
-    arguments = [Flag(name, True, inverted) for name, inverted in known if name in taken]
-    return arguments + [Flag(name, False, inverted) for name, inverted in known if name in switches]
-  name, inverted = _features.parse_flag(train_flag)
-  if name in taken or (anything and name not in switches):
-    return [Flag(name, True, inverted)]
-  if name in switches:
-    return [Flag(name, False, inverted)]
-  raise ValueError(
-    f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
-    f"method takes {taken}, the attributes of it and its submodules are {sorted(switches)}."
-  )
+  switches = sorted({name for node in nodes for name in vars(node) if _switch(node, name)})
+  return _features.find_flags(module, signature, train_flag, attributes=switches, switches=switches)
 
 
 def _switch(node: Any, name: str) -> bool:
@@ -373,6 +341,8 @@ def set_flags(module: nnx.Module, flags: Sequence[Flag], auto: bool, train: bool
   >>> set_flags(nnx.Dropout(0.5), [], True, False).deterministic
   True
   """
+  # From the general to the particular: Flax's own modes, then what the user's class does in
+  # train() or eval(), then views, then single attributes.
   if auto:
     word = "train" if train else "eval"
     getattr(nnx.Module, word)(module)
@@ -445,6 +415,7 @@ def drawn(nodes: Mapping[str, Any]) -> set[str]:
   found: set[str] = set()
   for path, stream in nnx.iter_graph(dict(nodes)):
     if isinstance(stream, nnx.RngStream):
+      # Its class is changed in place, since the module holds this very stream at several paths.
       stream.__class__ = _Stream
       name = "/".join(str(part) for part in path if part != "")
       setattr(stream, _WATCH, _Watch(frozenset({name}), found))
@@ -474,6 +445,7 @@ def find_taps(wanted: Iterable[Path], module: nnx.Module) -> list[Tap]:
       node = _child(node, part)
       if isinstance(node, nnx.Module):
         last, used = node, i + 1
+    # All of the path is a submodule, or all but the last part, which may be what it sows.
     if used >= len(parts) - 1:
       methods = frozenset({path.method}) if used == len(parts) else None
       found.append(Tap(parts[:used], last, methods))
@@ -525,6 +497,7 @@ def run_tapped(
       others = getattr(tap.module, _WATCH, _Watch()).methods
       tap.module.__class__ = _watched(type(tap.module))
       setattr(tap.module, _WATCH, _Watch(others | tap.methods))
+  # One entry for each module, though several features may want it: a shared one runs once.
   tapped = {id(tap.module): tap.module for tap in found}
   nodes: Any = tuple(tapped.values())
   where = {id(node): path for path, node in nnx.iter_modules(nodes)}
@@ -536,6 +509,7 @@ def run_tapped(
         setattr(node, _CAPTURES, nnx.data(()))
     return method()
 
+  # Two captures: the outer takes away what is sown elsewhere, the inner keeps what the taps have.
   out, state = nnx.capture(lambda _: nnx.capture(inner, nnx.Intermediate)(nodes))(module)
   sown: dict[str, Any] = {}
   for tap in found:
@@ -567,6 +541,7 @@ def _watched(cls: Any) -> Any:
 
     return call
 
+  # What every NNX module has (train, sow, ...) is machinery and no layer of the user's.
   inherited = set(dir(nnx.Module)) - {"__call__"}
   namespace: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
   for name in set(dir(cls)) - inherited:

@@ -43,7 +43,7 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
   ``dtype=jnp.bfloat16``; and in Linen's SpectralNorm, which divides by what it keeps. See
   `count_products`.
 
-  Wrap the network last: `networks.linen_features` knows only the bare one. A teacher is wrapped
+  Wrap the network last: `networks.capturable` knows only the bare one. A teacher is wrapped
   just so: ``teachers.frozen(mixed_precision(network))``.
 
   Args:
@@ -89,8 +89,11 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
   def apply(
     variables: Mapping[str, PyTree], inputs: Any, *, train: bool, key: Any = None
   ) -> tuple[Outputs, dict[str, PyTree]]:
+    # Parameters and inputs only. An average that moves by 1e-3 of itself would stand still in
+    # bfloat16, whose steps are 4e-3 of a number and more.
     short = {**variables, "params": _cast(variables["params"], dtype)}
     outputs, state = network.apply(short, _cast(inputs, dtype), train=train, key=key)
+    # What goes out is float32 again: losses are differences of logarithms, and need the digits.
     restored = {name: _as_before(tree, variables.get(name)) for name, tree in state.items()}
     return jax.tree.map(_at_least_float32, outputs), restored
 
@@ -122,6 +125,7 @@ def count_products(
   >>> count_products(network, {"params": {"kernel": jnp.ones((3, 4))}}, jnp.ones((2, 3)))
   {'float32': 1}
   """
+  # A jaxpr is the program before any compiler: what is multiplied, not what it was fused into.
   call = lambda v, x: network.apply(v, x, train=False, key=None)[0]  # noqa: E731
   traced = jax.make_jaxpr(call)(variables, inputs)
   return dict(collections.Counter(_multiplied(traced.jaxpr)).most_common())
@@ -130,6 +134,7 @@ def count_products(
 def _multiplied(jaxpr: Any) -> Iterator[str]:
   """The dtype of every product in a jaxpr and in those inside it."""
   for equation in jaxpr.eqns:
+    # Products are where the time is: the dtype of an addition says nothing of the speed.
     if equation.primitive.name in _PRODUCTS:
       dtypes = [operand.aval.dtype for operand in equation.invars[:2]]
       yield max(dtypes, key=lambda dtype: dtype.itemsize).name
@@ -152,6 +157,7 @@ def _check_products(
       "has to carry one dtype, all that it does must be in it (NNX's BatchNorm inside nnx.scan is "
       f"not, unless built with dtype=jnp.{dtype.name}): {_check.short(error)}"
     ) from error
+  # Of what a module insists on only the count shows: its outputs may be cast back behind it.
   count, short = sum(found.values()), found.get(dtype.name, 0)
   shown = ", ".join(f"{number} in {name}" for name, number in found.items())
   advice = (
@@ -191,6 +197,7 @@ def _at_least_float32(leaf: Any) -> Any:
 
 def _as_before(new: PyTree, old: PyTree) -> PyTree:
   """An updated collection in the dtypes that it had."""
+  # A step must carry what it was given: another dtype would be another program at the next step.
   before: Any = jax.tree.structure(old)
   if jax.tree.structure(new) != before:
     # There is no telling what was what: at least nothing is short.

@@ -4,7 +4,7 @@ Each reader returns ``{"params": ..., "batch_stats": ...}``, which a network of
 `jaxdistill.networks` takes. With ``like`` (the variables of such a network, or their shapes) every
 leaf is compared, and the result has its structure and its float dtypes. Nothing is unpickled.
 
-A network from PyTorch has its axes in another order: see `linear` and `convolution`.
+A network from PyTorch has its axes in another order, which `linear` and `convolution` turn.
 """
 
 from __future__ import annotations
@@ -96,8 +96,10 @@ def msgpack(
 
   Args:
     path: the file; it holds variables, parameters alone, or a whole `TrainState`.
-    collections: which collections, and where, as in `orbax`.
-    like: variables or shapes that the file must fit, as in `orbax`.
+    collections: names, each searched for at any depth outside of optimisers, of which the first
+      must be there; or a mapping from names to paths, where ``""`` is the whole tree.
+    like: variables or shapes that the file must fit: the same paths and shapes. Floats become
+      like's float dtype; leaves go to like's sharding where it has one.
 
   Returns:
     The variables, as from `orbax`.
@@ -133,6 +135,7 @@ def msgpack(
     tuple(jax.tree_util.keystr((key,), simple=True) for key in keys): leaf
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   }
+  # A TrainState holds parameters twice more, as the optimiser's moments: those are passed over.
   found = runs.find_collections(leaves, collections, f"the file {file}")
   wanted = {
     (name, *place[len(start) :]): leaf
@@ -162,7 +165,8 @@ def safetensors(
     names: the file's name of a tensor to a path of ours, ``"params/Dense_0/kernel"``, or to
       ``(path, function)`` where the function takes and returns an array; or a function from the
       name to those. None takes the file's names as paths, as `save_safetensors` writes them.
-    like: variables or shapes that the result must fit, as in `orbax`.
+    like: variables or shapes that the result must fit: the same paths and shapes. Floats become
+      like's float dtype; leaves go to like's sharding where it has one.
 
   Returns:
     The variables, as from `orbax`.
@@ -185,6 +189,7 @@ def safetensors(
   _extras.need("networks.weights.safetensors", "safetensors")
   place = _existing(path)
   with contextlib.ExitStack() as stack:
+    # Handles, no arrays: a tensor is read when its turn comes.
     there: dict[str, Any] = {}
     files, promised = _shards(place)
     for file in files:
@@ -281,6 +286,7 @@ def convolution(weight: np.ndarray) -> np.ndarray:
   >>> convolution(np.zeros((8, 3, 5, 7))).shape
   (5, 7, 3, 8)
   """
+  # [out, in, *space] to [*space, in, out].
   axes = np.ndim(weight)
   if not 3 <= axes <= 5:
     raise ValueError(
@@ -297,6 +303,8 @@ def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _refuse_pickle(file: pathlib.Path) -> None:
+  # By its first bytes too, whatever it is called: pickle protocols 2 to 5, and a zip, which is how
+  # torch.save packs one.
   start = b""
   if file.is_file():
     with file.open("rb") as opened:
@@ -365,6 +373,7 @@ def _targets(
         f"names and {place} name different tensors. Only in names: {first_few(unknown)}. Only in "
         f"the file: {first_few(forgotten)} (map a tensor to None to leave it out)."
       )
+  # Every tensor has to be said something of: one that is forgotten would be a layer at random.
   targets: dict[tuple[str, ...], tuple[str, Function | None]] = {}
   for tensor in there:
     if not isinstance(names, Mapping):
@@ -402,6 +411,7 @@ def _tensor(place: pathlib.Path, handle: Any, tensor: str, function: Function | 
     raise CheckpointError(
       f"{tensor!r} of {place} cannot be read into NumPy ({error}); convert its dtype."
     ) from error
+  # A user's function on a user's tensor: its error is shown with the tensor's name.
   if function is None:
     return value
   try:
@@ -416,6 +426,7 @@ def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
     there = named_leaves("variables", variables)
     leaves = [_as_it_is(f"{name} of {where}", value) for name, value in there.items()]
     return jax.tree.unflatten(jax.tree.structure(variables), leaves)
+  # Everything that does not fit is in one message: weights are rarely wrong in one place.
   wanted, there = named_leaves("like", like), named_leaves("variables", variables)
   missing, unexpected = sorted(set(wanted) - set(there)), sorted(set(there) - set(wanted))
   shapes = []
@@ -449,6 +460,7 @@ def _as_like(where: str, value: Any, like: Any) -> jax.Array:
     raise ValueError(f"{where} is {value.dtype}, and like has {dtype}; only floats are converted.")
   if dtype != jax.dtypes.canonicalize_dtype(dtype):
     raise ValueError(f"like has {dtype} for {where}: enable jax_enable_x64, or use 32 bits.")
+  # An overflow is looked for below, and named; NumPy's warning would be an error in tests only.
   with np.errstate(over="ignore"):
     result = value.astype(dtype)
   if all(floats) and np.any(np.isfinite(value) & ~np.isfinite(result)):

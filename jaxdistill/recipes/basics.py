@@ -10,7 +10,15 @@ import jax
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
-from jaxdistill.recipes.parts import Modules, Running, both_features, hard_term, learned, recipe
+from jaxdistill.recipes.parts import (
+  Modules,
+  Running,
+  both_features,
+  hard_term,
+  layer_names,
+  learned,
+  recipe,
+)
 from jaxdistill.types import (
   Batch,
   Deployed,
@@ -50,6 +58,7 @@ def labels(
     An objective with the one term ``labels``. It needs no teacher.
   """
   del teacher
+  # [B]. An example without a label is left out by the mask, so its label may be anything.
   values = losses.cross_entropy(student.logits, batch.labels, label_smoothing=label_smoothing)
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled)}
 
@@ -79,6 +88,7 @@ def kd(
     An objective with the terms ``labels`` and ``soft``.
   """
   # [B]: T² KL(softmax(teacher / T) ‖ softmax(student / T)), which keeps its gradient's size.
+  # It asks no label of the example, so it has no mask: the teacher knows something of all of them.
   soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
   return {
     "labels": hard_term(student, batch, hard_weight),
@@ -116,18 +126,8 @@ def hint(
     ValueError: when it is initialised and a layer is not among the features, or the two layers
       can't be matched.
   """
-  keyword = f"{name}_weight"
   _check.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
-
-  def method(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, **weight: Any
-  ) -> dict[str, Term]:
-    del student, batch
-    values = loss(running("projector"), teacher.features[teacher_layer])
-    return {name: Term(values, weight=weight[keyword])}
-
-  modules = _projected(student_layer, teacher_layer, projector)
-  return learned(modules, method, {keyword: hint_weight})
+  return _matched((student_layer, teacher_layer), projector, loss, name, hint_weight)
 
 
 def fitnet(
@@ -147,37 +147,43 @@ def fitnet(
     teacher_layer: the hint layer.
     hint_weight: 100 in the published code.
     hard_weight: 1 in the published code; None leaves the labels out.
-    projector: see `hint`.
+    projector: ``(student, teacher) -> module`` from the two features' shapes; it is left out when
+      the shapes are equal.
 
   Returns:
     An `Objective` with the terms ``labels`` and ``hint``.
   """
-
-  def method(
-    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, hint_weight: Any
-  ) -> dict[str, Term]:
-    values = losses.hint_l2(running("projector"), teacher.features[teacher_layer])
-    return {"hint": Term(values, weight=hint_weight)}
-
-  modules = _projected(student_layer, teacher_layer, projector)
-  return learned(modules, method, {"hint_weight": hint_weight}, hard_weight)
+  layers = (student_layer, teacher_layer)
+  return _matched(layers, projector, losses.hint_l2, "hint", hint_weight, hard_weight)
 
 
-def _projected(
-  student_layer: str, teacher_layer: str, projector: Callable[[Any, Any], nn.Module]
-) -> Callable[[Outputs, Outputs | None], Modules]:
-  """The module ``projector``, where the two features differ in shape."""
+def _matched(
+  layers: tuple[str, str],
+  projector: Callable[[Any, Any], nn.Module],
+  loss: Callable[[jax.Array, jax.Array], jax.Array],
+  name: str,
+  weight: float,
+  hard_weight: float | None = None,
+) -> Objective:
+  """One layer matched, the term and its keyword under a name."""
   _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
-  for argument, layer in (("student_layer", student_layer), ("teacher_layer", teacher_layer)):
-    if not isinstance(layer, str):
-      raise TypeError(f"{argument}={_check.show(layer)} must be a feature's name.")
+  layers = layer_names(*layers)
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
-    ours, theirs = both_features(student, teacher, (student_layer, teacher_layer))
+    # Shapes here, from an abstract evaluation of both networks: nobody types a width in by hand.
+    ours, theirs = both_features(student, teacher, layers)
+    # Where the shapes are the same, the student's own feature is the teacher's to match.
     same = ours.shape[1:] == theirs.shape[1:]
     return {"projector": (None if same else projector(ours, theirs), ours)}
 
-  return modules
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, **now: Any
+  ) -> dict[str, Term]:
+    # The projector meets the teacher; the layers below it get their gradient through it.
+    values = loss(running("projector"), teacher.features[layers[1]])
+    return {name: Term(values, weight=now[f"{name}_weight"])}
+
+  return learned(modules, method, {f"{name}_weight": weight}, hard_weight)
 
 
 def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
@@ -201,6 +207,7 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
   if not objectives:
     raise ValueError("combine needs at least one objective.")
   parts = [as_objective(o) for o in objectives]
+  # Below, each part's parameters and state lie under its number: two may name a module alike.
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     keys = jax.random.split(key, len(parts))
@@ -211,28 +218,16 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
     )
 
   def apply(
-    params: PyTree,
-    state: PyTree,
-    student: Outputs,
-    teacher: Outputs | None,
-    batch: Batch,
-    *,
-    key: Any,
-    **hyper: Any,
+    params: PyTree, state: PyTree, *seen: Any, key: Any, **hyper: Any
   ) -> tuple[dict[str, Term], PyTree]:
     terms: dict[str, Term] = {}
     states = {}
     for i, part in enumerate(parts):
-      keywords = {name: value for name, value in hyper.items() if name in part.hyper}
-      found, states[str(i)] = part.apply(
-        params[str(i)],
-        state[str(i)],
-        student,
-        teacher,
-        batch,
-        key=jax.random.fold_in(key, i),
-        **keywords,
-      )
+      own = {name: value for name, value in hyper.items() if name in part.hyper}
+      # A key of its own, or two parts that draw would draw the same.
+      own["key"] = jax.random.fold_in(key, i)
+      found, states[str(i)] = part.apply(params[str(i)], state[str(i)], *seen, **own)
+      # Of two terms of one name a log would show one, and a sum count one.
       twice = sorted(set(found) & set(terms))
       if twice:
         raise ValueError(
@@ -255,6 +250,7 @@ def _deployed_of(parts: list[Objective]) -> Deployed | None:
   if len(found) > 1:
     raise ValueError(f"{len(found)} objectives deploy a network of their own; combine one at most.")
   ((name, deployed),) = found.items()
+  # Of the combined trees it sees its own branch, as if it were alone.
   return Deployed(
     network=deployed.network,
     variables=lambda student, params, state: deployed.variables(student, params[name], state[name]),

@@ -54,7 +54,7 @@ def crd(
   with ``axis_name``, over which every device then gathers all embeddings and scores them. Without
   it there, a device knows its own share alone: the step averages the banks over the devices, so
   that a row moves 1 / devices of its way and is not of norm 1, and each device sets normalisers of
-  its own, which are averaged likewise. With ``accumulate``, a micro-batch meets the banks that
+  its own, which are averaged too. With ``accumulate``, a micro-batch meets the banks that
   the one before it left, and the first one sets the normalisers.
 
   Args:
@@ -62,7 +62,7 @@ def crd(
       data set's labels. From equal classes no negatives are drawn. Give an example that has no
       label a number of its own. An index beyond N makes the term NaN, which ends the run.
     student_layer: the pooled feature; any other shape is flattened.
-    teacher_layer: likewise of the teacher; the same name by default.
+    teacher_layer: the teacher's pooled feature; the same name by default.
     crd_weight: 0.8 in RepDistiller and mdistiller.
     hard_weight: weight of the labels, 1 there; None leaves that term out.
     crd_temperature: divides the scores, 0.07 there. Not ``temperature``, which is `kd`'s.
@@ -88,10 +88,12 @@ def crd(
   _check.whole("width", width)
   classes = _classes(labels)
 
+  # Two linear maps, [B, D] to [B, width] each: scores are cosines, which need one width.
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     return embeddings(student, teacher, layers, width)
 
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    # Two keys: from one, the maps would be drawn from the words that the banks begin with.
     key, banks_key = jax.random.split(key)
     params, _ = init_modules(key, modules(student, teacher))
     return params, {"banks": losses.init_banks(banks_key, jnp.asarray(classes), width)}
@@ -107,11 +109,14 @@ def crd(
     crd_temperature: Any,
   ) -> dict[str, Term]:
     banks, index = running.state["banks"], batch.index
+    # Padding is nobody's example, and without a label there are no others "of another class".
     known = present(batch) & (batch.labelled > 0)
     ours, theirs = embed(running, student, teacher, layers, known)
     rows = index
     if axis_name is not None:
+      # Every device scores the whole batch, so that all banks make the same step and stay one.
       (ours, theirs, rows, known), key = _gathered((ours, theirs, rows, known), key, axis_name)
+    # A gather beyond the end would be clamped without a word; said here, and made NaN below.
     rows = jnp.clip(rows, 0, len(banks.labels) - 1)
     values, running.state["banks"] = losses.contrastive_bank(
       ours,
@@ -126,12 +131,14 @@ def crd(
       where=known,
     )
     if axis_name is not None:
+      # Back to the examples of this device: the step averages over the devices itself.
       start = jax.lax.axis_index(axis_name) * index.shape[0]
       values = jax.lax.dynamic_slice_in_dim(values, start, index.shape[0])
     # A wrong row would be scored without a word.
     values = jnp.where((index >= 0) & (index < len(banks.labels)), values, jnp.nan)
     return {"crd": Term(values, weight=crd_weight, where=batch.labelled)}
 
+  # ``negatives`` and ``width`` are shapes of the program, so no step can change them: no keywords.
   hyper = {"crd_weight": crd_weight, "crd_temperature": crd_temperature}
   return learned(modules, method, hyper, hard_weight, init=init)
 
@@ -139,12 +146,14 @@ def crd(
 def _gathered(seen: PyTree, key: Any, axis_name: str) -> tuple[PyTree, Any]:
   """The examples of all devices, and the first one's key: the same on every device."""
   seen = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, axis_name, tiled=True), seen)
+  # Each device has a key of its own; drawn with it, negatives and normalisers would drift apart.
   words = jax.lax.all_gather(jax.random.key_data(key), axis_name)[0]
   return seen, jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
 
 
 def _classes(labels: Any) -> np.ndarray:
   """The data set's labels, as integers ``[N]``."""
+  # A soft label has no class to draw "others" from, so that only integers will do.
   classes = np.asarray(labels)
   if not np.issubdtype(classes.dtype, np.integer):
     raise TypeError(f"labels must be the data set's integer labels [N], got {_check.show(labels)}.")

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, losses
+from jaxdistill.networks.models.layers import default_init, kaiming_init
 from jaxdistill.recipes import projectors
 from jaxdistill.recipes.parts import (
   STAGES,
   Modules,
   Running,
-  convolution_init,
   feature,
   hard_term,
   layer_pairs,
@@ -30,16 +30,14 @@ from jaxdistill.recipes.parts import (
   map_pairs,
   recipe,
   stage_weights_or,
-  total,
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 
 __all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
 
 PyTree = Any
+# What OFD compares: behind its ReLU a unit that is off has lost how far off it is.
 _BEFORE_RELU = ("stage1_preact", "stage2_preact", "stage3_preact")
-# PyTorch's kaiming_normal_(mode="fan_out").
-_connector_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 @recipe(check=layer_pairs)
@@ -70,7 +68,7 @@ def attention_transfer(
 
   Source: Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of
   Convolutional Neural Networks via Attention Transfer", 2017, whose own formula differs from its
-  code: see `losses.attention_transfer`.
+  code: it sums f² over the channels and takes ‖·‖ in place of the mean of squares.
 
   >>> from jaxdistill.types import make_batch
   >>> outputs = Outputs(jnp.zeros((1, 2)), {"conv": jnp.ones((1, 2, 2, 3))})
@@ -80,7 +78,8 @@ def attention_transfer(
   [0.0]
   """
   maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
-  values = total(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
+  # [B] for each stage. No projector: the loss takes the mean over channels, whatever their number.
+  values = sum(losses.attention_transfer(ours, theirs) for ours, theirs in maps)
   return {
     "labels": hard_term(student, batch, hard_weight),
     "attention": Term(values, weight=attention_weight),
@@ -124,7 +123,8 @@ def nst(
   [0.0]
   """
   maps = map_pairs(student, teacher, layer_pairs(student_layers, teacher_layers))
-  values = total(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
+  # [B] for each stage. Sets of channels are compared, so that neither order nor number matters.
+  values = sum(losses.neuron_selectivity(ours, theirs) for ours, theirs in maps)
   return {
     "labels": hard_term(student, batch, hard_weight),
     "nst": Term(values, weight=nst_weight),
@@ -142,14 +142,17 @@ class _VariationalMean(nn.Module):
   def __call__(self, x: Any, *, train: bool = False) -> tuple[Any, Any]:
     del train
     for i in range(3):
-      # A 1 x 1 convolution is a linear map of the channels.
+      # A 1 x 1 convolution is a linear map of the channels. No ReLU after the last: a mean may be
+      # negative.
       x = nn.Dense(
         self.features,
         use_bias=False,
-        kernel_init=convolution_init,
+        kernel_init=default_init,
         param_dtype=self.param_dtype,
         name=f"conv{i + 1}",
       )(jax.nn.relu(x) if i else x)
+    # What softplus takes back to init_variance. Large at first: the error is divided by it while
+    # the projector knows nothing.
     raw = math.log(math.expm1(self.init_variance - 1e-5))
     constant = nn.initializers.constant(raw)
     return x, self.param("raw_variance", constant, (self.features,), self.param_dtype)
@@ -197,6 +200,7 @@ def vid(
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found = {}
     for i, (ours, theirs) in enumerate(pairs):
+      # The student predicts the teacher, so a mean is as wide as the teacher's feature.
       width = feature(teacher, theirs, "teacher_layers").shape[-1]
       given = feature(student, ours, "student_layers")
       found[f"mean{i}"] = (_VariationalMean(width, init_variance), given)
@@ -206,7 +210,7 @@ def vid(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, vid_weight: Any
   ) -> dict[str, Term]:
     # -log q(teacher | student) of a Gaussian for each stage, without its constant.
-    values = total(
+    values = sum(
       losses.variational_information(mean, teacher.features[name], raw_variance=raw_variance)
       for (mean, raw_variance), (_, name) in zip(running.each(), pairs, strict=True)
     )
@@ -267,17 +271,20 @@ def overhaul(
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     found = {}
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
+      # A margin of another layer of the same width would pass: paths are the caller's to get right.
       if np.shape(margins[i]) != theirs.shape[-1:]:
         raise ValueError(
           f"margins[{i}] has the shape {np.shape(margins[i])} and the teacher's {pairs[i][1]!r} "
           f"{tuple(theirs.shape)}; it must be one number for each channel."
         )
+      # Its size stays the student's: the loss pools the larger map. No ReLU, since the teacher's
+      # map is from before one, and no bias in front of a BatchNorm, which would take it out again.
       module = projectors.Conv(
         theirs.shape[-1],
         tuple(ours.shape[1:3]),
         use_bias=False,
         use_relu=False,
-        kernel_init=_connector_init,
+        kernel_init=kaiming_init,
         axis_name=axis_name,
       )
       found[f"connector{i}"] = (module, ours)
@@ -286,7 +293,8 @@ def overhaul(
   def method(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, overhaul_weight: Any
   ) -> dict[str, Term]:
-    values = total(
+    # [B]: the last stage counts in full, each one before it half as much as the next.
+    values = sum(
       weight * losses.overhaul(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name), margin in zip(
         weights, running.each(), pairs, margins, strict=True
@@ -308,7 +316,8 @@ def overhaul_margins(variables: Mapping[str, PyTree], norms: Sequence[str]) -> l
       wrn_16_2: ``("stage2_block0/norm1", "stage3_block0/norm1", "final_norm")``.
 
   Returns:
-    ``[C]`` for each norm, see `losses.overhaul_margin`.
+    ``[C]`` for each norm: the mean of a unit while it is off, of a Gaussian with the norm's scale
+    and bias (`losses.overhaul_margin`).
 
   Raises:
     ValueError: there is no norm with a scale and a bias at a path; the message lists those that
@@ -319,10 +328,10 @@ def overhaul_margins(variables: Mapping[str, PyTree], norms: Sequence[str]) -> l
   >>> [round(value, 4) for value in margins[0].tolist()]
   [-0.7979, -0.7979]
   """
-  layer_pairs(norms, None)
+  layer_pairs(norms, None)  # refuses a text, which is a sequence of letters
   leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
   flat = {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
-  margins = []
+  margins = []  # [C] for each norm
   # One compilation instead of one for each operation.
   margin = jax.jit(losses.overhaul_margin)
   for norm in norms:

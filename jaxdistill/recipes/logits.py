@@ -65,7 +65,7 @@ def kd_standardized(
     temperature: in standard deviations of the logits; the published code's for CIFAR-100. It and
       both weights are keywords of the objective.
     soft_weight: of the loss; the published code's for CIFAR-100, ten times `kd`'s.
-    hard_weight: of the labels; likewise. None leaves that term out.
+    hard_weight: of the labels; the published code's for CIFAR-100. None leaves that term out.
 
   Returns:
     An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in
@@ -77,6 +77,8 @@ def kd_standardized(
   [0.0]
   """
   ours, theirs = both_logits("kd_standardized", student, teacher, standardize=True)
+  # [B]. A student of less capacity need not reach the teacher's range of logits, only its order
+  # and spacing: z-scores leave shift and scale to each network.
   soft = loss(ours, theirs, temperature=temperature)
   return {
     "labels": hard_term(student, batch, hard_weight),
@@ -121,7 +123,7 @@ def dkd(
     warmup_steps: in how many steps the keyword ``dkd_warmup`` rises from 0 to 1, in a line; 20
       epochs of CIFAR-100 at batch size 64 by default, as published. 0 turns it off.
     dkd_warmup: that keyword, of the objective; what ``warmup_steps`` says by default.
-    standardize: whether logits are standardised first (see `kd_standardized`).
+    standardize: whether both networks' logits become z-scores first, as in LSKD.
 
   Returns:
     An objective with the terms ``labels`` and ``dkd``; both count labelled examples only,
@@ -138,7 +140,10 @@ def dkd(
   (['dkd', 'labels'], 0.5, [0.0])
   """
   del warmup_steps  # of which dkd_warmup is the schedule, and here the number of this step
+  # Logits, not probabilities: the loss stays in log space, where 1 − p_y can't round to 0.
   ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
+  # NCKD weighs 8 where plain KD has 1 − p_y, next to nothing. Published runs rise to that over 20
+  # epochs, since at first the student's other classes are in no order at all.
   weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
   values = losses.decoupled_kd(
     ours,
@@ -183,7 +188,7 @@ def dist(
     intra_weight: of the relation within each class, which depends on who is in the batch: under
       ``pmap`` or gradient accumulation, the device's share or the micro-batch.
     hard_weight: of the labels; None leaves that term out.
-    standardize: whether logits are standardised first (see `kd_standardized`).
+    standardize: whether both networks' logits become z-scores first, as in LSKD.
 
   Returns:
     An objective with the terms ``labels``, ``inter`` and ``intra``; the last has one value
@@ -196,6 +201,7 @@ def dist(
   ('classes', [0.0, 0.0])
   """
   ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
+  # The batch itself is what a class is compared over: padding in it would be a relation to noise.
   counted = batch.weight > 0
   inter = losses.inter_class_correlation(ours, theirs, temperature=temperature)  # [B]: along rows
   # [K]: along columns.
@@ -258,6 +264,7 @@ def ofa(
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     _, theirs = both_logits("ofa", student, teacher)
+    # As many classes as the teacher has: the exits answer to its logits, not to its features.
     found = {layer: feature(student, layer, "student_layers") for layer in layers}
     return {layer: (make_head(x, theirs.shape[-1]), x) for layer, x in found.items()}
 
@@ -272,6 +279,7 @@ def ofa(
     ofa_weight: Any,
     soft_weight: Any,
   ) -> dict[str, Term]:
+    # [B] for the network's own logits, then for each exit: an exit is taught as the network is.
     final, *early = [
       losses.one_for_all(z, teacher.logits, batch.labels, power=power, temperature=temperature)
       for z in (student.logits, *running.each())
@@ -298,11 +306,13 @@ class _PooledLinear(nn.Module):
   @nn.compact
   def __call__(self, x: Any, *, train: bool = False) -> Any:
     # In float32 at least, as the networks' own logits are.
+    # [B, ..., C] to [B, C]: maps and tokens by the mean over positions, a vector as it is.
     pooled = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x))
     return nn.Dense(self.num_classes, dtype=pooled.dtype, name="classifier")(pooled)
 
 
 def _names(argument: str, layers: Sequence[str]) -> tuple[str, ...]:
+  # Each layer's exit is a module under the layer's name, so a name can be there once only.
   if isinstance(layers, str):
     raise ValueError(
       f"{argument}={layers!r} must be a sequence of names: {argument}=({layers!r},)."
@@ -342,7 +352,7 @@ def ctkd(
     hard_weight: of the labels; None leaves them out.
     warmup_steps: of the curriculum; 10 epochs of CIFAR-100 at batch size 64 by default, as
       published. 0 turns it off: the gradient is reversed in full from the first step on.
-    standardize: whether logits are standardised first (see `kd_standardized`).
+    standardize: whether both networks' logits become z-scores first, as in LSKD.
 
   Returns:
     An `Objective` with the terms ``labels``, ``soft`` and, for the log alone (its weight is 0),
@@ -359,6 +369,8 @@ def ctkd(
   check_loss(loss)
   _check.whole("warmup_steps", warmup_steps, least=0)
   temperature_of = learned_temperature or projectors.LearnedTemperature()
+  # The curriculum, easy to hard: at reversal 0 the temperature stays where it is, at 1 it climbs
+  # against the student at full speed. Published as a cosine.
   falling = optax.cosine_decay_schedule(1.0, warmup_steps) if warmup_steps else None
   hyper = {
     "soft_weight": soft_weight,
@@ -369,6 +381,7 @@ def ctkd(
     """What the module looks at beside the reversal: both networks' logits, or nothing."""
     if temperature_of.hidden is None:
       return ()
+    # [B, 2K], both networks' side by side: the instance-wise temperature depends on both.
     pair = both_logits("ctkd", student, teacher, standardize=standardize)
     dtype = compute_dtype(*pair)
     return (jnp.concatenate([z.astype(dtype) for z in pair], axis=-1),)
@@ -391,6 +404,7 @@ def ctkd(
     # Its gradient is multiplied by -reversal: it climbs what the student descends.
     reversal = at_a_step("ctkd_reversal", ctkd_reversal)
     temperature = running("temperature", reversal, *seen(student, teacher))
+    # For the log alone: weight 0, and no gradient from there either.
     axis = "parameters" if temperature.ndim == 0 else "batch"
     logged = jax.lax.stop_gradient(temperature)
     return {
@@ -405,6 +419,7 @@ def _tempered(loss: LogitLoss, student: Any, teacher: Any, temperature: Any) -> 
   """The loss at one temperature for all, or at one for each row."""
   if temperature.ndim == 0:
     return loss(student, teacher, temperature=temperature)
+  # A loss takes one temperature, so each row is a call of its own; vmap makes one program of them.
   rows = [z.reshape(-1, z.shape[-1]) for z in (student, teacher)]
   by_row = jax.vmap(lambda s, t, value: loss(s, t, temperature=value))
   return by_row(rows[0], rows[1], temperature.reshape(-1)).reshape(temperature.shape)

@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload, runtime_checkable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +44,6 @@ __all__ = [
   "both_logits",
   "check_keywords",
   "check_loss",
-  "convolution_init",
   "embed",
   "embeddings",
   "feature",
@@ -59,22 +57,21 @@ __all__ = [
   "recipe",
   "rising",
   "stage_weights_or",
-  "total",
 ]
 
 PyTree = Any
 P = ParamSpec("P")
 # ``(student_logits, teacher_logits, *, temperature) -> [...]``.
 LogitLoss = Callable[..., jax.Array]
+# The student's feature and the teacher's that it is compared with.
 Pairs = Sequence[tuple[str, str]]
 # ``{name: (module or None, what goes in)}``.
 Modules = Mapping[str, tuple[Any, Any]]
-# Steps of an epoch of CIFAR-100 at the published batch size of 64.
+# Steps of an epoch of CIFAR-100 at the published batch size of 64: 50,000 // 64. Published warm-ups
+# are in epochs; a schedule here is of the step, and batches are never padded.
 EPOCH = 781
 # The three stages of a CIFAR ResNet, as `jaxdistill.networks.models` sows them.
 STAGES = ("stage1", "stage2", "stage3")
-# PyTorch's default for a convolution.
-convolution_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 # --- A method is a function. ---
@@ -155,8 +152,10 @@ def recipe(
     p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.name != "key"
   ]
   defaults = {p.name: p.default for p in keywords}
+  # A keyword that a check or a follower reads has to be a plain value when the objective is made.
   taken = {maker: _names_of(maker, defaults) for maker in (check, *follows.values()) if maker}
   fixed = {name for names in taken.values() for name in names}
+  # Annotated as a number, it may be None only where the annotation says so.
   optional = {p.name for p in keywords if p.annotation is p.empty or "None" in str(p.annotation)}
 
   @functools.wraps(function)
@@ -166,12 +165,15 @@ def recipe(
       wrong = f"keywords {unknown}" if unknown else "positional arguments"
       own = f"; the method itself is {function.__name__}.function" if args else ""
       raise TypeError(f"{function.__name__} has no {wrong}; it has {sorted(defaults)}{own}.")
+    # From here on the recipe is its method with other defaults: functools.partial, and no more.
     values = {**defaults, **given}
     if check is not None:
       check(**{name: values[name] for name in taken[check]})
     for name, maker in follows.items():
       if name not in given:
         values[name] = maker(**{other: values[other] for other in taken[maker]})
+    # What may change from step to step, or along a sweep's axis, is an argument of the program;
+    # the rest is part of it.
     hyper = {
       name: value
       for name, value in values.items()
@@ -182,6 +184,7 @@ def recipe(
     return _objective(function, values, hyper)
 
   made.__annotations__ = {**{p.name: p.annotation for p in keywords}, "return": Objective}
+  # A recipe takes keywords, its function outputs and a batch: two signatures of one name.
   # What help() shows, and where `jaxdistill.search` sees that it is called with keywords.
   shown = signature.replace(parameters=keywords, return_annotation=Objective)
   vars(made).update(function=function, __signature__=shown)
@@ -197,6 +200,7 @@ def _objective(
   bound = functools.partial(function, **{n: v for n, v in values.items() if v is not empty})
   promoted = as_objective(bound)
 
+  # Looked at twice: a number when it is given, a schedule's value when a step asks for it.
   def apply(*args: Any, key: Any, **now: Any) -> tuple[dict[str, Term], PyTree]:
     check_keywords(**now)
     return promoted.apply(*args, key=key, **now)
@@ -228,6 +232,8 @@ def check_keywords(**values: Any) -> None:
 
   >>> check_keywords(temperature=4.0, hard_weight=lambda step: 0.1 * step)
   """
+  # By the name alone: a temperature of 0 divides by 0, and below a weight of 0 the student climbs
+  # what it should descend.
   for name, value in values.items():
     above = 0 if name.endswith("temperature") else None
     least = 0 if name.endswith(("weight", "warmup")) else -math.inf
@@ -264,6 +270,7 @@ def rising(warmup_steps: Any) -> Any:
   >>> float(rising(10)(5)), rising(0)
   (0.5, 1.0)
   """
+  # By the step, where published warm-ups go by the epoch, in stairs: smooth, and the same line.
   _check.whole("warmup_steps", warmup_steps, least=0, instead=": 0 turns the warm-up off")
   return optax.linear_schedule(0.0, 1.0, warmup_steps) if warmup_steps else 1.0
 
@@ -286,6 +293,7 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Ter
   >>> term.weight, round(term.values.item(), 4)  # log 2
   (0.5, 0.6931)
   """
+  # No logits, no labels needed then: an embedding network has neither.
   if hard_weight is None:
     return Term(None, weight=None)
   values = losses.cross_entropy(student.logits, batch.labels)
@@ -318,6 +326,7 @@ def both_logits(
   """
   if teacher is None:
     raise ValueError(f"{recipe} compares with a teacher, and teacher is None; give fit a teacher.")
+  # [B, K] both, and as many classes: the losses refuse two numbers of them.
   if not standardize:
     return student.logits, teacher.logits
   return losses.standardize_logits(student.logits), losses.standardize_logits(teacher.logits)
@@ -340,6 +349,7 @@ def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
   >>> feature(Outputs(features={"mid": jnp.ones(2)}), "mid", "student_layer").shape
   (2,)
   """
+  # Both networks' features are asked for by one function, so the argument says whose is missing.
   side = argument.split("_")[0]
   if outputs is None:
     raise ValueError(f"{argument}={name!r} needs a {side}, and there is none; give fit a {side}.")
@@ -386,9 +396,11 @@ def layer_pairs(
   >>> layer_pairs(("stage1",), None), layer_pairs(("a", "b"), ("c", "d"))
   ([('stage1', 'stage1')], [('a', 'c'), ('b', 'd')])
   """
+  # Pairs by name: positions in two lists of features would match wrong stages without a word.
   teacher_layers = student_layers if teacher_layers is None else teacher_layers
   named = {"student_layers": student_layers, "teacher_layers": teacher_layers}
   for argument, layers in named.items():
+    # "stage1" is a sequence too, of six letters.
     words = not isinstance(layers, str) and isinstance(layers, Sequence)
     if not words or not all(isinstance(name, str) for name in layers):
       raise TypeError(
@@ -410,6 +422,7 @@ def map_pairs(student: Outputs, teacher: Outputs | None, pairs: Pairs) -> list[t
   >>> [(s.shape, t.shape) for s, t in map_pairs(outputs, outputs, [("a", "a")])]
   [((1, 2, 2, 3), (1, 2, 2, 3))]
   """
+  # The losses refuse what is no map too, but know neither the argument nor the feature's name.
   found = []
   for ours, theirs in pairs:
     pair = (feature(student, ours, "student_layers"), feature(teacher, theirs, "teacher_layers"))
@@ -430,6 +443,7 @@ def present(batch: Batch) -> jax.Array:
   >>> present(make_batch(jnp.ones((2, 1)), weight=jnp.array([1.0, 0.0]))).tolist()
   [True, False]
   """
+  # [B] or [B, L]: an example of tokens is there if one of its tokens is.
   there = batch.weight > 0
   return jnp.any(there, axis=tuple(range(1, there.ndim)))
 
@@ -441,6 +455,7 @@ def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, 
   (0.25, 0.5, 1.0)
   """
   if given is None:
+    # AB's and OFD's published weights, 2^(i − n + 1): later stages are nearer to the decision.
     return tuple(2.0 ** (i - count + 1) for i in range(count))
   if len(given) != count:
     raise ValueError(
@@ -449,18 +464,6 @@ def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, 
   for weight in given:
     _check.number("stage_weights", weight, least=0)
   return tuple(given)
-
-
-def total(values: Iterable[Any]) -> Any:
-  """Σ over layers, without a 0 of another dtype to start from.
-
-  >>> total([1, 2])
-  3
-  """
-  first, *others = values
-  for value in others:
-    first = first + value
-  return first
 
 
 # --- A method that trains something: the same function, and modules. ---
@@ -500,6 +503,7 @@ class Running:
     inputs = inputs or (given if isinstance(given, tuple) else (given,))
     if module is None:
       return inputs[0]
+    # Beside the parameters a module may hold statistics, which a call in training moves.
     mine = self.state.get(name, {})
     variables = {"params": self._params[name], **mine}
     out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
@@ -525,7 +529,8 @@ def learned(
 
   Args:
     modules: ``(student, teacher) -> {name: (module or None, what goes in)}``, a module ``(x, ...,
-      *, train)`` as `projectors` has them; from arrays, and from shapes (see `init_modules`).
+      *, train)`` as `projectors` has them. It is called with arrays, and before the first step
+      with their shapes.
     method: ``(running, student, teacher, batch, *, ...) -> {name: Term}``, with `Running`; its
       keywords are those of ``hyper``, and ``key`` if it wants the step's random key.
     hyper: the keywords with their defaults.
@@ -547,6 +552,7 @@ def learned(
   >>> params["projector"]["dense"]["kernel"].shape
   (2, 3)
   """
+  # Without a weight there is no such keyword either: a sum of recipes has the labels once.
   labels = {} if hard_weight is None else {"hard_weight": hard_weight}
   check_keywords(**hyper, **labels)
 
@@ -565,7 +571,9 @@ def learned(
   ) -> tuple[dict[str, Term], PyTree]:
     check_keywords(**now)
     now = {**hyper, **labels, **now}
+    # The labels' term is the same in all methods, so the method itself says nothing of it.
     made = {"labels": hard_term(student, batch, now.pop("hard_weight"))} if labels else {}
+    # Made anew from the shapes at every trace: modules hold no arrays, so nothing is kept in them.
     running = Running(modules(student, teacher), params, state)
     bare = as_objective(functools.partial(method, running))
     terms, _ = bare.apply({}, {}, student, teacher, batch, key=key, **now)
@@ -594,10 +602,13 @@ def init_modules(key: Any, modules: Modules) -> tuple[dict[str, PyTree], dict[st
   """
   params, state = {}, {}
   for i, (name, (module, given)) in enumerate(modules.items()):
+    # Folded in by place, so that two modules of one shape do not start as twins.
     if module is None:
       continue
+    # Of shapes or arrays alike: initialisation looks at no value.
     inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), given)
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    # In training mode, since a module may make some of its variables only then.
     variables = dict(module.init(jax.random.fold_in(key, i), *inputs, train=True))
     params[name] = variables.pop("params", {})
     if variables:
@@ -617,6 +628,7 @@ def embeddings(
   """
   found = {}
   for name, x in zip(("student", "teacher"), both_features(student, teacher, layers), strict=True):
+    # [B, ...] flattened: a pooled feature is as it is, a map becomes one long row.
     flat = jax.ShapeDtypeStruct((x.shape[0], math.prod(x.shape[1:])), compute_dtype(x))
     found[name] = (projectors.Linear(width), flat)
   return found
@@ -640,6 +652,7 @@ def embed(
   >>> [x.shape for x in embed(running, outputs, outputs, ("a", "a"), jnp.ones(1, bool))]
   [(1, 4), (1, 4)]
   """
+  # Replaced in front of the product: behind it, NaN would be in the kernel's gradient already.
   ours, theirs = (
     jnp.where(where[:, None], x.reshape(x.shape[0], -1).astype(compute_dtype(x)), 0.0)
     for x in both_features(student, teacher, layers)

@@ -18,9 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import Images, batch_norm, default_init
 from jaxdistill.types import compute_dtype
 
 __all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
+
+# A vector or tokens, whose last axis is mapped.
+Features = Float[Array | np.ndarray, "B *axes D"]
 
 
 class Linear(nn.Module):
@@ -45,9 +49,7 @@ class Linear(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
-  ) -> Float[Array, "B *axes E"]:
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
     """Projects features.
 
     Args:
@@ -133,17 +135,21 @@ class LearnedTemperature(nn.Module):
         f"hidden={self.hidden} and predictions {'without' if predictions is None else 'with'} "
         "values: a temperature for each example needs both, hidden=128 say; one for all neither."
       )
+    # The last layer's bias where there are layers, so that both forms start at one temperature.
     start = nn.initializers.constant(self.initial)
     if predictions is None:
       theta = self.param("theta", start, (), self.param_dtype)
     else:
+      # Or the student would be trained to please the module that is trained against it.
       x = jax.lax.stop_gradient(jnp.asarray(predictions))
       options = {"dtype": compute_dtype(x), "param_dtype": self.param_dtype}
       x = jax.nn.relu(nn.Dense(self.hidden or 0, **options, name="dense1")(x))
       theta = nn.Dense(1, bias_init=start, **options, name="dense2")(x)[..., 0]
+    # A sigmoid keeps it in its range: climbing a loss that T² multiplies, it would never stop.
     value = self.lowest + self.span * jax.nn.sigmoid(theta)
     fixed = jax.lax.stop_gradient(value)
-    # The difference is 0 exactly; only its gradient counts.
+    # Gradient reversal in one line: forwards the difference is 0 exactly, backwards its slope is
+    # −reversal times the plain one, so that descending this is climbing the loss.
     return fixed - jnp.asarray(reversal, value.dtype) * (value - fixed)
 
 
@@ -168,9 +174,7 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B *axes D"], *, train: bool = False
-  ) -> Float[Array, "B *axes E"]:
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
     """Projects features.
 
     Args:
@@ -182,6 +186,7 @@ class MLP(nn.Module):
     """
     del train
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    # One ReLU between: two linear maps in a row would be one.
     x = jax.nn.relu(nn.Dense(self.hidden, **options, name="dense1")(x))
     return nn.Dense(self.features, **options, name="dense2")(x)
 
@@ -226,9 +231,7 @@ class Conv(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B H2 W2 D"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Float[Array, "B H2 W2 D"]:
     """Projects maps.
 
     Args:
@@ -241,19 +244,14 @@ class Conv(nn.Module):
     Raises:
       ValueError: ``spatial`` can't be reached from ``[H, W]``.
     """
+    # Which convolution follows from the two sizes alone, so that nobody chooses one by hand.
     layer = _convolution(x.shape, (x.shape[0], *self.spatial, self.features))
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
     y = layer(self.features, **kernel, **options, name="conv")(x)
     if self.use_norm:
-      y = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=self.axis_name,
-        **options,
-        name="norm",
-      )(y)
+      y = batch_norm(self, train, "norm")(y)
+    # A teacher's map behind its ReLU has no negative values; one before it has.
     return jax.nn.relu(y) if self.use_relu else y
 
 
@@ -277,6 +275,7 @@ def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.M
   >>> between(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 4, 4, 5))).spatial
   (4, 4)
   """
+  # Shapes alone, so that it works on an abstract evaluation as on arrays.
   ours, theirs = tuple(student.shape), tuple(teacher.shape)
   if len(ours) != len(theirs) or len(ours) not in (2, 3, 4):
     raise ValueError(
@@ -292,13 +291,14 @@ def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.M
     )
   if len(ours) < 4:
     return Linear(features=theirs[-1])
-  _convolution(ours, theirs)
+  _convolution(ours, theirs)  # raises here where no size of kernel leads there, before any training
   return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
 
 
 def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
   """The class of the layer that leads from one size to the other, but for its channels."""
   ours, theirs = student[1:3], teacher[1:3]
+  # FitNets matches two sizes by a convolution that learns how, where the losses only average.
   if all(s == 2 * t for s, t in zip(ours, theirs, strict=True)):
     return functools.partial(nn.Conv, kernel_size=(3, 3), strides=(2, 2), padding=1)
   if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
@@ -308,6 +308,7 @@ def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
     product = functools.partial(nn.Conv, kernel_size=(1, 1), padding="VALID")
     return functools.partial(product, conv_general_dilated=_pointwise)
   if all(s >= t for s, t in zip(ours, theirs, strict=True)):
+    # Without padding a kernel of size k takes k − 1 pixels off a side.
     kernel = tuple(1 + s - t for s, t in zip(ours, theirs, strict=True))
     return functools.partial(nn.Conv, kernel_size=kernel, padding="VALID")
   raise ValueError(
@@ -323,9 +324,8 @@ def _pointwise(x: Any, kernel: Any, *args: Any, **options: Any) -> Any:
   return jnp.matmul(x, kernel[0, 0], precision=options.get("precision"))
 
 
-# PyTorch's kaiming_uniform_(a=1), and its default for a convolution.
+# PyTorch's kaiming_uniform_(a=1), which the published fusions set.
 _fusion_init = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
-_attention_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class ReviewFusion(nn.Module):
@@ -363,7 +363,7 @@ class ReviewFusion(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array | np.ndarray, "B H W C"],
+    x: Images,
     residual: Float[Array | np.ndarray, "B H2 W2 mid"] | None = None,
     *,
     train: bool = False,
@@ -387,16 +387,20 @@ class ReviewFusion(nn.Module):
         f"residual {residual.shape} must have mid={self.mid} channels: give all fusions one mid."
       )
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    # A 1 x 1 convolution is a linear map of the channels.
+    # [B, H, W, mid]. A 1 x 1 convolution is a linear map of the channels.
     y = nn.Dense(self.mid, use_bias=False, kernel_init=_fusion_init, **options, name="conv1")(x)
-    y = self._norm("norm1", train)(y)
+    y = batch_norm(self, train, "norm1")(y)
     if residual is not None:
+      # The stage above is smaller: its pixels are repeated, [B, H, W, mid].
       above = _nearest(residual, (x.shape[1], x.shape[2])).astype(y.dtype)
       both = jnp.concatenate([y, above], axis=-1)
-      attention = nn.Dense(2, kernel_init=_attention_init, **options, name="attention")(both)
+      attention = nn.Dense(2, kernel_init=default_init, **options, name="attention")(both)
+      # Two gates for each pixel, [B, H, W, 2], that need not add up to 1.
       attention = jax.nn.sigmoid(attention)
       y = y * attention[..., :1] + above * attention[..., 1:]
+    # To the teacher's size only now: the gates see the student's own positions.
     y = _nearest(y, self.spatial)
+    # [B, *spatial, features]. 3 × 3: nearest pixels are copies, and neighbours tell them apart.
     out = nn.Conv(
       self.features,
       (3, 3),
@@ -406,18 +410,7 @@ class ReviewFusion(nn.Module):
       **options,
       name="conv2",
     )(y)
-    return self._norm("norm2", train)(out), y
-
-  def _norm(self, name: str, train: bool) -> nn.Module:
-    return nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      axis_name=self.axis_name,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name=name,
-    )
+    return batch_norm(self, train, "norm2")(out), y
 
 
 def _nearest(maps: Any, spatial: tuple[int, int]) -> Any:

@@ -45,7 +45,7 @@ def similarity_preserving(
 
   Args:
     student_layer: the last map, as in RepDistiller and mdistiller; any shape will do.
-    teacher_layer: likewise of the teacher; the same name by default. Sizes and widths may differ.
+    teacher_layer: the teacher's last map; the same name by default. Sizes and widths may differ.
     similarity_weight: 3000 in RepDistiller and mdistiller; torchdistill has 1, with rows divided
       by another norm.
     hard_weight: weight of the labels, 1 there; None leaves that term out.
@@ -58,6 +58,7 @@ def similarity_preserving(
   """
   pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
   # The [B, B] tables of inner products, rows of norm 1; padding is in nobody's row.
+  # The weight of 3000 makes up for the mean over all B² pairs of differences of unit rows.
   values = losses.similarity_preserving(*pair, where=present(batch))
   return {
     "labels": hard_term(student, batch, hard_weight),
@@ -85,7 +86,7 @@ def rkd(
 
   Args:
     student_layer: the pooled feature, as in RepDistiller and mdistiller.
-    teacher_layer: likewise of the teacher; the same name by default. Widths may differ.
+    teacher_layer: the teacher's pooled feature; the same name by default. Widths may differ.
     distance_weight: 25 in RepDistiller and mdistiller; torchdistill has 1, on the last map.
     angle_weight: 50 in RepDistiller and mdistiller; torchdistill has 2.
     rkd_weight: of both together, 1 in RepDistiller.
@@ -98,6 +99,8 @@ def rkd(
   {'distance_weight': 25.0, 'angle_weight': 50.0, 'rkd_weight': 0.5, 'hard_weight': 1.0}
   """
   pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
+  # Distances and angles within each network: an embedding may be turned and scaled as it likes, and
+  # the widths need not agree. Padding would be a point far from everybody, in every mean.
   there = present(batch)
   distance = losses.relational_distance(*pair, where=there)  # of pairs, by the mean distance
   angle = losses.relational_angle(*pair, where=there)  # at each example, between any two others
@@ -126,7 +129,7 @@ def pkt(
 
   Args:
     student_layer: the pooled feature, as in RepDistiller and mdistiller.
-    teacher_layer: likewise of the teacher; the same name by default. Widths may differ.
+    teacher_layer: the teacher's pooled feature; the same name by default. Widths may differ.
     pkt_weight: 30 000 in RepDistiller and mdistiller, for a mean over all pairs.
     hard_weight: weight of the labels, 1 there; None leaves that term out, as torchdistill does.
 
@@ -137,6 +140,7 @@ def pkt(
   {'pkt_weight': 30000.0, 'hard_weight': 1.0}
   """
   pair = both_features(student, teacher, layer_names(student_layer, teacher_layer))
+  # [B]: each row is a distribution over the batch, whom this example would pick as a neighbour.
   values = losses.probabilistic_transfer(*pair, where=present(batch))
   return {
     "labels": hard_term(student, batch, hard_weight),
@@ -161,7 +165,7 @@ def correlation_congruence(
 
   Args:
     student_layer: the pooled feature; any other shape is flattened.
-    teacher_layer: likewise of the teacher; the same name by default.
+    teacher_layer: the teacher's pooled feature; the same name by default.
     correlation_weight: 0.02 in RepDistiller.
     hard_weight: weight of the labels, 1 there; None leaves that term out.
     width: of both embeddings, 128 there.
@@ -183,9 +187,11 @@ def correlation_congruence(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, correlation_weight: Any
   ) -> dict[str, Term]:
     there = present(batch)
+    # [B, width] of both: errors can be subtracted only where features have one width.
     ours, theirs = embed(running, student, teacher, layers, there)
     values = losses.correlation_congruence(ours, theirs, where=there)
     pairs = there[:-1] & there[1:]  # one value for each example and the next
+    # [B − 1], so the axis is no batch and the step's weights do not apply: the mask says it all.
     term = Term(values, weight=correlation_weight, where=pairs, axis="pairs")
     return {"correlation": term}
 

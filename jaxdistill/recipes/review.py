@@ -18,7 +18,6 @@ from jaxdistill.recipes.parts import (
   layer_pairs,
   learned,
   rising,
-  total,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -88,14 +87,18 @@ def reviewkd(
     """The fusions from the top down: each takes a stage, and what the one above leaves over."""
     found: dict[str, tuple[Any, Any]] = {}
     residual: tuple[Any, ...] = ()
+    # A pooled vector [B, D] is a map of one pixel: the top of the review.
     shapes = [_as_map(feature(student, name, "student_layers"), name) for name, _ in pairs]
+    # One width for all residuals, or a fusion could not add what comes from above to its own.
     mid = min(max_mid, shapes[-1].shape[-1])
+    # From the top down: what a stage has learned is reviewed by the one below it, never above.
     for i, shape in reversed(list(enumerate(shapes))):
       target = _as_map(feature(teacher, pairs[i][1], "teacher_layers"), pairs[i][1])
       module = projectors.ReviewFusion(
         mid, target.shape[-1], tuple(target.shape[1:3]), axis_name=axis_name
       )
       found[f"fusion{i}"] = (module, (shape, *residual))
+      # [B, H, W, mid] in the teacher's size here, which the fusion below brings to its own.
       residual = (jax.ShapeDtypeStruct((*target.shape[:3], mid), shape.dtype),)
     return found
 
@@ -111,16 +114,18 @@ def reviewkd(
     values = []
     residual: tuple[Any, ...] = ()
     for i, (ours, theirs) in reversed(list(enumerate(pairs))):
+      # Vectors become maps of one pixel on both sides, so that one loss serves all levels.
       maps, taught = (
         x.reshape(_as_map(x, name).shape)
         for x, name in ((student.features[ours], ours), (teacher.features[theirs], theirs))
       )
+      # Fused, as wide as the teacher's stage; and what is left over for the stage below.
       fused, left = running(f"fusion{i}", maps, *residual)
       residual = (left,)
       values.append(losses.hierarchical_context(fused, taught))
-    # A schedule that no step has followed: the warm-up is over.
+    # [B], summed over the levels. A schedule that no step has followed: the warm-up is over.
     warmup = 1.0 if callable(review_warmup) else review_warmup
-    return {"review": Term(total(values), weight=review_weight * warmup)}
+    return {"review": Term(sum(values), weight=review_weight * warmup)}
 
   hyper = {"review_weight": review_weight, "review_warmup": warmup}
   return learned(modules, method, hyper, hard_weight)

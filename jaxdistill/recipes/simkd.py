@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxdistill import _check, losses
 from jaxdistill.losses import pooling
+from jaxdistill.networks.models.layers import batch_norm
 from jaxdistill.recipes.parts import (
   Modules,
   Running,
@@ -96,6 +97,7 @@ def simkd(
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ours, theirs = parts.shapes(student, teacher)
+    # The student is pooled in front of the projector, so that its 3 × 3 runs on the smaller map.
     target = _smaller(ours, theirs)
     pooled = jax.ShapeDtypeStruct((ours.shape[0], *target[:2], ours.shape[-1]), ours.dtype)
     return {"projector": (parts.module(pooled, target), pooled)}
@@ -103,8 +105,10 @@ def simkd(
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     params, state = init_modules(key, modules(student, teacher))
     ours, theirs = parts.shapes(student, teacher)
+    # State and no parameter: nothing trains it, and it travels with checkpoint and export.
     kept = jax.tree.map(jnp.asarray, classifier)
     _check_head(parts.head, kept, theirs)
+    # The deployed network never sees the teacher: this array of nothing has its map's shape.
     target = jnp.zeros(_smaller(ours, theirs), bool)
     return params, {**state, "classifier": kept, "target": target}
 
@@ -118,7 +122,11 @@ def simkd(
     hard_weight: Any = None,
   ) -> dict[str, Term]:
     ours, theirs = both_features(student, teacher, layers)
+    # [B, H, W, C] of the teacher's width. Once it equals the teacher's map, the classifier cannot
+    # tell the two apart; so no term on the logits is needed.
     projected = running("projector", parts.pooled(ours, running.state["target"].shape))
+    # Published with weight 1 and nothing beside it: the labels' default weight is 0, so that the
+    # term is logged and changes nothing.
     terms = {"simkd": Term(losses.hint_l2(projected, theirs), weight=simkd_weight)}
     if hard_weight is not None:  # the labels, of what the deployed network predicts
       predicted = parts.head(running.state["classifier"], projected)
@@ -133,6 +141,7 @@ def simkd(
 
 def _smaller(ours: Any, theirs: Any) -> tuple[int, ...]:
   """The shape ``[H, W, C]`` that the projector leads to: the teacher's width, the smaller map."""
+  # Only ever smaller: what a map has lost in pooling no projector brings back.
   sizes = zip(ours.shape[1:3], theirs.shape[1:3], strict=True)
   return (*map(min, sizes), theirs.shape[-1])
 
@@ -171,6 +180,7 @@ class _Parts:
   def network(self, student: Network) -> Network:
     """The student, the projector and the classifier as one network."""
 
+    # A random projector in front of a trained classifier would be a network of nobody's.
     def init(key: Any, inputs: Any) -> dict[str, PyTree]:
       raise NotImplementedError(
         f"{name!r} is made by training: take the variables that train.fit returns."
@@ -180,12 +190,14 @@ class _Parts:
       variables: PyTree, inputs: Any, *, train: bool, key: Any
     ) -> tuple[Outputs, dict[str, PyTree]]:
       params = variables["params"]
+      # The student's own logits are computed and dropped; a compiler leaves them out.
       outputs, updated = student.apply(
         {"params": params["student"], **variables["student"]}, inputs, train=train, key=key
       )
       target = variables["target"].shape
       pooled = self.pooled(feature(outputs, self.layers[0], "student_layer"), target)
       module = self.module(pooled, target)
+      # In inference the projector's BatchNorms use their averages, like all the rest.
       known = {"params": params["projector"], **variables["projector"]}
       if train:
         projected, moved = module.apply(
@@ -194,6 +206,7 @@ class _Parts:
       else:
         projected, moved = module.apply(known, pooled, train=False), {}
       logits = self.head(params["classifier"], projected)
+      # Both parts may hold statistics: what moved replaces what was there, the rest stays.
       state = {"student": updated, "projector": moved} if train else {}
       state = {part: {**variables[part], **new} for part, new in state.items()}
       return Outputs(logits=logits, features=outputs.features), state
@@ -204,6 +217,8 @@ class _Parts:
 
 def _together(student: PyTree, params: PyTree, state: PyTree) -> dict[str, PyTree]:
   """The deployed network's variables."""
+  # One tree that is trained, saved and exported as any network's: parameters together, statistics
+  # by the part that they belong to.
   collections = {name: value for name, value in student.items() if name != "params"}
   return {
     "params": {
@@ -222,6 +237,7 @@ def _published(factor: int, axis_name: str | None) -> Callable[[Any, Any], nn.Mo
 
   def projector(student: Any, teacher: Any) -> nn.Module:
     del student
+    # The student's width does not matter: the first 1 × 1 convolution takes what comes.
     channels = teacher.shape[-1]
     if channels < factor:
       raise ValueError(f"factor={factor} is more than the teacher's {channels} channels.")
@@ -245,22 +261,17 @@ class _Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    # Narrow, so that what the deployed student carries beside itself stays small.
     widths = (self.middle, self.middle, self.features)
     for i, (channels, size) in enumerate(zip(widths, (1, 3, 1), strict=True), start=1):
       x = nn.Conv(channels, (size, size), padding=size // 2, use_bias=False, name=f"conv{i}")(x)
-      x = nn.BatchNorm(
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        axis_name=self.axis_name,
-        name=f"norm{i}",
-      )(x)
-      x = nn.relu(x)
+      x = nn.relu(batch_norm(self, train, f"norm{i}")(x))
     return x
 
 
 def _mean_and_dense(classifier: PyTree, maps: jax.Array) -> jax.Array:
   """Logits of a head that averages over positions and then is linear."""
+  # [B, H, W, C] to [B, C] to [B, K], in float32 at least, as the teacher's own head computes.
   pooled = jnp.mean(maps.astype(compute_dtype(maps, classifier["kernel"])), axis=(1, 2))
   logits = pooled @ classifier["kernel"].astype(pooled.dtype)
   if "bias" not in classifier:
@@ -281,6 +292,8 @@ def _check_dense(classifier: Any) -> None:
 
 def _check_head(head: Callable[..., Any], classifier: PyTree, maps: Any) -> None:
   """Raises where the head does not take the teacher's map."""
+  # By shapes, at the first step and not after a run: the classifier of another teacher may well fit
+  # the student's map and not this teacher's.
   try:
     logits = jax.eval_shape(head, classifier, jax.ShapeDtypeStruct(maps.shape, maps.dtype))
   except (TypeError, ValueError, KeyError, IndexError, AttributeError) as error:

@@ -31,18 +31,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import _check, losses
+from jaxdistill.networks.models.layers import batch_norm, default_init
 from jaxdistill.recipes import projectors
 from jaxdistill.recipes.basics import labels
 from jaxdistill.recipes.parts import (
   Modules,
   Running,
-  convolution_init,
   init_modules,
   layer_pairs,
   learned,
   map_pairs,
   stage_weights_or,
-  total,
 )
 from jaxdistill.types import Batch, Objective, Outputs, Term
 
@@ -94,6 +93,8 @@ def fsp(
   pairs = layer_pairs(student_layers, teacher_layers, least=2)
   if stage == 2:
     return _labels_alone(hard_weight)
+  # RepDistiller's 50 takes no effect there, since its second stage drops the term; beside the
+  # labels in one run there has to be a weight.
   if fsp_weight is None:
     fsp_weight = 50.0 if stage is None else 1.0
 
@@ -107,6 +108,7 @@ def fsp(
             f"fsp needs equal widths: the student's {pairs[i][0]!r} is {tuple(ours.shape)} and the "
             f"teacher's {pairs[i][1]!r} {tuple(theirs.shape)}; take connect=True, or other layers."
           )
+        # To the teacher's width in the student's own size: a flow has no positions to match.
         module = projectors.Conv(width, tuple(ours.shape[1:3]), axis_name=axis_name)
       found[f"connector{i}"] = (module, ours)
     return found
@@ -114,11 +116,12 @@ def fsp(
   def method(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, fsp_weight: Any
   ) -> dict[str, Term]:
+    # The connected maps of the student, [B, H, W, C] in their order, and the teacher's own.
     ours = running.each()
     theirs = [teacher.features[name] for _, name in pairs]
     # How the channels of a layer go with those of the next one, [C, C'], for each two of them.
     steps = zip(itertools.pairwise(ours), itertools.pairwise(theirs), strict=True)
-    values = total(losses.flow_of_solution(mine, its) for mine, its in steps)
+    values = sum(losses.flow_of_solution(mine, its) for mine, its in steps)
     return {"fsp": Term(values, weight=fsp_weight)}
 
   hyper = {"fsp_weight": fsp_weight}
@@ -178,6 +181,7 @@ def activation_boundary(
     for i, (ours, theirs) in enumerate(map_pairs(student, teacher, pairs)):
       module = None
       if ours.shape[1:] != theirs.shape[1:]:
+        # Signs are what is compared, and after a ReLU there is no other side.
         module = projectors.between(ours, theirs, axis_name=axis_name).clone(use_relu=False)
       found[f"connector{i}"] = (module, ours)
     return found
@@ -191,8 +195,9 @@ def activation_boundary(
     boundary_weight: Any,
     margin: Any,
   ) -> dict[str, Term]:
-    _check.number("margin", margin, least=0)
-    values = total(
+    _check.number("margin", margin, least=0)  # once more, now that a schedule has become a number
+    # [B]. A hinge for each unit: on the teacher's side by a margin, and no more is asked.
+    values = sum(
       weight * losses.activation_boundary(ours, teacher.features[name], margin=margin)
       for weight, ours, (_, name) in zip(weights, running.each(), pairs, strict=True)
     )
@@ -263,7 +268,9 @@ def factor_transfer(
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     ((ours, theirs),) = map_pairs(student, teacher, pairs)
     width = theirs.shape[-1]
+    # The bottleneck is the point: a paraphrase in half the channels is easier to imitate.
     factor = max(1, int(ratio * width))
+    # The translator is half an autoencoder: it meets the factor, not the map.
     found: dict[str, tuple[Any, Any]] = {"paraphraser": (_Paraphraser(factor, width), theirs)}
     if stage != 1:
       found["translator"] = (_Encoder((ours.shape[-1], factor, factor), True, axis_name), ours)
@@ -282,11 +289,13 @@ def factor_transfer(
   ) -> dict[str, Term]:
     made = {}
     if stage == 2:
+      # Read from the state: not in the parameters, so no optimiser and no weight decay reaches it.
       module, theirs = modules(student, teacher)["paraphraser"]
       variables = {"params": running.state["paraphraser"]}
       factor = module.apply(variables, theirs, method=_Paraphraser.encode)
     else:
       factor, decoded = running("paraphraser")
+      # An autoencoder of the teacher's map; neither labels nor student take part.
       values = losses.hint_l2(decoded, teacher.features[pairs[0][1]])
       made["reconstruction"] = Term(values, weight=weights["reconstruction_weight"])
     if stage != 1:
@@ -295,6 +304,7 @@ def factor_transfer(
       made["factor"] = Term(values, weight=weights["factor_weight"])
     return made
 
+  # Which keywords there are follows from the stage, as the terms do.
   first = {"reconstruction_weight": reconstruction_weight}
   second = {"factor_weight": factor_weight}
   hyper = {1: first, 2: second, None: {**second, **first}}[stage]
@@ -311,18 +321,11 @@ class _Encoder(nn.Module):
   @nn.compact
   def __call__(self, x: Any, *, train: bool = False) -> Any:
     for i, features in enumerate(self.features):
-      layer = nn.Conv(
-        features, (3, 3), padding=1, kernel_init=convolution_init, name=f"conv{i + 1}"
-      )
+      layer = nn.Conv(features, (3, 3), padding=1, kernel_init=default_init, name=f"conv{i + 1}")
       x = layer(x)
       if self.use_norm:
-        x = nn.BatchNorm(
-          use_running_average=not train,
-          momentum=0.9,
-          epsilon=1e-5,
-          axis_name=self.axis_name,
-          name=f"norm{i + 1}",
-        )(x)
+        x = batch_norm(self, train, f"norm{i + 1}")(x)
+      # Leaky, as published: a factor has both signs, which its energy then squares.
       x = jax.nn.leaky_relu(x, 0.1)
     return x
 
@@ -335,7 +338,7 @@ class _Paraphraser(nn.Module):
 
   def setup(self) -> None:
     self.encoder = _Encoder((self.features, self.factor, self.factor))
-    # A transposed convolution of stride 1 is a convolution.
+    # Back to the map's width. A transposed convolution of stride 1, as published, is a convolution.
     self.decoder = _Encoder((self.factor, self.features, self.features))
 
   def __call__(self, x: Any, *, train: bool = False) -> tuple[Any, Any]:
@@ -348,6 +351,7 @@ class _Paraphraser(nn.Module):
 
 
 def _check_stage(stage: Any) -> None:
+  # None is our own: published methods are two runs, and so is every published number.
   if stage not in (None, 1, 2):
     raise ValueError(f"stage={_check.show(stage)} must be 1, 2, or None for both at once.")
 

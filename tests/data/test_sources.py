@@ -11,18 +11,7 @@ import PIL.Image
 import pytest
 
 from jaxdistill import data
-
-
-def pick(items, step):
-  return jax.tree.map(lambda leaf: leaf[step], items)
-
-
-def assert_same(one, other):
-  """The same structure, types and bits."""
-  assert jax.tree.structure(one) == jax.tree.structure(other)
-  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-    assert a.dtype == b.dtype
-    np.testing.assert_array_equal(a, b)
+from test_data import assert_same, pick
 
 
 def untyped(function):
@@ -34,6 +23,10 @@ def numbered(size, *, first=0, classes=3, name="numbered"):
   """Examples whose one input is their own number (plus ``first``): a batch tells its rows."""
   inputs = (first + np.arange(size, dtype=np.float32))[:, None]
   return data.from_arrays(inputs, np.arange(size) % classes, name=name)
+
+
+# What `rows_of` makes.
+FIELDS = data.Fields(inputs="x", num_classes=3)
 
 
 def rows_of(examples):
@@ -52,11 +45,9 @@ def make(kind, size=11, batch_size=4, data_seed=5, **options):
   if kind == "streamed":
     return data.streamed(examples, **options)
   if kind == "records":
-    return data.streamed(
-      data.from_sequence(rows_of(examples), inputs="x", num_classes=3), **options
-    )
+    return data.streamed(data.from_sequence(rows_of(examples), FIELDS), **options)
   rows = rows_of(examples)
-  return data.iterated(lambda epoch: rows, size=size, inputs="x", num_classes=3, **options)
+  return data.iterated(lambda epoch: rows, FIELDS, size=size, **options)
 
 
 KINDS = ["on_device", "streamed", "records", "iterated"]
@@ -94,15 +85,12 @@ def test_a_process_makes_no_rows_of_the_others(kind):
     made.append(int(row["x"][0]))
     return row["x"]
 
-  rows = rows_of(numbered(8))
+  rows, fields = rows_of(numbered(8)), dataclasses.replace(FIELDS, transform=transform)
   options = {"batch_size": 4, "data_seed": 0}
   if kind == "records":
-    opened = data.from_sequence(rows, transform=transform, num_classes=3)
-    source = data.streamed(opened, prefetch=1, **options)
+    source = data.streamed(data.from_sequence(rows, fields), prefetch=1, **options)
   else:
-    source = data.iterated(
-      lambda epoch: rows, size=8, transform=transform, num_classes=3, **options
-    )
+    source = data.iterated(lambda epoch: rows, fields, size=8, **options)
   made.clear()
   mine = source.items(0, 2, part=(1, 2))["index"]
   assert mine.shape == (2, 2)
@@ -293,15 +281,16 @@ def test_from_dicts_takes_what_numpy_takes():
   assert (examples.inputs.dtype, examples.labels.tolist()) == (np.uint8, [0, 1, 0])
   assert (examples.num_classes, examples.label_names) == (2, ("cat", "dog"))
   tokens = ({"tokens": [n, 1], "mask": jnp.ones(2), "text": "!"} for n in range(9))
-  examples = data.from_dicts(tokens, inputs=("tokens", "mask"), labels=None, limit=4)
+  both = data.Fields(inputs=("tokens", "mask"), labels=None)
+  examples = data.from_dicts(tokens, both, limit=4)
   assert examples.inputs["tokens"].tolist() == [[n, 1] for n in range(4)]
   assert (sorted(examples.inputs), examples.num_classes) == (["mask", "tokens"], 0)
   words = [{"text": "ab", "label": "dog"}, {"text": "ba", "label": b"cat"}]
-  examples = data.from_dicts(
-    words,
+  letters = data.Fields(
     transform=lambda row: {"letters": [ord(letter) for letter in row["text"]]},
     label_names=("cat", "dog", "cow"),
   )
+  examples = data.from_dicts(words, letters)
   assert examples.inputs["letters"].tolist() == [[97, 98], [98, 97]]
   assert (examples.labels.tolist(), examples.num_classes) == ([1, 0], 3)
 
@@ -340,13 +329,14 @@ GOOD = {"image": [1.0, 2.0], "label": 0}
   ],
 )
 def test_from_dicts_explains(rows, options, message):
+  fields = {name: value for name, value in options.items() if name != "limit"}
   with pytest.raises((TypeError, ValueError), match=message):
-    data.from_dicts(rows, **options)
+    data.from_dicts(rows, data.Fields(**fields), limit=options.get("limit"))
 
 
 def test_what_a_transform_raises_names_the_row():
   with pytest.raises(KeyError) as caught:
-    data.from_dicts([GOOD], transform=lambda row: row["pixels"])
+    data.from_dicts([GOOD], data.Fields(transform=lambda row: row["pixels"]))
   assert caught.value.__notes__ == ["raised by transform at row 0 of 'rows'"]
 
 
@@ -354,14 +344,12 @@ def test_a_sequence_is_read_when_its_turn_comes():
   rows = rows_of(numbered(11))
   arrays = data.streamed(numbered(11), batch_size=4, data_seed=5).items(1, 3)
   for lazy in (rows, HuggingFace(rows)):
-    opened = data.from_sequence(lazy, inputs="x", num_classes=3)
+    opened = data.from_sequence(lazy, FIELDS)
     assert_same(data.streamed(opened, batch_size=4, data_seed=5).items(1, 3), arrays)
   # A row that is wrong later is an error then, with its number.
   rows[7] = {"x": np.zeros(2, np.float32), "label": 0}
   with pytest.raises(ValueError, match=r"differ in shape.*\(2,\)"):
-    data.streamed(
-      data.from_sequence(rows, inputs="x", num_classes=3), batch_size=11, data_seed=0
-    ).items(0, 1)
+    data.streamed(data.from_sequence(rows, FIELDS), batch_size=11, data_seed=0).items(0, 1)
 
 
 class Broken(HuggingFace):
@@ -387,7 +375,7 @@ class Broken(HuggingFace):
 )
 def test_from_sequence_explains(rows, options, error, message):
   with pytest.raises(error, match=message):
-    data.from_sequence(rows, **{"num_classes": 2, **options})
+    data.from_sequence(rows, data.Fields(**{"num_classes": 2, **options}))
 
 
 # Streams that can only be iterated.
@@ -397,10 +385,10 @@ def test_a_stream_keeps_its_order_and_resumes():
   def open_(epoch):
     return ({"x": [float(10 * epoch + n)], "label": n % 2} for n in range(7))
 
+  fields, sizes = data.Fields(inputs="x", num_classes=2), {"size": 7, "batch_size": 3}
+
   def fresh():
-    return data.iterated(
-      open_, size=7, batch_size=3, data_seed=0, inputs="x", num_classes=2, views=2
-    )
+    return data.iterated(open_, fields, **sizes, data_seed=0, views=2)
 
   whole = fresh().items(0, 7)
   np.testing.assert_array_equal(
@@ -414,7 +402,7 @@ def test_a_stream_keeps_its_order_and_resumes():
   source = fresh()
   for step, count in ((3, 2), (5, 1), (0, 4), (6, 1)):
     assert_same(source.items(step, count), pick(whole, slice(step, step + count)))
-  bare = data.iterated(open_, size=7, batch_size=3, data_seed=0, inputs="x", labels=None)
+  bare = data.iterated(open_, data.Fields(inputs="x", labels=None), **sizes, data_seed=0)
   assert not bare.items(0, 1)["labelled"].any()
   assert bare.num_classes == 0
 
@@ -422,9 +410,9 @@ def test_a_stream_keeps_its_order_and_resumes():
 USED_UP = iter([{"image": [1.0, 2.0], "label": 0}])
 
 
-def stream(open_, **options):
-  defaults = {"size": 4, "batch_size": 2, "data_seed": 0, "num_classes": 2}
-  return untyped(data.iterated)(open_, **{**defaults, **options})
+def stream(open_, batch_size=2, **fields):
+  fields = data.Fields(**{"num_classes": 2, **fields})
+  return untyped(data.iterated)(open_, fields, size=4, batch_size=batch_size, data_seed=0)
 
 
 def test_a_short_epoch_is_an_error_for_every_process():
@@ -599,5 +587,6 @@ def test_some_labels_explains(uneven):
       data.some_labels(uneven, share, data_seed=0)
   with pytest.raises(ValueError, match="has no labels to choose from"):
     data.some_labels(data.from_arrays(np.zeros((3, 1)), None), 0.5, data_seed=0)
+  opened = data.from_sequence([GOOD], data.Fields(num_classes=1))
   with pytest.raises(TypeError, match="needs Examples"):
-    untyped(data.some_labels)(data.from_sequence([GOOD], num_classes=1), 0.5, data_seed=0)
+    untyped(data.some_labels)(opened, 0.5, data_seed=0)

@@ -8,16 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_vjp
 
 from jaxdistill import losses
 from jaxdistill.losses import features as family
 from jaxdistill.losses.pooling import average_pool
+from loss_contract import TOLERANCE, assert_finite, check_derivative, jit, n, with_gradients
 
-# float32 has 24 bits: sums over a few hundred numbers of size 1.
-TOLERANCE = {"rtol": 3e-5, "atol": 3e-6}
-# Most of the time here is the compiler's, and half of that is spent on speed that no test needs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, H, W, C = 3, 4, 6, 4
 SAME = (B, H, W, C)
 MARGIN = np.array([-0.9, -0.4, -0.2, -0.6])
@@ -42,10 +38,6 @@ def meet(s, t):
     return s, t
   size = min(s.shape[1], t.shape[1]), min(s.shape[2], t.shape[2])
   return pool(s, *size), pool(t, *size)
-
-
-def n(x, axis=-1):
-  return x / np.maximum(np.sqrt((x**2).sum(axis, keepdims=True)), 1e-12)
 
 
 def own(x):
@@ -208,29 +200,22 @@ def call(name, student, teacher, hyper):
   return getattr(losses, name)(student, teacher, **hyper)
 
 
-def total(name, student, teacher, traced, static):
-  values = call(name, student, teacher, {**traced, **static})
-  weights = jnp.cos(jnp.arange(values.size, dtype=values.dtype)).reshape(values.shape)
-  return jnp.sum(weights * values), values
+def split(hyper):
+  """Hyper-parameters that are traced, and those that are not."""
+  static = {k: v for k, v in hyper.items() if isinstance(v, int)}
+  return {k: np.asarray(v) for k, v in hyper.items() if k not in static}, static
 
 
 @functools.cache
 def compiled(name):
-  """Values, and the gradients of a weighted sum by student, teacher and traced hyper-parameters."""
-  static = {k: v for k, v in FORMULAS[name][1].items() if isinstance(v, int)}
-  function = functools.partial(total, name, static=static)
-  return jit(jax.value_and_grad(function, argnums=(0, 1, 2), has_aux=True))
+  """Values, and their gradients by student, teacher and traced hyper-parameters."""
+  static = split(FORMULAS[name][1])[1]
+  return with_gradients(lambda s, t, h: call(name, s, t, {**h, **static}))
 
 
 def run(name, student, teacher, **hyper):
-  hyper = {k: v for k, v in {**FORMULAS[name][1], **hyper}.items() if not isinstance(v, int)}
-  (_, values), gradients = compiled(name)(as_float(student), as_float(teacher), as_float(hyper))
-  return jax.tree.map(np.asarray, (values, gradients))
-
-
-def assert_finite(tree, message=""):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    assert np.isfinite(leaf).all(), f"{message}{jax.tree_util.keystr(path)} is not finite"
+  hyper = split({**FORMULAS[name][1], **hyper})[0]
+  return compiled(name)(as_float(student), as_float(teacher), as_float(hyper))
 
 
 # --- Values. ---
@@ -266,29 +251,13 @@ def test_value_is_the_formula(name):
 @NAMES
 def test_float64_stays_and_gradient_is_the_derivative_of_the_formula(name):
   reference, hyper, _ = FORMULAS[name]
-  student, teacher = features(name, 2)
-  traced = {k: np.asarray(v) for k, v in hyper.items() if not isinstance(v, int)}
-  static = {k: v for k, v in hyper.items() if isinstance(v, int)}
-
-  def formula(s, t, h):
-    return reference(s, t, **h, **static)
-
-  @jit
-  def pull(arguments, cotangent):
-    values, back = jax.vjp(lambda s, t, h: call(name, s, t, {**h, **static}), *arguments)
-    return values, back(cotangent)
-
-  def with_pullback(*arguments):
-    values = pull(arguments, np.zeros_like(expected))[0]
-    return values, lambda cotangent: pull(arguments, cotangent)[1]
-
-  arguments = (student, teacher, traced)
-  expected = formula(*arguments)
-  with jax.enable_x64(True):
-    got = with_pullback(*arguments)[0]
-    assert got.dtype == jnp.float64
-    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
-    check_vjp(formula, with_pullback, arguments, atol=1e-6, rtol=1e-6)
+  traced, static = split(hyper)
+  check_derivative(
+    lambda s, t, h: call(name, s, t, {**h, **static}),
+    lambda s, t, h: reference(s, t, **h, **static),
+    *features(name, 2),
+    traced,
+  )
 
 
 @pytest.mark.parametrize(

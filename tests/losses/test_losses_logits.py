@@ -11,16 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from jax.test_util import check_vjp
 
 from jaxdistill import losses
 from jaxdistill.losses import logits
+from loss_contract import TOLERANCE, assert_finite, check_derivative, with_gradients
 
 K = 5
 SHAPE = (8, 8, K)  # one shape for nearly everything, since compiling is what takes time
 LABELS = np.arange(64).reshape(8, 8) * 7 % K
-# float32 has 24 bits: a sum over a few classes of logarithms of size 1 to 10.
-TOLERANCE = {"rtol": 3e-5, "atol": 3e-6}
 
 
 def random_logits(seed, shape=SHAPE, scale=2.0):
@@ -178,35 +176,18 @@ def call(name, student, teacher, labels, **hyper):
 
 @functools.cache
 def compiled(name):
-  """Values, and the gradients of a weighted sum by student, teacher and hyper-parameters."""
-
-  def total(student, teacher, hyper, labels):
-    values = call(name, student, teacher, labels, **hyper)
-    weights = jnp.cos(jnp.arange(values.size, dtype=values.dtype)).reshape(values.shape)
-    return jnp.sum(weights * values), values
-
-  # Half of the time would go into optimising machine code that runs for microseconds.
-  options = {"xla_backend_optimization_level": 0}
-  gradient = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)
-  return jax.jit(gradient, compiler_options=options)
+  """Values, and their gradients by student, teacher and hyper-parameters."""
+  return with_gradients(lambda s, t, hyper, labels: call(name, s, t, labels, **hyper))
 
 
 def run(name, student, teacher, labels=LABELS, **hyper):
   """`compiled` with every hyper-parameter traced, so that a shape is compiled once."""
-  dtype = np.float64 if jax.config.jax_enable_x64 else np.float32
-  hyper = {**FORMULAS[name][0], **hyper}
-  student, teacher, hyper = jax.tree.map(dtype, (student, teacher, hyper))
-  (_, values), gradients = compiled(name)(student, teacher, hyper, np.asarray(labels))
-  return jax.tree.map(np.asarray, (values, gradients))
+  given = student, teacher, {**FORMULAS[name][0], **hyper}
+  return compiled(name)(*jax.tree.map(np.float32, given), np.asarray(labels))
 
 
 def value(name, student, teacher, labels=LABELS, **hyper):
   return run(name, student, teacher, labels, **hyper)[0]
-
-
-def assert_finite(tree):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    assert np.isfinite(leaf).all(), f"{jax.tree_util.keystr(path)} is not finite: {leaf}"
 
 
 # --- Values. ---
@@ -240,22 +221,13 @@ def test_defaults_are_the_published_ones(name):
 @NAMES
 def test_float64_stays_and_gradient_is_the_derivative(name):
   _, hyper, reference = FORMULAS[name]
-  student, teacher = random_logits(3), random_logits(4)
-  with jax.enable_x64(True):
-    values, _ = run(name, student, teacher, **hyper)
-    assert values.dtype == np.float64
-    expected = reference(student, teacher, LABELS, **hyper)
-    np.testing.assert_allclose(values, expected, rtol=1e-11, atol=1e-12)
-
-    def total(*arguments):
-      return compiled(name)(*arguments, LABELS)[0][0]
-
-    def total_vjp(*arguments):
-      (output, _), gradients = compiled(name)(*arguments, LABELS)
-      return output, lambda cotangent: jax.tree.map(lambda g: cotangent * g, gradients)
-
-    arguments = jax.tree.map(np.float64, (student, teacher, hyper))
-    check_vjp(total, total_vjp, arguments, atol=1e-6, rtol=1e-6)
+  check_derivative(
+    lambda s, t, h: call(name, s, t, LABELS, **h),
+    lambda s, t, h: reference(s, t, LABELS, **h),
+    random_logits(3),
+    random_logits(4),
+    jax.tree.map(np.float64, hyper),
+  )
 
 
 @NAMES
@@ -609,7 +581,6 @@ def test_an_excluded_example_is_as_if_dropped():
 
 # --- More rows than anyone would write down. ---
 
-LOGIT = st.floats(-1e4, 1e4, width=32) | st.floats(-3, 3, width=32)
 LOGIT = st.floats(-1e4, 1e4, width=32) | st.floats(-3, 3, width=32)
 ROWS = st.lists(st.lists(LOGIT, min_size=K, max_size=K), min_size=8, max_size=8).map(np.array)
 

@@ -7,15 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_vjp
 
 from jaxdistill import losses
 from jaxdistill.losses import relations
+from loss_contract import TOLERANCE, assert_finite, check_derivative, jit, n, with_gradients
 
-# float32 has 24 bits: sums over a few hundred numbers of size 1.
-TOLERANCE = {"rtol": 3e-5, "atol": 3e-6}
-# Most of the time here is the compiler's, and half of that is spent on speed that no test needs.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 B, D, E = 6, 4, 5
 
 
@@ -28,10 +24,6 @@ def f32(x):
 
 
 # --- The formulas of the paper page, in float64 NumPy. ---
-
-
-def n(x, axis=-1):
-  return x / np.maximum(np.sqrt((x**2).sum(axis, keepdims=True)), 1e-12)
 
 
 def huber(x):
@@ -100,27 +92,16 @@ def vectors(name, seed, size=B):
 
 @functools.cache
 def compiled(name):
-  """Values, and the gradients of a weighted sum by student, teacher and hyper-parameters."""
-
-  def total(student, teacher, hyper, where):
-    values = getattr(losses, name)(student, teacher, where=where, **hyper)
-    weights = jnp.cos(jnp.arange(values.size, dtype=values.dtype))
-    return jnp.sum(weights * values), values
-
-  return jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))
+  """Values, and their gradients by student, teacher and hyper-parameters."""
+  loss = getattr(losses, name)
+  return with_gradients(lambda s, t, hyper, where: loss(s, t, where=where, **hyper))
 
 
 def run(name, student, teacher, where=None, **hyper):
   """`compiled`, always with a mask, so that a shape is compiled once."""
   where = np.ones(len(student), bool) if where is None else np.asarray(where, bool)
   hyper = {k: f32(v) for k, v in {**FORMULAS[name][1], **hyper}.items()}
-  (_, values), gradients = compiled(name)(f32(student), f32(teacher), hyper, where)
-  return jax.tree.map(np.asarray, (values, gradients))
-
-
-def assert_finite(tree, message=""):
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    assert np.isfinite(leaf).all(), f"{message}{jax.tree_util.keystr(path)} is not finite"
+  return compiled(name)(f32(student), f32(teacher), hyper, where)
 
 
 # --- Values. ---
@@ -160,24 +141,12 @@ def test_streaming_several_examples_at_once_is_the_formula(name):
 @NAMES
 def test_float64_stays_and_gradient_is_the_derivative_of_the_formula(name):
   reference, hyper, _ = FORMULAS[name]
-  student, teacher = vectors(name, 4, 4)
-  arguments = (student, teacher, {k: np.asarray(v) for k, v in hyper.items()})
-  expected = reference(student, teacher, **hyper)
-
-  @jit
-  def pull(arguments, cotangent):
-    values, back = jax.vjp(lambda s, t, h: getattr(losses, name)(s, t, **h), *arguments)
-    return values, back(cotangent)
-
-  def with_pullback(*arguments):
-    values = pull(arguments, np.zeros_like(expected))[0]
-    return values, lambda cotangent: pull(arguments, cotangent)[1]
-
-  with jax.enable_x64(True):
-    got = with_pullback(*arguments)[0]
-    assert got.dtype == jnp.float64
-    np.testing.assert_allclose(got, expected, rtol=1e-11, atol=1e-12)
-    check_vjp(lambda s, t, h: reference(s, t, **h), with_pullback, arguments, atol=1e-6, rtol=1e-6)
+  check_derivative(
+    lambda s, t, h: getattr(losses, name)(s, t, **h),
+    lambda s, t, h: reference(s, t, **h),
+    *vectors(name, 4, 4),
+    {k: np.asarray(v) for k, v in hyper.items()},
+  )
 
 
 def test_contrastive_default_temperature():
@@ -336,19 +305,17 @@ def banks():
 
 @functools.cache
 def crd(negatives):
-  def total(student, teacher, labels, index, banks, key, where, hyper):
-    values, banks = losses.contrastive_bank(
+  def loss(student, teacher, labels, index, banks, key, where, hyper):
+    return losses.contrastive_bank(
       student, teacher, labels, index, banks, key=key, negatives=negatives, where=where, **hyper
     )
-    weights = jnp.cos(jnp.arange(values.size, dtype=values.dtype))
-    return jnp.sum(weights * values), (values, banks)
 
-  return jit(jax.value_and_grad(total, argnums=(0, 1, 4, 7), has_aux=True, allow_int=True))
+  return with_gradients(loss, argnums=(0, 1, 4, 7), allow_int=True)
 
 
 def run_crd(student, teacher, banks, *, negatives=6, seed=1, where=None, index=INDEX, **hyper):
   hyper = {"temperature": 0.07, "momentum": 0.5} | hyper
-  (_, (values, after)), gradients = crd(negatives)(
+  return crd(negatives)(
     f32(student),
     f32(teacher),
     LABELS[np.clip(index, 0, N - 1)],
@@ -358,7 +325,6 @@ def run_crd(student, teacher, banks, *, negatives=6, seed=1, where=None, index=I
     np.ones(len(index), bool) if where is None else np.asarray(where, bool),
     {k: f32(v) for k, v in hyper.items()},
   )
-  return jax.tree.map(np.asarray, (values, after, gradients))
 
 
 def ref_crd(student, teacher, banks, *, repeats=1, temperature=0.07, log_z=None, index=INDEX):

@@ -202,15 +202,15 @@ class TestFeatures:
 
   def test_available_evaluates_nothing(self):
     shapes = jax.ShapeDtypeStruct((5, 4), jnp.bfloat16)
-    found = networks.linen_features(Shared(), shapes)
+    found = networks.capturable(Shared(), shapes)
     assert {name: leaf.shape for name, leaf in found.items()} == dict.fromkeys(
       ["shared:0", "shared:1", "twice:0", "twice:1", "total"], (5, 4)
     )
     broken = networks.linen(Nested(), features=["nowhere"])
-    assert "encoder/mid" in networks.linen_features(broken, X)
+    assert "encoder/mid" in networks.capturable(broken, X)
     trace(Shared(), features=list(found))
     with pytest.raises(ValueError, match=r"was not made by networks.linen"):
-      networks.linen_features(dataclasses.replace(broken, apply=lambda *a, **k: None), X)
+      networks.capturable(dataclasses.replace(broken, apply=lambda *a, **k: None), X)
 
   @pytest.mark.parametrize(
     ("features", "message"),
@@ -578,7 +578,7 @@ class TestFlags:
     np.testing.assert_array_equal(named.apply({}, X, train=False)[0].logits, X)
 
   def test_a_flag_that_is_not_there(self):
-    message = r"train_flag='train': Nested has no such .* takes \['x'\], its attributes are .*name"
+    message = r"train_flag='train': Nested has no such .* takes \['x'\], the attributes are .*name"
     with pytest.raises(ValueError, match=message):
       networks.linen(Nested(), train_flag="train")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxdistill.networks import models
+from small_networks import convolve
 
 # At 100 classes, from the public PyTorch definitions.
 PARAMETERS = {
@@ -169,22 +170,6 @@ def test_small_networks_need_no_dtype_promotion(dtype):
 
 
 # Forward passes written again in float64 NumPy, from the papers' block diagrams.
-
-
-def convolve(x, kernel, stride=1, pad=1):
-  size = kernel.shape[0]
-  x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-  rows = range(0, x.shape[1] - size + 1, stride)
-  columns = range(0, x.shape[2] - size + 1, stride)
-  return np.stack(
-    [
-      np.stack(
-        [np.einsum("bhwc,hwcd->bd", x[:, i : i + size, j : j + size], kernel) for j in columns], 1
-      )
-      for i in rows
-    ],
-    1,
-  )
 
 
 def relu(x):

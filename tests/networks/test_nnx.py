@@ -214,12 +214,12 @@ class TestFeatures:
     values = networks.nnx_variables(Nested(rngs=flax_nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"'encoder/x': nothing of that name"):
       network.apply(values, X, train=True, key=KEY)
-    found = networks.nnx_features(network, jax.ShapeDtypeStruct((5, 4), jnp.float32))
+    found = networks.capturable(network, jax.ShapeDtypeStruct((5, 4), jnp.float32))
     assert found["encoder/mid"].shape == (5, 4)
-    assert set(found) == set(networks.nnx_features(Nested(rngs=flax_nnx.Rngs(0)), X))
+    assert set(found) == set(networks.capturable(Nested(rngs=flax_nnx.Rngs(0)), X))
     trace(lambda rngs: Nested(rngs=rngs), features=list(found))
-    with pytest.raises(ValueError, match=r"was not made by networks.nnx"):
-      networks.nnx_features(dataclasses.replace(network, apply=lambda *a, **k: None), X)
+    with pytest.raises(ValueError, match=r"was not made by networks.linen or networks.nnx"):
+      networks.capturable(dataclasses.replace(network, apply=lambda *a, **k: None), X)
     with pytest.raises(ValueError, match="more than once"):
       nnx(build, features=["head", "head"])
 
@@ -314,7 +314,7 @@ class TestTransforms:
     model = Host(flax_nnx.Rngs(0))
     network = nnx(model, features=["body", "mid"])
     made = networks.nnx_variables(model)
-    assert set(networks.nnx_features(network, X)) == {"body", "mid", "head"}
+    assert set(networks.capturable(network, X)) == {"body", "mid", "head"}
     assert set(made) == {"params", "batch_stats"}
 
     @jax.jit
@@ -370,7 +370,7 @@ class TestTransforms:
 
   def test_the_axis_that_the_message_asks_for(self):
     axes = {flax_nnx.Param: 0, flax_nnx.RngState: 0, flax_nnx.Intermediate: 0, ...: None}
-    found = networks.nnx_features(scanned(flax_nnx.StateAxes(axes)), X)
+    found = networks.capturable(scanned(flax_nnx.StateAxes(axes)), X)
     assert found["blocks/dense"].shape == (3, 2, 4)
 
   def test_a_transform_that_keeps_its_structure_is_named(self):

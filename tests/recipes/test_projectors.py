@@ -7,6 +7,7 @@ import pytest
 
 from jaxdistill.recipes import projectors
 from jaxdistill.recipes.projectors import ReviewFusion
+from small_networks import convolve, drawn
 
 KEY = jax.random.key(0)
 
@@ -19,28 +20,12 @@ def shape(*sizes):
   return jax.ShapeDtypeStruct(sizes, jnp.float32)
 
 
-def parameters(module, x, seed=2):
-  """Parameters without the initialisers, whose compilation would take most of the time."""
-  shapes = jax.eval_shape(module.init, KEY, x)["params"]
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
+def parameters(module, *inputs):
+  return drawn(jax.eval_shape(module.init, KEY, *inputs)["params"], seed=2)
 
 
 def as_float64(tree):
   return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
-
-
-def convolve(x, kernel, stride, padding):
-  """A convolution with zero padding, one output pixel after the other."""
-  x = np.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-  high, wide = kernel.shape[:2]
-  rows = range(0, x.shape[1] - high + 1, stride)
-  columns = range(0, x.shape[2] - wide + 1, stride)
-  pixels = [
-    [np.einsum("bhwc,hwcd->bd", x[:, i : i + high, j : j + wide], kernel) for j in columns]
-    for i in rows
-  ]
-  return np.stack([np.stack(row, axis=1) for row in pixels], axis=1)
 
 
 def transposed(x, kernel):
@@ -268,8 +253,7 @@ def test_a_temperature_for_each_example(strict_promotion):
   module = projectors.LearnedTemperature(hidden=6)
   x = draw(5, 8)
   shapes = jax.eval_shape(module.init, KEY, 1.0, x)["params"]
-  rng = np.random.default_rng(2)
-  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) / 3, s.dtype), shapes)
+  params = drawn(shapes, seed=2, scale=1 / 3)
 
   @jax.jit
   def run(params, x, reversal):
@@ -335,10 +319,7 @@ def given(module, *inputs):
   shapes = jax.eval_shape(module.init, KEY, *inputs)["batch_stats"]
   stats = jax.tree.map(lambda s: jnp.zeros(s.shape), shapes)
   stats = {name: {**stat, "var": stat["var"] + 1} for name, stat in stats.items()}
-  shapes = jax.eval_shape(module.init, KEY, *inputs)["params"]
-  rng = np.random.default_rng(3)
-  params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape), s.dtype), shapes)
-  return {"params": params, "batch_stats": stats}
+  return {"params": parameters(module, *inputs), "batch_stats": stats}
 
 
 @pytest.mark.parametrize(

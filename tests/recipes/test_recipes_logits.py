@@ -14,6 +14,8 @@ from jaxdistill import losses, networks, recipes
 from jaxdistill.recipes import ctkd, dist, dkd, kd_standardized, ofa, projectors
 from jaxdistill.train import init_state, make_step, reduce_terms
 from jaxdistill.types import Objective, Outputs, as_objective, make_batch
+from small_networks import drawn
+from test_losses_logits import kl, pearson, ref_decoupled, ref_ofa, softmax
 
 KEY = jax.random.key(0)
 CLASSES = 4
@@ -97,24 +99,14 @@ def parameters(objective, student, teacher, seed=2):
   """Parameters without the initialisers, whose compilation would take most of the time."""
   shapes, state = jax.eval_shape(objective.init, KEY, student, teacher)
   assert state == {}
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 3, x.dtype), shapes)
+  return drawn(shapes, seed, scale=1 / 3)
 
 
-# The formulas of the papers, in float64.
-
-
-def softmax(z, temperature=1.0):
-  e = np.exp(z / temperature - np.max(z / temperature, axis=-1, keepdims=True))
-  return e / e.sum(-1, keepdims=True)
+# The formulas of the papers, in float64; others are with the losses.
 
 
 def hard(z, y):
   return -np.log(softmax(z)[np.arange(len(y)), y])
-
-
-def kl(p, q):
-  return np.sum(p * np.log(p / q), axis=-1)
 
 
 def soft(s, t, temperature):
@@ -123,26 +115,6 @@ def soft(s, t, temperature):
 
 def z_scores(z):
   return (z - z.mean(-1, keepdims=True)) / (1e-7 + z.std(-1, ddof=1, keepdims=True))
-
-
-def decoupled(s, t, y, temperature, target, nontarget):
-  q, p = softmax(s, temperature), softmax(t, temperature)
-  rows, rest = np.arange(len(y)), np.arange(CLASSES)[None] != y[:, None]
-  pairs = [np.stack([x[rows, y], 1 - x[rows, y]], axis=-1) for x in (p, q)]
-  others = [x[rest].reshape(len(y), -1) for x in (p, q)]
-  others = [x / x.sum(-1, keepdims=True) for x in others]
-  return temperature**2 * (target * kl(*pairs) + nontarget * kl(*others))
-
-
-def pearson(a, b):
-  a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-  norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-  return np.sum(a * b, axis=-1) / (norms + 1e-8)
-
-
-def enhanced(s, t, y, power):
-  one_hot = np.eye(CLASSES)[y]
-  return -np.sum(((softmax(t) + one_hot) ** power - one_hot) * np.log(softmax(s)), axis=-1)
 
 
 def mean(values, weight):
@@ -158,14 +130,14 @@ def published(name, student, teacher, batch):
   if name == "kd_standardized":
     return 0.1 * cross + 9 * mean(soft(z_scores(s), z_scores(t), 2.0), weight)
   if name == "dkd":
-    return cross + 0.25 * mean(decoupled(s, t, y, 4.0, 1.0, 8.0), known)
+    return cross + 0.25 * mean(ref_decoupled(s, t, y, 4.0, 1.0, 8.0), known)
   if name == "dkd+ls":
-    values = decoupled(z_scores(s), z_scores(t), y, 2.0, 1.0, 8.0)
+    values = ref_decoupled(z_scores(s), z_scores(t), y, 2.0, 1.0, 8.0)
     return cross + 0.25 * 9 * mean(values, known)
   if name == "dist":
     q, p = softmax(s, 4.0), softmax(t, 4.0)
-    inter = mean(16 * (1 - pearson(q, p)), weight)
-    intra = np.mean(16 * (1 - pearson(q[weight > 0].T, p[weight > 0].T)))
+    inter = mean(16 * (1 - pearson(q, p, -1)), weight)
+    intra = np.mean(16 * (1 - pearson(q[weight > 0], p[weight > 0], 0)))
     return cross + 2 * (inter + intra)
   assert name == "ctkd"
   temperature = 1 + 20 / (1 + np.exp(-1.0))
@@ -215,8 +187,8 @@ def test_one_for_all_has_an_exit_for_each_layer(strict_promotion):
 
   pooled = np.asarray(student.features["map"], np.float64).mean((1, 2))
   exits = [head("map", pooled), head("vector", np.asarray(student.features["vector"]))]
-  want = mean(hard(s, y), known) + 2 * mean(enhanced(s, t, y, 1.5), known)
-  want += 0.5 * sum(mean(enhanced(z, t, y, 1.5), known) for z in exits)
+  want = mean(hard(s, y), known) + 2 * mean(ref_ofa(s, t, y, 1.5, 1.0), known)
+  want += 0.5 * sum(mean(ref_ofa(z, t, y, 1.5, 1.0), known) for z in exits)
   loss, sums = jax.jit(of(objective))(params, {}, student, teacher, batch)
   # float32 logarithms and sums of four.
   assert float(loss) == pytest.approx(want, rel=1e-5)
@@ -283,7 +255,7 @@ def test_another_loss_goes_behind_standardised_logits_and_a_learned_temperature(
   np.testing.assert_allclose(by_tvd, 2 * np.abs(softmax(t, 2) - softmax(s, 2)).sum(-1), rtol=1e-4)
   np.testing.assert_allclose(by_reverse_kl, soft(t, s, 1 + 20 / (1 + np.exp(-1))), rtol=1e-3)
   np.testing.assert_allclose(
-    inter, 16 * (1 - pearson(softmax(s, 4), softmax(t, 4))), rtol=1e-4, atol=1e-4
+    inter, 16 * (1 - pearson(softmax(s, 4), softmax(t, 4), -1)), rtol=1e-4, atol=1e-4
   )
 
 

@@ -287,7 +287,12 @@ def refused(examples, teacher):
   source = source_of("on_device", examples)
   rows = [{"x": x, "label": 0} for x in examples.inputs]
   stream = data.iterated(
-    lambda epoch: rows, size=SIZE, batch_size=4, data_seed=0, inputs="x", num_classes=3, views=2
+    lambda epoch: rows,
+    data.Fields(inputs="x", num_classes=3),
+    size=SIZE,
+    batch_size=4,
+    data_seed=0,
+    views=2,
   )
   done = teachers.cached(*teacher, source, progress=None)
   no_logits = lambda variables, batch: Outputs(hidden=batch.inputs, head=1)  # noqa: E731

@@ -31,6 +31,7 @@ def named(
   def make(num_classes: int = 100, **options: Any) -> M:
     return module(num_classes=num_classes, **attributes, **options)
 
+  # A name of its own and a docstring of its own, so that help(resnet20) is about resnet20.
   shown = attributes.get("width", attributes["depth"])
   make.__name__ = make.__qualname__ = name
   make.__module__ = module.__module__

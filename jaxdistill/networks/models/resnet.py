@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.networks.models._named import named
+from jaxdistill.networks.models.layers import Images, Logits, batch_norm, convolution, default_init
 from jaxdistill.networks.models.small import patches_convolution
 
 __all__ = [
@@ -37,10 +38,6 @@ __all__ = [
   "resnet56",
   "resnet110",
 ]
-
-# PyTorch's kaiming_normal_(mode="fan_out") and nn.Linear's default for the weight.
-_convolution_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def _patches(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **unused: Any) -> Array:
@@ -63,7 +60,7 @@ class BasicBlock(nn.Module):
     dtype: of the computation; None promotes from inputs and parameters.
     param_dtype: of the parameters.
     axis_name: the mapped axis over which BatchNorm averages its statistics.
-    conv: see `ResNet`.
+    conv: how convolutions are computed, ``"lax"`` or ``"patches"``, from the same parameters.
 
   Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
 
@@ -94,23 +91,9 @@ class BasicBlock(nn.Module):
     Returns:
       The output after the last ReLU, and the same before it.
     """
-    conv = functools.partial(
-      nn.Conv,
-      conv_general_dilated=_CONVOLUTIONS[self.conv],
-      use_bias=False,
-      kernel_init=_convolution_init,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      axis_name=self.axis_name,
-    )
+    conv = convolution(self, conv_general_dilated=_CONVOLUTIONS[self.conv])
+    norm = functools.partial(batch_norm, self, train)
+    # An identity wherever shapes allow it: what He et al. found to train best.
     shortcut = x
     if self.stride != 1 or x.shape[-1] != self.channels:
       shortcut = conv(
@@ -120,6 +103,7 @@ class BasicBlock(nn.Module):
     y = conv(self.channels, (3, 3), (self.stride, self.stride), padding=1, name="conv1")(x)
     y = nn.relu(norm(name="norm1")(y))
     y = conv(self.channels, (3, 3), padding=1, name="conv2")(y)
+    # The sum before its ReLU is a feature of its own: OFD, AB and ReviewKD compare it.
     preact = norm(name="norm2")(y) + shortcut
     return nn.relu(preact), preact
 
@@ -175,9 +159,7 @@ class ResNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -187,32 +169,15 @@ class ResNet(nn.Module):
     Returns:
       Logits ``[B, K]`` in float32 (float64 where the network computes in it).
     """
-    x = nn.Conv(
-      self.width[0],
-      (3, 3),
-      padding=1,
-      conv_general_dilated=_CONVOLUTIONS[self.conv],
-      use_bias=False,
-      kernel_init=_convolution_init,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name="stem_conv",
-    )(x)
-    x = nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      axis_name=self.axis_name,
-      name="stem_norm",
-    )(x)
-    x = nn.relu(x)
+    conv = convolution(self, conv_general_dilated=_CONVOLUTIONS[self.conv])
+    x = conv(self.width[0], (3, 3), padding=1, name="stem_conv")(x)
+    x = nn.relu(batch_norm(self, train, "stem_norm")(x))
     self.sow("intermediates", "stem", x)
     for stage, channels in enumerate(self.width[1:], start=1):
       for block in range((self.depth - 2) // 6):
         x, preact = BasicBlock(
           channels,
+          # 32, 16 and 8 pixels a side on CIFAR: the first block of a later stage halves the map.
           stride=2 if stage > 1 and block == 0 else 1,
           dtype=self.dtype,
           param_dtype=self.param_dtype,
@@ -227,7 +192,7 @@ class ResNet(nn.Module):
     self.sow("intermediates", "pooled", pooled)
     return nn.Dense(
       self.num_classes,
-      kernel_init=_linear_init,
+      kernel_init=default_init,
       bias_init=_linear_bias_init(pooled.shape[-1]),
       param_dtype=self.param_dtype,
       name="classifier",

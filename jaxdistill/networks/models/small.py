@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import Images, Logits
+
 __all__ = ["MLP", "Conv3x3", "ConvNet", "patches_convolution"]
 
 
@@ -55,6 +57,7 @@ def patches_convolution(
     for i in range(taps[0])
     for j in range(taps[1])
   ]
+  # [B, H2, W2, h·w·C] by [h·w·C, D]: rows of the kernel lie in the order of the slices.
   return jnp.concatenate(slices, axis=-1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -81,7 +84,7 @@ class Conv3x3(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B H2 W2 D"]:
+  def __call__(self, x: Images) -> Float[Array, "B H2 W2 D"]:
     """Applies the convolution.
 
     Args:
@@ -117,8 +120,8 @@ class ConvNet(nn.Module):
     strides: of each convolution.
     dense: width of the dense layer.
     num_classes: K.
-    conv: how convolutions are computed, ``"patches"`` or ``"lax"``; see `Conv3x3`. Same parameters,
-      same numbers to rounding.
+    conv: how convolutions are computed: ``"patches"``, as one matrix product, or ``"lax"``, as XLA
+      does. Same parameters, same numbers to rounding.
     dtype: of the computation; None promotes from inputs and parameters. The last layer computes in
       float32 at least.
     param_dtype: of the parameters.
@@ -152,9 +155,7 @@ class ConvNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -171,10 +172,11 @@ class ConvNet(nn.Module):
       )
       x = nn.relu(layer(x))
       self.sow("intermediates", f"conv{i + 1}", x)
-    x = x.reshape(x.shape[0], -1)
+    x = x.reshape(x.shape[0], -1)  # [B, H·W·C]
     x = nn.Dense(self.dense, dtype=self.dtype, param_dtype=self.param_dtype, name="dense_layer")(x)
     x = nn.relu(x)
     self.sow("intermediates", "hidden", x)
+    # Logits in bfloat16 carry three digits: too few to distil from, and the layer is tiny.
     x = x.astype(np.promote_types(x.dtype, np.float32))
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(x)
 
@@ -203,9 +205,7 @@ class MLP(nn.Module):
   param_dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B ..."], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Float[Array | np.ndarray, "B ..."], *, train: bool = False) -> Logits:
     """Classifies inputs of any shape.
 
     Args:
@@ -223,5 +223,6 @@ class MLP(nn.Module):
       )
       x = nn.relu(layer(x))
       self.sow("intermediates", f"hidden{i + 1}", x)
+    # Logits in bfloat16 carry three digits: too few to distil from, and the layer is tiny.
     x = x.astype(np.promote_types(x.dtype, np.float32))
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(x)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxdistill.networks.models.layers import Images, Logits
+
 __all__ = ["EncoderBlock", "VisionTransformer", "vit_tiny"]
 
 
@@ -51,6 +53,7 @@ class EncoderBlock(nn.Module):
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     dropout = nn.Dropout(self.dropout_rate, deterministic=not train)
     xavier = nn.initializers.xavier_uniform()
+    # Norms come first in each half, so that the residual stream itself is never normalised.
     y = nn.LayerNorm(name="attention_norm", **dtypes)(x)
     y = nn.MultiHeadDotProductAttention(
       self.num_heads, kernel_init=xavier, deterministic=True, name="attention", **dtypes
@@ -122,9 +125,7 @@ class VisionTransformer(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -140,7 +141,7 @@ class VisionTransformer(nn.Module):
         f"got {self.patch_size}: use another patch_size, or pad the images."
       )
     dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    tokens = self._embed(x)
+    tokens = self._embed(x)  # [B, H·W / patch², width], one more with a class token
     self.sow("intermediates", "embedding", tokens)
     tokens = nn.Dropout(self.dropout_rate, deterministic=not train)(tokens)
     for i in range(self.depth):
@@ -155,8 +156,9 @@ class VisionTransformer(nn.Module):
     self.sow("intermediates", "pooled", pooled)
     return nn.Dense(self.num_classes, param_dtype=self.param_dtype, name="classifier")(pooled)
 
-  def _embed(self, x: Float[Array | np.ndarray, "B H W C"]) -> Float[Array, "B N D"]:
+  def _embed(self, x: Images) -> Float[Array, "B N D"]:
     """Patches as tokens, after the class token if there is one, plus positions."""
+    # A convolution whose stride is its size: a linear map of each patch.
     normal = nn.initializers.normal(0.02)
     patch = (self.patch_size, self.patch_size)
     tokens = nn.Conv(
@@ -169,6 +171,7 @@ class VisionTransformer(nn.Module):
       name="patch_embedding",
     )(x)
     tokens = tokens.reshape(x.shape[0], -1, self.width)
+    # First, where ViT has it; one vector for all images, which attention fills for each.
     if self.pooling == "cls":
       token = self.param("class_token", normal, (1, 1, self.width), self.param_dtype)
       token = jnp.broadcast_to(token.astype(tokens.dtype), (x.shape[0], 1, self.width))

@@ -19,12 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxdistill.networks.models._named import named
+from jaxdistill.networks.models.layers import Images, Logits, batch_norm, convolution, default_init
 
 __all__ = ["WideBlock", "WideResNet", "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]
-
-# Normal with standard deviation √(2 / (k² · channels out)); PyTorch's default for nn.Linear.
-_convolution_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-_linear_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class WideBlock(nn.Module):
@@ -69,23 +66,10 @@ class WideBlock(nn.Module):
       The output, not normalised, and the first BatchNorm's output: what the methods that compare
       features before the activation call the input's pre-activation.
     """
-    conv = functools.partial(
-      nn.Conv,
-      use_bias=False,
-      kernel_init=_convolution_init,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-    )
-    norm = functools.partial(
-      nn.BatchNorm,
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      axis_name=self.axis_name,
-    )
+    conv = convolution(self)
+    norm = functools.partial(batch_norm, self, train)
     strides = (self.stride, self.stride)
+    # BatchNorm and ReLU come before the convolution, so that the shortcut runs through untouched.
     normalised = norm(name="norm1")(x)
     active = nn.relu(normalised)
     shortcut = x
@@ -144,9 +128,7 @@ class WideResNet(nn.Module):
     super().__post_init__()
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array | np.ndarray, "B H W C"], *, train: bool = False
-  ) -> Float[Array, "B K"]:
+  def __call__(self, x: Images, *, train: bool = False) -> Logits:
     """Classifies images.
 
     Args:
@@ -156,46 +138,30 @@ class WideResNet(nn.Module):
     Returns:
       Logits ``[B, K]`` in float32 (float64 where the network computes in it).
     """
-    x = nn.Conv(
-      16,
-      (3, 3),
-      padding=1,
-      use_bias=False,
-      kernel_init=_convolution_init,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      name="stem_conv",
-    )(x)
+    x = convolution(self)(16, (3, 3), padding=1, name="stem_conv")(x)
     self.sow("intermediates", "stem", x)
     for stage in (1, 2, 3):
       for block in range((self.depth - 4) // 6):
         x, normalised = WideBlock(
-          8 * 2**stage * self.widen_factor,
+          8 * 2**stage * self.widen_factor,  # 16, 32, 64 channels, times the factor
           stride=2 if stage > 1 and block == 0 else 1,
           dtype=self.dtype,
           param_dtype=self.param_dtype,
           axis_name=self.axis_name,
           name=f"stage{stage}_block{block}",
         )(x, train=train)
+        # A stage ends without a norm; the one that begins the next stage is its pre-activation.
         if stage > 1 and block == 0:
           self.sow("intermediates", f"stage{stage - 1}_preact", normalised)
       self.sow("intermediates", f"stage{stage}", x)
-    x = nn.BatchNorm(
-      use_running_average=not train,
-      momentum=0.9,
-      epsilon=1e-5,
-      dtype=self.dtype,
-      param_dtype=self.param_dtype,
-      axis_name=self.axis_name,
-      name="final_norm",
-    )(x)
+    x = batch_norm(self, train, "final_norm")(x)
     self.sow("intermediates", "stage3_preact", x)
     # Logits in bfloat16 carry three digits: too few to distil from, and the layer is tiny.
     wide = np.promote_types(x.dtype, np.float32)
     pooled = jnp.mean(nn.relu(x), axis=(1, 2), dtype=wide)
     self.sow("intermediates", "pooled", pooled)
     return nn.Dense(
-      self.num_classes, kernel_init=_linear_init, param_dtype=self.param_dtype, name="classifier"
+      self.num_classes, kernel_init=default_init, param_dtype=self.param_dtype, name="classifier"
     )(pooled)
 
 
