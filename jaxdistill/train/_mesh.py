@@ -86,7 +86,7 @@ class Dispatch:
       on the mesh already stays where and as it is, replicated or in parts, and nothing is copied;
       leaves that are shapes get the sharding of such an array.
     spread: puts what is donated, and what students have each of their own (state, values), where
-      `compile`'s function takes it, in buffers of its own; shapes get the sharding of such an array.
+      `compile`'s function takes it, in buffers of its own; shapes get that sharding.
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
