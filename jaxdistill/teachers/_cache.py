@@ -108,8 +108,11 @@ def cached(
     store = Store(_views(source), fill.layout, fill.size, fill=fill, progress=progress)
     if folder is not None:
       store.files = _claimed(_check.folder("folder", folder), fill, about)
-  # Where the files are larger than that, they are read row by row.
+  # Read once and kept where they fit: a step then waits for a copy and not for the disk. Where the
+  # files are larger than a quarter of the host's memory, rows are read as they are needed.
   store.keep = folder is None or _fits(_bytes(source, store.layout), "host")
+  # One view comes in every epoch anyway. Several are filled when they are first shown, so that a
+  # run shorter than the views pays only for what it sees.
   if _views(source) == 1 or in_advance:
     store.complete()
   device = store.full and _fits(_bytes(source, store.layout), "device")
@@ -121,7 +124,8 @@ def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files
   """The files of a cache of ours, made or gone on with."""
   source, views = fill.source, about["view_count"]
   if (folder / MANIFEST).exists():
-    _check_same(folder, about)  # before anything is compiled
+    # By what is cheap to know, before the teacher is compiled to be asked about a few examples.
+    _check_same(folder, about)
   about = {
     **about,
     "teacher": {**about["teacher"], "outputs": fill.probe()},
@@ -200,6 +204,7 @@ def with_outputs(source: Source, arrays: PyTree, size: int, views: int = 1) -> S
 
   def cut(shared: PyTree, item: PyTree) -> Batch:
     batch = source.cut(shared[0], item)
+    # Arrays [V * N, ...] and not [V, N, ...]: one gather by one number, row v * N + n.
     row = (batch.view % jnp.int32(views)) * jnp.int32(size) + batch.index
     rows = jax.tree.map(lambda leaf: jnp.take(leaf, row, 0, mode="clip"), shared[1])
     return dataclasses.replace(batch, teacher=_outputs(rows))
@@ -215,6 +220,7 @@ def _beside(source: Source, store: Store) -> Source:
 
   def read(seed: int, batch: int, step: int, count: int, part: Part) -> PyTree:
     items = source.read(seed, batch, step, count, part)
+    # [count, B] each: what the items will show is known on the host, before anything is cut.
     index, view = whole.rows(items)
     return {"items": items, "teacher": store.rows(index, view % store.count)}
 
@@ -245,6 +251,8 @@ def _read(
 
 def _outputs(rows: Mapping[str, Any]) -> Outputs:
   """A batch's rows as the teacher put them out."""
+  # float16 is for the disk alone: a softmax at a high temperature lives of differences that it has
+  # not, and losses take their dtype from what they are given.
   values = {
     name: value.astype(jnp.float32) if value.dtype == jnp.float16 else value
     for name, value in rows.items()
@@ -432,8 +440,9 @@ class Filler:
     pending: Any = None
     for item in self.items(view):
       made = self.outputs(self.teacher, self.source.shared, item)
+      # One batch late: the host waits for numbers that are there, while the device computes on.
       if pending is not None:
-        take(pending)  # while the device is at the next batch
+        take(pending)
       pending = made
     take(pending)
     if missing.any():
@@ -451,6 +460,7 @@ def _function(
     batch = cut(shared, item)
     made = _picked(teacher(batch), features)
     kept = {name: value.astype(dtype) for name, value in made.items()}
+    # An infinity may be meant (a masked class); a number that became one in float16 is not.
     problems = {
       name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))
       for name, value in made.items()
@@ -595,7 +605,7 @@ class Store:
     """Fills those of these views that are not there."""
     missing = [view for view in wanted if not self.has(view)]
     if missing and self.files is not None:
-      self.files.refresh()
+      self.files.refresh()  # another run on the same folder may have filled it meanwhile
       missing = [view for view in wanted if not self.has(view)]
     if not missing:
       return

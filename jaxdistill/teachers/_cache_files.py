@@ -36,7 +36,6 @@ __all__ = [
   "SHARD_BYTES",
   "CacheError",
   "arrays_of",
-  "bad_files",
   "check_shard",
   "complete_views",
   "create",
@@ -120,6 +119,8 @@ def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
 def _locked(folder: pathlib.Path) -> Iterator[None]:
   """One writer at a time; a killed one holds nothing back."""
   with (folder / _LOCK).open("w") as file:
+    # The lock belongs to the open file and not to its name: the system takes it back from a process
+    # that is killed, where a lock file would stay and keep everybody out.
     fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
@@ -150,6 +151,8 @@ def create(folder: pathlib.Path, body: Mapping[str, Any], ids: Sequence[str]) ->
         raise ValueError(
           f"folder={os.fspath(folder)!r} holds {others[:3]} and no cache: name a folder of its own."
         )
+      # The ids first: a manifest names their digest, so a folder with a manifest is a whole cache,
+      # and one that was killed before it has none and is begun anew.
       write_text(folder / IDS, json.dumps(list(ids)), durable=True)
       named = {"file": IDS, "sha256": sha256(folder / IDS)}
       _write_manifest(folder, {"format": FORMAT, **body, "ids": named, "views": {}})
@@ -226,10 +229,11 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
       return manifest
     _clear(folder, manifest)
     kind = row_type(manifest["arrays"])
+    # [N] records of a structured type: a row's arrays lie side by side, as they will in the file.
     packed = np.empty(len(ids), kind)
     for name, values in rows.items():
       packed[name] = values
-    each = max(1, SHARD_BYTES // (kind.itemsize + 16))
+    each = max(1, SHARD_BYTES // (kind.itemsize + 16))  # 16: about what ids and framing take
     count = -(-len(ids) // each)
     shards = [
       _write_shard(
@@ -239,6 +243,8 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
       )
       for number in range(count)
     ]
+    # The shards are on the disk before the manifest names them: whoever is killed here leaves files
+    # that nobody knows of, which the next writer clears away.
     _write_manifest(folder, manifest | {"views": {**manifest["views"], str(view): shards}})
     return read_manifest(folder)
 
@@ -307,6 +313,8 @@ def read_view(
       raise _damaged(path, f"cannot be read ({error})") from error
     if len(records) != shard["records"]:
       raise _damaged(path, f"has {len(records)} records, {shard['records']} were written")
+    # Every record says whose it is. A digest would not notice rows that were written in another
+    # order, by a program whose data set was sorted otherwise: each row would teach another example.
     for record, start in zip(records, starts[len(pieces) :], strict=False):
       if not record.startswith(start) or len(record) != len(start) + kind.itemsize:
         raise _damaged(path, f"has another record where that of {start[4:].decode()!r} belongs")
@@ -317,19 +325,21 @@ def read_view(
   return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
 
 
-def bad_files(folder: pathlib.Path) -> dict[str, list[int]]:
-  """Verifies every digest, count and id.
+def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
+  """Checks every digest, count and id of a cache.
 
   Args:
     folder: the cache.
 
   Returns:
-    What is wrong, and the views that have it; empty where all is right.
+    ``{what is wrong: the views that have it}``, empty where all is right.
 
   Raises:
-    FileNotFoundError: there is no manifest.
-    CacheError: the manifest or the ids are damaged, so that nothing else can be told.
+    FileNotFoundError: there is no cache.
+    CacheError: the manifest or the list of ids is damaged, so that nothing else can be told.
   """
+  _extras.need("reading a cache of a teacher's outputs", "array_record")
+  folder = pathlib.Path(folder)
   manifest = read_manifest(folder)
   ids = read_ids(folder, manifest)
   problems: dict[str, list[int]] = {}
@@ -346,23 +356,6 @@ def forget(folder: pathlib.Path, views: Sequence[int]) -> None:
   with _locked(folder):
     manifest = read_manifest(folder)
     dropped = [shard for view in views for shard in manifest["views"].pop(str(view))]
-    _write_manifest(folder, manifest)
+    _write_manifest(folder, manifest)  # first, for the reason for which it comes last in writing
     for shard in dropped:
       (folder / shard["file"]).unlink(missing_ok=True)
-
-
-def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
-  """Checks every digest, count and id of a cache.
-
-  Args:
-    folder: the cache.
-
-  Returns:
-    ``{what is wrong: the views that have it}``, empty where all is right.
-
-  Raises:
-    FileNotFoundError: there is no cache.
-    CacheError: the manifest or the list of ids is damaged.
-  """
-  _extras.need("reading a cache of a teacher's outputs", "array_record")
-  return bad_files(pathlib.Path(folder))

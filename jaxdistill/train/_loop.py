@@ -110,6 +110,8 @@ def run_steps(
   while at < every.steps:
     end = every.next_stop(at)
     state, sums = program.run(state, at, end - at)
+    # The chunk before the one that was just dispatched: its numbers are there by now, and the
+    # device is at work while they are looked at.
     if pending is not None:
       log.write(**_checked(pending, program, finite))
     pending, at = {"sums": sums, "begin": at, "end": end}, end

@@ -186,6 +186,8 @@ def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = T
   def split(items: PyTree, batch_axis: int) -> PyTree:
     shared_out = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
 
+    # Numbers (a step, a key) go everywhere; what has a batch axis is cut along it. Every process
+    # has read its own rows alone: the global array is put together of them without communication.
     def put(leaf: Any) -> Any:
       sharding = replicated
       if np.ndim(leaf) > batch_axis:
@@ -200,6 +202,7 @@ def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = T
   def constrain(batch: PyTree) -> PyTree:
     if devices == 1:
       return batch
+    # Without it the compiler is free to gather the whole batch on every device after the cut.
     return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
 
   def put(leaf: Any, *, owned: bool) -> Any:

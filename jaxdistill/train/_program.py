@@ -200,6 +200,8 @@ class Program:
     def body(state: State, item: PyTree) -> tuple[State, Any]:
       return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
 
+    # items: leaves [steps, ...]. A loop on the device costs no dispatch per step; without it one
+    # step is the program, and the host calls it again and again.
     if self.dispatch.scan:
       return jax.lax.scan(body, state, items)
     state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))

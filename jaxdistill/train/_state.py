@@ -122,11 +122,13 @@ def init_state(
       variables; ``start`` (or ``objective.start``) has a path that is not there, or another shape.
   """
   objective = as_objective(objective)
+  # Three keys, so that an objective with more parameters does not change how the student begins.
   student_key, objective_key, run_key = jax.random.split(key, 3)
   variables = _init(student, student_key, batch.inputs)
   if start is not None:
     variables = _started(variables, start, student.name)
   model_state = {name: value for name, value in variables.items() if name != "params"}
+  # Shapes, by tracing alone: the objective builds its projectors for the widths that it finds.
   seen = _predicted(student, variables, batch.inputs)
   taught = _teacher_shapes(teacher, batch)
   if objective.deployed is None:  # else the student's own logits are not what predicts
@@ -140,6 +142,7 @@ def init_state(
     params, remembered = objective.start
     objective_params = _started(objective_params, params, "the objective's parameters")
     objective_state = _started(objective_state, remembered, "the objective's state")
+  # One optimiser for both, so that a clip by the global norm sees the projectors' gradients too.
   trained = {"student": variables["params"], "objective": objective_params}
   state = State(
     step=jnp.zeros((), jnp.int32),
