@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,15 +61,9 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
   >>> mixed.labels.shape, mixed.labels.sum(axis=1).tolist()
   ((2, 4), [1.0, 1.0])
   """
-  _check_classes(num_classes)
-  _check_concentration(concentration)
 
-  def transform(key: Any, batch: Batch) -> Batch:
-    _check_mixable("mixup", batch)
-    # One share and one permutation for the whole batch, as published: [] and [B].
-    share_key, partner_key = jax.random.split(key)
-    share = _beta(share_key, concentration)
-    partner = jax.random.permutation(partner_key, batch.labels.shape[0])
+  def mixed(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array]:
+    share = _beta(key, concentration)
 
     def mix(path: Any, x: Any) -> jax.Array:
       x = jnp.asarray(x)
@@ -80,10 +75,9 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
       dtype = compute_dtype(x)
       return _blend(share, x.astype(dtype), x[partner].astype(dtype)).astype(x.dtype)
 
-    inputs = jax.tree_util.tree_map_with_path(mix, batch.inputs)
-    return _mixed("mixup", batch, inputs, partner, share, num_classes)
+    return jax.tree_util.tree_map_with_path(mix, inputs), share
 
-  return transform
+  return _mixer("mixup", num_classes, concentration, mixed)
 
 
 def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
@@ -117,24 +111,18 @@ def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
   >>> bool(jnp.all(mixed.inputs.mean(axis=(1, 2, 3)) == mixed.labels[:, 1]))
   True
   """
-  _check_classes(num_classes)
-  _check_concentration(concentration)
 
-  def transform(key: Any, batch: Batch) -> Batch:
-    _check_mixable("cutmix", batch)
-    height, width = _image_size(batch.inputs)
-    box_key, partner_key = jax.random.split(key)
-    inside, share = _box(box_key, height, width, concentration)
-    partner = jax.random.permutation(partner_key, batch.labels.shape[0])
+  def pasted(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array]:
+    inside, share = _box(key, *_image_size(inputs), concentration)
 
     def paste(x: Any) -> jax.Array:
       x = jnp.asarray(x)
+      # [H, W], one box for all of the batch, against [B, H, W, C].
       return jnp.where(inside[None, :, :, None], x[partner], x)
 
-    inputs = jax.tree.map(paste, batch.inputs)
-    return _mixed("cutmix", batch, inputs, partner, share, num_classes)
+    return jax.tree.map(paste, inputs), share
 
-  return transform
+  return _mixer("cutmix", num_classes, concentration, pasted)
 
 
 def smooth_labels(num_classes: int, *, amount: float = 0.1) -> Transform:
@@ -250,18 +238,32 @@ def _image_size(inputs: PyTree) -> tuple[int, int]:
   return sizes.pop()
 
 
-def _mixed(
-  by: str, batch: Batch, inputs: PyTree, partner: jax.Array, share: jax.Array, num_classes: int
-) -> Batch:
-  """The batch with mixed inputs, and everything else that follows from who was mixed with whom."""
-  labels = _distributions(by, batch, num_classes)
-  weight, labelled = (jnp.asarray(v) for v in (batch.weight, batch.labelled))
-  batch = dataclasses.replace(
-    batch, inputs=inputs, weight=weight * weight[partner], labelled=labelled * labelled[partner]
-  )
-  # What was half a label is none now.
-  mixed = _where_labelled(batch, _blend(share, labels, labels[partner]))
-  return dataclasses.replace(batch, labels=mixed)
+def _mixer(
+  by: str,
+  num_classes: int,
+  concentration: float,
+  mix: Callable[[Any, PyTree, jax.Array], tuple[PyTree, jax.Array]],
+) -> Transform:
+  """A transform: ``mix(key, inputs, partner) -> (inputs, share)`` mixes each with its partner."""
+  _check_classes(num_classes)
+  _check_concentration(concentration)
+
+  def transform(key: Any, batch: Batch) -> Batch:
+    _check_mixable(by, batch)
+    # One share and one permutation for the whole batch, as published: [] and [B].
+    share_key, partner_key = jax.random.split(key)
+    partner = jax.random.permutation(partner_key, batch.labels.shape[0])
+    inputs, share = mix(share_key, batch.inputs, partner)
+    labels = _distributions(by, batch, num_classes)
+    weight, labelled = (jnp.asarray(v) for v in (batch.weight, batch.labelled))
+    batch = dataclasses.replace(
+      batch, inputs=inputs, weight=weight * weight[partner], labelled=labelled * labelled[partner]
+    )
+    # What was half a label is none now.
+    mixed = _where_labelled(batch, _blend(share, labels, labels[partner]))
+    return dataclasses.replace(batch, labels=mixed)
+
+  return transform
 
 
 def _distributions(by: str, batch: Batch, num_classes: int) -> jax.Array:

@@ -100,13 +100,16 @@ def nnx(
   signature = _features.signature(module, method)
   # From shapes where the model is a function: no weight is drawn before `init` has a key.
   graph, slots = _nnx_graph.split(module)
+  switches = _nnx_graph.switches(module)
   adapter = _Adapter(
     make=make,
     graph=graph,
     slots=slots,
     wanted=_features.parse(features),
     signature=signature,
-    flags=_nnx_graph.find_flags(module, signature, train_flag),
+    flags=_features.find_flags(
+      module, signature, train_flag, attributes=switches, switches=switches
+    ),
     auto=train_flag == "auto",
     arguments=arguments,
     logits=logits,

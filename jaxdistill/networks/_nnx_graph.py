@@ -19,7 +19,6 @@ import numpy as np
 from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 
-from jaxdistill.networks import _features
 from jaxdistill.networks._features import Flag, Path
 from jaxdistill.runs import is_key
 
@@ -28,7 +27,6 @@ __all__ = [
   "Tap",
   "build",
   "drawn",
-  "find_flags",
   "find_taps",
   "insert",
   "make",
@@ -36,6 +34,7 @@ __all__ = [
   "set_flags",
   "split",
   "stream_key",
+  "switches",
   "updated",
   "watched",
 ]
@@ -297,28 +296,14 @@ def updated(slots: Sequence[Slot], module: nnx.Module, label: str) -> dict[str, 
   return found
 
 
-def find_flags(
-  module: nnx.Module, signature: inspect.Signature, train_flag: str | None
-) -> list[Flag]:
-  """How a module can be told whether it trains, beside ``train()`` and ``eval()``.
+def switches(module: nnx.Module) -> list[str]:
+  """Attributes of a module and its submodules that hold a bool or None, as a flag would.
 
-  Args:
-    module: the module, of values or of shapes.
-    signature: of its method, with the module first.
-    train_flag: ``"auto"``; a name, which ``"not frozen"`` inverts; or None, for not at all.
-
-  Returns:
-    The flags.
-
-  Raises:
-    ValueError: there is none of that name.
-
-  >>> find_flags(nnx.Dropout(0.5), inspect.signature(nnx.Dropout.__call__), "auto")[1]
-  Flag(name='deterministic', argument=False, inverted=True)
+  >>> switches(nnx.Dropout(0.5))
+  ['deterministic', 'rngs']
   """
   nodes = [node for _, node in nnx.iter_modules(module)]
-  switches = sorted({name for node in nodes for name in vars(node) if _switch(node, name)})
-  return _features.find_flags(module, signature, train_flag, attributes=switches, switches=switches)
+  return sorted({name for node in nodes for name in vars(node) if _switch(node, name)})
 
 
 def _switch(node: Any, name: str) -> bool:
@@ -331,7 +316,7 @@ def set_flags(module: nnx.Module, flags: Sequence[Flag], auto: bool, train: bool
 
   Args:
     module: the module.
-    flags: from `find_flags`; those that are arguments are left out.
+    flags: from `_features.find_flags`; those that are arguments are left out.
     auto: whether to use its ``train()``, ``eval()`` and ``set_view`` too.
     train: what to tell.
 
