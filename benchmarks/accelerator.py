@@ -186,12 +186,11 @@ def smoke(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
     data=source,
     optimizer=optax.adam(1e-2),
     steps=steps,
-    folder=folder,
-    progress=None,
+    run=train.Run(folder, progress=None),
   )
   trained = time.perf_counter() - began
   inputs = held_out.inputs[:32]
-  outputs, _ = network.apply(fitted.variables, data.DIGITS(inputs), train=False, key=None)
+  outputs = fitted(data.DIGITS(inputs))
   here = np.asarray(export.load_student(folder)(inputs))
   asked, answered = folder / "inputs.npy", folder / "outputs.npy"
   np.save(asked, inputs)
@@ -287,7 +286,7 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
         batch_size=int(key),
       )
       began = time.perf_counter()
-      functions, _ = step.sides(*both, recipes.kd(), {}, options)
+      functions, _ = step.sides(*both, recipes.kd(), options)
       chunk = step.Chunk(*both, recipes.kd(), options, 2 if settings.tiny else 50)
       for function in (*functions.values(), chunk):
         function()

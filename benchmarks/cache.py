@@ -29,7 +29,7 @@ from jaxdistill import data, networks, recipes, teachers, train
 from jaxdistill.networks import models
 from jaxdistill.runs import environment
 from jaxdistill.teachers import _cache
-from jaxdistill.types import as_objective
+from jaxdistill.types import Model
 
 PAIR = ("resnet32x4", "resnet8x4")
 
@@ -74,44 +74,39 @@ def compare(options: Options) -> dict[str, Any]:
     networks.linen(getattr(models, name)(num_classes=100)) for name in options.pair
   )
   variables = jax.jit(teacher.init)(jax.random.key(1), np.zeros((1, 32, 32, 3), np.float32))
-  teach = teachers.frozen(teacher)
+  taught = teachers.frozen(Model(teacher, variables))
 
   begin = time.perf_counter()
-  device = teachers.cached(teach, variables, source, progress=None)
+  device = teachers.cached(taught, source, progress=None)
   filling = time.perf_counter() - begin
   # Not filled in advance, so its rows stay with the host; both epochs' views are filled here.
-  host = teachers.cached(teach, variables, source_of(2), progress=None)
-  host.items(0, (options.rounds + 1) * options.steps)
+  host = teachers.cached(taught, source_of(2), progress=None)
+  steps = (options.rounds + 1) * options.steps
+  host.items(0, steps)
 
   kept = {"full cache on the device": device, "full cache on the host": host}
   if options.files is not None:
     # As a cache that fits neither the device's nor the host's memory is read: row by row.
     with mock.patch.object(_cache, "_fits", return_value=False):
-      read = teachers.cached(teach, variables, source, folder=options.files, progress=None)
+      read = teachers.cached(taught, source, folder=options.files, progress=None)
     kept["full cache in files"] = read
 
   # XLA's convolutions inside a loop are twenty times slower on a CPU.
   scan = jax.default_backend() != "cpu"
   sides = {
-    "teacher in the step": (recipes.kd(), source, (teach, variables)),
-    **{name: (recipes.kd(), made, (None, None)) for name, made in kept.items()},
-    "plain cross-entropy": (recipes.labels(), source, (None, None)),
+    "teacher in the step": (recipes.kd(), source, taught),
+    **{name: (recipes.kd(), made, None) for name, made in kept.items()},
+    "plain cross-entropy": (recipes.labels(), source, None),
   }
   runs, states = {}, {}
-  for name, (objective, batches, (given, its)) in sides.items():
-    dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
-    made = train.build_program(
-      student,
-      as_objective(objective),
-      batches,
-      optax.sgd(0.05, momentum=0.9),
-      0,
-      given,
-      its,
-      dispatch,
-      scan=scan,
+  for name, (objective, batches, given) in sides.items():
+    dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]), scan=scan)
+    optimizer = optax.sgd(0.05, momentum=0.9)
+    plan = train.Plan.of(
+      student, objective, data=batches, optimizer=optimizer, steps=steps, teacher=given
     )
-    runs[name], states[name] = made, dispatch.spread(made.initial())
+    runs[name] = train.Program(plan, dispatch)
+    states[name] = dispatch.spread(runs[name].initial())
   seconds = measure(runs, states, options)
   plain = seconds["plain cross-entropy"]
   result = {

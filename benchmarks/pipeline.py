@@ -29,7 +29,7 @@ import optax
 import tyro
 
 from jaxdistill import data, networks, recipes, runs, teachers, train
-from jaxdistill.train import init_state
+from jaxdistill.types import Model
 
 LIMIT = 1.05
 
@@ -78,32 +78,30 @@ def sides(teacher, student, examples, chunk, options):
   stream = data.streamed(held, augmentation=augmentation, prefetch=options.prefetch, **common)
   item = jax.tree.map(lambda leaf: leaf[0], here.items(0, 1))
   batch = jax.jit(here.cut)(here.shared, item)
-  optimizer, objective, teach = optax.adam(1e-3), recipes.kd(), teachers.frozen(teacher)
-  variables = teacher.init(jax.random.key(1), batch.inputs)
-  take = train.make_step(student, teach, objective, optimizer)
+  optimizer, objective = optax.adam(1e-3), recipes.kd()
+  taught = teachers.frozen(Model(teacher, teacher.init(jax.random.key(1), batch.inputs)))
+  take = train.make_step(student, objective, optimizer)
   init = jax.jit(
-    lambda key, v: init_state(
-      key, student, objective, optimizer, batch, teacher=teach, teacher_variables=v
-    )
+    lambda key, t: train.init_state(key, student, objective, optimizer, batch, teacher=t)
   )
 
   def compiled(cut):
-    def one(state, v, shared, items):
-      return take(state, v, cut(shared, jax.tree.map(lambda leaf: leaf[0], items)))
+    def one(state, t, shared, items):
+      return take(state, t, cut(shared, jax.tree.map(lambda leaf: leaf[0], items)))
 
-    def scanned(state, v, shared, items):
-      return jax.lax.scan(lambda now, item: take(now, v, cut(shared, item)), state, items)
+    def scanned(state, t, shared, items):
+      return jax.lax.scan(lambda now, item: take(now, t, cut(shared, item)), state, items)
 
     return jax.jit(one if chunk == 1 else scanned, donate_argnums=0)
 
   def side(program, shared, read):
-    state, at, sums = [init(jax.random.key(0), variables)], [0], [None]
+    state, at, sums = [init(jax.random.key(0), taught)], [0], [None]
 
     def run():
       items = read(at[0])
       at[0] += chunk
       former = sums[0]
-      state[0], sums[0] = program(state[0], variables, shared, items)
+      state[0], sums[0] = program(state[0], taught, shared, items)
       # As in training: the next chunk is read while this one runs, and no further ahead.
       jax.block_until_ready(former)
 

@@ -21,8 +21,7 @@ import optax
 
 from jaxdistill import data, networks, recipes, runs, train
 from jaxdistill.teachers import cached, frozen
-from jaxdistill.train import build_program
-from jaxdistill.types import as_objective
+from jaxdistill.types import Model
 
 WAYS = [
   ("lax", "vmap", True),
@@ -53,26 +52,22 @@ def taught(examples, batch_size: int, normalize) -> data.Source:
     networks.models.MLP((32,), num_classes=examples.num_classes), name="teacher"
   )
   variables = teacher.init(jax.random.key(0), source.normalize(examples.inputs[:1]))
-  return cached(frozen(teacher), variables, source, progress=None)
+  return cached(frozen(Model(teacher, variables)), source, progress=None)
 
 
 def measure(source, module, by: str, scan: bool, students: int, options: Options) -> float:
   """Milliseconds of a step of one of the students."""
   values = {"hyper": {"temperature": jnp.linspace(1.0, 8.0, students)}, "optimizer": {}}
-  dispatch = train.with_students(train.data_parallel(jax.devices()[:1]))
-  program = build_program(
+  dispatch = train.with_students(train.data_parallel(jax.devices()[:1]), seeds_by=by, scan=scan)
+  plan = train.Plan.of(
     networks.linen(module, name="student"),
-    as_objective(recipes.kd()),
-    [source] * students,
-    optax.adam(1e-3),
-    [0] * students,
-    None,
-    None,
-    dispatch,
-    values=values,
-    seeds_by=by,
-    scan=scan,
+    recipes.kd(),
+    data=[source] * students,
+    optimizer=optax.adam(1e-3),
+    steps=options.steps * (options.repeats + 1),
+    seed=[0] * students,
   )
+  program = train.Program(plan, dispatch, values=values)
   state = dispatch.spread(program.initial())
   times = []
   for i in range(options.repeats + 1):  # the first compiles

@@ -27,8 +27,7 @@ import numpy as np
 import optax
 
 from jaxdistill import data, losses, networks, recipes, runs, teachers, train
-from jaxdistill.train import init_state, make_step
-from jaxdistill.types import as_objective
+from jaxdistill.types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +77,14 @@ def made_up(options):
   return data.on_device(examples, batch_size=options.batch_size, data_seed=0, normalize=data.CIFAR)
 
 
-def sides(teacher, student, objective, hyper, options):
+def sides(teacher, student, objective, options):
   """The floor's two programs and our step, as functions that run one step and wait."""
   source = made_up(options)
   item = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
   batch = jax.jit(source.cut)(source.shared, item)
   optimizer = optax.sgd(0.05, momentum=0.9)
   variables = teacher.init(jax.random.key(1), batch.inputs)
-  teach = teachers.frozen(teacher)
+  taught = teachers.frozen(Model(teacher, variables))
 
   forward = jax.jit(lambda v, x: teacher.apply(v, x, train=False, key=None)[0].logits)
 
@@ -107,22 +106,13 @@ def sides(teacher, student, objective, hyper, options):
   stats = {name: value for name, value in mine.items() if name != "params"}
   plain_state = [(mine["params"], stats, optimizer.init(mine["params"]))]
 
-  take = make_step(student, teach, objective, optimizer, hyper=hyper)
+  take = train.make_step(student, objective, optimizer)
   dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
   ours = dispatch.compile(
-    lambda state, v, shared, item: take(state, v, dispatch.constrain(source.cut(shared, item)))
+    lambda state, t, shared, item: take(state, t, dispatch.constrain(source.cut(shared, item)))
   )
-  ours_state = [
-    init_state(
-      jax.random.key(0),
-      student,
-      objective,
-      optimizer,
-      batch,
-      teacher=teach,
-      teacher_variables=variables,
-    )
-  ]
+  key = jax.random.key(0)
+  ours_state = [train.init_state(key, student, objective, optimizer, batch, teacher=taught)]
 
   def run_forward():
     jax.block_until_ready(forward(variables, batch.inputs))
@@ -132,7 +122,7 @@ def sides(teacher, student, objective, hyper, options):
     jax.block_until_ready(value)
 
   def run_ours():
-    ours_state[0], sums = ours(ours_state[0], variables, source.shared, item)
+    ours_state[0], sums = ours(ours_state[0], taught, source.shared, item)
     jax.block_until_ready(sums)
 
   sizes = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (variables, mine)]
@@ -150,16 +140,15 @@ class Chunk:
     variables = jax.jit(teacher.init)(jax.random.key(1), batch.inputs)
     dispatch = train.with_jit(train.data_parallel(jax.devices()[:1]))
     self.steps, self._at = steps, 0
-    self._program = train.build_program(
+    plan = train.Plan.of(
       student,
-      as_objective(objective),
-      source,
-      optax.sgd(0.05, momentum=0.9),
-      0,
-      teachers.frozen(teacher),
-      variables,
-      dispatch,
+      objective,
+      data=source,
+      optimizer=optax.sgd(0.05, momentum=0.9),
+      steps=steps,
+      teacher=teachers.frozen(Model(teacher, variables)),
     )
+    self._program = train.Program(plan, dispatch)
     self._state = dispatch.spread(self._program.initial())
 
   def __call__(self):
@@ -235,9 +224,9 @@ def main(options: Options) -> None:
     print("PyTorch is not installed: its side is left out (pip install 'jaxdistill[peers]').")
   results = {}
   for name, (teacher, student, layer, pair) in pairs().items():
-    objective = recipes.combine(recipes.kd(), recipes.hint(layer, layer))
-    hyper = {"temperature": optax.linear_schedule(4.0, 2.0, 1000)}
-    functions, sizes = sides(teacher, student, objective, hyper, options)
+    soft = recipes.kd(temperature=optax.linear_schedule(4.0, 2.0, 1000))
+    objective = recipes.combine(soft, recipes.hint(layer, layer))
+    functions, sizes = sides(teacher, student, objective, options)
     if both:
       functions["PyTorch step"] = peer(pair, sizes, options)
     seconds = measure(functions, options)

@@ -115,10 +115,9 @@ def prepare(options, file, examples, held_out):
     data=source,
     optimizer=optax.adam(options.rate),
     steps=steps,
-    progress="teacher",
+    run=train.Run(progress="teacher"),
   )
-  seen = data.DIGITS(held_out.inputs)
-  outputs, _ = teacher.apply(fitted.variables, seen, train=False, key=None)
+  outputs = fitted(data.DIGITS(held_out.inputs))
   weights = traverse_util.flatten_dict(jax.device_get(fitted.variables), sep="/")
   np.savez(
     file,

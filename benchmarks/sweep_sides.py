@@ -64,7 +64,8 @@ def nested(file):
 
 def jax_parts(task):
   """Networks, sources, validation and teacher, for the two sides of this library."""
-  from jaxdistill import data, networks
+  from jaxdistill import data, networks, teachers
+  from jaxdistill.types import Model
 
   file = np.load(task.file)
   students = {
@@ -86,7 +87,7 @@ def jax_parts(task):
     batch_size=128,
     normalize=data.DIGITS,
   )
-  return student, teacher, nested(file), source, validation
+  return student, teachers.frozen(Model(teacher, nested(file))), source, validation
 
 
 def swept(task):
@@ -99,13 +100,13 @@ def swept(task):
 
   from jaxdistill.networks import linen, models  # noqa: F401, see gc
   from jaxdistill.recipes import kd
-  from jaxdistill.search import product, sweep
-  from jaxdistill.teachers import frozen
+  from jaxdistill.search import Choice, product, sweep
+  from jaxdistill.train import Run
 
   # As in experiments/temperature.py: a device for each core, and nothing imported is collected.
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   gc.freeze()
-  student, teacher, variables, source, validation = jax_parts(task)
+  student, teacher, source, validation = jax_parts(task)
   began = time.perf_counter()
   result = sweep(
     student,
@@ -115,10 +116,9 @@ def swept(task):
     data=source,
     optimizer=optax.adam(task.rate),
     steps=task.epochs * source.steps_per_epoch,
-    teacher=frozen(teacher),
-    teacher_variables=variables,
-    validation=validation,
-    progress=None,
+    choice=Choice(validation),
+    teacher=teacher,
+    run=Run(progress=None),
   )
   seconds = [time.perf_counter() - began]
   return seconds, [float(value) for row in result.rows for value in row.metrics["accuracy"]]
@@ -128,10 +128,11 @@ def alone(task):
   """(b) This library's `train.fit` for one student after another, the teacher in the step."""
   import optax
 
-  from jaxdistill import evaluation, recipes, teachers, train
+  from jaxdistill import evaluation, recipes, train
 
-  student, teacher, variables, source, validation = jax_parts(task)
-  validate = evaluation.validator(student, validation)
+  student, teacher, source, validation = jax_parts(task)
+  steps = task.epochs * source.steps_per_epoch
+  watch = train.Watch(evaluation.validator(validation), validate_every=steps)
   seconds, accuracies = [], []
   for temperature, soft_weight, seed in task.students():
     began = time.perf_counter()
@@ -140,13 +141,11 @@ def alone(task):
       recipes.kd(temperature=temperature, soft_weight=soft_weight),
       data=dataclasses.replace(source, data_seed=seed),
       optimizer=optax.adam(task.rate),
-      steps=task.epochs * source.steps_per_epoch,
+      steps=steps,
       seed=seed,
-      teacher=teachers.frozen(teacher),
-      teacher_variables=variables,
-      validate=validate,
-      validate_every=task.epochs * source.steps_per_epoch,
-      progress=None,
+      teacher=teacher,
+      watch=watch,
+      run=train.Run(progress=None),
     )
     accuracies.append(float(fitted.history[-1]["validation/accuracy"]))
     seconds.append(time.perf_counter() - began)

@@ -110,11 +110,6 @@ def build_networks(config: Config, axis_name: str | None = None):
   return build(config.teacher), build(config.student)
 
 
-def ensemble(config: Config):
-  teacher, _ = build_networks(config)
-  return teachers.ensemble([teacher] * config.teachers)
-
-
 def split_of(config: Config, name: str, data_dir: str | None) -> str:
   chosen = data.splits("cifar100", published=config.published, data_dir=data_dir)[name]
   if chosen is None:
@@ -127,21 +122,25 @@ def split_of(config: Config, name: str, data_dir: str | None) -> str:
 def train_all(config: Config, options: Options) -> None:
   # BatchNorm is given the axis, so that it sees the whole batch under pmap as it does under jit.
   mapped = options.dispatch == "pmap"
-  dispatch = train.with_pmap() if mapped else train.with_jit()
+  axis_name = train.AXIS if mapped else None
+  over_devices = train.with_pmap if mapped else train.with_jit
+  dispatch = over_devices(seeds_by=options.seeds_by, scan=options.scan)
   examples = data.load(
     "cifar100", split_of(config, "train", options.data_dir), data_dir=options.data_dir
   )
-  validation = None
+  validate = None
   if not config.published:
     held_out = data.load(
       "cifar100", split_of(config, "validation", options.data_dir), data_dir=options.data_dir
     )
-    validation = data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
+    validate = evaluation.validator(
+      data.evaluation_batches(held_out, batch_size=200, normalize=data.CIFAR)
+    )
 
-  build_networks(config)  # a wrong name says so before the folder is claimed
+  teacher, student = build_networks(config, axis_name)  # a wrong name says so before the claim
   folder = runs.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
 
-  def fit(name, network, plain, objective, seeds, epochs, **teacher):
+  def fit(name, network, objective, seeds, epochs, teacher=None):
     source = data.on_device(
       examples,
       batch_size=config.batch_size,
@@ -160,27 +159,21 @@ def train_all(config: Config, options: Options) -> None:
       ),
       steps=steps,
       seed=seeds,
+      teacher=teacher,
       dispatch=dispatch,
-      validate=None
-      if validation is None
-      else evaluation.validator(plain, validation, stacked=True),
-      folder=folder / name,
-      config={"experiment": f"cifar100/{name}"},
-      seeds_by=options.seeds_by,
-      scan=options.scan,
-      progress=name,
-      tensorboard=options.tensorboard,
-      keep_last=1,  # a folder small enough to be carried to another machine
-      **teacher,
+      watch=train.Watch(
+        validate,
+        keep_last=1,  # a folder small enough to be carried to another machine
+        tensorboard=options.tensorboard,
+      ),
+      run=train.Run(folder / name, config={"experiment": f"cifar100/{name}"}),
     )
 
-  plain_teacher, plain_student = build_networks(config)
-  teacher, student = build_networks(config, axis_name=train.AXIS if mapped else None)
   # Teachers get seeds of their own, so that no student shares its data order with one.
   own = range(100, 100 + config.teachers)
-  members = fit("teacher", teacher, plain_teacher, recipes.labels(), own, config.teacher_epochs)
+  members = fit("teacher", teacher, recipes.labels(), own, config.teacher_epochs)
   seeds = range(config.seeds)
-  fit("baseline", student, plain_student, recipes.labels(), seeds, config.epochs)
+  fit("baseline", student, recipes.labels(), seeds, config.epochs)
   objective = recipes.kd(
     temperature=config.temperature,
     soft_weight=config.soft_weight,
@@ -188,37 +181,23 @@ def train_all(config: Config, options: Options) -> None:
   )
   if config.hint_weight > 0:
     layer = config.hint_layer
-    projector = functools.partial(
-      recipes.projectors.between, axis_name=train.AXIS if mapped else None
-    )
+    projector = functools.partial(recipes.projectors.between, axis_name=axis_name)
     weight = config.hint_weight
     hint = recipes.hint(layer, f"0/{layer}", hint_weight=weight, projector=projector)
     objective = recipes.combine(objective, hint)
-  fit(
-    "student",
-    student,
-    plain_student,
-    objective,
-    seeds,
-    config.epochs,
-    teacher=ensemble(config),
-    teacher_variables=teachers.unstack(members.variables),
-  )
+  fit("student", student, objective, seeds, config.epochs, teachers.ensemble(members.unstack()))
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   split = split_of(config, options.split, options.data_dir)
   examples = data.load("cifar100", split, data_dir=options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=200, normalize=data.CIFAR)
-  _, network = build_networks(config)
-  reference = (
-    evaluation.teacher_predictor(ensemble(config)),
-    teachers.unstack(teachers.restore(folder / "teacher")),
-  )
+  teacher, network = build_networks(config)
+  members = teachers.restore(folder / "teacher", teacher).unstack()
   path, result = reports.compare_students(
     folder,
     network=network,
-    reference=reference,
+    teacher=teachers.ensemble(members),
     batches=batches,
     descriptions={
       "teacher": f"{config.teachers} {config.teacher}, {config.teacher_epochs} epochs",

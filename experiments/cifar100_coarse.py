@@ -172,7 +172,9 @@ def train_all(config: Config, options: Options) -> None:
   folder = runs.claim(options.out, {"experiment": "cifar100-coarse", **dataclasses.asdict(config)})
   runs.write_json(folder / "coarse_of_fine.json", groups)
 
-  def fit(name, model, examples, seeds, validation, objective, **teacher):
+  dispatch = train.with_jit(seeds_by=options.seeds_by, scan=options.scan)
+
+  def fit(name, network, examples, seeds, validation, objective, teacher=None):
     own = "teacher_" if name == "teacher" else ""
     epochs, rate = getattr(config, f"{own}epochs"), getattr(config, f"{own}rate")
     source = data.on_device(
@@ -186,31 +188,28 @@ def train_all(config: Config, options: Options) -> None:
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
     if config.optimizer == "sgd":
       optimizer = train.optimizers.sgd(rate, steps=steps)
-    validate = None
-    if validation is not None:
-      validate = evaluation.validator(model, batches_of(validation), stacked=True)
+    validate = None if validation is None else evaluation.validator(batches_of(validation))
     return train.fit(
-      model,
+      network,
       objective,
       data=[dataclasses.replace(source, data_seed=seed) for seed in seeds],
       optimizer=optimizer,
       steps=steps,
       seed=seeds,
-      validate=validate,
-      validate_every=max(1, epochs // 10) * source.steps_per_epoch,
-      folder=folder / name,
-      config={"experiment": f"cifar100-coarse/{name}"},
-      seeds_by=options.seeds_by,
-      scan=options.scan,
-      progress=name,
-      tensorboard=options.tensorboard,
-      keep_last=1,  # a folder small enough to be carried to another machine
-      **teacher,
+      teacher=teacher,
+      dispatch=dispatch,
+      watch=train.Watch(
+        validate,
+        validate_every=max(1, epochs // 10) * source.steps_per_epoch,
+        keep_last=1,  # a folder small enough to be carried to another machine
+        tensorboard=options.tensorboard,
+      ),
+      run=train.Run(folder / name, config={"experiment": f"cifar100-coarse/{name}"}),
     )
 
   on_fine, on_coarse = (None, None) if held_out is None else held_out
   # The teacher gets a seed of its own, so that no student shares its data order with it.
-  fitted = fit("teacher", teacher, fine, [100], on_fine, recipes.labels())
+  (taught,) = fit("teacher", teacher, fine, [100], on_fine, recipes.labels()).unstack()
   seeds = range(config.seeds)
   fit("baseline", student, fewer, seeds, on_coarse, recipes.labels())
   objective = recipes.kd(
@@ -218,30 +217,19 @@ def train_all(config: Config, options: Options) -> None:
     soft_weight=config.soft_weight,
     hard_weight=config.hard_weight,
   )
-  fit(
-    "student",
-    student,
-    fewer,
-    seeds,
-    on_coarse,
-    objective,
-    teacher=teachers.grouped(teacher, groups),
-    teacher_variables=teachers.unstack(fitted.variables)[0],
-  )
+  fit("student", student, fewer, seeds, on_coarse, objective, teachers.grouped(taught, groups))
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   _, coarse = load(config, options.split, options.data_dir)
   batches = batches_of(coarse)
   groups = json.loads((folder / "coarse_of_fine.json").read_text())
-  teacher = teachers.grouped(network(config.teacher, 100), groups)
-  taught = teachers.unstack(teachers.restore(folder / "teacher"))[0]
-  reference = (evaluation.teacher_predictor(teacher), taught)
+  (taught,) = teachers.restore(folder / "teacher", network(config.teacher, 100)).unstack()
   length = f"{config.epochs} epochs of {config.fraction} % of the training split"
   path, result = reports.compare_students(
     folder,
     network=network(config.student, 20),
-    reference=reference,
+    teacher=teachers.grouped(taught, groups),
     batches=batches,
     descriptions={
       "teacher": f"{config.teacher}, trained on the 100 fine classes, then grouped, "

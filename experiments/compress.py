@@ -198,7 +198,7 @@ def train_all(config: Config, options: Options) -> None:
   held_out = load(config, "validation", options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=256, normalize=normalize(config))
   teacher, candidates = build_networks(config)
-  costs = search.affordable(candidates, within(config), source)  # before any training
+  allowed = search.affordable(candidates, within(config), source)  # before any training
   steps = config.teacher_epochs * source.steps_per_epoch
   learned = train.fit(
     teacher,
@@ -207,34 +207,29 @@ def train_all(config: Config, options: Options) -> None:
     optimizer=optimizer(config, steps),
     steps=steps,
     seed=100,
-    validate=evaluation.validator(teacher, validation),
-    validate_every=5 * source.steps_per_epoch,
-    folder=options.out / "teacher",
-    scan=config.dataset == "digits" or jax.default_backend() != "cpu",
-    progress="teacher",
+    dispatch=train.with_jit(scan=config.dataset == "digits" or jax.default_backend() != "cpu"),
+    watch=train.Watch(evaluation.validator(validation), validate_every=5 * source.steps_per_epoch),
+    run=options.out / "teacher",
   )
   steps = config.epochs * source.steps_per_epoch
   points = search.product(soft_weight=config.soft_weights, temperature=config.temperatures)
   found = search.compress(
-    candidates,
-    within=within(config),
-    teacher=teachers.frozen(teacher),
-    teacher_variables=learned.variables,
+    allowed,
+    teacher=teachers.frozen(learned),
     data=source,
-    validation=validation,
     optimizer=optimizer(config, steps),
     steps=steps,
-    folder=options.out,
+    choice=search.Choice(
+      validation,
+      metric=config.metric,
+      halving=search.Halving(3, config.rungs),
+      retrain=range(config.seeds),
+    ),
+    run=train.Run(options.out, config={"experiment": "compress", **dataclasses.asdict(config)}),
     points=[{**point, "hard_weight": round(1 - point["soft_weight"], 6)} for point in points],
     seeds=range(config.search_seeds),
-    final_seeds=range(config.seeds),
-    halving=search.Halving(3, config.rungs),
-    gap=config.gap,
-    metric=config.metric,
-    costs=costs,
-    teacher_network=teacher,
+    assistants=search.Assistants(gap=config.gap),
     teacher_run=options.out / "teacher",
-    config={"experiment": "compress", **dataclasses.asdict(config)},
   )
   print(f"\n{found.table()}\n")
 
@@ -269,10 +264,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   path, result = reports.compare_students(
     folder,
     network=candidates[chosen],
-    reference=(
-      evaluation.teacher_predictor(teachers.frozen(teacher)),
-      teachers.restore(folder / "teacher"),
-    ),
+    teacher=teachers.frozen(teachers.restore(folder / "teacher", teacher)),
     batches=batches,
     descriptions={
       "teacher": "the network that is to be replaced",

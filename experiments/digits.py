@@ -94,11 +94,6 @@ def build_networks(config: Config):
   )
 
 
-def ensemble(config: Config):
-  network, _ = build_networks(config)
-  return teachers.ensemble([network] * config.teachers, rule=config.rule)
-
-
 def train_all(config: Config, options: Options) -> None:
   dispatch = train.with_jit() if options.dispatch == "jit" else train.with_pmap()
   names = data.splits("digits")
@@ -106,10 +101,10 @@ def train_all(config: Config, options: Options) -> None:
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
 
-  build_networks(config)  # a wrong name says so before the folder is claimed
+  teacher, student = build_networks(config)  # a wrong name says so before the folder is claimed
   folder = runs.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
 
-  def fit(name, network, objective, seeds, epochs, rate, shift=0, **teacher):
+  def fit(name, network, objective, seeds, epochs, rate, shift=0, teacher=None):
     source = data.on_device(
       examples,
       batch_size=config.batch_size,
@@ -127,17 +122,16 @@ def train_all(config: Config, options: Options) -> None:
       optimizer=optax.adam(schedule),
       steps=steps,
       seed=seeds,
+      teacher=teacher,
       dispatch=dispatch,
-      validate=evaluation.validator(network, validation, stacked=True),
-      validate_every=10 * source.steps_per_epoch,
-      folder=folder / name,
-      config={"experiment": f"digits/{name}"},
-      progress=name,
-      tensorboard=options.tensorboard,
-      **teacher,
+      watch=train.Watch(
+        evaluation.validator(validation),
+        validate_every=10 * source.steps_per_epoch,
+        tensorboard=options.tensorboard,
+      ),
+      run=train.Run(folder / name, config={"experiment": f"digits/{name}"}),
     )
 
-  teacher, student = build_networks(config)
   # Teachers get seeds of their own, so that no student shares its data order with one.
   members = fit(
     "teacher",
@@ -158,31 +152,20 @@ def train_all(config: Config, options: Options) -> None:
     ),
     recipes.hint("hidden", "0/hidden", hint_weight=config.hint_weight),
   )
-  fit(
-    "student",
-    student,
-    objective,
-    seeds,
-    config.epochs,
-    config.rate,
-    teacher=ensemble(config),
-    teacher_variables=teachers.unstack(members.variables),
-  )
+  ensemble = teachers.ensemble(members.unstack(), rule=config.rule)
+  fit("student", student, objective, seeds, config.epochs, config.rate, teacher=ensemble)
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   examples = data.load("digits", data.splits("digits")[options.split], data_dir=options.data_dir)
   batches = data.evaluation_batches(examples, batch_size=128, normalize=data.DIGITS)
-  _, network = build_networks(config)
-  reference = (
-    evaluation.teacher_predictor(ensemble(config)),
-    teachers.unstack(teachers.restore(folder / "teacher")),
-  )
+  teacher, network = build_networks(config)
+  members = teachers.restore(folder / "teacher", teacher).unstack()
   student = f"ConvNet {config.student_channels}"
   path, result = reports.compare_students(
     folder,
     network=network,
-    reference=reference,
+    teacher=teachers.ensemble(members, rule=config.rule),
     batches=batches,
     descriptions={
       "teacher": f"{config.teachers} ConvNets {config.teacher_channels}, images shifted",

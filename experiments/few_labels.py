@@ -128,7 +128,7 @@ def train_all(config: Config, options: Options) -> None:
       labelled=labelled,
     )
 
-  def fit(name, network, objective, sources, seeds, epochs, rate, **rest):
+  def fit(name, network, objective, sources, seeds, epochs, rate, teacher=None, **about):
     steps = epochs * sources[0].steps_per_epoch
     return train.fit(
       network,
@@ -137,15 +137,15 @@ def train_all(config: Config, options: Options) -> None:
       optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
       steps=steps,
       seed=seeds,
-      validate=evaluation.validator(network, validation, stacked=True),
-      validate_every=10 * sources[0].steps_per_epoch,
-      folder=folder / name,
-      progress=name,
-      **rest,
+      teacher=teacher,
+      watch=train.Watch(
+        evaluation.validator(validation), validate_every=10 * sources[0].steps_per_epoch
+      ),
+      run=train.Run(folder / name, config={"experiment": f"few-labels/{name}", **about}),
     )
 
   # A seed of its own, so that no student shares its data order with the teacher.
-  taught = fit(
+  (taught,) = fit(
     "teacher",
     teacher,
     recipes.labels(),
@@ -153,8 +153,7 @@ def train_all(config: Config, options: Options) -> None:
     [100],
     config.teacher_epochs,
     config.teacher_rate,
-    config={"experiment": "few-labels/teacher"},
-  )
+  ).unstack()
 
   def some_labels(share: float, seed: int) -> np.ndarray:
     return data.some_labels(examples, share, data_seed=seed)
@@ -170,13 +169,13 @@ def train_all(config: Config, options: Options) -> None:
     shares: tuple[float, ...],
     objective: Any,
     source: Callable[[float, int], data.Source],
-    **rest: Any,
+    teacher: Any = None,
   ) -> None:
     runs = grid(config, shares)
     sources = [source(share, seed) for share, seed in runs]
-    seeds = [seed for _, seed in runs]
-    about = {"experiment": f"few-labels/{name}", "shares": [share for share, _ in runs]}
-    fit(name, student, objective, sources, seeds, config.epochs, config.rate, config=about, **rest)
+    shown, seeds = zip(*runs, strict=True)
+    lengths = config.epochs, config.rate
+    fit(name, student, objective, sources, seeds, *lengths, teacher, shares=list(shown))
 
   objective = recipes.kd(
     temperature=config.temperature,
@@ -184,14 +183,7 @@ def train_all(config: Config, options: Options) -> None:
     hard_weight=config.hard_weight,
   )
   students("labels", labelled_shares(config), recipes.labels(), alone)
-  students(
-    "distilled",
-    config.shares,
-    objective,
-    partly,
-    teacher=teachers.frozen(teacher),
-    teacher_variables=teachers.unstack(taught.variables)[0],
-  )
+  students("distilled", config.shares, objective, partly, teachers.frozen(taught))
 
 
 def labelled_shares(config: Config) -> tuple[float, ...]:
@@ -206,9 +198,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   teacher, student = build_networks(config)
 
   def accuracy(network, name: str) -> np.ndarray:
-    found = evaluation.evaluate(
-      evaluation.predictor(network), teachers.restore(folder / name), batches, stacked=True
-    )
+    found = evaluation.evaluate(teachers.restore(folder / name, network), batches)
     return 100 * np.asarray(found["accuracy"], np.float64)
 
   taught = float(accuracy(teacher, "teacher")[0])

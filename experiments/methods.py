@@ -44,6 +44,7 @@ import numpy as np
 
 import command_line
 from jaxdistill import data, evaluation, networks, recipes, reports, runs, search, teachers, train
+from jaxdistill.types import Model, Teacher
 
 SCRIPT = "experiments/methods.py"
 FEATURES = ("stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact")), "pooled")
@@ -190,8 +191,7 @@ class Trained:
   point: Mapping[str, float]
   factor: float | None
   validated: search.Row
-  network: Any
-  variables: Any
+  model: Model
 
 
 class Bench:
@@ -256,67 +256,67 @@ class Bench:
       optimizer=self.optimizer(steps, rest.pop("rate", None)),
       steps=steps,
       seed=100,
-      scan=jax.default_backend() != "cpu" or self.config.dataset == "digits",
-      folder=self.folder / name,
-      progress=name,
+      dispatch=train.with_jit(
+        scan=jax.default_backend() != "cpu" or self.config.dataset == "digits"
+      ),
+      run=self.folder / name,
       **rest,
     )
 
   def sweep(
-    self, name: str, objective: Any, points: Any, epochs: int, **rest: Any
+    self, name: str, student: Any, objective: Any, points: Any, epochs: int, **rest: Any
   ) -> search.Result:
     """The students of some points, each from all seeds."""
     return search.sweep(
-      self.student,
+      student,
       objective,
       points=points,
       seeds=range(self.config.seeds),
       data=self.source(self.plain),
       optimizer=self.optimizer(self.steps(epochs)),
       steps=self.steps(epochs),
-      validation=self.validation,
-      folder=self.folder / name,
-      progress=name,
+      choice=search.Choice(self.validation),
+      run=self.folder / name,
       **rest,
     )
 
 
-def students(bench: Bench, name: str, method: Method, taught: dict[str, Any]) -> Trained:
+def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
   """A method's students, with the factor that is best on validation."""
   config, epochs = bench.config, bench.config.epochs
-  known = Known(config, bench.steps(epochs), bench.examples.labels, taught["teacher_variables"])
+  known = Known(config, bench.steps(epochs), bench.examples.labels, teacher.variables)
   objective = method.make(known)
   before = max(1, epochs // 8)
   if method.first is not None and name != "factor_transfer":
-    return after_a_stage(bench, name, method, objective, before, taught)
-  rest = {}
+    return after_a_stage(bench, name, method, objective, before, teacher)
   if method.first is not None:
-    rate = 0.2 * config.rate  # RepDistiller's 0.01 for the paraphraser
-    first = bench.fit(f"{name}/first", bench.student, method.first(), before, rate=rate, **taught)
-    rest["objective_start"] = ({}, first.state.objective_params)
+    options = {"rate": 0.2 * config.rate, "teacher": teacher}  # RepDistiller's 0.01, paraphraser
+    first = bench.fit(f"{name}/first", bench.student, method.first(), before, **options)
+    objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
-  found = bench.sweep(name, objective, points, epochs, **rest, **taught)
+  found = bench.sweep(name, bench.student, objective, points, epochs, teacher=teacher)
   return trained(config, found)
 
 
 def after_a_stage(
-  bench: Bench, name: str, method: Method, objective: Any, before: int, taught: dict[str, Any]
+  bench: Bench, name: str, method: Method, objective: Any, before: int, teacher: Teacher
 ) -> Trained:
   """The first stage has the weight; the second, from what each factor left, the labels alone."""
   config = bench.config
   points = scaled(method.first(), method.weights, config.factors)
-  first = bench.sweep(f"{name}/first", method.first(), points, before, **taught)
+  stage = f"{name}/first", bench.student, method.first()
+  first = bench.sweep(*stage, points, before, teacher=teacher)
   made = []
   for i, factor in enumerate(config.factors):
     if first.rows[i].status != "finished":
       continue
     second = bench.sweep(
       f"{name}/second-{factor:g}",
+      first.students(i),
       objective,
       [{}],
       config.epochs,
-      start=first.students(i),
-      devices=jax.devices()[:1],
+      execution=search.Execution(devices=jax.devices()[:1]),
     )
     made.append(dataclasses.replace(trained(config, second), factor=factor, point=points[i]))
   best, ties = search.best_of([one.validated for one in made], "accuracy")
@@ -334,24 +334,17 @@ def trained(config: Config, found: search.Result) -> Trained:
   index = 0 if 0 in found.ties else found.best
   row = found.rows[index]
   factor = config.factors[index] if row.values else None
-  return Trained(row.values, factor, row, found.network, found.students(index))
+  return Trained(row.values, factor, row, found.students(index))
 
 
-def measure(bench: Bench, row: Trained, taught: dict[str, Any], name: str) -> dict[str, Any]:
+def measure(bench: Bench, row: Trained, teacher: Teacher, name: str) -> dict[str, Any]:
   """A row of the table, but for its gain."""
-  reference = (evaluation.teacher_predictor(taught["teacher"]), taught["teacher_variables"])
-  found = evaluation.evaluate(
-    evaluation.predictor(row.network),
-    row.variables,
-    bench.measured,
-    reference=reference,
-    stacked=True,
-  )
+  found = evaluation.evaluate(row.model, bench.measured, teacher=teacher)
   line: dict[str, Any] = {
     "method": name,
     "factor": row.factor,
     "weights": " ".join(f"{n}={value:g}" for n, value in row.point.items()),
-    "parameters": evaluation.cost.parameters(teachers.unstack(row.variables)[0]),
+    "parameters": evaluation.cost.parameters(row.model.unstack()[0].variables),
   }
   measured = {"validation": row.validated.metrics["accuracy"]} | {
     n: found[n] for n in ("accuracy", "agreement")
@@ -456,24 +449,23 @@ def compare(config: Config, options: Options) -> pathlib.Path:
     config.teacher_epochs,
     augmentation=bench.shifted,
   )
-  taught = {"teacher": teachers.frozen(bench.teacher), "teacher_variables": learned.variables}
-  quality = evaluation.evaluate(
-    evaluation.predictor(bench.teacher), learned.variables, bench.measured
-  )
-  alone = trained(config, bench.sweep("labels", recipes.labels(), [{}], config.epochs))
-  baseline = measure(bench, alone, taught, "labels alone") | {"gain": None, "gain_error": None}
+  teacher = teachers.frozen(learned)
+  quality = evaluation.evaluate(learned, bench.measured)
+  plain = bench.sweep("labels", bench.student, recipes.labels(), [{}], config.epochs)
+  alone = measure(bench, trained(config, plain), teacher, "labels alone")
+  baseline = alone | {"gain": None, "gain_error": None}
   rows = []
   for name in options.methods or METHODS:
-    row = measure(bench, students(bench, name, METHODS[name], taught), taught, name)
+    row = measure(bench, students(bench, name, METHODS[name], teacher), teacher, name)
     gain = evaluation.metrics.difference(row["seeds"], baseline["seeds"])
     rows.append(row | {"gain": gain["mean"], "gain_error": gain["standard_error"]})
     print(f"{name}: {row['accuracy_mean']:.2f} %, {gain['mean']:+.2f} over labels alone")
   rows.sort(key=lambda row: -row["accuracy_mean"])
-  teacher, parameters = (
+  accuracy, parameters = (
     100 * float(quality["accuracy"]),
     evaluation.cost.parameters(learned.variables),
   )
-  return write(bench, options, [baseline, *rows], teacher, parameters)
+  return write(bench, options, [baseline, *rows], accuracy, parameters)
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:

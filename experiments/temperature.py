@@ -122,13 +122,12 @@ def choose(config: Config, options: Options) -> None:
     optimizer=optax.adam(config.teacher_rate),
     steps=config.teacher_epochs * source.steps_per_epoch,
     seed=100,
-    folder=folder / "teacher",
-    progress="teacher",
+    run=folder / "teacher",
   )
-  quality = evaluation.evaluate(evaluation.predictor(teacher), learned.variables, test)
+  quality = evaluation.evaluate(learned, test)
   seeds = range(config.first_seed, config.first_seed + config.seeds)
 
-  def swept(name: str, objective, over: Sequence[dict[str, float]], **taught) -> search.Result:
+  def swept(name: str, objective, over: Sequence[dict[str, float]], taught=None) -> search.Result:
     return search.sweep(
       student,
       objective,
@@ -136,22 +135,14 @@ def choose(config: Config, options: Options) -> None:
       data=source,
       optimizer=optax.adam(config.rate),
       steps=config.epochs * source.steps_per_epoch,
+      choice=search.Choice(validation, test=test),
       seeds=seeds,
-      validation=validation,
-      test=test,
-      folder=folder / name,
-      progress=name,
-      **taught,
+      teacher=taught,
+      run=folder / name,
     )
 
   baseline = swept("baseline", recipes.labels(), [{}])
-  result = swept(
-    "sweep",
-    recipes.kd(),
-    points(config),
-    teacher=teachers.frozen(teacher),
-    teacher_variables=learned.variables,
-  )
+  result = swept("sweep", recipes.kd(), points(config), teachers.frozen(learned))
   print(f"\n{result.table()}\n")
   print(f"Teacher on the test split: {100 * quality['accuracy']:.2f} %.")
   print(f"Labels alone: {_percent(baseline.test['accuracy'])}; chosen: {_gain(result, baseline)}")

@@ -131,24 +131,23 @@ def train_all(config: Config, options: Options) -> None:
       optimizer=optax.adam(optax.cosine_decay_schedule(rate, steps)),
       steps=steps,
       seed=seeds,
-      validate=evaluation.validator(network, validation, stacked=True),
-      validate_every=10 * unbounded.steps_per_epoch,
-      folder=folder / name,
-      config={"experiment": f"views/{name}", "views": list(config.views)},
-      progress=name,
+      watch=train.Watch(
+        evaluation.validator(validation), validate_every=10 * unbounded.steps_per_epoch
+      ),
+      run=train.Run(
+        folder / name, config={"experiment": f"views/{name}", "views": list(config.views)}
+      ),
     )
 
-  teach = teachers.frozen(teacher)
   rates = (config.teacher_epochs, config.teacher_rate)
-  taught = fit("teacher", teacher, recipes.labels(), [unbounded], [100], *rates)
+  (taught,) = fit("teacher", teacher, recipes.labels(), [unbounded], [100], *rates).unstack()
 
   seeds = range(config.seeds)
   ordered, answered = [], []
   for seed in seeds:
     ordered.append(dataclasses.replace(unbounded, data_seed=seed))
     cached = teachers.cached(
-      teach,
-      teachers.unstack(taught.variables)[0],
+      teachers.frozen(taught),
       dataclasses.replace(bounded, data_seed=seed),
       in_advance=True,
       progress=None,
@@ -176,8 +175,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   teacher, student = build_networks(config)
 
   def accuracy(network, name: str) -> np.ndarray:
-    variables = teachers.restore(folder / name)
-    found = evaluation.evaluate(evaluation.predictor(network), variables, batches, stacked=True)
+    found = evaluation.evaluate(teachers.restore(folder / name, network), batches)
     return 100 * np.asarray(found["accuracy"], np.float64)
 
   taught = float(accuracy(teacher, "teacher")[0])

@@ -30,13 +30,9 @@ def main(folder):
     data=jd.data.on_device(examples, batch_size=20, data_seed=0),
     optimizer=optax.adam(0.1),
     steps=40,
-    folder=folder,
+    run=folder,
   )
-  found = jd.evaluation.evaluate(
-    jd.evaluation.predictor(network),
-    fitted.variables,
-    jd.data.evaluation_batches(examples, batch_size=20),
-  )
+  found = jd.evaluation.evaluate(fitted, jd.data.evaluation_batches(examples, batch_size=20))
   student = jd.export.load_student(folder)
   again = np.mean(np.argmax(student(x), axis=1) == examples.labels)
   assert found["accuracy"] > 0.5, found

@@ -16,7 +16,6 @@ import jaxdistill as jd
 from jaxdistill import (
   _extras,
   data,
-  evaluation,
   export,
   networks,
   recipes,
@@ -26,6 +25,7 @@ from jaxdistill import (
   train,
 )
 from jaxdistill.__main__ import main
+from jaxdistill.types import Model
 
 ROOT = pathlib.Path(jd.__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -97,6 +97,10 @@ def network():
   return networks.linen(nn.Dense(4))
 
 
+def teacher():
+  return teachers.frozen(Model(network(), {}))
+
+
 def batches():
   examples = data.from_arrays(np.eye(4, dtype=np.float32), np.arange(4))
   return data.evaluation_batches(examples, batch_size=2)
@@ -109,8 +113,8 @@ def fit(folder):
     data=source(),
     optimizer=optax.adam(0.1),
     steps=1,
-    folder=folder,
-    tensorboard=True,
+    watch=train.Watch(tensorboard=True),
+    run=folder,
   )
 
 
@@ -122,22 +126,20 @@ def sweep(folder):
     data=source(),
     optimizer=optax.adam(0.1),
     steps=1,
-    validation=batches(),
-    folder=folder,
+    choice=search.Choice(batches()),
+    run=folder,
   )
 
 
 def compress(folder):
   search.compress(
-    {"small": network()},
-    within=search.Budget(bytes=1000),
-    teacher=teachers.frozen(network()),
-    teacher_variables={},
+    search.affordable({"small": network()}, search.Budget(bytes=1000), source()),
+    teacher=teacher(),
     data=source(),
-    validation=batches(),
     optimizer=optax.adam(0.1),
     steps=1,
-    folder=folder,
+    choice=search.Choice(batches()),
+    run=folder,
   )
 
 
@@ -157,7 +159,7 @@ def compare(folder):
   reports.compare_students(
     folder,
     network=network(),
-    reference=(evaluation.teacher_predictor(teachers.frozen(network())), {}),
+    teacher=teacher(),
     batches=batches(),
     descriptions={},
     examples=4,
@@ -165,9 +167,9 @@ def compare(folder):
 
 
 NEEDS = [
-  ("array_record", lambda f: teachers.cached(None, None, source(), folder=f)),
+  ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
-  ("grain", lambda f: teachers.cached(None, None, source(), folder=f)),
+  ("grain", lambda f: teachers.cached(None, source(), folder=f)),
   ("grain", stream),
   ("jax2onnx", export_kinds("onnx")),
   ("jinja2", lambda f: reports.render_report(f)),

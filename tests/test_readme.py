@@ -8,12 +8,13 @@ README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 def test_the_examples_run(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  own, many, foreign = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+  own, added, many, foreign = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
   names = {"__name__": "readme"}
   exec(compile(own, "README.md", "exec"), names)
   assert "accuracy" in capsys.readouterr().out
-  assert (tmp_path / "runs" / "mine" / "config.json").exists()
   # The others go on from the first.
+  exec(compile(added, "README.md", "exec"), names)
+  assert (tmp_path / "runs" / "mine" / "config.json").exists()
   exec(compile(many, "README.md", "exec"), names)
   assert "Chosen on validation: temperature" in capsys.readouterr().out
   assert (tmp_path / "runs" / "sweep" / "sweep.png").exists()

@@ -42,12 +42,12 @@ def to_json(value: Any) -> Any:
 
   NaN and infinity become None: JSON has neither.
 
-  >>> to_json({"a": np.array([1.0, np.nan]), "b": pathlib.PurePosixPath("x")})
-  {'a': [1.0, None], 'b': 'x'}
+  >>> to_json({"a": np.array([1.0, np.nan]), "b": pathlib.PurePosixPath("x"), "c": range(2)})
+  {'a': [1.0, None], 'b': 'x', 'c': [0, 1]}
   """
   if isinstance(value, Mapping):
     return {str(k): to_json(v) for k, v in value.items()}
-  if isinstance(value, list | tuple):
+  if isinstance(value, list | tuple | range):
     return [to_json(v) for v in value]
   if isinstance(value, os.PathLike):
     return os.fspath(value)

@@ -4,11 +4,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import special
 
 import small_networks
-from jaxdistill import losses, networks, teachers
+from jaxdistill import data, losses, networks, recipes, teachers, train
 from jaxdistill.types import Outputs, make_batch
 
 BATCH = make_batch(jnp.ones((2, 3)))
@@ -298,3 +299,22 @@ def test_wrong_layers_say_what_is_wrong(pairs, message):
 def test_layers_of_bare_parameters_are_refused():
   with pytest.raises(ValueError, match=r"there is 'params'.*\['encoder', 'head'\]"):
     teachers.layers(VARIABLES["params"], {"a": "b"})
+
+
+def test_a_restored_model_knows_its_seeds_however_they_were_given(tmp_path):
+  network = small_networks.dense(3, classes=4)
+  examples = data.from_arrays(np.eye(4, 5, dtype=np.float32), np.arange(4))
+  source = data.on_device(examples, batch_size=2, data_seed=0)
+  for seed, seeds in ((3, None), ([3], 1), (range(2), 2), (np.arange(2), 2)):
+    trained = train.fit(
+      network,
+      recipes.labels(),
+      data=source if seeds is None else [source] * seeds,
+      optimizer=optax.sgd(0.1),
+      steps=1,
+      seed=seed,
+      run=train.Run(tmp_path / repr(seed), progress=None),
+    )
+    found = teachers.restore(tmp_path / repr(seed), network)
+    assert found.seeds == trained.seeds == seeds
+    assert len(found.unstack()) == (seeds or 1)
