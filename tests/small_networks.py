@@ -1,9 +1,11 @@
 """Small networks that the tests share."""
 
+import contextlib
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import jaxtyping
 
 from jaxdistill import networks
 
@@ -32,6 +34,16 @@ class Dense(nn.Module):
     self.sow("intermediates", "mid", x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.classes, param_dtype=self.param_dtype)(x)
+
+
+@contextlib.contextmanager
+def untyped():
+  """Without the tests' own type checks: what a user's mistake meets."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    yield
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def dense(width, **fields):
