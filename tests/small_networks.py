@@ -1,11 +1,13 @@
 """Small networks and their training that the tests share, parameters, a convolution by hand."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 
 from jaxdistill import networks, train
@@ -36,6 +38,16 @@ class Dense(nn.Module):
     self.sow("intermediates", "mid", x)
     x = nn.Dropout(self.dropout, deterministic=not train)(x)
     return nn.Dense(self.classes, param_dtype=self.param_dtype)(x)
+
+
+@contextlib.contextmanager
+def untyped():
+  """Without the tests' own type checks: what a user's mistake meets."""
+  jaxtyping.config.update("jaxtyping_disable", True)
+  try:
+    yield
+  finally:
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def dense(width, **fields):

@@ -12,8 +12,8 @@ import pytest
 from jaxdistill import _compile, data, evaluation, losses, networks, recipes, search, teachers
 from jaxdistill.networks import models
 from jaxdistill.search import _shared_teacher
-from jaxdistill.train import build_program, with_jit
-from jaxdistill.types import Term, as_objective
+from jaxdistill.train import Plan, Program, Run, with_jit
+from jaxdistill.types import Model, Term, as_objective
 
 
 @contextlib.contextmanager
@@ -38,9 +38,9 @@ def parts(size=40):
     random.normal(size=(size, 6)).astype(np.float32), random.randint(0, 3, size), num_classes=3
   )
   network = networks.linen(models.MLP(widths=(4,), num_classes=3), name="network")
-  variables = network.init(jax.random.key(0), jnp.zeros((1, 6)))
+  model = Model(network, network.init(jax.random.key(0), jnp.zeros((1, 6))))
   source = data.on_device(examples, batch_size=8, data_seed=0)
-  return network, variables, source, data.evaluation_batches(examples, batch_size=16)
+  return model, source, data.evaluation_batches(examples, batch_size=16)
 
 
 def test_a_call_takes_what_was_compiled_ahead_and_compiles_what_was_not():
@@ -145,64 +145,61 @@ def test_host_arrays_go_to_the_device_without_a_program():
 
 
 def test_a_validator_compiled_ahead_compiles_nothing_more():
-  network, variables, _, batches = parts()
-  validate = evaluation.validator(network, batches)
+  model, _, batches = parts()
+  validate = evaluation.validator(batches)
   with compiled() as names:
-    validate.compile(jax.eval_shape(lambda: variables))
-    found = validate(variables)
-  assert names == ["one_batch"]
-  expected = evaluation.evaluate(evaluation.predictor(network), variables, batches)
+    validate.compile(jax.eval_shape(lambda: model))
+    found = validate(model)
+  assert names == ["batch"]
+  expected = evaluation.evaluate(model, batches)
   # The same sums from programs of other options: float32's rounding.
   for name, value in found.items():
     np.testing.assert_allclose(value, expected[name], rtol=1e-6)
 
 
 def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():
-  network, variables, source, _ = parts()
-  learners = [(network, as_objective(recipes.kd()))]
-  teacher = teachers.frozen(network)
+  model, source, _ = parts()
+  learners = [(model.network, as_objective(recipes.kd()))]
+  teacher = teachers.frozen(model)
   with compiled() as names:
-    (made,) = _shared_teacher.share_teacher(learners, teacher, variables, [source], 2**20)
+    (made,) = _shared_teacher.share_teacher(learners, teacher, [source], 2**20)
     logits = made.shared[1]["logits"]
     assert isinstance(logits, _compile.Deferred)
     assert logits.shape == (40, 3)
     assert "outputs" not in names
     found = _compile.computed(made.shared)[1]["logits"]
   assert names.count("outputs") == 1
-  expected = teachers.cached(teacher, variables, source, progress=None).shared[1]["logits"]
+  expected = teachers.cached(teacher, source, progress=None).shared[1]["logits"]
   assert found.tolist() == expected.tolist()
 
 
 def test_an_objective_may_branch_on_a_keyword_that_is_not_swept():
   """What is swept is traced; the others are the numbers that they are, in training and before."""
-  network, variables, source, batches = parts()
+  model, source, batches = parts()
 
   def mine(student, teacher, batch, *, temperature=4.0, squared=True):
     scale = temperature**2 if squared else 1.0
     return {"soft": Term(scale * losses.soft_target_kl(student.logits, teacher.logits))}
 
   result = search.sweep(
-    network,
+    model.network,
     mine,
     points=search.product(temperature=[1, 2]),
     data=source,
     optimizer=optax.sgd(0.1),
     steps=5,
-    validation=batches,
-    teacher=teachers.frozen(network),
-    teacher_variables=variables,
-    progress=None,
+    choice=search.Choice(batches),
+    teacher=teachers.frozen(model),
+    run=Run(progress=None),
   )
   assert [row.status for row in result.rows] == ["finished"] * 2
 
 
 def test_a_sweeps_teacher_that_puts_out_nan_says_so():
-  network, variables, source, _ = parts()
-  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, variables)
-  learners = [(network, as_objective(recipes.kd()))]
-  (made,) = _shared_teacher.share_teacher(
-    learners, teachers.frozen(network), broken, [source], 2**20
-  )
+  model, source, _ = parts()
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, teachers.frozen(model))
+  learners = [(model.network, as_objective(recipes.kd()))]
+  (made,) = _shared_teacher.share_teacher(learners, broken, [source], 2**20)
   with pytest.raises(ValueError, match="logits in view 0 hold NaN"):
     _compile.computed(made.shared)
 
@@ -210,31 +207,31 @@ def test_a_sweeps_teacher_that_puts_out_nan_says_so():
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("steps", [20, 1200])
 def test_a_sweep_compiles_four_programs_once_each(devices, steps):
-  network, variables, source, batches = parts()
+  model, source, batches = parts()
   _compile._known()
   with compiled() as names:
     search.sweep(
-      network,
+      model.network,
       recipes.kd(),
       points=search.product(temperature=[1, 2]),
       seeds=range(3),
       data=source,
       optimizer=optax.adam(1e-2),
       steps=steps,
-      devices=jax.devices()[:devices],
-      validation=batches,
-      teacher=teachers.frozen(network),
-      teacher_variables=variables,
-      progress=None,
+      choice=search.Choice(batches),
+      teacher=teachers.frozen(model),
+      execution=search.Execution(devices=jax.devices()[:devices]),
+      run=Run(progress=None),
     )
-  assert sorted(names) == ["initial", "one_batch", "outputs", "run"]
+  assert sorted(names) == ["batch", "initial", "outputs", "run"]
 
 
 def test_a_states_seed_is_the_key_that_jax_makes_of_it():
-  network, _, source, _ = parts()
+  model, source, _ = parts()
   for seed in (0, 5, 2**31, 2**32 - 1):
-    program = build_program(
-      network, as_objective(recipes.labels()), source, optax.sgd(0.1), seed, None, None, with_jit()
+    plan = Plan.of(
+      model.network, recipes.labels(), data=source, optimizer=optax.sgd(0.1), steps=1, seed=seed
     )
+    program = Program(plan, with_jit())
     _, _, key = jax.random.split(jax.random.key(seed), 3)
     assert jax.random.key_data(program.initial().key).tolist() == jax.random.key_data(key).tolist()

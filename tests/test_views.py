@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import data, teachers
-from jaxdistill.types import Outputs
+from jaxdistill.types import Outputs, Teacher
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -48,7 +48,7 @@ def test_students_side_by_side_see_what_a_cache_of_their_views_shows(script):
     source = data.on_device(
       examples, batch_size=3, data_seed=1, augmentation=data.crop(1), views=views
     )
-    return teachers.cached(brightness, None, source, in_advance=True, progress=None)
+    return teachers.cached(Teacher({}, brightness), source, in_advance=True, progress=None)
 
   def brightness(variables, batch):
     ramp = jnp.arange(32, dtype=jnp.float32).reshape(2, 16)

@@ -26,7 +26,7 @@ from jaxdistill.evaluation.predictions import Column
 from jaxdistill.reports import command
 from jaxdistill.reports._pages import analysis, decision, document, evidence
 from jaxdistill.reports._pages import page as report_page
-from jaxdistill.types import Network, Outputs
+from jaxdistill.types import Model, Network, Outputs
 
 HOSTILE = "<script>alert('1')</script> & \"quotes\" | pipes"
 VOID = {"meta", "img", "br", "link"}
@@ -666,27 +666,23 @@ def test_an_experiments_end_gathers_everything(tmp_path):
   examples = data.from_arrays(pictures, labels, label_names=names)
   batches = data.evaluation_batches(examples, batch_size=8)
 
-  def predict(variables, batch):
-    above = 40 * (batch.inputs.mean(axis=(1, 2, 3)) - variables)
-    return jnp.stack([-above, above], axis=1)
+  def apply(variables, inputs, *, train, key):
+    above = 40 * (inputs.mean(axis=(1, 2, 3)) - variables)
+    return Outputs(logits=jnp.stack([-above, above], axis=1)), {}
 
+  network = Network(init=lambda key, inputs: {}, apply=apply)
+  teacher = teachers.frozen(Model(network, np.float32(0.5)))
+  students = Model(network, np.array([0.49, 0.53], np.float32), 2)
   measured = {
-    "teacher": reports.measure_model(predict, np.float32(0.5), batches, costs=fabricated.TEACHER),
-    "student": reports.measure_model(
-      predict,
-      np.array([0.49, 0.53], np.float32),
-      batches,
-      reference=(predict, np.float32(0.5)),
-      stacked=True,
-      costs=fabricated.STUDENT,
-    ),
+    "teacher": reports.measure_model(teacher, batches, costs=fabricated.TEACHER),
+    "student": reports.measure_model(students, batches, teacher=teacher, costs=fabricated.STUDENT),
   }
   columns = {"size": predictions.column("size", np.arange(30) % 2, np.arange(30), 30)}
   about = {"dataset": "made up", "split": "test", "seeds": range(2)}
   found = reports.gather_predictions(measured, batches, examples=examples, columns=columns, **about)
   assert found.label_names == names
   assert (len(found), found.num_classes, found.seeds) == (30, 2, (0, 1))
-  plain = evaluation.evaluate(predict, np.float32(0.5), batches)
+  plain = evaluation.evaluate(teacher, batches)
   assert found.correct("teacher").mean() == pytest.approx(float(plain["accuracy"]))
   wrong = ~found.correct("student").all(axis=0)
   assert set(found.shown) == set(np.flatnonzero(wrong).tolist())
@@ -710,15 +706,15 @@ def test_an_experiment_without_a_baseline_ends_with_a_report(tmp_path, monkeypat
   network = Network(init=lambda key, inputs: {}, apply=apply)
   asked = []
 
-  def restore(folder):
+  def restore(folder, network):
     asked.append(folder.name)
-    return {"kernel": jnp.asarray(kernels)}
+    return Model(network, {"kernel": jnp.asarray(kernels)}, 2)
 
   monkeypatch.setattr(teachers, "restore", restore)
   monkeypatch.setattr(evaluation, "costs", lambda *rest, **options: fabricated.STUDENT)
   options = {
     "network": network,
-    "reference": (evaluation.predictor(network), {"kernel": 5 * jnp.eye(3)}),
+    "teacher": teachers.frozen(Model(network, {"kernel": 5 * jnp.eye(3)})),
     "batches": data.evaluation_batches(examples, batch_size=16),
     "descriptions": fabricated.DESCRIBED,
     "examples": examples,

@@ -13,10 +13,12 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import data, export, networks, recipes, runs, search, teachers
+from jaxdistill import data, export, networks, recipes, runs, search, teachers, train
 from jaxdistill.evaluation import cost
 from jaxdistill.networks import models
 from jaxdistill.search import _budget, _compress, command
+from jaxdistill.types import Model
+from small_networks import untyped
 
 # The teachers here are not trained, and the checks say so.
 pytestmark = pytest.mark.filterwarnings("ignore::jaxdistill.search.PreflightWarning")
@@ -34,23 +36,28 @@ def mlps(*widths):
   return search.family(lambda width: models.MLP((width,), CLASSES), width=list(widths))
 
 
+def source():
+  return data.on_device(examples(), batch_size=16, data_seed=0)
+
+
+def affordable(*widths, parameters=60):
+  return search.affordable(mlps(*widths), search.Budget(parameters=parameters), source())
+
+
 def settings(folder, **options):
   teacher = networks.linen(models.MLP((32,), CLASSES), name="teacher")
+  variables = teacher.init(jax.random.key(7), jnp.zeros((1, 6)))
+  validation = data.evaluation_batches(examples(seed=1, size=40), batch_size=20)
   return {
-    "within": search.Budget(parameters=60),
-    "teacher": teachers.frozen(teacher),
-    "teacher_variables": teacher.init(jax.random.key(7), jnp.zeros((1, 6))),
-    "data": data.on_device(examples(), batch_size=16, data_seed=0),
-    "validation": data.evaluation_batches(examples(seed=1, size=40), batch_size=20),
+    "teacher": teachers.frozen(Model(teacher, variables)),
+    "data": source(),
+    "choice": search.Choice(validation, halving=search.Halving(2, 2), retrain=[0, 1]),
     "optimizer": lambda rate=0.05: optax.adam(rate),
     "steps": 18,
     "points": search.product(temperature=[1.0, 4.0], rate=[0.05, 1e-4]),
     "seeds": [0],
-    "final_seeds": [0, 1],
-    "halving": search.Halving(2, 2),
-    "gap": 1.0,
-    "progress": False,
-    "folder": folder,
+    "assistants": search.Assistants(gap=1.0),
+    "run": train.Run(folder, progress=None),
     **options,
   }
 
@@ -58,7 +65,7 @@ def settings(folder, **options):
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
   folder = tmp_path_factory.mktemp("compress") / "run"
-  return folder, search.compress(mlps(2, 4, 12), **settings(folder))
+  return folder, search.compress(affordable(2, 4, 12), **settings(folder))
 
 
 def test_costs_are_those_of_the_network():
@@ -68,8 +75,10 @@ def test_costs_are_those_of_the_network():
   assert (found["parameters"], found["bytes"]) == (43, 172)
   assert found["flops"] == 2 * (6 * 4 + 4 * 3) + 4 + 4 + 3
   assert 0 < found["latency_ms"] < 1000
-  with pytest.raises(ValueError, match="variables must be given for a function"):
-    search.measure_network(lambda variables, x: x, jax.ShapeDtypeStruct((6,), "float32"))
+  model = Model(network, network.init(jax.random.key(0), jnp.zeros((1, 6))))
+  for one in (model, teachers.frozen(model)):
+    same = search.measure_network(one, jax.ShapeDtypeStruct((6,), "float32"), seconds=0.01)
+    assert all(same[name] == found[name] for name in ("parameters", "bytes", "flops"))
 
 
 def test_normalisation_counts_and_integers_are_stored_as_they_are():
@@ -133,9 +142,7 @@ def test_what_is_over_the_budget_is_dropped_and_the_best_of_the_rest_is_chosen(c
     assert student.info["parameters"] == found.costs["parameters"] <= 60
   loaded = export.load_student(folder / "student", instance=1)
   x = np.asarray(examples(seed=3).inputs)
-  own = found.network.apply(
-    jax.tree.map(lambda leaf: leaf[1], found.variables), x, train=False, key=None
-  )[0].logits
+  own = found.model.unstack()[1](x).logits
   # The same arithmetic by another program; float32.
   np.testing.assert_allclose(loaded.predict(x), own, rtol=0, atol=1e-5)
 
@@ -191,20 +198,19 @@ def test_a_compression_that_was_stopped_goes_on(compressed, tmp_path, monkeypatc
   (tmp_path / "run" / "budget.json").unlink()
   with pytest.raises(FileNotFoundError, match="not finished; run it again"):
     search.read_choice(tmp_path / "run")
-  monkeypatch.setattr(
-    _budget, "measure_network", lambda *args, **options: pytest.fail("measured again")
-  )
+  candidates, fewer = affordable(2, 4, 12), affordable(2, 4)
+  slower = {name: {**one, "latency_ms": 1e9} for name, one in candidates.costs.items()}
+  candidates = dataclasses.replace(candidates, costs=slower)
   monkeypatch.setattr(
     _budget, "measure_in_process", lambda *args, **options: pytest.fail("timed again")
   )
-  found = search.compress(mlps(2, 4, 12), **settings(tmp_path / "run"))
+  found = search.compress(candidates, **settings(tmp_path / "run"))
+  assert max(one.costs["latency_ms"] for one in found.candidates) < 1e9
   assert found.chosen == whole.chosen == search.read_choice(tmp_path / "run")["chosen"]
-  for one, other in zip(
-    jax.tree.leaves(found.variables), jax.tree.leaves(whole.variables), strict=True
-  ):
+  for one, other in zip(jax.tree.leaves(found.model), jax.tree.leaves(whole.model), strict=True):
     np.testing.assert_array_equal(one, other)
   with pytest.raises(ValueError, match="another configuration|other"):
-    search.compress(mlps(2, 4), **settings(tmp_path / "run"))
+    search.compress(fewer, **settings(tmp_path / "run"))
 
 
 def test_what_is_needed_is_enough():
@@ -219,13 +225,12 @@ def test_what_is_needed_is_enough():
     assert not dataclasses.replace(small, **{**needed, name: limit}).inside(costs)
 
 
-def test_a_budget_that_nothing_meets_names_the_nearest(tmp_path):
+def test_a_budget_that_nothing_meets_names_the_nearest():
   match = (
     "no candidate .* 20 parameters. The nearest of 2, 'width 2', has 23 parameters: a budget of "
   )
   with pytest.raises(search.BudgetError, match=match + "parameters=23 would do; or give smaller"):
-    search.compress(mlps(4, 2), **settings(tmp_path / "run", within=search.Budget(parameters=20)))
-  assert not (tmp_path / "run").exists()
+    affordable(4, 2, parameters=20)
 
 
 def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monkeypatch):
@@ -239,9 +244,10 @@ def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monke
     metric="accuracy",
     best=1,
     ties=[],
-    network=students["width 4"],
-    variables=made[1],
-    students=lambda index: jax.tree.map(lambda leaf: leaf[None], made[index]),
+    model=Model(students["width 4"], made[1]),
+    students=lambda index: Model(
+      list(students.values())[index], jax.tree.map(lambda leaf: leaf[None], made[index]), 1
+    ),
     final_seeds=[(0, 0)],
   )
   times = iter([9.0, 0.1])
@@ -252,16 +258,16 @@ def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monke
     return {"latency_ms": next(times), "bytes": 1, "flops": 1, "parameters": 1}
 
   monkeypatch.setattr(_budget, "measure_in_process", separately)
-  mine = job(tmp_path, within=search.Budget(latency_ms=5.0))
-  name, checked = _compress._first_inside(mine, students, found, tmp_path)
+  mine, within = job(tmp_path), search.Budget(latency_ms=5.0)
+  name, checked = _compress._first_inside(mine, within, students, found, tmp_path)
   assert (name, asked) == ("width 2", [43, 23])
-  assert _compress._first_inside(mine, students, found, tmp_path) == (name, checked)
+  assert _compress._first_inside(mine, within, students, found, tmp_path) == (name, checked)
   (tmp_path / "checked.json").unlink()
   times = iter([9.0, 7.0])
   with pytest.raises(
     search.BudgetError, match=r"has 7 ms: a budget of latency_ms=7.778 would do, in"
   ):
-    _compress._first_inside(mine, students, found, tmp_path)
+    _compress._first_inside(mine, within, students, found, tmp_path)
 
 
 def row(accuracy, **values):
@@ -270,12 +276,10 @@ def row(accuracy, **values):
 
 
 def job(folder, **options):
-  given = settings(folder, **options)
-  for name in ("folder", "halving", "gap"):
-    given.pop(name)
-  given |= {"teacher_network": None, "teacher_run": None}
-  given["seeds"] = given["final_seeds"] = [(0, 0), (1, 1)]
-  return _compress.Job(objective=recipes.kd, metric="accuracy", **given)
+  given, pairs = settings(folder, **options), [(0, 0), (1, 1)]
+  del given["assistants"]
+  given |= {"seeds": pairs, "choice": dataclasses.replace(given["choice"], retrain=pairs)}
+  return _compress.Job(objective=recipes.kd, teacher_run=None, **given)
 
 
 @pytest.mark.slow
@@ -299,7 +303,7 @@ def test_an_assistant_is_tried_where_the_gap_is_wide(tmp_path, monkeypatch):
   assert learned.info["parameters"] == 83
   final = mine.final(student, row([0.0, 0.01]), tried, tmp_path)
   config = json.loads((tmp_path / "student" / "config.json").read_text())
-  assert config["teacher"] == runs.fingerprint(teachers.unstack(tried.variables)[0])
+  assert config["teacher"] == runs.fingerprint(tried.model.variables)
   assert sorted(final) == ["baseline", "student"]
 
 
@@ -333,34 +337,55 @@ def test_the_front_has_nobody_that_another_beats():
     values={},
     assistant=None,
     metric="accuracy",
-    network=mlps(2)["width 2"],
-    variables=None,
+    model=Model(mlps(2)["width 2"], None),
     validation={},
   )
   assert found.front() == ["fast", "middle", "good"]
 
 
+BUDGET = search.Budget(parameters=60)
+AFFORDABLE = search.Affordable(mlps(2), BUDGET, {"width 2": {"parameters": 23}})
 SIMKD = recipes.simkd({"kernel": np.zeros((4, 3)), "bias": np.zeros(3)})
 
 
 @pytest.mark.parametrize(
-  ("candidates", "options", "error", "match"),
+  ("options", "error", "match"),
   [
-    ({}, {}, TypeError, "candidates=.* must be networks by name"),
-    (None, {"objective": SIMKD, "points": [{}]}, ValueError, "deploys another network"),
-    (None, {"points": [{"heat": 1}]}, ValueError, r"points have \['heat'\]"),
-    (None, {"gap": -1.0}, ValueError, "gap must be at least 0, got -1.0"),
+    ({"candidates": mlps(2)}, TypeError, r"must be what search.affordable\(candidates"),
+    ({"choice": None}, TypeError, "choice=None must be a search.Choice"),
+    ({"run": None}, ValueError, "run has no folder"),
+    ({"teacher": Model(mlps(2)["width 2"], {})}, TypeError, r"teachers\.frozen\(model\)"),
+    ({"objective": SIMKD, "points": [{}]}, ValueError, "deploys another network"),
+    ({"points": [{"heat": 1}]}, ValueError, r"points have \['heat'\]"),
   ],
 )
-def test_errors_come_before_anything_is_measured(
-  tmp_path, monkeypatch, candidates, options, error, match
-):
-  monkeypatch.setattr(_budget, "measure_network", lambda *args, **options: pytest.fail("measured"))
-  if candidates is None:
-    candidates = mlps(2)
-  with pytest.raises(error, match=match):
-    search.compress(candidates, **settings(tmp_path / "run", **options))
+def test_errors_come_before_a_folder_is_claimed(tmp_path, options, error, match):
+  given = {"candidates": AFFORDABLE, **settings(tmp_path / "run"), **options}
+  with untyped(), pytest.raises(error, match=match):
+    search.compress(given.pop("candidates"), **given)
   assert not (tmp_path / "run").exists()
+
+
+def test_the_test_split_is_not_read(tmp_path):
+  given = settings(tmp_path / "run")
+  choice = dataclasses.replace(given["choice"], test=given["choice"].validation)
+  with pytest.raises(ValueError, match="choice has a test split, which compress does not read"):
+    search.compress(AFFORDABLE, **{**given, "choice": choice})
+
+
+@pytest.mark.parametrize(
+  ("make", "match"),
+  [
+    (lambda: search.affordable({}, BUDGET, source()), "candidates=.* must be networks by name"),
+    (lambda: search.affordable({"a": 3}, BUDGET, source()), r"candidates \['a'\] are no networks"),
+    (lambda: search.affordable(mlps(2), 3, source()), "within=3 must be a search.Budget"),
+    (lambda: search.Assistants(gap=-1.0), "gap must be at least 0, got -1.0"),
+  ],
+)
+def test_errors_come_before_anything_is_measured(monkeypatch, make, match):
+  monkeypatch.setattr(_budget, "measure_network", lambda *args, **options: pytest.fail("measured"))
+  with untyped(), pytest.raises((TypeError, ValueError), match=match):
+    make()
 
 
 def test_a_family_is_every_combination():

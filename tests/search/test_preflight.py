@@ -16,7 +16,7 @@ import small_networks
 from jaxdistill import data, evaluation, losses, networks, recipes, search, teachers, train
 from jaxdistill.networks import models
 from jaxdistill.search._checks import calibration, pair_checks, probes, teacher_checks
-from jaxdistill.types import Objective, Term, as_objective, make_batch
+from jaxdistill.types import Model, Objective, Term, as_objective, make_batch
 
 CLASSES = 3
 
@@ -37,19 +37,22 @@ def validation(size=256):
 
 
 def trained(steps, *, rate=1e-2, width=16, seed=0, **options):
-  """A network after so many of Adam's steps, its rate going to zero."""
-  network = small_networks.dense(width)
+  """A model after so many of Adam's steps, its rate going to zero."""
   fitted = train.fit(
-    network,
+    small_networks.dense(width),
     recipes.labels(),
     data=source(),
     optimizer=optax.adam(optax.cosine_decay_schedule(rate, max(steps, 1))),
     steps=steps,
     seed=seed,
-    progress=None,
-    **options,
+    **{"run": train.Run(progress=None), **options},
   )
-  return network, fitted.variables
+  return Model(fitted.network, fitted.variables)
+
+
+def untrained(width, key=9):
+  network = small_networks.dense(width)
+  return Model(network, network.init(jax.random.key(key), jnp.zeros((1, 4))))
 
 
 @pytest.fixture(scope="module")
@@ -163,41 +166,38 @@ def test_a_runs_curve_is_the_mean_over_seeds_without_torn_lines(tmp_path):
 
 
 def test_probe_steps_find_the_hasty_teacher_and_let_the_trained_one_pass(taught, hasty):
-  for (network, variables), expected in ((hasty, ["not_trained"]), (taught, [])):
-    found = quiet(data=source(), teacher=network, teacher_variables=variables)
-    assert names(found) == expected
+  for model, expected in ((hasty, ["not_trained"]), (taught, [])):
+    assert names(quiet(data=source(), teacher=teachers.frozen(model))) == expected
 
 
 def test_probe_steps_change_nothing(hasty):
-  network, variables = hasty
-  before = jax.tree.map(np.array, variables)
+  before = jax.tree.map(np.array, hasty.variables)
   quiet(
     small_networks.dense(5),
     recipes.kd(),
     data=source(),
-    teacher=network,
-    teacher_variables=variables,
+    teacher=teachers.frozen(hasty),
     validation=validation(),
   )
-  jax.tree.map(np.testing.assert_array_equal, before, variables)
+  jax.tree.map(np.testing.assert_array_equal, before, hasty.variables)
 
 
 def test_a_teacher_that_is_only_unsure_does_not_seem_to_learn(taught):
   # As label smoothing leaves it: every step would lower the plain loss by making it surer.
-  network, variables = taught
-  params = jax.tree.map(lambda p: p, variables["params"])
+  params = jax.tree.map(lambda p: p, taught.variables["params"])
   params["Dense_1"] = jax.tree.map(lambda p: 0.2 * p, params["Dense_1"])
-  softer = {**variables, "params": params}
+  softer = dataclasses.replace(taught, variables={**taught.variables, "params": params})
   batches = probes.batches_of(source(), 0, 4)
-  ((before, after),) = probes.taught_further(network, [softer], batches, batches)
+  before, after = probes.taught_further(softer, batches, batches)
   assert teacher_checks.still_learning(before, after) is None
-  logits, labels = probes.predictions(evaluation.predictor(network), [softer], batches)
+  logits, labels = probes.predictions([softer], batches)
   assert calibration.losses_at(logits[0], labels).mean() > before.mean() + 0.05
 
 
 def test_a_finished_curve_stands_in_for_probe_steps(tmp_path):
-  network, variables = trained(400, folder=tmp_path / "run", log_every=16, checkpoint_every=400)
-  given = {"data": source(), "teacher": network, "teacher_variables": variables}
+  run = train.Run(tmp_path / "run", checkpoint_every=400, progress=None)
+  model = trained(400, run=run, watch=train.Watch(log_every=16))
+  given = {"data": source(), "teacher": teachers.frozen(model)}
   assert quiet(**given, teacher_run=tmp_path / "run") == []
   config = json.loads((tmp_path / "run" / "config.json").read_text())
   (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "steps": 500}))
@@ -231,14 +231,12 @@ def test_a_capacity_gap_asks_for_assistants_in_geometric_steps():
 
 
 def probed(objective, hyper=({},), batch=None, student=None):
-  network = small_networks.dense(7)
   inputs, labels = examples(16).inputs, examples(16).labels
   return probes.probe_terms(
     student or small_networks.dense(5),
     as_objective(objective),
     make_batch(jnp.asarray(inputs), jnp.asarray(labels)) if batch is None else batch,
-    teacher=teachers.frozen(network),
-    teacher_variables=network.init(jax.random.key(9), jnp.zeros((1, 4))),
+    teacher=teachers.frozen(untrained(7)),
     hyper=hyper,
     num_classes=CLASSES,
   )
@@ -295,10 +293,9 @@ def test_hidden_labels_of_a_batch_do_not_hide_what_the_objective_reads():
 
 
 def test_data_without_labels_is_said(taught):
-  network, variables = taught
   bare = data.on_device(data.from_arrays(examples().inputs, None), batch_size=32, data_seed=0)
-  given = {"teacher": network, "teacher_variables": variables}
-  (found,) = quiet(small_networks.dense(5), recipes.kd(), data=bare, **given)
+  teacher = teachers.frozen(taught)
+  (found,) = quiet(small_networks.dense(5), recipes.kd(), data=bare, teacher=teacher)
   assert found.check == "no_labels"
   assert "no label that may be used" in found.message
 
@@ -460,9 +457,7 @@ def test_usual_miscalibration_is_let_pass():
 
 
 def test_check_warns_and_writes_what_it_returns(tmp_path):
-  network, variables = small_networks.dense(7), None
-  variables = network.init(jax.random.key(9), jnp.zeros((1, 4)))
-  given = {"data": source(), "teacher": network, "teacher_variables": variables}
+  given = {"data": source(), "teacher": teachers.frozen(untrained(7))}
   with pytest.warns(search.PreflightWarning) as caught:
     found = search.preflight(
       small_networks.dense(5),
@@ -483,7 +478,6 @@ def test_check_warns_and_writes_what_it_returns(tmp_path):
 
 
 def test_what_check_cannot_take_says_so(taught):
-  network, variables = taught
   with pytest.raises(ValueError, match="nothing to look at"):
     quiet()
   with pytest.raises(ValueError, match="baseline is compared"):
@@ -492,54 +486,47 @@ def test_what_check_cannot_take_says_so(taught):
     quiet(data=[1])
   with pytest.raises(TypeError, match="validation"):
     quiet(validation=3)
-  with pytest.raises(ValueError, match=r"hyper has \['tau'\]"):
-    quiet(small_networks.dense(5), recipes.labels(), data=source(), hyper={"tau": 1.0})
-  with pytest.raises(ValueError, match="2 networks for 1 members"):
-    quiet(
-      data=source(), teacher=network, teacher_variables=variables, teacher_network=[network] * 2
-    )
+  with (
+    small_networks.untyped(),
+    pytest.raises(TypeError, match=r"is the model .*teachers\.frozen\(model\)"),
+  ):
+    quiet(data=source(), teacher=taught)
 
 
 def test_a_cached_teacher_and_an_ensemble(taught):
-  network, variables = taught
-  cached = teachers.cached(teachers.frozen(network), variables, source(), progress=None)
+  cached = teachers.cached(teachers.frozen(taught), source(), progress=None)
   found = quiet(small_networks.dense(5), recipes.kd(temperature=1e9), data=cached)
   assert "uniform_targets" in names(found)
-  both = teachers.ensemble([network] * 2)
-  given = {"teacher": both, "teacher_variables": [variables] * 2, "teacher_network": network}
-  assert quiet(small_networks.dense(5), recipes.kd(), data=source(), **given) == []
+  both = teachers.ensemble([taught, taught])
+  assert quiet(small_networks.dense(5), recipes.kd(), data=source(), teacher=both) == []
 
 
 def test_schedules_are_looked_at_in_the_whole_run(taught):
-  network, variables = taught
-  given = {"data": source(), "teacher": network, "teacher_variables": variables, "steps": 100}
-  hyper = {"hard_weight": lambda step: 0.1 * (step > 10), "temperature": lambda step: 2.0 + step}
-  assert quiet(small_networks.dense(5), recipes.kd(), hyper=hyper, **given) == []
-  found = quiet(
-    small_networks.dense(5),
-    recipes.kd(),
-    hyper={"temperature": lambda step: 10.0**step},
-    **{**given, "steps": 11},
-  )
+  given = {"data": source(), "teacher": teachers.frozen(taught)}
+  kd = recipes.kd(hard_weight=lambda step: 0.1 * (step > 10), temperature=lambda step: 2.0 + step)
+  assert quiet(small_networks.dense(5), kd, steps=100, **given) == []
+  kd = recipes.kd(temperature=lambda step: 10.0**step)
+  found = quiet(small_networks.dense(5), kd, steps=11, **given)
   assert "uniform_targets" in names(found)
 
 
-def test_a_baseline_by_its_variables_or_by_its_accuracies(taught):
-  network, variables = taught
+def test_a_baseline_by_its_model_or_by_its_accuracies(taught):
+  network = taught.network
   split = data.evaluation_batches(examples(300, spread=1.2, seed=2), batch_size=64)
-  given = {"teacher": network, "teacher_variables": variables, "validation": split}
-  own = float(evaluation.evaluate(evaluation.predictor(network), variables, split)["accuracy"])
+  given = {"teacher": teachers.frozen(taught), "validation": split}
+  own = float(evaluation.evaluate(taught, split)["accuracy"])
   # The student's own network is no better than itself.
-  for baseline in ([variables], [own], np.array([own, own])):
+  for baseline in (taught, [own], np.array([own, own])):
     (found,) = quiet(network, **given, baseline=baseline)
     assert found.check == "hardly_better"
     # float32 sums of 300 whole numbers are exact; their share is rounded once.
     assert found.values["teacher"] == pytest.approx(own, abs=1e-7)
     assert found.values["gap"] == pytest.approx(0, abs=1e-7)
   # In pairs they are never apart, so that the examples bring no noise.
-  (found,) = quiet(network, **given, baseline=[variables])
+  (found,) = quiet(network, **given, baseline=taught)
   assert found.values["standard_error"] == 0
-  poor = [small_networks.dense(16).init(jax.random.key(s), jnp.zeros((1, 4))) for s in (1, 2)]
+  poor = [untrained(16, key).variables for key in (1, 2)]
+  poor = Model(network, jax.tree.map(lambda *leaves: jnp.stack(leaves), *poor), 2)
   assert quiet(network, **given, baseline=poor) == []
   assert quiet(network, **given, baseline=[0.3, 0.4]) == []
 
@@ -568,24 +555,22 @@ def digits(tmp_path_factory):
       optimizer=optax.adam(optax.cosine_decay_schedule(6e-3, steps)),
       steps=steps,
       seed=seeds,
-      progress=None,
+      run=train.Run(progress=None),
     )
-    return teachers.unstack(fitted.variables)
+    return fitted
 
   return made, source, batches, fit(made[0], [100, 101]), fit(made[1], [0, 1, 2])
 
 
 @pytest.mark.slow
 def test_the_digits_pair_gives_no_false_alarm(digits):
-  (teacher, student), source, batches, variables, baseline = digits
+  (_, student), source, batches, taught, baseline = digits
   objective = recipes.combine(
     recipes.kd(temperature=2.0), recipes.hint("hidden", "0/hidden", hint_weight=0.3)
   )
   given = {
     "data": source,
-    "teacher": teachers.ensemble([teacher] * 2),
-    "teacher_variables": variables,
-    "teacher_network": teacher,
+    "teacher": teachers.ensemble(taught.unstack()),
     "validation": batches,
     "baseline": baseline,
   }

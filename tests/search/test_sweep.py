@@ -1,6 +1,7 @@
 """The sweep: every student is the one trained alone; memory, halving, NaN, resume, selection."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -9,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
+import small_networks
 from jaxdistill import _compile, data, networks, recipes, search, teachers, train
 from jaxdistill.networks import linen, models
 from jaxdistill.search import _choice, _shared_teacher, _sweep
 from jaxdistill.search._grid import grouped
-from jaxdistill.types import Outputs, as_objective, make_batch
+from jaxdistill.types import Model, Outputs, as_objective, make_batch
 
 SIZE, CLASSES = 96, 3
 
@@ -25,15 +27,18 @@ def examples(dtype=np.float32, seed=0, size=SIZE):
   return data.from_arrays(inputs.astype(dtype), labels, num_classes=CLASSES)
 
 
+def taught(features=(), **fields):
+  module = models.MLP(widths=(12,), num_classes=CLASSES, **fields)
+  network = networks.linen(module, features=features, name="teacher")
+  return teachers.frozen(Model(network, network.init(jax.random.key(7), jnp.zeros((1, 6)))))
+
+
 @pytest.fixture(scope="module")
 def parts():
-  teacher = networks.linen(models.MLP(widths=(12,), num_classes=CLASSES), name="teacher")
-  variables = teacher.init(jax.random.key(7), jnp.zeros((1, 6)))
   student = networks.linen(models.MLP(widths=(5,), num_classes=CLASSES), name="student")
   return {
     "student": student,
-    "teacher": teachers.frozen(teacher),
-    "teacher_variables": variables,
+    "teacher": taught(),
     "data": data.on_device(examples(), batch_size=16, data_seed=0),
     "validation": data.evaluation_batches(examples(seed=1, size=40), batch_size=16),
   }
@@ -46,9 +51,12 @@ def swept(parts, points, objective=None, **options):
       learning_rate, weight_decay=weight_decay
     ),
     "steps": 50,
-    "progress": None,
+    "run": train.Run(options.pop("folder", None), progress=None),
     **options,
   }
+  for argument, make in (("choice", search.Choice), ("execution", search.Execution)):
+    names = [field.name for field in dataclasses.fields(make)]
+    settings[argument] = make(**{n: settings.pop(n) for n in names if n in settings})
   student = settings.pop("student")
   return search.sweep(student, objective or recipes.kd(), points=points, **settings)
 
@@ -57,21 +65,21 @@ def alone(parts, point, seed, data_seed, steps=50, objective=None, **options):
   point = dict(point)
   rates = {n: point.pop(n) for n in ("learning_rate", "weight_decay") if n in point}
   rates = {"learning_rate": 0.05, "weight_decay": 0.0, **rates}
-  settings = {k: parts[k] for k in ("teacher", "teacher_variables")} | options
   return train.fit(
     parts["student"],
-    objective or recipes.kd(),
+    as_objective(objective or recipes.kd(), **point),
     data=dataclasses.replace(parts["data"], data_seed=data_seed),
     optimizer=optax.adamw(rates["learning_rate"], weight_decay=rates["weight_decay"]),
     steps=steps,
     seed=seed,
-    hyper=point,
-    progress=None,
-    **settings,
+    teacher=parts["teacher"],
+    run=train.Run(progress=None),
+    **options,
   ).variables
 
 
 def assert_same(a, b, atol):
+  a, b = (one.variables if isinstance(one, Model) else one for one in (a, b))
   assert jax.tree.structure(a) == jax.tree.structure(b)
   for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=atol)
@@ -88,8 +96,8 @@ def plain(parts):
   return swept(parts, POINTS, seeds=SEEDS, devices=jax.devices()[:1])
 
 
-def of_seed(tree, s):
-  return jax.tree.map(lambda leaf: leaf[s], tree)
+def of_seed(model, s):
+  return model.unstack()[s]
 
 
 @pytest.mark.device
@@ -120,12 +128,10 @@ def test_devices_share_the_points(parts, plain):
 def test_in_float64_over_the_whole_run(parts):
   with jax.enable_x64(True):
     student = networks.linen(models.MLP((5,), CLASSES, param_dtype=jnp.float64), name="student")
-    large = networks.linen(models.MLP((12,), CLASSES, param_dtype=jnp.float64), name="teacher")
     wide = {
       **parts,
       "student": student,
-      "teacher": teachers.frozen(large),
-      "teacher_variables": large.init(jax.random.key(7), jnp.zeros((1, 6))),
+      "teacher": taught(param_dtype=jnp.float64),
       "data": data.on_device(examples(np.float64), batch_size=16, data_seed=0),
       "validation": data.evaluation_batches(examples(np.float64, seed=1), batch_size=16),
     }
@@ -140,10 +146,11 @@ def test_in_float64_over_the_whole_run(parts):
 def test_one_batch_and_one_teacher_pass_for_all_students_of_a_data_seed(parts):
   calls = []
 
-  def teacher(variables, batch):
+  def counted(variables, batch):
     jax.debug.callback(lambda index: calls.append(np.shape(index)), batch.index)
-    return parts["teacher"](variables, batch)
+    return parts["teacher"].apply(variables, batch)
 
+  teacher = dataclasses.replace(parts["teacher"], apply=counted)
   noise = data.Augmentation(lambda x, key: x + jax.random.normal(key, x.shape, x.dtype), None)
   source = data.on_device(examples(), batch_size=16, data_seed=0, augmentation=noise)
   result = swept(
@@ -206,37 +213,29 @@ def test_values_that_are_no_numbers_make_programs_of_their_own(parts):
     hint = recipes.hint(layer, layer, hint_weight=hint_weight)
     return recipes.combine(recipes.kd(**soft), hint) if layer else recipes.kd(**soft)
 
-  student, large = (
-    networks.linen(models.MLP((w,), CLASSES), features=["hidden1"], name=name)
-    for w, name in ((5, "student"), (12, "teacher"))
-  )
-  mine = {**parts, "student": student, "teacher": teachers.frozen(large)}
+  student = networks.linen(models.MLP((5,), CLASSES), features=["hidden1"], name="student")
+  mine = {**parts, "student": student, "teacher": taught(["hidden1"])}
   points = search.product(layer=["hidden1"], hint_weight=[0.1, 1.0], temperature=[2, 4])
-  groups = grouped(
-    [*points, {**points[0], "layer": None}][:4], student, recipe, optax.sgd(0.1), None, 10
-  )
+  groups = grouped([*points, {**points[0], "layer": None}][:4], student, recipe, optax.sgd(0.1), 10)
   assert [group.indices for group in groups] == [[0, 1, 2, 3]]
   assert sorted(groups[0].hyper) == ["hint_weight", "temperature"]
   some = [{"hint_weight": 0.5, "layer": "hidden1"}, {"hint_weight": 0.1, "layer": "hidden1"}]
   result = swept(mine, some, recipe, optimizer=optax.adam(0.01), steps=20)
   expected = train.fit(
     student,
-    recipe(layer="hidden1"),
+    recipe(layer="hidden1", hint_weight=0.5),
     data=mine["data"],
     optimizer=optax.adam(0.01),
     steps=20,
     teacher=mine["teacher"],
-    teacher_variables=parts["teacher_variables"],
-    hyper={"hint_weight": 0.5},
-    progress=None,
-  ).variables
+    run=train.Run(progress=None),
+  )
   assert_same(of_seed(result.students(0), 0), expected, atol=1e-5)
   by_rate = grouped(
     search.product(standardize=[False, True], rate=[0.1, 0.2]),
     student,
     lambda *, standardize: recipes.dkd(standardize=standardize),
     lambda rate: optax.sgd(rate),
-    None,
     10,
   )
   assert [(g.fixed, g.indices, g.optimizer["rate"].tolist()) for g in by_rate] == [
@@ -318,13 +317,10 @@ def test_a_sweep_that_was_stopped_goes_on(parts, tmp_path, monkeypatch, plain):
 
 
 def test_students_in_training_are_saved_and_go_on(parts, tmp_path, monkeypatch, plain):
-  from jaxdistill import train
-
   options = {
     "seeds": SEEDS,
     "devices": jax.devices()[:1],
-    "folder": tmp_path / "s",
-    "checkpoint_every": 25,
+    "run": train.Run(tmp_path / "s", checkpoint_every=25, progress=None),
   }
   real, steps = train.Program.run, []
 
@@ -350,38 +346,20 @@ def test_the_winner_is_tested_once_and_trained_anew_where_asked(parts):
   assert result.final_seeds == [(7, 7), (8, 8), (9, 9)]
   assert result.test["accuracy"].shape == (3,)
   expected = alone(parts, result.chosen, 8, 8)
-  assert_same(of_seed(result.variables, 1), expected, atol=1e-5)
+  assert_same(of_seed(result.model, 1), expected, atol=1e-5)
   assert "trained anew from 3 seeds" in result.sentence()
 
 
 def test_what_is_deployed_is_what_is_validated(parts):
-  student, large = (
-    networks.linen(models.MLP((w,), CLASSES), features=["hidden1"], name=name)
-    for w, name in ((5, "student"), (12, "teacher"))
+  student = networks.linen(models.MLP((5,), CLASSES), features=["hidden1"], name="student")
+  mine = {**parts, "student": student, "teacher": taught(["hidden1"])}
+  objective = as_objective(
+    recipes.combine(recipes.kd(), recipes.hint("hidden1", "hidden1")),
+    temperature=optax.linear_schedule(1.0, 4.0, 20),
   )
-  sizes = {"student": student, "teacher": teachers.frozen(large)}
-  objective = recipes.combine(recipes.kd(), recipes.hint("hidden1", "hidden1"))
-  schedule = optax.linear_schedule(1.0, 4.0, 20)
-  result = swept(
-    {**parts, **sizes},
-    [{"soft_weight": 0.5}, {"soft_weight": 0.7}],
-    objective,
-    steps=20,
-    hyper={"temperature": schedule},
-    average=0.9,
-  )
-  expected = train.fit(
-    student,
-    objective,
-    data=parts["data"],
-    optimizer=optax.adamw(0.05, weight_decay=0.0),
-    steps=20,
-    hyper={"temperature": schedule, "soft_weight": 0.7},
-    average=0.9,
-    progress=None,
-    teacher=sizes["teacher"],
-    teacher_variables=parts["teacher_variables"],
-  ).variables
+  points = [{"soft_weight": 0.5}, {"soft_weight": 0.7}]
+  result = swept(mine, points, objective, steps=20, average=0.9)
+  expected = alone(mine, points[1], 0, 0, steps=20, objective=objective, average=0.9)
   assert_same(of_seed(result.students(1), 0), expected, atol=1e-5)
 
 
@@ -398,7 +376,7 @@ def test_several_networks_halved_together_are_those_trained_alone(parts, tmp_pat
   options = {"seeds": SEEDS[:1], "halving": search.Halving(factor=2, rungs=2)}
   result = swept(mine, points, folder=tmp_path / "sweep", **options)
   assert sum(row.status == "finished" for row in result.rows) == 4
-  assert result.network is networks[result.chosen["student"]]
+  assert result.model.network is networks[result.chosen["student"]]
   for index, row in enumerate(result.rows):
     if row.status == "finished":
       rest = dict(points[index])
@@ -416,7 +394,6 @@ def test_several_networks_halved_together_are_those_trained_alone(parts, tmp_pat
     ({}, [{"temperature": 1}], {}, TypeError, "an empty mapping is none"),
     ("two", [{"temperature": 1}], {}, ValueError, r"student=None, and the students are \['a', 'b"),
     ("two", [{"student": "c"}], {}, ValueError, "student='c', and the students are"),
-    ("two", [{"student": s} for s in "ab"], {"start": {}}, ValueError, "start holds the variables"),
   ],
 )
 def test_points_name_their_network(parts, students, points, options, error, match):
@@ -492,3 +469,45 @@ def test_only_the_features_that_an_objective_looks_at_are_kept():
   hint = recipes.combine(recipes.dkd(), recipes.hint("a", "b"))
   assert _shared_teacher.used_features(hint, student, teacher, batch) == ["b"]
   assert _shared_teacher.used_features(as_objective(recipes.dkd()), student, teacher, batch) == []
+
+
+@pytest.mark.slow
+def test_students_may_start_from_models_and_several_have_names(parts):
+  """Each is the one that starts there alone; shared keywords come with the recipe."""
+  wide = networks.linen(models.MLP((7,), CLASSES), name="wide")
+  begun = {
+    network.name: Model(network, network.init(jax.random.key(5), jnp.zeros((1, 6))))
+    for network in (parts["student"], wide)
+  }
+  recipe = functools.partial(recipes.kd, soft_weight=0.3)
+  points = search.product(student=[*begun, "new"], temperature=[2.0])
+  mine = {**parts, "student": {**begun, "new": wide}}
+  result = swept(mine, points, recipe, steps=20, seeds=SEEDS)
+  for index, student in enumerate(mine["student"].values()):
+    assert result.students(index).network is (wide if index else parts["student"])
+    for s, pair in enumerate(SEEDS):
+      alike = {**parts, "student": student}
+      expected = alone(alike, {"temperature": 2.0}, *pair, steps=20, objective=recipe())
+      assert_same(of_seed(result.students(index), s), expected, atol=1e-5)
+  one = swept({**parts, "student": begun["student"]}, [{"temperature": 2.0}], recipe, steps=20)
+  assert_same(of_seed(one.model, 0), of_seed(result.students(0), 0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("change", "match"),
+  [
+    (lambda p: {"teacher": p["student"]}, r"teachers\.frozen\(Model\(network, variables\)\)"),
+    (lambda p: {"teacher": Model(p["student"], {})}, r"give teachers\.frozen\(model\)"),
+    (lambda p: {"teacher": p["teacher"].apply}, r"Teacher\(variables, apply\)"),
+    (lambda p: {"validation": 3}, "validation=3 must be what data.evaluation_batches makes"),
+    (lambda p: {"halving": 3}, "halving=3 must be a search.Halving"),
+    (lambda p: {"by": "scan"}, "by='scan' must be"),
+    (lambda p: {"memory": 0}, "memory=0 must be"),
+    (lambda p: {"accumulate": 0}, "accumulate=0 must be"),
+    (lambda p: {"run": 3}, r"run=3 must be a folder, or train\.Run"),
+    (lambda p: {"student": Model(p["student"], {}, 2)}, "the variables of 2 seeds"),
+  ],
+)
+def test_what_is_of_another_kind_says_so(parts, change, match):
+  with small_networks.untyped(), pytest.raises((TypeError, ValueError), match=match):
+    swept({**parts, **change(parts)}, [{"temperature": 1.0}], steps=2)

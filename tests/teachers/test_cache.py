@@ -19,7 +19,7 @@ import pytest
 
 from jaxdistill import data, recipes, runs, teachers, train
 from jaxdistill.teachers import _cache_files, command
-from jaxdistill.types import Outputs
+from jaxdistill.types import Model, Outputs, Teacher
 from small_networks import dense
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -43,15 +43,22 @@ def source_of(examples=None, *, data_seed=5, views=VIEWS, augmentation=None, **o
   )
 
 
-NETWORK = dense(6)
-TEACHER = teachers.frozen(NETWORK)
-VARIABLES = NETWORK.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+def frozen(width):
+  network = dense(width)
+  return teachers.frozen(Model(network, network.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))))
 
 
-def make(folder, teacher=TEACHER, variables=VARIABLES, source=None, **options):
+TEACHER = frozen(6)
+
+
+def doubled(variables, batch):
+  return Outputs(logits=2 * TEACHER.apply(variables, batch).logits)
+
+
+def make(folder, teacher=TEACHER, source=None, **options):
   source = source or source_of()
   options = {"batch_size": 8, "progress": None, **options}
-  return teachers.cached(teacher, variables, source, folder=folder, **options)
+  return teachers.cached(teacher, source, folder=folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,7 @@ def test_shards_are_array_records_that_grain_opens(complete):
   logits = np.frombuffer(records[9][5:], "<f4")
   source = source_of()
   item = next(iter(source.whole.every(5, SIZE, 0)))
-  expected = TEACHER(VARIABLES, source.cut(source.shared, item)).logits[9]
+  expected = TEACHER(source.cut(source.shared, item)).logits[9]
   np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)  # another batch size
 
 
@@ -98,25 +105,23 @@ def test_a_manifest_says_what_the_cache_is_of(complete):
 
 OTHERS = {
   "other values": (
-    {"variables": jax.tree.map(lambda leaf: leaf.at[..., 0].add(1e-6), VARIABLES)},
+    {"teacher": jax.tree.map(lambda leaf: leaf.at[..., 0].add(1e-6), TEACHER)},
     "teacher: its variables have other values",
   ),
   "other shapes": (
-    {
-      "teacher": teachers.frozen(dense(5)),
-      "variables": dense(5).init(jax.random.key(3), jnp.zeros((1, 4, 4, 1))),
-    },
+    {"teacher": frozen(5)},
     r"teacher: its variables are others, first \['params/Dense_0/bias', \[6\], 'float32'\] there",
   ),
   "another function": (
-    {"asked": {}},
-    r"asked: {'kind': 'frozen'} there, {} now",
+    {"teacher": Teacher(TEACHER.variables, doubled)},
+    r"asked: {'kind': 'frozen'} there, {'function': 'test_cache.doubled'} now",
+  ),
+  "other words": (
+    {"teacher": dataclasses.replace(TEACHER, asked="at night")},
+    r"asked: {'kind': 'frozen'} there, 'at night' now",
   ),
   "other outputs": (
-    {
-      "teacher": lambda v, batch: Outputs(logits=2 * TEACHER(v, batch).logits),
-      "asked": {"kind": "frozen"},
-    },
+    {"teacher": dataclasses.replace(TEACHER, apply=doubled)},
     "teacher: it puts out other logits",
   ),
   "another rule": (
@@ -262,11 +267,11 @@ def test_the_command_says_what_is_wrong_and_fails(copied, capsys):
 
 
 def right():
-  return TEACHER, VARIABLES, source_of()
+  return TEACHER, source_of()
 
 
 def wrong():
-  return TEACHER, jax.tree.map(lambda leaf: leaf + 1e-3, VARIABLES), source_of()
+  return jax.tree.map(lambda leaf: leaf + 1e-3, TEACHER), source_of()
 
 
 def test_the_teacher_is_compared_on_a_sample(complete, copied, capsys, monkeypatch):
@@ -363,7 +368,7 @@ def test_a_program_without_jax_fills_a_cache_and_a_student_learns_from_it(tmp_pa
   assert done.returncode == 0, done.stderr
   assert not teachers.verify_cache(tmp_path / "cache")
   source = source_of(augmentation=data.identity, views=None, normalize=data.DIGITS)
-  foreign = teachers.cached(None, None, source, folder=tmp_path / "cache")
+  foreign = teachers.cached(None, source, folder=tmp_path / "cache")
   batch = foreign.cut(foreign.shared, jax.tree.map(lambda leaf: leaf[0], foreign.items(2, 1)))
   rows = np.load(tmp_path / "rows.npz")
   np.testing.assert_array_equal(batch.teacher.logits, rows["logits"][batch.index])
@@ -374,8 +379,7 @@ def test_a_program_without_jax_fills_a_cache_and_a_student_learns_from_it(tmp_pa
     data=foreign,
     optimizer=optax.adam(0.02),
     steps=300,
-    progress=None,
-    dispatch=train.with_jit(),
+    run=train.Run(progress=None),
   )
   losses = [line["loss"] for line in fitted.history]
   assert losses[-1] < 0.1 * losses[0]
@@ -383,21 +387,19 @@ def test_a_program_without_jax_fills_a_cache_and_a_student_learns_from_it(tmp_pa
 
 def test_who_opens_a_foreign_cache_is_told_what_is_wrong(tmp_path, complete, copied):
   with pytest.raises(ValueError, match="teacher is None, and there is no folder"):
-    teachers.cached(None, None, source_of())
-  with pytest.raises(ValueError, match="teacher_variables are given and teacher is None"):
-    teachers.cached(None, VARIABLES, source_of(), folder=complete)
+    teachers.cached(None, source_of())
   with pytest.raises(FileNotFoundError, match="is no cache"):
-    teachers.cached(None, None, source_of(), folder=tmp_path / "nowhere")
+    teachers.cached(None, source_of(), folder=tmp_path / "nowhere")
   with pytest.raises(ValueError, match="data_seed: 5 there, 2 now"):
-    teachers.cached(None, None, source_of(data_seed=2), folder=complete)
-  assert teachers.cached(None, None, source_of(), folder=complete).teacher is not None
+    teachers.cached(None, source_of(data_seed=2), folder=complete)
+  assert teachers.cached(None, source_of(), folder=complete).teacher is not None
   _cache_files.forget(copied, [2])
   with pytest.raises(ValueError, match=r"lacks the views \[2\] of 3"):
-    teachers.cached(None, None, source_of(), folder=copied)
+    teachers.cached(None, source_of(), folder=copied)
   manifest = _cache_files.read_manifest(complete)
   foreign = {name: value for name, value in manifest.items() if name not in ("teacher", "looks")}
   _cache_files._write_manifest(copied, foreign)
-  with pytest.raises(ValueError, match=r"open it by cached\(None, None, source\)"):
+  with pytest.raises(ValueError, match=r"open it by cached\(None, source\)"):
     make(copied)
   _cache_files._write_manifest(copied, {n: v for n, v in foreign.items() if n != "data"})
   with pytest.raises(teachers.CacheError, match="lacks 'data'"):

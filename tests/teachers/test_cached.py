@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,11 @@ import pytest
 from jaxdistill import data, recipes, teachers, train
 from jaxdistill.runs import _fingerprints
 from jaxdistill.teachers import _cache, _identity
-from jaxdistill.types import Outputs
-from small_networks import dense
+from jaxdistill.types import Model, Outputs, Teacher
+from small_networks import dense, untyped
 
 SIZE = 20
-
-
-def untyped(function):
-  """Without the tests' own type checks: what a user's mistake meets."""
-  return inspect.unwrap(function)
+SILENT = train.Run(progress=None)
 
 
 @functools.cache
@@ -33,8 +28,13 @@ def pictures():
 
 @functools.cache
 def normed():
-  network = dense(8, norm=True)
-  return teachers.frozen(network), network.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1)))
+  return frozen(dense(8, norm=True))
+
+
+def frozen(network, key=3, dtype=jnp.float32):
+  return teachers.frozen(
+    Model(network, network.init(jax.random.key(key), jnp.zeros((1, 4, 4, 1), dtype)))
+  )
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def source_of(kind, examples, data_seed=5, views=3, augmentation=None, **options
   return make(examples, data_seed=data_seed, **options)
 
 
-def run(source, teacher=(None, None), *, steps=50, seed=0, dispatch=None, objective=None):
+def run(source, teacher=None, *, steps=50, seed=0, dispatch=None, objective=None):
   return train.fit(
     dense(4),
     objective or recipes.kd(temperature=2.0),
@@ -69,11 +69,10 @@ def run(source, teacher=(None, None), *, steps=50, seed=0, dispatch=None, object
     optimizer=optax.adam(0.01),
     steps=steps,
     seed=seed,
-    teacher=teacher[0],
-    teacher_variables=teacher[1],
-    log_every=10,
-    progress=None,
-    dispatch=dispatch or train.with_jit(),
+    teacher=teacher,
+    dispatch=dispatch,
+    watch=train.Watch(log_every=10),
+    run=SILENT,
   )
 
 
@@ -96,14 +95,14 @@ def in_the_step(kind, seeds=None):
 @pytest.mark.parametrize("kind", ["on_device", "streamed", "mixed"])
 def test_fifty_steps_equal_those_with_the_teacher_in_the_step(examples, teacher, kind, in_advance):
   source = source_of(kind, examples)
-  cached = teachers.cached(*teacher, source, in_advance=in_advance, batch_size=8, progress=None)
+  cached = teachers.cached(teacher, source, in_advance=in_advance, batch_size=8, progress=None)
   # Adam divides by a gradient's size, which amplifies rounding; the requirement is 1e-5.
   assert_close(in_the_step(kind), run(cached), 1e-5)
 
 
 def test_fifty_steps_under_pmap(examples, teacher):
   source = source_of("on_device", examples)
-  cached = teachers.cached(*teacher, source, batch_size=8, progress=None)
+  cached = teachers.cached(teacher, source, batch_size=8, progress=None)
   # The student has no BatchNorm, so that pmap changes rounding alone.
   assert_close(in_the_step("on_device"), run(cached, dispatch=train.with_pmap()), 1e-5)
 
@@ -111,7 +110,7 @@ def test_fifty_steps_under_pmap(examples, teacher):
 @pytest.mark.device
 def test_without_augmentation_one_view_serves_every_seed(examples, teacher):
   source = source_of("on_device", examples, views=None, augmentation=data.identity)
-  cached = teachers.cached(*teacher, source, progress=None)
+  cached = teachers.cached(teacher, source, progress=None)
   assert source.views == cached.views == 1
   seeds = [3, 5]
   sources, caches = (
@@ -128,14 +127,14 @@ def filled(folder, examples, teacher, *, kind="on_device", in_advance=True, **op
   source_options = {n: options.pop(n) for n in ("data_seed", "views") if n in options}
   source = source_of(kind, examples, **source_options)
   options = {"batch_size": 8, "progress": None, "in_advance": in_advance, **options}
-  return teachers.cached(*teacher, source, folder=folder, **options)
+  return teachers.cached(teacher, source, folder=folder, **options)
 
 
 @pytest.mark.parametrize("kind", ["on_device", "streamed", "mixed"])
 @pytest.mark.parametrize("where", ["device", "host", "files"])
 def test_wherever_rows_lie_they_are_the_same(tmp_path, monkeypatch, examples, teacher, kind, where):
   memory = teachers.cached(
-    *teacher, source_of(kind, examples), in_advance=True, batch_size=8, progress=None
+    teacher, source_of(kind, examples), in_advance=True, batch_size=8, progress=None
   )
   places = {"device": ["host", "device"], "host": ["host"], "files": []}[where]
   monkeypatch.setattr(_cache, "_fits", lambda size, place: place in places)
@@ -156,12 +155,10 @@ def test_wherever_rows_lie_they_are_the_same(tmp_path, monkeypatch, examples, te
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_a_whole_run_agrees_in_float64(examples, where):
   with jax.enable_x64(True):
-    network = dense(8, param_dtype=jnp.float64)
-    variables = network.init(jax.random.key(3), jnp.zeros((1, 4, 4, 1), jnp.float64))
-    teacher = (teachers.frozen(network), variables)
+    teacher = frozen(dense(8, param_dtype=jnp.float64), dtype=jnp.float64)
     source = source_of("on_device", examples, normalize=lambda x: x.astype(jnp.float64) / 16)
     cached = teachers.cached(
-      *teacher, source, dtype="float64", in_advance=where == "device", batch_size=8, progress=None
+      teacher, source, dtype="float64", in_advance=where == "device", batch_size=8, progress=None
     )
     fits = [
       train.fit(
@@ -170,24 +167,21 @@ def test_a_whole_run_agrees_in_float64(examples, where):
         data=one,
         optimizer=optax.sgd(0.05, momentum=0.9),
         steps=400,
-        progress=None,
-        **options,
+        teacher=given,
+        run=SILENT,
       )
-      for one, options in (
-        (source, {"teacher": teacher[0], "teacher_variables": variables}),
-        (cached, {}),
-      )
+      for one, given in ((source, teacher), (cached, None))
     ]
     # Losses are weighed in float32 in places, so rounding shows; but it is not amplified.
     assert_close(*fits, 1e-9)
   with pytest.raises(ValueError, match="needs jax.enable_x64"):
-    teachers.cached(*teacher, source, dtype="float64", progress=None)
+    teachers.cached(teacher, source, dtype="float64", progress=None)
 
 
 def test_float16_is_rounded_and_comes_back_as_float32(examples, teacher):
   source = source_of("on_device", examples)
   exact, half = (
-    teachers.cached(*teacher, source, dtype=dtype, in_advance=True, progress=None)
+    teachers.cached(teacher, source, dtype=dtype, in_advance=True, progress=None)
     for dtype in ("float32", "float16")
   )
   item = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
@@ -196,28 +190,27 @@ def test_float16_is_rounded_and_comes_back_as_float32(examples, teacher):
   np.testing.assert_allclose(*logits, rtol=2**-11)
   assert not np.array_equal(*logits)
   assert half.shared[1]["logits"].nbytes == exact.shared[1]["logits"].nbytes // 2
-  huge = lambda variables, batch: Outputs(logits=1e5 * jnp.ones((len(batch.index), 3)))  # noqa: E731
+  huge = Teacher({}, lambda _, batch: Outputs(logits=1e5 * jnp.ones((len(batch.index), 3))))
   with pytest.raises(ValueError, match="or a number that float16 has not"):
-    teachers.cached(huge, None, source, dtype="float16", in_advance=True, progress=None)
-  assert teachers.cached(huge, None, source, in_advance=True, progress=None).whole
+    teachers.cached(huge, source, dtype="float16", in_advance=True, progress=None)
+  assert teachers.cached(huge, source, in_advance=True, progress=None).whole
 
 
 def test_features_of_an_ensemble(examples, teacher):
-  network = dense(8, norm=True)
-  teach, name = teachers.ensemble([network] * 2, rule="log_mean_probability"), "1/mid"
-  variables = [teacher[1], network.init(jax.random.key(4), jnp.zeros((1, 4, 4, 1)))]
+  name, members = "1/mid", [teacher, frozen(dense(8, norm=True), key=4)]
+  teach = teachers.ensemble(members, rule="log_mean_probability")
   objective = recipes.combine(recipes.kd(), recipes.hint("mid", name))
   source = source_of("streamed", examples)
-  cached = teachers.cached(teach, variables, source, features=[name], batch_size=8, progress=None)
+  cached = teachers.cached(teach, source, features=[name], batch_size=8, progress=None)
   batch = cached.cut(None, jax.tree.map(lambda leaf: leaf[0], cached.items(0, 1)))
   assert sorted(batch.teacher.features) == [name]
   assert_close(
-    run(source, (teach, variables), objective=objective, steps=20),
+    run(source, teach, objective=objective, steps=20),
     run(cached, objective=objective, steps=20),
     1e-5,
   )
   with pytest.raises(ValueError, match=rf"features has \['last'\].*it has .*{name}"):
-    teachers.cached(teach, variables, source, features=["last"])
+    teachers.cached(teach, source, features=["last"])
 
 
 @pytest.mark.parametrize("in_advance", [True, False])
@@ -225,7 +218,7 @@ def test_several_seeds_take_a_cache_each(examples, teacher, in_advance):
   source, seeds = source_of("on_device", examples), (3, 5)
   caches = [
     teachers.cached(
-      *teacher,
+      teacher,
       dataclasses.replace(source, data_seed=seed),
       in_advance=in_advance,
       batch_size=8,
@@ -241,12 +234,12 @@ def test_several_seeds_take_a_cache_each(examples, teacher, in_advance):
 def test_the_teacher_is_not_run_again(examples):
   calls = []
 
-  def teacher(variables, batch):
+  def counted(variables, batch):
     jax.debug.callback(lambda: calls.append(1))
     return Outputs(logits=jnp.zeros((len(batch.index), 3)))
 
   source = source_of("on_device", examples)
-  cached = teachers.cached(teacher, None, source, batch_size=10, progress=None)
+  cached = teachers.cached(Teacher({}, counted), source, batch_size=10, progress=None)
   assert not calls
   cached.items(0, 1)
   jax.effects_barrier()
@@ -257,17 +250,20 @@ def test_the_teacher_is_not_run_again(examples):
   assert len(calls) == 2 * 3
 
 
-def test_what_tells_teachers_apart():
-  frozen = teachers.frozen(dense(8))
+def test_what_tells_teachers_apart(teacher):
+  mine = Teacher({}, teacher.apply)
   made = [
-    frozen,
-    teachers.ensemble([frozen, frozen]),
-    teachers.ensemble([frozen, frozen], rule="mean_log_probability"),
-    teachers.ensemble([frozen, frozen], weights=[1, 3]),
-    teachers.subset(frozen, [0, 1]),
-    teachers.subset(frozen, [1, 0]),
-    teachers.grouped(frozen, [0, 0, 1]),
-    teachers.grouped(teachers.subset(frozen, [0, 1]), [0, 1]),
+    teacher,
+    teachers.ensemble([teacher, teacher]),
+    teachers.ensemble([teacher, teacher], rule="mean_log_probability"),
+    teachers.ensemble([teacher, teacher], weights=[1, 3]),
+    teachers.subset(teacher, [0, 1]),
+    teachers.subset(teacher, [1, 0]),
+    teachers.grouped(teacher, [0, 0, 1]),
+    teachers.grouped(teachers.subset(teacher, [0, 1]), [0, 1]),
+    mine,
+    dataclasses.replace(mine, asked="at night"),
+    teachers.subset(dataclasses.replace(mine, asked="at night"), [0, 1]),
   ]
   assert len({str(_identity.asked_of(one)) for one in made}) == len(made)
 
@@ -294,8 +290,8 @@ def refused(examples, teacher):
     data_seed=0,
     views=2,
   )
-  done = teachers.cached(*teacher, source, progress=None)
-  no_logits = lambda variables, batch: Outputs(hidden=batch.inputs, head=1)  # noqa: E731
+  done = teachers.cached(teacher, source, progress=None)
+  no_logits = Teacher({}, lambda _, batch: Outputs(hidden=batch.inputs, head=1))
   return {
     r"shows a new view of crop\(1\) in every epoch.*views=8": {
       "source": source_of("on_device", examples, views=None)
@@ -311,9 +307,12 @@ def refused(examples, teacher):
     "only iterates": {"source": stream},
     "brings a teacher's outputs along already": {"source": done},
     "mix the sources first": {"source": lambda: data.mixed(done, source, share=0.5)},
-    "give teachers.frozen": {"teacher": dense(8)},
-    "teacher must be a function": {"teacher": 3},
-    "must return Outputs": {"teacher": lambda variables, batch: batch.inputs},
+    r"must be a Teacher; make one by teachers.frozen\(model\)": {"teacher": dense(8)},
+    "teacher=3 must be a Teacher": {"teacher": 3},
+    "must return Outputs": {"teacher": Teacher({}, lambda variables, batch: batch.inputs)},
+    "has a transform, which changes the inputs": {
+      "source": source.transformed(lambda key, batch: batch)
+    },
     "puts out no logits": {"teacher": no_logits},
     "source must be a Source": {"source": examples},
     "dtype='int8' must be one of float16, float32, float64": {"dtype": "int8"},
@@ -324,19 +323,18 @@ def refused(examples, teacher):
       "limit": 700
     },
     "the teacher's logits in view 0 hold NaN": {
-      "variables": jax.tree.map(lambda leaf: leaf * jnp.nan, teacher[1])
+      "teacher": jax.tree.map(lambda leaf: leaf * jnp.nan, teacher)
     },
   }
 
 
 def test_what_cannot_be_cached_says_so_before_the_work(examples, teacher):
   for message, options in refused(examples, teacher).items():
-    options = {"teacher": teacher[0], "variables": teacher[1], "in_advance": True, **options}
+    options = {"teacher": teacher, "in_advance": True, **options}
     source = options.pop("source", source_of("on_device", examples))
-    with pytest.raises((TypeError, ValueError), match=message):
-      untyped(teachers.cached)(
+    with untyped(), pytest.raises((TypeError, ValueError), match=message):
+      teachers.cached(
         options.pop("teacher"),
-        options.pop("variables"),
         source() if callable(source) else source,
         progress=None,
         **options,
@@ -348,13 +346,13 @@ def test_records_bring_the_ids_of_their_set(tfds_dir, tmp_path):
   whole = data.load("cifar100", "test[:9]", data_dir=tfds_dir)
   assert opened.read_ids() == whole.ids.tolist()
   assert whole.ids[0].startswith("test_")
-  sums = lambda variables, batch: Outputs(logits=batch.inputs.sum((1, 2)))  # noqa: E731
+  sums = Teacher({}, lambda _, batch: Outputs(logits=batch.inputs.sum((1, 2))))
   options = {"batch_size": 3, "data_seed": 0}
   streamed = teachers.cached(
-    sums, None, data.streamed(opened, **options), folder=tmp_path / "cache", progress=None
+    sums, data.streamed(opened, **options), folder=tmp_path / "cache", progress=None
   )
   # The same examples from memory find their rows by id.
-  again = teachers.cached(None, None, data.on_device(whole, **options), folder=tmp_path / "cache")
+  again = teachers.cached(None, data.on_device(whole, **options), folder=tmp_path / "cache")
   for one in (streamed, again):
     batch = one.cut(one.shared, jax.tree.map(lambda leaf: leaf[0], one.items(1, 1)))
     np.testing.assert_allclose(batch.teacher.logits, batch.inputs.sum((1, 2)), rtol=1e-6)

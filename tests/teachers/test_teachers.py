@@ -9,11 +9,27 @@ import pytest
 from scipy import special
 
 import small_networks
-from jaxdistill import data, losses, networks, recipes, teachers, train
-from jaxdistill.types import Outputs, make_batch
+from jaxdistill import data, losses, networks, recipes, runs, teachers, train
+from jaxdistill.types import Model, Outputs, Teacher, make_batch
 
 BATCH = make_batch(jnp.ones((2, 3)))
 LOGITS = np.random.default_rng(0).normal(scale=3, size=(3, 4, 5))
+
+
+def model(width, *, key=0, **fields):
+  network = small_networks.dense(width, **fields)
+  return Model(network, network.init(jax.random.key(key), BATCH.inputs))
+
+
+def over_seeds(width=3):
+  network = small_networks.dense(width)
+  made = jax.vmap(network.init, (0, None))(jax.random.split(jax.random.key(0)), BATCH.inputs)
+  return Model(network, made, 2)
+
+
+def no_gradient(teacher, batch):
+  grads = jax.grad(lambda teacher: jnp.sum(teacher(batch).logits ** 2))(teacher)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [0.0, 1.0, 1.0]])
@@ -64,12 +80,10 @@ def test_half_precision_members_are_combined_in_float32(strict_promotion):
 
 
 def test_an_ensemble_of_different_networks_has_every_members_features():
-  members = [small_networks.dense(4), small_networks.dense(6, norm=True)]
-  batch = make_batch(jnp.ones((2, 3)))
-  variables = [m.init(jax.random.key(i), batch.inputs) for i, m in enumerate(members)]
-  outputs = teachers.ensemble(members, rule="mean_logits", weights=[3, 1])(variables, batch)
+  members = [model(4), model(6, key=1, norm=True)]
+  outputs = teachers.ensemble(members, rule="mean_logits", weights=[3, 1])(BATCH)
   assert {n: f.shape for n, f in outputs.features.items()} == {"0/mid": (2, 4), "1/mid": (2, 6)}
-  alone = [teachers.frozen(m)(v, batch).logits for m, v in zip(members, variables, strict=True)]
+  alone = [teachers.frozen(member)(BATCH).logits for member in members]
   np.testing.assert_allclose(outputs.logits, 0.75 * alone[0] + 0.25 * alone[1], rtol=1e-6)
 
 
@@ -82,28 +96,20 @@ def test_teachers_stop_gradients_and_run_in_inference_mode():
 
   network = networks.linen(Noisy())
   batch = make_batch(jnp.arange(6.0).reshape(2, 3))
-  variables = network.init(jax.random.key(0), batch.inputs)
-  teach = teachers.frozen(network)
-  np.testing.assert_array_equal(teach(variables, batch).logits, teach(variables, batch).logits)
-  grads = jax.grad(lambda v: jnp.sum(teach(v, batch).logits ** 2))(variables)
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+  teach = teachers.frozen(Model(network, network.init(jax.random.key(0), batch.inputs)))
+  np.testing.assert_array_equal(teach(batch).logits, teach(batch).logits)
+  no_gradient(teach, batch)
 
 
 @pytest.mark.parametrize(
   ("call", "message"),
   [
     (lambda: teachers.ensemble([]), "members is empty"),
-    (lambda: teachers.ensemble([small_networks.dense(3)], rule="mean"), "rule='mean' is unknown"),
-    (
-      lambda: teachers.ensemble([small_networks.dense(3)], weights=[1, 2]),
-      r"shape \(2,\).*1 members",
-    ),
-    (lambda: teachers.ensemble([small_networks.dense(3)], weights=[-1]), "not negative"),
+    (lambda: teachers.ensemble([model(3)], rule="mean"), "rule='mean' is unknown"),
+    (lambda: teachers.ensemble([model(3)], weights=[1, 2]), r"shape \(2,\).*1 members"),
+    (lambda: teachers.ensemble([model(3)], weights=[-1]), "not negative"),
     (lambda: teachers.combine_logits([]), "logits is empty"),
-    (
-      lambda: teachers.ensemble([small_networks.dense(3)] * 2)([{}], make_batch(jnp.ones((1, 2)))),
-      "1 entries for 2 members",
-    ),
+    (lambda: teachers.frozen(over_seeds()), r"holds 2 seeds of .*model\.unstack\(\)"),
   ],
 )
 def test_bad_ensembles_say_what_to_do(call, message):
@@ -112,21 +118,134 @@ def test_bad_ensembles_say_what_to_do(call, message):
 
 
 def test_members_of_different_class_counts_are_refused():
-  members = [small_networks.dense(3, classes=3), small_networks.dense(3, classes=4)]
-  batch = make_batch(jnp.ones((2, 3)))
-  variables = [m.init(jax.random.key(0), batch.inputs) for m in members]
   with pytest.raises(ValueError, match=r"different class counts: \[3, 4\]"):
-    teachers.ensemble(members)(variables, batch)
+    teachers.ensemble([model(3, classes=3), model(3, classes=4)])(BATCH)
+
+
+def test_a_function_of_the_users_is_frozen_too():
+  linear = Teacher(jnp.eye(3), lambda kernel, batch: Outputs(batch.inputs @ kernel))
+  no_gradient(linear, BATCH)
+  # Nor does one get past its outputs, to what its inputs were made of.
+  through = jax.grad(lambda x: linear(make_batch(x)).logits.sum())(BATCH.inputs)
+  assert not np.any(through)
+
+
+def test_a_teacher_is_one_argument_and_compiles_once_for_a_network():
+  network = small_networks.dense(4)
+  first, second = (
+    teachers.frozen(Model(network, network.init(jax.random.key(i), BATCH.inputs))) for i in (0, 1)
+  )
+  function = jax.jit(lambda teacher, batch: teacher(batch).logits)
+  for teacher in (first, second):
+    np.testing.assert_allclose(function(teacher, BATCH), teacher(BATCH).logits, rtol=1e-6)
+  assert function._cache_size() == 1
+  assert function.lower(first, BATCH).in_tree == function.lower(second, BATCH).in_tree
+  for make in (
+    lambda t: teachers.ensemble([t, t], weights=[1, 3]),
+    lambda t: teachers.subset(t, [2, 0]),
+    lambda t: teachers.grouped(t, [0, 1, 0]),
+  ):
+    assert jax.tree.structure(make(first)) == jax.tree.structure(make(second))
+  both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second)
+  mapped = jax.vmap(lambda teacher: teacher(BATCH).logits)(both)
+  np.testing.assert_allclose(mapped[1], second(BATCH).logits, rtol=1e-6)
+  there = jax.device_put(first, jax.devices()[-1])
+  assert there.apply == first.apply
+  assert all(leaf.devices() == {jax.devices()[-1]} for leaf in jax.tree.leaves(there))
+
+
+def test_a_frozen_model_shares_its_arrays_and_its_members_are_known():
+  one, other = model(4), model(6, norm=True)
+  inner = teachers.ensemble([teachers.subset(one, [1, 0]), teachers.grouped(other, [0, 1, 0])])
+  found = teachers.members_of(teachers.ensemble([inner, inner]))
+  assert [member.network for member in found] == [one.network, other.network] * 2
+  for member, made in zip(found, [one, other] * 2, strict=True):
+    assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (member.variables, made.variables))))
+  assert teachers.members_of(says(np.zeros((2, 3)))) == []
+  mixed = teachers.ensemble([one, says(np.zeros((2, 3), np.float32))])
+  assert [member.network for member in teachers.members_of(mixed)] == [one.network]
+
+
+@pytest.mark.parametrize(
+  ("make", "match"),
+  [
+    (lambda network: teachers.frozen(network), "must be a Model"),
+    (lambda network: teachers.ensemble([model(3), network]), r"members\[1\].* must be a Model"),
+    (lambda network: teachers.subset(network, [0]), "must be a Model .* or a Teacher"),
+    (lambda network: teachers.grouped(lambda v, b: Outputs(), [0]), "or a Teacher"),
+  ],
+)
+def test_what_is_no_model_says_so(make, match):
+  with small_networks.untyped(), pytest.raises(TypeError, match=match):
+    make(small_networks.dense(3))
+
+
+@pytest.mark.parametrize("seed", [0, [0], [0, 1]])
+def test_a_run_is_restored_with_its_seeds(tmp_path, seed):
+  examples = data.from_arrays(LOGITS[0].astype(np.float32), np.arange(4) % 3, num_classes=3)
+  network = small_networks.dense(3)
+  made = train.fit(
+    network,
+    recipes.labels(),
+    data=data.on_device(examples, batch_size=4, data_seed=0),
+    optimizer=optax.sgd(0.1),
+    steps=2,
+    seed=seed,
+    run=train.Run(tmp_path / "run", progress=None),
+  )
+  found = teachers.restore(tmp_path / "run", network)
+  assert type(found) is Model
+  assert found.network is network
+  assert found.seeds == made.seeds == (None if seed == 0 else len(seed))
+  jax.tree.map(np.testing.assert_array_equal, found.variables, made.variables)
+  assert len(found.unstack()) == len(made.unstack()) == (found.seeds or 1)
+
+
+def lying_on(mesh, spec, leaf):
+  return jax.device_put(leaf, jax.sharding.NamedSharding(mesh, spec))
+
+
+def test_a_teachers_leaves_stay_where_and_as_they_are():
+  """Sharded over ``data`` or replicated, in bfloat16: the program takes the very buffers."""
+  mesh = train.data_parallel()
+  spec = jax.sharding.PartitionSpec
+  kernel = lying_on(mesh, spec("data"), jnp.ones((4, 3), jnp.bfloat16))
+  bias = lying_on(mesh, spec(), jnp.arange(3.0))
+  teacher = Teacher(
+    {"kernel": kernel, "bias": bias},
+    lambda v, batch: Outputs(batch.inputs @ v["kernel"].astype(jnp.float32) + v["bias"][None]),
+  )
+  before = runs.fingerprint(teacher.variables)
+  examples = data.from_arrays(np.ones((8, 4), np.float32), np.arange(8) % 3, num_classes=3)
+  given = {
+    "data": data.on_device(examples, batch_size=4, data_seed=0),
+    "optimizer": optax.sgd(0.1),
+    "steps": 2,
+    "teacher": teacher,
+  }
+  student = small_networks.dense(3)
+  with jax.transfer_guard_device_to_host("disallow"):  # counts on an accelerator; on a CPU no copy
+    plan = train.Plan.of(student, recipes.kd(), **given)
+  assert plan.teacher is teacher
+  program = train.Program(plan, train.with_jit(mesh))
+  placed = program._fixed()[0].variables
+  assert placed["kernel"] is kernel
+  assert placed["bias"] is bias
+  shards = [shard.data.unsafe_buffer_pointer() for shard in kernel.addressable_shards]
+  train.fit(student, recipes.kd(), **given, run=train.Run(progress=None))
+  assert [s.data.unsafe_buffer_pointer() for s in kernel.addressable_shards] == shards
+  assert (kernel.dtype, kernel.sharding.spec) == (jnp.bfloat16, spec("data"))
+  assert runs.fingerprint(teacher.variables) == before
 
 
 def test_restoring_from_a_folder_without_a_run_says_so(tmp_path):
   with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
-    teachers.restore(tmp_path)
+    teachers.restore(tmp_path, small_networks.dense(3))
 
 
 def says(logits, **features):
   """A teacher that puts these logits out, whatever it sees."""
-  return lambda variables, batch: Outputs(logits=jnp.asarray(logits), features=features)
+  return Teacher({}, lambda variables, batch: Outputs(jnp.asarray(logits), features))
 
 
 GROUPS = {
@@ -139,7 +258,7 @@ GROUPS = {
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_a_groups_probability_is_the_sum_of_its_classes(groups, scale):
   logits = scale * LOGITS  # [3, 4, 5]: tokens have an axis more
-  outputs = teachers.grouped(says(logits.astype(np.float32)), groups)({}, BATCH)
+  outputs = teachers.grouped(says(logits.astype(np.float32)), groups)(BATCH)
   fine = np.exp(logits - special.logsumexp(logits, axis=-1, keepdims=True))
   expected = np.stack([fine[..., [1, 4]].sum(-1), fine[..., [0, 2]].sum(-1), fine[..., 3]], -1)
   assert outputs.logits.shape == (3, 4, 3)
@@ -148,7 +267,7 @@ def test_a_groups_probability_is_the_sum_of_its_classes(groups, scale):
 
 
 def test_groups_are_made_before_they_are_tempered():
-  outputs = teachers.grouped(says(np.array([[2.0, 2.0, 1.0]], np.float32)), [0, 0, 1])({}, BATCH)
+  outputs = teachers.grouped(says(np.array([[2.0, 2.0, 1.0]], np.float32)), [0, 0, 1])(BATCH)
   value = losses.soft_target_kl(jnp.zeros((1, 2)), outputs.logits, temperature=4.0)
   tempered = special.softmax(np.array([2 + np.log(2), 1]) / 4)
   by_hand = 16 * (tempered * np.log(2 * tempered)).sum()
@@ -160,21 +279,21 @@ def test_groups_are_made_before_they_are_tempered():
 def test_classes_in_no_group_are_left_out_and_the_rest_renormalised():
   probability = np.array([[0.1, 0.2, 0.3, 0.4]])
   logits = np.log(probability).astype(np.float32)
-  coarse = teachers.grouped(says(logits), [[3], [0, 1]])({}, BATCH).logits
+  coarse = teachers.grouped(says(logits), [[3], [0, 1]])(BATCH).logits
   np.testing.assert_allclose(special.softmax(coarse, -1), [[4 / 7, 3 / 7]], rtol=1e-6)
-  fine = teachers.subset(says(logits), [3, 0])({}, BATCH).logits
+  fine = teachers.subset(says(logits), [3, 0])(BATCH).logits
   np.testing.assert_allclose(special.softmax(fine, -1), [[0.8, 0.2]], rtol=1e-6)
 
 
 def test_a_group_that_the_teacher_excludes_stays_excluded():
   logits = np.array([[-np.inf, -np.inf, 0.0, 1.0]], np.float32)
-  coarse = teachers.grouped(says(logits), [0, 0, 1, 1])({}, BATCH).logits
+  coarse = teachers.grouped(says(logits), [0, 0, 1, 1])(BATCH).logits
   assert coarse[0, 0] == -np.inf
   np.testing.assert_allclose(coarse[0, 1], np.log(1 + np.e), rtol=1e-6)
 
 
 def test_half_precision_is_grouped_in_float32(strict_promotion):
-  coarse = teachers.grouped(says(jnp.ones((2, 3), jnp.bfloat16)), [0, 0, 1])({}, BATCH).logits
+  coarse = teachers.grouped(says(jnp.ones((2, 3), jnp.bfloat16)), [0, 0, 1])(BATCH).logits
   assert coarse.dtype == jnp.float32
   np.testing.assert_allclose(coarse[0], [1 + np.log(2), 1], rtol=1e-6)
 
@@ -185,16 +304,14 @@ def test_half_precision_is_grouped_in_float32(strict_promotion):
   ids=["subset", "grouped"],
 )
 def test_a_network_is_frozen_and_its_features_pass_through(narrow):
-  network = small_networks.dense(4)
-  variables = network.init(jax.random.key(0), BATCH.inputs)
-  whole, teach = teachers.frozen(network)(variables, BATCH), narrow(network)
-  outputs, grads = jax.value_and_grad(lambda v: teach(v, BATCH).logits.sum())(variables)
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
-  outputs = teach(variables, BATCH)
+  one = model(4)
+  whole, teach = teachers.frozen(one)(BATCH), narrow(one)
+  no_gradient(teach, BATCH)
+  outputs = teach(BATCH)
   assert outputs.logits.shape == (2, 2)
   np.testing.assert_array_equal(outputs.features["mid"], whole.features["mid"])
   # A teacher made of a teacher is a teacher: an ensemble of narrowed ones, for instance.
-  both = teachers.ensemble([teach, narrow(teachers.frozen(network))])([variables] * 2, BATCH)
+  both = teachers.ensemble([teach, narrow(teachers.frozen(one))])(BATCH)
   np.testing.assert_allclose(both.logits, outputs.logits, rtol=1e-6)
 
 
@@ -212,14 +329,14 @@ def test_a_network_is_frozen_and_its_features_pass_through(narrow):
     (lambda t: teachers.grouped(t, [[0, -1], [1]]), r"groups\[0\] has -1"),
     (lambda t: teachers.grouped(t, [[0, 1], [1, 2]]), r"groups has the classes \[1\] more"),
     # At trace time, when the teacher's class count is known.
-    (lambda t: teachers.subset(t, [0, 7])({}, BATCH), r"classes has class \[7\].*has 3"),
-    (lambda t: teachers.grouped(t, [[0, 3], [1]])({}, BATCH), r"groups has class \[3\].*has 3"),
-    (lambda t: teachers.grouped(t, [0, 1])({}, BATCH), "groups has 2 entries.* 3 classes"),
+    (lambda t: teachers.subset(t, [0, 7])(BATCH), r"classes has class \[7\].*has 3"),
+    (lambda t: teachers.grouped(t, [[0, 3], [1]])(BATCH), r"groups has class \[3\].*has 3"),
+    (lambda t: teachers.grouped(t, [0, 1])(BATCH), "groups has 2 entries.* 3 classes"),
     (
-      lambda t: teachers.grouped(t, np.array([0, 1, 0, 1]))({}, BATCH),
+      lambda t: teachers.grouped(t, np.array([0, 1, 0, 1]))(BATCH),
       r"groups has class \[3\].*has 3",
     ),
-    (lambda t: teachers.subset(lambda v, b: Outputs(), [0])({}, BATCH), "no logits"),
+    (lambda t: teachers.subset(Teacher({}, lambda v, b: Outputs()), [0])(BATCH), "no logits"),
   ],
 )
 def test_wrong_classes_and_groups_say_what_is_wrong(make, message):
@@ -305,7 +422,8 @@ def test_a_restored_model_knows_its_seeds_however_they_were_given(tmp_path):
   network = small_networks.dense(3, classes=4)
   examples = data.from_arrays(np.eye(4, 5, dtype=np.float32), np.arange(4))
   source = data.on_device(examples, batch_size=2, data_seed=0)
-  for seed, seeds in ((3, None), ([3], 1), (range(2), 2), (np.arange(2), 2)):
+  given = {"one": (3, None), "list": ([3], 1), "range": (range(2), 2)}
+  for name, (seed, seeds) in given.items():
     trained = train.fit(
       network,
       recipes.labels(),
@@ -313,8 +431,8 @@ def test_a_restored_model_knows_its_seeds_however_they_were_given(tmp_path):
       optimizer=optax.sgd(0.1),
       steps=1,
       seed=seed,
-      run=train.Run(tmp_path / repr(seed), progress=None),
+      run=train.Run(tmp_path / name, progress=None),
     )
-    found = teachers.restore(tmp_path / repr(seed), network)
+    found = teachers.restore(tmp_path / name, network)
     assert found.seeds == trained.seeds == seeds
     assert len(found.unstack()) == (seeds or 1)

@@ -1,0 +1,80 @@
+"""Models on a whole split: those of several seeds side by side, teachers, what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import data, evaluation, teachers
+from jaxdistill.types import Model
+from small_networks import dense, untyped
+
+NETWORK = dense(5)
+
+
+@pytest.fixture(scope="module")
+def batches():
+  rng = np.random.default_rng(0)
+  inputs, labels = rng.normal(size=(21, 4)).astype(np.float32), rng.integers(0, 3, 21)
+  return data.evaluation_batches(data.from_arrays(inputs, labels), batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def several():
+  keys = jax.random.split(jax.random.key(0), 3)
+  return Model(NETWORK, jax.vmap(NETWORK.init, (0, None))(keys, jnp.zeros((1, 4))), 3)
+
+
+def test_several_seeds_are_each_of_them(batches, several):
+  each = several.unstack()
+  teacher = teachers.ensemble(each[:2])
+  found, answers = evaluation.examine(several, batches, teacher=teacher)
+  assert answers.predicted.shape == (3, 21)
+  for s, model in enumerate(each):
+    alone, its = evaluation.examine(model, batches, teacher=teacher)
+    np.testing.assert_array_equal(answers.predicted[s], its.predicted[0])
+    for name, value in evaluation.evaluate(model, batches, teacher=teacher).items():
+      # The same float32 sums by other programs.
+      np.testing.assert_allclose(found[name][s] if name != "examples" else 21, value, rtol=1e-5)
+      np.testing.assert_allclose(alone[name], value, rtol=1e-6)
+  validated = evaluation.validator(batches)(several)
+  np.testing.assert_allclose(validated["nll"], found["nll"], rtol=1e-6)
+
+
+def test_a_teacher_is_evaluated_as_its_model(batches, several):
+  model = several.unstack()[0]
+  found, same = (
+    evaluation.evaluate(one, batches, teacher=teachers.frozen(model))
+    for one in (model, teachers.frozen(model))
+  )
+  assert found == same
+  assert found["agreement"] == 1
+
+
+def test_costs_of_a_model_of_several_seeds_are_those_of_one(batches, several):
+  model = several.unstack()[0]
+  made = [
+    evaluation.costs(one, batches, seconds=0.01) for one in (several, model, teachers.frozen(model))
+  ]
+  for name in ("parameters", "bytes", "flops", "throughput_batch"):
+    assert made[0][name] == made[1][name] == made[2][name]
+
+
+@pytest.mark.parametrize(
+  ("call", "error", "match"),
+  [
+    (lambda m, b: evaluation.evaluate(NETWORK, b), TypeError, "must be a Model"),
+    (lambda m, b: evaluation.evaluate(m, b, teacher=m), TypeError, r"teachers\.frozen\(model\)"),
+    (lambda m, b: evaluation.evaluate(m, 3), TypeError, "what data.evaluation_batches makes"),
+    (lambda m, b: evaluation.validator(m), TypeError, "what data.evaluation_batches makes"),
+    (lambda m, b: evaluation.costs(NETWORK, b), TypeError, "must be a Model"),
+    (
+      lambda m, b: evaluation.evaluate(Model(NETWORK, m.variables), b),
+      ValueError,
+      r"do not fit the network, with seeds=None.*seeds=S",
+    ),
+  ],
+)
+def test_what_does_not_fit_says_so(batches, several, call, error, match):
+  with untyped(), pytest.raises(error, match=match):
+    call(several, batches)
