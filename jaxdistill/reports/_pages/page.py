@@ -6,6 +6,7 @@ what is missing there has no section, and is told above.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -229,8 +230,7 @@ def _costs(report: Mapping[str, Any]) -> Section:
 
 def _of_models(table: Table) -> Table:
   """A table whose columns are models, in their colours."""
-  head: list[Cell] = ["", *(named(str(name)) for name in table.head[1:])]
-  return Table(head, table.rows, table.caption, sortable=False)
+  return dataclasses.replace(table, head=["", *(named(str(name)) for name in table.head[1:])])
 
 
 def _gap(report: Mapping[str, Any]) -> Section:

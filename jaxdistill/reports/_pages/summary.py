@@ -6,7 +6,7 @@ What is unknown or undefined is a dash, and a model that was not measured has no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,35 @@ from jaxdistill.reports._pages import significance
 from jaxdistill.reports._pages.document import complete, model, sound_report
 
 __all__ = [
+  "QUANTITIES",
   "agreement",
   "gap_sentence",
   "markdown",
   "measured",
   "picture",
+  "side_by_side",
   "table",
   "verdict",
 ]
+
+
+# A row of the one table: how a model's number is told.
+QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+  "accuracy, %": lambda model: percent(model["accuracy"]),
+  "top-5, %": lambda model: percent(model["top5"]),
+  "negative log-likelihood": lambda model: number(model["nll"]),
+  "calibration error, %": lambda model: percent(model["ece"]),
+  "Brier score": lambda model: number(model["brier"]),
+  "agrees with teacher, %": lambda model: percent(model["agreement"]),
+  "instances": lambda model: str(model["instances"]),
+  "parameters": lambda model: whole(model["parameters"]),
+  "bytes": lambda model: whole(model["bytes"]),
+  "FLOPs an example": lambda model: count(model["flops"]),
+  "FLOPs by XLA's count": lambda model: count(model["xla_flops"]),
+  "latency, ms": lambda model: exact(model["latency_ms"]["median"]),
+  "latency, 95th pct, ms": lambda model: exact(model["latency_ms"]["p95"]),
+  "examples a second": lambda model: count(model["throughput"]),
+}
 
 
 def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
@@ -83,28 +104,25 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
   return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
 
 
+def side_by_side(models: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> Table:
+  """What was measured of several models, a column each.
+
+  Args:
+    models: by name, with all that their rows are made of.
+    labels: of the rows.
+  """
+  rows = [[label, *map(QUANTITIES[label], models.values())] for label in labels]
+  caption = "Mean ± standard deviation over the seeds; no ± where there is one instance"
+  return Table(["", *models], rows, caption, sortable=False)
+
+
 def measured(report: Mapping[str, Any]) -> Table:
   """The one table of a complete report: quality, agreement with the teacher, and cost."""
-  names = list(report["models"])
   fidelity = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
-  rows: tuple[tuple[str, Callable[[str, Mapping[str, Any]], str]], ...] = (
-    ("accuracy, %", lambda _, m: percent(m["accuracy"])),
-    ("top-5, %", lambda _, m: percent(m["top5"])),
-    ("negative log-likelihood", lambda _, m: number(m["nll"])),
-    ("calibration error, %", lambda _, m: percent(m["ece"])),
-    ("Brier score", lambda _, m: number(m["brier"])),
-    ("agrees with teacher, %", lambda n, _: percent((fidelity.get(n) or {}).get("agreement"))),
-    ("parameters", lambda _, m: whole(m["parameters"])),
-    ("bytes", lambda _, m: whole(m["bytes"])),
-    ("FLOPs an example", lambda _, m: count(m["flops"])),
-    ("FLOPs by XLA's count", lambda _, m: count(m["xla_flops"])),
-    ("latency, ms", lambda _, m: exact(m["latency_ms"]["median"])),
-    ("latency, 95th pct, ms", lambda _, m: exact(m["latency_ms"]["p95"])),
-    ("examples a second", lambda _, m: count(m["throughput"])),
-  )
-  body = [[label, *(show(n, model(report, n)) for n in names)] for label, show in rows]
-  caption = "All of it; mean ± standard deviation over the seeds"
-  return Table(["", *names], body, caption, sortable=False)
+  agree = {name: one["agreement"] for name, one in fidelity.items() if one}
+  models = report["models"].items()
+  told = {name: {**one, "agreement": agree.get(name)} for name, one in models}
+  return side_by_side(told, [label for label in QUANTITIES if label != "instances"])
 
 
 def table(report: Mapping[str, Any]) -> str:
