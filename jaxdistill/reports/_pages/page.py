@@ -252,11 +252,11 @@ def _gap(report: Mapping[str, Any]) -> Section:
 
 
 def _calibration(found: Evidence) -> Section:
-  drawn = []
-  for name in MODELS if found.predictions is not None else ():
-    if found.predictions is None or name not in found.predictions.models:
+  answers, drawn = found.predictions, []
+  for name in MODELS:
+    if answers is None or name not in answers.models:
       continue
-    picture = figures.reliability(None, name, analysis.reliability(found.predictions, name))
+    picture = figures.reliability(None, name, analysis.reliability(answers, name))
     error = percent(model(found.report, name)["ece"])
     caption = (named(name), f": calibration error {error} %")
     drawn.append(Figure(picture, f"Reliability of the {WORDS[name]}", caption))

@@ -36,6 +36,7 @@ __all__ = [
   "picture",
   "side_by_side",
   "table",
+  "text",
   "verdict",
 ]
 
@@ -167,15 +168,14 @@ def markdown(report: Mapping[str, Any]) -> str:
   """
   kept, wrong = sound_report(dict(report), "The report")
   told = complete({} if kept is None else kept)
+  return text({**told, "problems": [*wrong, *told["problems"]]})
+
+
+def text(told: Mapping[str, Any]) -> str:
+  """The Markdown of a complete report."""
   title = f"# {told['dataset'] or DASH}, {told['split'] or DASH} split"
-  lines = [
-    title,
-    "",
-    told["verdict"] or "There is no verdict.",
-    "",
-    gap_sentence(told["gap_closed"]),
-  ]
-  lines += ["", *_decided(told["decision"], [*wrong, *told["problems"]]), *_numbers(told)]
+  lines = [title, "", told["verdict"] or "There is no verdict.", ""]
+  lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
   lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
   lines += _by_groups(told)
   described = [f"- **{name}**: {one['description']}" for name, one in told["models"].items()]
@@ -205,14 +205,16 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _decided(decision: Mapping[str, Any] | None, problems: list[str]) -> list[str]:
+def _decided(report: Mapping[str, Any]) -> list[str]:
   """What the page says of shipping the student, and what is missing or broken."""
   lines: list[str] = []
+  decision = report["decision"]
   if decision:
     reasons = [f"- {one['side']}: {one['text']}" for one in decision["reasons"]]
     lines = [f"**{decision['word']}.** {decision['sentence']}", "", *reasons, ""]
-  if problems:
-    lines += ["What is missing or broken:", "", *(f"- {one}" for one in problems), ""]
+  if report["problems"]:
+    problems = (f"- {one}" for one in report["problems"])
+    lines += ["What is missing or broken:", "", *problems, ""]
   return lines
 
 

@@ -19,6 +19,7 @@ from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import figures
 from jaxdistill.reports._format import (
+  Cell,
   Table,
   change,
   count,
@@ -382,7 +383,7 @@ def _side_by_side(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Secti
   if len({point[0] for point in points.values()}) == 2:  # of one size there is nothing to see
     picture = figures.against(None, points, xlabel="parameters", show=count, words=words)
     drawn = [Figure(picture, "Accuracy against size")]
-  head = ("", *(named(name, words) for name in _AS.values()))
+  head: list[Cell] = ["", *(named(name, words) for name in _AS.values())]
   table = dataclasses.replace(_table(numbers), head=head)
   return Section("table", "Side by side", figures=drawn, tables=[table])
 
