@@ -349,9 +349,11 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
   shown = counted if len(counted) <= _MANY else counted[: _MANY - 3] + counted[-3:]
   few = "" if len(shown) == len(counted) else f"; {len(shown) - 3} that lost most, 3 that did best"
   models = [name for name in MODELS if counted and name in counted[0]["accuracy"]]
-  picture = figures.groups(
-    None, marks(shown, {name: name for name in models}), xlabel="accuracy, %"
-  )
+  drawn = []
+  if shown:
+    told = marks(shown, {name: name for name in models})
+    picture = figures.groups(None, told, xlabel="accuracy, %")
+    drawn = [Figure(picture, f"Accuracy by class{few}")]
   lost = [
     (name, [row["name"] for row in counted if fell(row["changes"].get(name))]) for name in _CALLED
   ]
@@ -371,7 +373,7 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
     text=" ".join(sentences) or "No class lost beyond noise.",
     note=note,
     legend=legend(models),
-    figures=[Figure(picture, f"Accuracy by class{few}")] if shown else [],
+    figures=drawn,
     tables=[_group_table(ordered[:_MANY], "class", caption)],
     folded=[every] if len(ordered) > _MANY else [],
   )
