@@ -20,9 +20,8 @@ from jaxdistill import _check, _extras, evaluation, runs
 from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Answers, Predictions, column
 from jaxdistill.evaluation.predictions import save as save_predictions
-from jaxdistill.reports._pages import analysis, document, evidence, page
+from jaxdistill.reports._pages import analysis, document, evidence, page, summary
 from jaxdistill.reports._pages.decision import decide
-from jaxdistill.reports._pages.summary import markdown, picture, verdict
 from jaxdistill.runs import environment
 from jaxdistill.types import Batch, Model, Teacher
 
@@ -134,7 +133,7 @@ def build_report(
     "examples": examples,
     "seeds": list(seeds),
     "varied": varied,
-    "verdict": verdict(accuracy, gain),
+    "verdict": summary.verdict(accuracy, gain),
     "models": {name: _model(part) for name, part in parts.items()},
     "fidelity": _fidelity(student),
     "baseline_fidelity": None if baseline is None else _fidelity(baseline),
@@ -277,8 +276,8 @@ def render_report(
   report = {**found.report, **_as_json(derived), "problems": found.problems}
   if found.intact:
     runs.write_json(found.folder / f"report{end}.json", report)
-  picture(report, found.folder / f"accuracy{end}.png")
-  text = markdown(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
+  summary.picture(report, found.folder / f"accuracy{end}.png")
+  text = summary.text(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
   runs.write_text(found.folder / f"report{end}.md", text)
   path = found.folder / f"report{end}.html"
   runs.write_text(path, page.build(found, derived))

@@ -434,8 +434,10 @@ def groups(
   >>> [text.get_text() for text in figure.axes[0].get_yticklabels()]
   ['cat']
   """
+  if not rows:
+    raise ValueError("rows is empty; give at least one class or slice.")
   names = [name for name, _ in rows]
-  left = int(min(120, 16 + 6.2 * max(map(len, names), default=1)))
+  left = int(min(120, 16 + 6.2 * max(map(len, names))))
   figure, axes = _small(22 * len(rows) + 48, xlabel=xlabel, left=left, top=4)
   for i, (_, marks) in enumerate(rows):
     there = [value for value in marks.values() if value is not None]

@@ -1,9 +1,13 @@
 """Pictures show the numbers they were given, leave out what is missing, and say what is wrong."""
 
+import re
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 
 from jaxdistill.reports import figures
+from jaxdistill.reports._svg import svg
 
 AXES = {"xlabel": "temperature", "ylabel": "accuracy, %"}
 
@@ -75,3 +79,25 @@ def test_what_cannot_be_drawn_is_named():
     figures.curves(None, [1, 2], {}, **AXES)
   with pytest.raises(ValueError, match="rows must be a mapping with at least one entry"):
     figures.intervals(None, {}, xlabel="accuracy")
+  with pytest.raises(ValueError, match="rows is empty; give at least one class"):
+    figures.groups(None, [], xlabel="accuracy")
+  with pytest.raises(ValueError, match="lines has no finite value"):
+    figures.training(None, {"student": (np.zeros(1), np.full((1, 1), np.nan))}, xlabel="epochs")
+
+
+def test_a_figure_in_a_page_has_the_pages_colours_and_tells_its_marks():
+  names = ["$\\frac{$ $x", "\x00\ud800日本"]
+  rows = [(name, {"teacher": 97.0, "student": 93.0 - i}) for i, name in enumerate(names)]
+  drawn = svg(figures.groups(None, rows, xlabel="a $b$"), "<classes> & $b$")
+  assert drawn == svg(figures.groups(None, rows, xlabel="a $b$"), "<classes> & $b$")
+  root = ElementTree.fromstring(drawn)
+  assert root.attrib["aria-label"] == root[0].text == "<classes> & $b$"
+  told = {node.text for node in root.iter("title")}
+  assert {"$\\frac{$ $x, teacher: 97.0", "\ufffd\ufffd日本, student: 92.0", names[0]} <= told
+  assert "a $b$" in {node.text for node in root.iter("text")}  # no formula
+  used = {name for node in root.iter() for name in node.attrib}
+  assert not used & {"style", "id", "href", "clip-path", "class"}
+  assert "var(--teacher)" in drawn
+  assert "var(--student)" in drawn
+  # White is the page's ground, black the ink, and both change with the reader's scheme.
+  assert not re.search("#(000000|ffffff)", drawn)

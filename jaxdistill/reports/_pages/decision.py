@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports._format import change as change_text
-from jaxdistill.reports._format import interval, listed, plain, signed, times
+from jaxdistill.reports._format import interval, listed, plain, signed, times, with_std
 from jaxdistill.reports._pages import significance
 from jaxdistill.reports._pages.document import model
 from jaxdistill.reports._pages.evidence import Evidence
@@ -98,7 +98,7 @@ def _gain(found: Evidence, add: _Add) -> str:
     text = f"One seed: {signed(100 * change)} points over labels alone may be noise."
     add("unknown", text, "care")
     return ""
-  points = f"{100 * abs(change):.2f} ± {100 * error:.2f}"
+  points = with_std(100 * abs(change), 100 * error)
   if not _beyond_seeds(found.report, change, error):
     shown = change_text(change, error)
     text = f"Its gain over labels alone ({shown} points, standard error over seeds) is noise."

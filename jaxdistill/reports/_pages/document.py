@@ -74,7 +74,8 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   there = report.get("models", {})
   models = {name: {**_MODEL, **there[name]} for name in MODELS if name in there}
   gap = {**_GAP, **report.get("gap_closed", {})}
-  return {**_REPORT, **report, "models": models, "gap_closed": gap}
+  rest = {name: value for name, value in _REPORT.items() if name not in report}
+  return {**report, **rest, "models": models, "gap_closed": gap}
 
 
 def model(report: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ what is missing there has no section, and is told above.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -229,8 +230,7 @@ def _costs(report: Mapping[str, Any]) -> Section:
 
 def _of_models(table: Table) -> Table:
   """A table whose columns are models, in their colours."""
-  head: list[Cell] = ["", *(named(str(name)) for name in table.head[1:])]
-  return Table(head, table.rows, table.caption, sortable=False)
+  return dataclasses.replace(table, head=["", *(named(str(name)) for name in table.head[1:])])
 
 
 def _gap(report: Mapping[str, Any]) -> Section:
@@ -252,11 +252,11 @@ def _gap(report: Mapping[str, Any]) -> Section:
 
 
 def _calibration(found: Evidence) -> Section:
-  drawn = []
-  for name in MODELS if found.predictions is not None else ():
-    if found.predictions is None or name not in found.predictions.models:
+  answers, drawn = found.predictions, []
+  for name in MODELS:
+    if answers is None or name not in answers.models:
       continue
-    picture = figures.reliability(None, name, analysis.reliability(found.predictions, name))
+    picture = figures.reliability(None, name, analysis.reliability(answers, name))
     error = percent(model(found.report, name)["ece"])
     caption = (named(name), f": calibration error {error} %")
     drawn.append(Figure(picture, f"Reliability of the {WORDS[name]}", caption))
@@ -349,9 +349,11 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
   shown = counted if len(counted) <= _MANY else counted[: _MANY - 3] + counted[-3:]
   few = "" if len(shown) == len(counted) else f"; {len(shown) - 3} that lost most, 3 that did best"
   models = [name for name in MODELS if counted and name in counted[0]["accuracy"]]
-  picture = figures.groups(
-    None, marks(shown, {name: name for name in models}), xlabel="accuracy, %"
-  )
+  drawn = []
+  if shown:
+    told = marks(shown, {name: name for name in models})
+    picture = figures.groups(None, told, xlabel="accuracy, %")
+    drawn = [Figure(picture, f"Accuracy by class{few}")]
   lost = [
     (name, [row["name"] for row in counted if fell(row["changes"].get(name))]) for name in _CALLED
   ]
@@ -371,7 +373,7 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
     text=" ".join(sentences) or "No class lost beyond noise.",
     note=note,
     legend=legend(models),
-    figures=[Figure(picture, f"Accuracy by class{few}")] if shown else [],
+    figures=drawn,
     tables=[_group_table(ordered[:_MANY], "class", caption)],
     folded=[every] if len(ordered) > _MANY else [],
   )

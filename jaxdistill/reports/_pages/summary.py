@@ -6,7 +6,7 @@ What is unknown or undefined is a dash, and a model that was not measured has no
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,36 @@ from jaxdistill.reports._pages import significance
 from jaxdistill.reports._pages.document import complete, model, sound_report
 
 __all__ = [
+  "QUANTITIES",
   "agreement",
   "gap_sentence",
   "markdown",
   "measured",
   "picture",
+  "side_by_side",
   "table",
+  "text",
   "verdict",
 ]
+
+
+# A row of the one table: how a model's number is told.
+QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+  "accuracy, %": lambda model: percent(model["accuracy"]),
+  "top-5, %": lambda model: percent(model["top5"]),
+  "negative log-likelihood": lambda model: number(model["nll"]),
+  "calibration error, %": lambda model: percent(model["ece"]),
+  "Brier score": lambda model: number(model["brier"]),
+  "agrees with teacher, %": lambda model: percent(model["agreement"]),
+  "instances": lambda model: str(model["instances"]),
+  "parameters": lambda model: whole(model["parameters"]),
+  "bytes": lambda model: whole(model["bytes"]),
+  "FLOPs an example": lambda model: count(model["flops"]),
+  "FLOPs by XLA's count": lambda model: count(model["xla_flops"]),
+  "latency, ms": lambda model: exact(model["latency_ms"]["median"]),
+  "latency, 95th pct, ms": lambda model: exact(model["latency_ms"]["p95"]),
+  "examples a second": lambda model: count(model["throughput"]),
+}
 
 
 def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
@@ -83,28 +105,25 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
   return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
 
 
+def side_by_side(models: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> Table:
+  """What was measured of several models, a column each.
+
+  Args:
+    models: by name, with all that their rows are made of.
+    labels: of the rows.
+  """
+  rows = [[label, *map(QUANTITIES[label], models.values())] for label in labels]
+  caption = "Mean ± standard deviation over the seeds; no ± where there is one instance"
+  return Table(["", *models], rows, caption, sortable=False)
+
+
 def measured(report: Mapping[str, Any]) -> Table:
   """The one table of a complete report: quality, agreement with the teacher, and cost."""
-  names = list(report["models"])
   fidelity = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
-  rows: tuple[tuple[str, Callable[[str, Mapping[str, Any]], str]], ...] = (
-    ("accuracy, %", lambda _, m: percent(m["accuracy"])),
-    ("top-5, %", lambda _, m: percent(m["top5"])),
-    ("negative log-likelihood", lambda _, m: number(m["nll"])),
-    ("calibration error, %", lambda _, m: percent(m["ece"])),
-    ("Brier score", lambda _, m: number(m["brier"])),
-    ("agrees with teacher, %", lambda n, _: percent((fidelity.get(n) or {}).get("agreement"))),
-    ("parameters", lambda _, m: whole(m["parameters"])),
-    ("bytes", lambda _, m: whole(m["bytes"])),
-    ("FLOPs an example", lambda _, m: count(m["flops"])),
-    ("FLOPs by XLA's count", lambda _, m: count(m["xla_flops"])),
-    ("latency, ms", lambda _, m: exact(m["latency_ms"]["median"])),
-    ("latency, 95th pct, ms", lambda _, m: exact(m["latency_ms"]["p95"])),
-    ("examples a second", lambda _, m: count(m["throughput"])),
-  )
-  body = [[label, *(show(n, model(report, n)) for n in names)] for label, show in rows]
-  caption = "All of it; mean ± standard deviation over the seeds"
-  return Table(["", *names], body, caption, sortable=False)
+  agree = {name: one["agreement"] for name, one in fidelity.items() if one}
+  models = report["models"].items()
+  told = {name: {**one, "agreement": agree.get(name)} for name, one in models}
+  return side_by_side(told, [label for label in QUANTITIES if label != "instances"])
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -149,15 +168,14 @@ def markdown(report: Mapping[str, Any]) -> str:
   """
   kept, wrong = sound_report(dict(report), "The report")
   told = complete({} if kept is None else kept)
+  return text({**told, "problems": [*wrong, *told["problems"]]})
+
+
+def text(told: Mapping[str, Any]) -> str:
+  """The Markdown of a complete report."""
   title = f"# {told['dataset'] or DASH}, {told['split'] or DASH} split"
-  lines = [
-    title,
-    "",
-    told["verdict"] or "There is no verdict.",
-    "",
-    gap_sentence(told["gap_closed"]),
-  ]
-  lines += ["", *_decided(told["decision"], [*wrong, *told["problems"]]), *_numbers(told)]
+  lines = [title, "", told["verdict"] or "There is no verdict.", ""]
+  lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
   lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
   lines += _by_groups(told)
   described = [f"- **{name}**: {one['description']}" for name, one in told["models"].items()]
@@ -187,14 +205,16 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
   ]
 
 
-def _decided(decision: Mapping[str, Any] | None, problems: list[str]) -> list[str]:
+def _decided(report: Mapping[str, Any]) -> list[str]:
   """What the page says of shipping the student, and what is missing or broken."""
   lines: list[str] = []
+  decision = report["decision"]
   if decision:
     reasons = [f"- {one['side']}: {one['text']}" for one in decision["reasons"]]
     lines = [f"**{decision['word']}.** {decision['sentence']}", "", *reasons, ""]
-  if problems:
-    lines += ["What is missing or broken:", "", *(f"- {one}" for one in problems), ""]
+  if report["problems"]:
+    problems = (f"- {one}" for one in report["problems"])
+    lines += ["What is missing or broken:", "", *problems, ""]
   return lines
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +23,10 @@ from jaxdistill.reports._format import (
   Table,
   change,
   count,
-  exact,
   interval,
-  number,
-  percent,
   plain,
-  whole,
 )
-from jaxdistill.reports._pages import analysis, evidence, exhibits, significance
+from jaxdistill.reports._pages import analysis, evidence, exhibits, significance, summary
 from jaxdistill.reports._pages.decision import ratio
 from jaxdistill.reports._pages.document import model, spread
 from jaxdistill.reports._pages.evidence import Evidence
@@ -50,6 +46,15 @@ __all__ = ["Compared", "compare_runs", "markdown", "write_comparison"]
 VERSION = 1
 # The colours and marks of two of the three models stand for the two runs.
 _AS = {"a": "student", "b": "baseline"}
+_ROWS = (
+  "accuracy, %",
+  "negative log-likelihood",
+  "calibration error, %",
+  "instances",
+  "parameters",
+  "FLOPs an example",
+  "latency, ms",
+)
 _SHOWN, _LISTED = 12, 40  # examples that only one of the two knows
 
 
@@ -247,18 +252,7 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
 
 def _table(numbers: Mapping[str, Any]) -> Table:
   """Both runs side by side."""
-  both = [numbers["runs"][side] for side in ("a", "b")]
-  rows: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-    ("accuracy, %", lambda m: percent(m["accuracy"])),
-    ("negative log-likelihood", lambda m: number(m["nll"])),
-    ("calibration error, %", lambda m: percent(m["ece"])),
-    ("instances", lambda m: str(m["instances"])),
-    ("parameters", lambda m: whole(m["parameters"])),
-    ("FLOPs an example", lambda m: count(m["flops"])),
-    ("latency, ms", lambda m: exact(m["latency_ms"]["median"])),
-  )
-  body = [[label, *(show(one) for one in both)] for label, show in rows]
-  return Table(["", *(one["name"] for one in both)], body, sortable=False)
+  return summary.side_by_side({one["name"]: one for one in numbers["runs"].values()}, _ROWS)
 
 
 def _mcnemar(numbers: Mapping[str, Any]) -> Table:
@@ -389,9 +383,8 @@ def _side_by_side(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Secti
   if len({point[0] for point in points.values()}) == 2:  # of one size there is nothing to see
     picture = figures.against(None, points, xlabel="parameters", show=count, words=words)
     drawn = [Figure(picture, "Accuracy against size")]
-  told = _table(numbers)
   head: list[Cell] = ["", *(named(name, words) for name in _AS.values())]
-  table = Table(head, told.rows, "mean ± standard deviation over the seeds", sortable=False)
+  table = dataclasses.replace(_table(numbers), head=head)
   return Section("table", "Side by side", figures=drawn, tables=[table])
 
 
