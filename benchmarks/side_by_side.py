@@ -65,7 +65,7 @@ def measure(source, module, by: str, scan: bool, students: int, options: Options
     data=[source] * students,
     optimizer=optax.adam(1e-3),
     steps=options.steps * (options.repeats + 1),
-    seed=[0] * students,
+    seed=range(students),
   )
   program = train.Program(plan, dispatch, values=values)
   state = dispatch.spread(program.initial())
