@@ -361,7 +361,7 @@ PARTS = [
 TEACHERS = [
   (lambda j: j.teachers.frozen(None), "model=None must be a Model"),
   (lambda j: j.teachers.frozen(network(j)), r"must be a Model.*Model\(network, variables\)"),
-  (lambda j: j.teachers.frozen(model(j, STACKED, seeds=1)), r"one of model\.unstack\(\)"),
+  (lambda j: j.teachers.frozen(model(j, STACKED, seeds=2)), r"one of model\.unstack\(\)"),
   (lambda j: j.teachers.subset(Net(), [0]), "teacher=Net.* must be a Model"),
   (lambda j: j.teachers.ensemble([None]), r"members\[0\]=None must be a Model"),
   (lambda j: j.teachers.ensemble(model(j)), "is empty or no sequence"),

@@ -71,12 +71,13 @@ def frozen(model: Model) -> Teacher:
       f"model={_check.show(model)} must be a Model: what fit returns, or Model(network, variables) "
       "with a network from networks.linen(module) or networks.nnx(model)."
     )
-  if model.seeds is not None:
+  if model.seeds not in (None, 1):
     raise ValueError(
       f"model holds {model.seeds} seeds of {model.network.name!r}: give one of model.unstack(), "
       "or teachers.ensemble(model.unstack())."
     )
-  return Teacher(model.variables, _Inference(model.network), _asked("frozen"))
+  (one,) = model.unstack()
+  return Teacher(one.variables, _Inference(one.network), _asked("frozen"))
 
 
 def _asked(kind: str, *of: Teacher, **what: Any) -> str:
