@@ -23,7 +23,6 @@ EVERYWHERE = {"jax", "flax", "optax", "numpy", "jaxtyping", "jaxdistill"}
 # shrink: who mends one takes it out, and nothing is put in.
 MANY_PARAMETERS = {
   "jaxdistill.data._streams.iterated",
-  "jaxdistill.export._export.export",
   "jaxdistill.search._compress.compress",
   "jaxdistill.search._preflight.preflight",
   "jaxdistill.search._sweep.sweep",
@@ -31,8 +30,6 @@ MANY_PARAMETERS = {
   "jaxdistill.train._program.build_program",
 }
 LONG_FUNCTIONS = {
-  "jaxdistill.export._export.export",
-  "jaxdistill.export._export.export_file",
   "jaxdistill.search._compress.compress",
   "jaxdistill.search._sweep.sweep",
   "jaxdistill.train._fit.fit",

@@ -36,7 +36,7 @@ from jaxdistill.search._choice import METRICS, Result, Row, score, standard_erro
 from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
 from jaxdistill.search._side_by_side import example_key, inputs_of, students_by
 from jaxdistill.train import Optimizer
-from jaxdistill.types import Batch, Network, Teacher, make_batch
+from jaxdistill.types import Batch, Model, Network, Teacher, make_batch
 
 __all__ = [
   "Assistant",
@@ -305,9 +305,8 @@ def _first_inside(
     if name not in checked:
       folder = path / "checked"
       variables = jax.tree.map(lambda leaf: leaf[0], found.students(_best_row(found, name)))
-      export.save_student(
-        folder, students[name], variables, stored=job.data.stored, normalize=job.data.normalize
-      )
+      model = Model(students[name], variables)
+      export.save_student(folder, model, stored=job.data.stored, normalize=job.data.normalize)
       checked[name] = _budget.measure_in_process(folder, job.within)
       runs.write_json(file, checked)
     if job.within.inside(checked[name]):

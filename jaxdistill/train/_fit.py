@@ -31,7 +31,15 @@ from jaxdistill.train._loop import (
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._program import Program, build_program
 from jaxdistill.train._state import State, deployed_variables
-from jaxdistill.types import Network, Objective, ObjectiveFunction, Teacher, Transform, as_objective
+from jaxdistill.types import (
+  Model,
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Teacher,
+  Transform,
+  as_objective,
+)
 
 __all__ = [
   "Fitted",
@@ -266,14 +274,9 @@ def _save_deployed(
 ) -> None:
   """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
-    export.save_student(
-      path,
-      network,
-      variables,
-      stored=program.source.stored,
-      normalize=program.source.normalize,
-      stacked=program.stacked,
-    )
+    model = Model(network, variables, len(program.data_seeds) if program.stacked else None)
+    source = program.source
+    export.save_student(path, model, stored=source.stored, normalize=source.normalize)
   _mesh.barrier("deployed")
 
 
