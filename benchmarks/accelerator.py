@@ -218,7 +218,7 @@ def smoke(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
   emit("run", found)
   if "export" in keys:
     report = export.export(
-      folder, held_out, kinds=["stablehlo"], normalize=data.DIGITS, seconds=0.5
+      folder, held_out, kinds=["stablehlo"], normalize=data.DIGITS, check=export.Check(seconds=0.5)
     )
     emit("export", report)
 

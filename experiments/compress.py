@@ -249,7 +249,7 @@ def export_all(config: Config, options: Options) -> None:
     network=candidates[told["chosen"]],
     normalize=normalize(config),
     instance=told["instance"],
-    batch_size=config.at_batch,
+    check=export.Check(batch_size=config.at_batch),
   )
   for file in found["files"]:
     state = f"{file['bytes']:,} bytes, checked" if file["passed"] else f"failed: {file['problem']}"

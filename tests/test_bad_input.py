@@ -418,7 +418,7 @@ FILES = [
   (lambda j, p: j.runs.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
   (lambda j, p: j.runs.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
   (lambda j, p: j.export.load_student(p / "none"), FileNotFoundError, "no such folder"),
-  (lambda j, p: j.export.save_student(p, Net(), {}, stored=S), TypeError, "must be a Network"),
+  (lambda j, p: j.export.save_student(p, Net(), stored=S), TypeError, "must be a Model"),
   (lambda j, p: j.teachers.restore(p, network(j)), FileNotFoundError, "holds no checkpoints"),
   (lambda j, p: j.runs.read_config(p), FileNotFoundError, "no config.json"),
   (lambda j, p: j.runs.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),

@@ -19,16 +19,6 @@ PROJECT = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
 CONTRACTS = PROJECT["tool"]["importlinter"]["contracts"]
 EVERYWHERE = {"jax", "flax", "optax", "numpy", "jaxtyping", "jaxdistill"}
 
-# What has more than twelve parameters, or more than sixty lines of code. The lists only ever
-# shrink: who mends one takes it out, and nothing is put in.
-MANY_PARAMETERS = {
-  "jaxdistill.export._export.export",
-}
-LONG_FUNCTIONS = {
-  "jaxdistill.export._export.export",
-  "jaxdistill.export._export.export_file",
-}
-
 MODULES = sorted(
   info.name
   for info in pkgutil.walk_packages([str(ROOT)], "jaxdistill.")
@@ -177,12 +167,12 @@ def test_a_public_function_has_at_most_twelve_parameters():
     for name, node, public in functions()
     if public and len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]) > 12
   }
-  assert found == MANY_PARAMETERS
+  assert not found
 
 
 def test_a_function_is_at_most_sixty_lines_of_code():
   found = {name for name, node, _ in functions() if lines_of_code(node) > 60}
-  assert found == LONG_FUNCTIONS
+  assert not found
 
 
 def test_nothing_is_left_to_be_done_in_the_code():

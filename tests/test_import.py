@@ -49,7 +49,7 @@ def imported(program):
 # What is there for one of these libraries, and imports it.
 THEIRS = {
   "data": {"Digits", "load", "records", "splits"},
-  "export": {"KINDS", "export", "export_file", "load_program", "verify_exports"},
+  "export": {"KINDS", "Check", "export", "export_file", "verify_exports"},
   "networks": {"weights"},
   "runs": {"find_collections", "nested_dicts", "read_foreign_orbax"},
 }

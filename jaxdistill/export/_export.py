@@ -14,7 +14,7 @@ instead.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -30,18 +30,18 @@ import numpy as np
 from jaxdistill import _check, _extras, runs
 from jaxdistill.data import Examples
 from jaxdistill.export import _folding, _int8, _onnx, _program, _student
-from jaxdistill.export._process import ExportError, compare_logits, run_file, top1
+from jaxdistill.export._process import ExportError, Ran, compare_logits, run_file, top1
 from jaxdistill.export._program import Program
 from jaxdistill.networks import weights
-from jaxdistill.runs import named_leaves, write_json
-from jaxdistill.types import Network
+from jaxdistill.runs import write_json
+from jaxdistill.types import Model, Network
 
 __all__ = [
   "KINDS",
+  "Check",
   "default_tolerance",
   "export",
   "export_file",
-  "load_program",
   "problem_of",
   "split_examples",
   "verify_exports",
@@ -71,34 +71,34 @@ _NEEDS = {
 }
 
 
-def load_program(run: str | os.PathLike[str], *, instance: int = 0) -> Program:
-  """The student of a finished run as a program, from its folder alone.
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """How an exported file is checked and timed before it is kept.
 
-  Its operations are compiled: it becomes StableHLO, safetensors and int8 weights, while ONNX,
-  folding and int8 activations need the network (`jaxdistill.export._program.from_network`).
+  Attributes:
+    tolerance: by how much a logit may differ from the student's, in its units. By default a share
+      of the student's largest: 1e-4 in float32, 0.05 in bfloat16 and float16, 1e-9 in float64.
+    accuracy_loss: by how much the accuracy of a file in int8 may be below the student's; by default
+      one point. Without labels, the share of examples whose top-1 may be another.
+    batch_size: with which a call is timed, from NumPy arrays to a NumPy array in every runtime.
+    seconds: how long to time.
+    time_limit: seconds after which the process is ended.
 
-  Args:
-    run: the run's folder.
-    instance: which of the networks of a run over several seeds.
-
-  Returns:
-    The program. Raises what `jaxdistill.export.load_student` raises.
+  Raises:
+    TypeError: a value is no number.
+    ValueError: ``batch_size`` is below 1, or the tolerance negative.
   """
-  return _as_program(_student.load_student(run, instance=instance))
 
+  tolerance: float | None = None
+  accuracy_loss: float = 0.01
+  batch_size: int = 1
+  seconds: float = 2.0
+  time_limit: float = 300.0
 
-def _as_program(student: _student.Student) -> Program:
-  leaves, structure = (
-    named_leaves("variables", student.variables),
-    jax.tree.structure(student.variables),
-  )
-  names = list(leaves)
-
-  def call(given: Any, inputs: PyTree) -> Any:
-    return student.program(jax.tree.unflatten(structure, [given[name] for name in names]), inputs)
-
-  inputs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape[1:], s.dtype), student.expected)
-  return Program(student.info["name"], leaves, call, inputs, tuple(student.info["platforms"]))
+  def __post_init__(self) -> None:
+    _check.whole("batch_size", self.batch_size)
+    if self.tolerance is not None:
+      _check.number("tolerance", self.tolerance, least=0)
 
 
 def export(
@@ -112,11 +112,7 @@ def export(
   fold: bool = False,
   skip: Collection[str] = (),
   instance: int = 0,
-  accuracy_loss: float = 0.01,
-  tolerance: float | None = None,
-  batch_size: int = 1,
-  seconds: float = 2.0,
-  time_limit: float = 300.0,
+  check: Check = Check(),
 ) -> dict[str, Any]:
   """Exports the student of a finished run into ``<run>/exports``, and checks every file.
 
@@ -130,13 +126,9 @@ def export(
     normalize: what is done to stored inputs before the network sees them.
     calibration: inputs of the training split, as stored, for int8 activations.
     fold: whether BatchNorm is folded into the layers before it.
-    skip: kernels that int8 activations leave alone; see `jaxdistill.export.quantize_activations`.
+    skip: names of kernels, ``params/Dense_0/kernel``, that int8 activations leave in floats.
     instance: which of the networks of a run over several seeds; the list names it.
-    accuracy_loss: see `export_file`.
-    tolerance: see `export_file`.
-    batch_size: see `export_file`.
-    seconds: see `export_file`.
-    time_limit: see `export_file`.
+    check: how each file is checked and timed.
 
   Returns:
     What ``exports.json`` says. A kind that failed is there with ``passed`` false and its
@@ -148,57 +140,43 @@ def export(
     FileNotFoundError: there is no finished run.
     ImportError: a kind that ``kinds`` names needs a library that is not installed; the message
       names the extra that brings it. A kind that is tried by default is then one that failed.
+    TypeError: ``check`` or ``held_out`` is not of the kind described.
     ValueError: a kind is unknown or needs what is not given, or the network with ``normalize`` does
       not compute what the run's student does.
   """
   chosen = _chosen(kinds, network, calibration, fold)
-  _check.whole("batch_size", batch_size)  # before a file of an earlier export is given up
-  inputs, labels, split = split_examples(held_out)
-  loaded = _student.load_student(run, instance=instance)
-  base = exact = _as_program(loaded)
-  student = base.logits(inputs)
+  inputs, labels, split = _given(held_out, check)
+  saved = _student.load_student(run, instance=instance)
+  exact: Program = saved
+  student = _reference(saved, inputs)
   if network is not None:
-    exact = _program.from_network(
-      network, loaded.variables, stored=base.inputs, normalize=normalize
-    )
+    model = Model(network, saved.variables)
+    exact = _program.as_program(model, stored=saved.inputs, normalize=normalize)
     _same(exact, inputs, student)
   folder = pathlib.Path(run).absolute() / FOLDER
   folder.mkdir(exist_ok=True)
-  digest = _digest(base)
+  digest = runs.short_digest(saved.name, runs.fingerprint(saved.leaves))
   listed: dict[str, Any] = {
     "version": _VERSION,
     "student": digest,
     "instance": instance,
-    "batch_size": batch_size,
+    "batch_size": check.batch_size,
     "examples": len(student),
     "split": split,
     "student_accuracy": top1(student, labels),
     "files": _earlier(folder, digest),
   }
-  some = jax.tree.map(lambda leaf: np.asarray(leaf)[:16], inputs)
-  example = dict(zip(_onnx.input_names(base), jax.tree.leaves(some), strict=True))
-  _save(folder / EXAMPLE, {**example, "logits": student[:16]})
+  _save(folder / EXAMPLE, {**_by_name(saved, inputs, 16), "logits": student[:16]})
   makers = _makers(exact, fold, calibration, skip)
   for kind in chosen:
     name, which = KINDS[kind]
+    options = {"student": student, "rounded": which != "float", "check": check}
     try:
-      entry = export_file(
-        folder / name,
-        makers[which](),
-        held_out,
-        student=student,
-        rounded=which != "float",
-        accuracy_loss=accuracy_loss,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        seconds=seconds,
-        time_limit=time_limit,
-      )
+      entry = export_file(folder / name, makers[which](), held_out, **options)
     except Exception as error:  # The other kinds are as good as before.
       named_here = isinstance(error, ExportError | ImportError | ValueError)
+      _remove(folder / name)
       problem = str(error) if named_here else _check.short(error)
-      for old in (folder / name, folder / f"{name}.json"):
-        old.unlink(missing_ok=True)
       own = {key: listed[key] for key in _OF_ONE_EXPORT}
       entry = {"file": name, "passed": False, "problem": problem, **own}
     rest = [other for other in listed["files"] if other["file"] != name]
@@ -289,23 +267,33 @@ def _makers(
 
 def _same(exact: Program, inputs: PyTree, student: np.ndarray) -> None:
   """Raises where the network is not the student's, or is fed in another way."""
-  some = jax.tree.map(lambda leaf: leaf[:64], inputs)
-  problem = compare_logits(student[:64], exact.logits(some), default_tolerance(exact, student))[
-    "problem"
-  ]
-  if problem:
+  logits = _reference(exact, jax.tree.map(lambda leaf: leaf[:64], inputs))
+  found = compare_logits(student[:64], logits, default_tolerance(exact, student))
+  if found["problem"]:
     raise ValueError(
-      f"network={exact.name} with its normalize is not what the run saved: {problem}. Give the "
-      "student's own network, and normalize= as the data were normalised in training."
+      f"network={exact.name} with its normalize is not what the run saved: {found['problem']}. "
+      "Give the student's own network, and normalize= as the data were normalised in training."
     )
 
 
-def _digest(program: Program) -> str:
-  """What tells one student from another."""
-  found = hashlib.sha256(program.name.encode())
-  for name, leaf in sorted(program.leaves.items()):
-    found.update(name.encode() + np.asarray(leaf).tobytes())
-  return found.hexdigest()
+def _reference(program: Program, inputs: PyTree) -> np.ndarray:
+  """The logits of N examples, ``[N, ..., K]``, on the CPU where this process has it.
+
+  So they can be compared with those of another process to rounding: a GPU multiplies with fewer
+  bits than float32 has.
+  """
+  try:
+    cpu = jax.local_devices(backend="cpu")[0]
+  except RuntimeError:  # JAX_PLATFORMS leaves it out
+    cpu = None
+  with jax.default_device(cpu):
+    return program.changed(leaves=_program.host(program.leaves)).predict(inputs)
+
+
+def _by_name(program: Program, inputs: PyTree, first: int | None = None) -> dict[str, np.ndarray]:
+  """The inputs by the names that a file has for them; the first few, or all."""
+  arrays = [np.asarray(leaf)[:first] for leaf in jax.tree.leaves(inputs)]
+  return dict(zip(_onnx.input_names(program), arrays, strict=True))
 
 
 def _read(folder: pathlib.Path) -> dict[str, Any]:
@@ -337,9 +325,19 @@ def _earlier(folder: pathlib.Path, digest: str) -> list[dict[str, Any]]:
   except (ExportError, FileNotFoundError):
     pass
   for name, _ in KINDS.values():
-    for path in (folder / name, folder / f"{name}.json"):
-      path.unlink(missing_ok=True)
+    _remove(folder / name)
   return []
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Removes an exported file and what is written beside it: it is not what was asked for now."""
+  for old in (path, _beside(path)):
+    old.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+  """The file that says which JAX made a program; its runtime script looks for it there."""
+  return path.with_name(path.name + ".json")
 
 
 def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
@@ -347,7 +345,7 @@ def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     np.savez(opened, **arrays)
 
 
-# Of the largest logit, by the bytes of the narrowest float in the network; see the module.
+# Of the largest logit, by the bytes of the narrowest float in the network: some hundred roundings.
 _SHARES = {2: 0.05, 4: 1e-4, 8: 1e-9}
 
 
@@ -358,27 +356,19 @@ def export_file(
   *,
   student: np.ndarray | None = None,
   rounded: bool = False,
-  accuracy_loss: float = 0.01,
-  tolerance: float | None = None,
-  batch_size: int = 1,
-  seconds: float = 2.0,
-  time_limit: float = 300.0,
+  check: Check = Check(),
 ) -> dict[str, Any]:
   """Exports a program as one file, runs it in a process of its own, and keeps it if that is right.
 
   Args:
-    path: ``.stablehlo`` (any JAX from ``least_jax`` on, see the ``.json`` beside it), ``.onnx``, or
-      ``.safetensors`` (the weights by path; checked by running the program with what is read).
-    program: from `saved` or `jaxdistill.export._program.from_network`, folded or quantised or not.
+    path: ``.stablehlo`` (any JAX from ``least_jax`` on, which the ``.json`` beside it names),
+      ``.onnx``, or ``.safetensors`` (the weights by path; checked by running the program with what
+      is read).
+    program: from `load_student` or `as_program`, folded or quantised or not.
     held_out: examples as stored, or ``(inputs, labels)``; labels may be None.
     student: the logits ``[N, ..., K]`` that the file is compared with; the program's by default.
     rounded: whether it is judged by its accuracy (int8) instead of its logits.
-    accuracy_loss: by how much its accuracy may then be below the student's; by default one point.
-      Without labels, the share of examples whose top-1 may be another.
-    tolerance: of a logit; see the module for the default.
-    batch_size: with which a call is timed, from NumPy arrays to a NumPy array in every runtime.
-    seconds: how long to time.
-    time_limit: seconds after which the process is ended.
+    check: how it is checked and timed.
 
   Returns:
     What ``exports.json`` says of it: ``file``, ``bytes``, ``sha256``, ``runtime``, ``accuracy``,
@@ -403,35 +393,24 @@ def export_file(
   if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
     raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
   _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))
-  _check.whole("batch_size", batch_size)
-  inputs, labels, split = split_examples(held_out)
-  student = program.logits(inputs) if student is None else student
-  if tolerance is None:
-    tolerance = default_tolerance(program, student)
-  _check.number("tolerance", tolerance, least=0)
+  inputs, labels, split = _given(held_out, check)
+  student = _reference(program, inputs) if student is None else student
+  if check.tolerance is None:
+    check = dataclasses.replace(check, tolerance=default_tolerance(program, student))
   target.parent.mkdir(parents=True, exist_ok=True)
-  beside = target.with_name(target.name + ".json")
   try:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".checking-") as folder:
       made = pathlib.Path(folder, target.name)
       about = _write(made, program)
-      given = dict(zip(_onnx.input_names(program), jax.tree.leaves(inputs), strict=True))
-      options: dict[str, Any] = {"latency_batch": batch_size, "seconds": seconds}
-      ran = _run(made, program, given, **options, time_limit=time_limit)
-      result = compare_logits(student, ran.logits, tolerance, within=not rounded)
-      accuracy, before = top1(ran.logits, labels), top1(student, labels)
-      problem = result["problem"] or (
-        _too_low(accuracy, before, result["agreement"], accuracy_loss) if rounded else None
-      )
-      if problem:
-        raise ExportError(f"{target.name} is not kept: {problem}.")
-      for extra in made.parent.glob(f"{made.name}.json"):
-        os.replace(extra, beside)
+      ran = _run(made, program, _by_name(program, inputs), check)
+      result = _judged(ran.logits, student, labels, rounded, check)
+      if result["problem"]:
+        raise ExportError(f"{target.name} is not kept: {result['problem']}.")
+      if about:
+        os.replace(_beside(made), _beside(target))
       os.replace(made, target)
   except BaseException:
-    # One of an earlier export is not what was asked for now.
-    for old in (target, beside):
-      old.unlink(missing_ok=True)
+    _remove(target)
     raise
   return {
     "file": target.name,
@@ -439,18 +418,34 @@ def export_file(
     "runtime": ran.runtime,
     "platform": ran.platform,
     "passed": True,
-    "batch_size": batch_size,
+    "batch_size": check.batch_size,
     "examples": len(student),
     "split": split,
-    "student_accuracy": before,
-    "accuracy": accuracy,
     **result,
-    "tolerance": None if rounded else tolerance,
     "latency_ms": ran.latency_ms,
     "folded": list(program.folded),
     "unfolded": list(program.unfolded),
     "least_jax": about.get("least_jax"),
   }
+
+
+def _judged(
+  logits: np.ndarray, student: np.ndarray, labels: Any, rounded: bool, check: Check
+) -> dict[str, Any]:
+  """A file's logits beside the student's: by the logits themselves, or in int8 by the accuracy."""
+  tolerance, loss = check.tolerance or 0.0, check.accuracy_loss
+  result = compare_logits(student, logits, tolerance, within=not rounded)
+  accuracy, before = top1(logits, labels), top1(student, labels)
+  if rounded and result["problem"] is None:
+    if accuracy is None and result["agreement"] < 1 - loss:
+      same = f"its top-1 is the student's on {result['agreement']:.2%}"
+      result["problem"] = f"{same}, and {1 - loss:.2%} is asked for"
+    if accuracy is not None and before is not None and accuracy < before - loss:
+      result["problem"] = (
+        f"its accuracy is {accuracy:.2%} and the student's {before:.2%}; {loss:.2%} less is allowed"
+      )
+  told = {"student_accuracy": before, "accuracy": accuracy}
+  return {**told, **result, "tolerance": None if rounded else tolerance}
 
 
 def problem_of(
@@ -484,7 +479,7 @@ def problem_of(
 
 
 def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
-  """Writes a file in the form of its suffix; what is known of it."""
+  """Writes a file in the form of its suffix; what is known of it, and written beside a program."""
   if path.suffix == ".onnx":
     path.write_bytes(_onnx.onnx_bytes(program))
     return {}
@@ -494,20 +489,32 @@ def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
   serialized, about = _program.stablehlo(program)
   path.write_bytes(serialized)
   shapes = jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs)
-  write_json(path.with_name(path.name + ".json"), {**about, "inputs": shapes})
+  write_json(_beside(path), {**about, "inputs": shapes})
   return about
 
 
-def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], **options: Any) -> Any:
+def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], check: Check) -> Ran:
   """Runs a file; weights by the program that takes them as an argument."""
   leaves = [*program.leaves.values(), *jax.tree.leaves(program.inputs)]
-  options["wide"] = any(np.dtype(leaf.dtype).itemsize == 8 for leaf in leaves)
+  options: dict[str, Any] = {
+    "latency_batch": check.batch_size,
+    "seconds": check.seconds,
+    "time_limit": check.time_limit,
+    "wide": any(np.dtype(leaf.dtype).itemsize == 8 for leaf in leaves),
+  }
   if path.suffix != ".safetensors":
     return run_file(path, inputs, **options)
   serialized, _ = _program.stablehlo(program, weights=False)
   runner = path.with_name("runner.stablehlo")
   runner.write_bytes(serialized)
   return run_file(runner, inputs, weights=path, **options)
+
+
+def _given(held_out: Any, check: Any) -> tuple[PyTree, np.ndarray | None, str]:
+  """What `split_examples` gives, where a check is one too."""
+  if not isinstance(check, Check):
+    raise TypeError(f"check must be an export.Check, such as Check(batch_size=8), got {check!r}.")
+  return split_examples(held_out)
 
 
 def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
@@ -531,20 +538,8 @@ def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
 
 
 def default_tolerance(program: Program, student: np.ndarray) -> float:
-  """How far apart two logits may be; see the module."""
+  """How far apart two logits may be: a share of the largest, by the narrowest float in between."""
   floats = {v.aval.dtype for e in _program.traced(program).equations for v in e.outvars}
   floats = {d for d in floats if jnp.issubdtype(d, jnp.floating)}
   least = min((np.dtype(d).itemsize for d in floats), default=4)
   return _SHARES.get(least, 0.05) * float(np.max(np.abs(student), initial=0.0))
-
-
-def _too_low(
-  accuracy: float | None, before: float | None, agreement: float, loss: float
-) -> str | None:
-  if accuracy is not None and before is not None and accuracy < before - loss:
-    return (
-      f"its accuracy is {accuracy:.2%} and the student's {before:.2%}; {loss:.2%} less is allowed"
-    )
-  if accuracy is None and agreement < 1 - loss:
-    return f"its top-1 is the student's on {agreement:.2%}, and {1 - loss:.2%} is asked for"
-  return None

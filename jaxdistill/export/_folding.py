@@ -8,7 +8,6 @@ that it makes no difference whether it is Linen, NNX or somebody's own.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -57,7 +56,7 @@ def fold(program: Program) -> Program:
   is. The logits are the same to rounding.
 
   Args:
-    program: from `jaxdistill.export._program.from_network`.
+    program: from `as_program`.
 
   Returns:
     The program with fewer weights: the kernels multiplied, biases under ``bias`` beside them, and
@@ -68,20 +67,16 @@ def fold(program: Program) -> Program:
 
   >>> import flax.linen as nn
   >>> from jaxdistill import networks
+  >>> from jaxdistill.types import Model
   >>> layers = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])
   >>> network = networks.linen(layers)
   >>> variables = network.init(jax.random.key(0), jnp.ones((1, 2)))
   >>> stored = jax.ShapeDtypeStruct((2,), jnp.float32)
-  >>> folded = fold(_program.from_network(network, variables, stored=stored))
+  >>> folded = fold(_program.as_program(Model(network, variables), stored=stored))
   >>> sorted(folded.leaves), folded.folded
   (['params/layers_0/bias', 'params/layers_0/kernel'], ('layers_1',))
   """
-  found = _program.traced(program)
-  if any(equation.primitive.name == "call_exported" for equation in found.equations):
-    raise ValueError(
-      f"BatchNorm of {program.name} cannot be folded, since it is a compiled program: give the "
-      "network itself, network=networks.linen(module)."
-    )
+  found = _program.traced(program, "folded")
   folds = _folds(found)
   used, kept = found.weights(), found.weights(_rules(folds, {}))
   # A weight that no logit depends on (an auxiliary head's) stays: it is no BatchNorm of ours.
@@ -92,8 +87,7 @@ def fold(program: Program) -> Program:
     along = tuple(-1 if axis == one.axis else 1 for axis in range(kernel.ndim))
     leaves[one.kernel] = (kernel * factor.reshape(along)).astype(kernel.dtype)
     leaves[one.bias] = shift
-  base = program.call
-  shapes = {n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in program.leaves.items()}
+  base, shapes = program.call, _program.shapes_of(program.leaves)
 
   def call(given: Mapping[str, Any], inputs: Any) -> Any:
     again = _program.trace_operations(base, shapes, inputs)
@@ -102,7 +96,7 @@ def fold(program: Program) -> Program:
   left = _owners(n for n in leaves if n.startswith("batch_stats/"))
   gone = [name for name in _owners(set(program.leaves) - set(leaves)) if name not in left]
   folded = tuple(sorted({*program.folded, *gone}))
-  return dataclasses.replace(program, leaves=leaves, call=call, folded=folded, unfolded=tuple(left))
+  return program.changed(leaves=leaves, call=call, folded=folded, unfolded=tuple(left))
 
 
 def _folds(found: Operations) -> list[_Fold]:

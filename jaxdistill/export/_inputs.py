@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill._check import shapes
+from jaxdistill import _check
 
-__all__ = ["as_batch", "stored_shape"]
+__all__ = ["as_batch", "padded_batches", "stored_shape"]
 
 PyTree = Any
 
@@ -41,7 +41,7 @@ def as_batch(inputs: PyTree, expected: PyTree, name: str) -> tuple[PyTree, int]:
   except (ValueError, TypeError) as error:
     what = f"the keys {list(inputs)}" if isinstance(inputs, Mapping) else type(inputs).__name__
     raise TypeError(
-      f"{name} takes a batch of {shapes(expected)}, and inputs has {what}."
+      f"{name} takes a batch of {_check.shapes(expected)}, and inputs has {what}."
     ) from error
   leaves, structure = jax.tree_util.tree_flatten_with_path(expected)
   labels = [f"inputs{jax.tree_util.keystr(path)}" for path, _ in leaves]
@@ -50,6 +50,27 @@ def as_batch(inputs: PyTree, expected: PyTree, name: str) -> tuple[PyTree, int]:
   if 0 in sizes.values() or len(set(sizes.values())) > 1:
     raise ValueError(f"the batch sizes must be equal and at least 1; they are {sizes}.")
   return jax.tree.unflatten(structure, arrays), sizes[labels[0]]
+
+
+def padded_batches(inputs: PyTree, size: int, batch_size: int) -> Iterator[PyTree]:
+  """The examples in batches of one size, so that one program is compiled for all of them.
+
+  Args:
+    inputs: arrays ``[N, ...]``.
+    size: N.
+    batch_size: how many at once; no more than N.
+
+  Yields:
+    Batches; what the last one lacks is filled up with the first example.
+
+  >>> [batch.tolist() for batch in padded_batches(np.arange(3), 3, 2)]
+  [[0, 1], [2, 0]]
+  """
+  _check.whole("batch_size", batch_size)
+  for begin in range(0, size, batch_size):
+    rows = np.arange(begin, begin + min(batch_size, size))
+    rows = np.where(rows < size, rows, 0)
+    yield jax.tree.map(lambda leaf, rows=rows: leaf[rows], inputs)
 
 
 def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -72,7 +93,7 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _array(label: str, value: Any, expected: Any) -> Any:
-  """A value as an array of the expected shape and dtype; see `Student.__call__`."""
+  """A value as an array of the expected shape and dtype, cast only where its meaning is sure."""
   try:
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if array.dtype == np.object_:

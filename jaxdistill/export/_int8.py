@@ -10,7 +10,6 @@ somebody's own are all the same.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check, _extras
+from jaxdistill import _extras
 from jaxdistill.export import _inputs, _program
 from jaxdistill.export._program import Operations, Program, Rule, is_literal
 
@@ -44,7 +43,7 @@ def quantize_weights(program: Program) -> Program:
   scales and statistics stay as they are. Symmetric, by the largest absolute value (qwix's default).
 
   Args:
-    program: from `jaxdistill.export._program.from_network`, folded or not, or read from a run.
+    program: from `as_program`, folded or not, or read from a run by `load_student`.
 
   Returns:
     The program, with ``params/Dense_0/kernel`` as int8 and ``params/Dense_0/kernel_scale`` beside
@@ -83,7 +82,7 @@ def quantize_weights(program: Program) -> Program:
       full[name] = qwix.dequantize(array).astype(dtype)
     return base(full, inputs)
 
-  return dataclasses.replace(program, leaves=leaves, call=call)
+  return program.changed(leaves=leaves, call=call)
 
 
 def quantize_activations(
@@ -97,7 +96,7 @@ def quantize_activations(
   matter: on a CPU, XLA computes integer convolutions more slowly than floats.
 
   Args:
-    program: from `jaxdistill.export._program.from_network`; fold its BatchNorm first, or that part
+    program: from `as_program`; fold its BatchNorm first, or that part
       stays in floats.
     calibration: inputs ``[N, ...]`` as the data set stores them, of the training split; a few
       hundred are enough.
@@ -132,7 +131,7 @@ def quantize_activations(
     value = found.run(program.leaves, [None] * len(found.inputs), until=site.kernel)
     made = qwix.quantize(jnp.asarray(value), jnp.int8, channelwise_axes=site.channels)
     leaves[stored[name]], leaves[stored[name] + _SCALE] = made.qvalue, made.scale
-  base, shapes = program.call, _shapes(program.leaves)
+  base, shapes = program.call, _program.shapes_of(program.leaves)
 
   def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
     again = _program.trace_operations(base, shapes, inputs)
@@ -143,7 +142,7 @@ def quantize_activations(
         rules[site.output] = _integers(qwix, site, ranges[name], kernel)
     return again.run(given, jax.tree.leaves(inputs), rules)
 
-  return dataclasses.replace(program, leaves=leaves, call=call)
+  return program.changed(leaves=leaves, call=call)
 
 
 class _Site(NamedTuple):
@@ -205,12 +204,11 @@ def _ranges(
   program: Program, calibration: PyTree, names: Collection[str], batch_size: int
 ) -> dict[str, float]:
   """The largest absolute value that goes into each operation, over the calibration's examples."""
-  _check.whole("batch_size", batch_size)
-  accepted, size = _inputs.as_batch(calibration, _program.batched(program.inputs, 1), program.name)
+  accepted, size = program.accepted(calibration)
 
   @jax.jit
   def observe(leaves: Mapping[str, Any], inputs: PyTree) -> dict[str, Any]:
-    again = _program.trace_operations(program.call, _shapes(program.leaves), inputs)
+    again = _program.trace_operations(program.call, leaves, inputs)
     seen = {}
 
     def watch(name: str, site: _Site) -> Rule:
@@ -226,16 +224,10 @@ def _ranges(
     return seen
 
   largest = dict.fromkeys(names, 0.0)
-  for begin in range(0, size, batch_size):
-    rows = np.arange(begin, begin + min(batch_size, size))
-    batch = jax.tree.map(lambda leaf, rows=rows: leaf[np.where(rows < size, rows, 0)], accepted)
+  for batch in _inputs.padded_batches(accepted, size, batch_size):
     for name, value in jax.device_get(observe(program.leaves, batch)).items():
       largest[name] = float(np.maximum(largest[name], value))
   wrong = sorted(name for name, value in largest.items() if not np.isfinite(value))
   if wrong:
     raise ValueError(f"what goes into {wrong} is not finite on the calibration's examples.")
   return {name: value or 1.0 for name, value in largest.items()}
-
-
-def _shapes(leaves: Mapping[str, Any]) -> dict[str, Any]:
-  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}

@@ -37,7 +37,7 @@ def onnx_bytes(program: Program) -> bytes:
   the modules, so that what was folded or is somebody's own module is converted alike.
 
   Args:
-    program: from `jaxdistill.export._program.from_network`, folded or not.
+    program: from `as_program`, folded or not.
 
   Returns:
     The bytes of the file.
@@ -50,12 +50,7 @@ def onnx_bytes(program: Program) -> bytes:
   _extras.need("ONNX", "jax2onnx")
   from jax2onnx import to_onnx
 
-  found = _program.traced(program)
-  if any(equation.primitive.name == "call_exported" for equation in found.equations):
-    raise ValueError(
-      f"{program.name} is a compiled program, which cannot be converted into ONNX: give the "
-      "network itself, network=networks.linen(module)."
-    )
+  found = _program.traced(program, "converted into ONNX")
   leaves = {name: np.asarray(leaf) for name, leaf in program.leaves.items()}
   shapes = [variable.aval for variable in found.inputs]
   specs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in shapes]

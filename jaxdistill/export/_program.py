@@ -1,8 +1,9 @@
-"""The deployed network as one function of named weights: what is exported, folded and quantised.
+"""The deployed network as one function of named weights: saved, exported, folded, quantised.
 
-A `Program` takes inputs as the data set stores them. `from_network` makes one from a network and
-its variables; `jaxdistill.export.fold` and `jaxdistill.export.quantize_weights` turn one into
-another; `stablehlo` serialises one, so that any process with JAX can run it.
+A `Program` takes inputs as the data set stores them. `as_program` makes one from a model and
+`jaxdistill.export.load_student` from a run's folder; `jaxdistill.export.fold` and
+`jaxdistill.export.quantize_weights` turn one into another; `export_program` lowers one to StableHLO
+that any process with JAX can run.
 
 What rewrites a trained network works on its jaxpr, as one list of `Operations`: there a BatchNorm
 is what it computes, whoever wrote the module, and who uses a value is known exactly.
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxdistill import _check
 from jaxdistill.export import _inputs
 from jaxdistill.runs import is_key, named_leaves
-from jaxdistill.types import Network
+from jaxdistill.types import Model, Network
 
 __all__ = [
   "PLATFORMS",
@@ -33,12 +35,17 @@ __all__ = [
   "Program",
   "Rule",
   "apply_operation",
+  "as_program",
   "batched",
-  "from_network",
+  "each_alone",
+  "export_program",
+  "host",
   "is_literal",
+  "shapes_of",
   "stablehlo",
   "trace_operations",
   "traced",
+  "untraced",
 ]
 
 PyTree = Any
@@ -47,7 +54,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-  """A network in inference mode, and what its weights are.
+  """A network in inference mode, and what its weights are: call it on inputs as they are stored.
 
   Attributes:
     name: the network's.
@@ -67,120 +74,170 @@ class Program:
   folded: tuple[str, ...] = ()
   unfolded: tuple[str, ...] = ()
 
-  def logits(self, inputs: PyTree, batch_size: int = 256) -> np.ndarray:
-    """The logits of N examples, computed here, as a NumPy array ``[N, ..., K]``.
+  @functools.cached_property
+  def compiled(self) -> Callable[[Mapping[str, Any], PyTree], Any]:
+    """``call``, compiled once for each batch size."""
+    return jax.jit(self.call)
 
-    On the CPU, where this process has it, so that they can be compared with those of another
-    process to rounding: a GPU multiplies with fewer bits than float32 has.
+  def changed(self, **fields: Any) -> Program:
+    """The program with other weights, or computed otherwise."""
+    own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Program)}
+    return Program(**own | fields)
+
+  def __call__(self, inputs: PyTree) -> jax.Array:
+    """The logits of a batch; under ``jit`` too.
+
+    A dtype is converted where that is safe: between floating-point types; between integer types,
+    if the values fit; Python's own numbers, in lists, to either. Nothing else is: images in 0 ..
+    255 and in 0.0 .. 1.0 are not the same, and a cast would hide it.
 
     Args:
-      inputs: ``[N, ...]``, in the structure and the dtypes of the stored inputs.
-      batch_size: how many at once; the last batch is padded.
+      inputs: ``[B, ...]`` for any B from 1 on: NumPy or JAX arrays or lists, in the structure of
+        the stored inputs.
 
     Returns:
-      ``[N, ..., K]``.
+      ``[B, K]``, or ``[B, L, K]`` for tokens.
 
     Raises:
-      TypeError: another structure or dtype.
-      ValueError: another shape.
+      TypeError: another structure, or a dtype that is not converted.
+      ValueError: another shape, no batch axis, no example, or values that do not fit the dtype.
     """
-    _check.whole("batch_size", batch_size)
-    accepted, size = _inputs.as_batch(inputs, batched(self.inputs, 1), self.name)
-    batch_size = min(batch_size, size)
-    call = jax.jit(self.call)
-    found = []
-    with jax.default_device(_cpu()):
-      leaves = {name: _host(leaf) for name, leaf in self.leaves.items()}
-      for begin in range(0, size, batch_size):
-        rows = np.arange(begin, begin + batch_size)
-        rows = np.where(rows < size, rows, 0)
-        batch = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], accepted)
-        found.append(np.asarray(call(leaves, batch)))
-    return np.concatenate(found)[:size]
+    return self.compiled(self.leaves, self.accepted(inputs)[0])
+
+  def predict(self, inputs: PyTree, batch_size: int = 256) -> np.ndarray:
+    """The logits of N examples, ``batch_size`` at once, as a NumPy array ``[N, ..., K]``.
+
+    The last batch is padded, so that one program is compiled.
+
+    Args:
+      inputs: ``[N, ...]``, in the structure of the stored inputs; converted as in a call.
+      batch_size: how many at once, at most.
+
+    Raises:
+      TypeError: another structure, or a dtype that is not converted.
+      ValueError: another shape, no example, or a ``batch_size`` below 1.
+    """
+    accepted, size = self.accepted(inputs)
+    batches = _inputs.padded_batches(accepted, size, batch_size)
+    return np.concatenate([np.asarray(self.compiled(self.leaves, b)) for b in batches])[:size]
+
+  def accepted(self, inputs: PyTree) -> tuple[PyTree, int]:
+    """The inputs as arrays of the stored shapes and dtypes, and how many examples they are."""
+    return _inputs.as_batch(inputs, batched(self.inputs, 1), self.name)
 
 
-def from_network(
-  network: Network,
-  variables: PyTree,
+def as_program(
+  model: Model,
   *,
   stored: PyTree,
   normalize: Callable[[Any], Any] | None = None,
   name: str | None = None,
 ) -> Program:
-  """A network and its variables as a program.
+  """A model as a program.
 
   Args:
-    network: from `jaxdistill.networks`.
-    variables: the trained variables, of one seed.
-    stored: shapes and dtypes of the inputs of one example, without the batch axis, as
-      `jaxdistill.export.save_student` takes them.
+    model: a network with its variables, of one seed.
+    stored: shapes and dtypes of the inputs of one example, without the batch axis, as the data set
+      stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them.
     normalize: what is done to stored inputs before the network sees them; None for nothing.
     name: the network's own by default.
 
   Returns:
-    The program. Where the network does not allow a symbolic batch size, it computes every example
-    alone.
+    The program. Where Python has to know the batch size, it computes every example alone.
 
   Raises:
-    TypeError: ``network``, ``normalize`` or ``stored`` is not of the kind described.
-    ValueError: it cannot be traced, or its variables do not fit.
+    TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind described.
+    ValueError: it cannot be traced, its variables do not fit, or they are those of several seeds.
 
   >>> import jax.numpy as jnp
   >>> from jaxdistill.types import Outputs
   >>> apply = lambda variables, x, *, train, key: (Outputs(logits=x @ variables["kernel"]), {})
   >>> network = Network(init=lambda key, x: {"kernel": jnp.eye(2)}, apply=apply)
   >>> stored = jax.ShapeDtypeStruct((2,), jnp.float32)
-  >>> program = from_network(network, {"kernel": 2 * jnp.eye(2)}, stored=stored)
-  >>> program.logits([[1.0, 2.0]]).tolist()
+  >>> program = as_program(Model(network, {"kernel": 2 * jnp.eye(2)}), stored=stored)
+  >>> program([[1.0, 2.0]]).tolist()
   [[2.0, 4.0]]
   """
-  if not isinstance(network, Network):
-    raise TypeError(
-      f"network must be a Network, got {_check.show(network)}; give networks.linen(module)."
-    )
-  if normalize is not None and not callable(normalize):
-    raise TypeError(
-      f"normalize={normalize!r} is no function; give data.normalizer((mean, std)), for example."
-    )
-  leaves = {name: _host(leaf) for name, leaf in named_leaves("variables", variables).items()}
-  names, structure = list(leaves), jax.tree.structure(variables)
-
-  def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
-    seen = inputs if normalize is None else normalize(inputs)
-    tree = jax.tree.unflatten(structure, [given[name] for name in names])
-    return network.apply(tree, seen, train=False, key=None)[0].logits
-
-  shapes = jax.tree.map(_inputs.stored_shape, stored, is_leaf=lambda leaf: leaf is None)
-  if not jax.tree.leaves(shapes):
-    raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
-  program = Program(name or network.name, leaves, call, shapes)
+  program = untraced(model, stored=stored, normalize=normalize, name=name)
   try:
     traced(program)
     return program
   except Exception as error:  # Anything may be wrong with a module that nobody here wrote.
     problem = error
-  alone = dataclasses.replace(program, call=functools.partial(_each, call))
+  alone = program.changed(call=each_alone(program.call))
   try:
     traced(alone)
   except Exception as error:
     raise ValueError(
-      f"{program.name} cannot be traced for inputs {shapes} ({_check.short(problem)}; one "
+      f"{program.name} cannot be traced for inputs {program.inputs} ({_check.short(problem)}; one "
       f"example alone: {_check.short(error)})"
     ) from error
   return alone
 
 
-def traced(program: Program) -> Operations:
-  """The operations of a program, for a symbolic batch size.
+def untraced(
+  model: Model,
+  *,
+  stored: PyTree,
+  normalize: Callable[[Any], Any] | None,
+  name: str | None,
+) -> Program:
+  """What `as_program` gives, not traced yet: for an exporter that tries the ways itself.
+
+  Its variables may be bare shapes, since what is exported without its weights never reads them.
 
   Raises:
-    ValueError: its logits are not ``[batch, ..., K]``.
+    TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind that `as_program` takes.
+    ValueError: the variables are those of several seeds.
+  """
+  if not isinstance(model, Model) or not isinstance(model.network, Network):
+    given = model.network if isinstance(model, Model) else model
+    raise TypeError(
+      f"model must be a Model of a Network, got {_check.show(given)}; give what fit returned, or "
+      "types.Model(networks.linen(module), variables)."
+    )
+  if model.seeds is not None:
+    raise ValueError(f"model has the variables of {model.seeds} seeds; give one of its unstack().")
+  if normalize is not None and not callable(normalize):
+    raise TypeError(
+      f"normalize={normalize!r} is no function; give data.normalizer((mean, std)), for example."
+    )
+  shapes = jax.tree.map(_inputs.stored_shape, stored, is_leaf=lambda leaf: leaf is None)
+  if not jax.tree.leaves(shapes):
+    raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
+  leaves = host(named_leaves("variables", model.variables))
+  # A checkpoint brings the variables back in plain containers: by path they find their places in
+  # the network's own.
+  names, structure = list(leaves), jax.tree.structure(model.variables)
+
+  def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
+    tree = jax.tree.unflatten(structure, [given[name] for name in names])
+    return model.replace(variables=tree)(inputs if normalize is None else normalize(inputs)).logits
+
+  return Program(name or model.network.name, leaves, call, shapes)
+
+
+def traced(program: Program, to_be: str = "") -> Operations:
+  """The operations of a program, for a symbolic batch size: one trace that holds for any.
+
+  Args:
+    program: the program.
+    to_be: what is to be done with them, for the message where nobody can see them: ``"folded"``.
+
+  Raises:
+    ValueError: its logits are not ``[batch, ..., K]``; or ``to_be`` is given, and the program was
+      read from a file, where all its operations are one.
   """
   (batch,) = jax.export.symbolic_shape("batch")
   found = trace_operations(program.call, program.leaves, batched(program.inputs, batch))
   shape: tuple[Any, ...] = getattr(found.output.aval, "shape", ())
   if len(shape) < 2 or shape[0] != batch:
     raise ValueError(f"the logits of {program.name} have the shape {shape}, not [batch, ..., K].")
+  if to_be and any(equation.primitive.name == "call_exported" for equation in found.equations):
+    raise ValueError(
+      f"{program.name} is a compiled program, which cannot be {to_be}: give the network itself, "
+      "network=networks.linen(module)."
+    )
   return found
 
 
@@ -194,8 +251,96 @@ def batched(inputs: PyTree, size: Any) -> PyTree:
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), inputs)
 
 
+def shapes_of(leaves: PyTree) -> PyTree:
+  """Shapes and dtypes of arrays, without their devices; numbers have those that JAX gives them.
+
+  >>> shapes_of({"scale": 2.0})
+  {'scale': ShapeDtypeStruct(shape=(), dtype=float32)}
+  """
+  known = jax.eval_shape(lambda tree: tree, leaves)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), known)
+
+
+def host(leaves: dict[str, Any]) -> dict[str, Any]:
+  """Copies that lie on no device; keys of random streams and bare shapes stay as they are."""
+  return {
+    name: leaf if is_key(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+    for name, leaf in leaves.items()
+  }
+
+
+def each_alone(
+  call: Callable[[Mapping[str, Any], PyTree], Any],
+  mapper: Callable[..., Any] = lambda one, inputs: jax.vmap(one)(inputs),
+) -> Callable[[Mapping[str, Any], PyTree], Any]:
+  """A program that sees one example at a time, ``[1, ...]``, mapped over the batch."""
+
+  def mapped(leaves: Mapping[str, Any], inputs: PyTree) -> Any:
+    return mapper(lambda x: call(leaves, jax.tree.map(lambda leaf: leaf[None], x))[0], inputs)
+
+  return mapped
+
+
+def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str, Any]]:
+  """A program as serialised StableHLO (`jax.export`): the best that the network allows.
+
+  Tried in this order, each for all of its platforms and then for the present one alone. A symbolic
+  batch size is one program for any; it fails where Python has to know the size. There ``"mapped"``
+  may do, which computes each example alone. ``"looped"`` is a program of one example: whoever loads
+  it maps it over the batch, since an exported program has no batching rule.
+
+  Args:
+    program: the program; its leaves may be shapes where ``weights`` is false.
+    weights: whether the weights are inside; else they are its first argument, by name.
+
+  Returns:
+    The bytes, empty where there is no way; and what is known of them: ``batch`` (the way, None
+    where there is none), ``platforms``, ``classes`` (K), ``problem`` (why it is not symbolic for
+    all platforms, else None), ``jax`` (the version that made it), ``stablehlo`` (its version),
+    ``calling_convention`` (JAX's number for the form).
+  """
+  (batch,) = jax.export.symbolic_shape("batch")
+  here = jax.export.default_export_platform()
+  asked = program.platforms if here in program.platforms else (*program.platforms, here)
+  ways = {
+    "symbolic": (program.call, batch),
+    "mapped": (each_alone(program.call), batch),
+    "looped": (program.call, 1),
+  }
+  inside, args = (host(program.leaves), ()) if weights else (None, (shapes_of(program.leaves),))
+  problems = {}
+  for way, (call, size) in ways.items():
+    called: Callable[..., Any] = functools.partial(call, inside) if weights else call
+    for platforms in (asked, (here,)):
+      try:
+        with _one_device():
+          exporter = jax.export.export(jax.jit(called), platforms=platforms)
+          exported = exporter(*args, batched(program.inputs, size))
+        out = [aval.shape for aval in exported.out_avals]
+        if len(out) != 1 or len(out[0]) < 2 or out[0][0] != size:
+          raise ValueError(f"the logits have the shapes {out}, not [{size}, ..., K]")
+        if exported.nr_devices != 1:
+          raise ValueError(f"it is a program for {exported.nr_devices} devices")
+        serialized = bytes(exported.serialize())
+      except Exception as error:  # Anything may be wrong with a module that nobody here wrote.
+        problems[way] = _check.short(error)
+        continue
+      version = re.search(rb"StableHLO_v([0-9.]+)", exported.mlir_module_serialized[:100])
+      return serialized, {
+        "batch": way,
+        "platforms": list(platforms),
+        "classes": out[0][-1],
+        "problem": problems.get("symbolic"),
+        "jax": jax.__version__,
+        "stablehlo": version[1].decode() if version else None,
+        "calling_convention": exported.calling_convention_version,
+      }
+  nothing = {"batch": None, "platforms": [], "classes": None, "jax": jax.__version__}
+  return b"", {**nothing, "problem": problems["looped"]}
+
+
 def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[str, Any]]:
-  """A program as serialised StableHLO (`jax.export`) with a symbolic batch size.
+  """A program as serialised StableHLO that takes a batch of any size by itself.
 
   Args:
     program: the program.
@@ -211,55 +356,23 @@ def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[st
   Raises:
     ValueError: the program cannot be exported: it calls Python at run time, for example.
   """
-  (batch,) = jax.export.symbolic_shape("batch")
-  specs = batched(program.inputs, batch)
-  constants = {name: _host(leaf) for name, leaf in program.leaves.items()}
-  shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in constants.items()}
-  inside = jax.jit(lambda inputs: program.call(constants, inputs))
-  called, args = (inside, (specs,)) if weights else (jax.jit(program.call), (shapes, specs))
-  here = jax.export.default_export_platform()
-  for platforms in (program.platforms, (here,)):
-    try:
-      exported = jax.export.export(called, platforms=platforms)(*args)
-      if exported.nr_devices != 1:
-        raise ValueError(f"it became a program for {exported.nr_devices} devices")
-      serialized = bytes(exported.serialize())
-    except Exception as error:  # Anything may be wrong with a module that nobody here wrote.
-      problem = error
-      continue
-    version = re.search(rb"StableHLO_v([0-9.]+)", exported.mlir_module_serialized[:100])
-    return serialized, {
-      "jax": jax.__version__,
-      "least_jax": jax.__version__,
-      "stablehlo": version[1].decode() if version else None,
-      "calling_convention": exported.calling_convention_version,
-      "platforms": list(exported.platforms),
-    }
-  raise ValueError(
-    f"{program.name} cannot be exported as StableHLO ({_check.short(problem)}): take out what "
-    "calls Python at run time (jax.debug, jax.pure_callback) and what fixes the devices."
-  ) from problem
+  serialized, about = export_program(program, weights=weights)
+  if about["batch"] not in ("symbolic", "mapped"):
+    raise ValueError(
+      f"{program.name} cannot be exported as StableHLO ({about['problem']}): take out what "
+      "calls Python at run time (jax.debug, jax.pure_callback) and what fixes the devices."
+    )
+  told = ("jax", "stablehlo", "calling_convention", "platforms")
+  return serialized, {"least_jax": about["jax"], **{name: about[name] for name in told}}
 
 
-def _each(call: Callable[..., Any], leaves: Mapping[str, Any], inputs: PyTree) -> Any:
-  """A program of one example, mapped over the batch."""
-
-  def one_example(example: PyTree) -> Any:
-    return call(leaves, jax.tree.map(lambda leaf: leaf[None], example))[0]
-
-  return jax.vmap(one_example)(inputs)
-
-
-def _cpu() -> Any:
-  try:
-    return jax.local_devices(backend="cpu")[0]
-  except RuntimeError:  # JAX_PLATFORMS leaves it out
-    return None
-
-
-def _host(leaf: Any) -> Any:
-  """A copy that lies on no device, or on one; keys of random streams stay as they are."""
-  return leaf if is_key(leaf) else np.asarray(leaf)
+def _one_device() -> AbstractContextManager[Any]:
+  """Makes a program for one device where the caller has set a mesh of several."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return nullcontext()
+  ones, names, types = (1,) * len(mesh.axis_names), mesh.axis_names, mesh.axis_types
+  return jax.set_mesh(jax.make_mesh(ones, names, axis_types=types, devices=jax.devices()[:1]))
 
 
 # Calls whose body stands in their place; of a loop or a branch it cannot.
@@ -403,7 +516,7 @@ def trace_operations(
   >>> [equation.primitive.name for equation in flat.equations]
   ['dot_general', 'max']
   """
-  shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+  shapes = shapes_of(leaves)
   given = jax.tree.leaves(inputs)
   structure = jax.tree.structure(inputs)
   names = list(shapes)

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -27,25 +25,15 @@ import numpy as np
 
 from jaxdistill import _check, runs
 from jaxdistill.evaluation import cost
-from jaxdistill.export import _inputs
-from jaxdistill.runs import (
-  Checkpoints,
-  from_outline,
-  load_variables,
-  named_leaves,
-  outline,
-  read_config,
-  save_variables,
-  write_json,
-)
-from jaxdistill.types import Network
+from jaxdistill.export import _program
+from jaxdistill.export._program import Program
+from jaxdistill.runs import Checkpoints, load_variables, named_leaves, read_config
+from jaxdistill.types import Model
 
 __all__ = ["DeployedWarning", "Student", "load_student", "save_student"]
 
 PyTree = Any
-_Program = Callable[[PyTree, PyTree], Any]
 _FOLDER, _PROGRAM, _VARIABLES, _INFO = "student", "program", "variables", "student.json"
-_PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 class DeployedWarning(UserWarning):
@@ -54,12 +42,10 @@ class DeployedWarning(UserWarning):
 
 def save_student(
   folder: str | os.PathLike[str],
-  network: Network,
-  variables: PyTree,
+  model: Model,
   *,
   stored: PyTree,
   normalize: Callable[[Any], Any] | None = None,
-  stacked: bool = False,
   name: str | None = None,
 ) -> pathlib.Path:
   """Saves a network, ready to call, in the folder ``student`` of a run; one there is replaced.
@@ -71,14 +57,12 @@ def save_student(
 
   Args:
     folder: the run's folder, made if it is not there.
-    network: from `jaxdistill.networks`.
-    variables: the trained variables; arrays of any sharding.
+    model: the trained network, a `jaxdistill.types.Model`; its variables are arrays of any
+      sharding. Of one over S seeds, the program is of one of them, and the weights hold all.
     stored: shapes and dtypes of the inputs of one example, without the batch axis, as the data set
       stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them.
     normalize: what is done to stored inputs ``[B, ...]`` before the network sees them, such as
       ``data.normalizer((mean, std))``; None for nothing.
-    stacked: whether all leaves have a leading axis S, over seeds. The program is of one of them,
-      the weights hold all.
     name: the student's name; the network's by default.
 
   Returns:
@@ -86,128 +70,84 @@ def save_student(
 
   Raises:
     FileExistsError: the run holds something else of that name.
-    TypeError: ``normalize`` or ``stored`` is not of the kind described, or a leaf is no array.
-    ValueError: ``stacked`` does not fit the variables.
+    TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind described, or a leaf is no
+      array.
+    ValueError: the model's ``seeds`` do not fit its variables.
 
   Warns:
     DeployedWarning: the program could not be made as meant.
 
   >>> import tempfile
-  >>> from jaxdistill.types import Outputs
+  >>> from jaxdistill.types import Network, Outputs
   >>> apply = lambda variables, x, *, train, key: (Outputs(logits=x @ variables["kernel"]), {})
   >>> network = Network(init=lambda key, x: {"kernel": jnp.eye(2)}, apply=apply)
+  >>> model = Model(network, {"kernel": jnp.eye(2)})
   >>> with tempfile.TemporaryDirectory() as run:
-  ...   stored = jax.ShapeDtypeStruct((2,), jnp.float32)
-  ...   path = save_student(run, network, {"kernel": jnp.eye(2)}, stored=stored)
+  ...   path = save_student(run, model, stored=jax.ShapeDtypeStruct((2,), jnp.float32))
   ...   load_student(run)([[1.0, 2.0], [3.0, 4.0]]).tolist()
   [[1.0, 2.0], [3.0, 4.0]]
   """
   run = _check.folder("folder", folder).absolute()
-  if not isinstance(network, Network):
-    raise TypeError(
-      f"network must be a Network, got {_check.show(network)}; give networks.linen(module)."
-    )
   if any(part.is_file() for part in (run, *run.parents)):
     raise FileExistsError(f"folder={run} is a file, or lies below one; take another.")
   target = run / _FOLDER
   if target.is_file() or (runs.listing(target) and not (target / runs.MANIFEST).is_file()):
     raise FileExistsError(f"{target} is no student of ours; move it, or take another folder.")
-  if normalize is not None and not callable(normalize):
-    raise TypeError(
-      f"normalize={normalize!r} is no function; give data.normalizer((mean, std)), for example."
-    )
-  inputs = jax.tree.map(_inputs.stored_shape, stored, is_leaf=lambda leaf: leaf is None)
-  if not jax.tree.leaves(inputs):
-    raise TypeError(f"stored={stored!r} has no arrays; give the shapes of one example's inputs.")
-  shapes, instances = _shapes(variables, stacked)
-  name = name or network.name
-  infer = _inference(network, variables, normalize)
-  with _one_device():
-    program, about = _export(infer, shapes, inputs, name)
-  parameters = shapes.get("params", shapes) if isinstance(shapes, Mapping) else shapes
+  one = _of_one_seed(model) if isinstance(model, Model) else model  # else `untraced` says it
+  program = _program.untraced(one, stored=stored, normalize=normalize, name=name)
+  serialized, about = _program.export_program(program, weights=False)
+  if about["problem"]:
+    _warn_lesser(program.name, about)
   info = {
-    "name": name,
-    "inputs": jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, inputs),
-    "instances": instances,
-    "stacked": stacked,
-    "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(parameters)),
-    "flops": _flops_of_one(infer, shapes, inputs),
+    "name": program.name,
+    "inputs": jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs),
+    "instances": model.seeds or 1,
+    "stacked": model.seeds is not None,
+    "parameters": cost.parameters(one.variables),
+    "flops": _flops_of_one(program),
     # JAX has no list of the earlier releases that know this one's StableHLO; they may try.
-    "jax": jax.__version__,
     "jax_least": jax.__version__,
     **about,
   }
   runs.clear_unfinished(target.parent, _FOLDER)
   writing = target.with_name(_FOLDER + runs.WRITING)
   writing.mkdir(parents=True)
-  save_variables(writing / _VARIABLES, variables)
-  if program:
-    (writing / _PROGRAM).write_bytes(program)
-  write_json(writing / _INFO, info)
+  runs.save_variables(writing / _VARIABLES, model.variables)
+  if serialized:
+    (writing / _PROGRAM).write_bytes(serialized)
+  runs.write_json(writing / _INFO, info)
   runs.publish(target, {"kind": _FOLDER})
   return target
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Student:
-  """A deployed network: call it on inputs as the data set stores them, under ``jit`` too.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Student(Program):
+  """A deployed network: a `Program` that was loaded. It has no gradient and no rule for ``vmap``.
 
   Attributes:
     info: what ``student.json`` says: name, shapes, versions, platforms, how it was exported.
     variables: the weights of one instance, in plain dicts, lists and tuples.
-    expected: shapes and dtypes of the inputs, batch axis first.
-    program: ``(variables, inputs) -> logits``, compiled once for each batch size. It has no
-      gradient and no batching rule (``vmap``).
-    classes: K, the size of the logits' last axis.
-    instances: how many networks the run trained side by side; this is one of them.
   """
 
   info: dict[str, Any]
   variables: PyTree = dataclasses.field(repr=False)
-  expected: PyTree = dataclasses.field(repr=False)
-  program: _Program = dataclasses.field(repr=False)
-  classes: int
-  instances: int
 
-  def __call__(self, inputs: PyTree) -> jax.Array:
-    """The logits of a batch.
+  @property
+  def classes(self) -> int:
+    """K, the size of the logits' last axis."""
+    return self.info["classes"]
 
-    A dtype is converted where that is safe: between floating-point types; between integer types,
-    if the values fit; Python's own numbers, in lists, to either. Nothing else is: images in 0 ..
-    255 and in 0.0 .. 1.0 are not the same, and a cast would hide it.
-
-    Args:
-      inputs: ``[B, ...]`` for any B from 1 on: NumPy or JAX arrays or lists, in the structure of
-        the stored inputs.
-
-    Returns:
-      ``[B, K]``, or ``[B, L, K]`` for tokens.
-
-    Raises:
-      TypeError: another structure, or a dtype that is not converted.
-      ValueError: another shape, no batch axis, no example, or values that do not fit the dtype.
-    """
-    return self.program(
-      self.variables, _inputs.as_batch(inputs, self.expected, self.info["name"])[0]
-    )
-
-  def predict(self, inputs: PyTree, batch_size: int = 256) -> np.ndarray:
-    """The logits of N examples, ``batch_size`` at once, as a NumPy array ``[N, ..., K]``.
-
-    The last batch is padded, so that one program is compiled. Raises what a call raises.
-    """
-    _check.whole("batch_size", batch_size)
-    accepted, size = _inputs.as_batch(inputs, self.expected, self.info["name"])
-    logits = []
-    for begin in range(0, size, batch_size):
-      rows = np.arange(begin, begin + min(batch_size, size))
-      batch = jax.tree.map(lambda leaf, rows=rows: leaf[np.where(rows < size, rows, 0)], accepted)
-      logits.append(np.asarray(self.program(self.variables, batch)))
-    return np.concatenate(logits)[:size]
+  @property
+  def instances(self) -> int:
+    """How many networks the run trained side by side; this is one of them."""
+    return self.info["instances"]
 
 
 def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
   """Loads the deployed network of a finished run from its folder alone.
+
+  Its operations are compiled, and nobody can see them: it becomes StableHLO, safetensors and int8
+  weights, while ONNX, folding and int8 activations need the network, by `as_program`.
 
   Args:
     run: the run's folder; or that of an experiment of ours, in which ``student`` is a run.
@@ -240,114 +180,70 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
       f"({info['problem']}); build the network in code and load {load}."
     )
   exported = _deserialize(folder, info, load)
-  (shapes, expected), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-  pick = (lambda leaf: leaf[instance]) if info["stacked"] else (lambda leaf: leaf)
-  loaded = load_variables(folder / _VARIABLES)
-  variables = jax.tree.map(lambda leaf, s: jnp.asarray(pick(leaf), s.dtype), loaded, shapes)
+  # The first argument is the weights, by path; in earlier folders in the containers of the network.
+  (weights, expected), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+  dtypes = {name: aval.dtype for name, aval in named_leaves(_VARIABLES, weights).items()}
+  structure = jax.tree.structure(weights)
+  saved = load_variables(folder / _VARIABLES)
+  one = jax.tree.map(lambda leaf: leaf[instance], saved) if info["stacked"] else saved
+  leaves = {n: jnp.asarray(leaf, dtypes[n]) for n, leaf in named_leaves(_VARIABLES, one).items()}
+
+  def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
+    return exported.call(jax.tree.unflatten(structure, [given[name] for name in dtypes]), inputs)
+
   looped = info["batch"] == "looped"
-  program = jax.jit(_each(exported.call, jax.lax.map) if looped else exported.call)
-  return Student(info, variables, expected, program, info["classes"], info["instances"])
+  return Student(
+    info["name"],
+    leaves,
+    _program.each_alone(call, jax.lax.map) if looped else call,
+    jax.tree.map(lambda aval: jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype), expected),
+    tuple(info["platforms"]),
+    info=info,
+    variables=jax.tree.unflatten(jax.tree.structure(one), leaves.values()),
+  )
 
 
-def _inference(
-  network: Network, variables: PyTree, normalize: Callable[[Any], Any] | None
-) -> _Program:
-  """Variables and stored inputs to logits; a checkpoint brings variables back as plain dicts."""
-  names, structure = list(named_leaves(_VARIABLES, variables)), jax.tree.structure(variables)
+def _of_one_seed(model: Model) -> Model:
+  """The model with the shapes of one seed's variables, without devices."""
+  shapes = _program.shapes_of(model.variables)
+  if model.seeds is None:
+    return Model(model.network, shapes)
+  axes = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(shapes)})
+  if axes != [(model.seeds,)]:
+    raise ValueError(
+      f"model.seeds={model.seeds} needs one leading axis of that size on all variables, which have "
+      f"{axes}."
+    )
+  first = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), shapes)
+  return Model(model.network, first)
 
-  def program(plain: PyTree, inputs: PyTree) -> Any:
-    leaves = named_leaves(_VARIABLES, plain)
-    given = jax.tree.unflatten(structure, [leaves[name] for name in names])
-    seen = inputs if normalize is None else normalize(inputs)
-    return network.apply(given, seen, train=False, key=None)[0].logits
 
-  return program
-
-
-def _flops_of_one(infer: _Program, shapes: PyTree, inputs: PyTree) -> int | None:
+def _flops_of_one(program: Program) -> int | None:
   """Counted here: nothing can be counted in a program that was loaded."""
-  one = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape), s.dtype), inputs)
   try:
-    return cost.flops_or_none(infer, shapes, one)
+    one = _program.batched(program.inputs, 1)
+    return cost.flops_or_none(program.call, program.leaves, one)
   except Exception:  # Anything may be wrong with a module that nobody here wrote.
     return None
 
 
-def _each(program: _Program, mapper: Callable[..., Any]) -> _Program:
-  """A program that sees one example at a time."""
-
-  def mapped(variables: PyTree, inputs: PyTree) -> Any:
-    return mapper(lambda x: program(variables, jax.tree.map(lambda leaf: leaf[None], x))[0], inputs)
-
-  return mapped
-
-
-def _export(
-  program: _Program, shapes: PyTree, inputs: PyTree, name: str
-) -> tuple[bytes, dict[str, Any]]:
-  """The best program that the network allows, and what is recorded of it."""
-  (batch,) = jax.export.symbolic_shape("batch")
-  here = jax.export.default_export_platform()
-  everywhere = _PLATFORMS if here in _PLATFORMS else (*_PLATFORMS, here)
-  ways = {
-    "symbolic": (program, batch),
-    "mapped": (_each(program, lambda one, inputs: jax.vmap(one)(inputs)), batch),
-    "looped": (program, 1),  # for load_student to map: an exported program has no batching rule
-  }
-  problems = {}
-  for way, (called, size) in ways.items():
-    batched = jax.tree.map(lambda s, n=size: jax.ShapeDtypeStruct((n, *s.shape), s.dtype), inputs)
-    for platforms in (everywhere, (here,)):
-      try:
-        exported = jax.export.export(jax.jit(called), platforms=platforms)(shapes, batched)
-        out = [aval.shape for aval in exported.out_avals]
-        if len(out) != 1 or len(out[0]) < 2 or out[0][0] != size:
-          raise ValueError(f"the logits have the shapes {out}, not [{size}, ..., K]")
-        if exported.nr_devices != 1:
-          raise ValueError(f"it is a program for {exported.nr_devices} devices")
-        serialized = bytes(exported.serialize())
-      except Exception as error:  # Anything may be wrong with a module that nobody here wrote.
-        problems[way] = _short(error)
-        continue
-      if way != "symbolic" or platforms != everywhere:
-        _warn_lesser(name, way, platforms, problems["symbolic"])
-      about = {"classes": out[0][-1], "batch": way, "platforms": platforms}
-      return serialized, {**about, "problem": problems.get("symbolic")}
-  problem = problems["looped"]
-  _warn_lesser(name, "", (), problem)
-  return b"", {"classes": None, "batch": None, "platforms": [], "problem": problem}
-
-
-def _one_device() -> AbstractContextManager[Any]:
-  """Makes a program for one device where the caller has set a mesh of several."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return nullcontext()
-  ones, names, types = (1,) * len(mesh.axis_names), mesh.axis_names, mesh.axis_types
-  return jax.set_mesh(jax.make_mesh(ones, names, axis_types=types, devices=jax.devices()[:1]))
-
-
-def _warn_lesser(name: str, way: str, platforms: tuple[str, ...], problem: str) -> None:
-  if not way:
+def _warn_lesser(name: str, about: dict[str, Any]) -> None:
+  if about["batch"] is None:
     what = (
       "cannot be made: the weights are saved without one, and load_student cannot give it back. "
       "Take out what calls Python at run time (jax.debug, jax.pure_callback) and what fixes the "
       "batch size or the devices, and call save_student again."
     )
-  elif way == "symbolic":
-    what = f"is for {', '.join(platforms)} alone; save it on another platform to have it there."
+  elif about["batch"] == "symbolic":
+    platforms = ", ".join(about["platforms"])
+    what = f"is for {platforms} alone; save it on another platform to have it there."
   else:
     what = (
       "computes every example alone: the logits are the same unless examples of a batch depend on "
       "one another. To have it for any batch size, keep x.shape[0] out of Python's arithmetic and "
       "comparisons and out of NumPy; x.reshape(x.shape[0], -1) is fine."
     )
-  warnings.warn(f"the program of {name} ({problem}) {what}", DeployedWarning, stacklevel=4)
-
-
-def _short(error: Exception) -> str:
-  """The first line of an error, which may be a page long."""
-  return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+  warnings.warn(f"the program of {name} ({about['problem']}) {what}", DeployedWarning, stacklevel=3)
 
 
 def _deserialize(folder: pathlib.Path, info: dict[str, Any], load: str) -> jax.export.Exported:
@@ -364,7 +260,7 @@ def _deserialize(folder: pathlib.Path, info: dict[str, Any], load: str) -> jax.e
   except Exception as error:
     raise RuntimeError(
       f"the program of {folder} was written by jax {info['jax']}, and jax {jax.__version__} cannot "
-      f"read it ({_short(error)}). Programs load in the version that wrote them and, for six "
+      f"read it ({_check.short(error)}). Programs load in the version that wrote them and, for six "
       f"months, in later ones: install jax>={info['jax_least']} of about that age, or build the "
       f"network in code and load {load}."
     ) from error
@@ -395,18 +291,6 @@ def _absent(run: pathlib.Path) -> str:
   return (
     f"the run {str(run)!r} stands at step {at} of {read_config(run).get('steps')} and has no "
     f"{_FOLDER}/. Start it again with the same arguments to finish it; or save what there is with "
-    f"export.save_student({str(run)!r}, network, teachers.restore({str(run)!r}, step={at}), "
-    "stored=..., normalize=...)."
+    f"export.save_student({str(run)!r}, types.Model(network, teachers.restore({str(run)!r}, "
+    f"step={at})), stored=..., normalize=...)."
   )
-
-
-def _shapes(variables: PyTree, stacked: bool) -> tuple[PyTree, int]:
-  """One network's variables as shapes, without devices; and how many networks there are."""
-  leaves = named_leaves(_VARIABLES, jax.eval_shape(lambda tree: tree, variables))
-  first = {name: leaf.shape[:1] for name, leaf in leaves.items()}
-  if stacked and (len(set(first.values())) != 1 or () in first.values()):
-    axes = sorted(set(first.values()))
-    raise ValueError(f"stacked=True needs one leading axis on all variables, which have {axes}.")
-  skip = int(stacked)
-  shapes = {n: jax.ShapeDtypeStruct(leaf.shape[skip:], leaf.dtype) for n, leaf in leaves.items()}
-  return from_outline(outline(variables), shapes), next(iter(first.values()))[0] if stacked else 1

@@ -8,6 +8,7 @@ looked at again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import inspect
 import os
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxdistill import _check
-from jaxdistill.export._export import KINDS, export, split_examples, verify_exports
+from jaxdistill.export._export import KINDS, Check, export, split_examples, verify_exports
 from jaxdistill.export._process import ExportError
 
 __all__ = ["main"]
@@ -102,6 +103,9 @@ def _keywords(folder: pathlib.Path, given: str, asked: dict[str, Any]) -> dict[s
       f"--with {given} must return a dict of keywords of export.export, got {_check.show(made)}."
     )
   keywords = {**made, **asked}
+  if "batch_size" in keywords:
+    check = made.get("check", Check())
+    keywords["check"] = dataclasses.replace(check, batch_size=keywords.pop("batch_size"))
   try:
     split_examples(inspect.signature(export).bind(folder, **keywords).arguments["held_out"])
   except TypeError as error:

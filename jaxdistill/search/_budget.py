@@ -215,9 +215,7 @@ def measure_run(
     As `measure_network`.
   """
   student = export.load_student(run, instance=instance)
-  some = jax.tree.map(
-    lambda leaf: np.zeros((batch_size, *leaf.shape[1:]), leaf.dtype), student.expected
-  )
+  some = jax.tree.map(lambda leaf: np.zeros((batch_size, *leaf.shape), leaf.dtype), student.inputs)
   return {
     "latency_ms": _slowest(lambda: np.asarray(student(some)), seconds),
     "bytes": cost.size_bytes(student.variables),

@@ -336,9 +336,7 @@ def _first_inside(
     if name not in checked:
       folder = path / "checked"
       model = found.students(_best_row(found, name)).unstack()[0]
-      export.save_student(
-        folder, model.network, model.variables, stored=job.data.stored, normalize=job.data.normalize
-      )
+      export.save_student(folder, model, stored=job.data.stored, normalize=job.data.normalize)
       checked[name] = _budget.measure_in_process(folder, within)
       runs.write_json(file, checked)
     if within.inside(checked[name]):

@@ -327,14 +327,7 @@ def _log_of(
 def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:
   """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
-    export.save_student(
-      path,
-      fitted.network,
-      fitted.variables,
-      stored=source.stored,
-      normalize=source.normalize,
-      stacked=fitted.seeds is not None,
-    )
+    export.save_student(path, fitted, stored=source.stored, normalize=source.normalize)
   _mesh.barrier("deployed")
 
 

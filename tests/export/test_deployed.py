@@ -17,7 +17,7 @@ import pytest
 import small_networks
 from jaxdistill import data, export, networks, runs
 from jaxdistill.runs import _manifest
-from jaxdistill.types import Network, Outputs
+from jaxdistill.types import Model, Network, Outputs
 
 Shape = jax.ShapeDtypeStruct
 VECTOR = Shape((5,), jnp.float32)
@@ -70,7 +70,8 @@ class CallsPython(nn.Module):
 def save(folder, network, stored, example, normalize=None, seed=0, **options):
   seen = example if normalize is None else normalize(example)
   variables = jax.jit(network.init)(jax.random.key(seed), seen)
-  export.save_student(folder, network, variables, stored=stored, normalize=normalize, **options)
+  model = Model(network, variables)
+  export.save_student(folder, model, stored=stored, normalize=normalize, **options)
   return variables
 
 
@@ -192,12 +193,10 @@ def test_variables_of_any_container_and_of_several_devices(tmp_path):
     return Outputs((x @ first * second + variables["state"].logits) * variables["scale"]), {}
 
   with jax.set_mesh(mesh):  # of two devices, while the program is for one
-    export.save_student(
-      tmp_path,
-      Network(init=lambda key, x: variables, apply=lambda v, x, **k: by_row(apply)(v, x, **k)),
-      variables,
-      stored=Shape((4,), jnp.float32),
+    network = Network(
+      init=lambda key, x: variables, apply=lambda v, x, **k: by_row(apply)(v, x, **k)
     )
+    export.save_student(tmp_path, Model(network, variables), stored=Shape((4,), jnp.float32))
   student = export.load_student(tmp_path)
   inputs = np.arange(4, dtype=np.float32)[None]
   wanted = (inputs @ kernel * kernel[0] + 1) * 2
@@ -222,7 +221,7 @@ def test_stacked_over_seeds(tmp_path):
     jax.random.split(jax.random.key(0), 3), inputs
   )
   several = [jax.tree.map(lambda leaf, s=s: leaf[s], stacked) for s in range(3)]
-  export.save_student(tmp_path, network, stacked, stored=VECTOR, stacked=True)
+  export.save_student(tmp_path, Model(network, stacked, seeds=3), stored=VECTOR)
   for instance in (0, 2):
     student = export.load_student(tmp_path, instance=instance)
     close(student(inputs), expected(network, several[instance], inputs))
@@ -232,8 +231,8 @@ def test_stacked_over_seeds(tmp_path):
     with pytest.raises(IndexError, match=rf"instance={wrong} must lie in 0 \.\. 2"):
       export.load_student(tmp_path, instance=wrong)
   ragged = {"few": jnp.zeros(3), "more": jnp.zeros(7)}
-  with pytest.raises(ValueError, match=r"stacked=True .* have \[\(3,\), \(7,\)\]"):
-    export.save_student(tmp_path, network, ragged, stored=VECTOR, stacked=True)
+  with pytest.raises(ValueError, match=r"seeds=3 .* have \[\(3,\), \(7,\)\]"):
+    export.save_student(tmp_path, Model(network, ragged, seeds=3), stored=VECTOR)
 
 
 # What can't be exported as meant.
@@ -260,7 +259,7 @@ def test_program_of_one_example_is_looped(tmp_path):
   network = Network(init=lambda key, x: {}, apply=apply, name="odd")
   kernel = np.arange(10, dtype=np.float32).reshape(5, 2)
   with pytest.warns(export.DeployedWarning, match="odd .*every example alone"):
-    export.save_student(tmp_path, network, {"kernel": kernel}, stored=VECTOR)
+    export.save_student(tmp_path, Model(network, {"kernel": kernel}), stored=VECTOR)
   student = export.load_student(tmp_path)
   assert student.info["batch"] == "looped"
   inputs = np.arange(15, dtype=np.float32).reshape(3, 5)
@@ -277,7 +276,7 @@ def test_one_platform_where_lowering_is_known_for_no_other(tmp_path):
     init=lambda key, x: {}, apply=lambda v, x, **_: (Outputs(primitive.bind(x) * v["s"]), {})
   )
   with pytest.warns(export.DeployedWarning, match=r"only_here.* is for cpu alone"):
-    export.save_student(tmp_path, network, {"s": jnp.float32(2)}, stored=VECTOR)
+    export.save_student(tmp_path, Model(network, {"s": jnp.float32(2)}), stored=VECTOR)
   student = export.load_student(tmp_path)
   assert (student.info["batch"], student.info["platforms"]) == ("symbolic", ["cpu"])
   assert student(np.ones((2, 5))).tolist() == [[2.0] * 5] * 2
@@ -321,9 +320,9 @@ def test_any_batch_size_and_safe_conversions(dense, student):
 def test_predict_pads_the_last_batch(dense, student):
   _, network, variables = dense
   inputs = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
-  compiled = student.program._cache_size()
+  compiled = student.compiled._cache_size()
   logits = student.predict(inputs, batch_size=3)
-  assert student.program._cache_size() == compiled + 1
+  assert student.compiled._cache_size() == compiled + 1
   assert type(logits) is np.ndarray
   close(logits, expected(network, variables, inputs))
   close(student.predict(inputs), logits)
@@ -425,7 +424,7 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path):
   (tmp_path / "student").mkdir()
   (tmp_path / "student" / "essay.txt").write_text("mine")
   with pytest.raises(FileExistsError, match="no student of ours"):
-    export.save_student(tmp_path, small_networks.dense(4), {"params": {}}, stored=VECTOR)
+    export.save_student(tmp_path, Model(small_networks.dense(4), {"params": {}}), stored=VECTOR)
   assert (tmp_path / "student" / "essay.txt").read_text() == "mine"
 
 
@@ -456,7 +455,7 @@ def test_folders_without_a_student(tmp_path, dense):
 )
 def test_wrong_arguments_are_named(tmp_path, options, message):
   with pytest.raises(TypeError, match=message):
-    export.save_student(tmp_path, small_networks.dense(4), {"w": jnp.ones(2)}, **options)
+    export.save_student(tmp_path, Model(small_networks.dense(4), {"w": jnp.ones(2)}), **options)
   assert not list(tmp_path.iterdir())
 
 
@@ -488,7 +487,9 @@ def test_settings_that_a_program_needs(tmp_path):
   )
   kernel = np.arange(10.0).reshape(5, 2)
   with jax.enable_x64(True):
-    export.save_student(tmp_path, network, {"kernel": kernel}, stored=Shape((5,), np.float64))
+    export.save_student(
+      tmp_path, Model(network, {"kernel": kernel}), stored=Shape((5,), np.float64)
+    )
     logits = export.load_student(tmp_path)(np.ones((1, 5)))
     assert logits.dtype == np.float64
     np.testing.assert_array_equal(np.asarray(logits), kernel.sum(0)[None])

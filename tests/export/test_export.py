@@ -1,5 +1,6 @@
 """Exported files: each kind checked in a process of its own, folded, in int8, damaged, older."""
 
+import dataclasses
 import functools
 import importlib
 import json
@@ -21,9 +22,11 @@ from jaxdistill import data, export, networks
 from jaxdistill.export import _onnx, _process, _program, command
 from jaxdistill.export.runtimes import run_stablehlo
 from jaxdistill.networks import models, weights
+from jaxdistill.types import Model
 
 Shape = jax.ShapeDtypeStruct
-QUICK = {"seconds": 0.02}
+QUICK = export.Check(seconds=0.02)
+LOOSE = export.Check(seconds=0.02, accuracy_loss=0.1)
 RUNTIMES = pathlib.Path(_process.__file__).parent / "runtimes"
 
 
@@ -72,7 +75,7 @@ def small():
 def program(small):
   network, variables, *_ = small
   stored = Shape((8, 8, 1), jnp.uint8)
-  return _program.from_network(network, variables, stored=stored, normalize=normalize)
+  return export.as_program(Model(network, variables), stored=stored, normalize=normalize)
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +84,8 @@ def finished(small, tmp_path_factory):
   network, variables, images, labels, _ = small
   run = tmp_path_factory.mktemp("run")
   stored = Shape((8, 8, 1), jnp.uint8)
-  export.save_student(run, network, variables, stored=stored, normalize=normalize)
-  listed = export.export(run, (images, labels), kinds=["stablehlo", "safetensors"], **QUICK)
+  export.save_student(run, Model(network, variables), stored=stored, normalize=normalize)
+  listed = export.export(run, (images, labels), kinds=["stablehlo", "safetensors"], check=QUICK)
   return run, listed
 
 
@@ -96,7 +99,7 @@ def copied(finished, tmp_path):
 def folder(small, tmp_path):
   network, variables, *_ = small
   stored = Shape((8, 8, 1), jnp.uint8)
-  export.save_student(tmp_path, network, variables, stored=stored, normalize=normalize)
+  export.save_student(tmp_path, Model(network, variables), stored=stored, normalize=normalize)
   return tmp_path
 
 
@@ -122,7 +125,7 @@ def test_every_kind_is_checked_in_its_own_process(small, folder, kinds):
   held_out = data.from_arrays(images, labels)
   options = {"network": network, "normalize": normalize, "calibration": images[:50]}
   options |= {"kinds": None if kinds == list(export.KINDS) else kinds}
-  listed = export.export(folder, held_out, fold=True, accuracy_loss=0.1, **options, **QUICK)
+  listed = export.export(folder, held_out, fold=True, check=LOOSE, **options)
   assert listed == json.loads((folder / "exports" / "exports.json").read_text())
   assert [entry["kind"] for entry in listed["files"]] == kinds
   assert listed["student_accuracy"] == pytest.approx(0.9)
@@ -180,7 +183,7 @@ def test_it_runs_where_the_libraries_that_made_it_are_absent(
     pytest.importorskip("jax2onnx")
   _, _, images, labels, logits = small
   path = tmp_path / f"net.{suffix}"
-  made = export.export_file(path, program, (images, labels), **QUICK)
+  made = export.export_file(path, program, (images, labels), check=QUICK)
   np.savez(tmp_path / "in.npz", inputs=images, logits=logits)
   script = str(RUNTIMES / f"run_{suffix}.py")
   argv = [script, str(path), str(tmp_path / "in.npz"), str(tmp_path / "out"), "--calls", "0"]
@@ -221,8 +224,8 @@ def test_a_run_folder_is_enough_for_what_needs_no_network(small, finished, copie
   _, listed = finished
   assert [entry["passed"] for entry in listed["files"]] == [True, True]
   # A kind exported later stands beside the others, if it is the same student's.
-  options = {"kinds": "int8_weights", "accuracy_loss": 0.1, "batch_size": 2}
-  later = export.export(copied, (images[:100], None), **options, **QUICK)
+  check = dataclasses.replace(LOOSE, batch_size=2)
+  later = export.export(copied, (images[:100], None), kinds="int8_weights", check=check)
   assert [e["kind"] for e in later["files"]] == ["stablehlo", "safetensors", "int8_weights"]
   assert later["student_accuracy"] is None
   assert later["files"][-1]["accuracy"] is None
@@ -246,7 +249,9 @@ def test_a_list_that_told_nothing_of_each_file_is_read_as_it_was(small, copied):
   listed["files"] = [{k: e[k] for k in e if k not in own} for e in listed["files"]]
   path.write_text(json.dumps({**listed, "batch_size": 7, "split": "validation"}))
   held_out = data.from_arrays(images, labels)
-  later = export.export(copied, held_out, kinds="safetensors", batch_size=2, **QUICK)
+  later = export.export(
+    copied, held_out, kinds="safetensors", check=dataclasses.replace(QUICK, batch_size=2)
+  )
   found = {entry["kind"]: entry for entry in later["files"]}
   assert (found["stablehlo"]["batch_size"], found["stablehlo"]["split"]) == (7, "validation")
   assert (found["safetensors"]["batch_size"], found["safetensors"]["split"]) == (2, held_out.split)
@@ -256,8 +261,8 @@ def test_files_of_another_student_do_not_stay(small, copied):
   network, variables, images, labels, _ = small
   other = jax.tree.map(lambda leaf: leaf * 1.5, variables)
   stored = Shape((8, 8, 1), jnp.uint8)
-  export.save_student(copied, network, other, stored=stored, normalize=normalize)
-  listed = export.export(copied, (images, labels), kinds=["safetensors"], **QUICK)
+  export.save_student(copied, Model(network, other), stored=stored, normalize=normalize)
+  listed = export.export(copied, (images, labels), kinds=["safetensors"], check=QUICK)
   assert [entry["kind"] for entry in listed["files"]] == ["safetensors"]
   assert not (copied / "exports" / "student.stablehlo").exists()
 
@@ -267,12 +272,13 @@ def test_a_file_that_fails_its_check_is_not_left(small, program, folder):
   path = folder / "net.stablehlo"
   path.write_text("of an earlier export")
   with pytest.raises(export.ExportError, match="differ from the student by up to 1"):
-    export.export_file(path, program, (images, labels), student=logits + 1, **QUICK)
+    export.export_file(path, program, (images, labels), student=logits + 1, check=QUICK)
   assert not path.exists()
   assert not list(folder.glob(".checking-*"))
   pytest.importorskip("qwix")
   kinds = ["int8_weights_safetensors"]
-  listed = export.export(folder, (images, labels), kinds=kinds, accuracy_loss=-0.2, **QUICK)
+  check = dataclasses.replace(QUICK, accuracy_loss=-0.2)
+  listed = export.export(folder, (images, labels), kinds=kinds, check=check)
   (entry,) = listed["files"]
   assert entry["passed"] is False
   assert "accuracy is" in entry["problem"]
@@ -416,12 +422,12 @@ def test_folded_is_the_same_to_the_last_bits(network, shape, folded, unfolded):
   with jax.enable_x64(True):
     variables = filled(network, jnp.zeros((1, *shape)), dtype=jnp.float64)
     stored = Shape(shape, jnp.float64)
-    whole = _program.from_network(network, variables, stored=stored)
+    whole = export.as_program(Model(network, variables), stored=stored)
     less = export.fold(whole)
     inputs = np.random.default_rng(1).normal(size=(5, *shape))
     wanted = np.asarray(jax.jit(applied, static_argnums=0)(network, variables, inputs))
     # 1e-10 is far above float64's rounding, and far below float32's.
-    np.testing.assert_allclose(less.logits(inputs), wanted, rtol=1e-10, atol=1e-10)
+    np.testing.assert_allclose(less.predict(inputs), wanted, rtol=1e-10, atol=1e-10)
     assert len(less.folded) == folded
     assert less.unfolded == unfolded
     assert primitives(less).count("rsqrt") == len(unfolded)
@@ -436,7 +442,7 @@ def test_a_folded_kernel_is_multiplied_and_its_bias_moved():
   layers = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True, epsilon=0.1)])
   network = networks.linen(layers)
   variables = filled(network, jnp.zeros((1, 4)))
-  whole = _program.from_network(network, variables, stored=Shape((4,), jnp.float32))
+  whole = export.as_program(Model(network, variables), stored=Shape((4,), jnp.float32))
   less = export.fold(whole)
   old = {name: np.asarray(leaf, np.float64) for name, leaf in whole.leaves.items()}
   factor = old["params/layers_1/scale"] / np.sqrt(old["batch_stats/layers_1/var"] + 0.1)
@@ -488,7 +494,7 @@ def test_int8_activations_multiply_integers():
   rows = (
     np.arange(20) != np.abs(inputs[:10]).max(1).argmax()
   )  # half a step, which may go either way
-  found = small_program.logits(inputs)
+  found = small_program.predict(inputs)
   np.testing.assert_allclose(found[rows], wanted[rows], rtol=1e-5, atol=1e-5)
   traced = _program.traced(small_program).equations
   (product,) = [e for e in traced if e.primitive.name == "dot_general"]
@@ -504,14 +510,14 @@ def test_int8_of_foreign_networks_and_skipped_kernels(small, program):
   assert part.leaves[names[0]].dtype == jnp.float32
   assert all(part.leaves[name].dtype == jnp.int8 for name in names[1:])
   # An eighth of a percent of the range for each of a few roundings.
-  assert np.abs(part.logits(images[:20]) - logits[:20]).max() < 0.05 * np.abs(logits).max()
+  assert np.abs(part.predict(images[:20]) - logits[:20]).max() < 0.05 * np.abs(logits).max()
   network = networks.nnx(lambda rngs: Tower(rngs=rngs))
   x = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
   variables = filled(network, x)
-  whole = _program.from_network(network, variables, stored=Shape((8,), jnp.float32))
+  whole = export.as_program(Model(network, variables), stored=Shape((8,), jnp.float32))
   made = export.quantize_activations(export.fold(whole), x)
   assert sum(leaf.dtype == jnp.int8 for leaf in made.leaves.values()) == 2
-  assert np.abs(made.logits(x) - whole.logits(x)).max() < 0.05 * np.abs(whole.logits(x)).max()
+  assert np.abs(made.predict(x) - whole.predict(x)).max() < 0.05 * np.abs(whole.predict(x)).max()
 
 
 class Pair(nn.Module):
@@ -533,10 +539,10 @@ def test_several_inputs_and_tokens(tmp_path):
   network = networks.linen(Pair(), arguments=lambda x: (x["tokens"], x["gain"]))
   variables = jax.jit(network.init)(jax.random.key(0), inputs)
   stored = {"tokens": Shape((7,), jnp.int32), "gain": Shape((), jnp.float32)}
-  made = _program.from_network(network, variables, stored=stored)
+  made = export.as_program(Model(network, variables), stored=stored)
   labels = applied(network, variables, inputs).argmax(-1)
   for suffix in ("onnx", "stablehlo", "safetensors"):
-    entry = export.export_file(tmp_path / f"net.{suffix}", made, (inputs, labels), **QUICK)
+    entry = export.export_file(tmp_path / f"net.{suffix}", made, (inputs, labels), check=QUICK)
     assert entry["accuracy"] == 1
     assert entry["decided"] > 100
 
@@ -553,7 +559,7 @@ def test_a_network_of_fixed_batch_sizes_computes_each_example_alone():
   network = networks.linen(AsksSize())
   x = np.ones((7, 4), np.float32)
   variables = network.init(jax.random.key(0), x)
-  made = _program.from_network(network, variables, stored=Shape((4,), jnp.float32))
+  made = export.as_program(Model(network, variables), stored=Shape((4,), jnp.float32))
   called = jax.export.deserialize(bytearray(_program.stablehlo(made)[0])).call(x)
   np.testing.assert_allclose(called, applied(network, variables, x), rtol=1e-6)
 
@@ -568,12 +574,15 @@ def test_what_does_not_fit_is_named_before_long_work(small, folder, monkeypatch)
     ({"kinds": []}, "kinds is empty"),
     ({"kinds": "int8_weights_onnx"}, r"kinds=\['int8_weights_onnx'\] need network="),
     ({"kinds": ["int8"], "network": network}, "need calibration="),
-    ({"batch_size": 0}, "batch_size"),
     ({"fold": True}, "needs network="),
     ({"network": network, "kinds": ["stablehlo"]}, "normalize="),
   ]:
     with pytest.raises(ValueError, match=message):
       export.export(folder, held_out, **options)
+  with pytest.raises(ValueError, match="batch_size=0"):
+    export.Check(batch_size=0)
+  with pytest.raises(ValueError, match="tolerance must be at least 0"):
+    export.Check(tolerance=-1.0)
   with pytest.raises(ValueError, match="as many inputs as labels"):
     export.export(folder, (images, labels[:3]))
   with pytest.raises(TypeError, match="held_out"):
@@ -581,13 +590,13 @@ def test_what_does_not_fit_is_named_before_long_work(small, folder, monkeypatch)
   with pytest.raises(FileNotFoundError):
     export.export(folder / "nothing", held_out)
   with pytest.raises(ValueError, match="cannot be folded"):
-    export.fold(export.load_program(folder))
+    export.fold(export.load_student(folder))
   with pytest.raises(ValueError, match=r"must end in \.stablehlo"):
-    export.export_file(folder / "net.pb", export.load_program(folder), held_out)
+    export.export_file(folder / "net.pb", export.load_student(folder), held_out)
   assert not (folder / "exports").exists()
   monkeypatch.setitem(sys.modules, "jax2onnx", None)
   with pytest.raises(ImportError, match=r"jaxdistill\[export\]"):
-    _onnx.onnx_bytes(export.load_program(folder))
+    _onnx.onnx_bytes(export.load_student(folder))
 
 
 def test_the_command(small, folder, monkeypatch, capsys):
@@ -608,7 +617,7 @@ def test_the_command(small, folder, monkeypatch, capsys):
     command.main([str(folder), "--kinds", "onnx", "--batch-size", "4"])
   assert "--kinds, --batch-size without --with" in capsys.readouterr().err
   # What the function says of the kinds holds where the command line says nothing.
-  module.given = lambda: {"held_out": (images, labels), "kinds": "safetensors", "seconds": 0.02}
+  module.given = lambda: {"held_out": (images, labels), "kinds": "safetensors", "check": QUICK}
   assert command.main([str(folder), "--with", "my_export:given", "--batch-size", "3"]) == 0
   listed = json.loads((folder / "exports" / "exports.json").read_text())
   assert [(e["kind"], e["batch_size"]) for e in listed["files"]] == [
@@ -692,7 +701,7 @@ def test_float64_bfloat16_and_a_mesh(tmp_path):
       mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
       variables = jax.device_put(variables, spread)
-      made = _program.from_network(network, variables, stored=Shape((8,), jnp.float32))
-      entry = export.export_file(tmp_path / "net.stablehlo", made, (x, None), **QUICK)
+      made = export.as_program(Model(network, variables), stored=Shape((8,), jnp.float32))
+      entry = export.export_file(tmp_path / "net.stablehlo", made, (x, None), check=QUICK)
       logits = np.asarray(applied(network, jax.device_get(variables), x), np.float64)
     assert entry["tolerance"] == pytest.approx(share * np.abs(logits).max(), rel=0.05)
