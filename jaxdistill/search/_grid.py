@@ -269,6 +269,13 @@ def _check_points(points: Any) -> list[str]:
 
 def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Student]:
   """The networks by name; none where all points train the same one."""
+  given = student if isinstance(student, Mapping) else {"student": student}
+  for name, one in given.items():
+    if isinstance(one, Model) and one.seeds is not None:
+      raise ValueError(
+        f"{name} holds the variables of {one.seeds} seeds, and all of a sweep's students start "
+        "from the same; give one of model.unstack()."
+      )
   if not isinstance(student, Mapping):
     if "student" in points[0]:
       raise ValueError(

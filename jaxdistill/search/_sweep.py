@@ -137,6 +137,9 @@ def sweep(
   if not isinstance(choice, Choice):
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
   groups = grouped(points, student, objective, optimizer, steps)
+  train.check_teacher(teacher)
+  for group in groups:
+    train.check_student(group.student)
   pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
   plan = Plan.of(
     groups[0].student,
@@ -337,6 +340,9 @@ def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str,
       name: run_identity(source, network.name, params(network))["student"]
       for name, network in networks.items()
     }
+    begun = {n: one.variables for n, one in student.items() if isinstance(one, Model)}
+    if begun:  # the plan has that of one of them
+      found["start"] = runs.fingerprint((begun, plan.objective.start))
   return found
 
 

@@ -510,4 +510,4 @@ def test_students_may_start_from_models_and_several_have_names(parts):
 )
 def test_what_is_of_another_kind_says_so(parts, change, match):
   with small_networks.untyped(), pytest.raises((TypeError, ValueError), match=match):
-    swept({**parts, **change(parts)}, [{"temperature": 1.0}], steps=2)
+    swept(parts, [{"temperature": 1.0}], **{"steps": 2, **change(parts)})
