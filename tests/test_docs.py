@@ -136,7 +136,7 @@ def test_arguments_have_shapes_and_defaults_an_origin(name):
     text = described[argument]
     if default is None or argument in NOT_CHOSEN:
       scalar = argument in NO_SHAPE or argument.startswith("num_")
-      assert scalar or "``[" in text or "likewise" in text, f"{argument} has no shape"
+      assert scalar or "``[" in text, f"{argument} has no shape"
       continue
     value = re.escape(default.removesuffix(".0"))
     origin = rf"(?<![\w.]){value}(, [^.;]*,)? is [^.;]*'s\b"

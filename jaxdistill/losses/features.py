@@ -70,8 +70,8 @@ def hint_l2(student: Features, teacher: Features) -> Float[Array, "B ..."]:
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
-      (as PyTorch's ``adaptive_avg_pool2d``).
+    teacher: ``[B, D]``, ``[B, L, D]`` or ``[B, H', W', C]``; of two maps the larger is
+      average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``; ``[B, L]`` for tokens.
@@ -100,8 +100,8 @@ def hint_cosine(student: Features, teacher: Features) -> Float[Array, "B ..."]:
 
   Args:
     student: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``, projected to the teacher's width.
-    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
-      (as PyTorch's ``adaptive_avg_pool2d``).
+    teacher: ``[B, D]``, ``[B, L, D]`` or ``[B, H', W', C]``; of two maps the larger is
+      average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
 
   Returns:
     ``[B]``, in [0, 2]; ``[B, L]`` for tokens, each of which is a position.
@@ -180,8 +180,8 @@ def variational_information(
 
   Args:
     student_mean: ``[B, D]``, ``[B, L, D]`` or ``[B, H, W, C]``: the mean that a projector predicts.
-    teacher: of the same axes and width; of two maps the larger is average-pooled to the smaller
-      (as PyTorch's ``adaptive_avg_pool2d``).
+    teacher: ``[B, D]``, ``[B, L, D]`` or ``[B, H', W', C]``; of two maps the larger is
+      average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
     raw_variance: ``[C]``, learned with the student. The published code starts at σ² = 5:
       log(exp(5 − 1e-5) − 1).
 
@@ -457,8 +457,9 @@ def flow_of_solution(
     student_pair: (lower map ``[B, H, W, C]``, upper map ``[B, H', W', C']``) of the student; the
       larger is average-pooled to the smaller (as PyTorch's ``adaptive_avg_pool2d``).
       Both widths are the teacher's.
-    teacher_pair: (lower map, upper map) of the teacher. They may have other sizes than the
-      student's: F has no positions, so that they are not pooled to each other.
+    teacher_pair: (lower map ``[B, H, W, C]``, upper map ``[B, H', W', C']``) of the teacher. They
+      may have other sizes than the student's: F has no positions, so that they are not pooled to
+      each other.
 
   Returns:
     ``[B]``.
