@@ -170,7 +170,7 @@ def export(
   makers = _makers(exact, fold, calibration, skip)
   for kind in chosen:
     name, which = KINDS[kind]
-    options = {"student": student, "rounded": which != "float", "check": check}
+    options: dict[str, Any] = {"student": student, "rounded": which != "float", "check": check}
     try:
       entry = export_file(folder / name, makers[which](), held_out, **options)
     except Exception as error:  # The other kinds are as good as before.

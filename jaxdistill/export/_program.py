@@ -212,7 +212,8 @@ def untraced(
 
   def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
     tree = jax.tree.unflatten(structure, [given[name] for name in names])
-    return model.replace(variables=tree)(inputs if normalize is None else normalize(inputs)).logits
+    seen = inputs if normalize is None else normalize(inputs)
+    return Model(model.network, tree)(seen).logits
 
   return Program(name or model.network.name, leaves, call, shapes)
 
@@ -307,7 +308,8 @@ def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str,
     "mapped": (each_alone(program.call), batch),
     "looped": (program.call, 1),
   }
-  inside, args = (host(program.leaves), ()) if weights else (None, (shapes_of(program.leaves),))
+  inside = host(program.leaves) if weights else {}
+  args = () if weights else (shapes_of(program.leaves),)
   problems = {}
   for way, (call, size) in ways.items():
     called: Callable[..., Any] = functools.partial(call, inside) if weights else call
@@ -335,7 +337,12 @@ def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str,
         "stablehlo": version[1].decode() if version else None,
         "calling_convention": exported.calling_convention_version,
       }
-  nothing = {"batch": None, "platforms": [], "classes": None, "jax": jax.__version__}
+  nothing: dict[str, Any] = {
+    "batch": None,
+    "platforms": [],
+    "classes": None,
+    "jax": jax.__version__,
+  }
   return b"", {**nothing, "problem": problems["looped"]}
 
 

@@ -9,76 +9,90 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill.runs._trees import is_key
+from jaxdistill.runs._trees import is_key, outline
 
 __all__ = ["checksum", "fingerprint", "short_digest", "tree_identity"]
 
 PyTree = Any
 
 
-def _mixed(xp: Any, words: Any) -> Any:
-  """Two sums of the scrambled words, each with its place: integers, so exact on every device."""
-  words = words.reshape(-1)
-  words = words + xp.arange(words.size, dtype=xp.uint32) * xp.uint32(0x9E3779B9)
-  sums = []
-  for factor in (0x85EBCA6B, 0xC2B2AE35):
-    words = (words ^ (words >> xp.uint32(16))) * xp.uint32(factor)
-    words = words ^ (words >> xp.uint32(13))
-    sums.append(xp.sum(words, dtype=xp.uint32))
-  return xp.stack(sums)
+def _sums(leaf: Any) -> Any:
+  """Two sums of an array's bits as scrambled 32-bit words, each word with its place.
 
-
-def _words(xp: Any, leaf: Any) -> Any:
-  """An array's bits as 32-bit words."""
-  size = leaf.dtype.itemsize
-  if leaf.dtype == bool:
-    return leaf.astype(xp.uint32)
-  if xp is np:
-    view = np.ascontiguousarray(leaf).reshape(-1).view(f"u{min(size, 4)}")
-    return view.astype(np.uint32)
+  Sums of integers are exact in any order, so neither the device nor the sharding changes them; and
+  nothing is reshaped, since that would gather a leaf that lies split on several devices.
+  """
+  if is_key(leaf):
+    leaf = jax.random.key_data(leaf)
   if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
     leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
-  kind = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
-  return jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+  if leaf.dtype == bool:
+    words = leaf.astype(jnp.uint32)
+  else:
+    kind = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(leaf, kind).astype(jnp.uint32)
+  place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+  for axis in reversed(range(words.ndim)):
+    along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    place, stride = place + along * jnp.uint32(stride % 2**32), stride * words.shape[axis]
+  words, sums = words + place * jnp.uint32(0x9E3779B9), []
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    words = (words ^ (words >> jnp.uint32(16))) * jnp.uint32(factor)
+    words = words ^ (words >> jnp.uint32(13))
+    sums.append(jnp.sum(words, dtype=jnp.uint32))
+  return jnp.stack(sums)
 
 
-@jax.jit
-def _sums(leaves: list[Any]) -> list[Any]:
-  return [_mixed(jnp, _words(jnp, leaf)) for leaf in leaves]
+_compiled = jax.jit(_sums)
+
+
+def _summed(leaf: Any) -> Any:
+  """`_sums`, where the leaf lies; of one on other processes' devices too, on each of them."""
+  if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize > 4:
+    # 64 bits of NumPy's, as pairs of 32 bits: JAX would drop half of them.
+    leaf = np.ascontiguousarray(leaf).reshape(-1).view(np.uint32)
+  sharding = getattr(leaf, "sharding", None)
+  if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.jit(_sums, out_shardings=everywhere)(leaf)
+  return _compiled(leaf)
 
 
 def checksum(variables: PyTree) -> str:
-  """A digest of a tree's values, summed up where they lie.
+  """A digest of a tree's values, summed up where they lie: there is no copy on the host.
 
   Args:
-    variables: arrays.
+    variables: arrays of any sharding, typed keys, or NumPy arrays.
 
   Returns:
-    16 hexadecimal digits, the same on every device.
+    16 hexadecimal digits, the same on every device, of every sharding and number of devices.
 
   >>> checksum({"a": jnp.zeros(3)}) == checksum({"a": jnp.zeros(3).at[0].set(1e-30)})
   False
   """
-  leaves = [
-    jax.random.key_data(leaf) if is_key(leaf) else jnp.asarray(leaf)
-    for leaf in jax.tree.leaves(variables)
-  ]
-  if jax.default_backend() == "cpu":  # the memory is the host's, and there is nothing to compile
-    found = [_mixed(np, _words(np, np.asarray(leaf))) for leaf in leaves]
-  else:
-    found = jax.device_get(_sums(leaves))
+  found = jax.device_get([_summed(leaf) for leaf in jax.tree.leaves(variables)])
   joined = b"".join(np.asarray(one, "<u4").tobytes() for one in found)
   return hashlib.sha256(joined).hexdigest()[:16]
 
 
-def tree_identity(variables: PyTree) -> dict[str, Any]:
-  """Paths, shapes, dtypes and checksum of a tree of variables: what a cache says of its teacher."""
+def _identity(tree: PyTree) -> dict[str, Any]:
   leaves = [
-    [jax.tree_util.keystr(path, simple=True, separator="/"), list(np.shape(leaf)), str(leaf.dtype)]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(jnp.asarray, variables))
+    [jax.tree_util.keystr(path, simple=True, separator="/"), list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   ]
-  return {"leaves": leaves, "checksum": checksum(variables)}
+  return {"leaves": leaves, "checksum": checksum(tree)}
+
+
+def tree_identity(variables: PyTree) -> dict[str, Any]:
+  """Paths, shapes, dtypes and checksum of a tree of variables: what a cache says of its teacher.
+
+  Args:
+    variables: arrays of any sharding, typed keys, NumPy arrays or numbers, in the dtypes that JAX
+      computes with.
+  """
+  return _identity(jax.tree.map(jnp.asarray, variables))
 
 
 def short_digest(*parts: Any) -> str:
@@ -87,29 +101,19 @@ def short_digest(*parts: Any) -> str:
 
 
 def fingerprint(tree: PyTree) -> str:
-  """A digest of a pytree's paths, shapes, dtypes and values, which are summed up where they lie.
+  """A digest of a pytree's containers, paths, shapes, dtypes and values, summed up where they lie.
 
   Args:
-    tree: arrays, typed keys or numbers; 64 bits of NumPy's count whole, though JAX would drop half.
+    tree: arrays of any sharding, typed keys or numbers; 64 bits of NumPy's count whole, though JAX
+      would drop half.
 
   Returns:
-    16 hexadecimal digits, the same on every device.
+    16 hexadecimal digits, the same on every device, of every sharding and number of devices.
 
   >>> fingerprint({"a": np.zeros(2)}) == fingerprint({"a": np.array([0, 1e-300])})
   False
   >>> fingerprint({"a": {"b": np.zeros(2)}}) == fingerprint({"a/b": np.zeros(2)})
   False
   """
-  named = [
-    (jax.tree_util.keystr(path), leaf if isinstance(leaf, jax.Array) else np.asarray(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-  ]
-  about = [[path, list(leaf.shape), str(leaf.dtype)] for path, leaf in named]
-  return short_digest(about, checksum([_whole(leaf) for _, leaf in named]))
-
-
-def _whole(leaf: Any) -> Any:
-  """A leaf, but NumPy's 64-bit words as pairs of 32 bits, which JAX takes as they are."""
-  if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize > 4:
-    return np.ascontiguousarray(leaf).reshape(-1).view(np.uint32)
-  return leaf
+  whole = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), tree)
+  return short_digest(outline(whole), _identity(whole))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import runs
+from jaxdistill.runs import _fingerprints
 
 
 def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
@@ -89,3 +90,39 @@ def test_a_fingerprint_tells_paths_shapes_dtypes_and_values_apart():
   found = [runs.fingerprint(tree) for tree in trees]
   assert len(set(found)) == len(trees)
   assert runs.fingerprint({"a": jnp.asarray(ones)}) == found[0]
+
+
+def summed_on_the_host(leaf):
+  """The checksum's formula over the bits one after another, by NumPy."""
+  words = leaf if leaf.dtype == bool else leaf.reshape(-1).view(f"u{min(leaf.dtype.itemsize, 4)}")
+  words = words.reshape(-1).astype(np.uint32)
+  words = words + np.arange(words.size, dtype=np.uint32) * np.uint32(0x9E3779B9)
+  sums = []
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    words = (words ^ (words >> np.uint32(16))) * np.uint32(factor)
+    words = words ^ (words >> np.uint32(13))
+    sums.append(np.sum(words, dtype=np.uint32))
+  return sums
+
+
+@pytest.mark.parametrize(
+  "dtype", ["float32", "bfloat16", "float16", "int8", "bool", "uint32", "complex64"]
+)
+def test_a_checksum_is_the_same_on_the_host_and_compiled(dtype):
+  words = np.random.default_rng(0).integers(-100, 100, (5, 3))
+  leaf = jnp.asarray(words > 0 if dtype == "bool" else words).astype(dtype)
+  np.testing.assert_array_equal(_fingerprints._sums(leaf), summed_on_the_host(np.asarray(leaf)))
+  swapped = leaf.at[0, 0].set(leaf[4, 2]).at[4, 2].set(leaf[0, 0])
+  changed = not np.array_equal(swapped, leaf)
+  assert changed == (_fingerprints.checksum({"a": leaf}) != _fingerprints.checksum({"a": swapped}))
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_tree_is_the_same_however_it_lies_on_the_devices(kind):
+  tree = {"a": jnp.arange(24.0).reshape(4, 6), "b": jnp.ones(4, jnp.bfloat16)}
+  tree["key"] = jax.random.split(jax.random.key(0), 4)
+  types = (getattr(jax.sharding.AxisType, kind),)
+  mesh = jax.make_mesh((2,), ("data",), axis_types=types)
+  split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  for function in (runs.tree_identity, runs.fingerprint):
+    assert function(jax.device_put(tree, split)) == function(tree)
