@@ -223,7 +223,7 @@ def test_a_sweep_compiles_four_programs_once_each(devices, steps):
       execution=search.Execution(devices=jax.devices()[:devices]),
       run=Run(progress=None),
     )
-  assert sorted(names) == ["batch", "initial", "outputs", "run"]
+  assert sorted(names) == ["batch", "initial_state", "outputs", "run"]
 
 
 def test_a_states_seed_is_the_key_that_jax_makes_of_it():

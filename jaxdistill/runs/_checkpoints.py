@@ -202,7 +202,7 @@ class Checkpoints:
     """The step of the highest score that verifies, the earliest among equals; None without any.
 
     Warns:
-      CheckpointWarning: as `latest` does.
+      CheckpointWarning: a checkpoint is damaged, and passed over.
     """
     self._join()
     return self._first_verified(self._by_score(self._present(), _warn_skipped))
@@ -331,8 +331,8 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
 
   Args:
     path: the folder.
-    like: a pytree of arrays or `jax.ShapeDtypeStruct`s, as in `Checkpoints.restore`; None reads
-      what is there.
+    like: a pytree of arrays or `jax.ShapeDtypeStruct`s that what is read must have the structure,
+      shapes and dtypes of; None reads what is there.
 
   Returns:
     The variables.

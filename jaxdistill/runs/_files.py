@@ -62,7 +62,7 @@ def write_text(path: pathlib.Path, text: str, *, durable: bool = False) -> None:
   Args:
     path: the file, in a folder that is there.
     text: its content.
-    durable: as `replacing` has it.
+    durable: whether it is on the disk, and not only on its way, when this returns.
   """
   with replacing(path, durable=durable) as writing:
     writing.write_bytes(text.encode("utf-8", "replace"))
@@ -110,7 +110,7 @@ def digest(body: Mapping[str, Any]) -> str:
 
 
 def write_digested(path: pathlib.Path, body: Mapping[str, Any], *, durable: bool = False) -> None:
-  """Writes a manifest with its own digest in it; ``durable`` as `replacing` has it."""
+  """Writes a manifest with its own digest in it; ``durable``: on the disk when this returns."""
   rest = {name: value for name, value in body.items() if name != "digest"}
   write_text(path, json.dumps(rest | {"digest": digest(rest)}, indent=1), durable=durable)
 

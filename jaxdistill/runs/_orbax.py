@@ -151,8 +151,8 @@ def read_foreign_orbax(
 
   Args:
     path: the folder.
-    collections: see `find_collections`. Items of the checkpoint count as the first part of a path,
-      but for a single item of another name than these.
+    collections: names of collections, or a mapping from them to paths. Items of the checkpoint
+      count as the first part of a path, but for a single item of another name than these.
 
   Returns:
     ``{collection: nested dicts of host arrays}``, whatever devices they were saved from.

@@ -125,13 +125,13 @@ def test_a_bare_function_that_reads_no_teacher_says_so():
 def test_a_sweep_tells_a_recipe_from_a_method():
   points = search.product(temperature=[1.0, 2.0], standardize=[False, True])
   network = jaxdistill.networks.linen(jaxdistill.networks.models.MLP())
-  groups = _grid.grouped(points, network, recipes.dkd, None, None, 4)
+  groups = _grid.grouped(points, network, recipes.dkd, None, 4)
   assert [group.fixed for group in groups] == [{"standardize": False}, {"standardize": True}]
   assert [group.hyper["temperature"].tolist() for group in groups] == [[1, 2]] * 2
   without = [{"hard_weight": None}, {"hard_weight": 0.5}]
-  groups = _grid.grouped(without, network, recipes.kd, None, None, 4)
+  groups = _grid.grouped(without, network, recipes.kd, None, 4)
   assert ["hard_weight" in group.objective.hyper for group in groups] == [False, True]
-  (one,) = _grid.grouped([{"temperature": 2.0}], network, recipes.kd.function, None, None, 4)
+  (one,) = _grid.grouped([{"temperature": 2.0}], network, recipes.kd.function, None, 4)
   assert one.hyper["temperature"].tolist() == [2]
   with pytest.raises(TypeError, match=r"Call a recipe, recipes\.kd\(\)"):
     as_objective(recipes.kd)

@@ -207,7 +207,7 @@ def fitted():
     data=[source(0), source(1)],
     # The published weights are for features of hundreds of units, and large for five.
     optimizer=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(3e-2)),
-    scan=False,  # compiles sooner
+    form={"scan": False},  # compiles sooner
   )
 
 

@@ -4,16 +4,16 @@ import dataclasses
 import json
 import zipfile
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import fabricated
-from jaxdistill import data, evaluation
+from jaxdistill import data, evaluation, teachers
 from jaxdistill.evaluation import metrics, predictions
 from jaxdistill.evaluation.predictions import Answers, Column, Predictions
 from jaxdistill.reports._pages import analysis, exhibits
+from jaxdistill.types import Model, Network, Outputs
 
 
 def test_answers_give_the_metrics_of_the_same_logits():
@@ -46,14 +46,13 @@ def test_examine_is_evaluate_with_answers():
   batches = data.evaluation_batches(examples, batch_size=5, labelled=known)
   variables = {"w": jnp.asarray(random.normal(size=(4, 3, 3)).astype(np.float32))}
 
-  def predict(variables, batch):
-    return batch.inputs @ variables["w"]
+  def apply(variables, inputs, *, train, key):
+    return Outputs(logits=inputs @ variables["w"]), {}
 
-  one = jax.tree.map(lambda leaf: leaf[0], variables)
-  reference = (predict, one)
-  options = {"reference": reference, "stacked": True}
-  quality, found = evaluation.examine(predict, variables, batches, **options)
-  plain = evaluation.evaluate(predict, variables, batches, **options)
+  model = Model(Network(lambda key, inputs: {}, apply), variables, seeds=4)
+  one = model.unstack()[0]
+  quality, found = evaluation.examine(model, batches, teacher=teachers.frozen(one))
+  plain = evaluation.evaluate(model, batches, teacher=teachers.frozen(one))
   assert quality.keys() == plain.keys()
   for name, values in plain.items():
     np.testing.assert_array_equal(quality[name], values)
@@ -63,7 +62,7 @@ def test_examine_is_evaluate_with_answers():
   np.testing.assert_array_equal(found.predicted, logits.argmax(axis=-1))
   chances = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
   np.testing.assert_allclose(found.confidence, chances.max(axis=-1), rtol=1e-5)
-  _, alone = evaluation.examine(predict, one, batches)
+  _, alone = evaluation.examine(one, batches)
   np.testing.assert_array_equal(alone.predicted, found.predicted[:1])
 
 

@@ -511,3 +511,23 @@ def test_students_may_start_from_models_and_several_have_names(parts):
 def test_what_is_of_another_kind_says_so(parts, change, match):
   with small_networks.untyped(), pytest.raises((TypeError, ValueError), match=match):
     swept(parts, [{"temperature": 1.0}], **{"steps": 2, **change(parts)})
+
+
+def test_what_each_student_starts_from_is_checked_and_told_apart(parts):
+  wide = networks.linen(models.MLP((7,), CLASSES), name="wide")
+  begun = wide.init(jax.random.key(5), jnp.zeros((1, 6)))
+  moved = jax.tree.map(lambda leaf: leaf + 1, begun)
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, begun)
+  points = search.product(student=["plain", "wide"], temperature=[2.0])
+  told = {"plain": parts["student"], "wide": Model(wide, broken)}
+  with pytest.raises(ValueError, match="holds NaN"):
+    swept({**parts, "student": told}, points, recipes.kd)
+  plan = train.Plan.of(
+    parts["student"], recipes.kd(), data=parts["data"], optimizer=optax.sgd(0.1), steps=1
+  )
+  saved = [
+    _sweep._identity(plan, {"plain": parts["student"], "wide": Model(wide, start)})
+    for start in (begun, moved)
+  ]
+  assert saved[0]["students"] == saved[1]["students"]
+  assert saved[0]["start"] != saved[1]["start"]

@@ -299,7 +299,7 @@ def refused(examples, teacher):
     "teacher=3 must be a Teacher": {"teacher": 3},
     "must return Outputs": {"teacher": Teacher({}, lambda variables, batch: batch.inputs)},
     "has a transform, which changes the inputs": {
-      "source": source.transformed(lambda key, batch: batch)
+      "source": data.transformed(source, lambda key, batch: batch)
     },
     "puts out no logits": {"teacher": no_logits},
     "source must be a Source": {"source": examples},

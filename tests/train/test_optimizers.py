@@ -311,7 +311,7 @@ def test_a_step_trains_with_each():
     optimizers.adamw(0.05, steps=20, clip_norm=1.0),
   ):
     state = init_state(jax.random.key(0), student, recipes.labels(), optimizer, batch)
-    train = jax.jit(make_step(student, None, recipes.labels(), optimizer))
+    train = jax.jit(make_step(student, recipes.labels(), optimizer))
     losses = []
     for _ in range(20):
       state, sums = train(state, None, batch)
