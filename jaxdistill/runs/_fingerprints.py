@@ -11,21 +11,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill.runs._trees import is_key, outline
+from jaxdistill.runs._trees import host_view, is_key, outline
 
 __all__ = ["checksum", "fingerprint", "short_digest", "tree_identity"]
 
 PyTree = Any
 
 
-def _sums(leaf: Any) -> Any:
-  """Two sums of an array's bits as scrambled 32-bit words, each word with its place.
+def _scrambled(xp: Any, words: Any, place: Any) -> Any:
+  """Two sums of 32-bit words, each scrambled with its place.
 
-  Sums of integers are exact in any order, so neither the device nor the sharding changes them; and
-  nothing is reshaped, since that would gather a leaf that lies split on several devices.
+  Sums of integers are exact in any order, so neither the device nor the sharding changes them.
   """
-  if is_key(leaf):
-    leaf = jax.random.key_data(leaf)
+  words, sums = words + place * xp.uint32(0x9E3779B9), []
+  for factor in (0x85EBCA6B, 0xC2B2AE35):
+    words = (words ^ (words >> xp.uint32(16))) * xp.uint32(factor)
+    words = words ^ (words >> xp.uint32(13))
+    sums.append(xp.sum(words, dtype=xp.uint32))
+  return xp.stack(sums)
+
+
+def _sums(leaf: Any) -> Any:
+  """An array's sums where it lies; not reshaped, which would gather one that is split."""
   if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
     leaf = jnp.stack([leaf.real, leaf.imag], axis=-1)
   if leaf.dtype == bool:
@@ -37,23 +44,23 @@ def _sums(leaf: Any) -> Any:
   for axis in reversed(range(words.ndim)):
     along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
     place, stride = place + along * jnp.uint32(stride % 2**32), stride * words.shape[axis]
-  words, sums = words + place * jnp.uint32(0x9E3779B9), []
-  for factor in (0x85EBCA6B, 0xC2B2AE35):
-    words = (words ^ (words >> jnp.uint32(16))) * jnp.uint32(factor)
-    words = words ^ (words >> jnp.uint32(13))
-    sums.append(jnp.sum(words, dtype=jnp.uint32))
-  return jnp.stack(sums)
+  return _scrambled(jnp, words, place)
 
 
 _compiled = jax.jit(_sums)
 
 
 def _summed(leaf: Any) -> Any:
-  """`_sums`, where the leaf lies; of one on other processes' devices too, on each of them."""
-  if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize > 4:
-    # 64 bits of NumPy's, as pairs of 32 bits: JAX would drop half of them.
-    leaf = np.ascontiguousarray(leaf).reshape(-1).view(np.uint32)
-  sharding = getattr(leaf, "sharding", None)
+  """The sums of a leaf; of one on other processes' devices too, on each of them."""
+  leaf = jax.random.key_data(leaf) if is_key(leaf) else leaf
+  here = host_view(leaf)
+  if here is not None:  # nothing has to be compiled, which takes longer than to add up
+    flat = np.ascontiguousarray(here).reshape(-1)
+    # 64 bits are pairs of 32: JAX would drop half of NumPy's.
+    words = flat if flat.dtype == bool else flat.view(f"u{min(flat.dtype.itemsize, 4)}")
+    with np.errstate(over="ignore"):
+      return _scrambled(np, words.astype(np.uint32), np.arange(words.size, dtype=np.uint32))
+  sharding = leaf.sharding
   if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     return jax.jit(_sums, out_shardings=everywhere)(leaf)

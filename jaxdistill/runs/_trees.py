@@ -12,7 +12,16 @@ import numpy as np
 
 from jaxdistill.runs._manifest import first_few
 
-__all__ = ["check_like", "from_outline", "is_key", "named_leaves", "outline", "place", "snapshot"]
+__all__ = [
+  "check_like",
+  "from_outline",
+  "host_view",
+  "is_key",
+  "named_leaves",
+  "outline",
+  "place",
+  "snapshot",
+]
 
 PyTree = Any
 # What Orbax stores as it is; the other small floats and integers go as their bytes.
@@ -30,6 +39,22 @@ def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
       raise ValueError(f"two leaves of item {item!r} have the path {name!r}; rename one.")
     named[name] = leaf
   return named
+
+
+def host_view(leaf: Any) -> np.ndarray | None:
+  """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
+
+  What looks at every number of a tree does so here without a compilation, and on an accelerator
+  without a copy to the host.
+
+  Args:
+    leaf: NumPy's array, or JAX's; a number counts as an array.
+  """
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
+  on_host = all(device.platform == "cpu" for device in leaf.devices())
+  return np.asarray(leaf) if whole and on_host and not is_key(leaf) else None
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:

@@ -18,7 +18,7 @@ import optax
 
 from jaxdistill import _check
 from jaxdistill.data import Source
-from jaxdistill.runs import fingerprint
+from jaxdistill.runs import fingerprint, host_view
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
 
@@ -252,13 +252,11 @@ def check_start(name: str, tree: PyTree) -> None:
       raise TypeError(f"{where} is no array, but {_check.show(leaf)}; {how or 'leave it out'}.")
     if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact):
       found.append((where, leaf))
-  # NumPy's arrays are on the host already; JAX's are asked all at once.
-  here = [(where, bool(np.isnan(x).any())) for where, x in found if not isinstance(x, jax.Array)]
-  there = [(where, leaf) for where, leaf in found if isinstance(leaf, jax.Array)]
-  flags = jax.device_get(_has_nan([leaf for _, leaf in there])) if there else []
-  bad = here + [(where, bool(flag)) for (where, _), flag in zip(there, flags, strict=True)]
-  for where, nan in bad:
-    if nan:
+  views = [host_view(leaf) for _, leaf in found]
+  there = [leaf for (_, leaf), view in zip(found, views, strict=True) if view is None]
+  flags = iter(jax.device_get(_has_nan(there)) if there else ())  # all of them asked at once
+  for (where, _), view in zip(found, views, strict=True):
+    if next(flags) if view is None else np.isnan(view).any():
       raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
 
 
