@@ -531,7 +531,7 @@ class Job:
   ) -> Model:
     """An ordinary run over some seeds."""
     by = students_by(network, inputs_of(self.data))
-    return train.fit(
+    made = train.fit(
       network,
       one.objective,
       data=[dataclasses.replace(self.data, data_seed=data_seed) for _, data_seed in seeds],
@@ -546,6 +546,7 @@ class Job:
       ),
       run=self.stage(folder, {"optimizer": one.rates}),
     )
+    return Model(made.network, made.variables, made.seeds)  # without the state of the training
 
   def assist(
     self,

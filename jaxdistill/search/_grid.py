@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -89,6 +90,15 @@ class Group:
   def start(self) -> Any:
     """The variables that it starts from; None for new ones."""
     return self.student.variables if isinstance(self.student, Model) else None
+
+  def start_of(self, points: int) -> Any:
+    """What the students of so many points start from; the seed varies fastest.
+
+    A model of several seeds has a beginning for each, which is that of the seed at every point.
+    """
+    if not isinstance(self.student, Model) or self.student.seeds is None:
+      return self.start
+    return jax.tree.map(lambda leaf: jnp.concatenate([leaf] * points), self.start)
 
 
 def grouped(
@@ -269,13 +279,6 @@ def _check_points(points: Any) -> list[str]:
 
 def _check_students(student: Any, points: Sequence[Point]) -> dict[str, Student]:
   """The networks by name; none where all points train the same one."""
-  given = student if isinstance(student, Mapping) else {"student": student}
-  for name, one in given.items():
-    if isinstance(one, Model) and one.seeds is not None:
-      raise ValueError(
-        f"{name} holds the variables of {one.seeds} seeds, and all of a sweep's students start "
-        "from the same; give one of model.unstack()."
-      )
   if not isinstance(student, Mapping):
     if "student" in points[0]:
       raise ValueError(

@@ -100,8 +100,9 @@ def sweep(
   marked, and the others go on. A sweep that was stopped goes on from what its folder holds.
 
   Args:
-    student: the network to train, or a model to start from; or several by name, and each point
-      names one: ``points=product(student=["small", "large"], temperature=[1, 4])``.
+    student: the network to train, or a model to start from (of one seed, or of as many as the sweep
+      trains from); or several by name, and each point names one:
+      ``points=product(student=["small", "large"], temperature=[1, 4])``.
     objective: an objective, or a recipe: a function of keywords that returns one.
     points: dicts with the same keywords, see `product`.
     data: where batches come from; each seed gets it with its own ``data_seed``. Or a function
@@ -138,11 +139,11 @@ def sweep(
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
   groups = grouped(points, student, objective, optimizer, steps)
   train.check_teacher(teacher)
-  for group in groups:
-    train.check_student(group.student)
   pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
+  for group in groups:
+    _check_start(group.student, pairs, again)
   plan = Plan.of(
-    groups[0].student,
+    groups[0].network,
     groups[0].objective,
     data=data(pairs[0][1]) if callable(data) else data,
     optimizer=optimizer,
@@ -162,6 +163,19 @@ def sweep(
       result.write(path)
       runs.say_saved(run.label("sweep"), path)
   return result
+
+
+def _check_start(
+  student: Student, pairs: Sequence[tuple[int, int]], again: Sequence[tuple[int, int]]
+) -> None:
+  """Raises where a student is none, or has beginnings for another number of seeds."""
+  train.check_student(student)
+  counts = {len(some) for some in (pairs, again) if some}
+  if isinstance(student, Model) and student.seeds is not None and counts != {student.seeds}:
+    raise ValueError(
+      f"student holds the variables of {student.seeds} seeds, and the sweep trains from "
+      f"{sorted(counts)}: give as many seeds, or one of model.unstack()."
+    )
 
 
 def _chosen(
@@ -217,8 +231,7 @@ class _Job:
 
   def plan_of(self, group: Group) -> Plan:
     """What a group's students are, one of them."""
-    network, start = group.network, group.start
-    return dataclasses.replace(self.plan, student=network, start=start, objective=group.objective)
+    return dataclasses.replace(self.plan, student=group.network, objective=group.objective)
 
   def train(
     self,
@@ -240,6 +253,7 @@ class _Job:
       by = ways[id(group.network)]
       plan = dataclasses.replace(
         self.plan_of(group),
+        start=group.start_of(count),
         sources=sources * count,
         seeds=[seed for seed, _ in pairs] * count,
         stacked=True,
@@ -331,7 +345,8 @@ def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str,
   def params(network: Network) -> PyTree:
     return jax.eval_shape(network.init, example_key(), inputs_of(source))["params"]
 
-  found = plan.describe(params(plan.student))
+  begun: Any = student.variables if isinstance(student, Model) else None
+  found = dataclasses.replace(plan, start=begun).describe(params(plan.student))
   del found["data_seed"]  # each pair of seeds has its own
   if isinstance(student, Mapping):
     del found["student"]
@@ -341,7 +356,7 @@ def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str,
       for name, network in networks.items()
     }
     begun = {n: one.variables for n, one in student.items() if isinstance(one, Model)}
-    if begun:  # the plan has that of one of them
+    if begun:
       found["start"] = runs.fingerprint((begun, plan.objective.start))
   return found
 

@@ -489,6 +489,14 @@ def test_students_may_start_from_models_and_several_have_names(parts):
       alike = {**parts, "student": student}
       expected = alone(alike, {"temperature": 2.0}, *pair, steps=20, objective=recipe())
       assert_same(of_seed(result.students(index), s), expected, atol=1e-5)
+  # Each seed from a beginning of its own, at every point.
+  several = result.students(0)
+  grown = swept({**parts, "student": several}, POINTS[:2], recipe, steps=20, seeds=SEEDS)
+  for index, point in enumerate(POINTS[:2]):
+    for s, pair in enumerate(SEEDS):
+      alike = {**parts, "student": several.unstack()[s]}
+      expected = alone(alike, point, *pair, steps=20, objective=recipe())
+      assert_same(of_seed(grown.students(index), s), expected, atol=1e-5)
   one = swept({**parts, "student": begun["student"]}, [{"temperature": 2.0}], recipe, steps=20)
   assert_same(of_seed(one.model, 0), of_seed(result.students(0), 0), atol=1e-5)
 
@@ -505,7 +513,10 @@ def test_students_may_start_from_models_and_several_have_names(parts):
     (lambda p: {"memory": 0}, "memory=0 must be"),
     (lambda p: {"accumulate": 0}, "accumulate=0 must be"),
     (lambda p: {"run": 3}, r"run=3 must be a folder, or train\.Run"),
-    (lambda p: {"student": Model(p["student"], {}, 2)}, "the variables of 2 seeds"),
+    (
+      lambda p: {"student": Model(p["student"], {}, 2)},
+      "the variables of 2 seeds.*one of model.unstack",
+    ),
   ],
 )
 def test_what_is_of_another_kind_says_so(parts, change, match):
