@@ -344,7 +344,7 @@ def measure(bench: Bench, row: Trained, teacher: Teacher, name: str) -> dict[str
     "method": name,
     "factor": row.factor,
     "weights": " ".join(f"{n}={value:g}" for n, value in row.point.items()),
-    "parameters": evaluation.cost.parameters(row.model.unstack()[0].variables),
+    "parameters": evaluation.cost.parameters(row.model.instance(0).variables),
   }
   measured = {"validation": row.validated.metrics["accuracy"]} | {
     n: found[n] for n in ("accuracy", "agreement")

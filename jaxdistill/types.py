@@ -172,6 +172,8 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
   {'temperature': 2.0}
   """
   made = objective if isinstance(objective, Objective) else _promoted(objective)
+  if not hyper:
+    return made
   unknown = sorted(set(hyper) - set(made.hyper))
   if unknown:
     raise ValueError(
@@ -188,7 +190,7 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
   def apply(*args: Any, **given: Any) -> tuple[dict[str, Term], PyTree]:
     return made.apply(*args, **{**constants, **given})
 
-  return dataclasses.replace(made, apply=apply, hyper={**made.hyper, **hyper}) if hyper else made
+  return dataclasses.replace(made, apply=apply, hyper={**made.hyper, **hyper})
 
 
 def _promoted(objective: Any) -> Objective:
@@ -304,10 +306,13 @@ class Model:
 
   def unstack(self) -> list[Model]:
     """The models of each seed; of a run over one, this model alone."""
+    return [self.instance(i) for i in range(self.seeds or 1)]
+
+  def instance(self, index: int) -> Model:
+    """The model of one seed, counted from 0; of a run over one, this model alone."""
     if self.seeds is None:
-      return [Model(self.network, self.variables)]
-    trees = [jax.tree.map(lambda leaf, i=i: leaf[i], self.variables) for i in range(self.seeds)]
-    return [Model(self.network, tree) for tree in trees]
+      return Model(self.network, self.variables)
+    return Model(self.network, jax.tree.map(lambda leaf: leaf[index], self.variables))
 
 
 @flax.struct.dataclass

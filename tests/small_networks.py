@@ -59,13 +59,13 @@ def model(network, *shape, key):
   return Model(network, network.init(key, jnp.zeros(shape)))
 
 
-def fit(student, objective, **options):
-  """`train.fit`, which takes what `Run` and `Watch` hold as keywords of its own; silent."""
+def fit(student, objective, *, room=train, **options):
+  """A room's `fit`, which takes what `Run` and `Watch` hold as keywords of its own; silent."""
   options.setdefault("progress", None)
-  for name, kind in (("run", train.Run), ("watch", train.Watch)):
+  for name, kind in (("run", room.Run), ("watch", room.Watch)):
     fields = [field.name for field in dataclasses.fields(kind)]
     options[name] = kind(**{field: options.pop(field) for field in fields if field in options})
-  return train.fit(student, objective, **options)
+  return room.fit(student, objective, **options)
 
 
 def drawn(shapes, seed=0, scale=1.0):

@@ -21,6 +21,8 @@ import pytest
 from flax import nnx
 from tensorflow_datasets.core import registered
 
+import small_networks
+
 MODULES = [
   "data",
   "evaluation",
@@ -110,11 +112,7 @@ def fit(j, folder=None, *, student=None, objective=None, devices=2, hyper=None, 
   objective = j.recipes.kd() if objective is None else objective
   if hyper is not None:
     objective = j.types.as_objective(objective, **hyper)
-  options |= {"folder": folder, "progress": None}
-  for name, kind in (("run", j.train.Run), ("watch", j.train.Watch)):
-    fields = [field.name for field in dataclasses.fields(kind)]
-    options[name] = kind(**{field: options.pop(field) for field in fields if field in options})
-  return j.train.fit(student, objective, **options)
+  return small_networks.fit(student, objective, room=j.train, folder=folder, **options)
 
 
 def check(call, error, message):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     costs,
     evaluate,
     examine,
+    logits_of,
     validator,
   )
 
@@ -26,6 +27,7 @@ __all__ = [
   "costs",  # what a deployed model costs, on this machine
   "evaluate",  # evaluates a model on a whole split, padded rows excluded exactly
   "examine",  # what `evaluate` does, and in the same pass what the model said of each example
+  "logits_of",  # what a model, or a teacher, says of a batch
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example
   "validator",  # what a run measures on its way: compiled once, called often

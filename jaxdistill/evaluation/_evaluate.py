@@ -20,6 +20,7 @@ __all__ = [
   "costs",
   "evaluate",
   "examine",
+  "logits_of",
   "validator",
 ]
 
@@ -83,8 +84,19 @@ def examine(
 _Sums = dict[str, Any]
 
 
-def _logits(model: Model | Teacher, batch: Batch) -> jax.Array:
-  """What a model says of a batch, ``[B, K]``."""
+def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
+  """What a model says of a batch.
+
+  Args:
+    model: a model, or a teacher.
+    batch: leaves ``[B, ...]``.
+
+  Returns:
+    ``[B, K]``, or ``[B, L, K]`` for tokens.
+
+  Raises:
+    TypeError: it puts out no logits.
+  """
   outputs = model(batch)
   logits = outputs.logits if isinstance(outputs, Outputs) else None
   if not hasattr(logits, "shape"):
@@ -113,11 +125,11 @@ class _Compiled:
     """The sums over a batch, and the answers."""
     batch = jax.tree.map(lambda leaf: leaf[i], batches)
     # The teacher is run once a batch, whatever the number of seeds.
-    taught = None if teacher is None else _logits(teacher, batch)
+    taught = None if teacher is None else logits_of(teacher, batch)
     where = batch.weight * batch.labelled
 
     def sums_of(model: Model | Teacher) -> tuple[_Sums, _Sums]:
-      logits = _logits(model, batch)
+      logits = logits_of(model, batch)
       self.classes = logits.shape[-1]
       sums = metrics.classification_sums(logits, batch.labels, where)
       if taught is not None:
@@ -259,16 +271,16 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   _check.number("seconds", seconds, above=0)
   _check_batches(batches)
   if isinstance(model, Model):
-    model = model.unstack()[0]
+    model = model.instance(0)
   batch = jax.tree.map(lambda leaf: leaf[0], batches)
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = int(batch.weight.shape[0])
   return {
     "parameters": cost.parameters(model.variables),
     "bytes": cost.size_bytes(model.variables),
-    "flops": cost.flops_or_none(_logits, model, one),
-    "xla_flops": cost.xla_flops(_logits, model, one),
-    "latency_ms": cost.latency(_logits, model, one, seconds=seconds),
-    "throughput": cost.throughput(_logits, model, batch, examples=size, seconds=seconds),
+    "flops": cost.flops_or_none(logits_of, model, one),
+    "xla_flops": cost.xla_flops(logits_of, model, one),
+    "latency_ms": cost.latency(logits_of, model, one, seconds=seconds),
+    "throughput": cost.throughput(logits_of, model, batch, examples=size, seconds=seconds),
     "throughput_batch": size,
   }

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _compile, export
-from jaxdistill.evaluation import cost
+from jaxdistill.evaluation import cost, logits_of
 from jaxdistill.reports import plain
 from jaxdistill.types import Model, Network, Teacher, make_batch
 
@@ -173,7 +173,7 @@ def measure_network(
     return inputs if normalize is None else normalize(inputs)
 
   def infer(model: Model | Teacher, inputs: PyTree) -> Any:
-    return model(make_batch(seen(inputs))).logits
+    return logits_of(model, make_batch(seen(inputs)))
 
   def example(size: int) -> PyTree:
     return jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), leaf.dtype), stored)
@@ -184,7 +184,7 @@ def measure_network(
     )
     model: Model | Teacher = Model(network, init(example(1)))
   else:
-    model = network.unstack()[0] if isinstance(network, Model) else network
+    model = network.instance(0) if isinstance(network, Model) else network
   inputs, compiled = example(batch_size), jax.jit(infer)
   expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
   model = jax.device_put(model)

@@ -337,7 +337,7 @@ def _first_inside(
   for name in sorted(students, key=lambda name: _rank(found.rows[_best_row(found, name)], job)):
     if name not in checked:
       folder = path / "checked"
-      model = found.students(_best_row(found, name)).unstack()[0]
+      model = found.students(_best_row(found, name)).instance(0)
       export.save_student(folder, model, stored=job.data.stored, normalize=job.data.normalize)
       checked[name] = _budget.measure_in_process(folder, within)
       runs.write_json(file, checked)
@@ -573,7 +573,7 @@ class Job:
       found = self.swept(student, objective, [values], path / "direct", teacher=self.teacher)
       direct = found.rows[0]
     one, seeds = self.student_at(network, values), self.seeds[:1]
-    learned = self.fit(network, one, path / "assistant", seeds, teacher=self.teacher).unstack()[0]
+    learned = self.fit(network, one, path / "assistant", seeds, teacher=self.teacher).instance(0)
     taught = teachers.frozen(learned)
     found = self.swept(student, objective, self.points, path / "assisted", teacher=taught)
     row = found.rows[found.best]

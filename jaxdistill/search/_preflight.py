@@ -19,13 +19,12 @@ import numpy as np
 
 from jaxdistill import _check, runs, teachers
 from jaxdistill.data import Source
-from jaxdistill.evaluation import cost
+from jaxdistill.evaluation import cost, logits_of
 from jaxdistill.search._checks import pair_checks, teacher_checks
 from jaxdistill.search._checks.findings import Finding, PreflightWarning
 from jaxdistill.search._checks.probes import (
   batches_of,
   curve,
-  logits_of,
   predictions,
   probe_terms,
   taught_further,

@@ -86,7 +86,7 @@ def share_teacher(
     return None
   item = next(iter(first.whole.every(first.data_seed, first.batch_size, 0)))
   batch = jax.eval_shape(first.cut, first.shared, item)
-  theirs = jax.eval_shape(lambda teacher, batch: teacher(batch), teacher, batch)
+  theirs = jax.eval_shape(Teacher.__call__, teacher, batch)
   if theirs.logits is None:
     return None
 

@@ -138,7 +138,6 @@ def sweep(
   if not isinstance(choice, Choice):
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
   groups = grouped(points, student, objective, optimizer, steps)
-  train.check_teacher(teacher)
   pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
   for group in groups:
     _check_start(group.student, pairs, again)
@@ -148,15 +147,19 @@ def sweep(
     data=data(pairs[0][1]) if callable(data) else data,
     optimizer=optimizer,
     steps=steps,
-    teacher=jax.device_put(teacher),  # once, and not wherever it is read
+    teacher=teacher,
     accumulate=execution.accumulate,
     average=average,
   )
+  # Put on the device once, and not wherever it is read.
+  plan = dataclasses.replace(plan, teacher=jax.device_put(plan.teacher))
   job = _Job(plan, data, choice, execution, run, train.data_parallel(execution.devices))
-  settings = {**(run.config or {}), **_identity(plan, student)}
-  settings |= {"points": list(points), "seeds": pairs, "retrain": again, **choice.describe()}
   with contextlib.ExitStack() as stack:
-    path = None if run.folder is None else stack.enter_context(claimed_folder(run.folder, settings))
+    path = None
+    if run.folder is not None:
+      settings = {**(run.config or {}), **_identity(plan, student), **choice.describe()}
+      settings |= {"points": list(points), "seeds": pairs, "retrain": again}
+      path = stack.enter_context(claimed_folder(run.folder, settings))
     asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
     result = _chosen(job, groups, points, pairs, again, path, asked)
     if path is not None:

@@ -76,7 +76,7 @@ def frozen(model: Model) -> Teacher:
       f"model holds {model.seeds} seeds of {model.network.name!r}: give one of model.unstack(), "
       "or teachers.ensemble(model.unstack())."
     )
-  (one,) = model.unstack()
+  one = model.instance(0)
   return Teacher(one.variables, _Inference(one.network), _asked("frozen"))
 
 

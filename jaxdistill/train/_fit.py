@@ -257,8 +257,7 @@ def fit(
   every = Intervals.of(steps, epoch, watch.log_every, watch.validate_every, run.checkpoint_every)
   program.trace(every.next_stop(0))  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
-  settings = {**(run.config or {}), "seed": seed, **plan.describe(program.shapes.params)}
-  return _trained(program, every, watch, run, settings, left)
+  return _trained(program, every, watch, run, seed, left)
 
 
 def _trained(
@@ -266,7 +265,7 @@ def _trained(
   every: Intervals,
   watch: Watch,
   run: Run,
-  settings: Mapping[str, Any],
+  seed: int | Sequence[int],
   left: float | None,
 ) -> Fitted:
   """Runs a program in its folder; stops after so many seconds, where that is not None."""
@@ -277,7 +276,8 @@ def _trained(
     asked_to_stop = stack.enter_context(listening)
     path = saved = None
     if run.folder is not None:
-      path = stack.enter_context(claimed_folder(run.folder, settings))
+      about = {"seed": seed, **plan.describe(program.shapes.params)}
+      path = stack.enter_context(claimed_folder(run.folder, {**(run.config or {}), **about}))
       kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
       saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)

@@ -256,7 +256,7 @@ def _teacher_shapes(teacher: Teacher | None, batch: Batch) -> Outputs | None:
   if teacher is None:
     return None
   try:
-    outputs = jax.eval_shape(lambda teacher, batch: teacher(batch), teacher, batch)
+    outputs = jax.eval_shape(Teacher.__call__, teacher, batch)
   except (
     _check.VariablesError,
     flax.errors.FlaxError,

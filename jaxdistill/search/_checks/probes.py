@@ -18,6 +18,7 @@ import optax
 from jaxdistill import _check, losses, runs
 from jaxdistill._compile import quick
 from jaxdistill.data import Source
+from jaxdistill.evaluation import logits_of
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.train import State, init_state, reduce_terms
 from jaxdistill.types import Batch, Model, Network, Objective, Outputs, Teacher, as_objective
@@ -26,7 +27,6 @@ __all__ = [
   "ProbedTerm",
   "batches_of",
   "curve",
-  "logits_of",
   "predictions",
   "probe_terms",
   "taught_further",
@@ -111,12 +111,6 @@ def curve(run: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, int | No
     values.append(float(mean))
   planned = runs.read_config(folder).get("steps") if (folder / "config.json").exists() else None
   return np.array(steps), np.array(values), planned if isinstance(planned, int) else None
-
-
-def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
-  """What a model says of a batch: ``[B, K]``, or ``[B, L, K]`` for tokens."""
-  logits: jax.Array = model(batch).logits
-  return logits
 
 
 def predictions(
