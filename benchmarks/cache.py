@@ -105,7 +105,7 @@ def compare(options: Options) -> dict[str, Any]:
     plan = train.Plan.of(
       student, objective, data=batches, optimizer=optimizer, steps=steps, teacher=given
     )
-    runs[name] = train.Program(plan, dispatch)
+    runs[name] = train.Program(plan, dispatch, longest=options.steps)
     states[name] = dispatch.spread(runs[name].initial())
   seconds = measure(runs, states, options)
   plain = seconds["plain cross-entropy"]

@@ -3,7 +3,7 @@
 The convolutional student of the digits (8, 16, 16 channels, a dense layer of 64; batch 64), its
 convolutions by `jax.lax` or as patches and one matrix product, trained with soft targets from
 logits in memory: under ``vmap`` in one dispatch of many steps or of one, and one after another
-(``unroll``) in dispatches of one step. This is what `jaxdistill.search.students_by` goes by.
+(``unroll``) in dispatches of one step. This is what `jaxdistill.train.students_by` goes by.
 
 Command:   python benchmarks/side_by_side.py    (results: benchmarks/results/side_by_side.json)
 """
@@ -67,7 +67,7 @@ def measure(source, module, by: str, scan: bool, students: int, options: Options
     steps=options.steps * (options.repeats + 1),
     seed=range(students),
   )
-  program = train.Program(plan, dispatch, values=values)
+  program = train.Program(plan, dispatch, longest=options.steps, values=values)
   state = dispatch.spread(program.initial())
   times = []
   for i in range(options.repeats + 1):  # the first compiles

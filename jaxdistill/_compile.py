@@ -2,17 +2,20 @@
 
 `activations`, `available` and `that_fit` are about memory, measured and not guessed. `quick`,
 `brief`, `long` and `by_work` are options of the compiler. A `BackgroundCompiled` function is
-compiled while Python traces what comes next, and a `Deferred` array is computed when it is first
-needed.
+compiled while Python traces what comes next, and not at all where the same program was compiled
+before. A `Deferred` array is computed when it is first needed.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import hashlib
 import math
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +28,9 @@ __all__ = [
   "brief",
   "by_work",
   "computed",
+  "convolves",
   "long",
+  "quarter",
   "quick",
   "that_fit",
 ]
@@ -55,24 +60,47 @@ def activations(function: Callable[..., Any], *args: Any) -> int:
 
   Returns:
     The sum over all operations of what each puts out; all branches count, and a loop as often as it
-    runs where that is known.
+    runs, or once where that is not known.
 
   >>> activations(lambda x: 2 * (x + 1), jax.ShapeDtypeStruct((10,), "float32"))
   80
   """
+  return _computed_bytes(jax.make_jaxpr(function)(*args).jaxpr)
 
-  def count(jaxpr: Any) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-      params = jax.tree.leaves(list(equation.params.values()))  # branches come as a tuple
-      inner = [getattr(value, "jaxpr", value) for value in params]
-      bodies = [body for body in inner if hasattr(body, "eqns")]
-      total += sum(count(body) for body in bodies) * equation.params.get("length", 1)
-      if not bodies:
-        total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
-    return total
 
-  return count(jax.make_jaxpr(function)(*args).jaxpr)
+def _computed_bytes(jaxpr: Any) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    bodies = list(_bodies(equation))
+    total += sum(map(_computed_bytes, bodies)) * equation.params.get("length", 1)
+    if not bodies:
+      total += sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
+  return total
+
+
+def _bodies(equation: Any) -> Iterator[Any]:
+  """The jaxprs inside an operation: branches, the body of a loop, what is called."""
+  for value in jax.tree.leaves(list(equation.params.values())):  # branches come as a tuple
+    inner = getattr(value, "jaxpr", value)
+    if hasattr(inner, "eqns"):
+      yield inner
+
+
+def convolves(function: Callable[..., Any], *args: Any) -> bool:
+  """Whether a function has ``lax`` convolutions, which XLA computes slowly in a CPU's loop.
+
+  Args:
+    function: traced, not run.
+    *args: its arguments, or their shapes.
+  """
+
+  def found(jaxpr: Any) -> bool:
+    return any(
+      equation.primitive.name == "conv_general_dilated" or any(map(found, _bodies(equation)))
+      for equation in jaxpr.eqns
+    )
+
+  return found(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def available(devices: Sequence[jax.Device]) -> int:
@@ -101,6 +129,18 @@ def _of_machine() -> int:
       return 1024 * int(lines["MemAvailable"].split()[0])
   # Other systems tell no such figure through the standard library: an ordinary laptop's half.
   return 4 * 2**30
+
+
+def quarter(where: str) -> int:
+  """A quarter of the memory there is, in bytes: the same whatever else is in it at the moment.
+
+  Args:
+    where: ``"device"`` or ``"host"``; a device without memory of its own has the host's.
+  """
+  stats = jax.local_devices()[0].memory_stats() if where == "device" else None
+  if stats and "bytes_limit" in stats:
+    return int(stats["bytes_limit"] // 4)
+  return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
 
 
 def that_fit(cost: Callable[[int], int], count: int, memory: int, *, multiple: int = 1) -> int:
@@ -151,7 +191,10 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
-  work = activations(function, *args) * calls
+  return _options_for(activations(function, *args) * calls)
+
+
+def _options_for(work: int) -> dict[str, Any] | None:
   return quick() if work < _LITTLE else brief() if work < _MUCH else long()
 
 
@@ -197,46 +240,147 @@ def _known() -> frozenset[str]:
 
 
 class BackgroundCompiled:
-  """A jitted function that is compiled while Python goes on."""
+  """A function that is compiled while Python goes on, once for all programs that are the same.
 
-  def __init__(self, function: Callable[..., Any]) -> None:
+  Two functions are the same program where JAX lowers them to the same text: a second fit of the
+  same network and objective from other variables is traced, and not compiled. What JAX compiles is
+  a function of lists of leaves, so that trees with other static parts may share it.
+  """
+
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    jit: Callable[..., Any] | None = None,
+    *,
+    shared: bool = True,
+  ) -> None:
     """Nothing is compiled yet.
 
     Args:
-      function: from ``jax.jit``.
+      function: of trees of arrays.
+      jit: compiles it, by ``jax.jit``; with an option that drops no argument, since the text of a
+        program does not say which one was dropped.
+      shared: whether programs that are the same are compiled once.
     """
-    self.function: Any = function
-    self.pending: concurrent.futures.Future[Any] | None = None
+    self._function, self._shared = function, shared
+    self._trees: list[Any] = []
+    self._where: list[Any] = []
+    self._result: Any = None
+    jit = functools.partial(jax.jit, keep_unused=True) if jit is None else jit
 
-  def compile(self, *args: Any, options: dict[str, Any] | None = None) -> None:
-    """Traces the function here, and has it compiled in a thread of its own.
+    def of_leaves(*leaves: list[Any]) -> list[Any]:
+      trees = zip(self._trees, leaves, strict=True)
+      made = self._function(*(jax.tree.unflatten(tree, mine) for tree, mine in trees))
+      flat, self._result = jax.tree.flatten(made)
+      return flat
+
+    of_leaves.__name__ = getattr(function, "__name__", "program")  # as profiles show it
+    self._jitted = jit(of_leaves)
+    self._stage: Any = None
+    self._pending: concurrent.futures.Future[Any] | None = None
+
+  def trace(self, *args: Any) -> None:
+    """Traces the function, so that what does not fit says so.
+
+    Args:
+      *args: arguments, or their shapes, dtypes and shardings.
+    """
+    leaves, self._trees = map(list, zip(*map(jax.tree.flatten, args), strict=True))
+    self._where = [_devices_of(leaf) for leaf in jax.tree.leaves(leaves)]
+    # pmap can lower, and has no trace.
+    stage = getattr(self._jitted, "trace", self._jitted.lower)
+    self._stage = stage(*leaves)
+
+  def compile(
+    self, *args: Any, options: dict[str, Any] | None = None, calls: int | None = None
+  ) -> None:
+    """Traces the function here, if that has not been done, and compiles it in a thread of its own.
 
     Tracing stays in the caller's thread, where its settings are (``jax.enable_x64`` and the like
     are of a thread).
 
     Args:
       *args: arguments, or their shapes, dtypes and shardings.
-      options: of the compiler, for what `compiled` gives. A call has none of them, and compiles.
+      options: of the compiler.
+      calls: how often it will be called, by which the options are chosen in place of ``options``,
+        see `by_work`.
     """
-    lowered = self.function.lower(*args)
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    self.pending = pool.submit(lowered.compile, compiler_options=options)
-    pool.shutdown(wait=False)
+    if self._stage is None:
+      self.trace(*args)
+    stage, self._stage = self._stage, None
+    if hasattr(stage, "lower"):
+      if calls is not None:
+        options = _options_for(_computed_bytes(stage.jaxpr.jaxpr) * calls)
+      stage = stage.lower()
+    text = stage.as_text() if self._shared else "callback"
+    # What calls back into Python has a function of its own behind the same text; and constants that
+    # are arguments are not in it.
+    hidden = getattr(jax.config, "jax_use_simplified_jaxpr_constants", False)
+    if "callback" in text or hidden:
+      self._pending = _submitted(stage, options)
+      return
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    self._pending = _PROGRAMS.get((digest, repr(options), repr(self._where)), stage, options)
 
   def compiled(self) -> Any:
-    """What `compile` made: ``jax.stages.Compiled``; waits for it."""
-    assert self.pending is not None
-    return self.pending.result()
+    """What `compile` made: ``jax.stages.Compiled``, of lists of leaves; waits for it."""
+    assert self._pending is not None
+    return self._pending.result()
 
   def __call__(self, *args: Any) -> Any:
     """Calls the function, once it is compiled.
 
-    ``jax.jit`` keeps what it lowered together with its executable: arguments like those that it was
-    compiled for, without ``options``, compile nothing more, and others are compiled as ever.
+    Args:
+      *args: arguments of the shapes, dtypes and shardings that it was compiled for; of the first
+        call, where it was not.
     """
-    if self.pending is not None:
-      self.pending.result()
-    return self.function(*args)
+    if self._pending is None:
+      self.compile(*args)
+    leaves = [jax.tree.leaves(arg) for arg in args]
+    return jax.tree.unflatten(self._result, self.compiled()(*leaves))
+
+
+def _devices_of(leaf: Any) -> Any:
+  """On which devices a leaf lies, in the order of its mesh; the text of a program does not say."""
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    return getattr(jax.config, "jax_default_device", None)
+  mesh = getattr(sharding, "mesh", None)
+  devices = sharding.device_set if mesh is None else mesh.devices.flat
+  return [(device.platform, device.id) for device in devices]
+
+
+def _submitted(lowered: Any, options: dict[str, Any] | None) -> concurrent.futures.Future[Any]:
+  pool = concurrent.futures.ThreadPoolExecutor(1)
+  pending = pool.submit(lowered.compile, compiler_options=options)
+  pool.shutdown(wait=False)
+  return pending
+
+
+class _Programs:
+  """The programs of this process that were compiled last, as ``jax.jit`` keeps its own."""
+
+  def __init__(self, most: int) -> None:
+    self._most = most
+    self._lock = threading.Lock()
+    self._found: dict[Any, concurrent.futures.Future[Any]] = {}
+
+  def get(
+    self, key: Any, lowered: Any, options: dict[str, Any] | None
+  ) -> concurrent.futures.Future[Any]:
+    """The program of this key, compiled or on its way; the one used last is dropped last."""
+    with self._lock:
+      pending = self._found.pop(key, None)
+      if pending is None or (pending.done() and pending.exception() is not None):
+        pending = _submitted(lowered, options)
+      self._found[key] = pending
+      while len(self._found) > self._most:
+        del self._found[next(iter(self._found))]
+      return pending
+
+
+# An executable of a large network holds some megabytes.
+_PROGRAMS = _Programs(most=64)
 
 
 class Deferred(jax.ShapeDtypeStruct):

@@ -1,6 +1,7 @@
 """What is compiled when: in the background, quickly where little is computed, nothing twice."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.monitoring
@@ -11,8 +12,7 @@ import pytest
 
 from jaxdistill import _compile, data, evaluation, losses, networks, recipes, search, teachers
 from jaxdistill.networks import models
-from jaxdistill.search import _shared_teacher
-from jaxdistill.train import Plan, Program, Run, with_jit
+from jaxdistill.train import Plan, Program, Run, _shared_teacher, with_jit
 from jaxdistill.types import Model, Term, as_objective
 
 
@@ -32,6 +32,11 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(note)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before(monkeypatch):
+  monkeypatch.setattr(_compile, "_PROGRAMS", _compile._Programs(most=64))
+
+
 def parts(size=40):
   random = np.random.RandomState(0)
   examples = data.from_arrays(
@@ -43,26 +48,96 @@ def parts(size=40):
   return model, source, data.evaluation_batches(examples, batch_size=16)
 
 
-def test_a_call_takes_what_was_compiled_ahead_and_compiles_what_was_not():
+def test_what_is_called_was_compiled_ahead():
   def double(x):
     return 2 * x
 
-  function = _compile.BackgroundCompiled(jax.jit(double))
-  x, longer = np.ones(3, np.float32), np.ones(4, np.float32)
+  function = _compile.BackgroundCompiled(double)
   with compiled() as names:
     function.compile(jax.ShapeDtypeStruct((3,), jnp.float32))
     assert function.compiled().memory_analysis().argument_size_in_bytes == 12
-    assert function(x).tolist() == [2, 2, 2]
-    assert names == ["double"]
-    assert function(longer).tolist() == [2, 2, 2, 2]
-  assert names == ["double"] * 2
+    assert function(np.ones(3, np.float32)).tolist() == [2, 2, 2]
+  assert names == ["double"]
+
+
+def test_programs_that_are_the_same_are_compiled_once():
+  def made(constant, kept="a"):
+    def program(tree):
+      return {"made": constant * tree[kept]}
+
+    return _compile.BackgroundCompiled(program)
+
+  tree = {"a": np.arange(3, dtype=np.float32), "b": np.ones(3, np.float32)}
+  two = np.full(3, 2, np.float32)
+  with compiled() as names:
+    assert made(two)(tree)["made"].tolist() == [0, 2, 4]
+    assert made(np.full(3, 2, np.float32))(tree)["made"].tolist() == [0, 2, 4]
+    assert names == ["program"]
+    # Other constants, another of two arguments, another shape: each is another program.
+    assert made(np.full(3, 3, np.float32))(tree)["made"].tolist() == [0, 3, 6]
+    assert made(two, "b")(tree)["made"].tolist() == [2, 2, 2]
+    longer = {"a": np.ones(4, np.float32), "b": tree["b"]}
+    assert made(np.float32(2))(longer)["made"].tolist() == [2, 2, 2, 2]
+  assert names == ["program"] * 4
+
+
+def test_models_of_one_network_share_a_program_and_keep_their_static_parts():
+  model, source, _ = parts()
+  other = Model(dataclasses.replace(model.network, name="other"), model.variables)
+
+  def program(model, x):
+    return Model(model.network, jax.tree.map(lambda leaf: leaf + x, model.variables))
+
+  with compiled() as names:
+    first, second = (_compile.BackgroundCompiled(program)(m, 1.0) for m in (model, other))
+  assert names == ["program"]
+  assert (first.network.name, second.network.name) == ("network", "other")
+
+
+def test_programs_on_other_devices_are_others():
+  def program(x):
+    return x + 1
+
+  found = []
+  for device in jax.devices()[:2]:
+    made = _compile.BackgroundCompiled(program)(jax.device_put(np.ones(3, np.float32), device))
+    found.append(made.devices())
+  assert found == [{device} for device in jax.devices()[:2]]
+
+
+def test_what_calls_back_into_python_keeps_its_own_function():
+  calls = []
+
+  def made(name):
+    def program(x):
+      jax.debug.callback(lambda: calls.append(name))
+      return x
+
+    return _compile.BackgroundCompiled(program)
+
+  for name in ("first", "second"):
+    made(name)(np.ones(3, np.float32))
+    jax.effects_barrier()
+  assert calls == ["first", "second"]
 
 
 def test_what_does_not_trace_says_so_where_it_is_compiled():
-  function = _compile.BackgroundCompiled(jax.jit(lambda x: x @ x))
+  function = _compile.BackgroundCompiled(lambda x: x @ x)
   with pytest.raises(TypeError, match="contracting dimensions"):
     function.compile(jax.ShapeDtypeStruct((2, 3), jnp.float32))
   assert function(np.eye(2, dtype=np.float32)).tolist() == [[1, 0], [0, 1]]
+
+
+def test_a_program_that_cannot_be_compiled_is_tried_again():
+  def program(x):
+    return x + 1
+
+  for _ in range(2):
+    function = _compile.BackgroundCompiled(program)
+    function.compile(jnp.ones(3), options={"xla_no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError):
+      function.compiled()
+  assert _compile.BackgroundCompiled(program)(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
 def test_pending_arrays_are_shapes_until_they_are_needed():
@@ -166,7 +241,6 @@ def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():
     logits = made.shared[1]["logits"]
     assert isinstance(logits, _compile.Deferred)
     assert logits.shape == (40, 3)
-    assert "outputs" not in names
     found = _compile.computed(made.shared)[1]["logits"]
   assert names.count("outputs") == 1
   expected = teachers.cached(teacher, source, progress=None).shared[1]["logits"]
@@ -232,6 +306,6 @@ def test_a_states_seed_is_the_key_that_jax_makes_of_it():
     plan = Plan.of(
       model.network, recipes.labels(), data=source, optimizer=optax.sgd(0.1), steps=1, seed=seed
     )
-    program = Program(plan, with_jit())
+    program = Program(plan, with_jit(), longest=1)
     _, _, key = jax.random.split(jax.random.key(seed), 3)
     assert jax.random.key_data(program.initial().key).tolist() == jax.random.key_data(key).tolist()

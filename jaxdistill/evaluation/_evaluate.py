@@ -168,8 +168,8 @@ class _Compiled:
     given, options = (model, teacher, batches, 0), _compile.long()
     if calls is not None:
       options = _compile.by_work(self.batch, *given, calls=calls * len(batches.weight))
-    self.one = BackgroundCompiled(jax.jit(self.batch, compiler_options=options))
-    self.one.compile(*given)
+    self.one = BackgroundCompiled(self.batch)
+    self.one.compile(*given, options=options)
     return self.one
 
   def __call__(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.search._grid import product
   from jaxdistill.search._preflight import preflight
-  from jaxdistill.search._side_by_side import students_by
   from jaxdistill.search._sweep import Execution, sweep
 
 __all__ = [
@@ -55,7 +54,6 @@ __all__ = [
   "preflight",  # runs all checks that the arguments allow, and warns of what it finds
   "product",  # every combination of the values of some keywords; the last keyword varies fastest
   "read_choice",  # what a finished compression chose: its ``budget.json``
-  "students_by",  # the rule for how several students of one network are trained in one program
   "sweep",  # trains a student for every point and seed, and chooses the point that validates best
 ]
 

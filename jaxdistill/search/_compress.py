@@ -33,8 +33,7 @@ from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
 from jaxdistill.search._choice import METRICS, Choice, Halving, Result, Row, score, standard_error
 from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
-from jaxdistill.search._side_by_side import example_key, inputs_of, students_by
-from jaxdistill.train import Optimizer
+from jaxdistill.train import Optimizer, example_key, inputs_of
 from jaxdistill.types import Model, Network, Teacher
 
 __all__ = [
@@ -530,7 +529,6 @@ class Job:
     teacher: Teacher | None = None,
   ) -> Model:
     """An ordinary run over some seeds."""
-    by = students_by(network, inputs_of(self.data))
     made = train.fit(
       network,
       one.objective,
@@ -539,7 +537,6 @@ class Job:
       steps=self.steps,
       seed=[seed for seed, _ in seeds],
       teacher=teacher,
-      dispatch=train.with_jit(seeds_by=by, scan=by == "vmap"),
       watch=train.Watch(
         evaluation.validator(self.choice.validation),
         validate_every=max(self.data.steps_per_epoch, self.steps // 10),

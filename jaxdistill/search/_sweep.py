@@ -23,18 +23,22 @@ from jaxdistill import _check, _compile, _extras, evaluation, runs, train
 from jaxdistill.data import Source
 from jaxdistill.search._choice import Choice, Halving, Result, best_of, score
 from jaxdistill.search._grid import Group, Point, Student, grouped, seed_pairs
-from jaxdistill.search._shared_teacher import share_teacher
-from jaxdistill.search._side_by_side import UNROLLED, at_once, example_key, inputs_of, students_by
 from jaxdistill.search._trials import Found, Search
 from jaxdistill.train import (
+  UNROLLED,
   Optimizer,
   Plan,
   Program,
   Run,
   Values,
+  at_once,
   claimed_folder,
+  example_key,
+  inputs_of,
   run_identity,
+  share_teacher,
   stop_signal,
+  students_by,
 )
 from jaxdistill.types import Batch, Model, Network, Objective, ObjectiveFunction, Teacher
 
@@ -265,7 +269,7 @@ class _Job:
       dispatch = train.with_students(self.mesh, seeds_by=by, scan=by == "vmap")
       # A teacher in the step is run once for all that are side by side.
       most = at_once(group.network, sources[0]) if teacher is None else None
-      return Program(plan, dispatch, values=values, at_once=most)
+      return Program(plan, dispatch, longest=length, values=values, at_once=most)
 
     every = length * math.ceil(max(1000, steps // 10) / length)
     search = Search(
@@ -294,10 +298,12 @@ class _Job:
     sources = [
       data(d) if callable(data) else dataclasses.replace(data, data_seed=d) for _, d in pairs
     ]
-    if teacher is not None and sources[0].transform is None:
+    if teacher is not None:
       learners = [(group.network, group.objective) for group in groups]
       # A quarter of the memory, so that the students get the most of it.
-      kept = share_teacher(learners, teacher, sources, self.memory // 4)
+      given = self.execution.memory
+      most = _compile.quarter("device") if given is None else given // 4
+      kept = share_teacher(learners, teacher, sources, most)
       if kept is not None:
         return None, kept
     return teacher, sources

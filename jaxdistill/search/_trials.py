@@ -140,8 +140,8 @@ class Search:
       # What a chunk ends with is compiled while its own program is traced.
       ends = jax.eval_shape(program.plan.model, program.shapes)
       self.validator(g).compile(program.dispatch.spread(ends), calls=chunks)
-      finish = program.compile(self.length, chunks * math.ceil(self.steps / self.length))
-      self.programs[g, points] = program, finish()
+      program.compile(times=chunks)
+      self.programs[g, points] = program, program.bytes_needed()
     return self.programs[g, points]
 
   def validator(self, g: int) -> evaluation.Validator:

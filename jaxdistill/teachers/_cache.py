@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, _extras, runs
-from jaxdistill._compile import by_work
+from jaxdistill._compile import by_work, quarter
 from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
@@ -192,7 +192,9 @@ def _on_device(source: Source, store: Store) -> Source:
   return with_outputs(source, jax.device_put(arrays), store.size, store.count)
 
 
-def with_outputs(source: Source, arrays: PyTree, size: int, views: int = 1) -> Source:
+def with_outputs(
+  source: Source, arrays: PyTree, size: int, views: int = 1, *, widen: bool = True
+) -> Source:
   """A source whose batches take their rows out of arrays of the program.
 
   Args:
@@ -200,6 +202,7 @@ def with_outputs(source: Source, arrays: PyTree, size: int, views: int = 1) -> S
     arrays: ``{"logits": [V * N, ...], "features/<name>": [V * N, ...]}``, pending ones too.
     size: N.
     views: V.
+    widen: whether float16 is for keeping alone, and a batch has float32.
   """
 
   def cut(shared: PyTree, item: PyTree) -> Batch:
@@ -207,7 +210,7 @@ def with_outputs(source: Source, arrays: PyTree, size: int, views: int = 1) -> S
     # Arrays [V * N, ...] and not [V, N, ...]: one gather by one number, row v * N + n.
     row = (batch.view % jnp.int32(views)) * jnp.int32(size) + batch.index
     rows = jax.tree.map(lambda leaf: jnp.take(leaf, row, 0, mode="clip"), shared[1])
-    return dataclasses.replace(batch, teacher=_outputs(rows))
+    return dataclasses.replace(batch, teacher=_outputs(rows, widen=widen))
 
   return dataclasses.replace(
     source, shared=(source.shared, arrays), cut=cut, read=_read(source, source.read)
@@ -249,12 +252,12 @@ def _read(
   return checked
 
 
-def _outputs(rows: Mapping[str, Any]) -> Outputs:
+def _outputs(rows: Mapping[str, Any], *, widen: bool = True) -> Outputs:
   """A batch's rows as the teacher put them out."""
   # float16 is for the disk alone: a softmax at a high temperature lives of differences that it has
   # not, and losses take their dtype from what they are given.
   values = {
-    name: value.astype(jnp.float32) if value.dtype == jnp.float16 else value
+    name: value.astype(jnp.float32) if widen and value.dtype == jnp.float16 else value
     for name, value in rows.items()
   }
   logits = values.pop("logits")
@@ -323,10 +326,7 @@ def _check_size(limit: int, source: Source, layout: Mapping[str, Any]) -> None:
 
 def _fits(size: int, where: str) -> bool:
   """Whether so many bytes take no more than a quarter of a device's memory, or of the host's."""
-  stats = jax.local_devices()[0].memory_stats() if where == "device" else None
-  if stats and "bytes_limit" in stats:
-    return size <= stats["bytes_limit"] // 4
-  return size <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+  return size <= quarter(where)
 
 
 def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[str]) -> list[str]:
@@ -365,11 +365,25 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
         continue
       index, made, _ = jax.device_get(fill.outputs(teacher, source.shared, item))
       for name, values in made.items():
-        error = np.max(np.abs(np.float64(values) - np.float64(rows[name][index])))
-        size = np.max(np.abs(np.float64(values)))
-        if not error <= 0.01 * size:  # float16 and TF32 are ten times better than that
-          lines.append(f"{name} in view {view} is off by {error:.3g}, of numbers up to {size:.3g}")
+        off = _off(rows[name][index], values)
+        if not off <= _ROUNDING:
+          lines.append(f"{name} in view {view} is off by {off:.2g} of the largest number")
   return lines
+
+
+# float16 and TF32 are ten times better than that.
+_ROUNDING = 0.01
+
+
+def _off(found: np.ndarray, right: np.ndarray) -> float:
+  """The largest difference, as a share of the largest number; NaN and infinities in one place."""
+  known = np.isfinite(right)
+  if not np.array_equal(known, np.isfinite(found)):
+    return math.inf
+  right, found = (np.where(known, one, 0).astype(np.float64) for one in (right, found))
+  return float(
+    np.max(np.abs(found - right), initial=0) / max(np.max(np.abs(right), initial=0), 1e-30)
+  )
 
 
 # One view's rows, by example: ``{"logits": [N, ...], "features/<name>": [N, ...]}``.
@@ -383,21 +397,24 @@ class Filler:
     self,
     teacher: Teacher,
     source: Source,
-    dtype: str,
+    dtype: str | None,
     features: tuple[str, ...],
     batch_size: int,
+    *,
+    nan: bool = False,
   ) -> None:
     """Looks at what the teacher puts out, abstractly.
 
     Args:
       teacher: the teacher.
       source: a source with a ``whole``.
-      dtype: of the rows.
+      dtype: of the rows; None for that of what the teacher puts out.
       features: which of the teacher's features are kept.
       batch_size: examples in a batch.
+      nan: whether NaN are kept as they are, and no error.
     """
     whole: Any = source.whole
-    self.source, self.teacher, self.dtype = source, teacher, dtype
+    self.source, self.teacher, self.dtype, self.nan = source, teacher, dtype, nan
     self.size, self.every = whole.size, whole.every
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
@@ -420,6 +437,23 @@ class Filler:
     _, made, _ = self.outputs(self.teacher, self.source.shared, next(self.items(0)))
     return {name: sketch(np.asarray(value[:PROBES])) for name, value in made.items()}
 
+  def alone(self) -> bool:
+    """Whether the teacher answers to an example alone, whatever else is in the batch."""
+    item, half = next(self.items(0)), self.batch_size // 2
+
+    def twice(leaf: Any) -> Any:  # the first half of the examples in the place of the second
+      return np.concatenate([leaf[:half], leaf[: len(leaf) - half]]) if np.ndim(leaf) else leaf
+
+    def answers(item: PyTree) -> Any:
+      return jax.device_get(self.outputs(self.teacher, self.source.shared, item))[1]
+
+    if half == 0:
+      return True
+    first, second = answers(item), answers(jax.tree.map(twice, item))
+    return all(
+      _off(second[name][:half], value[:half]) <= _ROUNDING for name, value in first.items()
+    )
+
   def __call__(self, view: int, done: Callable[[int], Any]) -> Rows:
     """The rows of one view, in the order of the examples."""
     rows = {name: np.empty((self.size, *r.shape), r.dtype) for name, r in self.layout.items()}
@@ -428,10 +462,11 @@ class Filler:
     def take(made: Any) -> None:
       index, values, problems = jax.device_get(made)
       for name, bad in problems.items():
-        if bad:
+        if bad and not self.nan:
+          kept = f", or a number that {self.dtype} has not" if self.dtype else ""
           raise ValueError(
-            f"the teacher's {name} in view {view} hold NaN, or a number that {self.dtype} has "
-            "not: look at the teacher's variables, or take dtype='float32'."
+            f"the teacher's {name} in view {view} hold NaN{kept}: look at the teacher's variables"
+            f"{', or take dtype=' + repr('float32') if self.dtype else ''}."
           )
         rows[name][index] = values[name]
       missing[index] = False
@@ -452,14 +487,14 @@ class Filler:
 
 @functools.lru_cache(maxsize=4)
 def _function(
-  cut: Callable[[PyTree, PyTree], Any], dtype: str, features: tuple[str, ...]
+  cut: Callable[[PyTree, PyTree], Any], dtype: str | None, features: tuple[str, ...]
 ) -> Callable[..., Any]:
   """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
 
   def outputs(teacher: Teacher, shared: PyTree, item: PyTree) -> Any:
     batch = cut(shared, item)
     made = _picked(teacher(batch), features)
-    kept = {name: value.astype(dtype) for name, value in made.items()}
+    kept = {name: value.astype(dtype or value.dtype) for name, value in made.items()}
     # An infinity may be meant (a masked class); a number that became one in float16 is not.
     problems = {
       name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))

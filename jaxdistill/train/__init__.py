@@ -43,23 +43,33 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     run_identity,
   )
   from jaxdistill.train._program import Program, Values
+  from jaxdistill.train._shared_teacher import share_teacher
+  from jaxdistill.train._side_by_side import (
+    UNROLLED,
+    at_once,
+    example_key,
+    inputs_of,
+    students_by,
+  )
   from jaxdistill.train._state import State, deployed_variables, init_state
   from jaxdistill.train._step import make_step, reduce_terms
 
 __all__ = [
   "AXIS",  # the name of the mesh's axis over which batches are split
+  "UNROLLED",  # how many students one after another one program has at most
   "Dispatch",  # how a chunk of steps is compiled, and how its arguments get to the devices
   "Fitted",  # what `fit` returns
   "Intervals",  # at which steps the loop stops to log, to validate, to save
   "Log",  # turns a chunk's sums into a line of the log
   "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
   "Plan",  # what is trained, from what, by what: the arguments that `fit` and its like share
-  "Program",  # what a run calls: put together and checked abstractly, compiled at the first call
+  "Program",  # what a run calls: put together and checked abstractly, compiled once
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, or its time is up): it has saved
   "Values",  # what differs between the students of one program
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
+  "at_once",  # how many students a CPU trains best side by side
   "check_hyper",  # the objective's keywords: complete, with finite numbers
   "check_run",  # a `Run`, of a folder's path too
   "check_student",  # the network, and the variables that it starts from where a model is given
@@ -67,15 +77,19 @@ __all__ = [
   "claimed_folder",  # the run's folder
   "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
   "deployed_variables",  # the variables that are evaluated and deployed
+  "example_key",  # a random key's shape, to trace with
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
+  "inputs_of",  # the shapes of a batch's inputs, as the networks see them
   "make_step",  # builds the pure train step
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log
   "run_identity",  # the data and the student, as ``config.json`` holds them
   "run_steps",  # runs a program from a step to the last one
+  "share_teacher",  # the sources with the teacher's outputs on them
   "start_or_resume",  # the state to go on from, and its step
   "stop_signal",  # gives ``step -> whether to stop``
+  "students_by",  # the rule for how several students of one network are trained in one program
   "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
   "with_jit",  # compiles by `jax.jit` over a data-parallel mesh. The way to train
   "with_pmap",  # compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`

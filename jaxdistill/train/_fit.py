@@ -30,6 +30,7 @@ from jaxdistill.train._loop import (
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._program import Program
+from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.train._state import State
 from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
 
@@ -252,15 +253,17 @@ def fit(
     accumulate=accumulate,
     average=average,
   )
-  program = Program(plan, dispatch)
-  epoch = program.source.steps_per_epoch
+  epoch = plan.sources[0].steps_per_epoch
   every = Intervals.of(steps, epoch, watch.log_every, watch.validate_every, run.checkpoint_every)
-  program.trace(every.next_stop(0))  # what does not fit says so before a folder is claimed
+  label = run.label("train") if jax.process_index() == 0 else None
+  program = Program(with_answers(plan, label), dispatch, longest=every.longest)
+  program.trace()  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
-  return _trained(program, every, watch, run, seed, left)
+  return _trained(plan, program, every, watch, run, seed, left)
 
 
 def _trained(
+  plan: Plan,
   program: Program,
   every: Intervals,
   watch: Watch,
@@ -268,8 +271,7 @@ def _trained(
   seed: int | Sequence[int],
   left: float | None,
 ) -> Fitted:
-  """Runs a program in its folder; stops after so many seconds, where that is not None."""
-  plan = program.plan
+  """Runs a plan's program in its folder; stops after so many seconds, where that is not None."""
   with contextlib.ExitStack() as stack:
     # First, and so the last to go: a signal that is handed on finds everything saved.
     listening = stop_signal(listening=run.folder is not None, after=left)
@@ -283,6 +285,8 @@ def _trained(
     state, at = start_or_resume(program, saved)
     log = _log_of(program, watch, path, at, run.label("train"))
     stack.callback(log.close)
+    if at < plan.steps:
+      _say_form(plan, program, log)
     final = run_steps(
       program,
       state,
@@ -322,6 +326,18 @@ def _log_of(
     select=watch.select,
     callback=watch.callback,
   )
+
+
+def _say_form(plan: Plan, program: Program, log: Log) -> None:
+  """Says what was decided for the user: how the teacher is run, and how steps are dispatched."""
+  if program.plan.teacher is not plan.teacher:
+    size = program.source.size
+    log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")
+  if program.dispatch.scan is None and not program.scan:
+    log.say(
+      "steps are dispatched one by one: a CPU computes lax convolutions slowly in a loop "
+      "(dispatch=train.with_jit(scan=True) for a loop all the same)."
+    )
 
 
 def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:

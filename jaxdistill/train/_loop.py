@@ -61,6 +61,8 @@ def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State,
   """
   found = saved.latest() if saved is not None and jax.process_index() == 0 else None
   step = _mesh.agree(-1 if found is None else found)
+  if step < program.plan.steps:
+    program.compile()  # in the background, while the state is made or read
   if saved is None or step < 0:
     return program.initial(), 0
   shapes, objective = program.shapes, program.objective
@@ -149,7 +151,7 @@ def run_steps(
 
 def _checked(pending: dict[str, Any], program: Program, finite: bool) -> dict[str, Any]:
   """The sums on the host, all of them finite where that is asked for."""
-  sums = jax.device_get(program.dispatch.collect(pending["sums"]))
+  sums = program.fetch(pending["sums"], pending["end"] - pending["begin"])
   if finite:
     check_finite(sums, pending["begin"])
   if pending["begin"] == 0:
@@ -416,10 +418,14 @@ class Intervals:
     }
     return cls(*(_check.whole(name, value) for name, value in named.items()))
 
+  @property
+  def longest(self) -> int:
+    """The most steps between two stops."""
+    return min(self.steps, self.log, self.validate, self.save)
+
   def next_stop(self, at: int) -> int:
     """The next step at which something is due; the same grid whatever step a run goes on from."""
-    # The log's grid starts anew at each validation, so that chunks have two or three lengths, each
-    # of which is compiled once, and not as many as two grids that drift apart have gaps.
+    # The log's grid starts anew at each validation: no line is cut in two by one.
     base = at - at % self.validate
     log = base + self.log * ((at - base) // self.log + 1)
     due = (log, *(every * (at // every + 1) for every in (self.validate, self.save)))

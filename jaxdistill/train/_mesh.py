@@ -13,6 +13,7 @@ examples see only that share.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxdistill import _check, _compile
+from jaxdistill import _check
+from jaxdistill._compile import BackgroundCompiled
 from jaxdistill.runs import is_key
 
 __all__ = [
@@ -76,12 +78,12 @@ class Dispatch:
   Attributes:
     devices: how many devices share a batch, over all processes.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
-      inside the program (``"unroll"``).
-    scan: whether a chunk of steps is one dispatch, by ``lax.scan``.
+      inside the program (``"unroll"``); None for what suits the networks, see `students_by`.
+    scan: whether a chunk of steps is one dispatch, a loop on the device; None for what suits.
     part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
     axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
-    compile: ``run(state, teacher, shared, items, values) -> (state, sums)`` to its compiled form,
-      which donates the state.
+    compile: ``run(state, teacher, shared, items, values, count) -> (state, sums)`` to its compiled
+      form, which donates the state.
     place: puts what no step changes (the teacher, shared arrays) on every device. A leaf that lies
       on the mesh already stays where and as it is, replicated or in parts, and nothing is copied;
       leaves that are shapes get the sharding of such an array.
@@ -94,11 +96,11 @@ class Dispatch:
   """
 
   devices: int
-  seeds_by: str
-  scan: bool
+  seeds_by: str | None
+  scan: bool | None
   part: tuple[int, int]
   axis_name: str | None
-  compile: Callable[[Callable[..., Any]], Callable[..., Any]]
+  compile: Callable[[Callable[..., Any]], BackgroundCompiled]
   place: Callable[[PyTree], PyTree]
   spread: Callable[[PyTree], PyTree]
   split: Callable[[PyTree, int], PyTree]
@@ -148,12 +150,15 @@ def _part(mesh: Mesh) -> tuple[int, int]:
 
 
 def _check_form(seeds_by: Any, scan: Any) -> None:
-  if seeds_by not in ("vmap", "unroll"):
-    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
-  _check.switch("scan", scan)
+  if seeds_by not in ("vmap", "unroll", None):
+    raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll', or None.")
+  if scan is not None:
+    _check.switch("scan", scan)
 
 
-def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = True) -> Dispatch:
+def with_jit(
+  mesh: Mesh | None = None, *, seeds_by: str | None = None, scan: bool | None = None
+) -> Dispatch:
   """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
 
   In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
@@ -161,9 +166,11 @@ def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = T
   Args:
     mesh: from `data_parallel`; all devices by default.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
-      inside the program (``"unroll"``), which is faster for ``lax`` convolutions on a CPU.
-    scan: whether a chunk of steps is one dispatch, by ``lax.scan``. Without, its steps are
-      dispatched one by one: XLA computes convolutions inside a loop twenty times slower on a CPU.
+      inside the program (``"unroll"``). By default side by side, but for a few students with
+      ``lax`` convolutions on a CPU, for which the other is faster.
+    scan: whether a chunk of steps is one dispatch, a loop on the device. Without, its steps are
+      dispatched one by one. By default it is, but for networks with ``lax`` convolutions on a CPU,
+      where XLA computes those twenty times slower inside a loop; the log says so.
 
   Returns:
     The dispatch; its compiled function donates the state.
@@ -227,8 +234,9 @@ def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = T
   def collect(tree: PyTree) -> PyTree:
     return jax.tree.map(_local, tree) if several else tree
 
-  def compile(run: Callable[..., Any]) -> Callable[..., Any]:
-    # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values):
+  def compile(run: Callable[..., Any]) -> BackgroundCompiled:
+    # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values,
+    # count):
     # - The state is donated, so the new one takes its memory: parameters and the optimiser's
     #   moments are there once, not twice. The teacher is not; it is the same for every call.
     # - Arguments bring their shardings along: state, values, shared arrays and most teachers lie on
@@ -236,7 +244,9 @@ def with_jit(mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = T
     #   `constrain` keeps a batch that was cut out of shared arrays shared out too. From these the
     #   compiler propagates (AxisType.Auto), and adds the sum of gradients over the devices.
     # - The results are replicated as the arguments were, so the second call compiles nothing anew.
-    return jax.jit(run, donate_argnums=0, out_shardings=replicated)
+    # keep_unused: see BackgroundCompiled.
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated, keep_unused=True)
+    return BackgroundCompiled(run, jit)
 
   return Dispatch(
     devices=devices,
@@ -271,7 +281,7 @@ def _local(leaf: Any) -> Any:
 
 
 def with_students(
-  mesh: Mesh | None = None, *, seeds_by: str = "vmap", scan: bool = True
+  mesh: Mesh | None = None, *, seeds_by: str | None = None, scan: bool | None = None
 ) -> Dispatch:
   """Compiles by `jax.jit` with the students of a sweep shared out over the devices.
 
@@ -280,7 +290,7 @@ def with_students(
   Args:
     mesh: from `data_parallel`; all devices by default.
     seeds_by: ``"vmap"``, or ``"unroll"`` for one student after another inside the program.
-    scan: whether a chunk of steps is one dispatch.
+    scan: whether a chunk of steps is one dispatch; both by what suits, as in `with_jit`.
 
   Returns:
     The dispatch, for a state with an axis over students that divides by the devices; its compiled
@@ -314,14 +324,14 @@ def with_students(
 
     return lambda tree: jax.tree.map(put, tree)
 
-  def compile(run: Callable[..., Any]) -> Callable[..., Any]:
+  def compile(run: Callable[..., Any]) -> BackgroundCompiled:
     if mesh.devices.size > 1:
       whole, part = PartitionSpec(), PartitionSpec(AXIS)
       # Students are shared out, and whatever they look at (teacher, arrays, items) is whole on each
       # device: inside, a device runs the program of its own students as if it were alone.
-      specs = (part, whole, whole, whole, part)
+      specs = (part, whole, whole, whole, part, whole)
       run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
-    return jax.jit(run, donate_argnums=0, compiler_options=_compile.long())
+    return BackgroundCompiled(run, functools.partial(jax.jit, donate_argnums=0, keep_unused=True))
 
   return Dispatch(
     devices=1,
@@ -339,14 +349,17 @@ def with_students(
 
 
 def with_pmap(
-  devices: Sequence[jax.Device] | None = None, *, seeds_by: str = "vmap", scan: bool = True
+  devices: Sequence[jax.Device] | None = None,
+  *,
+  seeds_by: str | None = None,
+  scan: bool | None = None,
 ) -> Dispatch:
   """Compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`.
 
   Args:
     devices: the devices to use; all of them by default.
     seeds_by: as several seeds are trained: ``"vmap"`` or ``"unroll"``.
-    scan: whether a chunk of steps is one dispatch.
+    scan: whether a chunk of steps is one dispatch; both by what suits, as in `with_jit`.
 
   Returns:
     The dispatch; its compiled function donates the state.
@@ -363,6 +376,8 @@ def with_pmap(
 
   def place(tree: PyTree) -> PyTree:
     def put(leaf: Any) -> Any:
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=per_device)
       leaf = jnp.asarray(leaf)
       return jax.device_put(jnp.broadcast_to(leaf[None], (count, *leaf.shape)), per_device)
 
@@ -387,8 +402,12 @@ def with_pmap(
     axis_name=AXIS,
     # Each device has a copy of state and teacher with an axis over devices in front, of which it
     # sees its own; the step sums over the axis by psum. Donated as under jit.
-    compile=lambda run: jax.pmap(
-      run, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)
+    compile=lambda run: BackgroundCompiled(
+      run,
+      functools.partial(
+        jax.pmap, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)
+      ),
+      shared=False,
     ),
     place=place,
     spread=place,

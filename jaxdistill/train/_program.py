@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill._compile import BackgroundCompiled, by_work, computed, quick
+from jaxdistill._compile import BackgroundCompiled, computed, quick
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
 from jaxdistill.train._plan import Plan
+from jaxdistill.train._side_by_side import form_of
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
 from jaxdistill.types import Objective, Teacher
@@ -46,13 +47,16 @@ Values = dict[str, dict[str, Any]]
 
 
 class Program:
-  """What a run calls: put together and checked abstractly, compiled at the first call.
+  """What a run calls: put together and checked abstractly, compiled once for chunks of any length.
 
   Attributes:
     plan: what is trained.
     dispatch: how the program is compiled, and where its arguments lie.
+    longest: the most steps in a chunk.
     source: the first source, for what all of them share.
     values: what differs between students; `with_values` has other ones.
+    scan: whether a chunk is one dispatch; the dispatch's choice, or by what is computed.
+    seeds_by: whether students are side by side or one after another; likewise.
     shapes: the state's shapes and dtypes.
   """
 
@@ -61,6 +65,7 @@ class Program:
     plan: Plan,
     dispatch: Dispatch,
     *,
+    longest: int,
     values: Values | None = None,
     at_once: int | None = None,
   ) -> None:
@@ -70,6 +75,7 @@ class Program:
       plan: what is trained. Students whose sources are the same share its batches and the teacher's
         outputs, where the sources come round in turn (a, b, a, b).
       dispatch: how the program is compiled.
+      longest: the most steps that `run` is asked for.
       values: numbers that differ between students.
       at_once: how many students are side by side under ``"vmap"``; None for all.
 
@@ -77,7 +83,7 @@ class Program:
       ValueError: sources do not go together, a batch does not divide by the devices, or the
         networks, the objective and the data do not fit together.
     """
-    self.plan, self.dispatch = plan, dispatch
+    self.plan, self.dispatch, self.longest = plan, dispatch, longest
     self.values: Values = {"hyper": {}, "optimizer": {}} if values is None else values
     self.sources = plan.sources[: turns(plan.sources)]
     self.source = self.sources[0]
@@ -88,22 +94,25 @@ class Program:
     first = jax.tree.map(lambda leaf: leaf[0, 0] if plan.stacked else leaf[0], head)
     seeds: Any = np.array(plan.seeds, np.uint32)
     starts = (plan.start, plan.objective.start)
-    initial, chunk = self.initial_state, self.chunk
+    initial = self.initial_state
     if plan.stacked:
       initial = jax.vmap(
         initial, in_axes=(0, 0, self._start_axes(starts, shared, axes, first), None, None)
       )
-      chunk = over_students(chunk, dispatch.seeds_by, axes, len(self.sources), at_once)
     else:
       seeds = seeds[0]
     example = (of_group(shared, axes, 0), first)
     # Abstract first: what does not fit together says so before anything is compiled.
     self.shapes: State = jax.eval_shape(initial, seeds, self.values, starts, *example)
-    self._begin = BackgroundCompiled(jax.jit(initial, compiler_options=quick()))
+    self.scan, self.seeds_by = form_of(dispatch, plan, *example)
+    self._begin = BackgroundCompiled(initial)
     self._begin_with = lambda values: (seeds, values, starts, *example)
     self._head = head
-    self._jitted: Any = dispatch.compile(chunk)
-    self._compiled: dict[int, Callable[..., Any]] = {}
+    chunk = self.chunk
+    if plan.stacked:
+      chunk = over_students(chunk, self.seeds_by, axes, len(self.sources), at_once)
+    self._chunk: BackgroundCompiled = dispatch.compile(chunk)
+    self._compiling = False
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
@@ -180,9 +189,15 @@ class Program:
     )
 
   def chunk(
-    self, state: State, teacher: Teacher | None, shared: PyTree, items: PyTree, mine: Values
+    self,
+    state: State,
+    teacher: Teacher | None,
+    shared: PyTree,
+    items: PyTree,
+    mine: Values,
+    count: jax.Array,
   ) -> tuple[State, PyTree]:
-    """Steps of one student, one after another: what is compiled; pure."""
+    """The first ``count`` steps of a chunk, of one student: what is compiled; pure."""
     plan = self.plan
     # The values are traced, and the step is the same: a sweep is another way to call it.
     step = make_step(
@@ -193,17 +208,17 @@ class Program:
       axis_name=self.dispatch.axis_name,
       transform=self.source.transform,
       accumulate=plan.accumulate,
-      unroll=not self.dispatch.scan,
+      unroll=not self.scan,
       average=plan.average,
     )
 
     def body(state: State, item: PyTree) -> tuple[State, Any]:
       return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
 
-    # items: leaves [steps, ...]. A loop on the device costs no dispatch per step; without it one
+    # items: leaves [longest, ...]. A loop on the device costs no dispatch per step; without it one
     # step is the program, and the host calls it again and again.
-    if self.dispatch.scan:
-      return jax.lax.scan(body, state, items)
+    if self.scan:
+      return _loop(body, state, items, count)
     state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))
     return state, jax.tree.map(lambda leaf: leaf[None], sums)
 
@@ -214,70 +229,115 @@ class Program:
   def _split(self, items: PyTree) -> PyTree:
     return self.dispatch.split(items, 2 if self.stacked else 1)
 
-  def _arguments(self, count: int) -> tuple[Any, ...]:
-    """The shapes of a chunk's arguments, and where they lie."""
-    lead, length = (1, count) if self.stacked else (0, count)
+  @property
+  def _length(self) -> int:
+    """Steps that the compiled program has room for."""
+    return self.longest if self.scan else 1
 
-    def longer(leaf: Any) -> jax.ShapeDtypeStruct:
-      shape = (*leaf.shape[:lead], length, *leaf.shape[lead + 1 :])
+  def _arguments(self) -> tuple[Any, ...]:
+    """The shapes of the compiled program's arguments, and where they lie."""
+
+    def longer(leaf: Any, head: Any) -> jax.ShapeDtypeStruct:
+      axis = leaf.ndim - np.ndim(head) + self.stacked  # pmap has an axis over devices in front
+      shape = (*leaf.shape[:axis], self._length, *leaf.shape[axis + 1 :])
       return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
     state, values = self.dispatch.spread((self.shapes, self.values))
-    items = jax.tree.map(longer, self._split(self._head))
-    return (state, *self.dispatch.place(self._abstract), items, values)
+    items = jax.tree.map(longer, self._split(self._head), self._head)
+    return (state, *self.dispatch.place(self._abstract), items, values, self._count(1))
+
+  def _count(self, count: int) -> Any:
+    return self.dispatch.place(np.int32(count))
 
   def initial(self) -> State:
     """The state at step 0."""
-    state: State = self._begin(*computed(self._begin_with(self.values)))
+    given = computed(self._begin_with(self.values))
+    self._begin.compile(*given, options=quick())
+    state: State = self._begin(*given)
     return state
 
-  def trace(self, count: int) -> None:
-    """Traces a chunk of so many steps, so that what does not fit says so."""
-    if self.dispatch.axis_name is None:  # pmap has no such thing
-      self._jitted.eval_shape(*self._arguments(count if self.dispatch.scan else 1))  # kept by jit
+  def trace(self) -> None:
+    """Traces what is compiled, so that what does not fit says so."""
+    self._chunk.trace(*self._arguments())
 
-  def compile(self, count: int, times: int) -> Callable[[], int]:
-    """Begins to compile what `initial` and `run` call, which is then at work in the background.
+  def compile(self, times: int = 1) -> None:
+    """Begins to compile what `run` calls, which is then at work in the background.
 
     Args:
-      count: steps in a chunk.
-      times: how many such chunks the training has: what computes little is compiled quickly.
+      times: how often the plan's steps are run: what computes little is compiled quickly.
+    """
+    if not self._compiling:
+      self._compiling = True
+      # The loop's body counts once, whatever the number of its turns.
+      self._chunk.compile(*self._arguments(), calls=times * self.plan.steps)
+
+  def bytes_needed(self) -> int:
+    """What a chunk needs on a device; waits for the compiler."""
+    self._fixed()  # what is pending is computed while the compiler is at work
+    used = self._chunk.compiled().memory_analysis()
+    sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
+    return int(sum(sizes) - used.alias_size_in_bytes)
+
+  def run(self, state: State, at: int, count: int) -> tuple[State, list[PyTree]]:
+    """The next ``count`` steps; donates the state.
 
     Returns:
-      A function that waits for the compiler and gives the bytes that a chunk needs on a device.
+      ``(state, sums)``: `fetch` brings the sums to the host.
+
+    Raises:
+      ValueError: ``count`` is above ``longest``.
     """
-    self._begin.compile(*self._begin_with(self.values))  # at work while the chunk is traced
-    length = count if self.dispatch.scan else 1
-    given = self._arguments(length)
-    options = by_work(self._jitted.__wrapped__, *given, calls=times * count // length)
-    ahead = BackgroundCompiled(self._jitted)
-    ahead.compile(*given, options=options)
-
-    def finish() -> int:
-      self._fixed()  # what is pending is computed while the compiler is at work
-      made = self._compiled[length] = ahead.compiled()
-      used = made.memory_analysis()
-      sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
-      return int(sum(sizes) - used.alias_size_in_bytes)
-
-    return finish
-
-  def run(self, state: State, at: int, count: int) -> tuple[State, PyTree]:
-    """The next ``count`` steps; donates the state. Sums have a step axis last."""
+    if count > self.longest:
+      raise ValueError(f"count={count} is above longest={self.longest}, the program's chunk.")
+    self.compile()
     values = self.dispatch.spread(self.values)
-    if self.dispatch.scan:
-      return self._call(state, at, count, values)
-    each = []
-    for step in range(at, at + count):
-      state, sums = self._call(state, step, 1, values)
-      each.append(sums)
-    return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *each)
+    sums = []
+    for first in range(at, at + count, self._length):
+      steps = min(self._length, at + count - first)
+      items = jax.tree.map(self._filled, self._read(first, steps))
+      given = (*self._fixed(), self._split(items), values, self._count(steps))
+      state, each = self._chunk(state, *given)
+      sums.append(each)
+    return state, sums
 
-  def _call(self, state: State, at: int, count: int, values: Values) -> tuple[State, PyTree]:
-    items = self._split(self._read(at, count))
-    call = self._compiled.get(count, self._jitted)
-    made: tuple[State, PyTree] = call(state, *self._fixed(), items, values)
+  def _filled(self, leaf: np.ndarray) -> np.ndarray:
+    """An item's leaf with room for a whole chunk; what is beyond its steps is never looked at."""
+    axis = int(self.stacked)
+    if leaf.shape[axis] == self._length:
+      return leaf
+    made = np.zeros((*leaf.shape[:axis], self._length, *leaf.shape[axis + 1 :]), leaf.dtype)
+    made[tuple(slice(size) for size in leaf.shape)] = leaf
     return made
+
+  def fetch(self, sums: Sequence[PyTree], count: int) -> PyTree:
+    """What `run` gave, on the host: ``{name: (sum, count)}`` with an axis over the steps last."""
+    each = jax.device_get([self.dispatch.collect(one) for one in sums])
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., :count], *each)
+
+
+def _loop(
+  body: Callable[[State, PyTree], tuple[State, PyTree]], state: State, items: PyTree, count: Any
+) -> tuple[State, PyTree]:
+  """``lax.scan`` over the first ``count`` of the items, a number that is data.
+
+  So chunks of all lengths are one program. Sums of the steps beyond it stay 0.
+  """
+  longest = jax.tree.leaves(items)[0].shape[0]
+  body = jax.jit(body, inline=True)  # traced once, for the sums' shapes and in the loop
+
+  def item(i: Any) -> PyTree:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), items)
+
+  _, one = jax.eval_shape(lambda: body(state, item(0)))
+  sums = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), one)
+
+  def turn(i: Any, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
+    state, sums = carry
+    state, mine = body(state, item(i))
+    return state, jax.tree.map(lambda all, one: all.at[i].set(one), sums, mine)
+
+  made: tuple[State, PyTree] = jax.lax.fori_loop(0, count, turn, (state, sums))
+  return made
 
 
 def _shapes_where_they_lie(tree: PyTree) -> PyTree:
@@ -382,7 +442,7 @@ def over_students(
   """A chunk of steps of one student, for students ``[S]`` of which i has the source ``i % groups``.
 
   Args:
-    chunk: ``(state, teacher, shared, items, values) -> (state, sums)``.
+    chunk: ``(state, teacher, shared, items, values, count) -> (state, sums)``.
     seeds_by: ``"vmap"``, or ``"unroll"`` for one after another inside the program.
     shared_axes: from `shared_arrays`.
     groups: from `turns`.
@@ -398,7 +458,12 @@ def over_students(
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
 
   def one_after_another(
-    state: State, teacher: Teacher | None, shared: PyTree, items: PyTree, values: Values
+    state: State,
+    teacher: Teacher | None,
+    shared: PyTree,
+    items: PyTree,
+    values: Values,
+    count: jax.Array,
   ) -> Any:
     each = []
     for i in range(state.step.shape[0]):
@@ -406,7 +471,7 @@ def over_students(
       group = i % groups
       its_items = jax.tree.map(lambda leaf, group=group: leaf[group], items)
       its_shared = of_group(shared, shared_axes, group)
-      each.append(chunk(mine, teacher, its_shared, its_items, its))
+      each.append(chunk(mine, teacher, its_shared, its_items, its, count))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
   return one_after_another
@@ -420,19 +485,26 @@ def _side_by_side(
   So its batch is cut once, and the teacher sees it once, whatever the number of students.
   """
   mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
-  of_source = jax.vmap(chunk, in_axes=(0, None, None, None, 0))
-  over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1), out_axes=1)
+  of_source = jax.vmap(chunk, in_axes=(0, None, None, None, 0, None))
+  over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1, None), out_axes=1)
 
   def run(
-    state: State, teacher: Teacher | None, shared: PyTree, items: PyTree, values: Values
+    state: State,
+    teacher: Teacher | None,
+    shared: PyTree,
+    items: PyTree,
+    values: Values,
+    count: jax.Array,
   ) -> Any:
-    count = state.step.shape[0]
-    points, most = count // groups, count if at_once is None else at_once
+    students = state.step.shape[0]
+    points, most = students // groups, students if at_once is None else at_once
 
     def train_group(group: Any, its_items: PyTree, students: Any) -> Any:
       its_shared = of_group(shared, shared_axes, group)
       return _in_sets(
-        lambda some: of_source(some[0], teacher, its_shared, its_items, some[1]), students, most
+        lambda some: of_source(some[0], teacher, its_shared, its_items, some[1], count),
+        students,
+        most,
       )
 
     if groups == 1:  # the other axis would be traced for nothing
@@ -440,7 +512,7 @@ def _side_by_side(
     folded = jax.tree.map(lambda x: x.reshape(points, groups, *x.shape[1:]), (state, values))
     if most >= groups:
       made = _in_sets(
-        lambda some: over(some[0], teacher, shared, items, some[1]), folded, most // groups
+        lambda some: over(some[0], teacher, shared, items, some[1], count), folded, most // groups
       )
     else:
       by_group = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), folded)

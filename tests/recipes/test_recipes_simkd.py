@@ -12,7 +12,7 @@ import pytest
 import small_networks
 from jaxdistill import data, evaluation, export, networks, teachers, train
 from jaxdistill.recipes import combine, crd, projectors, simkd
-from jaxdistill.train import _fit, init_state, reduce_terms
+from jaxdistill.train import init_state, reduce_terms
 from jaxdistill.types import Model, Outputs, make_batch
 from test_train import assert_same_bits
 
@@ -107,22 +107,7 @@ def fit(folder):
 
 
 @pytest.fixture(scope="module")
-def built():
-  """Every run's program is the first one's: a second compilation takes long and gives the same."""
-  programs = []
-
-  def once(*args, **options):
-    if not programs:
-      programs.append(train.Program(*args, **options))
-    return programs[0]
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(_fit, "Program", once)
-    yield
-
-
-@pytest.fixture(scope="module")
-def run(built, tmp_path_factory):
+def run(tmp_path_factory):
   folder = tmp_path_factory.mktemp("simkd") / "run"
   return folder, fit(folder)
 

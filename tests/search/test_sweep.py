@@ -13,8 +13,9 @@ import pytest
 import small_networks
 from jaxdistill import _compile, data, networks, recipes, search, teachers, train
 from jaxdistill.networks import linen, models
-from jaxdistill.search import _choice, _shared_teacher, _sweep
+from jaxdistill.search import _choice, _sweep
 from jaxdistill.search._grid import grouped
+from jaxdistill.train import _shared_teacher
 from jaxdistill.types import Model, Outputs, as_objective, make_batch
 
 SIZE, CLASSES = 96, 3
@@ -446,11 +447,11 @@ def test_errors_say_what_to_do(parts, points, options, match):
 
 def test_the_rule_for_convolutions():
   dense = networks.linen(models.MLP((4,)), name="a")
-  assert search.students_by(dense, jnp.zeros((1, 8, 8, 1)), backend="cpu") == "vmap"
+  assert train.students_by(dense, jnp.zeros((1, 8, 8, 1)), backend="cpu") == "vmap"
   for conv, by in (("lax", "unroll"), ("patches", "vmap")):
     net = networks.linen(models.ConvNet((2,), (1,), 4, conv=conv), name="b")
-    assert search.students_by(net, jnp.zeros((1, 8, 8, 1)), backend="cpu") == by
-    assert search.students_by(net, jnp.zeros((1, 8, 8, 1)), backend="gpu") == "vmap"
+    assert train.students_by(net, jnp.zeros((1, 8, 8, 1)), backend="cpu") == by
+    assert train.students_by(net, jnp.zeros((1, 8, 8, 1)), backend="gpu") == "vmap"
 
 
 @pytest.mark.slow

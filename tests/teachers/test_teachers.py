@@ -227,7 +227,7 @@ def test_a_teachers_leaves_stay_where_and_as_they_are():
   with jax.transfer_guard_device_to_host("disallow"):  # counts on an accelerator; on a CPU no copy
     plan = train.Plan.of(student, recipes.kd(), **given)
   assert plan.teacher is teacher
-  program = train.Program(plan, train.with_jit(mesh))
+  program = train.Program(plan, train.with_jit(mesh), longest=3)
   placed = program._fixed()[0].variables
   assert placed["kernel"] is kernel
   assert placed["bias"] is bias

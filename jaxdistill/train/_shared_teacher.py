@@ -1,4 +1,4 @@
-"""A sweep's teacher, run once over the examples where nothing is augmented."""
+"""A teacher that is run once over the examples, where nothing is augmented."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import runs
-from jaxdistill._compile import Deferred
+from jaxdistill._compile import Deferred, quarter
 from jaxdistill.data import Source
-from jaxdistill.search._side_by_side import example_key
 from jaxdistill.teachers import Filler, with_outputs
+from jaxdistill.train._plan import Plan
+from jaxdistill.train._side_by_side import example_key
 from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
 
-__all__ = ["share_teacher", "used_features"]
+__all__ = ["share_teacher", "used_features", "with_answers"]
 
 PyTree = Any
 
@@ -66,6 +66,9 @@ def share_teacher(
   teacher: Teacher,
   sources: list[Source],
   memory: int,
+  *,
+  label: str | None = None,
+  nan: bool = False,
 ) -> list[Source] | None:
   """The sources with the teacher's outputs on them, shared by all data seeds.
 
@@ -74,15 +77,19 @@ def share_teacher(
     teacher: the teacher.
     sources: one for each data seed.
     memory: how many bytes the outputs may take.
+    label: of the progress while the teacher is run; None for silence.
+    nan: whether NaN are kept as they are, and no error.
 
   Returns:
-    The sources; None where views depend on the seed, examples cannot be shown all, or the outputs
-    take more.
+    The sources; None where views depend on the seed, examples cannot be shown all, the outputs take
+    more, or an answer depends on the other examples in the batch.
   """
   first = sources[0]
   if first.augmentation != "identity" or first.whole is None or first.teacher is not None:
     return None
-  if any(source.read is not first.read for source in sources):
+  if first.transform is not None or any(source.read is not first.read for source in sources):
+    return None
+  if jax.process_count() > 1:  # each would have to hold the same bits
     return None
   item = next(iter(first.whole.every(first.data_seed, first.batch_size, 0)))
   batch = jax.eval_shape(first.cut, first.shared, item)
@@ -99,21 +106,48 @@ def share_teacher(
 
   features = sorted({name for learner in learners for name in used(*learner)})
   kept = [theirs.logits, *(theirs.features[name] for name in features)]
-  each = sum(math.prod(leaf.shape[1:]) * max(leaf.dtype.itemsize, 4) for leaf in kept)
+  each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in kept)
   if first.whole.size * each > memory:
     return None
-  dtype = "float64" if theirs.logits.dtype == jnp.float64 else "float32"
-  fill = Filler(teacher, first, dtype, tuple(features), batch_size=256)
+  fill = Filler(teacher, first, None, tuple(features), batch_size=256, nan=nan)
+  if not fill.alone():
+    return None
 
   @functools.cache
   def arrays() -> dict[str, jax.Array]:
-    made: dict[str, jax.Array] = jax.device_put(fill(0, lambda batches: None))
+    with runs.progress_bar(fill.steps, label, unit="batch") as shown:
+      made: dict[str, jax.Array] = jax.device_put(fill(0, shown.update))
     return made
 
   def deferred(name: str, row: jax.ShapeDtypeStruct) -> Deferred:
     return Deferred((fill.size, *row.shape), row.dtype, lambda: arrays()[name])
 
   # The teacher runs while the compiler is at the students' program, which takes its shapes alone.
-  made = with_outputs(first, {n: deferred(n, row) for n, row in fill.layout.items()}, fill.size)
-  made = dataclasses.replace(made, teacher=runs.fingerprint(teacher.variables))
+  rows = {name: deferred(name, row) for name, row in fill.layout.items()}
+  made = with_outputs(first, rows, fill.size, widen=False)
   return [dataclasses.replace(made, data_seed=source.data_seed) for source in sources]
+
+
+def with_answers(plan: Plan, label: str | None) -> Plan:
+  """The plan with the teacher run once over the examples, where that is the same and less work.
+
+  So it is for data on the device without augmentation and transform, if each example is seen at
+  least once and the outputs take no more than a quarter of the device's memory. It is decided by
+  the plan alone, so that a run that goes on goes on as it began.
+
+  Args:
+    plan: what is trained.
+    label: of the progress while the teacher is run; None for silence.
+  """
+  source = plan.sources[0]
+  if plan.teacher is None or source.whole is None:
+    return plan
+  arrays = jax.tree.leaves(source.shared, is_leaf=lambda leaf: leaf is None)
+  passes = plan.steps * source.batch_size * len({one.data_seed for one in plan.sources})
+  if None in arrays or passes < source.whole.size:
+    return plan
+  learners = [(plan.student, plan.objective)]
+  sources = share_teacher(
+    learners, plan.teacher, plan.sources, quarter("device"), label=label, nan=True
+  )
+  return plan if sources is None else dataclasses.replace(plan, sources=sources, teacher=None)

@@ -1,4 +1,7 @@
-"""How several students of one network are best trained in one program: the rule for a CPU."""
+"""The form of a program: a loop on the device or not, students side by side or one by one.
+
+The rules for a CPU, on which XLA computes ``lax`` convolutions slowly in a loop and under ``vmap``.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import jax
 
 from jaxdistill import _compile
 from jaxdistill.data import Source
-from jaxdistill.types import Network
+from jaxdistill.train._mesh import Dispatch
+from jaxdistill.train._plan import Plan
+from jaxdistill.types import Network, Teacher
 
-__all__ = ["UNROLLED", "at_once", "example_key", "inputs_of", "students_by"]
+__all__ = ["UNROLLED", "at_once", "example_key", "form_of", "inputs_of", "students_by"]
 
 PyTree = Any
 # Bytes of activations that students side by side may have on a CPU, about what its caches hold.
@@ -38,15 +43,43 @@ def students_by(student: Network, inputs: PyTree, *, backend: str | None = None)
   Returns:
     ``"vmap"`` or ``"unroll"``.
   """
+  if (backend or jax.default_backend()) != "cpu":
+    return "vmap"
+  return "unroll" if _compile.convolves(_forward(student), example_key(), inputs) else "vmap"
 
+
+def _forward(student: Network) -> Any:
   def forward(key: Any, inputs: PyTree) -> Any:
     variables = student.init(key, inputs)
     return student.apply(variables, inputs, train=False, key=None)
 
-  if (backend or jax.default_backend()) != "cpu":
-    return "vmap"
-  traced = jax.make_jaxpr(forward)(example_key(), inputs)
-  return "unroll" if "conv_general_dilated" in str(traced) else "vmap"
+  return forward
+
+
+def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tuple[bool, str]:
+  """Whether a chunk of a plan's steps is a loop on the device, and how its students lie.
+
+  Args:
+    dispatch: what it says stands; None in it is decided here.
+    plan: what is trained.
+    shared: the arrays of a source.
+    item: one of its items.
+
+  Returns:
+    ``(scan, seeds_by)``.
+  """
+  scan, seeds_by = dispatch.scan, dispatch.seeds_by
+  asked = scan is None or (seeds_by is None and plan.stacked)
+  if not asked or jax.default_backend() != "cpu":
+    return scan is not False, seeds_by or "vmap"
+  batch = jax.eval_shape(plan.sources[0].cut, shared, item)
+  ours = _compile.convolves(_forward(plan.student), example_key(), batch.inputs)
+  taught = plan.teacher
+  theirs = taught is not None and _compile.convolves(Teacher.__call__, taught, batch)
+  if seeds_by is None:
+    # Each of them adds to the compilation.
+    seeds_by = "unroll" if ours and len(plan.seeds) <= UNROLLED else "vmap"
+  return (not (ours or theirs) if scan is None else scan), seeds_by
 
 
 def at_once(student: Network, source: Source) -> int | None:
