@@ -82,7 +82,7 @@ def test_programs_that_are_the_same_are_compiled_once():
 
 
 def test_models_of_one_network_share_a_program_and_keep_their_static_parts():
-  model, source, _ = parts()
+  model, _, _ = parts()
   other = Model(dataclasses.replace(model.network, name="other"), model.variables)
 
   def program(model, x):
