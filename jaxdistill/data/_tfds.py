@@ -1,7 +1,7 @@
 """Data sets by name: TFDS splits, read without TensorFlow.
 
-The only file that imports TFDS, so the builder of `Digits` lives here too. What comes out is
-`Examples` (arrays in memory) or `Records` (random access, decoded when read).
+The builder of `Digits` lives here too. What comes out is `Examples` (arrays in memory) or `Records`
+(random access, decoded when read).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from jaxdistill.data._examples import Examples, Records
 
 _extras.need("reading a data set by its name (data.load)", "tensorflow_datasets")
 import tensorflow_datasets as tfds  # noqa: E402
+
+from jaxdistill.data._stored import opened  # noqa: E402
 
 __all__ = ["Digits", "load", "records", "splits"]
 
@@ -144,12 +146,12 @@ def records(
   _check_split(builder, name, split)
   # Decoding is most of the reading: leave out pictures that nobody asked for.
   skipped = {
-    key: tfds.decode.SkipDecoding()
+    key
     for key, feature in features.items()
     if isinstance(feature, tfds.features.Image) and key != inputs
   }
   return Records(
-    source=builder.as_data_source(split, decoders=skipped or None),
+    source=opened(builder, split, skipped),
     inputs=inputs,
     labels=labels,
     num_classes=0 if classes is None else classes.num_classes,
@@ -164,12 +166,11 @@ def records(
 
 def _ids(builder: tfds.core.DatasetBuilder, split: str) -> list[str]:
   """The ids of a split; nothing else of it is decoded."""
-  skipped = {key: tfds.decode.SkipDecoding() for key in builder.info.features if key != "id"}
-  opened = builder.as_data_source(split, decoders=skipped or None)
+  source = opened(builder, split, set(builder.info.features) - {"id"})
   return [
     _text(example["id"])
-    for start in range(0, len(opened), _BLOCK)
-    for example in opened.__getitems__(range(start, min(start + _BLOCK, len(opened))))
+    for start in range(0, len(source), _BLOCK)
+    for example in source.__getitems__(range(start, min(start + _BLOCK, len(source))))
   ]
 
 
@@ -200,22 +201,22 @@ def load(
     ValueError: an unknown name, split or feature, an empty split, or labels out of range.
     ModuleNotFoundError: preparing the set needs TensorFlow; raised before any download.
   """
-  opened = records(name, split, data_dir=data_dir, inputs=inputs, labels=labels)
-  size = len(opened)
+  part = records(name, split, data_dir=data_dir, inputs=inputs, labels=labels)
+  size = len(part)
   blocks, ids = [], []
   for start in range(0, size, _BLOCK):
-    decoded = opened.features(np.arange(start, min(start + _BLOCK, size)))
-    blocks.append(opened.stack(decoded))
+    decoded = part.features(np.arange(start, min(start + _BLOCK, size)))
+    blocks.append(part.stack(decoded))
     ids += [_text(example.get("id", start + row)) for row, example in enumerate(decoded)]
   return Examples(
     inputs=np.concatenate([block for block, _ in blocks]),
     labels=np.concatenate([block for _, block in blocks]),
     ids=np.array(ids),
-    num_classes=opened.num_classes,
-    name=opened.name,
-    version=opened.version,
+    num_classes=part.num_classes,
+    name=part.name,
+    version=part.version,
     split=split,
-    label_names=opened.label_names,
+    label_names=part.label_names,
   )
 
 
