@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import io
+import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.features import image_feature
 from tensorflow_datasets.proto import tf_example_pb2
 
-__all__ = ["Stored", "opened"]
+__all__ = ["Stored", "decided_by", "opened"]
 
 # How a file begins, and the one format that Pillow then need try.
 _FORMATS = {b"\x89PN": ("PNG",), b"\xff\xd8\xff": ("JPEG",), b"RIF": ("WEBP",)}
@@ -44,6 +45,35 @@ def opened(builder: tfds.core.DatasetBuilder, split: str, skipped: Collection[st
     return Stored(raw.data_source, builder.info.features, frozenset(skipped))
   decoders = {key: tfds.decode.SkipDecoding() for key in skipped}
   return builder.as_data_source(split, decoders=decoders or None)
+
+
+def decided_by(builder: tfds.core.DatasetBuilder, split: str) -> dict[str, Any] | None:
+  """All that decides a split's decoded examples, as JSON has it: its files' rows, what reads them.
+
+  None where the files are not on this machine's disk.
+  """
+  try:
+    rows = [
+      (pathlib.Path(part.filename), part.skip, part.take)
+      for part in builder.info.splits[split].file_instructions
+    ]
+    files = [
+      [file.name, file.stat().st_size, file.stat().st_mtime_ns, skip, take]
+      for file, skip, take in rows
+    ]
+  except OSError:
+    return None
+  return {
+    "set": builder.info.full_name,
+    "files": files,
+    "features": builder.info.features.to_json(),
+    # A decoder's next version may round a pixel of a JPEG in another way.
+    "readers": [tfds.__version__, _version(image_feature.PIL_Image), _version(image_feature.cv2)],
+  }
+
+
+def _version(module: Any) -> str | None:
+  return getattr(module, "__version__", None)
 
 
 class Stored:
