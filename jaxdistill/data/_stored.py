@@ -3,7 +3,8 @@
 TFDS's own data source spends most of its time around the work: it walks every record's features as
 nested dicts, twice, and looks through all of Pillow's formats for that of each picture. Here each
 feature's way is settled once, when a split is opened; what decodes is still TFDS's (or, for common
-pictures, Pillow as TFDS calls it), and what is less plain than one value goes TFDS's whole way.
+pictures where OpenCV is not installed, Pillow as TFDS calls it), and what is less plain than one
+value goes TFDS's whole way.
 """
 
 from __future__ import annotations

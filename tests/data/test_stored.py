@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.features import image_feature
 
 from jaxdistill import data
 from jaxdistill.data import _stored
@@ -124,9 +125,16 @@ def both(name, split, folder, skipped=()):
   return theirs, ours
 
 
+@pytest.fixture(params=["as installed", "Pillow"])
+def decoder(request, monkeypatch):
+  """What TFDS decodes pictures with: OpenCV where there is any, else Pillow."""
+  if request.param == "Pillow":
+    monkeypatch.setattr(image_feature, "cv2", None)
+
+
 @pytest.mark.parametrize("split", ["train", "train[25%:75%]", "test+train[-2:]"])
 @pytest.mark.parametrize("skipped", [(), ("image", "mask")])
-def test_every_feature_has_tfds_values(odd_dir, split, skipped):
+def test_every_feature_has_tfds_values(odd_dir, decoder, split, skipped):
   theirs, ours = both("odd", split, odd_dir, skipped)
   rows = range(len(theirs))
   assert_same(ours.__getitems__(rows), theirs.__getitems__(rows))
@@ -142,7 +150,7 @@ def test_every_feature_has_tfds_values(odd_dir, split, skipped):
     ("tiny_shakespeare", "train"),
   ],
 )
-def test_shared_sets_have_tfds_values(tfds_dir, name, split):
+def test_shared_sets_have_tfds_values(tfds_dir, decoder, name, split):
   theirs, ours = both(name, split, tfds_dir)
   rows = range(len(theirs))
   assert_same(ours.__getitems__(rows), theirs.__getitems__(rows))
@@ -174,7 +182,7 @@ def test_ragged_features_have_tfds_values():
 
 @pytest.mark.parametrize(
   ("record", "message"),
-  [(b"\xff", "record 1: Error parsing"), (b"", "record 1: cannot identify image")],
+  [(b"\xff", "record 1: Error parsing"), (b"", "record 1: ")],
 )
 def test_a_record_that_cannot_be_read_is_named(odd_dir, record, message):
   builder = tfds.builder("odd", data_dir=str(odd_dir))
