@@ -247,9 +247,10 @@ def _decoded(part: Records) -> dict[str, Any]:
   """The inputs, labels and ids of all records, by the names that `Examples` gives them."""
   size, blocks, ids = len(part), [], []
   for start in range(0, size, _BLOCK):
-    decoded = part.features(np.arange(start, min(start + _BLOCK, size)))
-    blocks.append(part.stack(decoded))
-    ids += [_text(example.get("id", start + row)) for row, example in enumerate(decoded)]
+    rows = np.arange(start, min(start + _BLOCK, size))
+    decoded = part.features(rows)
+    blocks.append(part.stack(decoded, rows))
+    ids += [_text(one.get("id", row)) for row, one in zip(rows.tolist(), decoded, strict=True)]
   return {
     "inputs": np.concatenate([block for block, _ in blocks]),
     "labels": np.concatenate([block for _, block in blocks]),
