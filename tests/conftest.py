@@ -35,6 +35,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = cache.name
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
   os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# What is kept for a user between processes is none of the tests', and none of theirs is kept.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the folder of who started it
+  user = tempfile.TemporaryDirectory(prefix="user")
+  os.environ["XDG_CACHE_HOME"] = user.name
 
 import jax
 import pytest

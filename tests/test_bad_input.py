@@ -286,6 +286,8 @@ DATA = [
   (lambda j: j.data.some_labels(arrays()(j), "5%", data_seed=0), "share must be in"),
   (lambda j: j.data.load("digitz", "train"), "Did you mean 'digits'"),
   (lambda j: j.data.load(None, "train"), "name=None must be a data set's name"),
+  (lambda j: j.data.load("digits", cache=None), "cache=None must be True .* False or a folder"),
+  (lambda j: j.data.load("digits", cache=""), "cache='' must be True"),
   (lambda j: j.data.load("digits/none", "train"), "name='digits/none' is none of TFDS's"),
   (lambda j: j.data.load("digits", "train[0:0]"), "is empty"),
   (lambda j: j.data.load("digits", "valid"), "is not a split"),

@@ -180,6 +180,10 @@ class Records:
     self, examples: Iterable[Any], rows: Iterable[int] | np.ndarray | None = None
   ) -> tuple[Any, np.ndarray]:
     """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
+    # At once where that is all there is to it; what is odd is found, and named, row by row.
+    block = self._block(examples, rows) if isinstance(examples, list) else None
+    if block is not None:
+      return block
     numbers, made, labels = [], [], []
     for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
       # One by one, so that the message names the row; a stack of a million says "inhomogeneous".
@@ -196,6 +200,27 @@ class Records:
     else:
       inputs = {k: _joined([one[k] for one in made], k, self.name, numbers) for k in made[0]}
     return inputs, np.array(labels, np.int32)
+
+  def _block(self, examples: list[Any], rows: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `stack` makes of rows that want stacking and no more; None where one may want more."""
+    if not examples or self.transform is not None or not isinstance(self.inputs, str):
+      return None
+    try:
+      values = [example[self.inputs] for example in examples]
+      labels = [0 if self.labels is None else example[self.labels] for example in examples]
+    except (LookupError, TypeError):
+      return None
+    first, most = values[0], self.num_classes or _MOST_CLASSES
+    arrays = isinstance(first, np.ndarray) and all(
+      type(value) is np.ndarray and value.shape == first.shape and value.dtype == first.dtype
+      for value in values
+    )
+    numbers = all(isinstance(label, (int, np.integer)) for label in labels)
+    if not arrays or first.dtype.kind not in "biuf" or not numbers:
+      return None
+    if min(labels) < 0 or max(labels) >= most:
+      return None
+    return _joined(values, self.inputs, self.name, rows), np.array(labels, np.int32)
 
   def _inputs(self, example: Any, row: int) -> Any:
     """One example's inputs as arrays (or bytes, for text)."""
@@ -307,7 +332,7 @@ class Records:
     return int(label)
 
 
-def _joined(values: list[Any], key: Any, name: str, rows: list[int]) -> np.ndarray:
+def _joined(values: list[Any], key: Any, name: str, rows: Any) -> np.ndarray:
   if isinstance(values[0], bytes):  # NumPy would cut trailing zeros off fixed-length strings
     return np.array(values, dtype=object)
   joined = np.stack(values)

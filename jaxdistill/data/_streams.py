@@ -41,6 +41,10 @@ from jaxdistill.types import PyTree
 
 __all__ = ["iterated", "record_files", "resumable", "streamed"]
 
+# Rows that are read at a time where a batch has fewer: what a call of a reader and of Grain costs
+# beside its rows is then little of it.
+_ROWS = 512
+
 # Several threads ask for the same epoch.
 _remembered_order = functools.lru_cache(maxsize=4)(epoch_order)
 
@@ -69,7 +73,8 @@ def streamed(
       which scales uint8 to 0 .. 1.
     labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
       set has no labels). A label that may not be used does not reach the batch.
-    prefetch: how many batches are read ahead, by as many threads.
+    prefetch: how many batches are read ahead, by as many threads; where a batch is small, and its
+      rows are arrays or TFDS's without a transform, as many pieces of 512 rows.
     workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
       Python anew, so a script needs its ``if __name__ == "__main__"``. 0 reads in this one.
 
@@ -92,9 +97,13 @@ def streamed(
   views = view_count(augmentation, views)
   known = label_mask(examples, labelled)
   fetch = functools.partial(_fetch, examples, known, views)
+  # A user's own rows may each take long to make: of those no batch waits for another.
+  quick = isinstance(examples, Examples) or (examples.prepared and examples.transform is None)
 
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
-    return _stream(functools.partial(fetch, seed, batch, part), step, prefetch, workers)
+    steps = max(1, _ROWS * part[1] // batch) if quick else 1
+    pieces = functools.partial(fetch, seed, batch, part, steps)
+    return _stream(pieces, step, steps, prefetch, workers)
 
   finish = normalizer(normalize)
   return Source(
@@ -143,12 +152,23 @@ def _fetch(
   seed: int,
   batch_size: int,
   part: Part,
+  steps: int,
   step: int,
-) -> dict[str, Any]:
-  """The item of one step of a stream. NumPy only: it runs in threads and in other processes."""
-  epoch, first = divmod(step, len(examples) // batch_size)
-  index = rows_of(_remembered_order(seed, epoch, len(examples)), first, batch_size, part)
-  return _item(examples, known, index, view_numbers(seed, np.asarray(epoch), views))
+) -> list[dict[str, Any]]:
+  """The items of some steps from ``step`` on; by NumPy alone, in threads or other processes."""
+  size, turns = len(examples), range(step, step + steps)
+  places = [divmod(turn, size // batch_size) for turn in turns]
+  index = [
+    rows_of(_remembered_order(seed, epoch, size), first, batch_size, part)
+    for epoch, first in places
+  ]
+  rows = _item(examples, known, np.concatenate(index), {})
+  mine = len(index[0])
+  return [
+    jax.tree.map(lambda leaf, at=at: leaf[at : at + mine], rows)
+    | view_numbers(seed, np.asarray(epoch), views)
+    for at, (epoch, _) in zip(range(0, mine * steps, mine), places, strict=True)
+  ]
 
 
 def _item(
@@ -165,18 +185,18 @@ def _item(
 
 
 def _stream(
-  fetch: Callable[[int], PyTree], step: int, prefetch: int, workers: int
+  fetch: Callable[[int], list[PyTree]], step: int, steps: int, prefetch: int, workers: int
 ) -> Iterator[PyTree]:
-  """The items of all steps from ``step`` on, read ahead by Grain."""
+  """The items of all steps from ``step`` on, read ahead by Grain in pieces of so many steps."""
   import grain  # a second to import, and only streams need it
 
   # Of step numbers, not of examples: an item is one whole batch, and any step can be the first.
-  steps = grain.MapDataset.range(step, np.iinfo(np.int32).max).map(fetch)
-  stream = steps.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
+  pieces = grain.MapDataset.range(step, np.iinfo(np.int32).max - steps, steps).map(fetch)
+  stream = pieces.to_iter_dataset(grain.ReadOptions(prefetch, prefetch))
   if workers:
     _parse_flags()
     stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-  return iter(stream)
+  return itertools.chain.from_iterable(iter(stream))
 
 
 def record_files(paths: Sequence[str]) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     replacing,
     sha256,
     size_and_digest,
+    user_cache,
     write_digested,
     write_text,
   )
@@ -97,6 +98,7 @@ __all__ = [
   "size_and_digest",  # what a manifest says of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
   "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
+  "user_cache",  # the user's folder for what can be made anew
   "verify",  # compares the files with the manifest; the digests only of these items
   "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written

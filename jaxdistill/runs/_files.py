@@ -1,4 +1,7 @@
-"""Files that are written whole or not at all, and known again by size and SHA-256; without JAX."""
+"""Files that are written whole or not at all, and known again by size and SHA-256; without JAX.
+
+`user_cache` says where what can be made anew is kept between processes.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +22,7 @@ __all__ = [
   "replacing",
   "sha256",
   "size_and_digest",
+  "user_cache",
   "write_digested",
   "write_text",
 ]
@@ -132,3 +137,29 @@ def read_digested(path: pathlib.Path) -> dict[str, Any]:
   if not intact:
     raise ValueError("is not as it was written (its digest differs)")
   return body
+
+
+def user_cache(name: str) -> pathlib.Path:
+  """The user's folder for what can be made anew, where the operating system wants such things.
+
+  Args:
+    name: of one kind of thing, a folder of its own.
+
+  Returns:
+    ``$XDG_CACHE_HOME/jaxdistill/<name>`` where that variable is set (to an absolute path, as its
+    specification asks), else ``~/.cache/jaxdistill/<name>``; on macOS ``~/Library/Caches``, on
+    Windows ``%LOCALAPPDATA%``. The folder need not be there: whoever writes makes it.
+
+  Raises:
+    RuntimeError: this user has no home folder.
+  """
+  chosen = os.environ.get("XDG_CACHE_HOME", "")
+  if not os.path.isabs(chosen) and sys.platform == "win32":
+    chosen = os.environ.get("LOCALAPPDATA", "")
+  if os.path.isabs(chosen):
+    folder = pathlib.Path(chosen)
+  elif sys.platform == "darwin":
+    folder = pathlib.Path.home() / "Library" / "Caches"
+  else:
+    folder = pathlib.Path.home() / ".cache"
+  return folder / "jaxdistill" / name

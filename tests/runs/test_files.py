@@ -1,6 +1,8 @@
 """Files written whole or not at all, logs read, trees told from one another."""
 
 import json
+import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +59,30 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path):
     runs.read_digested(path)
   with pytest.raises(FileNotFoundError):
     runs.read_digested(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+  ("system", "variables", "wanted"),
+  [
+    ("linux", {}, "home/.cache"),
+    ("linux", {"XDG_CACHE_HOME": "{}/chosen"}, "chosen"),
+    ("linux", {"XDG_CACHE_HOME": "not/absolute"}, "home/.cache"),
+    ("darwin", {}, "home/Library/Caches"),
+    ("darwin", {"XDG_CACHE_HOME": "{}/chosen"}, "chosen"),
+    ("win32", {"LOCALAPPDATA": "{}/local"}, "local"),
+  ],
+)
+def test_the_users_cache_is_where_the_system_has_it(
+  tmp_path, monkeypatch, system, variables, wanted
+):
+  for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in variables.items():
+    monkeypatch.setenv(name, value.format(tmp_path))
+  monkeypatch.setattr(sys, "platform", system)
+  monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path / "home")
+  assert runs.user_cache("data") == tmp_path / wanted / "jaxdistill" / "data"
+  assert not list(tmp_path.iterdir())
 
 
 def test_torn_lines_of_a_log_are_counted(tmp_path):
