@@ -1,7 +1,8 @@
 """What a program costs before it runs, and how it is compiled.
 
 `activations`, `available` and `that_fit` are about memory, measured and not guessed. `quick`,
-`brief`, `long` and `by_work` are options of the compiler. A `BackgroundCompiled` function is
+`brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at numbers
+compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is
 compiled while Python traces what comes next, and a `Deferred` array is computed when it is first
 needed.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = [
   "BackgroundCompiled",
@@ -25,6 +27,8 @@ __all__ = [
   "brief",
   "by_work",
   "computed",
+  "for_work",
+  "host_view",
   "long",
   "quick",
   "that_fit",
@@ -151,8 +155,36 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
-  work = activations(function, *args) * calls
+  return for_work(activations(function, *args) * calls)
+
+
+def for_work(work: float) -> dict[str, Any] | None:
+  """Compiler options for a program that computes so many bytes in all its calls.
+
+  Args:
+    work: from `activations`.
+
+  Returns:
+    Those of ``jax.jit`` on a CPU; None elsewhere.
+  """
   return quick() if work < _LITTLE else brief() if work < _MUCH else long()
+
+
+def host_view(leaf: Any) -> np.ndarray | None:
+  """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
+
+  What looks at every number of a tree does so here without a compilation, and on an accelerator
+  without a copy to the host.
+
+  Args:
+    leaf: NumPy's array, or JAX's; a number counts as an array.
+  """
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
+  on_host = all(device.platform == "cpu" for device in leaf.devices())
+  numbers = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return np.asarray(leaf) if whole and on_host and numbers else None
 
 
 def quick() -> dict[str, Any] | None:

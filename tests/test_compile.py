@@ -150,7 +150,7 @@ def test_a_validator_compiled_ahead_compiles_nothing_more():
   with compiled() as names:
     validate.compile(jax.eval_shape(lambda: model))
     found = validate(model)
-  assert names == ["batch"]
+  assert names == ["evaluation"]
   expected = evaluation.evaluate(model, batches)
   # The same sums from programs of other options: float32's rounding.
   for name, value in found.items():
@@ -223,7 +223,7 @@ def test_a_sweep_compiles_four_programs_once_each(devices, steps):
       execution=search.Execution(devices=jax.devices()[:devices]),
       run=Run(progress=None),
     )
-  assert sorted(names) == ["batch", "initial_state", "outputs", "run"]
+  assert sorted(names) == ["evaluation", "initial_state", "outputs", "run"]
 
 
 def test_a_states_seed_is_the_key_that_jax_makes_of_it():

@@ -15,7 +15,6 @@ from jaxdistill.runs._manifest import first_few
 __all__ = [
   "check_like",
   "from_outline",
-  "host_view",
   "is_key",
   "named_leaves",
   "outline",
@@ -39,22 +38,6 @@ def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
       raise ValueError(f"two leaves of item {item!r} have the path {name!r}; rename one.")
     named[name] = leaf
   return named
-
-
-def host_view(leaf: Any) -> np.ndarray | None:
-  """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
-
-  What looks at every number of a tree does so here without a compilation, and on an accelerator
-  without a copy to the host.
-
-  Args:
-    leaf: NumPy's array, or JAX's; a number counts as an array.
-  """
-  if not isinstance(leaf, jax.Array):
-    return np.asarray(leaf)
-  whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
-  on_host = all(device.platform == "cpu" for device in leaf.devices())
-  return np.asarray(leaf) if whole and on_host and not is_key(leaf) else None
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
@@ -149,7 +132,7 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     if stored is None:
       width = jax.random.key_data(jax.random.key(0, impl=record["impl"])).shape
       stored = np.zeros((*record["shape"], *width), np.uint32)
-    value = jax.random.wrap_key_data(jnp.array(stored), impl=record["impl"])
+    value = jax.random.wrap_key_data(jax.device_put(stored), impl=record["impl"])
   else:
     dtype = jnp.dtype(record["dtype"])
     value = np.zeros(record["shape"], dtype) if stored is None else stored.view(dtype)
@@ -167,7 +150,7 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     raise ValueError(f"{where} was saved as {value.dtype}: enable jax_enable_x64 to restore it.")
   if sharding is None:
     # Uncommitted, as a fresh array is: jit may move it to where the others are.
-    return value if is_key(value) else jnp.array(value)
+    return value if is_key(value) else jax.device_put(value, may_alias=False)
   return jax.device_put(value, sharding, may_alias=False)
 
 

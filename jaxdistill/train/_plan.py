@@ -17,8 +17,9 @@ import numpy as np
 import optax
 
 from jaxdistill import _check
+from jaxdistill._compile import host_view
 from jaxdistill.data import Source
-from jaxdistill.runs import fingerprint, host_view
+from jaxdistill.runs import fingerprint
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
 
