@@ -128,12 +128,14 @@ def settled(tree: PyTree) -> PyTree:
   if home is None or {sharding.memory_kind for sharding in known} - {None, home.memory_kind}:
     return tree
 
-  def shape(leaf: Any) -> bool:
+  def shaped(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
-  if any(map(shape, jax.tree.leaves(tree))):
-    return jax.tree.map(lambda leaf: leaf.update(sharding=home) if shape(leaf) else leaf, tree)
-  return jax.device_put(tree, home)
+  if not any(map(shaped, jax.tree.leaves(tree))):
+    return jax.device_put(tree, home)  # of all leaves at once
+  return jax.tree.map(
+    lambda leaf: leaf.update(sharding=home) if shaped(leaf) else jax.device_put(leaf, home), tree
+  )
 
 
 def batches_of(batches: Batch) -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill._compile import host_view
 from jaxdistill.runs._manifest import first_few
 
 __all__ = [
   "check_like",
   "from_outline",
+  "holding",
   "is_key",
   "named_leaves",
   "outline",
@@ -38,6 +41,41 @@ def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
       raise ValueError(f"two leaves of item {item!r} have the path {name!r}; rename one.")
     named[name] = leaf
   return named
+
+
+def holding(bad: str, trees: Mapping[str, PyTree]) -> list[str]:
+  """Which of several trees hold numbers that are bad: all asked at once, each where it lies.
+
+  On a CPU nothing is compiled for it and no leaf is copied; elsewhere no leaf comes to the host.
+
+  Args:
+    bad: ``"nan"``; or ``"not finite"``, which infinities are too.
+    trees: arrays by what they are called. Integers, and random keys, are never bad.
+
+  Returns:
+    The names, in their order.
+  """
+  found = [
+    (name, leaf, host_view(leaf))
+    for name, tree in trees.items()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
+  ]
+  away = [leaf for _, leaf, view in found if view is None]
+  flags = iter(jax.device_get(_bad_leaves(bad, away)) if away else ())
+  names = {
+    name for name, _, view in found if (next(flags) if view is None else _is_bad(np, bad, view))
+  }
+  return [name for name in trees if name in names]
+
+
+def _is_bad(xp: Any, bad: str, leaf: Any) -> Any:
+  return xp.any(xp.isnan(leaf) if bad == "nan" else ~xp.isfinite(leaf))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bad_leaves(bad: str, leaves: list[jax.Array]) -> list[jax.Array]:
+  return [_is_bad(jnp, bad, leaf) for leaf in leaves]
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
