@@ -9,7 +9,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import _compile, data, evaluation, losses, networks, recipes, search, teachers
+from jaxdistill import (
+  _compile,
+  data,
+  evaluation,
+  losses,
+  networks,
+  recipes,
+  runs,
+  search,
+  teachers,
+)
 from jaxdistill.networks import models
 from jaxdistill.search import _shared_teacher
 from jaxdistill.train import Plan, Program, Run, with_jit
@@ -155,6 +165,61 @@ def test_a_validator_compiled_ahead_compiles_nothing_more():
   # The same sums from programs of other options: float32's rounding.
   for name, value in found.items():
     np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+
+
+def test_a_network_is_compiled_for_once_whatever_is_evaluated_of_it():
+  """Other variables, trained or read, another split, with a teacher or without: one program."""
+  model, _, batches = parts()
+  _, _, more = parts(size=70)
+  other = Model(model.network, jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, model.variables))
+  spread = Model(model.network, with_jit(jax.make_mesh((1,), ("data",))).spread(model.variables))
+  teacher = teachers.frozen(other)
+  taught = evaluation.taught(teacher, more)
+  with compiled() as names:
+    found = evaluation.validator(batches)(model)
+    for one, split in ((other, more), (spread, batches), (model, taught)):
+      evaluation.evaluate(one, split)
+    compared = evaluation.examine(model, more, teacher=teacher)[0]
+  assert names == ["evaluation"]
+  assert found["accuracy"] == evaluation.evaluate(model, batches)["accuracy"]
+  # The teacher's logits by the way or brought along, and no comparison where there is none.
+  assert compared == evaluation.evaluate(model, taught)
+  assert "agreement" in compared
+  assert "agreement" not in evaluation.evaluate(model, more)
+
+
+def test_what_a_network_costs_compiles_a_program_of_each_size():
+  model, _, batches = parts()
+  with compiled() as names:
+    evaluation.costs(model, batches, seconds=0.01)
+    evaluation.taught(teachers.frozen(model), batches)
+    evaluation.costs(model, batches, seconds=0.01)
+  assert len(names) == 3  # a model's of one example and of a batch; a teacher's of a batch
+
+
+def test_splits_share_what_normalises_them():
+  normalize = ((0.5,), (0.25,))
+  splits = [
+    data.from_arrays(np.full((size, 2, 2, 1), 255, np.uint8), np.zeros(size, int))
+    for size in (5, 40)
+  ]
+  with compiled() as names:
+    made = [data.evaluation_batches(s, batch_size=16, normalize=normalize) for s in splits]
+  assert len(names) == 1
+  assert [float(batches.inputs.min()) for batches in made] == [2.0, 2.0]
+
+
+def test_what_looks_at_numbers_or_takes_a_seeds_own_compiles_nothing():
+  model, _, _ = parts()
+  several = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), model.variables)
+  several = Model(model.network, jax.device_put(several), 2)
+  with compiled() as names:
+    one = several.unstack()[1]
+    assert runs.holding("not finite", {"a": one.variables, "b": {"x": np.array([np.inf])}}) == ["b"]
+    assert runs.holding("nan", {"a": one.variables, "b": {"x": np.array([np.inf])}}) == []
+  assert names == []
+  for own, whole in zip(*map(jax.tree.leaves, (one.variables, model.variables)), strict=True):
+    assert own.tolist() == whole.tolist()
 
 
 def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():

@@ -222,7 +222,8 @@ class _Pass:
   def __call__(self, calls: float = 1) -> list[_Measured]:
     """Goes through the batches, once of so many times; waits for nothing."""
     calls = calls * len(self.batches.weight)
-    program, ask = self.program.compiled(calls), self.asked and self.asked.compiled(calls)
+    program = self.program.compiled(calls)
+    ask = None if self.asked is None else self.asked.compiled(calls)
     found = []
     for batch in batches_of(self.batches):
       said = self.mute

@@ -14,7 +14,7 @@ from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import _report
 from jaxdistill.reports._pages import analysis, exhibits
-from jaxdistill.types import Batch, Network, Outputs, Teacher
+from jaxdistill.types import Batch, Model, Network, Outputs, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
 
@@ -66,9 +66,10 @@ def compare_students(
   costs |= dict.fromkeys(there, evaluation.costs(models["student"], batches))
   # The teacher is asked once, for itself and for all that are compared with it.
   taught = evaluation.taught(teacher, batches)
+  asked: dict[str, Model | Teacher] = {"teacher": Teacher({}, _as_taught), **models}
   measured = {
     name: _report.measure_model(model, taught, costs=costs[name], description=descriptions[name])
-    for name, model in {"teacher": Teacher({}, _as_taught), **models}.items()
+    for name, model in asked.items()
   }
   result = _report.build_report(
     teacher=measured["teacher"],
@@ -90,8 +91,9 @@ def compare_students(
   return _report.write_report(folder, result, predictions=found), result
 
 
-def _as_taught(variables: Any, batch: Batch) -> Outputs | None:
+def _as_taught(variables: Any, batch: Batch) -> Outputs:
   """The teacher's outputs as they came along."""
+  assert batch.teacher is not None
   return batch.teacher
 
 
