@@ -99,6 +99,7 @@ class Options:
   """Also write TensorBoard event files."""
 
 
+@functools.cache  # what was compiled for a network serves it again, when it is measured
 def build_networks(config: Config, axis_name: str | None = None):
   def build(name: str):
     there = [n for n in models.__all__ if n.startswith(("resnet", "wrn"))]

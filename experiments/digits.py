@@ -22,6 +22,7 @@ search printed test accuracies too, so the numbers above are not blind.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -81,6 +82,7 @@ class Options:
   """Also write TensorBoard event files."""
 
 
+@functools.cache  # what was compiled for a network serves it again, when it is measured
 def build_networks(config: Config):
   def build(channels: tuple[int, ...], dense: int):
     strides = (1, 2, *[1] * (len(channels) - 2))

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -84,6 +85,7 @@ class Options:
   """Seconds after which the script saves and leaves; started again, it goes on from there."""
 
 
+@functools.cache  # what was compiled for a network serves it again, when it is measured
 def build_networks(config: Config):
   def build(channels: tuple[int, ...], dense: int, name: str):
     strides = (1, 2, *[1] * (len(channels) - 2))

@@ -1,9 +1,10 @@
 """What a program costs before it runs, and how it is compiled.
 
 `activations`, `available` and `that_fit` are about memory, measured and not guessed. `quick`,
-`brief`, `long` and `by_work` are options of the compiler. A `BackgroundCompiled` function is
-compiled while Python traces what comes next, and not at all where the same program was compiled
-before. A `Deferred` array is computed when it is first needed.
+`brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at numbers
+compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled while
+Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same program
+was compiled before. A `Deferred` array is computed when it is first needed.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 __all__ = [
   "BackgroundCompiled",
+  "CompiledOnce",
   "Deferred",
   "activations",
   "available",
@@ -29,6 +32,8 @@ __all__ = [
   "by_work",
   "computed",
   "convolves",
+  "for_work",
+  "host_view",
   "long",
   "quarter",
   "quick",
@@ -191,11 +196,36 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
-  return _options_for(activations(function, *args) * calls)
+  return for_work(activations(function, *args) * calls)
 
 
-def _options_for(work: int) -> dict[str, Any] | None:
+def for_work(work: float) -> dict[str, Any] | None:
+  """Compiler options for a program that computes so many bytes in all its calls.
+
+  Args:
+    work: from `activations`.
+
+  Returns:
+    Those of ``jax.jit`` on a CPU; None elsewhere.
+  """
   return quick() if work < _LITTLE else brief() if work < _MUCH else long()
+
+
+def host_view(leaf: Any) -> np.ndarray | None:
+  """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
+
+  What looks at every number of a tree does so here without a compilation, and on an accelerator
+  without a copy to the host.
+
+  Args:
+    leaf: NumPy's array, or JAX's; a number counts as an array.
+  """
+  if not isinstance(leaf, jax.Array):
+    return np.asarray(leaf)
+  whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
+  on_host = all(device.platform == "cpu" for device in leaf.devices())
+  numbers = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+  return np.asarray(leaf) if whole and on_host and numbers else None
 
 
 def quick() -> dict[str, Any] | None:
@@ -240,6 +270,49 @@ def _known() -> frozenset[str]:
 
 
 class BackgroundCompiled:
+  """A jitted function that is compiled while Python goes on."""
+
+  def __init__(self, function: Callable[..., Any]) -> None:
+    """Nothing is compiled yet.
+
+    Args:
+      function: from ``jax.jit``.
+    """
+    self.function: Any = function
+    self.pending: concurrent.futures.Future[Any] | None = None
+
+  def compile(self, *args: Any, options: dict[str, Any] | None = None) -> None:
+    """Traces the function here, and has it compiled in a thread of its own.
+
+    Tracing stays in the caller's thread, where its settings are (``jax.enable_x64`` and the like
+    are of a thread).
+
+    Args:
+      *args: arguments, or their shapes, dtypes and shardings.
+      options: of the compiler, for what `compiled` gives. A call has none of them, and compiles.
+    """
+    lowered = self.function.lower(*args)
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    self.pending = pool.submit(lowered.compile, compiler_options=options)
+    pool.shutdown(wait=False)
+
+  def compiled(self) -> Any:
+    """What `compile` made: ``jax.stages.Compiled``; waits for it."""
+    assert self.pending is not None
+    return self.pending.result()
+
+  def __call__(self, *args: Any) -> Any:
+    """Calls the function, once it is compiled.
+
+    ``jax.jit`` keeps what it lowered together with its executable: arguments like those that it was
+    compiled for, without ``options``, compile nothing more, and others are compiled as ever.
+    """
+    if self.pending is not None:
+      self.pending.result()
+    return self.function(*args)
+
+
+class CompiledOnce:
   """A function that is compiled while Python goes on, once for all programs that are the same.
 
   Two functions are the same program where JAX lowers them to the same text: a second fit of the
@@ -310,7 +383,7 @@ class BackgroundCompiled:
     stage, self._stage = self._stage, None
     if hasattr(stage, "lower"):
       if calls is not None:
-        options = _options_for(_computed_bytes(stage.jaxpr.jaxpr) * calls)
+        options = for_work(_computed_bytes(stage.jaxpr.jaxpr) * calls)
       stage = stage.lower()
     text = stage.as_text() if self._shared else "callback"
     # What calls back into Python has a function of its own behind the same text; and constants that

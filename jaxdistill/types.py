@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import _check
+from jaxdistill._compile import host_view
 
 __all__ = [
   "Batch",
@@ -312,7 +313,17 @@ class Model:
     """The model of one seed, counted from 0; of a run over one, this model alone."""
     if self.seeds is None:
       return Model(self.network, self.variables)
-    return Model(self.network, jax.tree.map(lambda leaf: leaf[index], self.variables))
+    return Model(self.network, jax.tree.map(lambda leaf: _row(leaf, index), self.variables))
+
+
+def _row(leaf: Any, index: int) -> Any:
+  """One seed's part of an array, where the array lies."""
+  view = host_view(leaf) if isinstance(leaf, jax.Array) else None
+  if view is None:
+    return leaf[index]
+  # Of the host's memory no program has to be compiled for it. A copy: the whole may be donated.
+  home = leaf.sharding if leaf.committed else None
+  return jax.device_put(view[index], home, may_alias=False)
 
 
 @flax.struct.dataclass

@@ -10,7 +10,17 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import _compile, data, evaluation, losses, networks, recipes, search, teachers
+from jaxdistill import (
+  _compile,
+  data,
+  evaluation,
+  losses,
+  networks,
+  recipes,
+  runs,
+  search,
+  teachers,
+)
 from jaxdistill.networks import models
 from jaxdistill.train import Plan, Program, Run, _shared_teacher, with_jit
 from jaxdistill.types import Model, Term, as_objective
@@ -52,7 +62,7 @@ def test_what_is_called_was_compiled_ahead():
   def double(x):
     return 2 * x
 
-  function = _compile.BackgroundCompiled(double)
+  function = _compile.CompiledOnce(double)
   with compiled() as names:
     function.compile(jax.ShapeDtypeStruct((3,), jnp.float32))
     assert function.compiled().memory_analysis().argument_size_in_bytes == 12
@@ -65,7 +75,7 @@ def test_programs_that_are_the_same_are_compiled_once():
     def program(tree):
       return {"made": constant * tree[kept]}
 
-    return _compile.BackgroundCompiled(program)
+    return _compile.CompiledOnce(program)
 
   tree = {"a": np.arange(3, dtype=np.float32), "b": np.ones(3, np.float32)}
   two = np.full(3, 2, np.float32)
@@ -89,7 +99,7 @@ def test_models_of_one_network_share_a_program_and_keep_their_static_parts():
     return Model(model.network, jax.tree.map(lambda leaf: leaf + x, model.variables))
 
   with compiled() as names:
-    first, second = (_compile.BackgroundCompiled(program)(m, 1.0) for m in (model, other))
+    first, second = (_compile.CompiledOnce(program)(m, 1.0) for m in (model, other))
   assert names == ["program"]
   assert (first.network.name, second.network.name) == ("network", "other")
 
@@ -100,7 +110,7 @@ def test_programs_on_other_devices_are_others():
 
   found = []
   for device in jax.devices()[:2]:
-    made = _compile.BackgroundCompiled(program)(jax.device_put(np.ones(3, np.float32), device))
+    made = _compile.CompiledOnce(program)(jax.device_put(np.ones(3, np.float32), device))
     found.append(made.devices())
   assert found == [{device} for device in jax.devices()[:2]]
 
@@ -113,7 +123,7 @@ def test_what_calls_back_into_python_keeps_its_own_function():
       jax.debug.callback(lambda: calls.append(name))
       return x
 
-    return _compile.BackgroundCompiled(program)
+    return _compile.CompiledOnce(program)
 
   for name in ("first", "second"):
     made(name)(np.ones(3, np.float32))
@@ -122,7 +132,7 @@ def test_what_calls_back_into_python_keeps_its_own_function():
 
 
 def test_what_does_not_trace_says_so_where_it_is_compiled():
-  function = _compile.BackgroundCompiled(lambda x: x @ x)
+  function = _compile.CompiledOnce(lambda x: x @ x)
   with pytest.raises(TypeError, match="contracting dimensions"):
     function.compile(jax.ShapeDtypeStruct((2, 3), jnp.float32))
   assert function(np.eye(2, dtype=np.float32)).tolist() == [[1, 0], [0, 1]]
@@ -133,11 +143,11 @@ def test_a_program_that_cannot_be_compiled_is_tried_again():
     return x + 1
 
   for _ in range(2):
-    function = _compile.BackgroundCompiled(program)
+    function = _compile.CompiledOnce(program)
     function.compile(jnp.ones(3), options={"xla_no_such_option": True})
     with pytest.raises(jax.errors.JaxRuntimeError):
       function.compiled()
-  assert _compile.BackgroundCompiled(program)(jnp.ones(3)).tolist() == [2, 2, 2]
+  assert _compile.CompiledOnce(program)(jnp.ones(3)).tolist() == [2, 2, 2]
 
 
 def test_pending_arrays_are_shapes_until_they_are_needed():
@@ -225,11 +235,66 @@ def test_a_validator_compiled_ahead_compiles_nothing_more():
   with compiled() as names:
     validate.compile(jax.eval_shape(lambda: model))
     found = validate(model)
-  assert names == ["batch"]
+  assert names == ["evaluation"]
   expected = evaluation.evaluate(model, batches)
   # The same sums from programs of other options: float32's rounding.
   for name, value in found.items():
     np.testing.assert_allclose(value, expected[name], rtol=1e-6)
+
+
+def test_a_network_is_compiled_for_once_whatever_is_evaluated_of_it():
+  """Other variables, trained or read, another split, with a teacher or without: one program."""
+  model, _, batches = parts()
+  _, _, more = parts(size=70)
+  other = Model(model.network, jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, model.variables))
+  spread = Model(model.network, with_jit(jax.make_mesh((1,), ("data",))).spread(model.variables))
+  teacher = teachers.frozen(other)
+  taught = evaluation.taught(teacher, more)
+  with compiled() as names:
+    found = evaluation.validator(batches)(model)
+    for one, split in ((other, more), (spread, batches), (model, taught)):
+      evaluation.evaluate(one, split)
+    compared = evaluation.examine(model, more, teacher=teacher)[0]
+  assert names == ["evaluation"]
+  assert found["accuracy"] == evaluation.evaluate(model, batches)["accuracy"]
+  # The teacher's logits by the way or brought along, and no comparison where there is none.
+  assert compared == evaluation.evaluate(model, taught)
+  assert "agreement" in compared
+  assert "agreement" not in evaluation.evaluate(model, more)
+
+
+def test_what_a_network_costs_compiles_a_program_of_each_size():
+  model, _, batches = parts()
+  with compiled() as names:
+    evaluation.costs(model, batches, seconds=0.01)
+    evaluation.taught(teachers.frozen(model), batches)
+    evaluation.costs(model, batches, seconds=0.01)
+  assert len(names) == 3  # a model's of one example and of a batch; a teacher's of a batch
+
+
+def test_splits_share_what_normalises_them():
+  normalize = ((0.5,), (0.25,))
+  splits = [
+    data.from_arrays(np.full((size, 2, 2, 1), 255, np.uint8), np.zeros(size, int))
+    for size in (5, 40)
+  ]
+  with compiled() as names:
+    made = [data.evaluation_batches(s, batch_size=16, normalize=normalize) for s in splits]
+  assert len(names) == 1
+  assert [float(batches.inputs.min()) for batches in made] == [2.0, 2.0]
+
+
+def test_what_looks_at_numbers_or_takes_a_seeds_own_compiles_nothing():
+  model, _, _ = parts()
+  several = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), model.variables)
+  several = Model(model.network, jax.device_put(several), 2)
+  with compiled() as names:
+    one = several.unstack()[1]
+    assert runs.holding("not finite", {"a": one.variables, "b": {"x": np.array([np.inf])}}) == ["b"]
+    assert runs.holding("nan", {"a": one.variables, "b": {"x": np.array([np.inf])}}) == []
+  assert names == []
+  for own, whole in zip(*map(jax.tree.leaves, (one.variables, model.variables)), strict=True):
+    assert own.tolist() == whole.tolist()
 
 
 def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():
@@ -297,7 +362,7 @@ def test_a_sweep_compiles_four_programs_once_each(devices, steps):
       execution=search.Execution(devices=jax.devices()[:devices]),
       run=Run(progress=None),
     )
-  assert sorted(names) == ["batch", "initial_state", "outputs", "run"]
+  assert sorted(names) == ["evaluation", "initial_state", "outputs", "run"]
 
 
 def test_a_states_seed_is_the_key_that_jax_makes_of_it():

@@ -10,6 +10,7 @@ once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill._compile import by_work
+from jaxdistill._compile import brief
 from jaxdistill.data._examples import Examples, Records, label_mask
 from jaxdistill.data._views import (
   Augmentation,
@@ -570,14 +571,9 @@ def evaluation_batches(
   real = rows < size
   # Padding repeats row 0, with weight 0: a row of zeros may be NaN behind a user's normalisation.
   rows = np.where(real, rows, 0).astype(np.int32)
-  stored = jax.tree.map(lambda leaf: leaf[rows], examples.inputs)
-  finish = normalizer(normalize)
 
   def batched(leaf: Any) -> Any:
     return leaf.reshape(count, batch_size, *leaf.shape[1:])
-
-  def shown(stored: PyTree) -> PyTree:
-    return jax.tree.map(batched, finish(stored))
 
   rest = {
     "labels": np.where(real & (known[rows] > 0), examples.labels[rows], 0),
@@ -586,8 +582,17 @@ def evaluation_batches(
     "index": rows,
     "view": np.zeros_like(rows),
   }
-  options = by_work(shown, stored, calls=1)
-  return Batch(
-    inputs=jax.jit(shown, compiler_options=options)(stored),
-    **jax.device_put(jax.tree.map(batched, rest)),
-  )
+  finish = _finisher(normalizer(normalize))
+  shown = [
+    jax.device_get(finish(jax.tree.map(lambda leaf, some=some: leaf[some], examples.inputs)))
+    for some in batched(rows)
+  ]
+  inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *shown)
+  return Batch(**jax.device_put({"inputs": inputs, **jax.tree.map(batched, rest)}))
+
+
+@functools.lru_cache(32)
+def _finisher(finish: Callable[[Any], Any]) -> Callable[[PyTree], PyTree]:
+  """A normalisation of a batch, compiled once for all splits that are shown in such batches."""
+  made: Callable[[PyTree], PyTree] = jax.jit(finish, compiler_options=brief())
+  return made

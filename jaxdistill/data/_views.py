@@ -7,7 +7,6 @@ view shows of ``(data_seed, index, view)``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -93,7 +92,7 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
     _check.function("normalize", normalize, "of the inputs [B, ...]", arguments=1)
     return normalize
   if normalize is None:
-    return functools.partial(jax.tree.map, _scaled)
+    return _all_scaled
   if isinstance(normalize, str) or not hasattr(normalize, "__len__") or len(normalize) != 2:
     raise ValueError(f"normalize must be (mean, std), a function or None, got {normalize!r}.")
   channels = np.shape(normalize[0])
@@ -102,27 +101,42 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
       "normalize=(mean, std) needs one mean and one positive std for each channel, got "
       f"{normalize!r}."
     )
+  mean, std = (tuple(np.asarray(row, np.float64).tolist()) for row in normalize)
+  return _Standardized(mean, std)
 
-  def apply(inputs: Any) -> Array:
+
+@dataclasses.dataclass(frozen=True)
+class _Standardized:
+  """Less the mean, by the std; a value, so that all of the same numbers are compiled for once."""
+
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+
+  def __call__(self, inputs: Any) -> Array:
     _check_one_array("normalize=(mean, std)", inputs, "data.normalizer((mean, std))")
-    if 1 not in (channels[0], inputs.shape[-1]) and channels[0] != inputs.shape[-1]:
+    channels = len(self.mean)
+    if 1 not in (channels, inputs.shape[-1]) and channels != inputs.shape[-1]:
       raise ValueError(
-        f"normalize=(mean, std) is of {channels[0]} channels, but the inputs {inputs.shape} have "
+        f"normalize=(mean, std) is of {channels} channels, but the inputs {inputs.shape} have "
         f"{inputs.shape[-1]} on their last axis: give as many, or one for all."
       )
     scale = 255.0 if inputs.dtype == jnp.uint8 else 1.0
     shape = (1,) * (inputs.ndim - 1) + (-1,)
     # A difference and a quotient leave the compiler nothing to fuse into other bits.
-    mean, std = (jnp.asarray(np.multiply(v, scale), jnp.float32).reshape(shape) for v in normalize)
+    mean, std = (
+      jnp.asarray(np.multiply(v, scale), jnp.float32).reshape(shape) for v in (self.mean, self.std)
+    )
     return (inputs.astype(jnp.float32) - mean) / std
-
-  return apply
 
 
 def _positive(mean: Any, std: Any) -> bool:
   return bool(
     np.all(np.isfinite(mean)) and np.all(np.isfinite(std)) and np.all(np.asarray(std) > 0)
   )
+
+
+def _all_scaled(inputs: Any) -> Any:
+  return jax.tree.map(_scaled, inputs)
 
 
 def _scaled(leaf: Any) -> Any:

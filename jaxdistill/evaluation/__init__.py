@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     evaluate,
     examine,
     logits_of,
+    taught,
     validator,
   )
 
@@ -30,6 +31,7 @@ __all__ = [
   "logits_of",  # what a model, or a teacher, says of a batch
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example
+  "taught",  # the batches with what a teacher says of them, for many students to be compared with
   "validator",  # what a run measures on its way: compiled once, called often
 ]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.errors
+import flax.struct
 import jax
 import numpy as np
 
-from jaxdistill import _check, _compile
-from jaxdistill._compile import BackgroundCompiled
+from jaxdistill import _check
 from jaxdistill.evaluation import cost, metrics, predictions
+from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
 from jaxdistill.types import Batch, Model, Outputs, Teacher
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
   "evaluate",
   "examine",
   "logits_of",
+  "taught",
   "validator",
 ]
 
@@ -39,11 +44,14 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
   """Evaluates a model on a whole split, padded rows excluded exactly.
 
+  A network is compiled for once, whatever is evaluated of it: all its models, on any split in
+  batches of one size, with a teacher or without.
+
   Args:
     model: what `jaxdistill.fit` returned, ``Model(network, variables)``, or a teacher (an ensemble,
       say).
     batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
-    teacher: to measure agreement with.
+    teacher: to measure agreement with; by default what the batches bring along of one (`taught`).
 
   Returns:
     ``accuracy``, ``top5``, ``nll`` (nats), ``ece`` (15 bins), ``brier``, ``examples``, and with a
@@ -54,8 +62,7 @@ def evaluate(
     TypeError: an argument is of another kind.
     ValueError: variables do not fit their network, or labels lie beyond its classes.
   """
-  sums, _ = _Compiled()(model, teacher, batches)
-  return metrics.finish(sums)
+  return _finished(_measured(model, batches, teacher), batches, teacher)
 
 
 def examine(
@@ -66,22 +73,43 @@ def examine(
   Args:
     model: a model, or a teacher.
     batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
-    teacher: to measure agreement with.
+    teacher: to measure agreement with, as in `evaluate`.
 
   Returns:
     ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that
     `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed.
   """
-  sums, each = _Compiled(each=True)(model, teacher, batches)
+  found = _measured(model, batches, teacher)
   where = predictions.counted(batches)
+  each = jax.device_get([one.answers for one in found])
   joined = {
-    name: np.atleast_2d(np.concatenate(parts, axis=-1))[:, where]
-    for name, parts in jax.device_get(each).items()
+    name: np.atleast_2d(np.concatenate([answers[name] for answers in each], axis=-1))[:, where]
+    for name in each[0]
   }
-  return metrics.finish(sums), predictions.Answers(**joined)
+  return _finished(found, batches, teacher), predictions.Answers(**joined)
 
 
-_Sums = dict[str, Any]
+def taught(teacher: Teacher, batches: Batch) -> Batch:
+  """The batches with what a teacher says of them: it is asked once, for any number of students.
+
+  Args:
+    teacher: the teacher.
+    batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+
+  Returns:
+    The same batches, whose ``teacher`` holds its logits ``[N, B, K]`` on the host.
+
+  Raises:
+    TypeError: an argument is of another kind.
+    ValueError: the teacher's variables do not fit.
+  """
+  _check_batches(batches)
+  _check_teacher(teacher)
+  teacher = settled(teacher)
+  with _fitting(None):
+    ask = kept(_logits, teacher, next(batches_of(batches))).compiled(len(batches.weight))
+  logits = jax.device_get([ask(teacher, batch) for batch in batches_of(batches)])
+  return dataclasses.replace(batches, teacher=Outputs(logits=np.stack(logits)))
 
 
 def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
@@ -104,86 +132,143 @@ def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
   return logits
 
 
-@dataclasses.dataclass(eq=False)
-class _Compiled:
-  """One program for a batch, dispatched for each.
+_Sums = dict[str, Any]
 
-  With ``each``, the answers on each example come along, batch by batch. ``calls`` is how often all
-  batches are gone through; None for many times.
+
+@flax.struct.dataclass
+class _Measured:
+  """What is measured of a model on a batch: sums, the teacher's part of them, and its answers."""
+
+  quality: Any
+  fidelity: Any
+  answers: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+  """The program of a batch; equal for models whose logits come of the same function.
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
 
-  each: bool = False
-  calls: int | None = 1
-  one: BackgroundCompiled | None = None
-  classes: int = 0  # known once `batch` was traced
+  logits: Callable[[Model | Teacher, Batch], jax.Array]
+  __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
-  def batch(
-    self, model: Model | Teacher, teacher: Teacher | None, batches: Batch, i: Any
-  ) -> tuple[_Sums, _Sums]:
-    """The sums over a batch, and the answers."""
-    batch = jax.tree.map(lambda leaf: leaf[i], batches)
-    # The teacher is run once a batch, whatever the number of seeds.
-    taught = None if teacher is None else logits_of(teacher, batch)
+  def __call__(self, model: Model | Teacher, said: jax.Array, batch: Batch) -> _Measured:
+    """Measures a model beside the teacher's logits ``[B, K]``."""
     where = batch.weight * batch.labelled
 
-    def sums_of(model: Model | Teacher) -> tuple[_Sums, _Sums]:
-      logits = logits_of(model, batch)
-      self.classes = logits.shape[-1]
-      sums = metrics.classification_sums(logits, batch.labels, where)
-      if taught is not None:
-        sums |= metrics.fidelity_sums(logits, taught, batch.labels, where)
-      return sums, predictions.answers(logits, batch.labels) if self.each else {}
+    def measure(logits: jax.Array) -> _Measured:
+      return _Measured(
+        quality=metrics.classification_sums(logits, batch.labels, where),
+        fidelity=metrics.fidelity_sums(logits, said, batch.labels, where),
+        answers=predictions.answers(logits, batch.labels),
+      )
 
-    if isinstance(model, Teacher) or model.seeds is None:
-      return sums_of(model)
-    network = model.network
-    return jax.vmap(lambda variables: sums_of(Model(network, variables)))(model.variables)
+    return (measure if _seeds(model) is None else jax.vmap(measure))(self.logits(model, batch))
 
-  def check(self, model: Any, teacher: Any, batches: Batch) -> None:
-    """Whether the arguments go together."""
+
+def _seeds(model: Model | Teacher) -> int | None:
+  return None if isinstance(model, Teacher) else model.seeds
+
+
+def _logits(model: Model | Teacher, batch: Batch) -> jax.Array:
+  """What a model says of a batch: ``[B, K]``, or ``[S, B, K]`` where it has S seeds."""
+  if isinstance(model, Teacher) or model.seeds is None:
+    return logits_of(model, batch)
+  network = model.network
+  return jax.vmap(lambda variables: logits_of(Model(network, variables), batch))(model.variables)
+
+
+class _Pass:
+  """A model, and a teacher, on the batches of a split: checked, and compiled at the first call."""
+
+  def __init__(self, model: Any, batches: Batch, teacher: Any) -> None:
+    """Checks whether the arguments go together; they may be shapes."""
     _check_batches(batches)
     _check_model(model)
-    if not isinstance(teacher, Teacher | None):
-      raise TypeError(
-        f"teacher={_check.show(teacher)} must be a Teacher; make one by teachers.frozen(model)."
-      )
-    seeds = None if isinstance(model, Teacher) else model.seeds
-    uneven = () if seeds is None else (ValueError,)  # vmap's, over leaves of different lengths
-    try:
-      jax.eval_shape(self.batch, model, teacher, batches, 0)
-    except (*_MISFITS, *uneven) as error:
-      raise ValueError(
-        f"the variables (or the teacher's) do not fit the network, with seeds={seeds}: "
-        f"{_check.short(error)} The variables of a run over several seeds are "
-        "Model(network, variables, seeds=S), those of one Model(network, variables)."
-      ) from error
-    _check_labels(batches, self.classes)
-
-  def compile(
-    self, model: Model | Teacher, teacher: Teacher | None, batches: Batch, calls: int | None
-  ) -> BackgroundCompiled:
-    """Begins to compile in the background; checked arguments."""
-    given, options = (model, teacher, batches, 0), _compile.long()
-    if calls is not None:
-      options = _compile.by_work(self.batch, *given, calls=calls * len(batches.weight))
-    self.one = BackgroundCompiled(self.batch)
-    self.one.compile(*given, options=options)
-    return self.one
-
-  def __call__(
-    self, model: Model | Teacher, teacher: Teacher | None, batches: Batch
-  ) -> tuple[_Sums, dict[str, list[jax.Array]]]:
-    self.check(model, teacher, batches)
+    if teacher is not None:
+      _check_teacher(teacher)
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
-    one = self.one or self.compile(model, teacher, batches, self.calls)
-    found = [one(model, teacher, batches, i) for i in range(len(batches.weight))]
-    # Added on the host, where nothing has to be compiled for it and float64 counts on.
-    sums = jax.tree.map(np.float64, jax.device_get([sums for sums, _ in found]))
-    total = functools.reduce(metrics.add_sums, sums)
-    return total, {name: [rows[name] for _, rows in found] for name in found[0][1]}
+    self.model, self.teacher = settled((model, teacher))
+    self.batches, first = batches, next(batches_of(batches))
+    self.asked: Kept | None = None
+    with _fitting(_seeds(model)):
+      logits = kept(_logits, model, self._shown(first))
+      # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
+      # program is the same, and compiling another takes longer than its few sums ever will.
+      mute = np.zeros((len(first.weight), logits.outputs.shape[-1]), np.float32)
+      self.mute = settled((self.model, mute))[1]
+      said: Any = self.mute
+      if teacher is not None:
+        self.asked = kept(_logits, teacher, first)
+        said = self.asked.outputs
+      elif first.teacher is not None:
+        said = first.teacher.logits
+      self.program = kept(_Measure(logits.traced), model, said, self._shown(first))
+    _check_labels(batches, logits.outputs.shape[-1])
+
+  def _shown(self, batch: Batch) -> Batch:
+    """What the model sees of a batch: a network sees no teacher's outputs."""
+    return dataclasses.replace(batch, teacher=None) if isinstance(self.model, Model) else batch
+
+  def compile(self, calls: float) -> None:
+    """Begins to compile in the background, for so many passes without a teacher."""
+    count = len(self.batches.weight)
+    first = self._shown(next(batches_of(self.batches)))
+    self.program.compiled(calls * count).compile(self.model, self.mute, first)
+
+  def __call__(self, calls: float = 1) -> list[_Measured]:
+    """Goes through the batches, once of so many times; waits for nothing."""
+    calls = calls * len(self.batches.weight)
+    program = self.program.compiled(calls)
+    ask = None if self.asked is None else self.asked.compiled(calls)
+    found = []
+    for batch in batches_of(self.batches):
+      said = self.mute
+      if ask is not None:
+        said = ask(self.teacher, batch)
+      elif batch.teacher is not None:
+        said = settled((self.model, batch.teacher.logits))[1]
+      found.append(program(self.model, said, self._shown(batch)))
+    return found
+
+
+def _measured(model: Any, batches: Batch, teacher: Any) -> list[_Measured]:
+  return _Pass(model, batches, teacher)()
+
+
+def _finished(
+  found: list[_Measured], batches: Batch, teacher: Teacher | None
+) -> dict[str, np.ndarray]:
+  """The metrics of a pass; without a teacher none that compare with one."""
+  compared = teacher is not None or batches.teacher is not None
+  each = [{**one.quality, **(one.fidelity if compared else {})} for one in found]
+  # Added on the host, where nothing has to be compiled for it and float64 counts on.
+  sums = jax.tree.map(np.float64, jax.device_get(each))
+  return metrics.finish(functools.reduce(metrics.add_sums, sums))
+
+
+@contextlib.contextmanager
+def _fitting(seeds: int | None) -> Iterator[None]:
+  """Says of a failure to trace that variables do not fit."""
+  uneven = () if seeds is None else (ValueError,)  # vmap's, over leaves of different lengths
+  try:
+    yield
+  except (*_MISFITS, *uneven) as error:
+    raise ValueError(
+      f"the variables (or the teacher's) do not fit the network, with seeds={seeds}: "
+      f"{_check.short(error)} The variables of a run over several seeds are "
+      "Model(network, variables, seeds=S), those of one Model(network, variables)."
+    ) from error
+
+
+def _check_teacher(teacher: Any) -> None:
+  if not isinstance(teacher, Teacher):
+    raise TypeError(
+      f"teacher={_check.show(teacher)} must be a Teacher; make one by teachers.frozen(model)."
+    )
 
 
 def _check_model(model: Any) -> None:
@@ -226,15 +311,19 @@ def validator(batches: Batch) -> Validator:
     ``model -> {"accuracy", "nll", "ece"}``, see `Validator`.
   """
   _check_batches(batches)
-  return Validator(_Compiled(calls=None), batches)
+  return Validator(batches)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class Validator:
   """What `validator` makes: ``model -> {"accuracy", "nll", "ece"}``."""
 
-  _compiled: _Compiled
-  _batches: Batch
+  def __init__(self, batches: Batch) -> None:
+    """Compiles nothing yet.
+
+    Args:
+      batches: the validation split.
+    """
+    self._batches, self._calls = batches, math.inf
 
   def compile(self, model: Model, *, calls: int | None = None) -> None:
     """Begins to compile in the background, so that the first call need not.
@@ -244,12 +333,12 @@ class Validator:
       calls: how often it will be called: what computes little in all of them is compiled quickly,
         and runs slower. None for many times.
     """
-    self._compiled.check(model, None, self._batches)
-    self._compiled.compile(model, None, self._batches, calls)
+    self._calls = math.inf if calls is None else calls
+    _Pass(model, self._batches, None).compile(self._calls)
 
   def __call__(self, model: Model) -> dict[str, np.ndarray]:
     """The metrics of a model; ``[S]`` each for one of S seeds."""
-    numbers = metrics.finish(self._compiled(model, None, self._batches)[0])
+    numbers = _finished(_Pass(model, self._batches, None)(self._calls), self._batches, None)
     return {name: numbers[name] for name in ("accuracy", "nll", "ece")}
 
 
@@ -270,17 +359,18 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   _check_model(model)
   _check.number("seconds", seconds, above=0)
   _check_batches(batches)
-  if isinstance(model, Model):
-    model = model.instance(0)
-  batch = jax.tree.map(lambda leaf: leaf[0], batches)
+  model = settled(model.instance(0) if isinstance(model, Model) else model)
+  batch = jax.device_get(next(batches_of(dataclasses.replace(batches, teacher=None))))
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
-  size = int(batch.weight.shape[0])
+  size = len(batch.weight)
+  # One program for each of the two sizes, whatever is asked of it.
+  at_one, at_size = (kept(_logits, model, given).plain() for given in (one, batch))
   return {
     "parameters": cost.parameters(model.variables),
     "bytes": cost.size_bytes(model.variables),
-    "flops": cost.flops_or_none(logits_of, model, one),
-    "xla_flops": cost.xla_flops(logits_of, model, one),
-    "latency_ms": cost.latency(logits_of, model, one, seconds=seconds),
-    "throughput": cost.throughput(logits_of, model, batch, examples=size, seconds=seconds),
+    "flops": cost.flops_or_none(at_one, model, one),
+    "xla_flops": cost.xla_flops(at_one, model, one),
+    "latency_ms": cost.latency(at_one, model, one, seconds=seconds),
+    "throughput": cost.throughput(at_size, model, batch, examples=size, seconds=seconds),
     "throughput_batch": size,
   }

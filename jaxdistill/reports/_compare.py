@@ -14,7 +14,7 @@ from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
 from jaxdistill.reports import _report
 from jaxdistill.reports._pages import analysis, exhibits
-from jaxdistill.types import Batch, Network, Teacher
+from jaxdistill.types import Batch, Model, Network, Outputs, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
 
@@ -62,14 +62,15 @@ def compare_students(
   columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
   there = [name for name in ("baseline", "student") if _is_there(folder, name)]
   models = {name: teachers.restore(folder / name, network) for name in there}
-  costs = evaluation.costs(models["student"], batches)
+  costs = {"teacher": evaluation.costs(teacher, batches)}
+  costs |= dict.fromkeys(there, evaluation.costs(models["student"], batches))
+  # The teacher is asked once, for itself and for all that are compared with it.
+  taught = evaluation.taught(teacher, batches)
+  asked: dict[str, Model | Teacher] = {"teacher": Teacher({}, _as_taught), **models}
   measured = {
-    "teacher": _report.measure_model(teacher, batches, description=descriptions["teacher"])
+    name: _report.measure_model(model, taught, costs=costs[name], description=descriptions[name])
+    for name, model in asked.items()
   }
-  for name, model in models.items():
-    measured[name] = _report.measure_model(
-      model, batches, teacher=teacher, costs=costs, description=descriptions[name]
-    )
   result = _report.build_report(
     teacher=measured["teacher"],
     baseline=measured.get("baseline"),
@@ -88,6 +89,12 @@ def compare_students(
     show=show,
   )
   return _report.write_report(folder, result, predictions=found), result
+
+
+def _as_taught(variables: Any, batch: Batch) -> Outputs:
+  """The teacher's outputs as they came along."""
+  assert batch.teacher is not None
+  return batch.teacher
 
 
 def _is_there(folder: pathlib.Path, name: str) -> bool:

@@ -68,7 +68,7 @@ def measure_model(
   Args:
     model: a model, or a teacher; of several seeds, costs are those of one.
     batches: the split, from `jaxdistill.data.evaluation_batches`.
-    teacher: to measure agreement with.
+    teacher: to measure agreement with, as in `evaluation.evaluate`.
     costs: from `evaluation.costs`, where another model of the same network was measured already:
       timing it twice would show the clock's noise as a difference.
     description: what it is, in a few words.

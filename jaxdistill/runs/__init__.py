@@ -53,7 +53,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
   from jaxdistill.runs._progress import Progress, progress_bar, say_saved
-  from jaxdistill.runs._trees import from_outline, host_view, is_key, named_leaves, outline
+  from jaxdistill.runs._trees import from_outline, holding, is_key, named_leaves, outline
 
 __all__ = [
   "MANIFEST",  # the name of a manifest's file
@@ -74,7 +74,7 @@ __all__ = [
   "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
   "first_few",  # the first few names
   "from_outline",  # the tree again, from its outline and its leaves by path
-  "host_view",  # an array's memory as NumPy sees it, where that is the host's
+  "holding",  # which of several trees hold NaN, or numbers that are not finite
   "is_key",  # whether a leaf, or its shape, is of typed random keys
   "listing",  # what is in a folder; nothing if there is none
   "load_variables",  # loads what `save_variables` saved, after verifying it

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxdistill.runs._trees import host_view, is_key, outline
+from jaxdistill._compile import host_view
+from jaxdistill.runs._trees import is_key, outline
 
 __all__ = ["checksum", "fingerprint", "short_digest", "tree_identity"]
 

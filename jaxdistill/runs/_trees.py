@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill._compile import host_view
 from jaxdistill.runs._manifest import first_few
 
 __all__ = [
   "check_like",
   "from_outline",
-  "host_view",
+  "holding",
   "is_key",
   "named_leaves",
   "outline",
@@ -41,20 +43,39 @@ def named_leaves(item: str, tree: PyTree) -> dict[str, Any]:
   return named
 
 
-def host_view(leaf: Any) -> np.ndarray | None:
-  """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
+def holding(bad: str, trees: Mapping[str, PyTree]) -> list[str]:
+  """Which of several trees hold numbers that are bad: all asked at once, each where it lies.
 
-  What looks at every number of a tree does so here without a compilation, and on an accelerator
-  without a copy to the host.
+  On a CPU nothing is compiled for it and no leaf is copied; elsewhere no leaf comes to the host.
 
   Args:
-    leaf: NumPy's array, or JAX's; a number counts as an array.
+    bad: ``"nan"``; or ``"not finite"``, which infinities are too.
+    trees: arrays by what they are called. Integers, and random keys, are never bad.
+
+  Returns:
+    The names, in their order.
   """
-  if not isinstance(leaf, jax.Array):
-    return np.asarray(leaf)
-  whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
-  on_host = all(device.platform == "cpu" for device in leaf.devices())
-  return np.asarray(leaf) if whole and on_host and not is_key(leaf) else None
+  found = [
+    (name, leaf, host_view(leaf))
+    for name, tree in trees.items()
+    for leaf in jax.tree.leaves(tree)
+    if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
+  ]
+  away = [leaf for _, leaf, view in found if view is None]
+  flags = iter(jax.device_get(_bad_leaves(bad, away)) if away else ())
+  names = {
+    name for name, _, view in found if (next(flags) if view is None else _is_bad(np, bad, view))
+  }
+  return [name for name in trees if name in names]
+
+
+def _is_bad(xp: Any, bad: str, leaf: Any) -> Any:
+  return xp.any(xp.isnan(leaf) if bad == "nan" else ~xp.isfinite(leaf))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _bad_leaves(bad: str, leaves: list[jax.Array]) -> list[jax.Array]:
+  return [_is_bad(jnp, bad, leaf) for leaf in leaves]
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
@@ -149,7 +170,7 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     if stored is None:
       width = jax.random.key_data(jax.random.key(0, impl=record["impl"])).shape
       stored = np.zeros((*record["shape"], *width), np.uint32)
-    value = jax.random.wrap_key_data(jnp.array(stored), impl=record["impl"])
+    value = jax.random.wrap_key_data(jax.device_put(stored), impl=record["impl"])
   else:
     dtype = jnp.dtype(record["dtype"])
     value = np.zeros(record["shape"], dtype) if stored is None else stored.view(dtype)
@@ -167,7 +188,7 @@ def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
     raise ValueError(f"{where} was saved as {value.dtype}: enable jax_enable_x64 to restore it.")
   if sharding is None:
     # Uncommitted, as a fresh array is: jit may move it to where the others are.
-    return value if is_key(value) else jnp.array(value)
+    return value if is_key(value) else jax.device_put(value, may_alias=False)
   return jax.device_put(value, sharding, may_alias=False)
 
 

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -369,12 +368,6 @@ def check_finite(sums: PyTree, begin: int) -> None:
   )
 
 
-@jax.jit
-def _finite(tree: PyTree) -> Any:
-  leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-  return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in leaves] or [True]))
-
-
 def check_state(state: State, at: int) -> None:
   """Raises where a state is not finite: nothing of that is validated or saved.
 
@@ -387,12 +380,12 @@ def check_state(state: State, at: int) -> None:
   Raises:
     FloatingPointError: a part of the state is not finite; names it and the step.
   """
-  for name in ("params", "model_state", "objective_params", "objective_state"):
-    if not _finite(getattr(state, name)):
-      raise FloatingPointError(
-        f"{name} is not finite after step {at}, though the loss was: a gradient is not. The last "
-        "good checkpoint is kept; look for a square root, a norm or a division at 0 in the loss."
-      )
+  parts = ("params", "model_state", "objective_params", "objective_state")
+  for name in runs.holding("not finite", {name: getattr(state, name) for name in parts}):
+    raise FloatingPointError(
+      f"{name} is not finite after step {at}, though the loss was: a gradient is not. The last "
+      "good checkpoint is kept; look for a square root, a norm or a division at 0 in the loss."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

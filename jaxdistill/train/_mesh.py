@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
-from jaxdistill._compile import BackgroundCompiled
+from jaxdistill._compile import CompiledOnce
 from jaxdistill.runs import is_key
 
 __all__ = [
@@ -100,7 +100,7 @@ class Dispatch:
   scan: bool | None
   part: tuple[int, int]
   axis_name: str | None
-  compile: Callable[[Callable[..., Any]], BackgroundCompiled]
+  compile: Callable[[Callable[..., Any]], CompiledOnce]
   place: Callable[[PyTree], PyTree]
   spread: Callable[[PyTree], PyTree]
   split: Callable[[PyTree, int], PyTree]
@@ -234,7 +234,7 @@ def with_jit(
   def collect(tree: PyTree) -> PyTree:
     return jax.tree.map(_local, tree) if several else tree
 
-  def compile(run: Callable[..., Any]) -> BackgroundCompiled:
+  def compile(run: Callable[..., Any]) -> CompiledOnce:
     # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values,
     # count):
     # - The state is donated, so the new one takes its memory: parameters and the optimiser's
@@ -244,9 +244,9 @@ def with_jit(
     #   `constrain` keeps a batch that was cut out of shared arrays shared out too. From these the
     #   compiler propagates (AxisType.Auto), and adds the sum of gradients over the devices.
     # - The results are replicated as the arguments were, so the second call compiles nothing anew.
-    # keep_unused: see BackgroundCompiled.
+    # keep_unused: see CompiledOnce.
     jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated, keep_unused=True)
-    return BackgroundCompiled(run, jit)
+    return CompiledOnce(run, jit)
 
   return Dispatch(
     devices=devices,
@@ -324,14 +324,14 @@ def with_students(
 
     return lambda tree: jax.tree.map(put, tree)
 
-  def compile(run: Callable[..., Any]) -> BackgroundCompiled:
+  def compile(run: Callable[..., Any]) -> CompiledOnce:
     if mesh.devices.size > 1:
       whole, part = PartitionSpec(), PartitionSpec(AXIS)
       # Students are shared out, and whatever they look at (teacher, arrays, items) is whole on each
       # device: inside, a device runs the program of its own students as if it were alone.
       specs = (part, whole, whole, whole, part, whole)
       run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
-    return BackgroundCompiled(run, functools.partial(jax.jit, donate_argnums=0, keep_unused=True))
+    return CompiledOnce(run, functools.partial(jax.jit, donate_argnums=0, keep_unused=True))
 
   return Dispatch(
     devices=1,
@@ -402,7 +402,7 @@ def with_pmap(
     axis_name=AXIS,
     # Each device has a copy of state and teacher with an axis over devices in front, of which it
     # sees its own; the step sums over the axis by psum. Donated as under jit.
-    compile=lambda run: BackgroundCompiled(
+    compile=lambda run: CompiledOnce(
       run,
       functools.partial(
         jax.pmap, axis_name=AXIS, donate_argnums=0, devices=list(mesh.devices.flat)

@@ -18,7 +18,7 @@ import optax
 
 from jaxdistill import _check
 from jaxdistill.data import Source
-from jaxdistill.runs import fingerprint, host_view
+from jaxdistill.runs import fingerprint, holding
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
 
@@ -242,7 +242,7 @@ def check_start(name: str, tree: PyTree) -> None:
 
   The numbers are looked at on the device where they lie: no leaf is brought to the host.
   """
-  found = []
+  found: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     where = f"{name}{jax.tree_util.keystr(path)}"
     if isinstance(leaf, jax.core.Tracer):
@@ -250,19 +250,9 @@ def check_start(name: str, tree: PyTree) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
       how = "runs.load_variables and weights read files" if isinstance(leaf, str) else ""
       raise TypeError(f"{where} is no array, but {_check.show(leaf)}; {how or 'leave it out'}.")
-    if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact):
-      found.append((where, leaf))
-  views = [host_view(leaf) for _, leaf in found]
-  there = [leaf for (_, leaf), view in zip(found, views, strict=True) if view is None]
-  flags = iter(jax.device_get(_has_nan(there)) if there else ())  # all of them asked at once
-  for (where, _), view in zip(found, views, strict=True):
-    if next(flags) if view is None else np.isnan(view).any():
-      raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
-
-
-@jax.jit
-def _has_nan(leaves: list[jax.Array]) -> list[jax.Array]:
-  return [jnp.any(jnp.isnan(leaf)) for leaf in leaves]
+    found[where] = leaf
+  for where in holding("nan", found):
+    raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
 
 
 def check_hyper(objective: Objective, steps: int) -> None:

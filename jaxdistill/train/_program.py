@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill._compile import BackgroundCompiled, computed, quick
+from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
 from jaxdistill.train._plan import Plan
@@ -105,13 +105,13 @@ class Program:
     # Abstract first: what does not fit together says so before anything is compiled.
     self.shapes: State = jax.eval_shape(initial, seeds, self.values, starts, *example)
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
-    self._begin = BackgroundCompiled(initial)
+    self._begin = CompiledOnce(initial)
     self._begin_with = lambda values: (seeds, values, starts, *example)
     self._head = head
     chunk = self.chunk
     if plan.stacked:
       chunk = over_students(chunk, self.seeds_by, axes, len(self.sources), at_once)
-    self._chunk: BackgroundCompiled = dispatch.compile(chunk)
+    self._chunk: CompiledOnce = dispatch.compile(chunk)
     self._compiling = False
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
