@@ -6,8 +6,8 @@ backward pass, soft targets at a scheduled temperature, labels and one matched l
 projector, and the optimiser. `fit` is timed as it is used, its log, its checks and its dispatch
 included: it validates after every chunk, and that is where the others take their turns. Beside it
 runs the same step as a plain PyTorch loop has it, eager, the images cut from a tensor (extra
-``peers``; left out where PyTorch is not installed). The ratios are medians over rounds of one side's
-time over the other's in the same round, with their quartiles.
+``peers``; left out where PyTorch is not installed). The ratios are medians over rounds of one
+side's time over the other's in the same round, with their quartiles.
 
 Command:   python benchmarks/step.py            (results: benchmarks/results/step.json)
 """

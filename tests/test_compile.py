@@ -232,6 +232,7 @@ def test_host_arrays_go_to_the_device_without_a_program():
 def test_a_validator_compiled_ahead_compiles_nothing_more():
   model, _, batches = parts()
   validate = evaluation.validator(batches)
+  _compile._known()
   with compiled() as names:
     validate.compile(jax.eval_shape(lambda: model))
     found = validate(model)
