@@ -83,8 +83,9 @@ def mcnemar(first: Any, second: Any) -> dict[str, float | int]:
   Percentages, 1947; the exact form as in Dietterich, Approximate Statistical Tests for Comparing
   Supervised Classification Learning Algorithms, 1998.
 
-  >>> mcnemar([True] * 6 + [False], [False] * 5 + [True, True])
-  {'first_only': 5, 'second_only': 1, 'p_value': 0.21875}
+  >>> found = mcnemar([True] * 6 + [False], [False] * 5 + [True, True])
+  >>> found["first_only"], found["second_only"], round(found["p_value"], 5)
+  (5, 1, 0.21875)
   """
   import scipy.special
 
