@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TypeVar
 
-from jaxdistill import _extras
+from jaxdistill import _extras, runs
 
 __all__ = ["parse"]
 
@@ -21,6 +21,9 @@ def parse(
   args: Sequence[str], config: Config, options: Options, about: str | None
 ) -> tuple[Config, Options]:
   """Reads a command line into two dataclasses, whose docstrings head their options in the help.
+
+  And keeps what is compiled in the user's cache folder, unless ``--no-keep-compiled`` is said: a
+  script that is started again compiles nothing anew.
 
   Args:
     args: the words.
@@ -39,7 +42,12 @@ def parse(
 
   # Fields have names, which a tuple's entries have not: the help has a group for each.
   both = dataclasses.make_dataclass(
-    "Command", [("config", type(config), config), ("execution", type(options), options)]
+    "Command",
+    [
+      ("config", type(config), config),
+      ("execution", type(options), options),
+      ("keep_compiled", bool, True),
+    ],
   )
   said = tyro.cli(
     both,
@@ -47,4 +55,6 @@ def parse(
     config=(tyro.conf.OmitArgPrefixes,),
     description=(about or "").partition("\n")[0],
   )
+  if said.keep_compiled:
+    runs.keep_compiled()
   return said.config, said.execution

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     load_variables,
     save_variables,
   )
+  from jaxdistill.runs._compiled import keep_compiled
   from jaxdistill.runs._files import (
     WRITING,
     altered,
@@ -76,6 +77,7 @@ __all__ = [
   "from_outline",  # the tree again, from its outline and its leaves by path
   "holding",  # which of several trees hold NaN, or numbers that are not finite
   "is_key",  # whether a leaf, or its shape, is of typed random keys
+  "keep_compiled",  # keeps what XLA compiles on disk: JAX's persistent compilation cache
   "listing",  # what is in a folder; nothing if there is none
   "load_variables",  # loads what `save_variables` saved, after verifying it
   "locate",  # the folder; or the complete one that a killed process had no time to rename

@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.struct
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxdistill import _check, _extras, export, runs
@@ -349,7 +349,7 @@ def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:
 
 def _check_machinery(optimizer: Any, dispatch: Any, watch: Any) -> None:
   """Whether these are an optimiser, a dispatch and a watch, outside of another program's trace."""
-  if isinstance(jnp.zeros(()), jax.core.Tracer):
+  if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):  # of which nothing is compiled
     raise TypeError("fit compiles its steps itself; call it outside of jit, vmap and grad.")
   if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
     how = "call it: optax.adam(1e-3)" if callable(optimizer) else "such as optax.adam(1e-3)"
