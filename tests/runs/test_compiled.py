@@ -5,10 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
-from jaxdistill import runs
-
 SCRIPT = """
 import sys
 import jax, jax.monitoring
@@ -45,8 +41,3 @@ def test_it_lies_where_the_user_has_said(tmp_path):
   named = lines(XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=str(tmp_path / "jax"))
   assert named[0] == str(tmp_path / "jax")
   assert pathlib.Path(named[0]).is_dir()
-
-
-def test_a_folder_that_is_none_is_refused():
-  with pytest.raises(TypeError, match="folder=3"):
-    runs.keep_compiled(3)
