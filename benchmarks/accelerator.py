@@ -42,6 +42,7 @@ import queue
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -272,7 +273,7 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
   def measure(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
     import step
 
-    from jaxdistill import networks, recipes
+    from jaxdistill import networks
     from jaxdistill.networks import models
 
     names = pair(settings)
@@ -282,25 +283,18 @@ def step_ours(dtype: str) -> Callable[[Settings, Sequence[str], Emit], None]:
     for key in keys:
       options = step.Options(
         rounds=2 if settings.tiny else 7,
-        seconds=0.05 if settings.tiny else 0.4,
+        steps=2 if settings.tiny else 50,
         batch_size=int(key),
       )
-      began = time.perf_counter()
-      functions, _ = step.sides(*both, recipes.kd(), options)
-      chunk = step.Chunk(*both, recipes.kd(), options, 2 if settings.tiny else 50)
-      for function in (*functions.values(), chunk):
-        function()
-      compiled = time.perf_counter() - began
-      seconds = step.measure({**functions, "chunk": chunk}, options)
-      floor = seconds["teacher forward"] + seconds["plain step"]
-      each = seconds["chunk"] / chunk.steps
+      rounds, first = step.compare(*both, None, options)
+      each = statistics.median(rounds["fit"])
       found = {
-        "milliseconds": {name: 1e3 * value for name, value in seconds.items() if name != "chunk"},
-        "floor_ms": 1e3 * floor,
-        "over_the_floor": seconds["distillation step"] / floor,
         "step_in_chunk_ms": 1e3 * each,
+        "by_hand_ms": 1e3 * statistics.median(rounds["by hand"]),
+        "over_the_floor": step.ratio(rounds, "fit", "by hand")["median"],
+        "quartiles": step.ratio(rounds, "fit", "by hand")["quartiles"],
         "images_per_second": options.batch_size / each,
-        "compilation_seconds": compiled,
+        "compilation_seconds": first,
         "peak_bytes": peak_bytes(),
       }
       emit(key, found)

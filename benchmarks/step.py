@@ -221,6 +221,7 @@ def peer(pair, sizes, options):
 def compare(teacher, student, layer, options, others=lambda sizes: {}):
   """Seconds of a step of each side, round by round: `fit`, by hand, and what `others` makes.
 
+  And the seconds of `fit` up to the end of its first chunk, in which it is traced and compiled.
   ``layer`` is the matched one, or None; ``others`` takes the numbers of parameters.
   """
   source = made_up(options)
@@ -232,7 +233,7 @@ def compare(teacher, student, layer, options, others=lambda sizes: {}):
   by_hand = ByHand(teacher, student, layer, source, variables, options, loop=loop)
   sides = {"by hand": by_hand, **others(sizes)}
   rounds = {name: [] for name in ("fit", *sides)}
-  began = []
+  began, first = [], []
 
   def turns(model):
     del model
@@ -245,11 +246,13 @@ def compare(teacher, student, layer, options, others=lambda sizes: {}):
       if began:
         rounds[name].append((time.perf_counter() - start) / options.steps)
     began.append(time.perf_counter())
+    first.append(now)
     return {}
 
   objective = recipes.kd(temperature=TEMPERATURE)
   if layer is not None:
     objective = recipes.combine(objective, recipes.hint(layer, layer))
+  start = time.perf_counter()
   train.fit(
     student,
     objective,
@@ -261,7 +264,7 @@ def compare(teacher, student, layer, options, others=lambda sizes: {}):
     watch=train.Watch(turns, validate_every=options.steps, log_every=options.steps),
     run=train.Run(progress=None),
   )
-  return {name: np.array(seconds) for name, seconds in rounds.items()}
+  return {name: np.array(seconds) for name, seconds in rounds.items()}, first[0] - start
 
 
 def ratio(rounds, one, other):
@@ -280,7 +283,7 @@ def main(options: Options) -> None:
   results = {}
   for name, (teacher, student, layer, pair) in pairs().items():
     others = (lambda sizes, pair=pair: {"PyTorch": peer(pair, sizes, options)}) if both else None
-    rounds = compare(teacher, student, layer, options, *([others] if others else []))
+    rounds, _ = compare(teacher, student, layer, options, *([others] if others else []))
     results[name] = {
       "milliseconds": {side: 1e3 * float(np.median(found)) for side, found in rounds.items()},
       "fit over by hand": ratio(rounds, "fit", "by hand"),

@@ -33,7 +33,9 @@ def keep_compiled(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     TypeError: ``folder`` is no path.
   """
   if folder is None:
-    chosen = jax.config.jax_compilation_cache_dir  # as the environment or the script has set it
+    chosen = getattr(
+      jax.config, "jax_compilation_cache_dir", None
+    )  # as the environment or the script has set it
     place = pathlib.Path(chosen) if chosen else user_cache("compiled")
   else:
     place = _check.folder("folder", folder)
