@@ -61,6 +61,29 @@ def used_features(
   return [str(path[1].key) for path in used if path[0].name == "features"]
 
 
+def _kept(
+  learners: Sequence[tuple[Network, Objective]], teacher: Teacher, source: Source
+) -> tuple[tuple[str, ...], int] | None:
+  """The features to be kept, and the bytes of an example; None for a teacher without logits."""
+  whole: Any = source.whole
+  item = next(iter(whole.every(source.data_seed, source.batch_size, 0)))
+  batch = jax.eval_shape(source.cut, source.shared, item)
+  theirs = jax.eval_shape(Teacher.__call__, teacher, batch)
+  if theirs.logits is None:
+    return None
+
+  def used(student: Network, objective: Objective) -> list[str]:
+    def forward(key: Any, inputs: PyTree) -> Outputs:
+      return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
+
+    ours = jax.eval_shape(forward, example_key(), batch.inputs)
+    return used_features(objective, ours, theirs, batch)
+
+  features = sorted({name for learner in learners for name in used(*learner)})
+  rows = [theirs.logits, *(theirs.features[name] for name in features)]
+  return tuple(features), sum(math.prod(row.shape[1:]) * row.dtype.itemsize for row in rows)
+
+
 def share_teacher(
   learners: Sequence[tuple[Network, Objective]],
   teacher: Teacher,
@@ -91,25 +114,15 @@ def share_teacher(
     return None
   if jax.process_count() > 1:  # each would have to hold the same bits
     return None
-  item = next(iter(first.whole.every(first.data_seed, first.batch_size, 0)))
-  batch = jax.eval_shape(first.cut, first.shared, item)
-  theirs = jax.eval_shape(Teacher.__call__, teacher, batch)
-  if theirs.logits is None:
+  try:
+    kept = _kept(learners, teacher, first)
+  except Exception:
+    # What does not fit together says so in better words where the step itself is traced.
     return None
-
-  def used(student: Network, objective: Objective) -> list[str]:
-    def forward(key: Any, inputs: PyTree) -> Outputs:
-      return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
-
-    ours = jax.eval_shape(forward, example_key(), batch.inputs)
-    return used_features(objective, ours, theirs, batch)
-
-  features = sorted({name for learner in learners for name in used(*learner)})
-  kept = [theirs.logits, *(theirs.features[name] for name in features)]
-  each = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in kept)
-  if first.whole.size * each > memory:
+  if kept is None or first.whole.size * kept[1] > memory:
     return None
-  fill = Filler(teacher, first, None, tuple(features), batch_size=256, nan=nan)
+  features = kept[0]
+  fill = Filler(teacher, first, None, features, batch_size=256, nan=nan)
   if not fill.alone():
     return None
 
@@ -144,7 +157,7 @@ def with_answers(plan: Plan, label: str | None) -> Plan:
     return plan
   arrays = jax.tree.leaves(source.shared, is_leaf=lambda leaf: leaf is None)
   passes = plan.steps * source.batch_size * len({one.data_seed for one in plan.sources})
-  if None in arrays or passes < source.whole.size:
+  if any(leaf is None for leaf in arrays) or passes < source.whole.size:
     return plan
   learners = [(plan.student, plan.objective)]
   sources = share_teacher(
