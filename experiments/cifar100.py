@@ -91,10 +91,10 @@ class Options:
   """Start from the short setting for a CPU instead of the published one."""
   dispatch: Literal["jit", "pmap"] = "jit"
   """How the step is compiled."""
-  seeds_by: Literal["vmap", "unroll"] = "unroll" if jax.default_backend() == "cpu" else "vmap"
-  """Seeds side by side or one after another, in one program either way."""
-  scan: bool = jax.default_backend() != "cpu"
-  """Many steps in one dispatch; slow for convolutions on a CPU."""
+  seeds_by: Literal["vmap", "unroll"] | None = None
+  """Seeds side by side or one after another, in one program either way; by what suits."""
+  scan: bool | None = None
+  """Many steps in one dispatch; by what suits: convolutions in a loop are slow on a CPU."""
   tensorboard: bool = False
   """Also write TensorBoard event files."""
 

@@ -207,7 +207,6 @@ def train_all(config: Config, options: Options) -> None:
     optimizer=optimizer(config, steps),
     steps=steps,
     seed=100,
-    dispatch=train.with_jit(scan=config.dataset == "digits" or jax.default_backend() != "cpu"),
     watch=train.Watch(evaluation.validator(validation), validate_every=5 * source.steps_per_epoch),
     run=options.out / "teacher",
   )

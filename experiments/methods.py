@@ -29,12 +29,10 @@ of train is held out for the choice. It wants a GPU and has not been run by us.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import pathlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -256,9 +254,6 @@ class Bench:
       optimizer=self.optimizer(steps, rest.pop("rate", None)),
       steps=steps,
       seed=100,
-      dispatch=train.with_jit(
-        scan=jax.default_backend() != "cpu" or self.config.dataset == "digits"
-      ),
       run=self.folder / name,
       **rest,
     )
@@ -426,12 +421,7 @@ def write(
 
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
-  with contextlib.ExitStack() as stack:
-    if jax.config.jax_compilation_cache_dir is None:
-      # All rows are evaluated by the same programs: they are compiled once.
-      compiled = stack.enter_context(tempfile.TemporaryDirectory(prefix="compiled"))
-      jax.config.update("jax_compilation_cache_dir", compiled)
-    stack.enter_context(train.time_limit(options.stop_after))
+  with train.time_limit(options.stop_after):
     compare(config, options)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 

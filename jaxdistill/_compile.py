@@ -281,7 +281,7 @@ class BackgroundCompiled:
     self.function: Any = function
     self.pending: concurrent.futures.Future[Any] | None = None
 
-  def compile(self, *args: Any, options: dict[str, Any] | None = None) -> None:
+  def compile(self, *args: Any) -> None:
     """Traces the function here, and has it compiled in a thread of its own.
 
     Tracing stays in the caller's thread, where its settings are (``jax.enable_x64`` and the like
@@ -289,23 +289,14 @@ class BackgroundCompiled:
 
     Args:
       *args: arguments, or their shapes, dtypes and shardings.
-      options: of the compiler, for what `compiled` gives. A call has none of them, and compiles.
     """
-    lowered = self.function.lower(*args)
-    pool = concurrent.futures.ThreadPoolExecutor(1)
-    self.pending = pool.submit(lowered.compile, compiler_options=options)
-    pool.shutdown(wait=False)
-
-  def compiled(self) -> Any:
-    """What `compile` made: ``jax.stages.Compiled``; waits for it."""
-    assert self.pending is not None
-    return self.pending.result()
+    self.pending = _submitted(self.function.lower(*args), None)
 
   def __call__(self, *args: Any) -> Any:
     """Calls the function, once it is compiled.
 
     ``jax.jit`` keeps what it lowered together with its executable: arguments like those that it was
-    compiled for, without ``options``, compile nothing more, and others are compiled as ever.
+    compiled for compile nothing more, and others are compiled as ever.
     """
     if self.pending is not None:
       self.pending.result()
@@ -351,6 +342,11 @@ class CompiledOnce:
     self._jitted = jit(of_leaves)
     self._stage: Any = None
     self._pending: concurrent.futures.Future[Any] | None = None
+
+  @property
+  def begun(self) -> bool:
+    """Whether it is compiled, or about to be."""
+    return self._pending is not None
 
   def trace(self, *args: Any) -> None:
     """Traces the function, so that what does not fit says so.
@@ -407,7 +403,7 @@ class CompiledOnce:
       *args: arguments of the shapes, dtypes and shardings that it was compiled for; of the first
         call, where it was not.
     """
-    if self._pending is None:
+    if not self.begun:
       self.compile(*args)
     leaves = [jax.tree.leaves(arg) for arg in args]
     return jax.tree.unflatten(self._result, self.compiled()(*leaves))

@@ -140,7 +140,7 @@ class Search:
       # What a chunk ends with is compiled while its own program is traced.
       ends = jax.eval_shape(program.plan.model, program.shapes)
       self.validator(g).compile(program.dispatch.spread(ends), calls=chunks)
-      program.compile(times=chunks)
+      program.compile(times=chunks, begin=True)
       self.programs[g, points] = program, program.bytes_needed()
     return self.programs[g, points]
 

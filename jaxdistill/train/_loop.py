@@ -61,7 +61,7 @@ def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State,
   found = saved.latest() if saved is not None and jax.process_index() == 0 else None
   step = _mesh.agree(-1 if found is None else found)
   if step < program.plan.steps:
-    program.compile()  # in the background, while the state is made or read
+    program.compile(begin=step < 0)  # in the background, while the state is made or read
   if saved is None or step < 0:
     return program.initial(), 0
   shapes, objective = program.shapes, program.objective

@@ -112,12 +112,12 @@ class Program:
     if plan.stacked:
       chunk = over_students(chunk, self.seeds_by, axes, len(self.sources), at_once)
     self._chunk: CompiledOnce = dispatch.compile(chunk)
-    self._compiling = False
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
     # for it alone is not kept twice.
     self._fixed = functools.cache(lambda: dispatch.place(computed(once.pop())))
+    self._count = functools.cache(lambda count: dispatch.place(np.int32(count)))
 
   def _check_batch(self) -> None:
     size, devices, accumulate = (
@@ -246,28 +246,30 @@ class Program:
     items = jax.tree.map(longer, self._split(self._head), self._head)
     return (state, *self.dispatch.place(self._abstract), items, values, self._count(1))
 
-  def _count(self, count: int) -> Any:
-    return self.dispatch.place(np.int32(count))
-
   def initial(self) -> State:
     """The state at step 0."""
-    given = computed(self._begin_with(self.values))
-    self._begin.compile(*given, options=quick())
-    state: State = self._begin(*given)
+    self._compile_begin()
+    state: State = self._begin(*computed(self._begin_with(self.values)))
     return state
+
+  def _compile_begin(self) -> None:
+    if not self._begin.begun:
+      self._begin.compile(*self._begin_with(self.values), options=quick())
 
   def trace(self) -> None:
     """Traces what is compiled, so that what does not fit says so."""
     self._chunk.trace(*self._arguments())
 
-  def compile(self, times: int = 1) -> None:
+  def compile(self, times: int = 1, *, begin: bool = False) -> None:
     """Begins to compile what `run` calls, which is then at work in the background.
 
     Args:
       times: how often the plan's steps are run: what computes little is compiled quickly.
+      begin: whether to compile what `initial` calls too.
     """
-    if not self._compiling:
-      self._compiling = True
+    if begin:
+      self._compile_begin()  # at work while the chunk is traced
+    if not self._chunk.begun:
       # The loop's body counts once, whatever the number of its turns.
       self._chunk.compile(*self._arguments(), calls=times * self.plan.steps)
 

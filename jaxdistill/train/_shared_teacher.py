@@ -16,7 +16,7 @@ from jaxdistill._compile import Deferred, quarter
 from jaxdistill.data import Source
 from jaxdistill.teachers import Filler, with_outputs
 from jaxdistill.train._plan import Plan
-from jaxdistill.train._side_by_side import example_key
+from jaxdistill.train._side_by_side import example_key, forward_of
 from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
 
 __all__ = ["share_teacher", "used_features", "with_answers"]
@@ -73,10 +73,7 @@ def _kept(
     return None
 
   def used(student: Network, objective: Objective) -> list[str]:
-    def forward(key: Any, inputs: PyTree) -> Outputs:
-      return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
-
-    ours = jax.eval_shape(forward, example_key(), batch.inputs)
+    ours = jax.eval_shape(forward_of(student), example_key(), batch.inputs)
     return used_features(objective, ours, theirs, batch)
 
   features = sorted({name for learner in learners for name in used(*learner)})

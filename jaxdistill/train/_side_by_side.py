@@ -5,6 +5,7 @@ The rules for a CPU, on which XLA computes ``lax`` convolutions slowly in a loop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,9 +14,17 @@ from jaxdistill import _compile
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._plan import Plan
-from jaxdistill.types import Network, Teacher
+from jaxdistill.types import Network, Outputs, Teacher
 
-__all__ = ["UNROLLED", "at_once", "example_key", "form_of", "inputs_of", "students_by"]
+__all__ = [
+  "UNROLLED",
+  "at_once",
+  "example_key",
+  "form_of",
+  "forward_of",
+  "inputs_of",
+  "students_by",
+]
 
 PyTree = Any
 # Bytes of activations that students side by side may have on a CPU, about what its caches hold.
@@ -45,13 +54,14 @@ def students_by(student: Network, inputs: PyTree, *, backend: str | None = None)
   """
   if (backend or jax.default_backend()) != "cpu":
     return "vmap"
-  return "unroll" if _compile.convolves(_forward(student), example_key(), inputs) else "vmap"
+  return "unroll" if _compile.convolves(forward_of(student), example_key(), inputs) else "vmap"
 
 
-def _forward(student: Network) -> Any:
-  def forward(key: Any, inputs: PyTree) -> Any:
-    variables = student.init(key, inputs)
-    return student.apply(variables, inputs, train=False, key=None)
+def forward_of(student: Network) -> Callable[[Any, PyTree], Outputs]:
+  """``(key, inputs) -> outputs`` in inference mode, of new variables; to trace."""
+
+  def forward(key: Any, inputs: PyTree) -> Outputs:
+    return student.apply(student.init(key, inputs), inputs, train=False, key=None)[0]
 
   return forward
 
@@ -73,7 +83,7 @@ def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tup
   if not asked or jax.default_backend() != "cpu":
     return scan is not False, seeds_by or "vmap"
   batch = jax.eval_shape(plan.sources[0].cut, shared, item)
-  ours = _compile.convolves(_forward(plan.student), example_key(), batch.inputs)
+  ours = students_by(plan.student, batch.inputs) == "unroll"
   taught = plan.teacher
   theirs = taught is not None and _compile.convolves(Teacher.__call__, taught, batch)
   if seeds_by is None:

@@ -85,6 +85,18 @@ def test_a_run_shorter_than_the_examples_asks_of_those_it_sees_alone():
   assert sum(calls) == 2 * 8
 
 
+def on_labels(watch):
+  return train.fit(
+    network(5),
+    recipes.labels(),
+    data=source(),
+    optimizer=optax.sgd(0.1),
+    steps=17,
+    watch=watch,
+    run=train.Run(progress=None),
+  )
+
+
 def test_chunks_of_all_lengths_are_one_program():
   names = []
 
@@ -101,28 +113,12 @@ def test_chunks_of_all_lengths_are_one_program():
   )
   jax.monitoring.register_event_duration_secs_listener(note)
   try:
-    made = train.fit(
-      network(5),
-      recipes.labels(),
-      data=source(),
-      optimizer=optax.sgd(0.1),
-      steps=17,
-      watch=watch,
-      run=train.Run(progress=None),
-    )
+    made = on_labels(watch)
   finally:
     jax.monitoring.unregister_event_duration_listener(note)
   assert steps == [5, 7, 12, 14, 17]
   assert [name for name in names if "chunk" in name] == ["jit(chunk)"]
-  whole = train.fit(
-    network(5),
-    recipes.labels(),
-    data=source(),
-    optimizer=optax.sgd(0.1),
-    steps=17,
-    watch=train.Watch(log_every=17),
-    run=train.Run(progress=None),
-  )
+  whole = on_labels(train.Watch(log_every=17))
   for a, b in zip(jax.tree.leaves(made.variables), jax.tree.leaves(whole.variables), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
