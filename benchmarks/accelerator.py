@@ -997,11 +997,14 @@ def sweep_table(found: dict[str, Any]) -> str:
     best = min(there, key=lambda side: sides[side]["seconds"]) if there else None
     first = "–" if best is None else f"{shown(best)}, {sweep.NAMES[best].removeprefix('PyTorch, ')}"
     kind = {"MLP": "MLPs", "ConvNet": "convolutional"}[network]
-    rows.append([f"{count} {kind}", number(own), first, *map(shown, peers)])
+    programs = sides["sweep"].get("compilations", "–")
+    rows.append([f"{count} {kind}", number(own), programs, first, *map(shown, peers)])
   named = [sweep.NAMES[side].removeprefix("PyTorch, ") for side in peers]
   about = found["environment"]
   hardware = f"{about['cores']} cores, {about['processor']}, jax {about['jax']}"
-  return f"{hardware}.\n\n" + table(["students", "sweep", "fastest PyTorch", *named], rows)
+  return f"{hardware}.\n\n" + table(
+    ["students", "sweep", "programs compiled", "fastest PyTorch", *named], rows
+  )
 
 
 def write_tables(readme: pathlib.Path, kept: pathlib.Path) -> None:

@@ -179,6 +179,7 @@ def measure(side, task, repeats, one_in):
     "measured": max(wall for wall, _ in runs),
     "each": each,
     "accuracy": float(np.mean([printed["accuracy"] for _, printed in runs])),
+    **{name: runs[0][1][name] for name in ("compilations",) if name in runs[0][1]},
   }
 
 
@@ -203,12 +204,14 @@ def faster_stacked(task):
 
 def show(network, count, results):
   print(f"\n{network}, {count} students")
-  print(f"  {'':<24}{'seconds':>10}{'trained':>10}{'accuracy':>10}{'of the sweep':>14}")
+  heads = ("seconds", 10), ("trained", 10), ("accuracy", 10), ("of the sweep", 14), ("compiled", 10)
+  print(f"  {'':<24}" + "".join(f"{head:>{width}}" for head, width in heads))
   for side, result in results.items():
     ratio = result["seconds"] / results["sweep"]["seconds"] if "sweep" in results else float("nan")
     print(
       f"  {NAMES[side]:<24}{result['seconds']:>10.2f}{result['trained']:>10}"
       f"{100 * result['accuracy']:>10.2f}{ratio:>14.1f}"
+      f"{result.get('compilations', '–'):>10}"
     )
 
 

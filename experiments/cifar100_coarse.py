@@ -96,10 +96,10 @@ class Options:
   """Seconds after which the script saves and leaves; started again, it goes on from there."""
   short: bool = False
   """Start from the short setting for a CPU instead of the published one."""
-  seeds_by: Literal["vmap", "unroll"] = "unroll" if jax.default_backend() == "cpu" else "vmap"
-  """Seeds side by side or one after another, in one program either way."""
-  scan: bool = True
-  """Many steps in one dispatch; --no-scan for residual networks on a CPU."""
+  seeds_by: Literal["vmap", "unroll"] | None = None
+  """Seeds side by side or one after another, in one program either way; by what suits."""
+  scan: bool | None = None
+  """Many steps in one dispatch; by what suits: convolutions in a loop are slow on a CPU."""
   tensorboard: bool = False
   """Also write TensorBoard event files."""
 

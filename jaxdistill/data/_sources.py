@@ -22,6 +22,7 @@ from jaxdistill import _check
 from jaxdistill._compile import brief
 from jaxdistill.data._examples import Examples, Records, label_mask
 from jaxdistill.data._views import (
+  Arithmetic,
   Augmentation,
   Normalize,
   augment,
@@ -594,5 +595,7 @@ def evaluation_batches(
 @functools.lru_cache(32)
 def _finisher(finish: Callable[[Any], Any]) -> Callable[[PyTree], PyTree]:
   """A normalisation of a batch, compiled once for all splits that are shown in such batches."""
+  if isinstance(finish, Arithmetic):
+    return finish
   made: Callable[[PyTree], PyTree] = jax.jit(finish, compiler_options=brief())
   return made

@@ -20,6 +20,7 @@ from jaxdistill import _check
 __all__ = [
   "CIFAR",
   "DIGITS",
+  "Arithmetic",
   "Augmentation",
   "Normalize",
   "augment",
@@ -40,7 +41,22 @@ Normalize = Callable[[Any], Any] | tuple[tuple[float, ...], tuple[float, ...]] |
 _VIEWS = np.uint32(0x76696577)
 
 
-def divide_by(largest: float) -> Callable[[Any], Array]:
+class Arithmetic:
+  """A normalisation by arithmetic alone: NumPy's arrays give NumPy's, and compile nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divided(Arithmetic):
+  """As float32, divided; a value, so that all of the same number are compiled for once."""
+
+  largest: float
+
+  def __call__(self, inputs: Any) -> Array | np.ndarray:
+    _check_one_array("divide_by", inputs, f"divide_by({self.largest:g})")
+    return inputs.astype(np.float32) / np.float32(self.largest)
+
+
+def divide_by(largest: float) -> Callable[[Any], Any]:
   """A normalisation that casts to float32 and divides.
 
   Args:
@@ -53,13 +69,7 @@ def divide_by(largest: float) -> Callable[[Any], Array]:
   [0.0, 0.5, 1.0]
   """
   _check.number("largest", largest, above=0)
-
-  def apply(inputs: Any) -> Array:
-    """Inputs as float32, divided."""
-    _check_one_array("divide_by", inputs, f"divide_by({largest:g})")
-    return inputs.astype(jnp.float32) / jnp.float32(largest)
-
-  return apply
+  return _Divided(float(largest))
 
 
 # The channels' mean and standard deviation over CIFAR-100's training pixels, scaled to 0 .. 1, as
@@ -92,7 +102,7 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
     _check.function("normalize", normalize, "of the inputs [B, ...]", arguments=1)
     return normalize
   if normalize is None:
-    return _all_scaled
+    return _Scaled()
   if isinstance(normalize, str) or not hasattr(normalize, "__len__") or len(normalize) != 2:
     raise ValueError(f"normalize must be (mean, std), a function or None, got {normalize!r}.")
   channels = np.shape(normalize[0])
@@ -106,13 +116,13 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Standardized:
-  """Less the mean, by the std; a value, so that all of the same numbers are compiled for once."""
+class _Standardized(Arithmetic):
+  """Less the mean, by the std."""
 
   mean: tuple[float, ...]
   std: tuple[float, ...]
 
-  def __call__(self, inputs: Any) -> Array:
+  def __call__(self, inputs: Any) -> Array | np.ndarray:
     _check_one_array("normalize=(mean, std)", inputs, "data.normalizer((mean, std))")
     channels = len(self.mean)
     if 1 not in (channels, inputs.shape[-1]) and channels != inputs.shape[-1]:
@@ -124,9 +134,9 @@ class _Standardized:
     shape = (1,) * (inputs.ndim - 1) + (-1,)
     # A difference and a quotient leave the compiler nothing to fuse into other bits.
     mean, std = (
-      jnp.asarray(np.multiply(v, scale), jnp.float32).reshape(shape) for v in (self.mean, self.std)
+      np.multiply(v, scale).astype(np.float32).reshape(shape) for v in (self.mean, self.std)
     )
-    return (inputs.astype(jnp.float32) - mean) / std
+    return (inputs.astype(np.float32) - mean) / std
 
 
 def _positive(mean: Any, std: Any) -> bool:
@@ -135,13 +145,13 @@ def _positive(mean: Any, std: Any) -> bool:
   )
 
 
-def _all_scaled(inputs: Any) -> Any:
-  return jax.tree.map(_scaled, inputs)
+@dataclasses.dataclass(frozen=True)
+class _Scaled(Arithmetic):
+  """Every array of uint8 scaled to 0 .. 1."""
 
-
-def _scaled(leaf: Any) -> Any:
-  """One array of inputs with uint8 scaled to 0 .. 1."""
-  return divide_by(255.0)(leaf) if leaf.dtype == jnp.uint8 else leaf
+  def __call__(self, inputs: Any) -> Any:
+    whole = divide_by(255.0)
+    return jax.tree.map(lambda leaf: whole(leaf) if leaf.dtype == np.uint8 else leaf, inputs)
 
 
 def _check_one_array(what: str, inputs: Any, instead: str) -> None:

@@ -363,8 +363,12 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   batch = jax.device_get(next(batches_of(dataclasses.replace(batches, teacher=None))))
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = len(batch.weight)
-  # One program for each of the two sizes, whatever is asked of it.
-  at_one, at_size = (kept(_logits, model, given).plain() for given in (one, batch))
+  # One program for each of the two sizes, whatever is asked of it; nothing is timed before both
+  # are compiled, beside one another.
+  programs = [kept(_logits, model, given).plain() for given in (one, batch)]
+  for program, given in zip(programs, (one, batch), strict=True):
+    program.compile(model, given)
+  at_one, at_size = (program.ready() for program in programs)
   return {
     "parameters": cost.parameters(model.variables),
     "bytes": cost.size_bytes(model.variables),

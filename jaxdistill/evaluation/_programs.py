@@ -76,11 +76,11 @@ class Kept:
     self._work = max(work, self._work)
     return self._compiled
 
-  def plain(self) -> Any:
+  def plain(self) -> BackgroundCompiled:
     """The function under ``jax.jit`` without options, as a user's program is compiled."""
     if not self._plain or self._compiled is None:
       self._plain, self._compiled = True, BackgroundCompiled(jax.jit(self._own))
-    return self._compiled.function
+    return self._compiled
 
 
 def kept(function: Callable[..., Any], *args: Any) -> Kept:

@@ -138,8 +138,9 @@ class Search:
       program = self.build(group, stacked_values(group, some, self.seeds), points)
       chunks = math.ceil(len(group.indices) / points)
       # What a chunk ends with is compiled while its own program is traced.
-      ends = jax.eval_shape(program.plan.model, program.shapes)
-      self.validator(g).compile(program.dispatch.spread(ends), calls=chunks)
+      ends = program.ends()
+      assert ends is not None  # a sweep is of one process, under jit
+      self.validator(g).compile(ends, calls=chunks)
       program.compile(times=chunks, begin=True)
       self.programs[g, points] = program, program.bytes_needed()
     return self.programs[g, points]

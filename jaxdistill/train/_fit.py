@@ -17,6 +17,7 @@ import optax
 
 from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
+from jaxdistill.evaluation import Validator
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import _mesh
 from jaxdistill.train._loop import (
@@ -287,6 +288,9 @@ def _trained(
     stack.callback(log.close)
     if at < plan.steps:
       _say_form(plan, program, log)
+      ends = program.ends()
+      if isinstance(watch.validate, Validator) and ends is not None:
+        watch.validate.compile(ends, calls=every.validations(at))  # beside the steps' program
     final = run_steps(
       program,
       state,

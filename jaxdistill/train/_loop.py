@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import pathlib
 import signal
@@ -427,6 +428,10 @@ class Intervals:
   def validates(self, at: int) -> bool:
     """Whether a validation is due after this step."""
     return at == self.steps or at % self.validate == 0
+
+  def validations(self, at: int) -> int:
+    """How many are still due after this step."""
+    return math.ceil(self.steps / self.validate) - at // self.validate
 
   def saves(self, at: int) -> bool:
     """Whether a checkpoint is due after this step."""

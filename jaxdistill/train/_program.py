@@ -1,7 +1,7 @@
 """The program of a run: a plan and a dispatch made into one compiled call, for one student or many.
 
 The way of a batch: `Program.run` reads a chunk's items on the host (`Source.items`), the dispatch
-shares them out over the devices, and `Program.chunk`, which is what is compiled, cuts each step's
+shares them out over the devices, and what is compiled, a loop over `Program.step`, cuts each step's
 batch out of them (`Source.cut`) and hands it to the step (`train.make_step`). What comes back is
 the next state and each step's sums.
 
@@ -28,7 +28,7 @@ from jaxdistill.train._plan import Plan
 from jaxdistill.train._side_by_side import form_of
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
-from jaxdistill.types import Objective, Teacher
+from jaxdistill.types import Model, Objective, Teacher
 
 __all__ = [
   "Program",
@@ -108,9 +108,11 @@ class Program:
     self._begin = CompiledOnce(initial)
     self._begin_with = lambda values: (seeds, values, starts, *example)
     self._head = head
-    chunk = self.chunk
     if plan.stacked:
-      chunk = over_students(chunk, self.seeds_by, axes, len(self.sources), at_once)
+      groups = len(self.sources)
+      chunk = over_students(self.step, self.seeds_by, axes, groups, scan=self.scan, at_once=at_once)
+    else:
+      chunk = of_one(self.step, scan=self.scan)
     self._chunk: CompiledOnce = dispatch.compile(chunk)
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
@@ -188,16 +190,10 @@ class Program:
       num_classes=self.source.num_classes,
     )
 
-  def chunk(
-    self,
-    state: State,
-    teacher: Teacher | None,
-    shared: PyTree,
-    items: PyTree,
-    mine: Values,
-    count: jax.Array,
+  def step(
+    self, state: State, teacher: Teacher | None, shared: PyTree, item: PyTree, mine: Values
   ) -> tuple[State, PyTree]:
-    """The first ``count`` steps of a chunk, of one student: what is compiled; pure."""
+    """A step of one student, its batch cut out of the arrays; pure."""
     plan = self.plan
     # The values are traced, and the step is the same: a sweep is another way to call it.
     step = make_step(
@@ -211,16 +207,7 @@ class Program:
       unroll=not self.scan,
       average=plan.average,
     )
-
-    def body(state: State, item: PyTree) -> tuple[State, Any]:
-      return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
-
-    # items: leaves [longest, ...]. A loop on the device costs no dispatch per step; without it one
-    # step is the program, and the host calls it again and again.
-    if self.scan:
-      return _loop(body, state, items, count)
-    state, sums = body(state, jax.tree.map(lambda leaf: leaf[0], items))
-    return state, jax.tree.map(lambda leaf: leaf[None], sums)
+    return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
 
   def _read(self, at: int, count: int) -> PyTree:
     pieces = [source.items(at, count, self.dispatch.part) for source in self.sources]
@@ -255,6 +242,16 @@ class Program:
   def _compile_begin(self) -> None:
     if not self._begin.begun:
       self._begin.compile(*self._begin_with(self.values), options=quick())
+
+  def ends(self) -> Model | None:
+    """The model that a chunk ends with: shapes, dtypes, and where they lie.
+
+    None where that is not known before: a copy that is taken from one of several.
+    """
+    if self.dispatch.axis_name is not None or jax.process_count() > 1:
+      return None
+    made: Model = self.dispatch.spread(jax.eval_shape(self.plan.model, self.shapes))
+    return made
 
   def trace(self) -> None:
     """Traces what is compiled, so that what does not fit says so."""
@@ -318,28 +315,75 @@ class Program:
 
 
 def _loop(
-  body: Callable[[State, PyTree], tuple[State, PyTree]], state: State, items: PyTree, count: Any
+  body: Callable[[State, PyTree], tuple[State, PyTree]],
+  state: State,
+  items: PyTree,
+  count: Any,
+  *,
+  scan: bool,
+  axis: int = 0,
 ) -> tuple[State, PyTree]:
   """``lax.scan`` over the first ``count`` of the items, a number that is data.
 
-  So chunks of all lengths are one program. Sums of the steps beyond it stay 0.
+  So chunks of all lengths are one program. What is there of several students is inside the loop:
+  JAX traces a loop under ``vmap`` several times.
+
+  Args:
+    body: a step, of one student or of several.
+    state: its state.
+    items: what a step is cut from, the steps on one axis.
+    count: how many of them are done.
+    scan: whether it is a loop on the device, which costs no dispatch for each step; without, one
+      step is the program, and the host calls it again and again.
+    axis: of the steps in the items.
+
+  Returns:
+    The next state, and sums with an axis over the steps last: 0 for those beyond ``count``.
   """
-  longest = jax.tree.leaves(items)[0].shape[0]
-  body = jax.jit(body, inline=True)  # traced once, for the sums' shapes and in the loop
 
   def item(i: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False), items)
+    return jax.tree.map(
+      lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, axis, keepdims=False), items
+    )
 
+  if not scan:
+    state, one = body(state, item(0))
+    return state, jax.tree.map(lambda leaf: leaf[..., None], one)
+  longest = jax.tree.leaves(items)[0].shape[axis]
+  body = jax.jit(body, inline=True)  # traced once, for the sums' shapes and in the loop
   _, one = jax.eval_shape(lambda: body(state, item(0)))
-  sums = jax.tree.map(lambda leaf: jnp.zeros((longest, *leaf.shape), leaf.dtype), one)
+  sums = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape, longest), leaf.dtype), one)
 
   def turn(i: Any, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
     state, sums = carry
     state, mine = body(state, item(i))
-    return state, jax.tree.map(lambda all, one: all.at[i].set(one), sums, mine)
+    return state, jax.tree.map(lambda all, one: all.at[..., i].set(one), sums, mine)
 
   made: tuple[State, PyTree] = jax.lax.fori_loop(0, count, turn, (state, sums))
   return made
+
+
+def _chunk(
+  step: Callable[..., Any],
+  state: State,
+  teacher: Teacher | None,
+  shared: PyTree,
+  items: PyTree,
+  values: Values,
+  count: jax.Array,
+  *,
+  scan: bool,
+  axis: int = 0,
+) -> tuple[State, PyTree]:
+  """The first ``count`` steps of a chunk; see `_loop`."""
+  return _loop(
+    lambda state, item: step(state, teacher, shared, item, values),
+    state,
+    items,
+    count,
+    scan=scan,
+    axis=axis,
+  )
 
 
 def _shapes_where_they_lie(tree: PyTree) -> PyTree:
@@ -434,32 +478,45 @@ def of_group(shared: PyTree, axes: PyTree, group: Any) -> PyTree:
   return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[group], shared, axes)
 
 
+def of_one(step: Callable[..., Any], *, scan: bool) -> Callable[..., Any]:
+  """A chunk of steps of one student, as `over_students` has it for several."""
+
+  def chunk(*given: Any) -> tuple[State, PyTree]:
+    return _chunk(step, *given, scan=scan)
+
+  return chunk
+
+
 def over_students(
-  chunk: Callable[..., Any],
+  step: Callable[..., Any],
   seeds_by: str,
   shared_axes: PyTree,
   groups: int,
+  *,
+  scan: bool,
   at_once: int | None = None,
 ) -> Callable[..., Any]:
-  """A chunk of steps of one student, for students ``[S]`` of which i has the source ``i % groups``.
+  """A chunk of steps for students ``[S]``, of which i has the source ``i % groups``.
 
   Args:
-    chunk: ``(state, teacher, shared, items, values, count) -> (state, sums)``.
+    step: of one student, ``(state, teacher, shared, item, values) -> (state, sums)``.
     seeds_by: ``"vmap"``, or ``"unroll"`` for one after another inside the program.
     shared_axes: from `shared_arrays`.
     groups: from `turns`.
+    scan: whether a chunk is a loop on the device, see `_loop`.
     at_once: how many students at most are side by side under ``"vmap"``, one such set after
       another; None for all.
 
   Returns:
-    The same function of leaves ``[S, ...]``; those of the items are ``[groups, ...]``.
+    ``(state, teacher, shared, items, values, count) -> (state, sums)``: leaves ``[S, ...]``, of the
+    items ``[groups, steps, ...]``, of the sums ``[S, steps]``.
   """
   if seeds_by == "vmap":
-    return _side_by_side(chunk, shared_axes, groups, at_once)
+    return _side_by_side(step, shared_axes, groups, scan, at_once)
   if seeds_by != "unroll":
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll'.")
 
-  def one_after_another(
+  def chunk(
     state: State,
     teacher: Teacher | None,
     shared: PyTree,
@@ -473,24 +530,24 @@ def over_students(
       group = i % groups
       its_items = jax.tree.map(lambda leaf, group=group: leaf[group], items)
       its_shared = of_group(shared, shared_axes, group)
-      each.append(chunk(mine, teacher, its_shared, its_items, its, count))
+      each.append(_chunk(step, mine, teacher, its_shared, its_items, its, count, scan=scan))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
 
-  return one_after_another
+  return chunk
 
 
 def _side_by_side(
-  chunk: Callable[..., Any], shared_axes: PyTree, groups: int, at_once: int | None
+  step: Callable[..., Any], shared_axes: PyTree, groups: int, scan: bool, at_once: int | None
 ) -> Callable[..., Any]:
   """Under vmap, in two axes: over those of one source nothing of the batch is mapped.
 
   So its batch is cut once, and the teacher sees it once, whatever the number of students.
   """
   mapped = jax.tree.map(lambda axis: None if axis < 0 else axis, shared_axes)
-  of_source = jax.vmap(chunk, in_axes=(0, None, None, None, 0, None))
-  over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1, None), out_axes=1)
+  of_source = jax.vmap(step, in_axes=(0, None, None, None, 0))
+  over = jax.vmap(of_source, in_axes=(1, None, mapped, 0, 1), out_axes=1)
 
-  def run(
+  def chunk(
     state: State,
     teacher: Teacher | None,
     shared: PyTree,
@@ -501,28 +558,29 @@ def _side_by_side(
     students = state.step.shape[0]
     points, most = students // groups, students if at_once is None else at_once
 
+    def train(
+      step: Callable[..., Any], shared: PyTree, items: PyTree, axis: int
+    ) -> Callable[[Any], Any]:
+      return lambda some: _chunk(
+        step, some[0], teacher, shared, items, some[1], count, scan=scan, axis=axis
+      )
+
     def train_group(group: Any, its_items: PyTree, students: Any) -> Any:
       its_shared = of_group(shared, shared_axes, group)
-      return _in_sets(
-        lambda some: of_source(some[0], teacher, its_shared, its_items, some[1], count),
-        students,
-        most,
-      )
+      return _in_sets(train(of_source, its_shared, its_items, 0), students, most)
 
     if groups == 1:  # the other axis would be traced for nothing
       return train_group(0, jax.tree.map(lambda x: x[0], items), (state, values))
     folded = jax.tree.map(lambda x: x.reshape(points, groups, *x.shape[1:]), (state, values))
     if most >= groups:
-      made = _in_sets(
-        lambda some: over(some[0], teacher, shared, items, some[1], count), folded, most // groups
-      )
+      made = _in_sets(train(over, shared, items, 1), folded, most // groups)
     else:
       by_group = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), folded)
       made = jax.lax.map(lambda one: train_group(*one), (jnp.arange(groups), items, by_group))
       made = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), made)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), made)
 
-  return run
+  return chunk
 
 
 def _in_sets(train: Callable[[Any], Any], students: Any, most: int) -> Any:
