@@ -7,6 +7,7 @@ import math
 import operator
 import os
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -194,14 +195,25 @@ def switch(name: str, value: Any) -> None:
 
 
 def folder(name: str, value: Any) -> pathlib.Path:
-  """A path.
+  """An absolute path of this machine, whatever the working directory is later.
 
   >>> folder("run", "runs/a").name
   'a'
+  >>> folder("run", "gs://bucket/run")
+  Traceback (most recent call last):
+  ValueError: run='gs://bucket/run' is an address, and runs are kept on local disks, where files \
+can be verified and replaced whole: give a local folder, and copy it there when the run is over.
   """
   if not isinstance(value, str | os.PathLike) or not os.fspath(value):
     raise TypeError(f"{name}={show(value)} must be a path, such as 'runs/first'.")
-  return pathlib.Path(value)
+  # pathlib makes "gs:/bucket" of an address, a folder "gs:" that nobody asked for.
+  if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(value)):
+    raise ValueError(
+      f"{name}={os.fspath(value)!r} is an address, and runs are kept on local disks, where files "
+      "can be verified and replaced whole: give a local folder, and copy it there when the run is "
+      "over."
+    )
+  return pathlib.Path(value).absolute()
 
 
 def shapes(value: Any) -> str:

@@ -310,6 +310,10 @@ def evaluated(j, values, seeds=None, classes=3, **options):
   return j.evaluation.evaluate(made, batches, **options)
 
 
+def unlabelled(j):
+  return j.data.evaluation_batches(j.data.from_arrays(X, None), batch_size=8)
+
+
 S = jax.ShapeDtypeStruct((2, 3), jnp.float32)
 A = np.zeros((4, 3), np.float32)
 PARTS = [
@@ -355,6 +359,11 @@ PARTS = [
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
   (lambda j: j.evaluation.validator(source(j)), "batches must be"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
+  (lambda j: j.train.Run("gs://bucket/run"), "folder='gs://bucket/run' is an address"),
+  (lambda j: fit(j, pathlib.Path("s3://bucket/run")), "is an address"),
+  (lambda j: j.teachers.restore("hdfs://host/run", network(j)), "is an address"),
+  (lambda j: j.runs.claim("https://host/run", {}), "is an address"),
+  (lambda j: j.search.Choice(unlabelled(j)), "no example of validation has a label"),
 ]
 
 

@@ -336,23 +336,42 @@ def _joined(values: list[Any], key: Any, name: str, rows: Any) -> np.ndarray:
   if isinstance(values[0], bytes):  # NumPy would cut trailing zeros off fixed-length strings
     return np.array(values, dtype=object)
   joined = np.stack(values)
-  _check_finite(joined, key, name, rows)
+  _check_numbers(joined, key, name, rows)
   return joined
 
 
-def _check_finite(array: np.ndarray, key: Any, name: str, rows: Any = None) -> None:
-  """Raises where a float input is not a number; infinities may be meant (a mask)."""
-  if not jnp.issubdtype(array.dtype, jnp.floating) or not array.size:
+def _check_numbers(array: np.ndarray, key: Any, name: str, rows: Any = None) -> None:
+  """Raises for inputs that are no number, or another one on a device; infinities may be meant.
+
+  A device holds 64 bits as 32, unless JAX is told otherwise (``jax_enable_x64``): a hashed id of
+  2³² would be row 0 of an embedding.
+  """
+  floats = jnp.issubdtype(array.dtype, jnp.floating)
+  if not (floats or jnp.issubdtype(array.dtype, jnp.integer)) or not array.size:
     return
-  with np.errstate(invalid="ignore"):
-    if not np.isnan(np.min(array)):  # no copy, unlike isnan of the whole
-      return
-  bad = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
   what = "inputs" if key is None else f"inputs {key!r}"
-  raise ValueError(
-    f"The {what} of {name!r} hold NaN in {len(bad)} of {len(array)} rows, first in row "
-    f"{bad[0] if rows is None else rows[bad[0]]}: fill them in, or leave those rows out."
-  )
+  held = jax.dtypes.canonicalize_dtype(array.dtype)
+  with np.errstate(invalid="ignore"):
+    low, high = np.min(array), np.max(array)  # no copy, unlike isnan of the whole
+  if np.isnan(low):
+    bad = np.flatnonzero(np.isnan(array).reshape(len(array), -1).any(axis=1))
+    raise ValueError(
+      f"The {what} of {name!r} hold NaN in {len(bad)} of {len(array)} rows, first in row "
+      f"{bad[0] if rows is None else rows[bad[0]]}: fill them in, or leave those rows out."
+    )
+  if held == array.dtype:
+    return
+  range_: Any = np.finfo(held) if floats else np.iinfo(held)
+  if low >= range_.min and high <= range_.max:
+    return
+  outside = ((array < range_.min) | (array > range_.max)) & (np.isfinite(array) if floats else True)
+  bad = np.flatnonzero(outside.reshape(len(array), -1).any(axis=1))
+  if len(bad):
+    raise ValueError(
+      f"The {what} of {name!r} are {array.dtype} with {array[outside].flat[0]} in row "
+      f"{bad[0] if rows is None else rows[bad[0]]}, which {held} does not hold: number them anew "
+      "(np.unique(..., return_inverse=True), say), scale them, or set jax_enable_x64."
+    )
 
 
 def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) -> str:
@@ -431,7 +450,7 @@ def from_arrays(
   """
   inputs = _as_arrays(inputs)
   for key, leaf in inputs.items() if isinstance(inputs, dict) else [(None, inputs)]:
-    _check_finite(leaf, key, name)
+    _check_numbers(leaf, key, name)
   size = len(jax.tree.leaves(inputs)[0])
   if labels is None:
     if num_classes or label_names:

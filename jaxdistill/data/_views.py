@@ -150,8 +150,16 @@ class _Scaled(Arithmetic):
   """Every array of uint8 scaled to 0 .. 1."""
 
   def __call__(self, inputs: Any) -> Any:
-    whole = divide_by(255.0)
-    return jax.tree.map(lambda leaf: whole(leaf) if leaf.dtype == np.uint8 else leaf, inputs)
+    return jax.tree.map(_scaled, inputs)
+
+
+def _scaled(leaf: Any) -> Any:
+  if leaf.dtype == np.uint16 and leaf.ndim > 3:
+    raise ValueError(
+      f"the inputs {leaf.shape} are uint16, of which nobody but you knows what is white: give "
+      "normalize=data.divide_by(65535.0) (4095.0 for 12 bits), or (mean, std) and floats."
+    )
+  return divide_by(255.0)(leaf) if leaf.dtype == np.uint8 else leaf
 
 
 def _check_one_array(what: str, inputs: Any, instead: str) -> None:

@@ -161,7 +161,7 @@ class _Measure:
     def measure(logits: jax.Array) -> _Measured:
       return _Measured(
         quality=metrics.classification_sums(logits, batch.labels, where),
-        fidelity=metrics.fidelity_sums(logits, said, batch.labels, where),
+        fidelity=metrics.fidelity_sums(logits, said, batch.labels, batch.weight, batch.labelled),
         answers=predictions.answers(logits, batch.labels),
       )
 

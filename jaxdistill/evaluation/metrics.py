@@ -99,6 +99,7 @@ def fidelity_sums(
   teacher_logits: Float[Array, "B K"],
   labels: Int[Array, " B"],
   where: Shaped[Array, " B"],
+  labelled: Shaped[Array, " B"] | None = None,
 ) -> dict[str, Array]:
   """Sums that say how far a student does what its teacher does, and what it does where that errs.
 
@@ -107,7 +108,9 @@ def fidelity_sums(
     teacher_logits: ``[B, K]``. Classes masked to −inf on both sides have no part in the KL; one
       that only the student masks makes it inf.
     labels: ``[B]`` classes.
-    where: ``[B]``, which examples count: 0 for padding and where there is no label.
+    where: ``[B]``, which examples count: 0 for padding.
+    labelled: ``[B]``, which of them have a label, without which nobody knows where the teacher
+      errs; None for all.
 
   Returns:
     float32 scalar sums: ``fidelity_examples``, ``agreement`` (the same top-1 class), ``kl``
@@ -122,14 +125,15 @@ def fidelity_sums(
   (1.0, 1.0)
   """
   counted = where.astype(bool)
-  labels = jnp.where(counted, labels.astype(jnp.int32), 0)
+  known = counted if labelled is None else counted & labelled.astype(bool)
+  labels = jnp.where(known, labels.astype(jnp.int32), 0)
   both = [_clean(logits, counted) for logits in (student_logits, teacher_logits)]
   student_class, teacher_class = (_top_class(x) for x in both)
   student_log, teacher_log = (jax.nn.log_softmax(x, axis=1) for x in both)
   teacher_probs = jnp.exp(teacher_log)
   # A class of probability 0 adds 0; its own product may be 0 · (−inf − −inf). A NaN stays one.
   kl = jnp.where(teacher_probs == 0, 0, teacher_probs * (teacher_log - student_log))
-  teacher_wrong = teacher_class != labels
+  teacher_wrong = known & (teacher_class != labels)
   sums = {
     "fidelity_examples": counted,
     "agreement": (student_class == teacher_class) & (teacher_class >= 0),

@@ -13,8 +13,6 @@ import itertools
 import json
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +40,7 @@ FORMAT = 1
 FEW = 20  # as many different numbers, and each is a slice of its own; else quartiles
 MANY = 200  # slices of a column; the rarest are put together
 # What comes of a file that is no archive, is cut off, has a flipped bit or lacks a part.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, KeyError, TypeError, ValueError)
+_DAMAGE = (OSError, KeyError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -342,10 +340,8 @@ def load(path: str | os.PathLike[str]) -> Predictions:
   if not path.is_file():
     raise FileNotFoundError(f"{path} is not there; measure the run again to make it.")
   try:
-    # Opened here, since NumPy leaves a file open that is no archive.
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-      parts = {name: archive[name] for name in archive.files}
-    about = json.loads(parts["about"].tobytes())
+    parts = runs.read_npz(path)
+    about = runs.read_json(parts["about"].tobytes())
     version = about["format"]
     found = _assembled(about, parts) if version == FORMAT else None
   except _DAMAGE as error:

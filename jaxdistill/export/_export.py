@@ -19,7 +19,6 @@ import json
 import os
 import pathlib
 import tempfile
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -204,13 +203,12 @@ def verify_exports(
     FileNotFoundError: the run has no exports.
     ExportError: the list is damaged, or of another version.
   """
-  folder = _check.folder("run", run).absolute() / FOLDER
+  folder = _check.folder("run", run) / FOLDER
   listed = _read(folder)
   try:
-    with np.load(folder / EXAMPLE, allow_pickle=False) as arrays:
-      example = {name: arrays[name] for name in arrays.files}
+    example = runs.read_npz(folder / EXAMPLE)
     student = example.pop("logits")
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+  except (OSError, ValueError, KeyError) as error:
     raise ExportError(f"{folder / EXAMPLE} cannot be read ({error}); export again.") from error
   return {
     entry["file"]: problem_of(folder / entry["file"], entry, example, student, time_limit)
@@ -302,11 +300,13 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{folder.parent} has no {FOLDER}/{LIST}: export.export makes it.")
   try:
-    listed = json.loads(path.read_text())
+    listed = runs.read_json(path.read_bytes())
     version = listed["version"]
     whole = version != _VERSION or all({"file", "passed"} <= set(e) for e in listed["files"])
     if not whole:
       raise ValueError("an entry has no file")
+    for entry in listed["files"] if version == _VERSION else ():
+      runs.within(folder, entry["file"])
   except (ValueError, KeyError, TypeError) as error:
     raise ExportError(f"{path} is damaged ({error}); export again.") from error
   if version != _VERSION:
@@ -389,7 +389,7 @@ def export_file(
   >>> made["accuracy"], made["agreement"], made["folded"]
   (1.0, 1.0, [])
   """
-  target = _check.folder("path", path).absolute()
+  target = _check.folder("path", path)
   if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
     raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
   _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))

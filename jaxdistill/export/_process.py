@@ -80,7 +80,7 @@ def run_file(
     FileNotFoundError: there is no such file.
     ValueError: the suffix is neither.
   """
-  file = _check.folder("path", path).absolute()
+  file = _check.folder("path", path)
   if file.suffix not in _PROGRAMS:
     raise ValueError(f"path={file} must end in one of {sorted(_PROGRAMS)}.")
   if not file.is_file():

@@ -87,7 +87,7 @@ def save_student(
   ...   load_student(run)([[1.0, 2.0], [3.0, 4.0]]).tolist()
   [[1.0, 2.0], [3.0, 4.0]]
   """
-  run = _check.folder("folder", folder).absolute()
+  run = _check.folder("folder", folder)
   if any(part.is_file() for part in (run, *run.parents)):
     raise FileExistsError(f"folder={run} is a file, or lies below one; take another.")
   target = run / _FOLDER
@@ -164,7 +164,7 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
     RuntimeError: this JAX cannot read the program, or not on this platform or with these settings.
     ValueError: it was saved without a program.
   """
-  folder = runs.locate(_check.folder("run", run).absolute() / _FOLDER)
+  folder = runs.locate(_check.folder("run", run) / _FOLDER)
   if not folder.is_dir():
     raise FileNotFoundError(_absent(pathlib.Path(run)))
   if (folder / "config.json").is_file():

@@ -22,6 +22,7 @@ __all__ = [
   "Scalar",
   "absolute",
   "bounded",
+  "check_classes",
   "counted",
   "distribution",
   "float_arrays",
@@ -74,6 +75,19 @@ def counted(where: Any, shape: tuple[int, ...]) -> Bool[Array, ...]:
   if valid.shape != shape:
     raise ValueError(f"where must have shape {shape}, got {valid.shape}.")
   return valid
+
+
+def check_classes(logits: Any, name: str) -> None:
+  """Raises for a single output, of which a softmax makes 1, whatever it is.
+
+  >>> check_classes(jnp.ones((2, 3)), "logits")
+  """
+  if np.shape(logits)[-1:] == (1,):
+    raise ValueError(
+      f"{name} {np.shape(logits)} have one output, of which a softmax makes 1 whatever it is: the "
+      "loss would be 0 and train nothing. Give a network of two classes two outputs; numbers are "
+      "compared by losses.logit_l2."
+    )
 
 
 def float_arrays(*arrays: Any) -> list[Array]:
@@ -162,6 +176,7 @@ def log_probabilities(
   (-0.6931, 9.0)
   """
   _check.number("temperature", temperature, above=0)
+  check_classes(student_logits, "student_logits")
   student, teacher = pair(student_logits, teacher_logits)
   # Of the logits' dtype: two dtypes in one operation raise under strict promotion.
   scale = jnp.asarray(temperature, student.dtype)
@@ -176,8 +191,15 @@ def kl(log_a: Array, log_b: Array) -> Array:
   >>> round(kl(jnp.array([0.0, -2e4]), jnp.log(jnp.array([0.5, 0.5]))).item(), 4)
   0.6931
   """
-  # [...]. A masked class has MASKED in both: exp gives 0, the difference is finite, the term is 0.
-  return jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+  # Σ a·d + b − a, d = log a − log b: the same, since both sum to 1, with no summand below 0. Of
+  # Σ a·d the summands cancel, and what rounding leaves of nearly equal ones was below 0.
+  a, b, d = jnp.exp(log_a), jnp.exp(log_b), log_a - log_b
+  # [..., K]. Where d is small b − a cancels too: it is a·(e⁻ᵈ − 1).
+  small = jnp.abs(d) < 1
+  rest = jnp.where(small, a * jnp.expm1(-jnp.where(small, d, 0)), b - a)
+  # A masked class has MASKED in both: exp gives 0, the difference is finite, the term is 0.
+  each = a * d + rest
+  return jnp.sum(each + jax.lax.stop_gradient(jnp.maximum(-each, 0)), axis=-1)
 
 
 def log_mixture(log_a: Array, log_b: Array, share: Scalar) -> Array:

@@ -29,6 +29,7 @@ from jaxdistill.losses._log_space import (
   Scalar,
   absolute,
   bounded,
+  check_classes,
   counted,
   distribution,
   float_arrays,
@@ -82,7 +83,8 @@ def cross_entropy(
     ``[...]``, in nats.
 
   Raises:
-    ValueError: ``labels`` are neither of the two, or ``label_smoothing`` is outside [0, 1].
+    ValueError: ``labels`` are neither of the two, there is but one output, or ``label_smoothing``
+      is outside [0, 1].
 
   Source: Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception Architecture for
   Computer Vision", 2016 (for label smoothing).
@@ -97,6 +99,7 @@ def cross_entropy(
   0.837
   """
   _check.number("label_smoothing", label_smoothing, least=0, most=1)
+  check_classes(student_logits, "student_logits")
   student = float_arrays(student_logits)[0]
   # [..., K]: an integer becomes a one-hot row, so that one formula serves hard and mixed labels.
   targets = distribution(labels, student)
@@ -128,7 +131,7 @@ def soft_target_kl(
     ``[...]``, in nats · temperature².
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
 
@@ -165,7 +168,7 @@ def reverse_kl(
     ``[...]``, in nats · temperature².
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Gu, Dong, Wei, Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2023.
 
@@ -205,7 +208,8 @@ def generalized_jsd(
     ``[...]``, in nats · temperature².
 
   Raises:
-    ValueError: the shapes differ, ``temperature`` is not positive or ``beta`` outside [0, 1].
+    ValueError: the shapes differ, there is but one output, ``temperature`` is not positive, or
+      ``beta`` outside [0, 1].
 
   Source: Agarwal, Vieillard, Zhou, Stanczyk, Ramos, Geist, Bachem, "On-Policy Distillation of
   Language Models: Learning from Self-Generated Mistakes", 2023.
@@ -247,7 +251,7 @@ def total_variation(
     ``[...]``, in [0, temperature²].
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Wen, Li, Du, Mou, "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
   2023.
@@ -284,7 +288,8 @@ def skew_kl(
     ``[...]``, in nats · temperature²; at most −log(skew) · temperature².
 
   Raises:
-    ValueError: the shapes differ, ``temperature`` is not positive or ``skew`` outside [0, 1].
+    ValueError: the shapes differ, there is but one output, ``temperature`` is not positive, or
+      ``skew`` outside [0, 1].
 
   Source: Ko, Kim, Chen, Yun, "DistiLLM: Towards Streamlined Distillation for Large Language
   Models", 2024.
@@ -324,7 +329,8 @@ def skew_reverse_kl(
     ``[...]``, in nats · temperature²; at most −log(skew) · temperature².
 
   Raises:
-    ValueError: the shapes differ, ``temperature`` is not positive or ``skew`` outside [0, 1].
+    ValueError: the shapes differ, there is but one output, ``temperature`` is not positive, or
+      ``skew`` outside [0, 1].
 
   Source: Ko, Kim, Chen, Yun, "DistiLLM: Towards Streamlined Distillation for Large Language
   Models", 2024.
@@ -374,7 +380,7 @@ def decoupled_kd(
     ``[...]``, in nats · temperature².
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022.
 
@@ -387,6 +393,7 @@ def decoupled_kd(
   1.1054
   """
   _check.number("temperature", temperature, above=0)
+  check_classes(student_logits, "student_logits")
   student, teacher = pair(student_logits, teacher_logits)
   scale = jnp.asarray(temperature, student.dtype)
   is_target = one_hot(labels, student)
@@ -456,6 +463,9 @@ def standardize_logits(logits: Logits) -> Float[Array, "*batch K"]:
   Returns:
     ``[..., K]``, float32 (or float64).
 
+  Raises:
+    ValueError: there is but one output.
+
   Source: Sun, Ren, Li, Wang, Cao, "Logit Standardization in Knowledge Distillation", 2024.
 
   Other codes: K − 1, here, is the published code's and torchdistill's, PyTorch's default; NumPy's
@@ -464,12 +474,13 @@ def standardize_logits(logits: Logits) -> Float[Array, "*batch K"]:
   >>> standardize_logits(jnp.array([[1.0, 2.0, 3.0]])).round(3).tolist()
   [[-1.0, 0.0, 1.0]]
   """
+  check_classes(logits, "logits")
   (z,) = float_arrays(logits)
   # A scale of more than 1e9 cancels, but for the 1e-7; its square would not be finite.
   z = tame(bounded(z), -1)
   z = _centred(z, axis=-1)
-  # [..., 1]. K − 1, as in PyTorch; a single class has no spread, and divides by 1e-7 alone.
-  spread = norm(z, axis=-1) / max(z.shape[-1] - 1, 1) ** 0.5
+  # [..., 1]. K − 1, as in PyTorch.
+  spread = norm(z, axis=-1) / (z.shape[-1] - 1) ** 0.5
   return _moving(z, spread) / (1e-7 + spread)
 
 
@@ -493,7 +504,7 @@ def inter_class_correlation(
     ``[...]``, in [0, 2 · temperature²]; temperature² where either is uniform.
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
 
@@ -537,7 +548,7 @@ def intra_class_correlation(
     micro-batch.
 
   Raises:
-    ValueError: the shapes differ or ``temperature`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
   Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
 
@@ -597,7 +608,8 @@ def one_for_all(
     ``[...]``, in nats.
 
   Raises:
-    ValueError: the shapes differ, or ``temperature`` or ``power`` is not positive.
+    ValueError: the shapes differ, there is but one output, or ``temperature`` or ``power`` is not
+      positive.
 
   Source: Hao, Guo, Han, Tang, Hu, Wang, Xu, "One-for-All: Bridge the Gap Between Heterogeneous
   Architectures in Knowledge Distillation", 2023.

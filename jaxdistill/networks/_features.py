@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxdistill._check import shapes
+from jaxdistill._check import shapes, short
 from jaxdistill.types import Outputs
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
   "parse",
   "pick",
   "signature",
+  "statistics",
+  "untouched",
 ]
 
 # The names by which published modules are told whether they train; True where they ask the
@@ -421,6 +423,7 @@ class Adapter:
     logits: finds them in what the module returns, or None.
     method: the method to call, or None for ``__call__``.
     name: what to call the module in messages.
+    told: whether it is to be told that it trains: not where ``train_flag`` is None.
   """
 
   wanted: dict[str, Path]
@@ -429,6 +432,7 @@ class Adapter:
   logits: Callable[[Any], Any] | None
   method: str | Callable[..., Any] | None
   name: str
+  told: bool = True
 
   def variables(self, key: Any, inputs: Any) -> dict[str, Any]:
     """What the module's own initialisation makes."""
@@ -475,6 +479,45 @@ class Adapter:
     lines += [f"Hidden in {lift.transform}: {path or 'all'}" for path, lift in hidden.items()]
     return "\n".join(lines)
 
+  def check_training(
+    self, before: Mapping[str, Any], after: Mapping[str, Any], *, off: bool = False
+  ) -> None:
+    """Raises where a call in training was none: the module was not told, or did not listen.
+
+    Its statistics would stay what ``init`` made them, and be deployed so.
+
+    Args:
+      before: the variables of the call.
+      after: the collections that it changed, as it left them.
+      off: whether every layer that is known to train otherwise was seen not to.
+    """
+    names = statistics(after)
+    same = bool(names) and all(untouched(before, after, name) for name in names)
+    if not self.told or not (off or same):
+      return
+    what = f"leaves {', '.join(names)} as before" if names else "drops nothing out"
+    raise ValueError(
+      f"{self.name} {what} in training, as in evaluation: nothing tells it that it trains. Its "
+      f"method takes {list(self.signature.parameters)[1:]}: name its own flag, "
+      "train_flag='is_train' for example ('not frozen' inverts one); or train_flag=None, if it is "
+      "meant to train so."
+    )
+
+  def explain_frozen(self) -> str:
+    """Why a module that changes its statistics in evaluation is an error."""
+    return (
+      f"{self.name} changes its statistics with train=False too. Its method takes "
+      f"{list(self.signature.parameters)[1:]}: name its own flag with train_flag=..."
+    )
+
+  def explain_axis(self, error: Exception) -> str:
+    """Why an axis that a layer averages over is not there."""
+    return (
+      f"{self.name} averages over an axis that nobody made ({short(error)}): under "
+      "train.with_jit BatchNorm sees the whole batch, so leave its axis_name out; under "
+      "train.with_pmap the axis is 'data'."
+    )
+
   def explain_draw(self, stream: str, told: Sequence[str], train: bool) -> str:
     """Why a random stream that is drawn from is an error."""
     if train:
@@ -484,6 +527,30 @@ class Adapter:
       f"{sorted(told) or 'no flag'}; name its own flag with train_flag=..., or give apply a key if "
       "it is meant to be random."
     )
+
+
+def statistics(collections: Mapping[str, Any]) -> list[str]:
+  """Which collections hold statistics of the data, by their names.
+
+  >>> statistics({"params": {"a": 1}, "batch_stats": {"mean": 1}, "my_stats": {}})
+  ['batch_stats']
+  """
+  return [name for name in collections if "stats" in name and jax.tree.leaves(collections[name])]
+
+
+def untouched(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:
+  """Whether nobody wrote to a collection: all its arrays, or tracers, are the very ones they were.
+
+  What comes out of a transform (nn.remat, nn.scan) is another one, written to or not.
+
+  >>> one, other = object(), object()
+  >>> untouched({"s": {"a": one}}, {"s": {"a": one}}, "s")
+  True
+  >>> untouched({"s": {"a": one}}, {"s": {"a": other}}, "s")
+  False
+  """
+  leaves = (jax.tree.leaves(one[name]) for one in (before, after))
+  return all(new is old for old, new in zip(*leaves, strict=True))
 
 
 def inside(path: str, outer: str) -> bool:

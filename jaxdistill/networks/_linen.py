@@ -7,9 +7,10 @@ or at any submodule's output.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -72,7 +73,8 @@ def linen(
     key of its own, and none when ``key`` is None.
 
   Raises:
-    ValueError: a feature is named twice or not at all, or the module has no such train flag.
+    ValueError: a feature is named twice or not at all, or the module has no such train flag; and
+      where it is traced in training: its statistics stay as they were, or nothing is dropped out.
 
   >>> network = linen(nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)]), features=["layers_0"])
   >>> x = jax.numpy.ones((2, 5))
@@ -98,6 +100,7 @@ def linen(
     logits=logits,
     method=method,
     name=name or type(module).__name__,
+    told=train_flag is not None,
   )
   return Network(init=adapter.init, apply=adapter.apply, name=adapter.name)
 
@@ -133,8 +136,11 @@ class _Adapter(Adapter):
     # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
     call = Call(variables, inputs, train, key)
-    out, state = self.run(call, mutable)
+    with _switches(keyed=key is not None) as off:
+      out, state = self.run(call, mutable)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
+    if train:
+      self.check_training(variables, updated, off=bool(off) and all(off))
     return self.outputs(call, out, state.get(_SOWN, {})), updated
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
@@ -179,6 +185,12 @@ class _Adapter(Adapter):
     # Flax's messages speak of scopes; the user's words are the network, its flags and its key.
     except flax.errors.InvalidRngError as error:
       raise ValueError(self.explain_stream(str(error), call)) from error
+    except flax.errors.ModifyScopeVariableError as error:
+      raise ValueError(self.explain_frozen()) from error
+    except NameError as error:
+      if "axis name" not in str(error):
+        raise
+      raise ValueError(self.explain_axis(error)) from error
     except (
       flax.errors.ScopeCollectionNotFound,
       flax.errors.ScopeParamNotFoundError,
@@ -252,6 +264,24 @@ def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | No
   )
   # Told by an argument, a module's attribute of such a name is its own affair.
   return [flag for flag in flags if flag.argument] or flags
+
+
+@contextlib.contextmanager
+def _switches(*, keyed: bool) -> Iterator[list[bool]]:
+  """Of each of Flax's own layers that train otherwise and are called, whether that is off."""
+  off: list[bool] = []
+
+  def watch(call: Any, args: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+    layer = context.module
+    named = {nn.BatchNorm: "use_running_average", nn.Dropout: "deterministic"}.get(type(layer))
+    draws = not isinstance(layer, nn.Dropout) or (keyed and layer.rate > 0)
+    if named and context.method_name == "__call__" and draws:
+      given = keywords.get(named, args[1] if len(args) > 1 else None)
+      off.append((getattr(layer, named) if given is None else given) is True)
+    return call(*args, **keywords)
+
+  with nn.intercept_methods(watch):
+    yield off
 
 
 def _grew(before: PyTree, after: PyTree) -> bool:

@@ -111,6 +111,7 @@ def nnx(
       module, signature, train_flag, attributes=switches, switches=switches
     ),
     auto=train_flag == "auto",
+    told=train_flag is not None,
     arguments=arguments,
     logits=logits,
     method=method,
@@ -206,6 +207,8 @@ class _Adapter(Adapter):
         jax.eval_shape(jax.vmap(arrays, out_axes=None), keys)
       except ValueError as error:
         raise ValueError(self.explain_stream(drawn, train)) from error
+    if train:
+      self.check_training(variables, state)
     return outputs, state
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
@@ -215,6 +218,10 @@ class _Adapter(Adapter):
   def call(self, call: Call) -> tuple[Outputs, dict[str, PyTree], set[str]]:
     try:
       ran = self.run(call, functools.partial(_nnx_graph.find_taps, list(self.wanted.values())))
+    except NameError as error:
+      if "axis name" not in str(error):
+        raise
+      raise ValueError(self.explain_axis(error)) from error
     except (TypeError, ValueError) as error:
       # The module's own error, or one of ours for capturing where nothing can be added? Whoever
       # runs without the capture and not with it is stuck.

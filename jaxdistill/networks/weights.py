@@ -10,7 +10,6 @@ A network from PyTorch has its axes in another order, which `linear` and `convol
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -228,7 +227,7 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
   _extras.need("networks.weights.save_safetensors", "safetensors")
   import safetensors.numpy
 
-  file = _check.folder("path", path).absolute()
+  file = _check.folder("path", path)
   if file.suffix != _SUFFIX or file.is_dir():
     raise ValueError(f"path={file} must end in {_SUFFIX}, and be no folder.")
   arrays = {}
@@ -296,7 +295,7 @@ def convolution(weight: np.ndarray) -> np.ndarray:
 
 
 def _existing(path: str | os.PathLike[str]) -> pathlib.Path:
-  file = _check.folder("path", path).absolute()
+  file = _check.folder("path", path)
   if not file.exists():
     raise FileNotFoundError(f"there are no weights at path={file}.")
   return file
@@ -340,10 +339,15 @@ def _shards(place: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
     _refuse_pickle(place)
     return [place], set()
   try:
-    index = dict(json.loads(place.read_bytes())["weight_map"])
+    index = dict(runs.read_json(place.read_bytes())["weight_map"])
+    if not all(isinstance(name, str) for name in index.values()):
+      raise ValueError("a tensor's file is no name")
   except (ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f"{place} is no index of safetensors: {error!r}") from error
-  files = [place.parent / name for name in sorted(set(index.values()))]
+  try:  # links may lead elsewhere: that is how Hugging Face's cache lays out a model
+    files = [runs.within(place.parent, name, links=True) for name in sorted({*index.values()})]
+  except ValueError as error:
+    raise CheckpointError(f"{place} {error}: leave it out, or name the files yourself.") from error
   missing = [file.name for file in files if not file.is_file()]
   if missing:
     raise FileNotFoundError(f"{place} names files that are not beside it: {first_few(missing)}.")

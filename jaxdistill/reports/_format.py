@@ -23,7 +23,9 @@ __all__ = [
   "clean",
   "count",
   "csv_text",
+  "escaped",
   "exact",
+  "fenced",
   "grid",
   "interval",
   "listed",
@@ -42,6 +44,8 @@ MODELS = ("teacher", "baseline", "student")
 WORDS = {"teacher": "teacher", "baseline": "labels alone", "student": "student"}
 # What neither HTML nor a font has: controls, and halves of a surrogate pair.
 _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+_MARKUP = re.compile(r"[\\`*\[\]<]")  # what begins markup inside of a line
+_TICKS = re.compile(r"`+")
 
 
 class Told(NamedTuple):
@@ -93,6 +97,26 @@ def clean(value: Any) -> str:
   True
   """
   return _ODD.sub("\ufffd", str(value))
+
+
+def escaped(value: Any) -> str:
+  r"""A text as one line of Markdown that shows it as it is: no markup, no HTML, no picture.
+
+  >>> print(escaped("<script>[a](b) *c* snake_case"))
+  \<script>\[a\](b) \*c\* snake_case
+  """
+  return _MARKUP.sub(r"\\\g<0>", clean(value)).replace("\n", " ")
+
+
+def fenced(lines: Sequence[str]) -> list[str]:
+  """Lines as a block of code, in a fence that is longer than any in it.
+
+  >>> fenced(["python a.py"])
+  ['```', 'python a.py', '```']
+  """
+  runs = [len(run) for line in lines for run in _TICKS.findall(line)]
+  fence = "`" * max(3, 1 + max(runs, default=0))
+  return [fence, *(clean(line) for line in lines), fence]
 
 
 def listed(values: Sequence[str], most: int = 8) -> str:
@@ -191,7 +215,7 @@ def grid(lines: Sequence[Sequence[str]]) -> str:
   | - | -: |
   | b |  1 |
   """
-  cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in lines]
+  cells = [[escaped(cell).replace("|", "\\|") for cell in row] for row in lines]
   widths = [max(2 * (i > 0), *(len(row[i]) for row in cells)) for i in range(len(cells[0]))]
 
   def line(row: Sequence[str]) -> str:

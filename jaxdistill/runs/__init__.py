@@ -21,10 +21,13 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     altered,
     digest,
     read_digested,
+    read_json,
+    read_npz,
     replacing,
     sha256,
     size_and_digest,
     user_cache,
+    within,
     write_digested,
     write_text,
   )
@@ -89,7 +92,9 @@ __all__ = [
   "read_config",  # reads a run's configuration
   "read_digested",  # reads a manifest that has its own digest in it
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
+  "read_json",  # what JSON says, of a file that anybody may have written
   "read_metrics",  # reads the lines of a run's ``metrics.jsonl``, and counts the torn ones
+  "read_npz",  # the arrays of an archive that anybody may have written
   "release",  # gives back a folder whose run failed before its first checkpoint
   "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
@@ -102,6 +107,7 @@ __all__ = [
   "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "user_cache",  # the user's folder for what can be made anew
   "verify",  # compares the files with the manifest; the digests only of these items
+  "within",  # the path of a file that another file names, if it lies in that file's folder
   "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written
   "write_text",  # writes a text so that the file is never seen half written

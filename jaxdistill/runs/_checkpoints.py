@@ -84,7 +84,7 @@ class Checkpoints:
     self, folder: str | os.PathLike[str], *, keep_last: int = 2, keep_best: bool = True
   ) -> None:
     _check.whole("keep_last", keep_last)
-    self.folder = _check.folder("folder", folder).absolute()
+    self.folder = _check.folder("folder", folder)
     self.keep_last = keep_last
     self.keep_best = keep_best
     self._thread: threading.Thread | None = None
@@ -318,7 +318,7 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   ...   load_variables(f"{folder}/teacher")["params"]["bias"].shape
   (2,)
   """
-  target = _check.folder("path", path).absolute()
+  target = _check.folder("path", path)
   if target.is_file() or (listing(target) and not (target / MANIFEST).is_file()):
     raise FileExistsError(f"path={target} holds something that is no checkpoint; take another.")
   arrays, described = snapshot({_VARIABLES: variables})
@@ -342,7 +342,7 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
     CheckpointError: the checkpoint is damaged or half written.
     ValueError: another structure, shape or dtype than was saved.
   """
-  target = locate(_check.folder("path", path).absolute())
+  target = locate(_check.folder("path", path))
   if not target.is_dir():
     raise FileNotFoundError(f"there is no checkpoint at path={target}.")
   return _read(target, {_VARIABLES: like})[_VARIABLES]
@@ -363,9 +363,30 @@ def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[
   target.parent.mkdir(parents=True, exist_ok=True)
   if arrays:
     _orbax().write(writing, arrays)
+    _read_back(writing, arrays)
   else:
     writing.mkdir()
   publish(target, body)
+
+
+def _read_back(folder: pathlib.Path, arrays: dict[str, dict[str, Any]]) -> None:
+  """Raises where what was written is not what is read: digests would vouch for it ever after."""
+  try:
+    found = _orbax().read(folder, list(arrays))
+  except Exception as error:
+    raise damaged(folder, first_few(list(arrays)), f"cannot be read again ({error})") from error
+  for item, leaves in arrays.items():
+    for name, written in leaves.items():
+      read = found[item].get(name)
+      if read is None or not _same_bits(np.asarray(written), np.asarray(read)):
+        raise damaged(folder, f"{item}/{name}", "is not what was written")
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+  if a.shape != b.shape or a.dtype != b.dtype:
+    return False
+  one, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+  return bool(np.array_equal(one, other))
 
 
 def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:

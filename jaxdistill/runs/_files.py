@@ -7,27 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pathlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 __all__ = [
   "WRITING",
   "altered",
   "digest",
   "read_digested",
+  "read_json",
+  "read_npz",
   "replacing",
   "sha256",
   "size_and_digest",
   "user_cache",
+  "within",
   "write_digested",
   "write_text",
 ]
 
 WRITING = ".writing"
+# How much larger than its file an archive may be, and what is little enough to be any size.
+_UNPACKED = 10
+_SMALL = 2**20
 
 
 @contextlib.contextmanager
@@ -120,6 +131,75 @@ def write_digested(path: pathlib.Path, body: Mapping[str, Any], *, durable: bool
   write_text(path, json.dumps(rest | {"digest": digest(rest)}, indent=1), durable=durable)
 
 
+def read_json(content: bytes | str) -> Any:
+  """What JSON says, of a file that anybody may have written.
+
+  Raises:
+    ValueError: it is no JSON, or nested so deeply that Python gives up.
+  """
+  try:
+    return json.loads(content)
+  except RecursionError as error:
+    raise ValueError("is nested too deeply") from error
+
+
+def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The arrays of an ``.npz`` archive that anybody may have written.
+
+  Args:
+    path: the file, of arrays of numbers or text.
+
+  Raises:
+    OSError: it is not there, or cannot be read.
+    ValueError: it is damaged, or would take more than ten times its size in memory, as nothing
+      does that was measured.
+  """
+  try:
+    with zipfile.ZipFile(path) as archive:
+      members = archive.infolist()
+      size, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+      if size > max(_SMALL, _UNPACKED * min(packed, path.stat().st_size)):
+        raise ValueError(f"holds {size:,} bytes in {packed:,}")
+      found = {}
+      for member in members:
+        content = io.BytesIO(archive.read(member))
+        array = np.lib.format.read_array(content, allow_pickle=False)
+        found[member.filename.removesuffix(".npy")] = array
+      return found
+  except OSError:
+    raise
+  # No archive, one cut off, one packed in a way that Python lacks, or an array without its content.
+  except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, MemoryError, RuntimeError) as error:
+    raise ValueError(str(error) or type(error).__name__) from error
+
+
+def within(folder: pathlib.Path, name: Any, *, links: bool = False) -> pathlib.Path:
+  """The path of a file that another file names, if it lies in that file's folder.
+
+  What a file says is believed of its own folder alone: a path that leads out of it would have us
+  read, write or remove what is somebody else's.
+
+  Args:
+    folder: where it has to lie, at any depth.
+    name: what the file says, relative to the folder.
+    links: whether symbolic links may lead out of it, which the user made and not the file's author.
+
+  Raises:
+    ValueError: it does not; the message follows the naming file's name in a sentence.
+
+  >>> within(pathlib.Path("cache"), "view-0.array_record").as_posix()
+  'cache/view-0.array_record'
+  """
+  spelled = [pathlib.PurePosixPath(str(name)), pathlib.PureWindowsPath(str(name))]
+  leads_out = any(path.anchor or ".." in path.parts for path in spelled)
+  if not isinstance(name, str) or not name.strip("./") or "\0" in name or leads_out:
+    raise ValueError(f"names {name!r}, which is no file of its folder")
+  path = folder / name
+  if not links and not path.resolve().is_relative_to(folder.resolve()):
+    raise ValueError(f"names {name!r}, a link out of its folder")
+  return path
+
+
 def read_digested(path: pathlib.Path) -> dict[str, Any]:
   """Reads what `write_digested` wrote.
 
@@ -128,7 +208,7 @@ def read_digested(path: pathlib.Path) -> dict[str, Any]:
     ValueError: it is damaged; the message says how, and follows the file's name in a sentence.
   """
   try:
-    body: dict[str, Any] = json.loads(path.read_bytes())
+    body: dict[str, Any] = read_json(path.read_bytes())
     intact = body["digest"] == digest(body)
   except FileNotFoundError:
     raise

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _extras
-from jaxdistill.runs._files import write_text
+from jaxdistill.runs._files import read_json, write_text
 
 __all__ = [
   "Metrics",
@@ -76,7 +76,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{os.fspath(folder)!r} is not a run's folder: it has no config.json.")
   try:
-    config = json.loads(path.read_text())
+    config = read_json(path.read_bytes())
   except ValueError as error:
     raise ValueError(
       f"{path} is damaged ({error}): put it right, or take another folder."

@@ -7,11 +7,16 @@ the only one.
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,12 +67,31 @@ def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> Non
       f"process {jax.process_index()} of {jax.process_count()} writes {folder}; Orbax stores host "
       "arrays on process 0 alone, so let only that one write."
     )
-  with _ORBAX:
+  with _ORBAX, _no_pattern(folder) as place:
     if jax.process_count() == 1:
       with _small_files():
-        ocp.v1.save_checkpointables(folder, arrays)
+        ocp.v1.save_checkpointables(place, arrays)
     else:
-      _write_alone(folder, arrays)
+      _write_alone(place, arrays)
+
+
+@contextlib.contextmanager
+def _no_pattern(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Where to write so that it comes to lie in ``folder``, whatever characters its path has.
+
+  Orbax gathers what it wrote by a pattern that it makes of the path: of ``lr=[0.1]`` it finds
+  nothing and leaves the parts unread, and ``lr=*`` may find those of another run.
+  """
+  if not glob.has_magic(os.fspath(folder)):
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as beside:
+    link = pathlib.Path(beside, "parent")
+    link.symlink_to(folder.parent, target_is_directory=True)
+    place = link / f"{hashlib.sha256(folder.name.encode()).hexdigest()[:16]}.writing"
+    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    yield place
+    place.rename(folder)
 
 
 def _small_files() -> Any:
@@ -162,7 +186,7 @@ def read_foreign_orbax(
     ValueError: it is no checkpoint of Orbax's, it is one of ours, or it lacks a collection.
     CheckpointError: Orbax cannot read it.
   """
-  folder = _check.folder("path", path).absolute()
+  folder = _check.folder("path", path)
   _refuse_ours(folder)
   folder = _last_step(folder)
   items = _items(folder)

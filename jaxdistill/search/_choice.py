@@ -63,7 +63,7 @@ class Choice:
 
   Raises:
     TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
-    ValueError: the metric is none of these.
+    ValueError: the metric is none of these, or no example of the validation split has a label.
   """
 
   validation: Batch
@@ -81,6 +81,11 @@ class Choice:
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
           "[N, B, ...]."
         )
+    if not np.any(np.asarray(self.validation.weight) * np.asarray(self.validation.labelled)):
+      raise ValueError(
+        f"no example of validation has a label, and {self.metric} is of labels: nothing could be "
+        "chosen by it. Choose on a split that has some."
+      )
     if not isinstance(self.halving, Halving | None):
       raise TypeError(f"halving={_check.show(self.halving)} must be a search.Halving, or None.")
 
@@ -143,12 +148,15 @@ def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
     no such error, and only equal points tie.
 
   Raises:
-    FloatingPointError: no point finished.
+    FloatingPointError: no point finished, or none with a finite metric.
   """
   finished = [i for i, row in enumerate(rows) if row.status == "finished"]
+  # Of a NaN nobody knows whether it is more, and `max` would take the first.
+  finished = [i for i in finished if np.all(np.isfinite(rows[i].metrics[metric]))]
   if not finished:
     raise FloatingPointError(
-      "no point of the sweep stayed finite; lower the learning rate or the weights."
+      f"no point of the sweep stayed finite, its {metric} included; lower the learning rate or the "
+      "weights."
     )
   best = max(finished, key=lambda i: (float(np.mean(score(rows[i], metric))), -i))
   ties = []

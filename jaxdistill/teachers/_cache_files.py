@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -23,9 +25,11 @@ from jaxdistill.runs import (
   WRITING,
   altered,
   read_digested,
+  read_json,
   replacing,
   sha256,
   size_and_digest,
+  within,
   write_digested,
   write_text,
 )
@@ -103,12 +107,58 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     raise _damaged(path, str(error)) from error
   if body.get("format") != FORMAT:
     raise CacheError(f"{path} is of format {body.get('format')!r}; this program reads {FORMAT}.")
+  try:
+    _check_manifest(folder, body)
+  except ValueError as error:
+    # Whatever is in it, the files that it names are nobody's to remove.
+    raise CacheError(f"The cache cannot be used: {path} {error}. Delete the folder.") from error
+  return body
+
+
+def _check_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
+  """Raises where a manifest, which another program may have written, does not say what it must.
+
+  Raises:
+    ValueError: it follows the file's name in a sentence.
+  """
   lacking = [name for name in _KEYS if name not in body]
   if lacking:
-    raise _damaged(path, f"lacks {', '.join(map(repr, lacking))}")
-  if "logits" not in [array["name"] for array in body["arrays"]]:
-    raise _damaged(path, "has no array named 'logits'")
-  return body
+    raise ValueError(f"lacks {', '.join(map(repr, lacking))}")
+  arrays, views, size = body["arrays"], body["views"], _entry(body["data"], "size", int)
+  if not isinstance(arrays, list) or not isinstance(views, dict):
+    raise ValueError("has no list of arrays, or no views by number")
+  for array in arrays:
+    name, dtype = _entry(array, "name", str), _entry(array, "dtype", str)
+    shape = _entry(array, "shape", list)
+    if not re.fullmatch(r"[<>|]?[fiub][1248]", dtype):
+      raise ValueError(f"has the array {name!r} of dtype {dtype!r}, which is no number's")
+    if not all(type(n) is int and 0 < n < 2**31 for n in shape):
+      raise ValueError(f"has the array {name!r} of shape {shape}")
+  names = [array["name"] for array in arrays]
+  if "logits" not in names or len(set(names)) < len(names):
+    raise ValueError(f"has the arrays {names}, and not 'logits' and others, each once")
+  row = sum(np.dtype(a["dtype"]).itemsize * math.prod(a["shape"]) for a in arrays)
+  for view, shards in views.items():
+    if not re.fullmatch(r"0|[1-9]\d{0,8}", view) or not isinstance(shards, list):
+      raise ValueError(f"has the view {view!r}, which is no number with its shards")
+    for shard in shards:
+      if within(folder, _entry(shard, "file", str)).name in (MANIFEST, IDS, _LOCK):
+        raise ValueError(f"names {shard['file']!r} as a file of view {view}")
+      _entry(shard, "sha256", str)
+      records, written = _entry(shard, "records", int), _entry(shard, "bytes", int)
+      # What is read into memory is no more than what lies in the files.
+      if not 0 <= records <= size or records * row > written:
+        raise ValueError(f"has {records} records of {row} bytes in {written} bytes of view {view}")
+  within(folder, _entry(body["ids"], "file", str))
+  _entry(body["ids"], "sha256", str)
+
+
+def _entry(body: Any, name: str, kind: type) -> Any:
+  """What an object of JSON has under a name, if it is of a kind."""
+  found = body.get(name) if isinstance(body, dict) else None
+  if type(found) is not kind:
+    raise ValueError(f"has {found!r} for {name}, which must be of type {kind.__name__}")
+  return found
 
 
 def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
@@ -169,9 +219,14 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
   problem = altered(path, manifest["ids"])
   if problem:
     raise _damaged(path, problem)
-  ids = json.loads(path.read_bytes())
-  if len(ids) != manifest["data"]["size"] or len(set(ids)) != len(ids):
-    raise _damaged(path, f"does not hold {manifest['data']['size']} different ids")
+  size = manifest["data"]["size"]
+  try:
+    ids = read_json(path.read_bytes())
+  except ValueError as error:
+    raise _damaged(path, f"cannot be read ({error})") from error
+  whole = isinstance(ids, list) and all(isinstance(id, str) for id in ids)
+  if not whole or len(ids) != size or len(set(ids)) != len(ids):
+    raise _damaged(path, f"does not hold {size} different ids")
   return ids
 
 

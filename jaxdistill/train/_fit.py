@@ -286,6 +286,8 @@ def _trained(
     state, at = start_or_resume(program, saved)
     log = _log_of(program, watch, path, at, run.label("train"))
     stack.callback(log.close)
+    if path is not None:
+      log.say(_found(at, plan.steps, path))
     if at < plan.steps:
       _say_form(plan, program, log)
       ends = program.ends()
@@ -330,6 +332,13 @@ def _log_of(
     select=watch.select,
     callback=watch.callback,
   )
+
+
+def _found(at: int, steps: int, path: pathlib.Path) -> str:
+  """What a folder held of the run: a user is to know whether these are numbers of today."""
+  if at >= steps:
+    return f"the run in {path} is finished: it is given back as it is, and nothing is trained."
+  return f"goes on at step {at:,} of {steps:,} in {path}." if at else f"starts in {path}."
 
 
 def _say_form(plan: Plan, program: Program, log: Log) -> None:

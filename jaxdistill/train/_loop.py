@@ -241,11 +241,16 @@ class Log:
 
 
 def _means(sums: PyTree) -> dict[str, Any]:
-  """Sums of each step ``[..., steps]`` to means over the chunk ``[...]``."""
+  """Sums of each step ``[..., steps]`` to means over the chunk ``[...]``.
+
+  What counted no example in any student is left out: a 0 would pass for a measurement.
+  """
   means = {}
   for name, (total, count) in sums.items():
     summed = np.asarray(count, np.float64).sum(axis=-1)
-    means[name] = np.asarray(total, np.float64).sum(axis=-1) / np.where(summed == 0, 1, summed)
+    if np.any(summed):
+      total = np.asarray(total, np.float64).sum(axis=-1)
+      means[name] = np.where(summed == 0, np.nan, total / np.where(summed == 0, 1, summed))
   return means
 
 

@@ -34,6 +34,7 @@ __all__ = [
   "Program",
   "Values",
   "of_group",
+  "of_one",
   "over_students",
   "shared_arrays",
   "start_axes",

@@ -269,7 +269,48 @@ def test_normalisation_against_float64():
   np.testing.assert_allclose(data.normalizer(None)(images), images / 255, rtol=2e-7)
   floats = np.ones((1, 2), np.float32)
   assert data.normalizer(None)(floats) is floats
+  for normalize in (data.CIFAR, data.DIGITS, None):
+    on_host = data.normalizer(normalize)(images)
+    assert isinstance(on_host, np.ndarray)
+    # XLA may multiply by a reciprocal, which is rounded once more.
+    np.testing.assert_array_max_ulp(on_host, jax.jit(data.normalizer(normalize))(images), 2)
   np.testing.assert_array_equal(data.normalizer(((0.5,), (0.25,)))(floats), 2 * floats)
+
+
+@pytest.mark.parametrize(
+  ("values", "wrong", "held"),
+  [
+    (np.array([1, 2**32 + 1]), "4294967297", "int32"),
+    (np.array([-(2**31) - 1, 0]), "-2147483649", "int32"),
+    (np.array([0, 2**63], np.uint64), "9223372036854775808", "uint32"),
+    (np.array([0.0, 1e300]), r"1e\+300", "float32"),
+  ],
+)
+def test_numbers_that_a_device_would_change_are_refused(values, wrong, held):
+  with pytest.raises(
+    ValueError, match=rf"inputs 'id' of 'rows' are {values.dtype} with {wrong}.*{held}"
+  ):
+    data.from_arrays({"id": values, "x": np.ones(2)}, [0, 1], name="rows")
+  kept = np.array([5, np.inf]) if values.dtype.kind == "f" else values // 2**34
+  made = data.from_arrays({"id": kept}, [0, 1])
+  source = data.on_device(made, batch_size=2, data_seed=0)
+  assert source.shared["inputs"]["id"].tolist() == kept.tolist()
+  with jax.enable_x64(True):
+    assert data.from_arrays({"id": values}, [0, 1]).inputs["id"].dtype == values.dtype
+
+
+def test_pictures_of_16_bits_say_what_is_white():
+  examples = data.from_arrays(np.full((2, 2, 2, 1), 65535, np.uint16), [0, 1])
+  source = data.on_device(examples, batch_size=1, data_seed=0)
+  item = jax.tree.map(lambda leaf: leaf[0], source.items(0, 1))
+  with pytest.raises(ValueError, match=r"uint16.*divide_by\(65535"):
+    jax.eval_shape(source.cut, source.shared, item)
+  with pytest.raises(ValueError, match=r"uint16.*divide_by\(65535"):
+    data.evaluation_batches(examples, batch_size=2)
+  made = data.evaluation_batches(examples, batch_size=2, normalize=data.divide_by(65535.0))
+  assert made.inputs.min() == 1
+  tokens = data.from_arrays(np.ones((2, 7), np.uint16), [0, 1])
+  assert data.evaluation_batches(tokens, batch_size=2).inputs.dtype == jnp.uint16
 
 
 # Sources.

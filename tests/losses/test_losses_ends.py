@@ -127,3 +127,46 @@ def test_attention_of_huge_queries_is_finite():
   for a, b in ((x, y), (y, x)):
     both = jax.value_and_grad(lambda s, t: losses.attention_relation(s, t, num_heads=2).sum())(a, b)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(both))
+
+
+DIVERGENCES = ("soft_target_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl")
+
+
+@pytest.mark.parametrize("apart", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
+@pytest.mark.parametrize("name", [*DIVERGENCES, "decoupled_kd"])
+def test_a_divergence_of_nearly_equal_logits_is_small_and_not_below_zero(name, apart):
+  random = np.random.default_rng(0)
+  teacher = random.normal(size=(64, 100)) * 5
+  student = teacher + apart * random.normal(size=teacher.shape)
+  labels = (jnp.asarray(random.integers(0, 100, 64)),) if name == "decoupled_kd" else ()
+  function = getattr(losses, name)
+
+  def values(dtype):
+    return function(*(jnp.asarray(x, dtype) for x in (student, teacher)), *labels, temperature=20.0)
+
+  made = values(jnp.float32)
+  with jax.enable_x64(True):
+    # In float64, of the logits as float32 rounds them.
+    student, teacher = (x.astype(np.float32).astype(np.float64) for x in (student, teacher))
+    exact = values(jnp.float64)
+  assert float(jnp.min(made)) >= 0
+  # Log-probabilities are rounded three times, by 6e-8 of up to 10, and the divergence, times the
+  # squared temperature, is of the second order in that.
+  np.testing.assert_allclose(made, exact, rtol=2e-2, atol=400 * (2e-6) ** 2)
+  assert jnp.all(jnp.isfinite(gradient(lambda s, t: function(s, t, *labels), student, teacher)))
+
+
+def test_a_softmax_over_one_output_is_refused_by_every_loss_that_has_one():
+  one, two = jnp.ones((4, 1)), jnp.ones((4, 2))
+  labels = jnp.zeros(4, jnp.int32)
+  labelled = ("decoupled_kd", "one_for_all")
+  correlations = ("inter_class_correlation", "intra_class_correlation", "total_variation")
+  for name in (*DIVERGENCES, *correlations, *labelled):
+    function, rest = getattr(losses, name), (labels,) if name in labelled else ()
+    assert jnp.all(jnp.isfinite(function(two, two, *rest)))
+    with pytest.raises(ValueError, match=r"\(4, 1\) have one output"):
+      function(one, one, *rest)
+  for function in (losses.cross_entropy, lambda logits, _: losses.standardize_logits(logits)):
+    with pytest.raises(ValueError, match=r"\(4, 1\) have one output"):
+      function(one, labels)
+  assert losses.logit_l2(one, 3 * one).tolist() == [4.0] * 4

@@ -861,3 +861,34 @@ def test_distilling_one_nnx_network_into_another():
   assert np.all(np.abs(stats["mean"]) > 0)
   assert np.all(np.abs(stats["var"] - 1) > 1e-3)
   assert fitted.history[-1]["hint"] > 0
+
+
+class OwnFlag(flax_nnx.Module):
+  """Tells its BatchNorm by a flag that no list of names has."""
+
+  def __init__(self, rngs):
+    self.norm = flax_nnx.BatchNorm(4, axis_name=None, rngs=rngs)
+    self.head = flax_nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x, is_train=False):
+    return self.head(self.norm(x, use_running_average=not is_train))
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_training_that_changes_nothing_is_an_error(traced):
+  network = nnx(OwnFlag, name="mine")
+  variables = network.init(KEY, X)
+  call = lambda v: network.apply(v, X, train=True, key=KEY)[1]  # noqa: E731
+  with pytest.raises(ValueError, match="mine leaves batch_stats as before.*name its own flag"):
+    (jax.jit(call) if traced else call)(variables)
+  for flag, moves in (("is_train", True), (None, False)):
+    state = nnx(OwnFlag, train_flag=flag).apply(variables, X, train=True, key=KEY)[1]
+    mean = state["batch_stats"]["norm"]["mean"]
+    assert bool(jnp.any(mean != variables["batch_stats"]["norm"]["mean"])) is moves
+
+
+def test_an_axis_that_nobody_made():
+  network = nnx(lambda rngs: Net(4, axis_name="batch", rngs=rngs), name="mine")
+  variables = network.init(KEY, X)
+  with pytest.raises(ValueError, match="mine averages over an axis that nobody made"):
+    jax.eval_shape(lambda v: network.apply(v, X, train=True, key=KEY), variables)

@@ -478,9 +478,14 @@ def test_sharded_safetensors(tmp_path):
   (folder / "model-00002-of-00002.safetensors").unlink()
   with pytest.raises(FileNotFoundError, match="not beside it: model-00002"):
     weights.safetensors(folder, NAMES)
-  index.write_text("{}")
-  with pytest.raises(CheckpointError, match="no index of safetensors"):
-    weights.safetensors(index, NAMES)
+  for body in ("{}", '{"weight_map": 3}', "[" * 100_000):
+    index.write_text(body)
+    with pytest.raises(CheckpointError, match="no index of safetensors"):
+      weights.safetensors(index, NAMES)
+  for name in ("../model.safetensors", str(tmp_path / "model.safetensors"), 3, ["a"]):
+    index.write_text(json.dumps({"weight_map": {"head": name}}))
+    with pytest.raises(CheckpointError, match="index.json (names|is no index)"):
+      weights.safetensors(index, NAMES)
   shutil.copy(tmp_path / "model.safetensors", tmp_path / "plain")
   with pytest.raises(ValueError, match="is in two of its files"):
     weights.safetensors(tmp_path / "plain", NAMES)

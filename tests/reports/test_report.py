@@ -24,6 +24,7 @@ from jaxdistill import data, evaluation, reports, teachers
 from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Column
 from jaxdistill.reports import command
+from jaxdistill.reports._format import escaped
 from jaxdistill.reports._pages import analysis, decision, document, evidence
 from jaxdistill.reports._pages import page as report_page
 from jaxdistill.types import Model, Network, Outputs
@@ -233,9 +234,12 @@ def test_hostile_names_are_text(tmp_path):
   shown = page(folder)
   assert shown.source.count("<script") == 1
   assert shown.text.count(HOSTILE) >= 6
-  # A pipe would end a cell.
-  rows = [line for line in (folder / "report.md").read_text().splitlines() if line[:1] == "|"]
+  text = (folder / "report.md").read_text()
+  # A pipe would end a cell, and what is not escaped is HTML.
+  rows = [line for line in text.splitlines() if line[:1] == "|"]
   assert any(r"\| pipes" in row for row in rows)
+  assert r"\<script>" in text
+  assert not re.search(r"(?<!\\)<", text)
 
 
 def older(folder):
@@ -365,7 +369,7 @@ BROKEN = {
   ),
   "exports that are a folder": (
     lambda f: fabricated.exported(f, file="."),
-    "is listed, but missing",
+    "lies outside of the folder exports",
   ),
   "an exported file from elsewhere": (
     lambda f: fabricated.exported(f, file="../config.json"),
@@ -445,7 +449,7 @@ def test_no_number_stops_the_words(made, junk):
     assert decided["word"], path
     text = reports.markdown({**numbers, "decision": decided})
     assert "How to repeat it" in text
-    assert all(one.partition(": ")[2] in text for one in wrong), path
+    assert all(escaped(one.partition(": ")[2]) in text for one in wrong), path
     shown = {"decision": decided, "classes": [], "slices": {}, "lost": None}
     # A page is slow to make; what is refused is left out, whatever it was, and models are alike.
     once = junk == {"mean": []} if wrong else True

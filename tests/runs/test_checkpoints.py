@@ -457,6 +457,50 @@ def test_64_bits_that_are_not_enabled(tmp_path):
     load_variables(tmp_path / "wide", {"x": jax.ShapeDtypeStruct((1,), np.float64)})
 
 
+PATHS = ["lr=[0.1]", "a*b", "what?", "{x,y}", "ünï cödé", "a b", "a%20b", "a#b", "[!a]/[b]"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_may_have_any_characters(tmp_path, name):
+  # What a pattern of that name would find instead.
+  for other in ("lr=0", "axb", "whatx", "x", "b/b"):
+    save_variables(tmp_path / other / "variables", params(9))
+  with Checkpoints(tmp_path / name) as checkpoints:
+    checkpoints.save(3, {"params": params(2)})
+    checkpoints.wait()
+    assert_same(checkpoints.restore(3, {"params": params()})["params"], params(2))
+  for target in (tmp_path / name / "variables", tmp_path / f"{name}-variables"):
+    save_variables(target, params(3))
+    assert_same(load_variables(target, params()), params(3))
+    assert not list(target.parent.glob("*.writing"))
+
+
+@pytest.mark.parametrize("fault", ["lost", "changed"])
+def test_what_cannot_be_read_back_does_not_count(tmp_path, monkeypatch, fault):
+  write = _orbax.write
+
+  def wrong(folder, arrays):
+    if fault == "changed":
+      arrays = jax.tree.map(lambda leaf: leaf + 1, arrays)
+    write(folder, arrays)
+    if fault == "lost":
+      largest(folder).unlink()
+
+  large = {"kernel": jnp.arange(2.0**16).reshape(256, 256)}
+  with Checkpoints(tmp_path / "run") as checkpoints:
+    checkpoints.save(1, {"params": large})
+    checkpoints.wait()
+    monkeypatch.setattr(_orbax, "write", wrong)
+    checkpoints.save(2, {"params": large})
+    with pytest.raises(CheckpointError, match=r"cannot be read again|is not what was written"):
+      checkpoints.wait()
+    assert checkpoints.latest() == 1
+  with pytest.raises(CheckpointError):
+    save_variables(tmp_path / "variables", large)
+  with pytest.raises((FileNotFoundError, CheckpointError)):
+    load_variables(tmp_path / "variables")
+
+
 def test_variables(tmp_path):
   path = tmp_path / "runs" / "teacher"
   variables = {"params": params(), "batch_stats": {"mean": jnp.zeros(3)}}

@@ -1,8 +1,10 @@
 """Files written whole or not at all, logs read, trees told from one another."""
 
+import io
 import json
 import pathlib
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,59 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
   runs.write_text(path, "new", durable=True)
   assert path.read_text() == "new"
   assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  ["../a", "/etc/passwd", "b/../../a", "C:\\a", "..\\a", "", ".", "a\0b", 3, None, "out", "up/a"],
+)
+def test_a_path_in_a_file_stays_in_its_folder(tmp_path, name):
+  (tmp_path / "here").mkdir()
+  (tmp_path / "here" / "out").symlink_to(tmp_path / "a")
+  (tmp_path / "here" / "up").symlink_to(tmp_path)
+  with pytest.raises(ValueError, match="^names "):
+    runs.within(tmp_path / "here", name)
+
+
+def test_a_path_in_a_file_may_lie_deeper(tmp_path):
+  assert runs.within(tmp_path, "a/..b/c [0.1].txt") == tmp_path / "a/..b/c [0.1].txt"
+  (tmp_path / "out").symlink_to(tmp_path.parent)
+  assert runs.within(tmp_path, "out/a", links=True) == tmp_path / "out/a"
+
+
+def archive(path, **arrays):
+  np.savez_compressed(path, allow_pickle=False, **arrays)
+  return path
+
+
+def test_an_archive_takes_no_more_memory_than_its_size_allows(tmp_path):
+  small = archive(tmp_path / "a.npz", a=np.arange(3), b=np.array(["x", "yz"]))
+  found = runs.read_npz(small)
+  assert found["a"].tolist() == [0, 1, 2]
+  assert found["b"].tolist() == ["x", "yz"]
+  bomb = archive(tmp_path / "b.npz", a=np.zeros(10_000_000))
+  with pytest.raises(ValueError, match="holds 80,000,128 bytes"):
+    runs.read_npz(bomb)
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "objects", "claims", "no numpy"])
+def test_an_archive_that_is_damaged_is_said_so(tmp_path, kind):
+  path = archive(tmp_path / "a.npz", a=np.arange(300))
+  if kind == "cut":
+    path.write_bytes(path.read_bytes()[:-100])
+  elif kind == "text":
+    path.write_text("no archive")
+  elif kind == "objects":
+    np.savez(path, a=np.array([{}], dtype=object))
+  else:
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+      made, {"descr": "<f8", "fortran_order": False, "shape": (2**58,)}
+    )
+    with zipfile.ZipFile(path, "w") as opened:
+      opened.writestr("a.npy", made.getvalue() if kind == "claims" else b"other")
+  with pytest.raises(ValueError, match="."):
+    runs.read_npz(path)
 
 
 def test_what_was_altered_is_said(tmp_path):

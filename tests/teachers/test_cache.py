@@ -226,6 +226,62 @@ def test_damage_of_the_other_files_is_found(copied, capsys, file):
     make(copied)
 
 
+@pytest.mark.parametrize(
+  "name", ["../precious.txt", "{}/precious.txt", "link", "", "manifest.json"]
+)
+def test_a_manifest_has_no_say_over_files_outside_of_its_folder(copied, capsys, name):
+  precious = copied.parent / "precious.txt"
+  precious.write_text("mine")
+  (copied / "link").symlink_to(precious)
+  manifest = json.loads((copied / "manifest.json").read_text())
+  shard = manifest["views"]["1"][0]
+  shard |= {"file": name.format(copied.parent), **runs.size_and_digest(precious), "records": 0}
+  _cache_files._write_manifest(copied, manifest)
+  before = (copied / "manifest.json").read_text()
+  assert command.main(["verify", str(copied), "--drop"]) == 1
+  said = capsys.readouterr().err
+  assert "manifest.json names" in said
+  assert "--drop" not in said
+  assert precious.read_text() == "mine"
+  assert (copied / "manifest.json").read_text() == before
+  with pytest.raises(teachers.CacheError):
+    make(copied)
+
+
+MALFORMED = [
+  ("views", []),
+  ("views", {"1": 3}),
+  ("views", {"one": []}),
+  ("views", {"1": [{"file": "a"}]}),
+  ("arrays", 3),
+  ("arrays", [{"name": "logits"}]),
+  ("arrays", [{"name": "logits", "dtype": "|O", "shape": [3]}]),
+  ("arrays", [{"name": "logits", "dtype": "<f4", "shape": [-1]}]),
+  ("arrays", [{"name": "logits", "dtype": "<f4", "shape": [2**30]}]),
+  ("arrays", [{"name": "logits", "dtype": "<f4", "shape": "ab"}]),
+  ("ids", "ids.json"),
+  ("ids", {"file": 3, "sha256": "a"}),
+  ("data", None),
+  ("data", {"size": "many"}),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), MALFORMED)
+def test_a_manifest_that_is_intact_and_malformed_is_called_so(copied, capsys, key, value):
+  manifest = json.loads((copied / "manifest.json").read_text())
+  _cache_files._write_manifest(copied, manifest | {key: value})
+  assert command.main(["verify", str(copied), "--drop"]) == 1
+  assert "The cache cannot be used" in capsys.readouterr().err
+  with pytest.raises(teachers.CacheError, match="manifest.json has"):
+    make(copied)
+
+
+def test_json_as_deep_as_one_likes_is_damage(copied, capsys):
+  (copied / "manifest.json").write_text("[" * 100_000)
+  assert command.main(["verify", str(copied)]) == 1
+  assert "nested too deeply" in capsys.readouterr().err
+
+
 def test_a_folder_of_other_things_is_left_alone(tmp_path, capsys):
   (tmp_path / "notes.txt").write_text("mine")
   with pytest.raises(ValueError, match=r"holds \['notes.txt'\] and no cache"):

@@ -343,4 +343,6 @@ def test_records_bring_the_ids_of_their_set(tfds_dir, tmp_path):
   again = teachers.cached(None, data.on_device(whole, **options), folder=tmp_path / "cache")
   for one in (streamed, again):
     batch = one.cut(one.shared, jax.tree.map(lambda leaf: leaf[0], one.items(1, 1)))
-    np.testing.assert_allclose(batch.teacher.logits, batch.inputs.sum((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+      batch.teacher.logits, batch.inputs.sum((1, 2)), rtol=1e-5
+    )  # 1024 in another order

@@ -1,5 +1,7 @@
 """What `fit` runs and compiles once: a teacher over the examples, chunks of all lengths."""
 
+import contextlib
+
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import data, networks, recipes, train
+from jaxdistill import data, evaluation, networks, recipes, train
 from jaxdistill.networks import models
 from jaxdistill.types import Outputs, Teacher
 
@@ -97,13 +99,23 @@ def on_labels(watch):
   )
 
 
-def test_chunks_of_all_lengths_are_one_program():
+@contextlib.contextmanager
+def compiled():
+  """The names of the programs that are compiled inside."""
   names = []
 
   def note(event, seconds, fun_name="", **_):
     if event.endswith("backend_compile_duration"):
       names.append(fun_name)
 
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_chunks_of_all_lengths_are_one_program():
   steps = []
   watch = train.Watch(
     log_every=5,
@@ -111,16 +123,38 @@ def test_chunks_of_all_lengths_are_one_program():
     validate=lambda model: {},
     callback=lambda at, _: steps.append(at),
   )
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
+  with compiled() as names:
     made = on_labels(watch)
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
   assert steps == [5, 7, 12, 14, 17]
   assert [name for name in names if "chunk" in name] == ["jit(chunk)"]
   whole = on_labels(train.Watch(log_every=17))
   for a, b in zip(jax.tree.leaves(made.variables), jax.tree.leaves(whole.variables), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("seed", [0, [0, 1, 2]])
+def test_what_is_compiled_for_validations_beside_the_steps_serves_them_all(devices, seed):
+  split = data.from_arrays(np.ones((5, 4, 4, 1), np.float32), np.zeros(5, int), num_classes=3)
+  calls = []
+  validator = evaluation.validator(data.evaluation_batches(split, batch_size=4))
+  dispatch = train.with_jit(train.data_parallel(jax.devices()[:devices]))
+  seeds = seed if isinstance(seed, list) else [seed]
+  with compiled() as names:
+    train.fit(
+      network(7),
+      recipes.labels(),
+      data=[source() for _ in seeds] if isinstance(seed, list) else source(),
+      optimizer=optax.sgd(0.1),
+      steps=9,
+      seed=seed,
+      dispatch=dispatch,
+      watch=train.Watch(validator, validate_every=4, callback=lambda *_: calls.append(len(names))),
+      run=train.Run(progress=None),
+    )
+  assert [name for name in names if "evaluation" in name] == ["jit(evaluation)"]
+  assert len(calls) == 5
+  assert calls[1] == len(names)
 
 
 @pytest.mark.parametrize(

@@ -720,3 +720,26 @@ def test_sources_of_seeds_may_differ_in_their_arrays():
       assert_close(mine.variables, alone.variables, tolerance=1e-5)  # float32, eight steps
   with pytest.raises(ValueError, match="differ in batch_size"):
     distil(seed=(0, 1), data=[source(0), source(1, batch_size=4)])
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
+  (tmp_path / "elsewhere").mkdir()
+  monkeypatch.chdir(tmp_path)
+  leave = lambda *_: os.chdir(tmp_path / "elsewhere")  # noqa: E731
+  distil(folder="runs/a", checkpoint_every=2, log_every=1, callback=leave)
+  assert (tmp_path / "runs/a/student/manifest.json").is_file()
+  assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_no_example_counts_in_is_absent(tmp_path):
+  rows = examples()
+  unlabelled = data.on_device(data.from_arrays(rows.inputs, None), batch_size=8, data_seed=0)
+  made = distil(data=unlabelled, objective=recipes.kd(hard_weight=0.1), log_every=2)
+  assert all({"loss", "soft"} <= set(line) for line in made.history)
+  assert not any({"accuracy", "labels"} & set(line) for line in made.history)
+  # A chunk without a labelled example has no accuracy, and the next one has its own.
+  labelled = np.zeros(48, np.float32)
+  labelled[:4] = 1
+  some = data.on_device(rows, batch_size=8, data_seed=0, labelled=labelled)
+  made = distil(data=some, objective=recipes.kd(), log_every=1, steps=6)
+  assert 0 < sum("accuracy" in line for line in made.history) < 6

@@ -354,10 +354,10 @@ def _exports(run: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
 def _file_problem(folder: pathlib.Path, entry: Mapping[str, Any]) -> str | None:
   if not entry["passed"]:
     return None  # it is not there, and the list says why
-  name = pathlib.PurePath(entry["file"])
-  if name.is_absolute() or ".." in name.parts:
+  try:
+    path = runs.within(folder, entry["file"])
+  except ValueError:
     return "lies outside of the folder exports"
-  path = folder / name
   try:
     if not path.is_file():
       return "is listed, but missing"

@@ -18,7 +18,9 @@ from jaxdistill.reports._format import (
   Table,
   change,
   count,
+  escaped,
   exact,
+  fenced,
   grid,
   number,
   percent,
@@ -173,16 +175,19 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def text(told: Mapping[str, Any]) -> str:
   """The Markdown of a complete report."""
-  title = f"# {told['dataset'] or DASH}, {told['split'] or DASH} split"
-  lines = [title, "", told["verdict"] or "There is no verdict.", ""]
+  title = f"# {escaped(told['dataset'] or DASH)}, {escaped(told['split'] or DASH)} split"
+  lines = [title, "", escaped(told["verdict"] or "There is no verdict."), ""]
   lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
   lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
   lines += _by_groups(told)
-  described = [f"- **{name}**: {one['description']}" for name, one in told["models"].items()]
+  described = [
+    f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
+  ]
   lines += ["## What they are", "", *described, "", "![accuracy](accuracy.png)", ""]
   where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
-  lines += ["## How to repeat it", "", "```", *told["commands"], "```", ""]
-  lines += [f"Python {where['python']}, jax {where['jax']}, numpy {where['numpy']}.", ""]
+  lines += ["## How to repeat it", "", *fenced(told["commands"]), ""]
+  python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
+  lines += [f"Python {python}, jax {jax}, numpy {numpy}.", ""]
   return "\n".join(lines)
 
 
@@ -190,12 +195,13 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
   """The table, and how its numbers came about."""
   names = ("processor", "cores", "device", "devices")
   where = {**dict.fromkeys(names, DASH), **report["environment"]}
+  where = {name: escaped(where[name]) for name in names}
   size = "An unknown number of" if report["examples"] is None else f"{report['examples']:,}"
   batch = model(report, "student")["throughput_batch"] or DASH
   return [
     f"{size} examples. Mean ± standard deviation over {len(report['seeds'])} seeds "
-    f"({report['varied'] or DASH}); no ± where there is one instance. The last checkpoint of "
-    "every run.",
+    f"({escaped(report['varied'] or DASH)}); no ± where there is one instance. The last checkpoint "
+    "of every run.",
     "",
     measured(report).markdown(),
     "",
@@ -210,10 +216,10 @@ def _decided(report: Mapping[str, Any]) -> list[str]:
   lines: list[str] = []
   decision = report["decision"]
   if decision:
-    reasons = [f"- {one['side']}: {one['text']}" for one in decision["reasons"]]
-    lines = [f"**{decision['word']}.** {decision['sentence']}", "", *reasons, ""]
+    reasons = [f"- {escaped(one['side'])}: {escaped(one['text'])}" for one in decision["reasons"]]
+    lines = [f"**{escaped(decision['word'])}.** {escaped(decision['sentence'])}", "", *reasons, ""]
   if report["problems"]:
-    problems = (f"- {one}" for one in report["problems"])
+    problems = (f"- {escaped(one)}" for one in report["problems"])
     lines += ["What is missing or broken:", "", *problems, ""]
   return lines
 
@@ -235,7 +241,7 @@ def _by_groups(report: Mapping[str, Any]) -> list[str]:
       mark = " (beyond noise)" if told.get("beyond_noise") else ""
       cells = [percent(row["accuracy"][m]) for m in models]
       shown.append([row["name"], str(row["examples"]), *cells, change(told["change"], None) + mark])
-    lines += [f"## {title}", "", grid(shown), ""]
+    lines += [f"## {escaped(title)}", "", grid(shown), ""]
   return lines
 
 

@@ -23,6 +23,7 @@ from jaxdistill.reports._format import (
   Table,
   change,
   count,
+  escaped,
   interval,
   plain,
 )
@@ -136,7 +137,7 @@ def compare_runs(
 
 def _names(first: Any, second: Any) -> dict[str, str]:
   """What the runs are called: their folders' names, or as much of the path as tells them apart."""
-  paths = [pathlib.Path(_check.folder("run", one)).absolute() for one in (first, second)]
+  paths = [_check.folder("run", one) for one in (first, second)]
   for depth in range(1, 1 + max(len(path.parts) for path in paths)):
     short = ["/".join(path.parts[-depth:]) for path in paths]
     if short[0] != short[1]:
@@ -275,14 +276,15 @@ def markdown(numbers: Mapping[str, Any]) -> str:
   Returns:
     Markdown that reads as plain text too.
   """
-  names = [numbers["runs"][side]["name"] for side in ("a", "b")]
+  names = [escaped(numbers["runs"][side]["name"]) for side in ("a", "b")]
+  dataset, split = escaped(numbers["dataset"]), escaped(numbers["split"])
   lines = [
     f"# {names[0]} against {names[1]}",
     "",
-    numbers["verdict"],
+    escaped(numbers["verdict"]),
     "",
-    f"{numbers['dataset']}, {numbers['split']} split, {numbers['examples']:,} examples.",
-    *numbers["notes"],
+    f"{dataset}, {split} split, {numbers['examples']:,} examples.",
+    *map(escaped, numbers["notes"]),
     "",
     _table(numbers).markdown(),
     "",
@@ -294,9 +296,11 @@ def markdown(numbers: Mapping[str, Any]) -> str:
   changed = [r for r in numbers["classes"] if (r["change"] or {}).get("beyond_noise")]
   if changed:
     lines += [f"Classes that differ beyond noise ({names[0]} less {names[1]}):", ""]
-    lines += [f"- {r['name']}: {change(r['change']['change'], None, 1)} points" for r in changed]
+    lines += [
+      f"- {escaped(r['name'])}: {change(r['change']['change'], None, 1)} points" for r in changed
+    ]
     lines.append("")
-  lines += [f"- {problem}" for problem in numbers["problems"]]
+  lines += [f"- {escaped(problem)}" for problem in numbers["problems"]]
   return "\n".join(lines).rstrip() + "\n"
 
 
