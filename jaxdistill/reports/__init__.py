@@ -11,7 +11,7 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.reports import figures as figures
   from jaxdistill.reports._compare import compare_students, gather_predictions
-  from jaxdistill.reports._format import csv_text, grid, plain, with_std
+  from jaxdistill.reports._format import Markup, csv_text, grid, plain, with_std
   from jaxdistill.reports._pages.summary import markdown, picture, table
   from jaxdistill.reports._pages.versus import compare_runs, write_comparison
   from jaxdistill.reports._report import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
 
 __all__ = [
+  "Markup",  # a cell of our own Markdown, which `grid` leaves as it is
   "Measured",  # one model as `evaluation.examine` measured it
   "build_report",  # assembles a report from the measured models
   "compare_runs",  # compares the students of two runs on the examples that both were measured on

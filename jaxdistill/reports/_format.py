@@ -17,6 +17,7 @@ __all__ = [
   "MODELS",
   "WORDS",
   "Cell",
+  "Markup",
   "Table",
   "Told",
   "change",
@@ -97,6 +98,12 @@ def clean(value: Any) -> str:
   True
   """
   return _ODD.sub("\ufffd", str(value))
+
+
+class Markup(str):
+  """A cell of our own Markdown, which `grid` leaves as it is."""
+
+  __slots__ = ()
 
 
 def escaped(value: Any) -> str:
@@ -210,12 +217,14 @@ def interval(low: float | None, high: float | None, places: int = 2) -> str:
 def grid(lines: Sequence[Sequence[str]]) -> str:
   """Rows as a Markdown table that is aligned as plain text too; the first is its head.
 
-  >>> print(grid([["", "a"], ["b", "1"]]))
+  >>> print(grid([["", "a"], ["b", "1"]]))  # a text is shown as it is; `Markup` is not
   |   |  a |
   | - | -: |
   | b |  1 |
   """
-  cells = [[escaped(cell).replace("|", "\\|") for cell in row] for row in lines]
+  cells = [
+    [c if isinstance(c, Markup) else escaped(c).replace("|", "\\|") for c in row] for row in lines
+  ]
   widths = [max(2 * (i > 0), *(len(row[i]) for row in cells)) for i in range(len(cells[0]))]
 
   def line(row: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxdistill import _check, runs
 from jaxdistill.evaluation import metrics
-from jaxdistill.reports import csv_text, figures, grid, with_std
+from jaxdistill.reports import Markup, csv_text, figures, grid, with_std
 from jaxdistill.types import Batch, Model
 
 __all__ = ["METRICS", "Choice", "Halving", "Result", "Row", "best_of", "score", "standard_error"]
@@ -203,7 +203,7 @@ class Result:
     names = list(self.rows[0].values)
     lines = [[*names, f"{self.metric} (validation)", ""]]
     for i, row in enumerate(self.rows):
-      mark = "**chosen**" if i == self.best else "tie" if i in self.ties else ""
+      mark = Markup("**chosen**") if i == self.best else "tie" if i in self.ties else ""
       if row.status != "finished":
         mark = f"{row.status}, step {row.step}"
       cells = [_cell(row.values[name]) for name in names]

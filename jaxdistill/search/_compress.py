@@ -27,7 +27,7 @@ from jaxdistill import _check, _extras, evaluation, export, networks, runs, teac
 from jaxdistill.data import Source
 from jaxdistill.evaluation import cost, metrics
 from jaxdistill.recipes import kd, labels
-from jaxdistill.reports import csv_text, figures, grid, plain, with_std
+from jaxdistill.reports import Markup, csv_text, figures, grid, plain, with_std
 from jaxdistill.search import _budget, _preflight, _sweep
 from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
@@ -847,7 +847,7 @@ class Compressed:
 
   def _fate(self, candidate: Candidate) -> str:
     if candidate.name == self.chosen:
-      return "**chosen**"
+      return Markup("**chosen**")
     if candidate.row is None:
       return f"over the budget: {_over(self.budget, candidate.costs)}"
     if candidate.checked is not None:
