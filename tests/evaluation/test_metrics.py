@@ -401,3 +401,15 @@ def test_gap_closed_names_what_is_wrong():
     metrics.gap_closed(90.0, [80.0, 81.0], [85.0, 86.0], examples=10_000)
   with pytest.raises(ValueError, match="examples must be a positive"):
     metrics.gap_closed(*runs, examples=0)
+
+
+def test_agreement_needs_no_labels():
+  student = jnp.array([[2.0, 0.0], [0.0, 2.0], [2.0, 0.0]])
+  teacher = jnp.array([[2.0, 0.0], [2.0, 0.0], [2.0, 0.0]])
+  labels, where = jnp.array([0, 0, 1]), jnp.ones(3)
+  none = metrics.finish(fidelity(student, teacher, labels, where, jnp.zeros(3)))
+  assert none["agreement"] == pytest.approx(2 / 3)
+  assert np.isfinite(none["kl"])
+  assert np.isnan(none["accuracy_where_teacher_wrong"])
+  some = fidelity(student, teacher, labels, where, jnp.array([1.0, 1.0, 0.0]))
+  assert [float(some[name]) for name in ("fidelity_examples", "teacher_wrong")] == [3, 0]

@@ -544,3 +544,13 @@ def test_what_each_student_starts_from_is_checked_and_told_apart(parts):
   ]
   assert saved[0]["students"] == saved[1]["students"]
   assert saved[0]["start"] != saved[1]["start"]
+
+
+def test_nothing_is_chosen_by_what_is_not_finite():
+  def row(*accuracy):
+    return search.Row({}, {"accuracy": np.array(accuracy)}, 1, "finished")
+
+  rows = [row(np.nan, np.nan), row(0.9, np.inf), row(0.4, 0.6), row(0.5, 0.5)]
+  assert search.best_of(rows, "accuracy") == (2, [3])
+  with pytest.raises(FloatingPointError, match="no point of the sweep stayed finite, its accuracy"):
+    search.best_of(rows[:2], "accuracy")
