@@ -179,7 +179,7 @@ def measure(side, task, repeats, one_in):
     "measured": max(wall for wall, _ in runs),
     "each": each,
     "accuracy": float(np.mean([printed["accuracy"] for _, printed in runs])),
-    **{name: runs[0][1][name] for name in ("compilations",) if name in runs[0][1]},
+    "compilations": runs[0][1]["compilations"],
   }
 
 
@@ -211,7 +211,7 @@ def show(network, count, results):
     print(
       f"  {NAMES[side]:<24}{result['seconds']:>10.2f}{result['trained']:>10}"
       f"{100 * result['accuracy']:>10.2f}{ratio:>14.1f}"
-      f"{result.get('compilations', '–'):>10}"
+      f"{result['compilations'] or '–':>10}"
     )
 
 

@@ -399,9 +399,7 @@ def main(side, settings):
   compiled = count_compilations() if side in JAX else []
   seconds, accuracies = SIDES[side](Task(**read))
   printed = {"seconds": seconds, "accuracy": sum(accuracies) / len(accuracies)}
-  if side in JAX:
-    printed["compilations"] = len(compiled)
-  print(json.dumps(printed))
+  print(json.dumps({**printed, "compilations": len(compiled) or None}))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ _MUCH = 2**34
 # of the digits' networks, and as long for a transformer's.
 _OWN = {"xla_cpu_experimental_ynn_fusion_type": ""}
 _QUICK = {
-  **_OWN,
   "xla_backend_optimization_level": 0,
   "xla_llvm_disable_expensive_passes": True,
   "xla_cpu_use_fusion_emitters": False,
@@ -240,9 +239,7 @@ def quick() -> dict[str, Any] | None:
 
 def brief() -> dict[str, Any] | None:
   """Compiler options for a program that takes about as long to compile as to run."""
-  return _on_cpu(
-    {**_OWN, "xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
-  )
+  return _on_cpu({"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False})
 
 
 def long() -> dict[str, Any] | None:
@@ -250,19 +247,20 @@ def long() -> dict[str, Any] | None:
 
   A third less to compile than by default, and as fast.
   """
-  return _on_cpu({**_OWN, "xla_backend_optimization_level": 1})
+  return _on_cpu({"xla_backend_optimization_level": 1})
 
 
 def _on_cpu(options: dict[str, Any]) -> dict[str, Any] | None:
-  """The options that this compiler knows."""
+  """The options that this compiler knows, and `_OWN`."""
   if jax.default_backend() != "cpu":
     return None
-  return {name: value for name, value in options.items() if name in _known()}
+  return {name: value for name, value in (_OWN | options).items() if name in _known()}
 
 
 @functools.cache
 def _known() -> frozenset[str]:
-  """Which of `_QUICK`, all that are used, there are: they come and go with the versions."""
+  """Which of `_OWN` and `_QUICK`, all that are used, there are: they come and go with versions."""
+  every = _OWN | _QUICK
 
   def accepted(options: dict[str, Any]) -> bool:
     try:
@@ -271,9 +269,9 @@ def _known() -> frozenset[str]:
       return False
     return True
 
-  if accepted(_QUICK):
-    return frozenset(_QUICK)
-  return frozenset(name for name, value in _QUICK.items() if accepted({name: value}))
+  if accepted(every):
+    return frozenset(every)
+  return frozenset(name for name, value in every.items() if accepted({name: value}))
 
 
 class BackgroundCompiled:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import jaxtyping
 import numpy as np
@@ -48,6 +49,22 @@ def untyped():
     yield
   finally:
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@contextlib.contextmanager
+def compiled():
+  """The names of the programs that are compiled inside."""
+  names = []
+
+  def note(event, seconds, fun_name="", **rest):
+    if event.endswith("backend_compile_duration"):
+      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
 
 
 def dense(width, **fields):

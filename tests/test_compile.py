@@ -1,10 +1,8 @@
 """What is compiled when: in the background, quickly where little is computed, nothing twice."""
 
-import contextlib
 import dataclasses
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -24,22 +22,7 @@ from jaxdistill import (
 from jaxdistill.networks import models
 from jaxdistill.train import Plan, Program, Run, _shared_teacher, with_jit
 from jaxdistill.types import Model, Term, as_objective
-
-
-@contextlib.contextmanager
-def compiled():
-  """The names of the programs that are compiled inside."""
-  names = []
-
-  def note(event, seconds, fun_name="", **rest):
-    if event.endswith("backend_compile_duration"):
-      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
-
-  jax.monitoring.register_event_duration_secs_listener(note)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(note)
+from small_networks import compiled
 
 
 @pytest.fixture(autouse=True)

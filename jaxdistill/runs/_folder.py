@@ -271,8 +271,8 @@ def read_metrics(folder: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
   lines, torn = [], 0
   for text in (folder / _METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
     try:
-      line = json.loads(text)
-    except (ValueError, RecursionError):
+      line = read_json(text)
+    except ValueError:
       line = None
     if isinstance(line, dict) and isinstance(line.get("step"), int):
       lines.append(line)

@@ -244,8 +244,8 @@ class Search:
   ) -> dict[str, Any]:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
     numbers = self.validator(g)(model)
-    # Weights may be finite and what they compute not; without labels there is nothing to see it by.
-    sane = np.isfinite(numbers["nll"]) | np.isnan(numbers["accuracy"])
+    # Weights may be finite and what they compute not.
+    sane = np.isfinite(numbers["nll"])
     finite = _finite_students((state.params, state.model_state)) & sane
     bad: list[int | None] = []
     for s, good in enumerate(finite):

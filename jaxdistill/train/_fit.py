@@ -290,8 +290,7 @@ def _trained(
       log.say(_found(at, plan.steps, path))
     if at < plan.steps:
       _say_form(plan, program, log)
-      ends = program.ends()
-      if isinstance(watch.validate, Validator) and ends is not None:
+      if isinstance(watch.validate, Validator) and (ends := program.ends()) is not None:
         watch.validate.compile(ends, calls=every.validations(at))  # beside the steps' program
     final = run_steps(
       program,

@@ -34,7 +34,6 @@ __all__ = [
   "Program",
   "Values",
   "of_group",
-  "of_one",
   "over_students",
   "shared_arrays",
   "start_axes",
@@ -113,7 +112,7 @@ class Program:
       groups = len(self.sources)
       chunk = over_students(self.step, self.seeds_by, axes, groups, scan=self.scan, at_once=at_once)
     else:
-      chunk = of_one(self.step, scan=self.scan)
+      chunk = _of_one(self.step, scan=self.scan)
     self._chunk: CompiledOnce = dispatch.compile(chunk)
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
@@ -315,10 +314,13 @@ class Program:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., :count], *each)
 
 
-def _loop(
-  body: Callable[[State, PyTree], tuple[State, PyTree]],
+def _chunk(
+  step: Callable[..., Any],
   state: State,
+  teacher: Teacher | None,
+  shared: PyTree,
   items: PyTree,
+  values: Values,
   count: Any,
   *,
   scan: bool,
@@ -330,10 +332,13 @@ def _loop(
   JAX traces a loop under ``vmap`` several times.
 
   Args:
-    body: a step, of one student or of several.
+    step: ``(state, teacher, shared, item, values) -> (state, sums)``, of one student or of several.
     state: its state.
+    teacher: as the step takes it.
+    shared: likewise.
     items: what a step is cut from, the steps on one axis.
-    count: how many of them are done.
+    values: as the step takes them.
+    count: how many of the steps are done.
     scan: whether it is a loop on the device, which costs no dispatch for each step; without, one
       step is the program, and the host calls it again and again.
     axis: of the steps in the items.
@@ -342,49 +347,27 @@ def _loop(
     The next state, and sums with an axis over the steps last: 0 for those beyond ``count``.
   """
 
-  def item(i: Any) -> PyTree:
-    return jax.tree.map(
+  def body(state: State, i: Any) -> tuple[State, PyTree]:
+    item = jax.tree.map(
       lambda leaf: jax.lax.dynamic_index_in_dim(leaf, i, axis, keepdims=False), items
     )
+    return step(state, teacher, shared, item, values)
 
   if not scan:
-    state, one = body(state, item(0))
+    state, one = body(state, 0)
     return state, jax.tree.map(lambda leaf: leaf[..., None], one)
   longest = jax.tree.leaves(items)[0].shape[axis]
-  body = jax.jit(body, inline=True)  # traced once, for the sums' shapes and in the loop
-  _, one = jax.eval_shape(lambda: body(state, item(0)))
+  step = jax.jit(step, inline=True)  # traced once, for the sums' shapes and in the loop
+  _, one = jax.eval_shape(lambda: body(state, 0))
   sums = jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape, longest), leaf.dtype), one)
 
   def turn(i: Any, carry: tuple[State, PyTree]) -> tuple[State, PyTree]:
     state, sums = carry
-    state, mine = body(state, item(i))
+    state, mine = body(state, i)
     return state, jax.tree.map(lambda all, one: all.at[..., i].set(one), sums, mine)
 
   made: tuple[State, PyTree] = jax.lax.fori_loop(0, count, turn, (state, sums))
   return made
-
-
-def _chunk(
-  step: Callable[..., Any],
-  state: State,
-  teacher: Teacher | None,
-  shared: PyTree,
-  items: PyTree,
-  values: Values,
-  count: jax.Array,
-  *,
-  scan: bool,
-  axis: int = 0,
-) -> tuple[State, PyTree]:
-  """The first ``count`` steps of a chunk; see `_loop`."""
-  return _loop(
-    lambda state, item: step(state, teacher, shared, item, values),
-    state,
-    items,
-    count,
-    scan=scan,
-    axis=axis,
-  )
 
 
 def _shapes_where_they_lie(tree: PyTree) -> PyTree:
@@ -479,7 +462,7 @@ def of_group(shared: PyTree, axes: PyTree, group: Any) -> PyTree:
   return jax.tree.map(lambda leaf, axis: leaf if axis < 0 else leaf[group], shared, axes)
 
 
-def of_one(step: Callable[..., Any], *, scan: bool) -> Callable[..., Any]:
+def _of_one(step: Callable[..., Any], *, scan: bool) -> Callable[..., Any]:
   """A chunk of steps of one student, as `over_students` has it for several."""
 
   def chunk(*given: Any) -> tuple[State, PyTree]:
@@ -504,7 +487,7 @@ def over_students(
     seeds_by: ``"vmap"``, or ``"unroll"`` for one after another inside the program.
     shared_axes: from `shared_arrays`.
     groups: from `turns`.
-    scan: whether a chunk is a loop on the device, see `_loop`.
+    scan: whether a chunk is a loop on the device, see `_chunk`.
     at_once: how many students at most are side by side under ``"vmap"``, one such set after
       another; None for all.
 
