@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _check
+from jaxdistill import _check, runs
 from jaxdistill._compile import brief
 from jaxdistill.data._examples import Examples, Records, label_mask
 from jaxdistill.data._views import (
@@ -39,17 +39,24 @@ __all__ = [
   "Source",
   "Whole",
   "check_in_memory",
+  "contents_of",
   "cutter",
   "evaluation_batches",
   "example_shapes",
   "mixed",
   "on_device",
   "rows_of",
+  "rows_to_use",
+  "sample_of",
+  "shown_by",
   "transformed",
   "view_count",
   "view_numbers",
   "whole_of",
 ]
+
+# Of how many rows a sample of records is: each is read and decoded for it, twice.
+_SAMPLE = 16
 
 # Of several processes that share every batch: which one this is, and how many there are.
 Part = tuple[int, int]
@@ -103,6 +110,12 @@ class Source:
     teacher: where batches bring a teacher's outputs along, which teacher's: a fingerprint.
     transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
       `jaxdistill.data.transforms` and `transformed`. The step calls it, with a key of its own.
+    contents: ``() -> digests`` of what the examples hold, by which a run and a cache know them
+      again: ``inputs`` and ``labels`` (those that may be used) where they are arrays, and of the
+      inputs of some rows, ``sample``; where they are read, of these rows alone. None for streams
+      that only iterate, of which name and size are all that is known.
+    shown: ``() -> what is computed`` of an example before a network sees it, augmentation and
+      normalisation, whichever way its rows come: by this too a run knows its data again.
   """
 
   shared: PyTree
@@ -122,6 +135,8 @@ class Source:
   whole: Whole | None = None
   teacher: str | None = None
   transform: Transform | None = None
+  contents: Callable[[], Mapping[str, str]] | None = None
+  shown: Callable[[], Mapping[str, runs.Traced]] | None = None
 
   def __post_init__(self) -> None:
     # Here and not in `on_device`: dataclasses.replace makes sources too.
@@ -242,29 +257,77 @@ def on_device(
     return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
 
   finish = normalizer(normalize)
+  cut = cutter(augmentation, finish)
+  stored = example_shapes(examples.inputs, examples.name)
+  # Not by jnp.asarray, which compiles a program for each shape.
+  shared = jax.device_put(rows_to_use(examples, known))
   return Source(
-    # Not by jnp.asarray, which compiles a program for each shape.
-    shared=jax.device_put(
-      {
-        "inputs": examples.inputs,
-        "labels": np.where(known > 0, examples.labels, 0),
-        "labelled": known,
-      }
-    ),
-    cut=cutter(augmentation, finish),
+    shared=shared,
+    cut=cut,
     read=read,
     size=len(examples),
     batch_size=batch_size,
     data_seed=data_seed,
     num_classes=examples.num_classes,
     normalize=finish,
-    stored=example_shapes(examples.inputs, examples.name),
+    stored=stored,
     views=views,
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
     whole=whole_of(examples, lambda index, numbers: {"index": index, **numbers}),
+    contents=functools.cache(lambda: contents_of(shared) | sample_of(examples, known)),
+    shown=functools.partial(shown_by, cut, stored),
   )
+
+
+def contents_of(rows: Mapping[str, Any]) -> dict[str, str]:
+  """The digests of a source's examples.
+
+  Args:
+    rows: ``inputs``, ``labels`` (0 where they may not be used) and ``labelled``, where they lie.
+  """
+  labels = {"labels": rows["labels"], "labelled": rows["labelled"]}
+  return {"inputs": runs.fingerprint(rows["inputs"]), "labels": runs.fingerprint(labels)}
+
+
+def sample_of(examples: Examples | Records, known: np.ndarray) -> dict[str, str]:
+  """The digests of a few rows, read anew; of their labels too, where nobody knows them all."""
+  rows = np.unique(np.linspace(0, len(examples) - 1, _SAMPLE).round().astype(np.int32))
+
+  def read() -> dict[str, str]:
+    inputs, labels = examples.read(rows)
+    found = {"sample": runs.fingerprint(inputs)}
+    if isinstance(examples, Records):
+      usable = np.where(known[rows] > 0, labels, 0).astype(np.int32), known[rows]
+      found["labels of sample"] = runs.fingerprint(usable)
+    return found
+
+  one, other = read(), read()
+  # What a transform draws anew at every reading says nothing of the rows.
+  return {name: digest for name, digest in one.items() if digest == other[name]}
+
+
+def shown_by(cut: Callable[[PyTree, PyTree], Batch], stored: PyTree) -> dict[str, runs.Traced]:
+  """What a `cutter` makes of rows.
+
+  Args:
+    cut: from `cutter`.
+    stored: one example's inputs.
+  """
+  of_one = {
+    "inputs": jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), stored),
+    **{name: jax.ShapeDtypeStruct((1,), np.int32) for name in ("index", "labels")},
+    "labelled": jax.ShapeDtypeStruct((1,), np.float32),
+    **jax.eval_shape(lambda: view_numbers(0, np.zeros((), np.int32), None)),
+  }
+  return {"shown": runs.traced(jax.make_jaxpr(functools.partial(cut, None))(of_one))}
+
+
+def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
+  """All examples as batches show them: a label that may not be used is 0."""
+  labels = np.where(known > 0, examples.labels, 0).astype(np.int32)
+  return {"inputs": examples.inputs, "labels": labels, "labelled": known}
 
 
 def cutter(
@@ -457,7 +520,24 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     version=" with ".join(v for v in (source.version, transfer.version) if v),
     augmentation=" with ".join(dict.fromkeys((source.augmentation, transfer.augmentation))),
     whole=_both(source, transfer),
+    contents=functools.partial(_both_contents, source, transfer),
+    shown=functools.partial(_both_shown, source, transfer),
   )
+
+
+def _both_contents(source: Source, transfer: Source) -> dict[str, str]:
+  """What a mix holds: of a part that only iterates, nothing."""
+  known = [one.contents() for one in (source, transfer) if one.contents is not None]
+  return {
+    name: runs.short_digest(*(one.get(name) for one in known))
+    for name in sorted(set().union(*known))
+  }
+
+
+def _both_shown(source: Source, transfer: Source) -> dict[str, runs.Traced]:
+  found = {} if source.shown is None else dict(source.shown())
+  more = {} if transfer.shown is None else transfer.shown()
+  return found | {f"{name} of transfer": one for name, one in more.items()}
 
 
 def _check_mix(source: Any, transfer: Any, share: Any) -> None:

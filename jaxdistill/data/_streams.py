@@ -29,9 +29,13 @@ from jaxdistill.data._examples import (
 from jaxdistill.data._sources import (
   Part,
   Source,
+  contents_of,
   cutter,
   example_shapes,
   rows_of,
+  rows_to_use,
+  sample_of,
+  shown_by,
   view_count,
   view_numbers,
   whole_of,
@@ -106,22 +110,32 @@ def streamed(
     return _stream(pieces, step, steps, prefetch, workers)
 
   finish = normalizer(normalize)
+  cut = cutter(augmentation, finish)
+  stored = example_shapes(examples.read(np.arange(1))[0], examples.name)
   return Source(
     shared=None,
-    cut=cutter(augmentation, finish),
+    cut=cut,
     read=resumable(start),
     size=len(examples),
     batch_size=batch_size,
     data_seed=data_seed,
     num_classes=examples.num_classes,
     normalize=finish,
-    stored=example_shapes(examples.read(np.arange(1))[0], examples.name),
+    stored=stored,
     views=views,
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
     whole=whole_of(examples, functools.partial(_item, examples, known)),
+    contents=functools.partial(_contents, examples, known),
+    shown=functools.partial(shown_by, cut, stored),
   )
+
+
+def _contents(examples: Examples | Records, known: np.ndarray) -> dict[str, str]:
+  """What is streamed; arrays not once for all, since they are the user's to change."""
+  whole = contents_of(rows_to_use(examples, known)) if isinstance(examples, Examples) else {}
+  return whole | sample_of(examples, known)
 
 
 def resumable(
@@ -322,19 +336,21 @@ def iterated(
       epoch, done = epoch + 1, 0
 
   finish = normalizer(normalize)
+  cut, stored = cutter(augmentation, finish), example_shapes(first, name)
   return Source(
     shared=None,
-    cut=cutter(augmentation, finish),
+    cut=cut,
     read=resumable(start),
     size=size,
     batch_size=batch_size,
     data_seed=data_seed,
     num_classes=reader.num_classes,
     normalize=finish,
-    stored=example_shapes(first, name),
+    stored=stored,
     views=views,
     name=name,
     augmentation=augmentation.name,
+    shown=functools.partial(shown_by, cut, stored),
   )
 
 

@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
   from jaxdistill.runs._progress import Progress, progress_bar, say_saved
+  from jaxdistill.runs._traced import Traced, traced
   from jaxdistill.runs._trees import from_outline, holding, is_key, named_leaves, outline
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
   "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
   "Progress",  # how far something is; `progress_bar` makes it
+  "Traced",  # what a traced function computes: a digest, and its operations in words
   "altered",  # how a file differs from what a manifest says of it, in words
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind
@@ -104,6 +106,7 @@ __all__ = [
   "short_digest",  # 16 hexadecimal digits of what JSON holds
   "size_and_digest",  # what a manifest says of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
+  "traced",  # lists what a traced function computes
   "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "user_cache",  # the user's folder for what can be made anew
   "verify",  # compares the files with the manifest; the digests only of these items

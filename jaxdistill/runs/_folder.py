@@ -11,7 +11,8 @@ import os
 import pathlib
 import platform
 import shlex
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import numpy as np
 
 from jaxdistill import _check, _extras
 from jaxdistill.runs._files import read_json, write_text
+from jaxdistill.runs._traced import Traced, difference
 
 __all__ = [
   "Metrics",
@@ -35,6 +37,9 @@ __all__ = [
 ]
 
 _METRICS = "metrics.jsonl"
+# What a run computes, for whoever wants to know in what another differs; its digests are in
+# ``config.json`` under the other name.
+_OPERATIONS, _TRACED = "operations.json", "traced"
 
 
 def to_json(value: Any) -> Any:
@@ -165,12 +170,22 @@ def commands(
   ]
 
 
-def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.Path:
+def claim(
+  folder: str | os.PathLike[str],
+  config: Mapping[str, Any],
+  traced: Mapping[str, Traced] | None = None,
+  *,
+  shorter: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
   """Makes a run's folder, or goes on in one that holds the same configuration.
 
   Args:
     folder: the run's folder.
     config: what defines the run; anything that JSON can hold.
+    traced: what the run computes, by name: their digests define it too, and their operations tell
+      in what another differs.
+    shorter: the configuration of the same run with fewer steps, which the folder may hold instead,
+      whatever its optimiser: it is made longer.
 
   Returns:
     The folder.
@@ -179,31 +194,82 @@ def claim(folder: str | os.PathLike[str], config: Mapping[str, Any]) -> pathlib.
     OSError: the folder is a file, or cannot be written.
     TypeError: ``folder`` is no path, or ``config`` no mapping.
     ValueError: the folder holds a run of another configuration; the message names what differs.
+    UserWarning: what is computed is traced otherwise, by other versions of the libraries than the
+      run began with; whether it is the same, nobody can tell.
   """
   folder = _check.folder("folder", folder)
   if not isinstance(config, Mapping):
     raise TypeError(f"config must be a mapping of settings, got {_check.show(config)}.")
-  wanted = to_json(config)
+  traced = {} if traced is None else traced
+  digests = {name: one.digest for name, one in traced.items()}
+  wanted, longer = to_json(config), False
   if folder.exists() and not folder.is_dir():
     raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
   if (folder / "config.json").exists():
     there = read_config(folder)
-    differing = sorted(k for k in {*there, *wanted} if there.get(k) != wanted.get(k))
-    if differing:
-      lines = "; ".join(f"{k}: {there.get(k)!r} there, {wanted.get(k)!r} now" for k in differing)
+    known = there.pop(_TRACED, {})
+    longer = shorter is not None and not _differing(there, to_json(shorter))
+    lines = [] if longer else _differing(there, wanted)
+    other = [name for name in digests if known.get(name) != digests[name]]
+    if longer:
+      other = [name for name in other if name != "optimizer"]
+    if other:
+      lines += _traced_otherwise(folder, other, traced)
+    if lines:
       raise ValueError(
-        f"{folder} holds a run of another configuration ({lines}). Take another folder, or the "
-        "same settings to go on with that run."
+        f"{folder} holds a run of another configuration ({'; '.join(lines)}). Take another folder, "
+        "or the same settings to go on with that run."
       )
-    return folder
+    if not longer:
+      return folder
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", wanted)
+    if traced:  # first: what has a config.json is claimed
+      listed = {name: one.operations for name, one in traced.items()}
+      write_json(folder / _OPERATIONS, {"versions": _versions(), **listed})
+    write_json(folder / "config.json", wanted | ({_TRACED: digests} if digests else {}))
   except OSError as error:
     raise type(error)(
       f"folder={os.fspath(folder)!r} cannot be written ({error}); name one that can."
     ) from error
   return folder
+
+
+def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """In which settings two configurations differ, down to the innermost, in words."""
+  lines = []
+  for name in sorted({*there, *now}):
+    one, other = there.get(name), now.get(name)
+    if isinstance(one, dict) and isinstance(other, dict):
+      lines += [f"{name}.{line}" for line in _differing(one, other)]
+    elif one != other:
+      lines.append(f"{name}: {_check.show(one)} there, {_check.show(other)} now")
+  return lines
+
+
+def _traced_otherwise(
+  folder: pathlib.Path, names: Sequence[str], traced: Mapping[str, Traced]
+) -> list[str]:
+  """How what is computed differs from what the folder's run computes, in words."""
+  try:
+    there = read_json((folder / _OPERATIONS).read_bytes())
+    versions = {name: there["versions"].get(name) for name in _versions()}
+    found = [difference(there[name], traced[name].operations) for name in names]
+  except (OSError, LookupError, AttributeError, TypeError, ValueError):  # it says no more
+    return [f"{name}: it computes something else" for name in names]
+  if versions == _versions():
+    return [f"{name}: {said}" for name, said in zip(names, found, strict=True)]
+  warnings.warn(
+    f"The run in {folder} was begun with {versions}, and this is {_versions()}: they trace "
+    f"{' and '.join(names)} otherwise, so that nobody can tell whether it is the same. It goes on.",
+    stacklevel=5,
+  )
+  return []
+
+
+def _versions() -> dict[str, str | None]:
+  """Of what traces a run's functions."""
+  return {"jax": jax.__version__, **{name: _version(name) for name in ("flax", "optax")}}
 
 
 def release(folder: pathlib.Path) -> None:
@@ -213,7 +279,8 @@ def release(folder: pathlib.Path) -> None:
   checkpoint stays as it is.
   """
   if not any(folder.rglob("checkpoints/*/manifest.json")):
-    (folder / "config.json").unlink(missing_ok=True)
+    for name in ("config.json", _OPERATIONS):
+      (folder / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
       folder.rmdir()  # if there is nothing else in it
 

@@ -35,7 +35,6 @@ from jaxdistill.train import (
   claimed_folder,
   example_key,
   inputs_of,
-  run_identity,
   share_teacher,
   stop_signal,
   students_by,
@@ -163,7 +162,7 @@ def sweep(
     if run.folder is not None:
       settings = {**(run.config or {}), **_identity(plan, student), **choice.describe()}
       settings |= {"points": list(points), "seeds": pairs, "retrain": again}
-      path = stack.enter_context(claimed_folder(run.folder, settings))
+      path = stack.enter_context(claimed_folder(run.folder, settings, job.traced(groups, pairs)))
     asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
     result = _chosen(job, groups, points, pairs, again, path, asked)
     if path is not None:
@@ -239,6 +238,28 @@ class _Job:
   def plan_of(self, group: Group) -> Plan:
     """What a group's students are, one of them."""
     return dataclasses.replace(self.plan, student=group.network, objective=group.objective)
+
+  def traced(self, groups: list[Group], pairs: list[tuple[int, int]]) -> dict[str, runs.Traced]:
+    """What each group's students compute, whatever the numbers in which its points differ."""
+    found: dict[str, runs.Traced] = {}
+    for group in groups:
+      one, seeds = _alone(group, group.indices[0]), [seed for seed, _ in pairs]
+      values = {
+        kind: {name: np.repeat(value, len(seeds), 0) for name, value in given.items()}
+        for kind, given in (("hyper", one.hyper), ("optimizer", one.optimizer))
+      }
+      plan = dataclasses.replace(
+        self.plan_of(group),
+        start=group.start,
+        sources=self.plan.sources * len(seeds),
+        seeds=seeds,
+        stacked=True,
+      )
+      dispatch = train.with_students(self.mesh, seeds_by="vmap", scan=True)
+      made = train.traced(plan, Program(plan, dispatch, longest=1, values=values))
+      of = f" of points {group.indices}" if len(groups) > 1 else ""
+      found |= {f"{name}{of}": one for name, one in made.items()}
+    return found
 
   def train(
     self,
@@ -355,13 +376,13 @@ def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str,
     return jax.eval_shape(network.init, example_key(), inputs_of(source))["params"]
 
   begun: Any = student.variables if isinstance(student, Model) else None
-  found = dataclasses.replace(plan, start=begun).describe(params(plan.student))
+  found = train.describe(dataclasses.replace(plan, start=begun), params(plan.student))
   del found["data_seed"]  # each pair of seeds has its own
   if isinstance(student, Mapping):
     del found["student"]
     networks = {n: one.network if isinstance(one, Model) else one for n, one in student.items()}
     found["students"] = {
-      name: run_identity(source, network.name, params(network))["student"]
+      name: train.described_student(network.name, params(network))
       for name, network in networks.items()
     }
     begun = {n: one.variables for n, one in student.items() if isinstance(one, Model)}

@@ -92,8 +92,11 @@ def views_identity(source: Source, views: int) -> dict[str, Any]:
 def identity_of(source: Source, views: int, dtype: str, layout: Mapping[str, Any]) -> Any:
   """The manifest's part on data and arrays."""
   whole: Any = source.whole
+  contents = {} if source.contents is None else source.contents()
   return {
     "data": {"name": source.name, "version": source.version, "size": whole.size},
+    # A teacher looks at no label.
+    "contents": {n: digest for n, digest in contents.items() if n in ("inputs", "sample")},
     "augmentation": source.augmentation,
     # Without augmentation nothing depends on it.
     "data_seed": None if source.augmentation == "identity" else source.data_seed,
@@ -131,6 +134,13 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in names
     if name in now and there.get(name) != now[name]
   ]
+  # Bits of the data, where both know them: arrays in memory are known whole, records by a sample,
+  # and what another program wrote may say nothing.
+  known, mine = there.get("contents"), now.get("contents", {})
+  if isinstance(known, Mapping) and any(
+    known[name] != mine[name] for name in known.keys() & mine.keys()
+  ):
+    lines.append("contents: the data have the same name and size, and other values")
   if not lines and "looks" in now and "looks" in there:
     lines += _other_looks(there["looks"], now["looks"])
   if "teacher" in now:

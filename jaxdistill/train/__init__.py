@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_run,
     fit,
   )
+  from jaxdistill.train._identity import describe, described_data, described_student, traced
   from jaxdistill.train._loop import (
     Intervals,
     Log,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_hyper,
     check_student,
     check_teacher,
-    run_identity,
   )
   from jaxdistill.train._program import Program, Values
   from jaxdistill.train._shared_teacher import share_teacher
@@ -77,6 +77,9 @@ __all__ = [
   "claimed_folder",  # the run's folder
   "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
   "deployed_variables",  # the variables that are evaluated and deployed
+  "describe",  # what a run's folder says of it, beside what is computed
+  "described_data",  # the data, as ``config.json`` holds them
+  "described_student",  # the student, as ``config.json`` holds it
   "example_key",  # a random key's shape, to trace with
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
@@ -84,13 +87,13 @@ __all__ = [
   "make_step",  # builds the pure train step
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log
-  "run_identity",  # the data and the student, as ``config.json`` holds them
   "run_steps",  # runs a program from a step to the last one
   "share_teacher",  # the sources with the teacher's outputs on them
   "start_or_resume",  # the state to go on from, and its step
   "stop_signal",  # gives ``step -> whether to stop``
   "students_by",  # the rule for how several students of one network are trained in one program
   "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
+  "traced",  # what is computed: the beginning, a step, and the optimiser's part of it
   "with_jit",  # compiles by `jax.jit` over a data-parallel mesh. The way to train
   "with_pmap",  # compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`
   "with_students",  # compiles by `jax.jit` with the students of a sweep shared out over the devices

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
 from jaxdistill.evaluation import Validator
 from jaxdistill.runs import Checkpoints
-from jaxdistill.train import _mesh
+from jaxdistill.train import _identity, _mesh
 from jaxdistill.train._loop import (
   Intervals,
   Log,
@@ -69,9 +70,10 @@ class Run:
 
   Attributes:
     folder: nothing is written without one. What was stopped goes on there.
-    config: what else defines the run, the optimiser's settings above all; goes into ``config.json``
-      beside seeds, steps, data, the student's shapes, the objective's keywords and the teacher's
-      fingerprint, and has to be the same when the run goes on.
+    config: what else defines the run, for whoever reads ``config.json``. There it stands beside
+      seeds, steps, digests of the data, of the teacher and of what is computed (the objective, the
+      optimiser, with their constants). All of it has to be the same when the run goes on; what
+      differs is named.
     checkpoint_every: steps between checkpoints. By default `fit` saves as often as it validates,
       and a sweep about ten times, but not more often than every thousand steps.
     stop_after: seconds from the call on after which it ends as SIGTERM ends it: it finishes its
@@ -80,6 +82,9 @@ class Run:
       no number, and so is no part of what has to be the same when the run goes on.
     progress: the label of the progress, a bar in a terminal and lines elsewhere; True for the
       folder's name, None or False for silence.
+    longer: whether `fit` may go on with a run of fewer steps that the folder holds, with its
+      optimiser's state and in its order of the data. The optimiser may follow another schedule from
+      there on; everything else has to be the same.
 
   Raises:
     TypeError: an attribute is of another kind than it must be.
@@ -91,6 +96,7 @@ class Run:
   checkpoint_every: int | None = None
   stop_after: float | None = None
   progress: str | bool | None = True
+  longer: bool = False
 
   def __post_init__(self) -> None:
     if self.folder is not None:
@@ -101,6 +107,7 @@ class Run:
       _check.whole("checkpoint_every", self.checkpoint_every)
     if not isinstance(self.progress, str | bool | None):
       raise TypeError(f"progress={self.progress!r} must be the bar's label, or None for no bar.")
+    _check.switch("longer", self.longer)
     if self.stop_after is not None:
       _check.number("stop_after", self.stop_after, above=0)
       if self.folder is None:
@@ -279,11 +286,12 @@ def _trained(
     asked_to_stop = stack.enter_context(listening)
     path = saved = None
     if run.folder is not None:
-      about = {"seed": seed, **plan.describe(program.shapes.params)}
-      path = stack.enter_context(claimed_folder(run.folder, {**(run.config or {}), **about}))
+      path = stack.enter_context(_claimed(run, plan, program, seed))
       kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
       saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)
+    if path is not None and at < plan.steps:
+      _drop_deployed(path)
     log = _log_of(program, watch, path, at, run.label("train"))
     stack.callback(log.close)
     if path is not None:
@@ -311,6 +319,30 @@ def _trained(
   if path is not None:
     runs.say_saved(run.label("train") if jax.process_index() == 0 else None, path)
   return fitted
+
+
+def _claimed(
+  run: Run, plan: Plan, program: Program, seed: int | Sequence[int]
+) -> contextlib.AbstractContextManager[pathlib.Path]:
+  """The run's folder, which is this run's, or the same run's with fewer steps."""
+  folder: Any = run.folder
+
+  def settings(steps: int) -> dict[str, Any]:
+    about = _identity.describe(plan, program.shapes.params, steps)
+    return {**(run.config or {}), "seed": seed, **about}
+
+  shorter = None
+  if run.longer and (pathlib.Path(folder) / "config.json").exists():
+    before = runs.read_config(folder).get("steps")
+    if not isinstance(before, int) or before > plan.steps:
+      raise ValueError(
+        f"longer=True, and the run in {os.fspath(folder)} has {_check.show(before)} steps, which "
+        f"steps={plan.steps} does not go beyond."
+      )
+    shorter = settings(before)
+  return claimed_folder(
+    folder, settings(plan.steps), _identity.traced(plan, program), shorter=shorter
+  )
 
 
 def _log_of(
@@ -350,6 +382,12 @@ def _say_form(plan: Plan, program: Program, log: Log) -> None:
       "steps are dispatched one by one: a CPU computes lax convolutions slowly in a loop "
       "(dispatch=train.with_jit(scan=True) for a loop all the same)."
     )
+
+
+def _drop_deployed(path: pathlib.Path) -> None:
+  """Removes the deployed network of a run that is not at its end, as one made longer is not."""
+  if jax.process_index() == 0:
+    shutil.rmtree(path / "student", ignore_errors=True)
 
 
 def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -256,13 +257,18 @@ def _means(sums: PyTree) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def claimed_folder(
-  folder: str | os.PathLike[str], settings: Mapping[str, Any]
+  folder: str | os.PathLike[str],
+  settings: Mapping[str, Any],
+  traced: Mapping[str, runs.Traced],
+  shorter: Mapping[str, Any] | None = None,
 ) -> Iterator[pathlib.Path]:
   """The run's folder; one newly claimed is given back where the run fails before a checkpoint.
 
   Args:
     folder: the run's folder.
     settings: what defines the run, for its ``config.json``.
+    traced: what it computes, which defines it too.
+    shorter: the settings of the same run with fewer steps, which is made longer; see `runs.claim`.
 
   Yields:
     The folder.
@@ -277,7 +283,7 @@ def claimed_folder(
     if taken.exists() and not ours:
       raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
   fresh = not (place / "config.json").exists()
-  path = _claim(place, settings)
+  path = _claim(functools.partial(runs.claim, place, settings, traced, shorter=shorter), place)
   try:
     yield path
   except BaseException:
@@ -286,14 +292,14 @@ def claimed_folder(
     raise
 
 
-def _claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
+def _claim(claim: Callable[[], pathlib.Path], folder: pathlib.Path) -> pathlib.Path:
   """Process 0 claims the folder, and the others see after it whether it is theirs."""
   first = jax.process_index() == 0
   try:
-    path = runs.claim(folder, settings) if first else folder
+    path = claim() if first else folder
   finally:
     _mesh.barrier("claim")
-  return path if first else runs.claim(folder, settings)
+  return path if first else claim()
 
 
 def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:

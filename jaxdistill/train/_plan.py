@@ -18,7 +18,7 @@ import optax
 
 from jaxdistill import _check
 from jaxdistill.data import Source
-from jaxdistill.runs import fingerprint, holding
+from jaxdistill.runs import holding
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
 
@@ -30,7 +30,6 @@ __all__ = [
   "check_start",
   "check_student",
   "check_teacher",
-  "run_identity",
 ]
 
 PyTree = Any
@@ -129,59 +128,11 @@ class Plan:
     seeds = len(self.seeds) if self.stacked else None
     return Model(self.deployed, deployed_variables(state, self.objective), seeds)
 
-  def describe(self, params: PyTree) -> dict[str, Any]:
-    """What a run's folder says of it, so that another run is not taken for it.
-
-    Args:
-      params: the student's parameters, or their shapes.
-    """
-    starts = (self.start, self.objective.start)
-    return {
-      "steps": self.steps,
-      "data_seed": [source.data_seed for source in self.sources],
-      **run_identity(self.sources[0], self.student.name, params),
-      "accumulate": self.accumulate,
-      "average": self.average,
-      "objective": {n: _shown(value, self.steps) for n, value in self.objective.hyper.items()},
-      "teacher": None if self.teacher is None else fingerprint(self.teacher.variables),
-      "start": None if starts == (None, None) else fingerprint(starts),
-    }
-
 
 @functools.lru_cache(maxsize=16)
 def _deployed_network(deployed: Deployed, student: Network) -> Network:
   """One object for the same question: programs are told apart by it, and would compile anew."""
   return deployed.network(student)
-
-
-def _shown(value: Any, steps: int) -> Any:
-  """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
-  return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
-
-
-def run_identity(source: Source, student: str, params: PyTree) -> dict[str, Any]:
-  """The data and the student, as ``config.json`` holds them.
-
-  Args:
-    source: where batches come from.
-    student: its name.
-    params: its parameters, or their shapes.
-  """
-  shapes = jax.tree_util.tree_leaves_with_path(params)
-  return {
-    "data": {
-      "name": source.name,
-      "size": source.size,
-      "batch_size": source.batch_size,
-      "views": source.views,
-      "transfer": source.transfer,
-      "teacher": source.teacher,
-    },
-    "student": {
-      "name": student,
-      "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
-    },
-  }
 
 
 def check_student(student: Any) -> tuple[Network, PyTree]:

@@ -58,6 +58,8 @@ class Program:
     scan: whether a chunk is one dispatch; the dispatch's choice, or by what is computed.
     seeds_by: whether students are side by side or one after another; likewise.
     shapes: the state's shapes and dtypes.
+    begins: the jaxpr of `initial`.
+    first_item: what the first step of the first source is cut from.
   """
 
   def __init__(
@@ -92,6 +94,7 @@ class Program:
     head = self._read(0, 1)
     self._split(head)  # a batch that does not divide by the devices says so here
     first = jax.tree.map(lambda leaf: leaf[0, 0] if plan.stacked else leaf[0], head)
+    self.first_item = first
     seeds: Any = np.array(plan.seeds, np.uint32)
     starts = (plan.start, plan.objective.start)
     initial = self.initial_state
@@ -103,7 +106,9 @@ class Program:
       seeds = seeds[0]
     example = (of_group(shared, axes, 0), first)
     # Abstract first: what does not fit together says so before anything is compiled.
-    self.shapes: State = jax.eval_shape(initial, seeds, self.values, starts, *example)
+    begun = jax.make_jaxpr(initial, return_shape=True)(seeds, self.values, starts, *example)
+    self.begins: Any = begun[0]
+    self.shapes: State = begun[1]
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
     self._begin = CompiledOnce(initial)
     self._begin_with = lambda values: (seeds, values, starts, *example)
@@ -166,13 +171,6 @@ class Program:
     other.values = values
     return other
 
-  def _optimizer(self, mine: Values) -> optax.GradientTransformation:
-    given: Any = self.plan.optimizer
-    if isinstance(given, optax.GradientTransformation):
-      return given
-    made: optax.GradientTransformation = given(**mine["optimizer"])
-    return made
-
   def initial_state(
     self, seed: Any, mine: Values, starts: Any, shared: PyTree, item: PyTree
   ) -> State:
@@ -182,7 +180,7 @@ class Program:
       jax.random.key(seed),
       plan.student,
       dataclasses.replace(plan.objective, start=starts[1]),
-      self._optimizer(mine),
+      optimizer_of(plan, mine),
       self.source.cut(shared, item),
       teacher=_shapes_where_they_lie(plan.teacher),  # its outputs' shapes are all that is asked
       start=starts[0],
@@ -194,19 +192,8 @@ class Program:
     self, state: State, teacher: Teacher | None, shared: PyTree, item: PyTree, mine: Values
   ) -> tuple[State, PyTree]:
     """A step of one student, its batch cut out of the arrays; pure."""
-    plan = self.plan
-    # The values are traced, and the step is the same: a sweep is another way to call it.
-    step = make_step(
-      plan.student,
-      plan.objective,
-      self._optimizer(mine),
-      hyper=mine["hyper"],
-      axis_name=self.dispatch.axis_name,
-      transform=self.source.transform,
-      accumulate=plan.accumulate,
-      unroll=not self.scan,
-      average=plan.average,
-    )
+    optimizer, axis_name = optimizer_of(self.plan, mine), self.dispatch.axis_name
+    step = step_of(self.plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
     return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
 
   def _read(self, at: int, count: int) -> PyTree:
@@ -312,6 +299,40 @@ class Program:
     """What `run` gave, on the host: ``{name: (sum, count)}`` with an axis over the steps last."""
     each = jax.device_get([self.dispatch.collect(one) for one in sums])
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., :count], *each)
+
+
+def optimizer_of(plan: Plan, mine: Values) -> optax.GradientTransformation:
+  """One student's optimiser, made with its numbers where it is given as a function of them."""
+  given: Any = plan.optimizer
+  if isinstance(given, optax.GradientTransformation):
+    return given
+  made: optax.GradientTransformation = given(**mine["optimizer"])
+  return made
+
+
+def step_of(
+  plan: Plan,
+  optimizer: optax.GradientTransformation,
+  mine: Values,
+  *,
+  axis_name: str | None = None,
+  unroll: bool = False,
+) -> Callable[..., Any]:
+  """One student's step, with its numbers; see `train.make_step`.
+
+  The numbers are traced, and the step is the same: a sweep is another way to call it.
+  """
+  return make_step(
+    plan.student,
+    plan.objective,
+    optimizer,
+    hyper=mine["hyper"],
+    axis_name=axis_name,
+    transform=plan.sources[0].transform,
+    accumulate=plan.accumulate,
+    unroll=unroll,
+    average=plan.average,
+  )
 
 
 def _chunk(

@@ -1,0 +1,128 @@
+"""What a run is known again by: all of it.
+
+A folder that holds a run is gone on with by the same run alone. So its ``config.json`` says what
+decides its numbers: seeds and steps, digests of the data, of the teacher's variables and of those
+that the student starts from, and digests of what is computed, by `jaxdistill.runs.traced`. What is
+computed is traced for one student and without the optimiser, wherever and however it is run: a run
+may go on on other devices, and may be made longer with another schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxdistill import runs
+from jaxdistill.data import Source
+from jaxdistill.runs import fingerprint
+from jaxdistill.train._plan import Plan
+from jaxdistill.train._program import Program, optimizer_of, step_of
+from jaxdistill.types import Batch
+
+__all__ = ["describe", "described_data", "described_student", "traced"]
+
+PyTree = Any
+
+
+def describe(plan: Plan, params: PyTree, steps: int | None = None) -> dict[str, Any]:
+  """What a run's folder says of it, beside what is computed.
+
+  Args:
+    plan: what is trained.
+    params: the student's parameters, or their shapes.
+    steps: of the run; the plan's by default.
+  """
+  starts = (plan.start, plan.objective.start)
+  steps = plan.steps if steps is None else steps
+  data = [described_data(source) for source in plan.sources]
+  return {
+    "steps": steps,
+    "data_seed": [source.data_seed for source in plan.sources],
+    "data": data[0] if all(one == data[0] for one in data) else data,
+    "student": described_student(plan.student.name, params),
+    "accumulate": plan.accumulate,
+    "average": plan.average,
+    "objective": {n: _shown(value, steps) for n, value in plan.objective.hyper.items()},
+    "teacher": None if plan.teacher is None else fingerprint(plan.teacher.variables),
+    "start": None if starts == (None, None) else fingerprint(starts),
+  }
+
+
+def _shown(value: Any, steps: int) -> Any:
+  """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
+  return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
+
+
+def described_data(source: Source) -> dict[str, Any]:
+  """The data, as ``config.json`` holds them.
+
+  Args:
+    source: where batches come from.
+  """
+  return {
+    "name": source.name,
+    "version": source.version,
+    "size": source.size,
+    "batch_size": source.batch_size,
+    "views": source.views,
+    "transfer": source.transfer,
+    "teacher": source.teacher,
+    "contents": None if source.contents is None else dict(source.contents()),
+  }
+
+
+def described_student(name: str, params: PyTree) -> dict[str, Any]:
+  """The student, as ``config.json`` holds it.
+
+  Args:
+    name: its own.
+    params: its parameters, or their shapes.
+  """
+  shapes = jax.tree_util.tree_leaves_with_path(params)
+  return {
+    "name": name,
+    "shapes": {jax.tree_util.keystr(p, simple=True, separator="/"): v.shape for p, v in shapes},
+  }
+
+
+def traced(plan: Plan, program: Program) -> dict[str, runs.Traced]:
+  """What is computed: the beginning, a step, and the optimiser's part of it.
+
+  Args:
+    plan: what is trained, with its teacher, whether or not the program runs that in its steps.
+    program: made of the plan.
+  """
+  source = plan.sources[0]
+
+  def one(tree: PyTree) -> PyTree:
+    # Shapes alone, without the axis over students.
+    over = int(plan.stacked)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[over:], leaf.dtype), tree)
+
+  # As optax takes it: what is behind it has nothing to do with the gradient.
+  state = dataclasses.replace(one(program.shapes), opt_state=optax.EmptyState())
+  values = one(jax.tree.map(np.asarray, program.values))
+  trained = {"student": state.params, "objective": state.objective_params}
+
+  def step(state: Any, teacher: Any, batch: Batch, mine: Any) -> Any:
+    return step_of(plan, optax.identity(), mine)(state, teacher, batch)
+
+  def update(grads: PyTree, opt_state: Any, params: PyTree, mine: Any) -> Any:
+    return optimizer_of(plan, mine).update(grads, opt_state, params)
+
+  # All of it: several processes have read a part each.
+  batch = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct((source.batch_size, *leaf.shape[1:]), leaf.dtype),
+    jax.eval_shape(source.cut, source.shared, program.first_item),
+  )
+  opt_state = one(program.shapes).opt_state
+  return {
+    "initial": runs.traced(program.begins),
+    **({} if source.shown is None else source.shown()),
+    "step": runs.traced(jax.make_jaxpr(step)(state, plan.teacher, batch, values)),
+    "optimizer": runs.traced(jax.make_jaxpr(update)(trained, opt_state, trained, values)),
+  }
