@@ -108,8 +108,8 @@ def copied(made, tmp_path):
 def test_a_page_has_all_that_was_promised(made):
   shown = page(made)
   assert shown.sections == [
-    "cost", "gap", "calibration", "classes", "lost", "slices", "training", "exports", "preflight",
-    "repeat",
+    "cost", "gap", "calibration", "classes", "confusions", "lost", "gained", "slices", "training",
+    "exports", "preflight", "repeat",
   ]  # fmt: skip
   numbers = json.loads((made / "report.json").read_text())
   assert numbers["verdict"] in shown.text
@@ -129,7 +129,7 @@ def test_a_page_has_all_that_was_promised(made):
   assert "python train.py --out runs/a" in shown.text
   assert "serif" in shown.text
   gone = analysis.lost(predictions.load(made / "predictions.npz"))
-  assert len(shown.pictures) == min(24, len(gone.rows)) > 0
+  assert len(shown.pictures) == len(gone.rows) + len(gone.gained) > len(gone.rows) > 24
   assert f"example {gone.rows[0]}" in shown.pictures[0]["alt"]
   assert len(shown.source.encode()) < 1_000_000
 
@@ -244,7 +244,7 @@ def test_hostile_names_are_text(tmp_path):
 
 def older(folder):
   numbers = json.loads((folder / "report.json").read_text())
-  added = ("version", "predictions", "decision", "classes", "slices", "lost", "problems")
+  added = ("version", "predictions", *evidence._DERIVED)
   (folder / "report.json").write_text(
     json.dumps({name: value for name, value in numbers.items() if name not in added})
   )
@@ -429,8 +429,7 @@ def leaves(value, path=()):
 def test_no_number_stops_the_words(made, junk):
   """Whatever stands anywhere: what the schema keeps gives a decision, the text and the page."""
   found = dataclasses.replace(evidence.read(made), predictions=None)
-  again = ("classes", "slices", "lost", "problems", "decision")  # what `render` makes anew
-  measured = {k: found.report[k] for k in found.report if k not in again}
+  measured = found.whole
   seen = {}
   for path in leaves({k: measured[k] for k in measured if k not in ("version", "environment")}):
     numbers = json.loads(json.dumps(measured))
@@ -450,7 +449,7 @@ def test_no_number_stops_the_words(made, junk):
     text = reports.markdown({**numbers, "decision": decided})
     assert "How to repeat it" in text
     assert all(escaped(one.partition(": ")[2]) in text for one in wrong), path
-    shown = {"decision": decided, "classes": [], "slices": {}, "lost": None}
+    shown = {"decision": decided, "classes": [], "confusions": [], "slices": {}, "lost": None}
     # A page is slow to make; what is refused is left out, whatever it was, and models are alike.
     once = junk == {"mean": []} if wrong else True
     if once and path[:2] not in (("models", "teacher"), ("models", "baseline")):
