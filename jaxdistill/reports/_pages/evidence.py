@@ -79,6 +79,12 @@ class Evidence:
   whole: dict[str, Any] | None
 
 
+def _places(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Where the runs are; one that lies alone, as `train.fit` leaves it, is the student's."""
+  places = {name: folder / name for name in MODELS}
+  return places if places["student"].is_dir() else {**places, "student": folder}
+
+
 def suffix(split: str) -> str:
   """What a report on another split than the test's has in its files' names."""
   return "" if split == "test" else f"-{split}"
@@ -95,7 +101,8 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     What there is.
 
   Raises:
-    FileNotFoundError: there is no report and there are no predictions: nothing to show.
+    FileNotFoundError: there is no report, there are no predictions, and no run's log: nothing to
+      show.
   """
   folder = _check.folder("folder", folder)
   problems: list[str] = []
@@ -103,10 +110,16 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
   report, answers = folder / f"report{end}.json", folder / f"predictions{end}.npz"
   if not report.is_file() and not answers.is_file():
     others = sorted(p.name for p in folder.glob("report*.json")) if folder.is_dir() else []
-    hint = f" It has {others}: name the split by --split." if others else ""
-    raise FileNotFoundError(
-      f"{os.fspath(folder)!r} has neither {report.name} nor {answers.name}: measure the run first, "
-      f"e.g. by its experiment's --evaluate.{hint}"
+    if others or not any((place / "metrics.jsonl").is_file() for place in _places(folder).values()):
+      hint = f" It has {others}: name the split by --split." if others else ""
+      raise FileNotFoundError(
+        f"{os.fspath(folder)!r} has neither {report.name} nor {answers.name}: measure the run "
+        f"first, by its experiment's --evaluate or by reports.compare_students.{hint}"
+      )
+    problems.append(
+      "Nothing was measured on held-out examples, so the training is all that is shown. "
+      "reports.compare_students measures the runs student and, on labels alone, baseline of one "
+      "folder; reports.measure_model, build_report and write_report do it for any models."
     )
   numbers = read_json(report, "The report's numbers", problems)
   if isinstance(numbers, dict):
@@ -296,9 +309,9 @@ def _curves(
 ) -> dict[str, list[dict[str, Any]]]:
   """The lines of each run's log; a torn last line is left out, as a kill leaves one."""
   curves: dict[str, list[dict[str, Any]]] = {}
-  for name in MODELS:
+  for name, place in _places(folder).items():
     try:
-      lines, torn = runs.read_metrics(folder / name)
+      lines, torn = runs.read_metrics(place)
     except OSError:
       if name in report["models"] and name != "teacher":  # which may be somebody else's
         problems.append(f"{name}/metrics.jsonl is missing: there are no training curves of it.")

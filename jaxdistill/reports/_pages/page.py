@@ -28,6 +28,7 @@ from jaxdistill.reports._format import (
   plain,
   signed,
   size,
+  tenths,
   times,
 )
 from jaxdistill.reports._pages import analysis, exhibits, summary
@@ -324,7 +325,7 @@ def _group_table(
       cells.append(f"{100 * share['mean']:.1f}{ends}" if share else DASH)
     cells += [change_cell(row["changes"].get(name)) for name in references]
     if taken:
-      others = [f"{name} ({often:.3g})" for name, often in row.get("taken_for", [])]
+      others = [f"{name} ({tenths(often)})" for name, often in row.get("taken_for", [])]
       cells.append(", ".join(others) or DASH)
     body.append(cells)
   return Table(head, body, caption, prose=taken)
@@ -430,7 +431,7 @@ def _shaded(number: float, of: int, right: bool) -> Cell:
   if not number:
     return ""
   degree = 1 + sum(number / of >= share for share in (0.02, 0.1, 0.3))
-  return Told(f"{number:.3g}", "cell right" if right else f"cell wrong{degree}")
+  return Told(tenths(number), "cell right" if right else f"cell wrong{degree}")
 
 
 def _changed(found: Evidence, gone: Lost | None) -> list[Section]:

@@ -24,6 +24,7 @@ from jaxdistill.reports._format import (
   grid,
   number,
   percent,
+  tenths,
   whole,
 )
 from jaxdistill.reports._pages import significance
@@ -189,12 +190,16 @@ def text(told: Mapping[str, Any]) -> str:
   title = f"# {escaped(told['dataset'] or DASH)}, {escaped(told['split'] or DASH)} split"
   lines = [title, "", escaped(told["verdict"] or "There is no verdict."), ""]
   lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
-  lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
+  agree = agreement(told)
+  if len(agree.head) > 1:
+    lines += ["## How far they agree with the teacher", "", agree.markdown(), ""]
   lines += _by_groups(told)
   described = [
     f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
   ]
-  lines += ["## What they are", "", *described, "", "![accuracy](accuracy.png)", ""]
+  lines += ["## What they are", "", *described, ""] if described else []
+  if any(one["accuracy_per_seed"] for one in told["models"].values()):
+    lines += ["![accuracy](accuracy.png)", ""]
   where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
   lines += ["## How to repeat it", "", *fenced(told["commands"]), ""]
   python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
@@ -203,7 +208,9 @@ def text(told: Mapping[str, Any]) -> str:
 
 
 def _numbers(report: Mapping[str, Any]) -> list[str]:
-  """The table, and how its numbers came about."""
+  """The table, and how its numbers came about; nothing of no models."""
+  if not report["models"]:
+    return []
   names = ("processor", "cores", "device", "devices")
   where = {**dict.fromkeys(names, DASH), **report["environment"]}
   where = {name: escaped(where[name]) for name in names}
@@ -269,7 +276,7 @@ def confused(rows: Sequence[Mapping[str, Any]]) -> Table:
     [
       row["label"],
       row["taken_for"],
-      *(f"{row['examples'][m]:.3g}" for m in models),
+      *(tenths(row["examples"][m]) for m in models),
       whole(row["of"]),
     ]
     for row in rows
