@@ -417,13 +417,14 @@ def _confusions(found: Evidence, rows: Sequence[Mapping[str, Any]]) -> Section:
       [names[i], *(_shaded(counts.get((i, j), 0.0), sizes[i], i == j) for j in range(size))]
       for i in range(size)
     ]
-    caption = "Rows are labels, columns what the student says: examples, a mean over seeds"
-    tables.append(Table(["", *names], body, caption, sortable=False))
+    tables.append(Table(["", *names], body, sortable=False))
   shown = _of_models(summary.confused(rows[:_MANY]))
   folded = []
   if len(rows) > _MANY:
     folded = [(f"The {len(rows)} most frequent", _of_models(summary.confused(rows)))]
-  return Section("confusions", title, tables=[*tables, shown], folded=folded)
+  note = "Rows are labels, columns what the student says: examples, a mean over seeds."
+  note *= bool(tables)
+  return Section("confusions", title, note=note, tables=[*tables, shown], folded=folded)
 
 
 def _shaded(number: float, of: int, right: bool) -> Cell:
