@@ -34,7 +34,8 @@ def test_answers_give_the_metrics_of_the_same_logits():
     assert values[0] == pytest.approx(known[name], abs=1e-5), name  # sums of 500 in float32
   whole = analysis.quality(found, "student")
   assert whole["accuracy"][0] == pytest.approx(known["accuracy"] * 499 / 500)
-  assert np.isnan(whole["nll"][0])
+  assert np.isnan([whole["nll"][0], whole["ece"][0]]).all()
+  assert analysis.quality(found.take(np.zeros(0, int)), "student") == {}
 
 
 def test_examine_is_evaluate_with_answers():

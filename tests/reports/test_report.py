@@ -532,7 +532,7 @@ def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
   parts = {name: fabricated.measured(found, name) for name in found.models}
   for name, part in parts.items():
     quality = {key: part.quality[key] for key in ("agreement", "kl") if name != "teacher"}
-    parts[name] = dataclasses.replace(part, quality=quality)
+    parts[name] = dataclasses.replace(part, quality=quality, costs={})
   numbers = fabricated.built(found, **parts)
   jsonschema.validate(numbers, reports.report_schema())
   for name, one in numbers["models"].items():
@@ -548,6 +548,7 @@ def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
     shown.text
   )
   assert "Undecided. The student's accuracy is unknown." in shown.text
+  assert "What teacher and student cost was not measured." in shown.text
   assert not {"calibration", "classes", "confusions", "lost", "gained"} & set(shown.sections)
   for text in (shown.text, (tmp_path / "report.md").read_text()):
     assert "Brier" not in text  # no row of dashes
@@ -732,7 +733,7 @@ def test_a_verdict_knows_its_slices(tmp_path):
       "none fell": [],
     }[name]
     if name == "one fell":
-      assert "more than all examples did: serif (−" in told[0]["text"]
+      assert "against the teacher, more than all examples did: serif (−" in told[0]["text"]
 
 
 def test_confusions_are_counted_by_hand(made):

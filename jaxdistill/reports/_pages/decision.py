@@ -148,7 +148,7 @@ def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | 
   if found is None or not len(found) or not {"student", "baseline"} <= found.models.keys():
     return None
   tested = significance.change(found.correct("student"), found.correct("baseline"))
-  change, error, p_value = (tested[key] or 0.0 for key in ("change", "error", "p_value"))
+  change, error, p_value = (tested[key] for key in ("change", "error", "p_value"))
   low, high = change - 1.96 * error, change + 1.96 * error
   shown = f"95% interval {interval(low, high)}"
   if not (low > 0 if more else high < 0):
@@ -253,19 +253,22 @@ def _groups(
   looked = [("Classes", classes), *((f"Slices of {name!r}", rows) for name, rows in slices.items())]
   fallen = False
   for what, rows in looked:
-    for reference, called in (("baseline", "labels alone"), ("teacher", "the teacher")):
-      lost = [row for row in rows if fell(row["changes"].get(reference))]
-      # Below its teacher all that is large falls: that is the price, which was said above.
-      more = lost if reference == "baseline" else _beyond_the_whole(rows)
-      for those, weight, than in (
-        (more, "care", "" if reference == "baseline" else ", more than all examples did"),
-        ([row for row in lost if row not in more], "note", ""),
-      ):
-        told = _told(those, reference)
-        if told:
-          text = f"{what} that lost beyond noise against {called}{than}: {listed(told, 5)}."
-          add("against", text, weight)
-      fallen |= bool(lost)
+    alone, price = (
+      [row for row in rows if fell(row["changes"].get(name))] for name in ("baseline", "teacher")
+    )
+    # Below its teacher all that is large falls: that is the price, which was said above.
+    more = _beyond_the_whole(rows)
+    for those, reference, weight, called in (
+      (alone, "baseline", "care", "labels alone"),
+      (more, "teacher", "care", "the teacher, more than all examples did"),
+      ([row for row in price if row not in more], "teacher", "note", "the teacher"),
+    ):
+      lost = sorted((100 * row["changes"][reference]["change"], row["name"]) for row in those)
+      told = [f"{name} ({signed(change, 1)} points)" for change, name in lost]
+      if told:
+        text = f"{what} that lost beyond noise against {called}: {listed(told, 5)}."
+        add("against", text, weight)
+    fallen |= bool(alone or price)
   sizes = [row["examples"] for row in classes if row["examples"]]
   kinds = [one for row in classes for one in row["changes"].values()]
   if not kinds or any(fell(one) for one in kinds):
@@ -277,12 +280,6 @@ def _groups(
   few = f" (the smallest has {min(sizes)} examples)" if min(sizes) < 3 * _FEW else ""
   add("for", f"No class lost beyond noise, neither against labels alone nor the teacher{few}.")
   return fallen
-
-
-def _told(rows: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
-  """Groups with what they lost, those that lost most first."""
-  points = sorted((100 * row["changes"][reference]["change"], row["name"]) for row in rows)
-  return [f"{name} ({signed(change, 1)} points)" for change, name in points]
 
 
 def _beyond_the_whole(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -300,8 +297,7 @@ def _beyond_the_whole(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, An
   behind = changes - np.average(changes, weights=sizes) if there else changes
   # A group whose error is 0 has one answer to all: what it lost is certain.
   p_values = scipy.special.ndtr(behind / np.maximum(errors, 1e-12))
-  corrected = significance.holm(p_values.tolist())
-  below = [p is not None and p < significance.LEVEL for p in corrected]
+  below = [p < significance.LEVEL for p in significance.holm(p_values.tolist())]
   return [
     row for row, less in zip(there, below, strict=True) if less and fell(row["changes"]["teacher"])
   ]

@@ -279,13 +279,11 @@ def _calibration(found: Evidence) -> Section:
   return Section("calibration", "Is its confidence honest?", note=note, figures=drawn)
 
 
-def _by_change(
-  rows: Sequence[Mapping[str, Any]], references: Sequence[str] = ("teacher", "baseline")
-) -> list[Mapping[str, Any]]:
+def _by_change(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   """Groups that lost most against the first reference that there is come first; empty ones last."""
 
   def key(row: Mapping[str, Any]) -> tuple[bool, float]:
-    changes = [row["changes"][r]["change"] for r in references if r in row["changes"]]
+    changes = [row["changes"][name]["change"] for name in _CALLED if name in row["changes"]]
     return not row["examples"], changes[0] if changes else 0.0
 
   return sorted(rows, key=key)
