@@ -9,7 +9,7 @@ from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Answers, Predictions
 from jaxdistill.reports._pages import analysis
 
-COSTS = {"flops": 1000, "xla_flops": None, "throughput": 1e4, "throughput_batch": 128}
+COSTS = {"flops": 1000, "throughput": 1e4, "throughput_batch": 128}
 TEACHER = {**COSTS, "parameters": 1000, "bytes": 4000, "latency_ms": {"median": 0.4, "p95": 0.5}}
 STUDENT = {**COSTS, "parameters": 100, "bytes": 400, "latency_ms": {"median": 0.1, "p95": 0.2}}
 DESCRIBED = {"teacher": "a large one", "baseline": "on labels alone", "student": "distilled"}

@@ -54,12 +54,13 @@ def evaluate(
     teacher: to measure agreement with; by default what the batches bring along of one (`taught`).
 
   Returns:
-    ``accuracy``, ``top5``, ``nll`` (nats), ``ece`` (15 bins), ``brier``, ``examples``, and with a
-    teacher ``agreement``, ``kl`` (nats, teacher to student) and ``accuracy_where_teacher_wrong``;
-    each of shape ``[S]`` for a model of S seeds, else ``[]``. NaN where a number is undefined.
+    ``accuracy``, ``top5``, ``nll`` (nats), ``ece`` (15 bins), ``brier``, and with a teacher
+    ``agreement``, ``kl`` (nats, teacher to student) and ``accuracy_where_teacher_wrong``; each of
+    shape ``[S]`` for a model of S seeds, else ``[]``. What could not be measured is absent: without
+    labels there are ``agreement`` and ``kl`` alone. NaN says that the model's logits are.
 
   Raises:
-    TypeError: an argument is of another kind.
+    TypeError: an argument is of another kind, or labels are no classes.
     ValueError: variables do not fit their network, or labels lie beyond its classes.
   """
   return _finished(_measured(model, batches, teacher), batches, teacher)
@@ -192,10 +193,14 @@ class _Pass:
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
     self.model, self.teacher = settled((model, teacher))
+    if not predictions.counted(batches).any():  # whatever stands where labels would
+      batches = dataclasses.replace(batches, labels=np.zeros(batches.weight.shape, np.int32))
     self.batches, first = batches, next(batches_of(batches))
     self.asked: Kept | None = None
     with _fitting(_seeds(model)):
       logits = kept(_logits, model, self._shown(first))
+    _check_labels(batches, logits.outputs.shape[-1])
+    with _fitting(_seeds(model)):
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
       mute = np.zeros((len(first.weight), logits.outputs.shape[-1]), np.float32)
@@ -207,7 +212,6 @@ class _Pass:
       elif first.teacher is not None:
         said = first.teacher.logits
       self.program = kept(_Measure(logits.traced), model, said, self._shown(first))
-    _check_labels(batches, logits.outputs.shape[-1])
 
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch: a network sees no teacher's outputs."""
@@ -288,16 +292,21 @@ def _check_batches(batches: Any) -> None:
 
 
 def _check_labels(batches: Batch, classes: int) -> None:
-  """Raises for a label beyond the logits, which would count as an error and as no loss."""
-  if not np.issubdtype(batches.labels.dtype, np.integer):
-    return
-  counted = np.asarray(batches.weight) * np.asarray(batches.labelled) > 0
-  labels = np.asarray(batches.labels)
-  largest = labels[counted].max(initial=0) if labels.shape == counted.shape else 0
-  if largest >= classes:
+  """Raises for a label that is no class of the logits', which would count as an error."""
+  labels, shape = np.asarray(batches.labels), batches.weight.shape
+  if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer):
+    raise TypeError(
+      f"the batches' labels must be whole numbers {list(shape)}, a class for each example, "
+      f"got {_check.show(labels)}: of others there is no accuracy. Agreement with a teacher needs "
+      "none; say by labelled=0 throughout that there are none."
+    )
+  found = labels.reshape(-1)[predictions.counted(batches)]
+  least, largest = found.min(initial=0), found.max(initial=0)
+  if least < 0 or largest >= classes:
     raise ValueError(
-      f"the batches have the label {largest} and the network puts out {classes} classes: evaluate "
-      "on a split of its own classes."
+      f"the batches have the label {least if least < 0 else largest} and the network puts out "
+      f"{classes} classes, from 0 on: evaluate on a split of its own classes, and say by "
+      "labelled=0 which examples have no label."
     )
 
 
@@ -309,8 +318,11 @@ def validator(batches: Batch) -> Validator:
 
   Returns:
     ``model -> {"accuracy", "nll", "ece"}``, see `Validator`.
+
+  Raises:
+    TypeError: ``batches`` are none.
+    ValueError: no example of the split has a label.
   """
-  _check_batches(batches)
   return Validator(batches)
 
 
@@ -323,6 +335,12 @@ class Validator:
     Args:
       batches: the validation split.
     """
+    _check_batches(batches)
+    if not predictions.counted(batches).any():
+      raise ValueError(
+        "no example of batches has a label, and all that a validator measures is of labels: give a "
+        "split that has some, or a function of your own."
+      )
     self._batches, self._calls = batches, math.inf
 
   def compile(self, model: Model, *, calls: int | None = None) -> None:
@@ -352,9 +370,10 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
 
   Returns:
     ``parameters``, ``bytes`` (of all variables), ``flops`` of one example (by walking the jaxpr, a
-    multiply-add being two; None where an operation's cost is unknown), ``xla_flops`` (the
-    compiler's own figure, or None), ``latency_ms`` at batch 1 as ``{"median", "p95"}``, and
-    ``throughput`` in examples a second at batch B, ``throughput_batch``.
+    multiply-add being two), ``xla_flops`` (the compiler's own figure), ``latency_ms`` at batch 1 as
+    ``{"median", "p95"}``, and ``throughput`` in examples a second at batch B,
+    ``throughput_batch``. ``flops`` is absent where an operation's cost cannot be read off, and
+    ``xla_flops`` where the compiler has no figure.
   """
   _check_model(model)
   _check.number("seconds", seconds, above=0)
@@ -369,7 +388,7 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   for program, given in zip(programs, (one, batch), strict=True):
     program.compile(model, given)
   at_one, at_size = (program.ready() for program in programs)
-  return {
+  found = {
     "parameters": cost.parameters(model.variables),
     "bytes": cost.size_bytes(model.variables),
     "flops": cost.flops_or_none(at_one, model, one),
@@ -378,3 +397,4 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
     "throughput": cost.throughput(at_size, model, batch, examples=size, seconds=seconds),
     "throughput_batch": size,
   }
+  return {name: value for name, value in found.items() if value is not None}

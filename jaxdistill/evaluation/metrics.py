@@ -30,6 +30,17 @@ __all__ = [
 
 BINS = 15  # Guo et al. 2017
 EDGES = np.asarray(np.arange(1, BINS) / BINS, np.float32)
+# Each metric is one sum over another.
+_RATIOS = {
+  "accuracy": ("correct", "examples"),
+  "top5": ("top5", "examples"),
+  "nll": ("nll", "examples"),
+  "brier": ("brier", "examples"),
+  "ece": ("gaps", "examples"),
+  "agreement": ("agreement", "fidelity_examples"),
+  "kl": ("kl", "fidelity_examples"),
+  "accuracy_where_teacher_wrong": ("correct_where_teacher_wrong", "teacher_wrong"),
+}
 # One number per run, or that of a single run.
 Values = Sequence[Any] | np.ndarray | float | int
 
@@ -194,8 +205,9 @@ def finish(sums: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
   Returns:
     Arrays of the leading axes' shape, ``()`` without any: fractions ``accuracy`` and ``top5``,
     ``nll``, ``brier``, ``ece`` (Σ_bins |correct − confidence| / examples), and ``agreement``,
-    ``kl``, ``accuracy_where_teacher_wrong``, as far as there are sums for them. What is undefined
-    (nothing counted, a teacher without errors) is NaN.
+    ``kl``, ``accuracy_where_teacher_wrong``, as far as there are sums for them. What counted
+    nothing was not measured, and is absent: all that needs labels where there are none, the last
+    beside a teacher without errors. NaN is a number that was measured and is none: a logit was.
 
   Raises:
     ValueError: there are no such sums.
@@ -204,26 +216,17 @@ def finish(sums: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
   0.5
   """
   host = {name: np.asarray(value, np.float64) for name, value in sums.items()}
-  metrics: dict[str, NDArray[np.float64]] = {}
-  if "examples" in host:
-    gaps = np.abs(host["bin_correct"] - host["bin_confidence"]).sum(axis=-1)
-    metrics["accuracy"] = _divide(host["correct"], host["examples"])
-    for name in ("top5", "nll", "brier"):
-      metrics[name] = _divide(host[name], host["examples"])
-    metrics["ece"] = _divide(gaps, host["examples"])
-  if "fidelity_examples" in host:
-    for name in ("agreement", "kl"):
-      metrics[name] = _divide(host[name], host["fidelity_examples"])
-    right = host["correct_where_teacher_wrong"]
-    metrics["accuracy_where_teacher_wrong"] = _divide(right, host["teacher_wrong"])
-  if not metrics:
+  if "bin_count" in host:
+    host["gaps"] = np.abs(host["bin_correct"] - host["bin_confidence"]).sum(axis=-1)
+  there = {name: parts for name, parts in _RATIOS.items() if host.keys() >= set(parts)}
+  if not there:
     raise ValueError(f"sums must be of classification_sums or fidelity_sums, got {sorted(sums)}.")
-  return metrics
-
-
-def _divide(total: Any, count: Any) -> NDArray[np.float64]:
-  with np.errstate(divide="ignore", invalid="ignore"):
-    return np.asarray(np.where(count > 0, total / count, np.nan), np.float64)
+  with np.errstate(divide="ignore", invalid="ignore"):  # of some seeds alone: 0 / 0 is NaN
+    return {
+      name: np.asarray(host[total] / host[count])
+      for name, (total, count) in there.items()
+      if np.any(host[count] > 0)
+    }
 
 
 def mean_std(values: Values) -> tuple[float, float | None]:

@@ -31,7 +31,7 @@ __all__ = [
   "compare_students",  # compares the runs ``baseline`` and ``student`` of an experiment's folder
   "csv_text",  # rows as CSV; the first is its head
   "figures",  # pictures of results: models side by side, curves over a setting, methods in rows
-  "gather_predictions",  # what all models said of each example, with some to look at: lost ones
+  "gather_predictions",  # what all models said of each example, with some to look at
   "grid",  # rows as a Markdown table that is aligned as plain text too
   "markdown",  # ``report.md``: verdict, tables, how to repeat it; what is broken in the numbers
   "measure_model",  # evaluates a model and what it costs

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxdistill import _extras, evaluation, teachers
+from jaxdistill import _check, _extras, evaluation, teachers
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Predictions
@@ -18,11 +19,13 @@ from jaxdistill.types import Batch, Model, Network, Outputs, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
 
-_KEPT = 64  # examples to look at: lost ones for the page, others for a comparison of two runs
+# Examples to look at: those that were lost, those that were gained, and others that most students
+# get wrong, for a comparison of two runs. So a page stays small enough to send.
+_LOST, _GAINED, _KEPT = 96, 48, 192
 
 
 def compare_students(
-  folder: pathlib.Path,
+  folder: str | os.PathLike[str],
   *,
   network: Network,
   teacher: Teacher,
@@ -39,7 +42,7 @@ def compare_students(
 
   Args:
     folder: the experiment's folder; the report is written there.
-    network: the network of both runs, each of which is over several seeds. What it costs is
+    network: the network of both runs, each of which is of one seed or of several. What it costs is
       measured once: timing it twice would show the clock's noise as a difference.
     teacher: the teacher.
     batches: the split, from `jaxdistill.data.evaluation_batches`.
@@ -58,6 +61,7 @@ def compare_students(
     ValueError: a run is not finished, or a column of metadata does not fit.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
+  folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   columns = _columns(metadata, batches, size)  # a wrong one says so before the long work
   there = [name for name in ("baseline", "student") if _is_there(folder, name)]
@@ -128,7 +132,7 @@ def gather_predictions(
   columns: Mapping[str, predictions.Column] | None = None,
   show: exhibits.Show | None = None,
 ) -> Predictions:
-  """What all models said of each example, with some to look at: lost ones, and hard ones.
+  """What all models said of each example, with some to look at: lost, gained and hard ones.
 
   Args:
     measured: by model, from `reports.measure_model`, on these batches.
@@ -162,10 +166,10 @@ def gather_predictions(
   )
   if not {"teacher", "student"} <= answers.keys() or not len(found):
     return found
-  # The lost ones first, then what most students get wrong.
   wrong = 1 - found.correct("student").mean(axis=0)
   hard = np.argsort(-wrong, kind="stable")[: int(np.sum(wrong > 0))]
-  rows = list(dict.fromkeys([*analysis.lost(found).rows, *hard]))[:_KEPT]
+  gone = analysis.lost(found)
+  rows = list(dict.fromkeys([*gone.rows[:_LOST], *gone.gained[:_GAINED], *hard]))[:_KEPT]
   source = batches if examples is None else examples
   found.shown.update(exhibits.chosen(found.index[rows], source, show))
   return found

@@ -35,6 +35,7 @@ __all__ = [
   "plain",
   "signed",
   "size",
+  "tenths",
   "times",
   "whole",
   "with_std",
@@ -179,6 +180,15 @@ def count(value: float | None) -> str:
     if value >= unit:
       return f"{value / unit:.3g} {name}"
   return f"{value:.3g}"
+
+
+def tenths(value: float) -> str:
+  """A mean number of examples, to a tenth.
+
+  >>> tenths(5 / 3), tenths(2.0), tenths(0.01)
+  ('1.7', '2', '<0.1')
+  """
+  return "<0.1" if 0 < value < 0.05 else f"{value:,.1f}".removesuffix(".0")
 
 
 def signed(value: float, places: int = 2) -> str:

@@ -34,16 +34,14 @@ __all__ = [
   "write_report",
 ]
 
-QUALITIES = ("accuracy", "top5", "nll", "ece", "brier")
-FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
-
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
   """One model as `jaxdistill.evaluation.examine` measured it.
 
   Attributes:
-    quality: from `evaluation.evaluate`; arrays ``[S]`` over seeds, or scalars.
+    quality: from `evaluation.evaluate`; arrays ``[S]`` over seeds, or scalars. What is not in it
+      was not measured, and is in no part of the report.
     costs: from `evaluation.costs`.
     description: what it is, in a few words.
     answers: what it said of each example, from `evaluation.examine`; None where nobody asked.
@@ -124,8 +122,13 @@ def build_report(
     parts = {"teacher": teacher, "baseline": baseline, "student": student}
   _check_parts(parts, len(seeds))
   _check.whole("examples", examples)
-  accuracy = {name: np.atleast_1d(part.quality["accuracy"]) for name, part in parts.items()}
-  gap, gain = _gap(accuracy, examples)
+  accuracy = {
+    name: np.atleast_1d(part.quality["accuracy"])
+    for name, part in parts.items()
+    if "accuracy" in part.quality
+  }
+  gap, gain = _gap(parts, accuracy, examples)
+  fidelity = {name: _spreads(part, document.FIDELITY) for name, part in parts.items()}
   report = {
     "version": document.VERSION,
     "dataset": dataset,
@@ -133,77 +136,81 @@ def build_report(
     "examples": examples,
     "seeds": list(seeds),
     "varied": varied,
-    "verdict": summary.verdict(accuracy, gain),
+    "verdict": summary.verdict(accuracy, gain, fidelity["student"]["agreement"]),
     "models": {name: _model(part) for name, part in parts.items()},
-    "fidelity": _fidelity(student),
-    "baseline_fidelity": None if baseline is None else _fidelity(baseline),
+    "fidelity": fidelity["student"],
+    "baseline_fidelity": fidelity.get("baseline"),
     "gain": gain,
     "gap_closed": gap,
     "environment": environment(),
     "commands": list(commands),
   }
-  return runs.to_json(report)
+  return document.known(runs.to_json(report))
 
 
 def _gap(
-  accuracy: Mapping[str, np.ndarray], examples: int
+  parts: Mapping[str, Measured], accuracy: Mapping[str, np.ndarray], examples: int
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
   """Share of the gap and gain, of what is finite; an unknown share says why."""
+  if "baseline" not in parts:
+    return {"note": "There is no baseline, the same network trained on labels alone."}, None
   finite = {name: values[np.isfinite(values)] for name, values in accuracy.items()}
-  unknown = {"value": None, "low": None, "high": None}
-  if "baseline" not in finite:
-    note = "There is no baseline, the same network trained on labels alone."
-    return {**unknown, "note": note}, None
-  empty = [name for name, values in finite.items() if not values.size]
+  empty = [name for name in parts if not finite.get(name, np.zeros(0)).size]
+  gain = None
+  if not {"student", "baseline"} & set(empty):
+    gain = metrics.difference(finite["student"], finite["baseline"])
   if empty:
-    note = f"The accuracy of {' and '.join(empty)} is not a number."
-    known = "teacher" in empty and len(empty) == 1
-    gain = metrics.difference(finite["student"], finite["baseline"]) if known else None
-    return {**unknown, "note": note}, gain
+    why = "is not a number" if set(empty) & set(accuracy) else "was not measured"
+    return {"note": f"The accuracy of {' and '.join(empty)} {why}."}, gain
   gap = metrics.gap_closed(
     finite["teacher"], finite["baseline"], finite["student"], examples=examples
   )
-  return gap, metrics.difference(finite["student"], finite["baseline"])
+  return gap, gain
 
 
 def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
   for name, part in parts.items():
     if not isinstance(part, Measured):
       raise TypeError(f"{name} must be from reports.measure_model, got {_check.show(part)}.")
-    fidelity = () if name == "teacher" else FIDELITY
-    missing = sorted({*QUALITIES, *fidelity} - set(part.quality))
+    missing = [] if name == "teacher" else sorted({"agreement", "kl"} - set(part.quality))
     if missing:
       raise ValueError(f"{name} lacks {missing}; measure it with teacher=.")
-    values = np.atleast_1d(part.quality["accuracy"])
+    values = np.atleast_1d(part.quality.get("accuracy", np.nan))
     if np.any((values < 0) | (values > 1)):
       raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")
-    if name != "teacher" and len(values) != seeds:
+    if name != "teacher" and _instances(part) != seeds:
       raise ValueError(
-        f"seeds has {seeds} and {name} {len(values)} instances; give each one's seed."
+        f"seeds has {seeds} and {name} {_instances(part)} instances; give each one's seed."
       )
 
 
-def _spread(values: Any) -> dict[str, Any]:
-  # Not finite is undefined on this split: a teacher that is never wrong.
-  return document.spread(values if np.all(np.isfinite(values)) else [])
+def _instances(part: Measured) -> int:
+  """How many seeds a model is of, of whatever was measured."""
+  said = () if part.answers is None else (part.answers.predicted,)
+  return len(np.atleast_1d(next(iter((*part.quality.values(), *said)), 0)))
 
 
-def _fidelity(part: Measured) -> dict[str, Any]:
-  return {name: _spread(part.quality[name]) for name in FIDELITY}
+def _spreads(part: Measured, names: Sequence[str]) -> dict[str, Any]:
+  """Those that were measured; of one that is not finite throughout there is no mean."""
+  found = {name: part.quality[name] for name in names if name in part.quality}
+  return {
+    name: document.spread(values if np.all(np.isfinite(values)) else [])
+    for name, values in found.items()
+  }
 
 
 def _model(part: Measured) -> dict[str, Any]:
-  values = np.atleast_1d(part.quality["accuracy"])
-  spreads = {name: _spread(part.quality[name]) for name in QUALITIES}
-  return {
+  model = {
     "description": part.description,
-    "instances": len(values),
-    # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
-    **spreads,
-    "accuracy": document.spread(values),
-    "accuracy_per_seed": values,
+    "instances": _instances(part),
+    **_spreads(part, document.QUALITIES),
     **part.costs,
   }
+  if "accuracy" in part.quality:
+    # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
+    values = np.atleast_1d(part.quality["accuracy"])
+    model |= {"accuracy": document.spread(values), "accuracy_per_seed": values}
+  return model
 
 
 def write_report(
@@ -234,7 +241,7 @@ def write_report(
     raise NotADirectoryError(f"folder={os.fspath(folder)!r} is no folder; give the run's.")
   end = evidence.suffix(report["split"])
   answers = None if predictions is None else f"predictions{end}.npz"
-  runs.write_json(folder / f"report{end}.json", {**report, "predictions": answers})
+  runs.write_json(folder / f"report{end}.json", document.known({**report, "predictions": answers}))
   if predictions is not None and answers is not None:
     save_predictions(folder / answers, predictions)
   render_report(folder, split=report["split"])
@@ -273,9 +280,10 @@ def render_report(
     found = evidence.read(folder, split)
   derived = _derived(found)
   end = evidence.suffix(split)
-  report = {**found.report, **_as_json(derived), "problems": found.problems}
-  if found.intact:
-    runs.write_json(found.folder / f"report{end}.json", report)
+  anew = {**_as_json(derived), "problems": found.problems}
+  report = {**found.report, **anew}
+  if found.whole is not None:
+    runs.write_json(found.folder / f"report{end}.json", document.known({**found.whole, **anew}))
   summary.picture(report, found.folder / f"accuracy{end}.png")
   text = summary.text(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
   runs.write_text(found.folder / f"report{end}.md", text)
@@ -310,8 +318,15 @@ def _derived(found: evidence.Evidence) -> dict[str, Any]:
   lost = None
   if answers is not None and known and "teacher" in answers.models:
     lost = analysis.lost(answers)
+  confused = analysis.confusions(answers) if answers is not None and known else []
   decision = decide(found, classes, slices)
-  return {"decision": decision, "classes": classes, "slices": slices, "lost": lost}
+  return {
+    "decision": decision,
+    "classes": classes,
+    "confusions": confused,
+    "slices": slices,
+    "lost": lost,
+  }
 
 
 def _as_json(derived: Mapping[str, Any]) -> dict[str, Any]:
@@ -324,6 +339,6 @@ def _as_json(derived: Mapping[str, Any]) -> dict[str, Any]:
       "lost": lost.most,
       "sometimes": len(lost.rows),
       "baseline_right": lost.baseline_right,
-      "gained": lost.gained,
+      "gained": len(lost.gained),
     }
   return {**derived, "lost": numbers}

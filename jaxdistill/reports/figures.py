@@ -438,17 +438,19 @@ def groups(
     raise ValueError("rows is empty; give at least one class or slice.")
   names = [name for name, _ in rows]
   left = int(min(120, 16 + 6.2 * max(map(len, names))))
-  figure, axes = _small(22 * len(rows) + 48, xlabel=xlabel, left=left, top=4)
+  figure, axes = _small(26 * len(rows) + 48, xlabel=xlabel, left=left, top=4)
   for i, (_, marks) in enumerate(rows):
     there = [value for value in marks.values() if value is not None]
     if there:
-      axes.plot([min(there), max(there)], [i, i], color="black", linewidth=1)
+      axes.plot([min(there), max(there)], [i, i], color=RULE, linewidth=5, solid_capstyle="round")
   for model in MODELS:
     known = [(i, name, value) for i, (name, marks) in enumerate(rows)
              if (value := marks.get(model)) is not None]  # fmt: skip
     if known:
       told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]
-      _marks(axes, model, [value for *_, value in known], [i for i, *_ in known], told, size=9)
+      lane = 0.22 * (MODELS.index(model) - 1)  # of its own: equal marks would hide each other
+      at = [i + lane for i, *_ in known]
+      _marks(axes, model, [value for *_, value in known], at, told, size=8)
   short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
   axes.set_yticks(range(len(rows)), [_text(name) for name in short])
   for label, name in zip(axes.get_yticklabels(), names, strict=True):

@@ -63,7 +63,7 @@ class Choice:
 
   Raises:
     TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
-    ValueError: the metric is none of these, or no example of the validation split has a label.
+    ValueError: the metric is none of these, or no example of a split has a label.
   """
 
   validation: Batch
@@ -81,11 +81,11 @@ class Choice:
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
           "[N, B, ...]."
         )
-    if not np.any(np.asarray(self.validation.weight) * np.asarray(self.validation.labelled)):
-      raise ValueError(
-        f"no example of validation has a label, and {self.metric} is of labels: nothing could be "
-        "chosen by it. Choose on a split that has some."
-      )
+      if split is not None and not np.any(np.asarray(split.weight) * np.asarray(split.labelled)):
+        raise ValueError(
+          f"no example of {name} has a label, and {self.metric} is of labels: nothing could be "
+          "chosen by it, nor told. Give a split that has some."
+        )
     if not isinstance(self.halving, Halving | None):
       raise TypeError(f"halving={_check.show(self.halving)} must be a search.Halving, or None.")
 

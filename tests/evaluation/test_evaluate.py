@@ -1,15 +1,27 @@
 """Models on a whole split: those of several seeds side by side, teachers, what does not fit."""
 
+import dataclasses
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import data, evaluation, teachers
+from jaxdistill import data, evaluation, networks, teachers
 from jaxdistill.types import Model
 from small_networks import dense, untyped
 
 NETWORK = dense(5)
+
+
+class Decomposed(nn.Module):
+  """Holds an operation whose cost is in no jaxpr."""
+
+  @nn.compact
+  def __call__(self, x):
+    logits = nn.Dense(3)(x)
+    return jnp.fft.fft(logits).real
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +70,47 @@ def test_costs_of_a_model_of_several_seeds_are_those_of_one(batches, several):
   ]
   for name in ("parameters", "bytes", "flops", "throughput_batch"):
     assert made[0][name] == made[1][name] == made[2][name]
+
+
+def test_what_needs_labels_is_absent_without_them(batches, several):
+  teacher = teachers.frozen(several.unstack()[0])
+  unknown = dataclasses.replace(batches, labelled=np.zeros_like(batches.labelled))
+  assert evaluation.evaluate(several, unknown) == {}
+  with pytest.raises(ValueError, match="no example of batches has a label"):
+    evaluation.validator(unknown)  # before a run, not at its first validation
+  # Whatever stands where a label would: nobody looks at it.
+  for labels in (batches.labels, np.full((3, 8, 3), 0.5)):
+    found, answers = evaluation.examine(
+      several, dataclasses.replace(unknown, labels=labels), teacher=teacher
+    )
+    assert found.keys() == {"agreement", "kl"}
+    assert found["agreement"][0] == 1
+    assert np.isfinite([*found.values()]).all()
+    assert answers.predicted.shape == (3, 0)
+
+
+def test_numbers_that_a_cost_has_not_are_absent(batches):
+  network = networks.linen(Decomposed())
+  made = Model(network, network.init(jax.random.key(0), jnp.zeros((1, 4))))
+  found = evaluation.costs(made, batches, seconds=0.01)
+  assert "flops" not in found
+  assert None not in found.values()
+
+
+@pytest.mark.parametrize(
+  ("labels", "error", "match"),
+  [
+    (lambda b: b.labels.astype(np.float32), TypeError, "whole numbers .*3, 8.* got .*float32"),
+    (lambda b: np.eye(3)[b.labels], TypeError, r"whole numbers .*got .*3, 8, 3"),
+    (lambda b: b.labels - 1, ValueError, "the label -1 and the network puts out 3 classes"),
+    (lambda b: b.labels + 1, ValueError, "the label 3 and the network puts out 3 classes"),
+  ],
+)
+def test_labels_that_are_no_classes_are_refused(batches, several, labels, error, match):
+  odd = dataclasses.replace(batches, labels=labels(batches))
+  for call in (evaluation.evaluate, evaluation.examine, lambda m, b: evaluation.validator(b)(m)):
+    with untyped(), pytest.raises(error, match=match):
+      call(several, odd)
 
 
 @pytest.mark.parametrize(

@@ -253,14 +253,15 @@ def test_seeds_are_a_leading_axis():
   assert swept["agreement"][1] < 1
 
 
-def test_nothing_counted_is_undefined_and_not_an_error():
+def test_nothing_counted_is_absent_and_not_an_error():
   logits, labels, _ = make()
-  empty = metrics.finish(run(logits, labels, np.zeros(48, bool)))
-  assert all(np.isnan(value) for value in empty.values())
+  assert metrics.finish(run(logits, labels, np.zeros(48, bool))) == {}
   sums = {"fidelity_examples": 4.0, "agreement": 4.0, "kl": 0.0, "teacher_wrong": 0.0}
   perfect = metrics.finish(sums | {"correct_where_teacher_wrong": 0.0})
   assert perfect["agreement"] == 1
-  assert np.isnan(perfect["accuracy_where_teacher_wrong"])
+  assert perfect.keys() == {"agreement", "kl"}
+  some = metrics.finish({"correct": np.array([1.0, 0.0]), "examples": np.array([2.0, 0.0])})
+  np.testing.assert_array_equal(some["accuracy"], [0.5, np.nan])
 
 
 def test_sums_that_do_not_fit_are_refused():
@@ -410,6 +411,6 @@ def test_agreement_needs_no_labels():
   none = metrics.finish(fidelity(student, teacher, labels, where, jnp.zeros(3)))
   assert none["agreement"] == pytest.approx(2 / 3)
   assert np.isfinite(none["kl"])
-  assert np.isnan(none["accuracy_where_teacher_wrong"])
+  assert none.keys() == {"agreement", "kl"}
   some = fidelity(student, teacher, labels, where, jnp.array([1.0, 1.0, 0.0]))
   assert [float(some[name]) for name in ("fidelity_examples", "teacher_wrong")] == [3, 0]

@@ -16,11 +16,13 @@ import tempfile
 import jax.numpy as jnp
 import jsonschema
 import numpy as np
+import optax
 import pytest
 import scipy.stats
 
 import fabricated
-from jaxdistill import data, evaluation, reports, teachers
+import small_networks
+from jaxdistill import data, evaluation, recipes, reports, teachers, train
 from jaxdistill.evaluation import predictions
 from jaxdistill.evaluation.predictions import Column
 from jaxdistill.reports import command
@@ -108,8 +110,8 @@ def copied(made, tmp_path):
 def test_a_page_has_all_that_was_promised(made):
   shown = page(made)
   assert shown.sections == [
-    "cost", "gap", "calibration", "classes", "lost", "slices", "training", "exports", "preflight",
-    "repeat",
+    "cost", "gap", "calibration", "classes", "confusions", "lost", "gained", "slices", "training",
+    "exports", "preflight", "repeat",
   ]  # fmt: skip
   numbers = json.loads((made / "report.json").read_text())
   assert numbers["verdict"] in shown.text
@@ -129,7 +131,7 @@ def test_a_page_has_all_that_was_promised(made):
   assert "python train.py --out runs/a" in shown.text
   assert "serif" in shown.text
   gone = analysis.lost(predictions.load(made / "predictions.npz"))
-  assert len(shown.pictures) == min(24, len(gone.rows)) > 0
+  assert len(shown.pictures) == len(gone.rows) + len(gone.gained) > len(gone.rows) > 24
   assert f"example {gone.rows[0]}" in shown.pictures[0]["alt"]
   assert len(shown.source.encode()) < 1_000_000
 
@@ -244,7 +246,7 @@ def test_hostile_names_are_text(tmp_path):
 
 def older(folder):
   numbers = json.loads((folder / "report.json").read_text())
-  added = ("version", "predictions", "decision", "classes", "slices", "lost", "problems")
+  added = ("version", "predictions", *evidence._DERIVED)
   (folder / "report.json").write_text(
     json.dumps({name: value for name, value in numbers.items() if name not in added})
   )
@@ -429,8 +431,7 @@ def leaves(value, path=()):
 def test_no_number_stops_the_words(made, junk):
   """Whatever stands anywhere: what the schema keeps gives a decision, the text and the page."""
   found = dataclasses.replace(evidence.read(made), predictions=None)
-  again = ("classes", "slices", "lost", "problems", "decision")  # what `render` makes anew
-  measured = {k: found.report[k] for k in found.report if k not in again}
+  measured = found.whole
   seen = {}
   for path in leaves({k: measured[k] for k in measured if k not in ("version", "environment")}):
     numbers = json.loads(json.dumps(measured))
@@ -450,7 +451,7 @@ def test_no_number_stops_the_words(made, junk):
     text = reports.markdown({**numbers, "decision": decided})
     assert "How to repeat it" in text
     assert all(escaped(one.partition(": ")[2]) in text for one in wrong), path
-    shown = {"decision": decided, "classes": [], "slices": {}, "lost": None}
+    shown = {"decision": decided, "classes": [], "confusions": [], "slices": {}, "lost": None}
     # A page is slow to make; what is refused is left out, whatever it was, and models are alike.
     once = junk == {"mean": []} if wrong else True
     if once and path[:2] not in (("models", "teacher"), ("models", "baseline")):
@@ -526,6 +527,113 @@ def test_a_split_without_a_labelled_example_is_said(tmp_path):
   assert "No example of the split has a label" in page(folder).text
 
 
+def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
+  found = fabricated.gathered(8)
+  parts = {name: fabricated.measured(found, name) for name in found.models}
+  for name, part in parts.items():
+    quality = {key: part.quality[key] for key in ("agreement", "kl") if name != "teacher"}
+    parts[name] = dataclasses.replace(part, quality=quality, costs={})
+  numbers = fabricated.built(found, **parts)
+  jsonschema.validate(numbers, reports.report_schema())
+  for name, one in numbers["models"].items():
+    assert not {"accuracy", "nll", "ece", "top5", "brier", "accuracy_per_seed"} & set(one)
+    assert one["instances"] == (1 if name == "teacher" else 3)
+  assert "gain" not in numbers
+  assert set(numbers["gap_closed"]) == {"note"}
+  assert numbers["fidelity"].keys() == {"agreement", "kl"}
+  agreement = f"{100 * numbers['fidelity']['agreement']['mean']:.2f}"
+  reports.write_report(tmp_path, numbers, predictions=found.take(np.zeros(0, int)))
+  shown = page(tmp_path)
+  assert f"not measured: no example has a label. It agrees with its teacher on {agreement}" in (
+    shown.text
+  )
+  assert "Undecided. The student's accuracy is unknown." in shown.text
+  assert "What teacher and student cost was not measured." in shown.text
+  assert not {"calibration", "classes", "confusions", "lost", "gained"} & set(shown.sections)
+  for text in (shown.text, (tmp_path / "report.md").read_text()):
+    assert "Brier" not in text  # no row of dashes
+    assert "nan" not in text.lower()
+  assert "null" not in (tmp_path / "report.json").read_text()
+
+
+def test_what_is_unknown_is_absent_and_null_is_no_finite_number(made, tmp_path):
+  text = (made / "report.json").read_text()
+  assert "null" not in text
+  numbers = json.loads(text)
+  assert "xla_flops" not in numbers["models"]["teacher"]
+  assert "std" not in numbers["models"]["teacher"]["accuracy"]
+  none = numbers["slices"]["font"][3]
+  assert none == {"name": "none", "examples": 0, "accuracy": {}, "changes": {}}
+  found = fabricated.gathered()
+  student = fabricated.measured(found, "student")
+  quality = {**student.quality, "nll": np.full(3, np.inf)}
+  del quality["top5"], quality["accuracy_where_teacher_wrong"]
+  folder = fabricated.run(
+    tmp_path / "a", found, student=dataclasses.replace(student, quality=quality)
+  )
+  numbers = json.loads((folder / "report.json").read_text())
+  jsonschema.validate(numbers, reports.report_schema())
+  assert numbers["models"]["student"]["nll"] == {"mean": None}
+  assert "top5" not in numbers["models"]["student"]
+  assert "accuracy_where_teacher_wrong" not in numbers["fidelity"]
+  shown = page(folder)
+  assert "The student's negative log-likelihood is not a finite number" in shown.text
+  # What an earlier version wrote has null for both.
+  before = {**numbers, "version": 2, "gain": None, "predictions": None}
+  before["models"]["student"] |= {"flops": None, "xla_flops": None}
+  (folder / "report.json").write_text(json.dumps(before))
+  read = evidence.read(folder)
+  assert not any("should be" in problem for problem in read.problems)
+  assert (read.whole, read.predictions, read.report["gain"]) == (None, None, None)
+
+
+def test_a_run_alone_shows_its_training_and_says_what_is_missing(tmp_path):
+  fabricated.logs(tmp_path, ("mine",))
+  folder = tmp_path / "mine"
+  (folder / "config.json").write_text(json.dumps({"rate": 0.1}))
+  path = reports.render_report(str(folder))
+  shown = page(folder)
+  assert path == folder / "report.html"
+  assert shown.sections == ["training", "repeat"]
+  assert "loss during training" in shown.charts
+  assert "Nothing was measured on held-out examples" in shown.text
+  assert "reports.compare_students" in shown.text
+  assert "Undecided." in shown.text
+  assert "accuracy.png" not in (folder / "report.md").read_text()
+  assert not (folder / "report.json").exists()  # there are no numbers
+
+
+def test_runs_of_one_seed_are_compared_in_a_folder_given_as_text(tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation, "costs", lambda *rest, **options: fabricated.STUDENT)
+  x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+  examples = data.from_arrays(x, np.argmax(x[:, :3], axis=1))
+  network = small_networks.dense(3)
+  made = train.fit(
+    network,
+    recipes.labels(),
+    data=data.on_device(examples, batch_size=20, data_seed=0),
+    optimizer=optax.sgd(0.1),
+    steps=3,
+    run=train.Run(tmp_path / "student", progress=None),
+  )
+  shutil.copytree(tmp_path / "student", tmp_path / "baseline")
+  _, numbers = reports.compare_students(
+    str(tmp_path),
+    network=network,
+    teacher=teachers.frozen(made),
+    batches=data.evaluation_batches(examples, batch_size=20),
+    descriptions=fabricated.DESCRIBED,
+    examples=examples,
+    dataset="made up",
+    split="test",
+    seeds=(0,),
+    varied="nothing",
+  )
+  assert numbers["models"]["student"]["instances"] == 1
+  assert numbers["gain"].keys() == {"mean"}
+  assert "One seed: " in page(tmp_path).text
+
+
 def test_answers_of_an_earlier_measurement_are_not_shown(tmp_path):
   found = fabricated.gathered()
   folder = fabricated.run(tmp_path / "run", found, pages=False)
@@ -588,6 +696,84 @@ def test_the_decision_follows_its_rules(tmp_path):
   assert found["word"] == "Ship it with care"
   texts = [reason["text"] for reason in found["reasons"] if reason["weight"] == "care"]
   assert any("lost beyond noise against labels alone: 2 (−" in text for text in texts)
+
+
+def sliced(student, size=6000):
+  """Answers of students whose accuracy differs by slice."""
+  where = np.arange(size, dtype=np.int32) % len(student)
+  found = fabricated.gathered(size, columns={"font": Column(where, ("serif", "sans", "mono"))})
+  share = {"teacher": 0.995, "baseline": 0.7, "student": np.asarray(student)[where]}
+  for i, (name, right) in enumerate(share.items()):
+    seeds = 1 if name == "teacher" else 3
+    found.models[name] = fabricated.answers(found.labels, right, seeds, seed=i)
+  return found
+
+
+def test_a_verdict_knows_its_slices(tmp_path):
+  forbids = "nothing measured here forbids it"
+  for name, student, word in (
+    ("one fell", [0.9, 0.98, 0.98], "Ship it with care"),
+    ("all fell alike", [0.95, 0.95, 0.95], "Ship it"),
+    ("none fell", [0.995, 0.995, 0.995], "Ship it"),
+  ):
+    found = sliced(student)
+    folder = fabricated.run(tmp_path / name, found, pages=False)
+    read = dataclasses.replace(evidence.read(folder))
+    for one in read.report["models"].values():
+      one["ece"] = {"mean": None, "std": None}  # made up, and another reason's matter
+    rows = analysis.slices(found)
+    decided = decision.decide(read, analysis.classes(found), rows)
+    fell = [row["name"] for row in rows["font"] if decision.fell(row["changes"]["teacher"])]
+    assert decided["word"] == word, decided
+    assert (forbids in decided["sentence"]) == (name == "none fell") == (not fell)
+    told = [one for one in decided["reasons"] if one["text"].startswith("Slices of 'font'")]
+    assert [one["weight"] for one in told] == {
+      "one fell": ["care", "note"],
+      "all fell alike": ["note"],
+      "none fell": [],
+    }[name]
+    if name == "one fell":
+      assert "against the teacher, more than all examples did: serif (−" in told[0]["text"]
+
+
+def test_confusions_are_counted_by_hand(made):
+  found = predictions.load(made / "predictions.npz")
+  said = found.models["student"].predicted
+  rows = analysis.confusions(found)
+  wrong = said != found.labels
+  assert sum(row["examples"]["student"] for row in rows) == pytest.approx(wrong.sum() / 3)
+  counts = [row["examples"]["student"] for row in rows]
+  assert counts == sorted(counts, reverse=True)
+  names = found.label_names
+  for row in rows:
+    one, other = names.index(row["label"]), names.index(row["taken_for"])
+    assert row["examples"]["student"] == np.sum(said[:, found.labels == one] == other) / 3
+    assert row["of"] == np.sum(found.labels == one)
+  numbers = json.loads((made / "report.json").read_text())
+  assert numbers["confusions"] == rows
+  shown = page(made)
+  assert "Rows are labels, columns what the student says" in shown.text
+  assert "## Most frequent confusions" in (made / "report.md").read_text()
+
+
+def test_of_many_classes_the_confusions_alone_are_told(tmp_path):
+  found = fabricated.gathered(2000, classes=100)
+  shown = page(fabricated.run(tmp_path / "many", found))
+  assert "Rows are labels" not in shown.text
+  assert "The 100 most frequent" in shown.text
+
+
+def test_every_example_that_was_lost_or_gained_is_there(made):
+  found = predictions.load(made / "predictions.npz")
+  gone = analysis.lost(found)
+  source = page(made).source
+  for name, rows in (("lost", gone.rows), ("gained", gone.gained)):
+    section = source.split(f'<section id="{name}">')[1].split("</section>")[0]
+    listed = re.findall(r'<th scope="row">(\d+)</th>', section)
+    assert listed == [str(found.index[row]) for row in rows] != []
+    pictured = re.findall(r'alt="example (\d+):', section)
+    assert pictured == listed
+    assert f"All {len(rows):,} in a table" in section
 
 
 def gained(folder, student, baseline):

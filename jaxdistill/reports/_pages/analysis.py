@@ -7,6 +7,7 @@ real only beyond the noise of examples and of seeds, corrected for how many grou
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,20 @@ from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Column, Predictions
 from jaxdistill.reports._pages import significance
 
-__all__ = ["Lost", "classes", "groups", "lost", "quality", "reliability", "slices"]
+__all__ = [
+  "Lost",
+  "answered",
+  "classes",
+  "confusions",
+  "groups",
+  "lost",
+  "quality",
+  "reliability",
+  "slices",
+]
 
 SURE = 0.8
+_MOST = 100  # pairs of classes that are kept of all that are confused
 
 
 def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
@@ -28,7 +40,8 @@ def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
     model: the model's name.
 
   Returns:
-    ``accuracy``, ``nll`` (nats) and ``ece`` (15 bins), ``[S]``; NaN where undefined.
+    ``accuracy``, ``nll`` (nats) and ``ece`` (15 bins), ``[S]``; nothing of no examples, and NaN
+    where answers are not numbers.
   """
   one, right = found.models[model], found.correct(model)
   with np.errstate(divide="ignore", invalid="ignore"):
@@ -36,9 +49,10 @@ def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
   bins = reliability(found, model)
   sums: dict[str, Any] = {f"bin_{name}": sums for name, sums in bins.items()}
   sums |= {"examples": len(found), "correct": right.sum(axis=1), "nll": nll.sum(axis=1)}
-  # An answer has not what these two need.
-  finished = metrics.finish({**sums, "top5": np.nan, "brier": np.nan})
-  return {name: finished[name] for name in ("accuracy", "nll", "ece")}
+  finished = metrics.finish(sums)
+  # A confidence that is no number is in no bin, where it would count as an honest one.
+  unclear = ~np.isfinite(one.confidence).all(axis=1)
+  return {n: np.where(unclear & (n == "ece"), np.nan, values) for n, values in finished.items()}
 
 
 def reliability(found: Predictions, model: str) -> dict[str, np.ndarray]:
@@ -76,35 +90,32 @@ def groups(found: Predictions, column: Column) -> list[dict[str, Any]]:
   Returns:
     One dict per group, in the order of the names, and one for the missing where there are such:
     ``name``, ``examples``; ``accuracy`` ``{model: {"mean", "low", "high"}}``, Wilson intervals with
-    95% for the mean over seeds (how it would vary with other examples; None without examples);
+    95% for the mean over seeds (how it would vary with other examples);
     ``changes`` ``{reference: {"change", "error", "p_value", "beyond_noise"}}``, the student less
     the baseline and less the teacher, as `significance.change` has them, p-values corrected (Holm)
-    for the number of groups.
+    for the number of groups. Of a group without examples both are empty.
   """
-  codes, names = column.codes, list(column.names)
-  numbers = list(range(len(names)))
-  if np.any(codes < 0):
-    numbers.append(-1)
-    names.append("missing")
+  numbers, names = list(range(len(column.names))), list(column.names)
+  if np.any(column.codes < 0):
+    numbers, names = [*numbers, -1], [*names, "missing"]
   right = {name: found.correct(name) for name in found.models}
   rows: list[dict[str, Any]] = []
   for number, name in zip(numbers, names, strict=True):
-    here = codes == number
-    accuracy = {model: _share(hits[:, here]) for model, hits in right.items()}
+    here = column.codes == number
+    accuracy = {model: _share(hits[:, here]) for model, hits in right.items() if here.any()}
     rows.append({"name": name, "examples": int(here.sum()), "accuracy": accuracy, "changes": {}})
+  there = [i for i, row in enumerate(rows) if row["examples"]]
   for reference in ("baseline", "teacher"):
     if reference not in right or "student" not in right:
       continue
-    pairs = [(right["student"][:, codes == n], right[reference][:, codes == n]) for n in numbers]
-    corrected = _changes(pairs)
-    for row, one in zip(rows, corrected, strict=True):
-      p_value = one["p_value"]
-      beyond = p_value is not None and p_value < significance.LEVEL
-      row["changes"][reference] = {**one, "beyond_noise": beyond}
+    sides = right["student"], right[reference]
+    pairs = [tuple(side[:, column.codes == numbers[i]] for side in sides) for i in there]
+    for i, one in zip(there, _changes(pairs), strict=True):
+      rows[i]["changes"][reference] = {**one, "beyond_noise": one["p_value"] < significance.LEVEL}
   return rows
 
 
-def _changes(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, float | None]]:
+def _changes(pairs: Sequence[tuple[np.ndarray, ...]]) -> list[dict[str, Any]]:
   """Each group's change; seeds are as noisy as all groups together say, p-values are corrected."""
   sizes = [len(side) for side in pairs[0]] if pairs else [1, 1]
   paired = sizes[0] == sizes[1] or 1 in sizes
@@ -114,16 +125,14 @@ def _changes(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, float
     pooled = significance.pooled_variance(differences)
   changes = []
   for a, b in pairs:
-    share = None if pooled is None else (pooled[0] / max(a.shape[1], 1), pooled[1])
+    share = None if pooled is None else (pooled[0] / a.shape[1], pooled[1])
     changes.append(significance.change(a, b, pooled=share))
   corrected = significance.holm([one["p_value"] for one in changes])
   return [{**one, "p_value": p} for one, p in zip(changes, corrected, strict=True)]
 
 
-def _share(right: np.ndarray) -> dict[str, float | None]:
+def _share(right: np.ndarray) -> dict[str, float]:
   """Mean over seeds with the interval over examples."""
-  if not right.shape[1]:
-    return {"mean": None, "low": None, "high": None}
   mean = float(right.mean())
   low, high = significance.wilson(mean * right.shape[1], right.shape[1])
   return {"mean": mean, "low": float(low), "high": float(high)}
@@ -144,16 +153,56 @@ def classes(found: Predictions) -> list[dict[str, Any]]:
   rows = groups(found, Column(found.labels, names))
   if "student" not in found.models:
     return rows
-  predicted = found.models["student"].predicted
-  seeds = len(predicted)
-  counts = np.bincount(predicted[predicted >= 0], minlength=size) / seeds
-  for label, row in enumerate(rows[:size]):
-    row["predicted"] = float(counts[label])
-    wrong = predicted[:, found.labels == label]
-    others, times = np.unique(wrong[wrong != label], return_counts=True)
-    most = np.argsort(-times, kind="stable")[:2]
-    row["taken_for"] = [[found.name(int(others[i])), float(times[i] / seeds)] for i in most]
+  for row in rows:
+    row |= {"predicted": 0.0, "taken_for": []}
+  for (label, other), often in answered(found, "student").items():
+    if 0 <= other < size:
+      rows[other]["predicted"] += often
+    if other != label and len(rows[label]["taken_for"]) < 2:
+      rows[label]["taken_for"].append([found.name(other), often])
   return rows
+
+
+def answered(found: Predictions, model: str) -> dict[tuple[int, int], float]:
+  """A confusion matrix where it is not 0: which class a model calls which, the most often first.
+
+  Args:
+    found: the answers.
+    model: the model's name.
+
+  Returns:
+    How many examples, a mean over instances, by (label, predicted); −1 is what is not a number.
+  """
+  predicted = found.models[model].predicted.astype(np.int64) + 1
+  width = int(predicted.max(initial=0)) + 1
+  codes, times = np.unique(found.labels * width + predicted, return_counts=True)
+  order = np.argsort(-times, kind="stable")
+  pairs = zip(codes[order] // width, codes[order] % width - 1, times[order], strict=True)
+  return {(int(one), int(other)): float(n / len(predicted)) for one, other, n in pairs}
+
+
+def confusions(found: Predictions) -> list[dict[str, Any]]:
+  """Which class the student takes for which, the most frequent first.
+
+  Args:
+    found: the answers; of the student.
+
+  Returns:
+    Up to 100 of ``{"label", "taken_for", "of", "examples": {model: number}}``: as many of the
+    ``of`` examples of that label, a mean over seeds.
+  """
+  by_model = {name: answered(found, name) for name in found.models}
+  pairs = [pair for pair in by_model["student"] if pair[0] != pair[1]][:_MOST]
+  sizes = np.bincount(found.labels)
+  return [
+    {
+      "label": found.name(one),
+      "taken_for": found.name(other),
+      "of": int(sizes[one]),
+      "examples": {name: counts.get((one, other), 0.0) for name, counts in by_model.items()},
+    }
+    for one, other in pairs
+  ]
 
 
 def slices(found: Predictions) -> dict[str, list[dict[str, Any]]]:
@@ -172,7 +221,7 @@ class Lost:
     known: on how many examples the teacher is right and sure.
     sure: from which probability of the label it is called sure.
     baseline_right: how many of the lost ones most baselines know; None without a baseline.
-    gained: on how many examples most students are right and the teacher is wrong.
+    gained: the examples on which most students are right and the teacher is wrong, likewise.
   """
 
   rows: np.ndarray
@@ -180,7 +229,7 @@ class Lost:
   known: int
   sure: float
   baseline_right: int | None
-  gained: int
+  gained: np.ndarray
 
 
 def lost(found: Predictions, *, sure: float = SURE) -> Lost:
@@ -209,5 +258,6 @@ def lost(found: Predictions, *, sure: float = SURE) -> Lost:
   baseline_right = None
   if "baseline" in found.models:
     baseline_right = int(np.sum(found.correct("baseline").mean(axis=0)[rows[:most]] > 0.5))
-  gained = int(np.sum((wrong < 0.5) & ~found.correct("teacher").any(axis=0)))
+  gained = np.flatnonzero((wrong < 0.5) & ~found.correct("teacher").any(axis=0))
+  gained = gained[np.lexsort((drop[gained], wrong[gained]))]
   return Lost(rows, most, int(known.sum()), sure, baseline_right, gained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,27 @@ from jaxdistill.evaluation import metrics
 from jaxdistill.reports._format import MODELS
 from jaxdistill.reports._pages.validation import sound
 
-__all__ = ["VERSION", "complete", "model", "schema", "sound_report", "spread"]
+__all__ = [
+  "FIDELITY",
+  "QUALITIES",
+  "VERSION",
+  "complete",
+  "known",
+  "model",
+  "schema",
+  "sound_report",
+  "spread",
+]
 
-VERSION = 2  # of report.json; 1 had neither this number nor answers on each example
+# Of report.json; 2 had null for what is unknown, 1 neither this number nor answers on each example.
+VERSION = 3
+QUALITIES = ("accuracy", "top5", "nll", "ece", "brier")
+FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
 _SPREAD: dict[str, Any] = {"mean": None, "std": None}
 _MODEL: dict[str, Any] = {
   "description": "",
-  "instances": 1,
-  **dict.fromkeys(("accuracy", "top5", "nll", "ece", "brier"), _SPREAD),
+  "instances": None,
+  **dict.fromkeys(QUALITIES, _SPREAD),
   "accuracy_per_seed": [],
   **dict.fromkeys(("parameters", "bytes", "flops", "xla_flops", "throughput", "throughput_batch")),
   "latency_ms": {"median": None, "p95": None},
@@ -35,6 +48,7 @@ _REPORT: dict[str, Any] = {
   "environment": {},
   "commands": [],
   "classes": [],
+  "confusions": [],
   "slices": {},
   "problems": [],
 }
@@ -65,6 +79,20 @@ def sound_report(report: Any, name: str) -> tuple[dict[str, Any] | None, list[st
   return kept | {key: report[key] for key in ("version",) if key in report}, wrong
 
 
+def known(value: Any) -> Any:
+  """What is unknown is absent: a value without the entries of its mappings that are None.
+
+  A ``mean`` stays: None is what JSON has for one that was measured and is not finite.
+
+  >>> known({"mean": None, "std": None, "each": [None, 1.0]})
+  {'mean': None, 'each': [None, 1.0]}
+  """
+  if isinstance(value, Mapping):
+    there = {key: one for key, one in value.items() if one is not None or key == "mean"}
+    return {key: known(one) for key, one in there.items()}
+  return [known(one) for one in value] if isinstance(value, list) else value
+
+
 def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   """A sound report with a place for everything: what is unknown is None, or empty.
 
@@ -72,10 +100,25 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   {'mean': None, 'std': None}
   """
   there = report.get("models", {})
-  models = {name: {**_MODEL, **there[name]} for name in MODELS if name in there}
-  gap = {**_GAP, **report.get("gap_closed", {})}
-  rest = {name: value for name, value in _REPORT.items() if name not in report}
-  return {**report, **rest, "models": models, "gap_closed": gap}
+  made = {name: {**_MODEL, **_spreads(there[name], QUALITIES)} for name in MODELS if name in there}
+  every = {
+    **_REPORT,
+    **report,
+    "models": made,
+    "gap_closed": {**_GAP, **report.get("gap_closed", {})},
+  }
+  for name in ("fidelity", "baseline_fidelity"):
+    every[name] = every[name] and {
+      **dict.fromkeys(FIDELITY, _SPREAD),
+      **_spreads(every[name], FIDELITY),
+    }
+  every["gain"] = every["gain"] and {"standard_error": None, **every["gain"]}
+  return every
+
+
+def _spreads(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+  """Numbers with a place for the spread of each that is one."""
+  return {key: {**_SPREAD, **one} if key in names else one for key, one in numbers.items()}
 
 
 def model(report: Mapping[str, Any], name: str) -> dict[str, Any]:

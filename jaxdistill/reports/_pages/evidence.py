@@ -22,6 +22,7 @@ from jaxdistill.reports._pages import analysis
 from jaxdistill.reports._pages.document import (
   VERSION,
   complete,
+  known,
   schema,
   sound_report,
   spread,
@@ -32,7 +33,7 @@ __all__ = ["Evidence", "read", "suffix", "values"]
 
 _EXPORTS = 1  # the version of exports.json that is known
 # What follows from the rest, and is made anew.
-_DERIVED = ("decision", "classes", "slices", "lost", "problems")
+_DERIVED = ("decision", "classes", "confusions", "slices", "lost", "problems")
 _ENTRY = ("runtime", "bytes", "sha256", "accuracy", "agreement", "largest_difference", "least_jax")
 _QUALITIES = {
   "accuracy": "accuracy",
@@ -60,7 +61,8 @@ class Evidence:
     configs: ``config.json`` of the folder (by the name ``""``) and of each run in it.
     problems: what is missing or broken, in sentences.
     doubts: those of them that speak against the student, or against the numbers about it.
-    intact: whether ``report.json`` is whole and of this version, so that it may be written again.
+    whole: what ``report.json`` measured, where it is whole and of this version, so that it may be
+      written again; else None.
   """
 
   folder: pathlib.Path
@@ -74,7 +76,13 @@ class Evidence:
   configs: dict[str, dict[str, Any]]
   problems: list[str]
   doubts: list[str]
-  intact: bool
+  whole: dict[str, Any] | None
+
+
+def _places(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+  """Where the runs are; one that lies alone, as `train.fit` leaves it, is the student's."""
+  places = {name: folder / name for name in MODELS}
+  return places if places["student"].is_dir() else {**places, "student": folder}
 
 
 def suffix(split: str) -> str:
@@ -93,7 +101,8 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     What there is.
 
   Raises:
-    FileNotFoundError: there is no report and there are no predictions: nothing to show.
+    FileNotFoundError: there is no report, there are no predictions, and no run's log: nothing to
+      show.
   """
   folder = _check.folder("folder", folder)
   problems: list[str] = []
@@ -101,26 +110,34 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
   report, answers = folder / f"report{end}.json", folder / f"predictions{end}.npz"
   if not report.is_file() and not answers.is_file():
     others = sorted(p.name for p in folder.glob("report*.json")) if folder.is_dir() else []
-    hint = f" It has {others}: name the split by --split." if others else ""
-    raise FileNotFoundError(
-      f"{os.fspath(folder)!r} has neither {report.name} nor {answers.name}: measure the run first, "
-      f"e.g. by its experiment's --evaluate.{hint}"
+    if others or not any((place / "metrics.jsonl").is_file() for place in _places(folder).values()):
+      hint = f" It has {others}: name the split by --split." if others else ""
+      raise FileNotFoundError(
+        f"{os.fspath(folder)!r} has neither {report.name} nor {answers.name}: measure the run "
+        f"first, by its experiment's --evaluate or by reports.compare_students.{hint}"
+      )
+    problems.append(
+      "Nothing was measured on held-out examples, so the training is all that is shown. "
+      "reports.compare_students measures the runs student and, on labels alone, baseline of one "
+      "folder; reports.measure_model, build_report and write_report do it for any models."
     )
   numbers = read_json(report, "The report's numbers", problems)
-  kept = isinstance(numbers, dict) and numbers.get("predictions", "unknown") is None
+  if isinstance(numbers, dict):
+    numbers = _of_this_version(numbers)
   # Answers of an earlier measurement may lie beside a report that was made without any.
-  found = None if kept else _predictions(answers, problems)
+  without = isinstance(numbers, dict) and "predictions" not in numbers
+  found = None if without else _predictions(answers, problems)
   read_report, intact = _report(report, numbers, found, problems)
-  known = _rebuilt(found, split) if read_report is None else read_report
-  made = complete(known)
-  doubts = _not_numbers(known["models"], "student")
+  numbers = _rebuilt(found, split) if read_report is None else read_report
+  made = complete(numbers)
+  doubts = _not_numbers(numbers["models"], "student")
   if found is not None:
     problems += _classes_missing(found)
     doubts += _nan_logits(found)
     if read_report is not None:
       doubts += _other_measurement(made["models"], found)
   for name in ("teacher", "baseline"):
-    problems += _not_numbers(known["models"], name)
+    problems += _not_numbers(numbers["models"], name)
   curves = _curves(folder, made, problems, doubts)
   return Evidence(
     folder=folder,
@@ -139,8 +156,17 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     },
     problems=doubts + problems,
     doubts=doubts,
-    intact=intact,
+    whole=read_report if intact else None,
   )
+
+
+def _of_this_version(numbers: dict[str, Any]) -> dict[str, Any]:
+  """A report's numbers, null only where this version has null."""
+  version = numbers.get("version", 1)
+  if not isinstance(version, int) or version >= VERSION:
+    return numbers
+  # The first version knew no answers, and some may lie beside it.
+  return known({**({} if version > 1 else {"predictions": "unknown"}), **numbers})
 
 
 def _predictions(path: pathlib.Path, problems: list[str]) -> Predictions | None:
@@ -152,7 +178,10 @@ def _predictions(path: pathlib.Path, problems: list[str]) -> Predictions | None:
     problems.append(f"The answers on each example cannot be read: {error}")
     return None
   if not len(found):
-    problems.append("No example of the split has a label: nothing was measured.")
+    problems.append(
+      "No example of the split has a label: accuracy, calibration, classes and slices were not "
+      "measured."
+    )
   return found
 
 
@@ -181,7 +210,7 @@ def _report(
       f"{path.name} was made by a newer version of jaxdistill (format {version}, this one knows "
       f"{VERSION}): what is new in it is not shown."
     )
-  elif version < VERSION and found is None:
+  elif version < 2 and found is None:
     problems.append(
       f"{path.name} was made by an older version, which kept no answers on each example: "
       f"{missing}. Measure the run again to have them."
@@ -222,8 +251,8 @@ def _rebuilt(found: Predictions | None, split: str) -> dict[str, Any]:
       numbers = analysis.quality(found, name)
       models[name] = {
         **{key: spread(each) for key, each in numbers.items()},
-        "accuracy_per_seed": numbers["accuracy"].tolist(),
-        "instances": len(numbers["accuracy"]),
+        "accuracy_per_seed": numbers.get("accuracy", np.zeros(0)).tolist(),
+        "instances": len(found.models[name].predicted),
       }
   about = {"dataset": found.dataset, "split": found.split, "seeds": list(found.seeds)}
   return {**about, "examples": len(found), "models": models}
@@ -280,9 +309,9 @@ def _curves(
 ) -> dict[str, list[dict[str, Any]]]:
   """The lines of each run's log; a torn last line is left out, as a kill leaves one."""
   curves: dict[str, list[dict[str, Any]]] = {}
-  for name in MODELS:
+  for name, place in _places(folder).items():
     try:
-      lines, torn = runs.read_metrics(folder / name)
+      lines, torn = runs.read_metrics(place)
     except OSError:
       if name in report["models"] and name != "teacher":  # which may be somebody else's
         problems.append(f"{name}/metrics.jsonl is missing: there are no training curves of it.")

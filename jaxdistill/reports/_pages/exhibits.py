@@ -20,13 +20,12 @@ from jaxdistill.reports._format import WORDS
 from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
-__all__ = ["Show", "chosen", "shown", "view"]
+__all__ = ["Show", "chosen", "said", "shown", "view"]
 
 # The inputs of one example to a text, or to a picture [H, W] or [H, W, C].
 Show = Callable[[Any], Any]
 _SIDE = 96  # pixels; larger pictures are made smaller, so that a page stays small
 _LETTERS = 600
-_GALLERY = 24  # examples on a page
 
 
 def chosen(
@@ -152,7 +151,7 @@ def shown(
   *,
   words: Mapping[str, str] = WORDS,
 ) -> list[dict[str, Any]]:
-  """Examples with what each model says of them; those that were kept, up to 24.
+  """Examples with what each model says of them; those that were kept.
 
   Args:
     answers: of the models.
@@ -170,7 +169,7 @@ def shown(
   for row in map(int, rows):
     index = int(answers.index[row])
     one = answers.shown.get(index)
-    if one is None or len(items) == _GALLERY:
+    if one is None:
       continue
     item = {"label": answers.name(int(answers.labels[row])), "index": index, "text": one}
     if not isinstance(one, str):
@@ -180,12 +179,12 @@ def shown(
       picture = base64.b64encode(figures.png(one)).decode()
       item |= {"text": "", "picture": picture, "small": max(one.shape[:2]) <= 64}
     models = [name for name in words if name in answers.models]
-    item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
+    item["said"] = [(named(name, words), said(answers, name, row)) for name in models]
     items.append(item)
   return items
 
 
-def _said(answers: Predictions, model: str, row: int) -> str:
+def said(answers: Predictions, model: str, row: int) -> str:
   """The classes that a model's instances gave, the most frequent first."""
   one = answers.models[model]
   given, sure = one.predicted[:, row], one.confidence[:, row]

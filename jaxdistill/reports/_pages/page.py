@@ -28,6 +28,7 @@ from jaxdistill.reports._format import (
   plain,
   signed,
   size,
+  tenths,
   times,
 )
 from jaxdistill.reports._pages import analysis, exhibits, summary
@@ -51,6 +52,9 @@ _COLOURS = {"Ship it": "good", "Do not ship it": "bad"}
 _CALLED = {"teacher": "the teacher", "baseline": "labels alone"}
 _MANY = 14  # rows of a figure or a table that are shown at once
 _MOST = 60  # rows of a slice's table
+_SQUARE = 20  # classes of a confusion matrix; of more only those that are confused are told
+_AT_ONCE = 24  # examples that are seen without a click
+_EVERY = 10_000  # rows of a table of examples: two megabytes
 
 
 def build(found: Evidence, derived: Mapping[str, Any]) -> str:
@@ -58,7 +62,8 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
 
   Args:
     found: what the run's folder holds.
-    derived: ``decision``, ``classes``, ``slices`` and ``lost`` (an `analysis.Lost` or None).
+    derived: ``decision``, ``classes``, ``confusions``, ``slices`` and ``lost`` (an `analysis.Lost`
+      or None).
 
   Returns:
     HTML.
@@ -69,7 +74,8 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
     _gap(report),
     _calibration(found),
     _classes(derived["classes"]),
-    _lost(found, derived["lost"]),
+    _confusions(found, derived["confusions"]),
+    *_changed(found, derived["lost"]),
     _slices(derived["slices"]),
     _training(found),
     _exports(found.exports),
@@ -147,6 +153,8 @@ def _tile_size(report: Mapping[str, Any]) -> Tile | None:
   if ours is None:
     return None
   beside = f"{ours:,} parameters, {size(model(report, 'student')['bytes'])}"
+  if theirs is not None:  # what it replaces, whose accuracy and latency stand beside its own
+    beside += f"; the teacher {theirs:,}"
   return Tile("Size", _times(ratio(theirs, ours), "smaller", "larger"), beside)
 
 
@@ -230,7 +238,8 @@ def _costs(report: Mapping[str, Any]) -> Section:
 
 def _of_models(table: Table) -> Table:
   """A table whose columns are models, in their colours."""
-  return dataclasses.replace(table, head=["", *(named(str(name)) for name in table.head[1:])])
+  head = [named(str(name)) if name in WORDS else name for name in table.head]
+  return dataclasses.replace(table, head=head)
 
 
 def _gap(report: Mapping[str, Any]) -> Section:
@@ -256,7 +265,10 @@ def _calibration(found: Evidence) -> Section:
   for name in MODELS:
     if answers is None or name not in answers.models:
       continue
-    picture = figures.reliability(None, name, analysis.reliability(answers, name))
+    bins = analysis.reliability(answers, name)
+    if not bins["count"].any():
+      continue
+    picture = figures.reliability(None, name, bins)
     error = percent(model(found.report, name)["ece"])
     caption = (named(name), f": calibration error {error} %")
     drawn.append(Figure(picture, f"Reliability of the {WORDS[name]}", caption))
@@ -267,15 +279,12 @@ def _calibration(found: Evidence) -> Section:
   return Section("calibration", "Is its confidence honest?", note=note, figures=drawn)
 
 
-def _by_change(
-  rows: Sequence[Mapping[str, Any]], references: Sequence[str] = ("teacher", "baseline")
-) -> list[Mapping[str, Any]]:
+def _by_change(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
   """Groups that lost most against the first reference that there is come first; empty ones last."""
 
   def key(row: Mapping[str, Any]) -> tuple[bool, float]:
-    changes = [row["changes"][r]["change"] for r in references if r in row["changes"]]
-    known = [change for change in changes if change is not None]
-    return not row["examples"], known[0] if known else 0.0
+    changes = [row["changes"][name]["change"] for name in _CALLED if name in row["changes"]]
+    return not row["examples"], changes[0] if changes else 0.0
 
   return sorted(rows, key=key)
 
@@ -289,7 +298,7 @@ def change_cell(
     found: from `analysis.groups`, or None.
     words: what a change down, and a change up, is called.
   """
-  if found is None or found["change"] is None:
+  if found is None:
     return DASH
   text = change(found["change"], found["error"], 1)
   if not found["beyond_noise"]:
@@ -301,7 +310,7 @@ def change_cell(
 def _group_table(
   rows: Sequence[Mapping[str, Any]], what: str, caption: str, *, interval: bool = False
 ) -> Table:
-  models = [name for name in MODELS if rows and name in rows[0]["accuracy"]]
+  models = [name for name in MODELS if any(name in row["accuracy"] for row in rows)]
   references = [name for name in ("teacher", "baseline") if any(name in r["changes"] for r in rows)]
   taken = any("taken_for" in row for row in rows)
   head: list[Cell] = [what, "examples", *map(named, models)]
@@ -309,13 +318,12 @@ def _group_table(
   body = []
   for row in rows:
     cells: list[Cell] = [row["name"], f"{row['examples']:,}" if row["examples"] else "none"]
-    for share in (row["accuracy"][name] for name in models):
-      ends = f" ({100 * share['low']:.1f}–{100 * share['high']:.1f})" if share["mean"] else ""
-      mean = DASH if share["mean"] is None else f"{100 * share['mean']:.1f}"
-      cells.append(mean + ends * interval)
+    for share in (row["accuracy"].get(name) for name in models):
+      ends = f" ({100 * share['low']:.1f}–{100 * share['high']:.1f})" if share and interval else ""
+      cells.append(f"{100 * share['mean']:.1f}{ends}" if share else DASH)
     cells += [change_cell(row["changes"].get(name)) for name in references]
     if taken:
-      others = [f"{name} ({often:.3g})" for name, often in row.get("taken_for", [])]
+      others = [f"{name} ({tenths(often)})" for name, often in row.get("taken_for", [])]
       cells.append(", ".join(others) or DASH)
     body.append(cells)
   return Table(head, body, caption, prose=taken)
@@ -337,7 +345,7 @@ def marks(
 
 
 def _hundredfold(share: Mapping[str, Any] | None) -> float | None:
-  return None if share is None or share["mean"] is None else 100 * share["mean"]
+  return None if share is None else 100 * share["mean"]
 
 
 def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
@@ -392,11 +400,44 @@ def _slices(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
   return Section("slices", "Slices", tables=tables)
 
 
-def _lost(found: Evidence, gone: Lost | None) -> Section:
-  """The examples that the teacher knew and the student does not."""
-  title = "What the student lost"
-  if found.predictions is None or gone is None:
-    return Section("lost", title)
+def _confusions(found: Evidence, rows: Sequence[Mapping[str, Any]]) -> Section:
+  """What is taken for what: all of it of few classes, and what happens most of many."""
+  title = "What is taken for what"
+  if not rows or found.predictions is None:
+    return Section("confusions", title)
+  answers = found.predictions
+  counts, tables = analysis.answered(answers, "student"), []
+  size = 1 + max(max(pair) for pair in counts)
+  if size <= _SQUARE:
+    names = [answers.name(label) for label in range(size)]
+    sizes = np.bincount(answers.labels, minlength=size).tolist()
+    body = [
+      [names[i], *(_shaded(counts.get((i, j), 0.0), sizes[i], i == j) for j in range(size))]
+      for i in range(size)
+    ]
+    tables.append(Table(["", *names], body, sortable=False))
+  shown = _of_models(summary.confused(rows[:_MANY]))
+  folded = []
+  if len(rows) > _MANY:
+    folded = [(f"The {len(rows)} most frequent", _of_models(summary.confused(rows)))]
+  note = "Rows are labels, columns what the student says: examples, a mean over seeds."
+  note *= bool(tables)
+  return Section("confusions", title, note=note, tables=[*tables, shown], folded=folded)
+
+
+def _shaded(number: float, of: int, right: bool) -> Cell:
+  """A number of a confusion matrix, the darker the larger a share of its label's it is."""
+  if not number:
+    return ""
+  degree = 1 + sum(number / of >= share for share in (0.02, 0.1, 0.3))
+  return Told(tenths(number), "cell right" if right else f"cell wrong{degree}")
+
+
+def _changed(found: Evidence, gone: Lost | None) -> list[Section]:
+  """The examples that the teacher knew and the student does not, and the other way round."""
+  answers = found.predictions
+  if answers is None or gone is None:
+    return []
   text = (
     f"On {gone.known:,} examples the teacher is right and gives the label a probability of "
     f"{gone.sure:g} or more. Most students get {_many(gone.most)} of them wrong, and at least one "
@@ -405,10 +446,35 @@ def _lost(found: Evidence, gone: Lost | None) -> Section:
   if gone.baseline_right is not None and gone.most:
     known = _many(gone.baseline_right)
     text += f" Trained on labels alone, the same network knows {known} of those that most lost."
-  gained = _many(gone.gained)
-  text += f" The other way round, most students are right on {gained} where the teacher is wrong."
-  items = exhibits.shown(found.predictions, gone.rows)
-  return Section("lost", title, text=text, galleries=[Gallery(items)])
+  gained = _many(len(gone.gained))
+  made = []
+  for name, title, told, rows in (
+    ("lost", "What the student lost", text, gone.rows),
+    (
+      "gained",
+      "What it gained",
+      f"Most students are right on {gained} where the teacher is wrong.",
+      gone.gained,
+    ),
+  ):
+    items = exhibits.shown(answers, rows)
+    models = [model for model in MODELS if model in answers.models]
+    cells = [
+      [
+        str(answers.index[row]),
+        answers.name(int(answers.labels[row])),
+        *(exhibits.said(answers, model, row) for model in models),
+      ]
+      for row in rows[:_EVERY].tolist()
+    ]
+    table = Table(["example", "label", *map(named, models)], cells, title)
+    every = f"All {len(rows):,} in a table"
+    if len(rows) > _EVERY:
+      every = f"{_EVERY:,} of {len(rows):,} in a table; predictions.npz has all"
+    gallery = Gallery(items[:_AT_ONCE], more=items[_AT_ONCE:])
+    folded = [(every, table)] if len(rows) else []
+    made.append(Section(name, title, text=told, galleries=[gallery], folded=folded))
+  return made
 
 
 def _many(number: int) -> str:

@@ -54,11 +54,19 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-  """Examples to look at, from `exhibits.shown`, with what is said of them above."""
+  """Examples to look at, from `exhibits.shown`, with what is said of them above.
+
+  Attributes:
+    items: those that are seen at once.
+    title: above them.
+    text: below the title.
+    more: those that a click opens.
+  """
 
   items: Sequence[Mapping[str, Any]]
   title: str = ""
   text: str = ""
+  more: Sequence[Mapping[str, Any]] = ()
 
   @property
   def texts(self) -> bool:

@@ -157,7 +157,7 @@ def change(
   *,
   paired: bool = True,
   pooled: tuple[float, int] | None = None,
-) -> dict[str, float | None]:
+) -> dict[str, float]:
   """Difference of two classifiers' accuracies, with its error over examples and over seeds.
 
   The standard error is that of the mean of a crossed design: examples and seeds are both drawn, and
@@ -176,8 +176,10 @@ def change(
       own badly; the larger of the two is taken.
 
   Returns:
-    ``change`` (mean of the first less that of the second), ``error`` and ``p_value``; None where
-    there are no examples.
+    ``change`` (mean of the first less that of the second), ``error`` and ``p_value``.
+
+  Raises:
+    ValueError: the two are not of the same examples, or there are none.
 
   Source: Owen, The Pigeonhole Bootstrap, 2007, for the variance of a crossed mean.
 
@@ -185,10 +187,10 @@ def change(
   0.5
   """
   a, b = (np.atleast_2d(np.asarray(side, np.float64)) for side in (first, second))
-  if a.ndim != 2 or a.shape[1] != b.shape[1]:
-    raise ValueError(f"first and second must be [S, N] of the same N, got {a.shape} and {b.shape}.")
-  if not a.shape[1]:
-    return {"change": None, "error": None, "p_value": None}
+  if a.ndim != 2 or a.shape[1] != b.shape[1] or not a.shape[1]:
+    raise ValueError(
+      f"first and second must be [S, N] of the same N examples, got {a.shape} and {b.shape}."
+    )
   rows = a.mean(axis=0) - b.mean(axis=0)
   together = 1 in (len(a), len(b)) or (paired and len(a) == len(b))
   if together:
@@ -284,26 +286,24 @@ def welch(first: Any, second: Any) -> float:
   return float(2 * scipy.special.stdtr(freedom, -difference / np.sqrt(parts.sum())))
 
 
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
+def holm(p_values: Sequence[float]) -> list[float]:
   """P-values corrected for their number: below 0.05, all claims hold together with 95%.
 
   Args:
-    p_values: one per test; None where there was nothing to test.
+    p_values: one per test.
 
   Returns:
     The corrected ones, in the same order.
 
   Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
 
-  >>> holm([0.01, None, 0.04])
-  [0.02, None, 0.04]
+  >>> holm([0.01, 0.04])
+  [0.02, 0.04]
   """
-  there = [i for i, p in enumerate(p_values) if p is not None]
-  ordered = sorted(there, key=lambda i: p_values[i] or 0.0)
-  corrected: list[float | None] = [None] * len(p_values)
+  corrected = [0.0] * len(p_values)
   largest = 0.0
-  for place, i in enumerate(ordered):
-    largest = max(largest, min(1.0, (len(there) - place) * float(p_values[i] or 0.0)))
+  for place, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+    largest = max(largest, min(1.0, (len(p_values) - place) * p_values[i]))
     corrected[i] = largest
   return corrected
 

@@ -24,6 +24,7 @@ from jaxdistill.reports._format import (
   grid,
   number,
   percent,
+  tenths,
   whole,
 )
 from jaxdistill.reports._pages import significance
@@ -32,6 +33,7 @@ from jaxdistill.reports._pages.document import complete, model, sound_report
 __all__ = [
   "QUANTITIES",
   "agreement",
+  "confused",
   "gap_sentence",
   "markdown",
   "measured",
@@ -51,7 +53,7 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
   "calibration error, %": lambda model: percent(model["ece"]),
   "Brier score": lambda model: number(model["brier"]),
   "agrees with teacher, %": lambda model: percent(model["agreement"]),
-  "instances": lambda model: str(model["instances"]),
+  "instances": lambda model: whole(model["instances"]),
   "parameters": lambda model: whole(model["parameters"]),
   "bytes": lambda model: whole(model["bytes"]),
   "FLOPs an example": lambda model: count(model["flops"]),
@@ -62,20 +64,29 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
-def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) -> str:
+def verdict(
+  accuracy: Mapping[str, np.ndarray],
+  gain: Mapping[str, Any] | None,
+  agreement: Mapping[str, Any] | None = None,
+) -> str:
   """Whether distillation helped, in one sentence; its error is that over seeds alone.
 
   It helps (or hurts) where Welch's test over seeds has p < 0.05, and seems to beyond one standard
   error. Whether other examples would say the same is the decision's question.
 
   Args:
-    accuracy: ``[S]`` by model; values that are not finite are no part of it.
+    accuracy: ``[S]`` by model, of those where it was measured; values that are not finite are no
+      part of it.
     gain: from `evaluation.metrics.difference` of student and baseline; None where there is no
       baseline.
+    agreement: of the student with its teacher, the one thing that needs no labels.
 
   Returns:
     The sentence.
   """
+  if "student" not in accuracy:
+    agree = "" if agreement is None else f" It agrees with its teacher on {percent(agreement)}%."
+    return f"The student's accuracy was not measured: no example has a label.{agree}"
   values = {name: found[np.isfinite(found)] for name, found in accuracy.items()}
   if not values["student"].size:
     return "Nothing is known of the student: its accuracy is not a number in any seed."
@@ -108,13 +119,14 @@ def verdict(accuracy: Mapping[str, np.ndarray], gain: Mapping[str, Any] | None) 
 
 
 def side_by_side(models: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> Table:
-  """What was measured of several models, a column each.
+  """What was measured of several models, a column each; no row of what was measured of none.
 
   Args:
     models: by name, with all that their rows are made of.
     labels: of the rows.
   """
   rows = [[label, *map(QUANTITIES[label], models.values())] for label in labels]
+  rows = [row for row in rows if set(row[1:]) != {DASH}]
   caption = "Mean ± standard deviation over the seeds; no ± where there is one instance"
   return Table(["", *models], rows, caption, sortable=False)
 
@@ -178,12 +190,16 @@ def text(told: Mapping[str, Any]) -> str:
   title = f"# {escaped(told['dataset'] or DASH)}, {escaped(told['split'] or DASH)} split"
   lines = [title, "", escaped(told["verdict"] or "There is no verdict."), ""]
   lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
-  lines += ["## How far they agree with the teacher", "", agreement(told).markdown(), ""]
+  agree = agreement(told)
+  if len(agree.head) > 1:
+    lines += ["## How far they agree with the teacher", "", agree.markdown(), ""]
   lines += _by_groups(told)
   described = [
     f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
   ]
-  lines += ["## What they are", "", *described, "", "![accuracy](accuracy.png)", ""]
+  lines += ["## What they are", "", *described, ""] if described else []
+  if any(one["accuracy_per_seed"] for one in told["models"].values()):
+    lines += ["![accuracy](accuracy.png)", ""]
   where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
   lines += ["## How to repeat it", "", *fenced(told["commands"]), ""]
   python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
@@ -192,7 +208,9 @@ def text(told: Mapping[str, Any]) -> str:
 
 
 def _numbers(report: Mapping[str, Any]) -> list[str]:
-  """The table, and how its numbers came about."""
+  """The table, and how its numbers came about; nothing of no models."""
+  if not report["models"]:
+    return []
   names = ("processor", "cores", "device", "devices")
   where = {**dict.fromkeys(names, DASH), **report["environment"]}
   where = {name: escaped(where[name]) for name in names}
@@ -226,23 +244,45 @@ def _decided(report: Mapping[str, Any]) -> list[str]:
 
 def _by_groups(report: Mapping[str, Any]) -> list[str]:
   """Classes and slices, where the report has them: classes that lost most come first."""
-  counted = [row for row in report["classes"] if row["examples"] and row["changes"].get("teacher")]
-  counted.sort(key=lambda row: row["changes"]["teacher"]["change"] or 0)
+  counted = [row for row in report["classes"] if row["changes"].get("teacher")]
+  counted.sort(key=lambda row: row["changes"]["teacher"]["change"])
   parts = [("class", "Classes that lost most", counted[:10] if report["classes"] else [])]
   parts += [(name, f"By {name}", rows) for name, rows in report["slices"].items()]
   lines: list[str] = []
   for name, title, rows in parts:
     if not rows:
       continue
-    models = [m for m in MODELS if m in rows[0]["accuracy"]]
+    models = [m for m in MODELS if any(m in row["accuracy"] for row in rows)]
     shown = [[name, "examples", *models, "student − teacher"]]
     for row in rows:
       told = row["changes"].get("teacher") or {"change": None}
       mark = " (beyond noise)" if told.get("beyond_noise") else ""
-      cells = [percent(row["accuracy"][m]) for m in models]
+      cells = [percent(row["accuracy"].get(m)) for m in models]
       shown.append([row["name"], str(row["examples"]), *cells, change(told["change"], None) + mark])
     lines += [f"## {escaped(title)}", "", grid(shown), ""]
+  if report["confusions"]:
+    lines += ["## Most frequent confusions", "", confused(report["confusions"][:10]).markdown(), ""]
   return lines
+
+
+def confused(rows: Sequence[Mapping[str, Any]]) -> Table:
+  """Which class the student takes for which, and how often the others do.
+
+  Args:
+    rows: from `analysis.confusions`.
+  """
+  models = [name for name in reversed(MODELS) if name in rows[0]["examples"]]
+  body = [
+    [
+      row["label"],
+      row["taken_for"],
+      *(tenths(row["examples"][m]) for m in models),
+      whole(row["of"]),
+    ]
+    for row in rows
+  ]
+  caption = "How many examples of a class are taken for another, a mean over seeds"
+  return Table(["class", "taken for", *models, "of"], body, caption)
 
 
 def picture(report: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:

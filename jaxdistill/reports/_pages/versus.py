@@ -29,7 +29,7 @@ from jaxdistill.reports._format import (
 )
 from jaxdistill.reports._pages import analysis, evidence, exhibits, significance, summary
 from jaxdistill.reports._pages.decision import ratio
-from jaxdistill.reports._pages.document import model, spread
+from jaxdistill.reports._pages.document import known, model, spread
 from jaxdistill.reports._pages.evidence import Evidence
 from jaxdistill.reports._pages.page import change_cell, marks
 from jaxdistill.reports._pages.rendering import (
@@ -64,7 +64,7 @@ class Compared:
   """Two runs, compared.
 
   Attributes:
-    numbers: what ``comparison.json`` holds.
+    numbers: what ``comparison.json`` holds, but for what is None, which it leaves out.
     answers: of both students on the examples that both were measured on, as the models ``student``
       (the first run) and ``baseline`` (the second).
     only: examples that most instances of one side get right and most of the other wrong, by side.
@@ -229,7 +229,7 @@ def _agreement(answers: Predictions) -> float:
 def _classes(answers: Predictions) -> list[dict[str, Any]]:
   rows = []
   for row in analysis.classes(answers):
-    shares = {side: row["accuracy"][model] for side, model in _AS.items()}
+    shares = {side: row["accuracy"].get(model) for side, model in _AS.items()}
     change = row["changes"].get("baseline")
     rows.append(
       {"name": row["name"], "examples": row["examples"], "accuracy": shares, "change": change}
@@ -320,7 +320,7 @@ def write_comparison(path: str | os.PathLike[str], compared: Compared) -> pathli
   if path.suffix != ".html":
     raise ValueError(f"path={os.fspath(path)!r} must end in .html; .md and .json go beside it.")
   path.parent.mkdir(parents=True, exist_ok=True)
-  runs.write_json(path.with_suffix(".json"), compared.numbers)
+  runs.write_json(path.with_suffix(".json"), known(compared.numbers))
   runs.write_text(path.with_suffix(".md"), markdown(compared.numbers))
   runs.write_text(path, _page(compared))
   return path

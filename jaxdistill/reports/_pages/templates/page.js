@@ -1,6 +1,6 @@
 // Without this script the page is whole; with it, tables sort by a click on a head, and filter.
 const missing = /^(–|none|)$/
-const numeric = /^(lost |gained |lower |higher )?[-+−]?[\d.]/
+const numeric = /^(lost |gained |lower |higher |<)?[-+−]?[\d.]/
 const valueOf = text => {
   const [, digits, unit] = text.replace(/−/g, "-").replace(/,/g, "").match(/([-+]?[\d.]+(?:e[-+]?\d+)?)\s*([kMG])?/)
   return Number(digits) * ({k: 1e3, M: 1e6, G: 1e9}[unit] ?? 1)
