@@ -577,7 +577,6 @@ def test_halving_of_points_and_steps_that_do_not_divide():
     groups, length = [types.SimpleNamespace(indices=i) for i in ([0, 3, 1], [2, 4])], 4
 
     def rung(self, rung, until, alive, before, *, keep):
-      assert sorted(before) == (alive if rung else [])
       rungs.append((until, alive, keep))
       made = {
         i: _choice.Row({"a": i}, {"accuracy": np.array([accuracy[i]])}, until, "finished")
