@@ -18,6 +18,7 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -441,6 +442,14 @@ MUTANTS = [
     (TRAIN + "test_pmap_is_jit_without_state_across_examples",),
   ),
   Mutant(
+    "step: the mean of the devices' means",
+    "train/_step.py",
+    "count = jax.lax.psum(count, axis_name)",
+    "count = count * jax.lax.psum(1.0, axis_name)",
+    "under pmap a share with few labels weighs as much as one with many",
+    (TRAIN + "test_pmap_is_jit_without_state_across_examples",),
+  ),
+  Mutant(
     "step: statistics of one device",
     "train/_step.py",
     "return jax.lax.pmean(leaf, axis_name) if inexact else leaf",
@@ -757,9 +766,9 @@ def run(mutant: Mutant, *, cache: str, timeout: float) -> tuple[str, str]:
       )
     except subprocess.TimeoutExpired:
       return "killed", f"no end after {timeout:g} s"
-  # 1: a test failed. Any other status (nothing collected, a module that cannot be imported) says
-  # nothing of the tests.
-  fate = {0: "alive", 1: "killed"}.get(done.returncode, "broken")
+  # Nothing collected, or a module that cannot be imported, says nothing of the tests.
+  failed = done.returncode == 1 and re.search("^(FAILED|ERROR) tests/", done.stdout, re.MULTILINE)
+  fate = "killed" if failed else "alive" if done.returncode == 0 else "broken"
   return fate, done.stdout[-3000:] + done.stderr[-1000:]
 
 
