@@ -33,6 +33,7 @@ __all__ = [
   "as_objective",
   "compute_dtype",
   "make_batch",
+  "present",
 ]
 
 # A pytree of arrays: parameters, statistics, an objective's state.
@@ -66,7 +67,8 @@ class Batch:
   Attributes:
     inputs: what the networks see: an array ``[B, ...]`` or a pytree of such arrays.
     labels: ``[B]`` integers (0 where there is none), or ``[B, K]`` distributions.
-    weight: ``[B]``, or ``[B, L]`` for tokens; 0 for padding.
+    weight: ``[B]``, or ``[B, L]`` for tokens; 0 for padding. Both networks see padding (a BatchNorm
+      of theirs counts it); objectives and their projectors' statistics do not.
     labelled: ``[B]``, 1 where the label is known and may be used, else 0.
     index: ``[B]``, which example of the data set this is.
     view: ``[B]``, which augmentation of it.
@@ -96,8 +98,9 @@ class Term:
     where: a mask of the shape of ``values`` (or ``[B]`` for ``[B, L]`` values); it must depend on
       the batch alone, never on what the networks put out. None counts everything.
     axis: what the values run over. ``"batch"``: examples or tokens, and the step multiplies the
-      mask by ``batch.weight``. Any other word (``"classes"``, ``"pairs"``, ``"parameters"``) names
-      what it is and is averaged as it stands.
+      mask by ``batch.weight``. Values ``[B]`` under weights ``[B, L]`` are weighed by the largest
+      of their example's: by 0 where it is padding throughout. Any other word (``"classes"``,
+      ``"pairs"``, ``"parameters"``) names what it is and is averaged as it stands.
   """
 
   values: Any
@@ -368,6 +371,33 @@ def compute_dtype(*arrays: Any) -> Any:
   'float32'
   """
   return jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32
+
+
+def present(batch: Batch, array: Any = None) -> jax.Array:
+  """Which examples are no padding, ``[B]``, or which entries of an array of theirs.
+
+  Args:
+    batch: gives the weights.
+    array: what the answer has to broadcast against: ``[B, L, ..., D]`` where weights ``[B, L]`` say
+      of each position whether it is there; else all of an example is that has a position with a
+      weight. An array whose first axis is no batch is there altogether.
+
+  Returns:
+    Booleans.
+
+  >>> batch = make_batch(jnp.ones((2, 3)), weight=jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
+  >>> present(batch).tolist(), present(batch, jnp.ones((2, 3, 1)))[..., 0].tolist()
+  ([True, False], [[True, True, False], [False, False, False]])
+  """
+  there = jnp.asarray(batch.weight) > 0
+  # More axes than the weights have: a pooled feature [B, D] may be as wide as sentences are long.
+  if array is None or array.ndim <= there.ndim or array.shape[: there.ndim] != there.shape:
+    there = jnp.any(there, axis=tuple(range(1, there.ndim)))
+  if array is None:
+    return there
+  if array.shape[:1] != there.shape[:1]:
+    return jnp.ones((1,) * array.ndim, bool)
+  return jnp.expand_dims(there, range(there.ndim, array.ndim))
 
 
 def make_batch(

@@ -30,6 +30,7 @@ from jaxdistill.recipes.parts import (
   feature,
   hard_term,
   learned,
+  present,
   recipe,
   rising,
 )
@@ -202,7 +203,7 @@ def dist(
   """
   ours, theirs = both_logits("dist", student, teacher, standardize=standardize)
   # The batch itself is what a class is compared over: padding in it would be a relation to noise.
-  counted = batch.weight > 0
+  counted = jnp.broadcast_to(present(batch, ours)[..., 0], ours.shape[:-1])
   inter = losses.inter_class_correlation(ours, theirs, temperature=temperature)  # [B]: along rows
   # [K]: along columns.
   intra = losses.intra_class_correlation(ours, theirs, temperature=temperature, where=counted)

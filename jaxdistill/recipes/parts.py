@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, cast, overload, runtime_checkable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ from jaxdistill.types import (
   Term,
   as_objective,
   compute_dtype,
+  present,
 )
 
 __all__ = [
@@ -436,18 +438,6 @@ def map_pairs(student: Outputs, teacher: Outputs | None, pairs: Pairs) -> list[t
   return found
 
 
-def present(batch: Batch) -> jax.Array:
-  """Which examples are no padding, ``[B]``.
-
-  >>> from jaxdistill.types import make_batch
-  >>> present(make_batch(jnp.ones((2, 1)), weight=jnp.array([1.0, 0.0]))).tolist()
-  [True, False]
-  """
-  # [B] or [B, L]: an example of tokens is there if one of its tokens is.
-  there = batch.weight > 0
-  return jnp.any(there, axis=tuple(range(1, there.ndim)))
-
-
 def stage_weights_or(given: Sequence[float] | None, count: int) -> tuple[float, ...]:
   """Weights of stages: those given, else 1 for the last and half as much at each one before it.
 
@@ -480,6 +470,7 @@ class Running:
     modules: ``{name: (module or None, what goes in)}``.
     params: from `init_modules`.
     state: from `init_modules`.
+    batch: whose padding a module's BatchNorm leaves out of its statistics; None counts all.
 
   >>> from jaxdistill.recipes.projectors import Linear
   >>> modules = {"a": (Linear(3), jnp.ones((1, 2)))}
@@ -489,9 +480,13 @@ class Running:
   """
 
   def __init__(
-    self, modules: Modules, params: Mapping[str, PyTree], state: Mapping[str, PyTree]
+    self,
+    modules: Modules,
+    params: Mapping[str, PyTree],
+    state: Mapping[str, PyTree],
+    batch: Batch | None = None,
   ) -> None:
-    self._modules, self._params = modules, params
+    self._modules, self._params, self._batch = modules, params, batch
     self.state = dict(state)
 
   def __call__(self, name: str, *inputs: Any) -> Any:
@@ -506,10 +501,19 @@ class Running:
     # Beside the parameters a module may hold statistics, which a call in training moves.
     mine = self.state.get(name, {})
     variables = {"params": self._params[name], **mine}
-    out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
+    with nn.intercept_methods(self._without_padding):
+      out, updated = module.apply(variables, *inputs, train=True, mutable=list(mine))
     if mine:
       self.state[name] = {**mine, **updated}
     return out
+
+  def _without_padding(self, call: Any, args: Any, keywords: Any, context: Any) -> Any:
+    """A call of a module's layer; one of a BatchNorm is told which examples are padding."""
+    if self._batch is not None and isinstance(context.module, nn.BatchNorm) and args:
+      there = present(self._batch, args[0])
+      # Where all is padding there would be no mean, but NaN, which no later batch moves.
+      keywords = {"mask": there | ~jnp.any(there), **keywords}
+    return call(*args, **keywords)
 
   def each(self) -> list[Any]:
     """The outputs of all modules, in their order."""
@@ -574,7 +578,7 @@ def learned(
     # The labels' term is the same in all methods, so the method itself says nothing of it.
     made = {"labels": hard_term(student, batch, now.pop("hard_weight"))} if labels else {}
     # Made anew from the shapes at every trace: modules hold no arrays, so nothing is kept in them.
-    running = Running(modules(student, teacher), params, state)
+    running = Running(modules(student, teacher), params, state, batch)
     bare = as_objective(functools.partial(method, running))
     terms, _ = bare.apply({}, {}, student, teacher, batch, key=key, **now)
     return {**made, **terms}, running.state

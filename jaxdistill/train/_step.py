@@ -28,6 +28,7 @@ from jaxdistill.types import (
   Transform,
   as_objective,
   compute_dtype,
+  present,
 )
 
 __all__ = ["make_step", "reduce_terms"]
@@ -166,8 +167,8 @@ class _Step:
     made = self.objective.apply(
       trained["objective"],
       objective_state,
-      outputs,
-      target,
+      _without_padding(outputs, at.batch),
+      _without_padding(target, at.batch),
       at.batch,
       key=at.keys[1],
       **at.keywords,
@@ -242,6 +243,18 @@ class _Step:
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
     known = {**counts, "loss": jnp.ones_like(sums["loss"][1])}
     return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+
+
+def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
+  """Outputs that are 0 wherever padding is, before a loss or a projector sees them."""
+  # Masking a term's values comes too late: behind a square or a product, the gradient of what was
+  # left out is 0 times whatever padding held, and 0 * NaN is NaN.
+  if outputs is None:
+    return None
+  values = {"logits": outputs.logits, "features": outputs.features, "hidden": outputs.hidden}
+  return dataclasses.replace(
+    outputs, **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
+  )
 
 
 def _transformed(new: Any, old: Batch) -> Batch:
@@ -353,12 +366,8 @@ def _add_progress(
     return sums
   if labels.shape != logits.shape[:-1] or batch.labelled.shape != labels.shape:
     return sums
-  mask = batch.weight * batch.labelled
-  hits = jnp.sum(mask * (jnp.argmax(logits, axis=-1) == labels))
-  count = jnp.sum(mask)
-  if axis_name is not None:
-    hits, count = jax.lax.psum((hits, count), axis_name)
-  return {**sums, "accuracy": (hits, count)}
+  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=batch.labelled)
+  return {**sums, **reduce_terms({"accuracy": hits}, batch, axis_name=axis_name)[1]}
 
 
 def reduce_terms(
@@ -436,14 +445,20 @@ def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
   mask = jnp.ones(values.shape, values.dtype)
   factors = [term.where] if term.where is not None else []
   if term.axis == "batch":
-    factors.append(batch.weight)
+    weight = jnp.asarray(batch.weight)
+    if weight.ndim > values.ndim and weight.shape[: values.ndim] == values.shape:
+      # One value for each example of tokens: it counts as much as that of its tokens which counts
+      # most, so that an example is left out if it is padding throughout.
+      weight = jnp.max(weight, axis=tuple(range(values.ndim, weight.ndim)))
+    factors.append(weight)
   for factor in factors:
     factor = jnp.asarray(factor)
     if factor.shape != values.shape[: factor.ndim]:
       raise ValueError(
         f"term {name!r} has values of shape {values.shape} and a mask of shape {factor.shape}; "
-        "a mask has the leading axes of the values. If the values do not run over the batch, "
-        "give the Term an axis of its own (axis='classes')."
+        "a mask has the leading axes of the values: name a layer with the positions of the "
+        "batch's weights, or sum the values up for each example, [B]. If the values do not run "
+        "over the batch, give the Term an axis of its own (axis='classes')."
       )
     factor = jnp.expand_dims(factor, range(factor.ndim, values.ndim))
     mask = mask * factor.astype(values.dtype)

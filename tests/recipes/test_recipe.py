@@ -14,10 +14,12 @@ import pytest
 import jaxdistill
 from jaxdistill import losses, recipes, search
 from jaxdistill.recipes import recipe
+from jaxdistill.recipes.parts import init_modules
 from jaxdistill.search import _grid
 from jaxdistill.types import Objective, Outputs, Term, as_objective
 from test_recipes_labels import BATCH, OF_ALL, STUDENT, TEACHER
 
+KEY = jax.random.key(0)
 # Those that learn nothing of their own.
 FUNCTIONS = [name for name in OF_ALL if hasattr(getattr(recipes, name), "function")]
 
@@ -142,3 +144,30 @@ def test_outputs_without_logits_need_no_labels_term():
   objective = recipes.pkt(hard_weight=None)
   terms = jax.eval_shape(lambda: applied(objective, embedded, embedded))
   assert set(terms) == {"pkt"}
+
+
+def test_parts_of_a_sum_draw_and_begin_each_for_itself():
+  def draws(name):
+    def objective(student, teacher, batch, *, key):
+      return {name: Term(jax.random.uniform(key, (2,)))}
+
+    return objective
+
+  both = recipes.combine(draws("one"), draws("two"))
+  terms, _ = both.apply(
+    *both.init(jax.random.key(0), STUDENT, TEACHER), STUDENT, TEACHER, BATCH, key=KEY
+  )
+  assert not np.any(np.asarray(terms["one"].values) == np.asarray(terms["two"].values))
+  wider = Outputs(features={"mid": jnp.ones((2, 5))})
+  hints = [recipes.hint("mid", "mid", name=name) for name in ("one", "two")]
+  params, _ = recipes.combine(*hints).init(KEY, Outputs(features={"mid": jnp.ones((2, 4))}), wider)
+  kernels = [np.asarray(params[i]["projector"]["dense"]["kernel"]) for i in ("0", "1")]
+  assert not np.any(kernels[0] == kernels[1])
+
+
+def test_modules_of_one_shape_begin_apart():
+  given = jnp.ones((2, 4))
+  modules = {name: (recipes.projectors.Linear(3), given) for name in ("one", "two")}
+  params, _ = init_modules(KEY, modules)
+  kernels = [np.asarray(params[name]["dense"]["kernel"]) for name in modules]
+  assert not np.any(kernels[0] == kernels[1])

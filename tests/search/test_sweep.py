@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import small_networks
 from jaxdistill import _compile, data, networks, recipes, search, teachers, train
 from jaxdistill.networks import linen, models
-from jaxdistill.search import _choice, _sweep
+from jaxdistill.search import _choice, _sweep, _trials
 from jaxdistill.search._grid import grouped
 from jaxdistill.train import _shared_teacher
 from jaxdistill.types import Model, Outputs, as_objective, make_batch
@@ -554,3 +555,46 @@ def test_nothing_is_chosen_by_what_is_not_finite():
   assert search.best_of(rows, "accuracy") == (2, [3])
   with pytest.raises(FloatingPointError, match="no point of the sweep stayed finite, its accuracy"):
     search.best_of(rows[:2], "accuracy")
+
+
+def test_by_nll_the_lowest_is_chosen():
+  rows = [
+    _choice.Row({"a": i}, {"nll": np.array([x])}, 50, "finished")
+    for i, x in enumerate([0.7, 0.9, 0.4])
+  ]
+  assert _choice.best_of(rows, "nll") == (2, [])
+
+
+def test_halving_of_points_and_steps_that_do_not_divide():
+  accuracy, rungs = [0.1, 0.5, 0.3, 0.9, 0.7], []
+
+  class Known(_trials.Search):
+    """Points whose metric is known, in chunks of four steps."""
+
+    def __init__(self):
+      pass
+
+    groups, length = [types.SimpleNamespace(indices=i) for i in ([0, 3, 1], [2, 4])], 4
+
+    def rung(self, rung, until, alive, before, *, keep):
+      rungs.append((until, alive, keep))
+      made = {
+        i: _choice.Row({"a": i}, {"accuracy": np.array([accuracy[i]])}, until, "finished")
+        for i in alive
+      }
+      return {i: _trials.Found(made[i], dict, None) for i in alive}
+
+  found = _sweep._rungs(Known(), 50, "accuracy", search.Halving(factor=2, rungs=3))
+  # Half of five are three, a quarter two; a quarter of 50 steps ends in the fourth chunk.
+  assert rungs == [
+    (16, [0, 1, 2, 3, 4], True),
+    (28, [1, 3, 4], True),
+    (50, [3, 4], False),
+  ]
+  assert [(found[i].row.status, found[i].row.step) for i in range(5)] == [
+    ("dropped", 16),
+    ("dropped", 28),
+    ("dropped", 16),
+    ("finished", 50),
+    ("finished", 50),
+  ]

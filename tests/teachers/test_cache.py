@@ -460,3 +460,24 @@ def test_who_opens_a_foreign_cache_is_told_what_is_wrong(tmp_path, complete, cop
   _cache_files._write_manifest(copied, {n: v for n, v in foreign.items() if n != "data"})
   with pytest.raises(teachers.CacheError, match="lacks 'data'"):
     make(copied)
+
+
+def test_rows_of_other_examples_are_noticed(copied):
+  """By their ids: a digest would not notice what was written in another order."""
+  from array_record.python import array_record_module as array_record
+
+  name = shards(copied)[0]
+  reader = array_record.ArrayRecordReader(str(copied / name))
+  records = reader.read_all()
+  reader.close()
+  writer = array_record.ArrayRecordWriter(str(copied / name), _cache_files._OPTIONS)
+  for record in [records[1], records[0], *records[2:]]:
+    writer.write(record)
+  writer.close()
+  manifest = json.loads((copied / "manifest.json").read_text())
+  shard = next(s for views in manifest["views"].values() for s in views if s["file"] == name)
+  shard["bytes"] = (copied / name).stat().st_size
+  shard["sha256"] = runs.sha256(copied / name)
+  _cache_files._write_manifest(copied, manifest)
+  (problem,) = teachers.verify_cache(copied)
+  assert f"{name} has another record where that of '0' belongs" in problem

@@ -435,3 +435,15 @@ def test_a_restored_model_knows_its_seeds_however_they_were_given(tmp_path):
     found = teachers.restore(tmp_path / f"run{i}", network)
     assert found.seeds == trained.seeds == seeds
     assert len(found.unstack()) == (seeds or 1)
+
+
+def test_no_gradient_of_the_inputs_gets_past_a_teacher():
+  teach = teachers.frozen(model(3))
+  grads = jax.grad(lambda x: jnp.sum(teach(BATCH.replace(inputs=x)).logits ** 2))(BATCH.inputs)
+  assert not np.any(grads)
+
+
+def test_a_subset_keeps_the_order_that_it_was_given():
+  one = model(4)
+  whole = teachers.frozen(one)(BATCH).logits
+  np.testing.assert_array_equal(teachers.subset(one, [2, 0])(BATCH).logits, whole[:, [2, 0]])

@@ -257,3 +257,39 @@ def test_keywords_that_are_given_reach_the_objective_and_each_part_keeps_its_own
     assert float(sums[name][0]) == pytest.approx(float(total), rel=1e-6), name
   with pytest.raises(ValueError, match=r"\['temprature'\].*'temperature'"):
     as_objective(both, temprature=2.0)
+
+
+def test_training_accuracy_is_of_what_is_labelled():
+  weight, labelled = jnp.array([2.0, 1, 0, 1, 1, 3, 1, 1]), jnp.array([1.0, 1, 1, 0, 0, 1, 1, 0])
+  batch = batch_of().replace(weight=weight, labelled=labelled)
+  state, _, _, run = build(recipes.labels(), batch=batch)
+  variables = {"params": state.params, **state.model_state}
+  network = small_networks.dense(5, norm=True)
+  logits = network.apply(variables, batch.inputs, train=True, key=jax.random.key(0))[0].logits
+  right = np.argmax(np.asarray(logits), axis=1) == np.asarray(batch.labels)
+  total, count = jax.jit(run)(state, None, batch)[1]["accuracy"]
+  mask = np.asarray(weight * labelled)
+  assert (float(total), float(count)) == ((mask * right).sum(), mask.sum())
+  assert (mask * right).sum() != (np.asarray(weight) * right).sum()
+
+
+def test_what_an_objective_learns_begins_by_the_seed():
+  batch, objective = batch_of(), recipes.hint("mid", "mid")
+  wide = small_networks.dense(7)
+  teacher = teachers.frozen(small_networks.model(wide, 1, 6, key=jax.random.key(1)))
+
+  def kernel(seed):
+    given = (jax.random.key(seed), small_networks.dense(5), objective, optax.sgd(0.1), batch)
+    return init_state(*given, teacher=teacher).objective_params["projector"]["dense"]["kernel"]
+
+  np.testing.assert_array_equal(kernel(0), kernel(0))
+  assert not np.any(np.asarray(kernel(0)) == np.asarray(kernel(1)))
+
+
+def test_only_the_student_is_deployed():
+  objective = recipes.hint("mid", "mid")
+  state, *_ = build(objective)
+  assert state.objective_params
+  deployed = train.deployed_variables(state, objective)
+  made = small_networks.dense(5, norm=True).init(jax.random.key(0), batch_of().inputs)
+  assert jax.tree.map(jnp.shape, deployed) == jax.tree.map(jnp.shape, dict(made))

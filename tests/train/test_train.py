@@ -18,7 +18,7 @@ import small_networks
 from jaxdistill import data, evaluation, losses, recipes, teachers, train
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import Intervals, _loop, deployed_variables, init_state, make_step, optimizers
-from jaxdistill.types import Model, Term, as_objective, make_batch
+from jaxdistill.types import Model, Objective, Term, as_objective, make_batch
 
 STEPS = 8
 
@@ -98,8 +98,11 @@ def test_one_device_is_two_devices_under_jit(norm):
 
 
 def test_pmap_is_jit_without_state_across_examples():
+  # Labels lie unevenly: a mean of the devices' means is another number than the batch's mean.
+  known = np.arange(48) % 5 < 2
+  shown = data.on_device(examples(), batch_size=8, data_seed=0, labelled=known)
   # float32 Adam: a gradient's last bit moves a parameter by up to the learning rate's share of it.
-  jitted, mapped = distil(), distil(dispatch=train.with_pmap())
+  jitted, mapped = distil(data=shown), distil(data=shown, dispatch=train.with_pmap())
   assert_close(jitted.variables, mapped.variables, tolerance=1e-4)
   for line, other in zip(jitted.history, mapped.history, strict=True):
     for name in ("loss", "soft", "labels", "hint", "accuracy"):
@@ -743,3 +746,41 @@ def test_what_no_example_counts_in_is_absent(tmp_path):
   some = data.on_device(rows, batch_size=8, data_seed=0, labelled=labelled)
   made = distil(data=some, objective=recipes.kd(), log_every=1, steps=6)
   assert 0 < sum("accuracy" in line for line in made.history) < 6
+
+
+def test_under_pmap_statistics_are_the_mean_of_the_shares():
+  begun, shown = (
+    small_networks.model(small_networks.dense(5, norm=True), 1, 4, key=jax.random.key(9)),
+    source(),
+  )
+  batch = shown.cut(shown.shared, jax.tree.map(lambda leaf: leaf[0], shown.items(0, 1)))
+  fitted = distil(
+    student=begun, objective=recipes.labels(), teacher=None, steps=1, dispatch=train.with_pmap()
+  )
+  layer = jax.tree.map(lambda x: np.asarray(x, np.float64), begun.variables["params"]["Dense_0"])
+  shares = (np.asarray(batch.inputs, np.float64) @ layer["kernel"] + layer["bias"]).reshape(2, 4, 5)
+  stats = fitted.variables["batch_stats"]["BatchNorm_0"]
+  # Momentum 0.9 from 0 and 1. The mean of the shares' variances is not the batch's variance.
+  mean, variance = shares.mean(1).mean(0), shares.var(1).mean(0)
+  np.testing.assert_allclose(stats["mean"], 0.1 * mean, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(stats["var"], 0.9 + 0.1 * variance, rtol=1e-5)
+  assert not np.allclose(shares.var(1)[0], variance, rtol=1e-3)
+
+
+def test_devices_and_micro_batches_draw_each_for_itself():
+  def init(key, student, teacher):
+    return {}, {"moments": jnp.zeros(2), "last": jnp.zeros(2)}
+
+  def apply(params, state, student, teacher, batch, *, key):
+    drawn = jax.random.uniform(key)
+    # What devices draw is averaged over them: E[x²] is E[x]² only where all drew the same.
+    moments, last = jnp.stack([drawn, drawn**2]), jnp.stack([state["last"][1], drawn])
+    values = losses.cross_entropy(student.logits, batch.labels)
+    return {"labels": Term(values)}, {"moments": moments, "last": last}
+
+  drawing = Objective(init=init, apply=apply)
+  options = {"objective": drawing, "teacher": None, "steps": 1}
+  mapped = distil(dispatch=train.with_pmap(), **options).state.objective_state["moments"]
+  assert mapped[1] - mapped[0] ** 2 > 1e-5
+  first, second = distil(accumulate=2, devices=1, **options).state.objective_state["last"]
+  assert first != second

@@ -1,0 +1,189 @@
+"""Padding counts nowhere: a step on a padded batch is the step on the batch without it.
+
+Values, gradients, what a recipe learns and what it remembers, whatever the padding holds.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxdistill import losses, recipes
+from jaxdistill.train import init_state, make_step, reduce_terms
+from jaxdistill.types import Network, Outputs, Teacher, Term, make_batch
+
+SIZE, LENGTH = 8, 4  # examples, padding among them, and the tokens of each
+LABELS = np.array([0, 2, 1, 1, 0, 2, 0, 1], np.int32)
+PLACES = np.array([0, 1, 3, 5, 6])  # where the examples lie
+# Of five examples the first has all tokens, the last has none.
+TOKENS = np.arange(LENGTH) < np.array([4, 3, 2, 1, 0])[:, None]
+MAPS = ("a", "b")
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def features(shapes, seed):
+  return {name: normal(seed + i, SIZE, *shape) for i, (name, shape) in enumerate(shapes.items())}
+
+
+# What two networks put out: logits, maps, vectors and tokens, of other widths.
+OURS = {"logits": (3,), "a": (4, 4, 3), "b": (2, 2, 4), "v": (5,), "h": (LENGTH, 3)}
+THEIRS = {"logits": (3,), "a": (4, 4, 4), "b": (2, 2, 6), "v": (6,), "h": (LENGTH, 5)}
+WHOLE = {"ours": features(OURS, 0), "theirs": features(THEIRS, 10)}
+
+
+def outputs(arrays):
+  return Outputs(logits=arrays["logits"], features={k: arrays[k] for k in arrays if k != "logits"})
+
+
+# A batch's inputs are both networks' outputs. The student adds parameters to its own, which start
+# at 0: what a step of SGD makes of them is the gradient that reaches the student, but for its sign.
+STUDENT = Network(
+  init=lambda key, inputs: {"params": jax.tree.map(jnp.zeros_like, inputs["ours"])},
+  apply=lambda variables, inputs, **_: (
+    outputs(jax.tree.map(jnp.add, inputs["ours"], variables["params"])),
+    {},
+  ),
+)
+TEACHER = Teacher({}, lambda variables, batch: outputs(batch.inputs["theirs"]))
+
+
+def steps(objective, *batches):
+  """What the objective learned at first; then of each batch gradients, learned, state and sums."""
+  optimizer = optax.sgd(1.0)
+  step = jax.jit(make_step(STUDENT, objective, optimizer))
+  yield init_state(
+    jax.random.key(0), STUDENT, objective, optimizer, batches[0], teacher=TEACHER
+  ).objective_params
+  for batch in batches:
+    given = (jax.random.key(0), STUDENT, objective, optimizer, batch)
+    after, sums = step(init_state(*given, teacher=TEACHER), TEACHER, batch)
+    yield after.params, after.objective_params, after.objective_state, sums
+
+
+MANY = {
+  "labels": recipes.labels,
+  "kd": recipes.kd,
+  "kd_standardized": recipes.kd_standardized,
+  "dkd": functools.partial(recipes.dkd, warmup_steps=0),
+  "dist": recipes.dist,
+  "ofa": functools.partial(recipes.ofa, student_layers=MAPS),
+  "ctkd": functools.partial(recipes.ctkd, warmup_steps=0),
+  "hint": functools.partial(recipes.hint, "v", "v"),
+  "hint of tokens": functools.partial(recipes.hint, "h", "h", loss=losses.hint_cosine),
+  "fitnet": functools.partial(recipes.fitnet, "a", "a"),
+  "attention_transfer": functools.partial(recipes.attention_transfer, student_layers=MAPS),
+  "nst": functools.partial(recipes.nst, student_layers=MAPS),
+  "vid": functools.partial(recipes.vid, student_layers=("a", "v")),
+  "overhaul": functools.partial(
+    recipes.overhaul, margins=(-np.ones(4), -np.ones(6)), student_layers=MAPS
+  ),
+  "reviewkd": functools.partial(
+    recipes.reviewkd, student_layers=("b", "v"), teacher_layers=None, warmup_steps=0
+  ),
+  "similarity_preserving": functools.partial(recipes.similarity_preserving, student_layer="a"),
+  "rkd": functools.partial(recipes.rkd, student_layer="v"),
+  "pkt": functools.partial(recipes.pkt, student_layer="h"),
+  "correlation_congruence": functools.partial(recipes.correlation_congruence, student_layer="v"),
+  "crd": functools.partial(recipes.crd, LABELS, student_layer="v", negatives=8),
+  "simkd": functools.partial(
+    recipes.simkd, {"kernel": normal(7, 6, 3)}, student_layer="b", hard_weight=1.0
+  ),
+  "fsp": functools.partial(recipes.fsp, student_layers=MAPS),
+  "activation_boundary": functools.partial(recipes.activation_boundary, student_layers=MAPS),
+  "factor_transfer": functools.partial(recipes.factor_transfer, student_layer="b"),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_padded_examples_count_nowhere(name):
+  places = PLACES
+  if name == "correlation_congruence":  # relates neighbours, so that padding may not part them
+    places = np.arange(5)
+  there = np.isin(np.arange(SIZE), places)
+  batch = make_batch(jnp.zeros((SIZE, 1)), LABELS)
+
+  def padded(fill):
+    inputs = jax.tree.map(np.copy, WHOLE)
+    for leaf in jax.tree.leaves(inputs):
+      leaf[~there] = fill
+    return batch.replace(inputs=inputs, weight=there.astype(np.float32))
+
+  alone = jax.tree.map(lambda leaf: leaf[places], batch.replace(inputs=WHOLE))
+  objective = MANY[name]()
+  _, (moved, *learned), *others = steps(objective, alone, padded(np.nan), padded(1e30))
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(moved))
+  # float32 sums over five or eight rows, with published weights up to 30 000 before them.
+  close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5)
+  for gradients, *also in others:
+    assert not any(np.any(leaf[~there]) for leaf in jax.tree.leaves(gradients))
+    jax.tree.map(close, jax.tree.map(lambda leaf: leaf[there], gradients), moved)
+    jax.tree.map(close, also, learned)
+
+
+@pytest.mark.parametrize(
+  "name", ["hint", "vid", "pkt", "rkd", "similarity_preserving", "dist", "kd"]
+)
+def test_padded_positions_count_nowhere(name):
+  layer = {"student_layer": "h"}
+  given = {"hint": {"teacher_layer": "h", **layer}, "vid": {"student_layers": ("h",)}}
+  given |= dict.fromkeys(("pkt", "rkd", "similarity_preserving"), layer)
+  objective = getattr(recipes, name)(**given.get(name, {}))
+  ours, theirs = ({"h": arrays["h"][:5]} for arrays in WHOLE.values())
+  for seed, arrays in enumerate((ours, theirs)):
+    arrays["logits"] = normal(seed, 5, LENGTH, 3)
+
+  def padded(fill):
+    tree = {"ours": ours, "theirs": theirs}
+    labels = np.tile(LABELS[:5, None], (1, LENGTH))
+    weight = TOKENS.astype(np.float32)
+    inputs = jax.tree.map(lambda x: np.where(TOKENS[..., None], x, np.float32(fill)), tree)
+    return make_batch(inputs, labels, weight=weight, labelled=np.ones_like(weight))
+
+  begun, first, *others = steps(objective, padded(0.0), padded(np.nan), padded(-1e30))
+  for other in others:
+    jax.tree.map(np.testing.assert_array_equal, other, first)
+  assert not any(np.any(leaf[~TOKENS]) for leaf in jax.tree.leaves(first[0]))
+  if name == "hint":  # by hand: the mean over ten tokens, not over twenty positions
+    layer = jax.tree.map(np.asarray, begun["projector"]["dense"])
+    apart = ours["h"] @ layer["kernel"] + layer["bias"] - theirs["h"]
+    total, count = first[-1]["hint"]
+    assert float(total) == pytest.approx((apart[TOKENS] ** 2).mean(-1).sum(), rel=1e-5)
+    assert float(count) == TOKENS.sum() == 10
+
+
+def test_a_batch_that_is_all_padding_leaves_finite_statistics():
+  batch = make_batch(WHOLE, LABELS, weight=np.zeros(SIZE, np.float32))
+  _, made = steps(MANY["fitnet"](), batch)
+  assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(made))
+
+
+def test_one_value_an_example_counts_as_its_heaviest_token():
+  weight = jnp.array([[0.5, 2.0, 0.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+  batch = make_batch(jnp.zeros((3, 3)), weight=weight)
+  _, sums = reduce_terms({"x": Term(jnp.array([1.0, np.nan, 3.0]))}, batch)
+  assert [float(value) for value in sums["x"]] == [2 * 1.0 + 3.0, 3.0]
+
+
+def test_a_pooled_feature_as_wide_as_sentences_are_long_is_no_feature_of_tokens():
+  inputs = {"ours": {"logits": normal(0, 5, 3)}, "theirs": {"logits": normal(1, 5, 3)}}
+  for seed, arrays in enumerate(inputs.values()):
+    arrays["v"] = normal(seed, 5, LENGTH)
+  batch = make_batch(inputs, LABELS[:5])
+  weight = TOKENS.astype(np.float32)
+  objective = recipes.pkt(student_layer="v", hard_weight=None)
+  _, (by_token, *_), (by_example, *_) = steps(
+    objective, batch.replace(weight=weight), batch.replace(weight=weight[:, 0])
+  )
+  np.testing.assert_allclose(by_token["v"], by_example["v"], rtol=1e-5)
+
+
+def test_positions_of_another_number_are_refused():
+  batch = make_batch(jnp.zeros((2, 3)), weight=jnp.ones((2, 3)))
+  with pytest.raises(ValueError, match="name a layer with the positions of the batch's weights"):
+    reduce_terms({"hint": Term(jnp.ones((2, 4)))}, batch)
