@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jaxdistill import _check
 from jaxdistill.runs._manifest import MANIFEST, CheckpointError, listing
 
-__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "write"]
+__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "stored", "write"]
 
 Path = tuple[str, ...]
 # Orbax numbers its operations in a global counter that two threads must not share.
@@ -142,6 +142,28 @@ def read(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, np.n
   """
   with _ORBAX, _context():
     return ocp.v1.load_checkpointables(folder, dict.fromkeys(names))
+
+
+def stored(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """The shape and dtype of each array of an item that `write` wrote, by name, without reading it.
+
+  Raises:
+    CheckpointError: Orbax cannot tell.
+  """
+  with _ORBAX:
+    _, leaves = _outline(folder)
+  return {"/".join(path): _described(leaf) for path, leaf in leaves.items()}
+
+
+def _described(leaf: Any) -> Any:
+  """An array's shape and dtype; what is none, or is in pieces larger than itself, in words."""
+  shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+  if shape is None or dtype is None:
+    return "no array"
+  chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or shape
+  if any(piece > max(size, 1) for piece, size in zip(chunk, shape, strict=False)):
+    return f"an array in pieces of {chunk}"
+  return tuple(shape), np.dtype(dtype)
 
 
 def _alone() -> dict[str, Any]:
