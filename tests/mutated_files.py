@@ -9,8 +9,7 @@ in half of them), has the public reader read it, and prints every case in which
 - what comes back is neither the artefact nor an error that the reader's docstring names, raised by
   jaxdistill, with the path or the name of a file in it;
 - a file outside of the artefact's folder was opened or changed, by Python or by a library;
-- it took more memory than ten times what lies in the folder, and what a program of ours takes anyway
-  (`FREE`);
+- it took more memory than ten times what lies in the folder (and what any reading takes, `FREE`);
 - the process died, or was not done after a minute.
 
 The reading is done by a process of its own, which is started again where a file ends it. Linux
@@ -89,7 +88,9 @@ def cases() -> dict[str, Case]:
   def checkpoints(folder: pathlib.Path) -> Any:
     with runs.Checkpoints(folder) as saved:
       steps = saved.steps(), saved.best(), saved.latest()
-      each = [(saved.items(s), saved.metadata(s), runs.fingerprint(saved.restore(s))) for s in steps[0]]
+      each = [
+        (saved.items(s), saved.metadata(s), runs.fingerprint(saved.restore(s))) for s in steps[0]
+      ]
     return steps, each
 
   def run(folder: pathlib.Path) -> Any:
@@ -127,11 +128,15 @@ def cases() -> dict[str, Case]:
     "config": Case(lambda f: runs.read_config(f) and None, (runs.read_config,)),
     "metrics": Case(lambda f: runs.read_metrics(f) and None, (runs.read_metrics,)),
     "checkpoints": Case(
-      checkpoints, (runs.Checkpoints.restore, runs.Checkpoints.items, runs.Checkpoints.metadata), True
+      checkpoints,
+      (runs.Checkpoints.restore, runs.Checkpoints.items, runs.Checkpoints.metadata),
+      True,
     ),
     "run": Case(run, (teachers.restore,)),
     "resumed": Case(goes_on, (jd.fit,)),
-    "variables": Case(lambda f: runs.fingerprint(runs.load_variables(f)), (runs.load_variables,), True),
+    "variables": Case(
+      lambda f: runs.fingerprint(runs.load_variables(f)), (runs.load_variables,), True
+    ),
     "student": Case(student, (export.load_student,), True),
     "cache": Case(cache, (teachers.cached,), True),
     "verified": Case(lambda f: str(teachers.verify_cache(f)) and None, (teachers.verify_cache,)),
@@ -139,10 +144,18 @@ def cases() -> dict[str, Case]:
     "report": Case(report, (reports.render_report,)),
     "compared": Case(compared, (reports.compare_runs,)),
     "answers": Case(answers, (predictions.load,)),
-    "columns": Case(lambda f: predictions.read_columns(f / "a.csv") and None, (predictions.read_columns,), links=True),
+    "columns": Case(
+      lambda f: predictions.read_columns(f / "a.csv") and None,
+      (predictions.read_columns,),
+      links=True,
+    ),
     "exports": Case(lambda f: export.verify_exports(f) and None, (export.verify_exports,)),
-    "safetensors": Case(lambda f: runs.fingerprint(weights.safetensors(f)), (weights.safetensors,), links=True),
-    "msgpack": Case(lambda f: runs.fingerprint(weights.msgpack(f / "a.msgpack")), (weights.msgpack,), links=True),
+    "safetensors": Case(
+      lambda f: runs.fingerprint(weights.safetensors(f)), (weights.safetensors,), links=True
+    ),
+    "msgpack": Case(
+      lambda f: runs.fingerprint(weights.msgpack(f / "a.msgpack")), (weights.msgpack,), links=True
+    ),
     "orbax": Case(lambda f: runs.fingerprint(weights.orbax(f / "a")), (weights.orbax,)),
     "kept": Case(kept, (), True),
     "choice": Case(lambda f: search.read_choice(f) and None, (search.read_choice,)),
@@ -150,7 +163,10 @@ def cases() -> dict[str, Case]:
 
 
 def decoded() -> dict[str, Any]:
-  return {"inputs": np.arange(3000).reshape(100, 30), "ids": np.array([f"a{i}" for i in range(100)])}
+  return {
+    "inputs": np.arange(3000).reshape(100, 30),
+    "ids": np.array([f"a{i}" for i in range(100)]),
+  }
 
 
 def small_network() -> Any:
@@ -198,12 +214,12 @@ def train(folder: pathlib.Path, steps: int) -> Any:
 
 def make(place: pathlib.Path) -> None:
   """Writes one of each artefact, each in a folder of its own."""
-  import fabricated
   import flax.serialization
   import jax
   from orbax.checkpoint import v1 as ocp
 
-  from jaxdistill import export, runs, teachers
+  import fabricated
+  from jaxdistill import data, export, runs, teachers
   from jaxdistill.data import _kept
   from jaxdistill.networks import weights
 
@@ -217,9 +233,7 @@ def make(place: pathlib.Path) -> None:
   for left in ("checkpoints", "metrics.jsonl"):
     shutil.rmtree(place / "student" / left, ignore_errors=True)
   some = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-  from jaxdistill.data import from_arrays
-
-  examples = from_arrays(some, np.argmax(some[:, :3], axis=1), name="held out")
+  examples = data.from_arrays(some, np.argmax(some[:, :3], axis=1), name="held out")
   export.export(place / "run", examples, kinds=["safetensors"], check=export.Check(seconds=0.02))
   shutil.copytree(place / "run" / "exports", place / "exports" / "exports")
   shutil.rmtree(place / "run" / "exports")
@@ -256,8 +270,9 @@ DEEP = "[" * 100_000
 WIDE = "[" + "{}," * 2_000_000 + "0]"
 VALUES: tuple[Any, ...] = (
   None, True, -1, 0, 3, 2**31, 2**63, 10**12, 10**400, 1.5, -0.0, 1e308, float("nan"), float("inf"),
-  "", "text", "..", "../outside/whole", "{outside}/whole", "link/whole", "a\0b", "\ud800", "|O", "<f8",
-  "float32", "1" * 5000, [], {}, [[]], [1, "a", None], [10**12], [-1], {"a": {"b": []}}, DEEP, WIDE,
+  "", "text", "..", "../outside/whole", "{outside}/whole", "link/whole", "a\0b", "\ud800", "|O",
+  "<f8", "float32", "1" * 5000, [], {}, [[]], [1, "a", None], [10**12], [-1], {"a": {"b": []}},
+  DEEP, WIDE,
 )  # fmt: skip
 BITS = ("bits", "cut", "empty", "longer", "zeros", "noise", "repeated")
 FILES = ("missing", "link", "hard", "loop", "folder", "pipe", "extra", "folder link")
@@ -274,7 +289,9 @@ def mutate(dice: random.Random, folder: pathlib.Path, outside: pathlib.Path) -> 
   path = dice.choice(texts if texts and dice.random() < 0.6 else every)
   name = path.relative_to(folder).as_posix()
   kind = dice.choice(("json", "json", "json", "bits", "format", "file"))
+  shutil.copyfile(dice.choice(every), outside / "whole")
   if kind == "json" and path in texts:
+    (folder / "link").symlink_to(outside)
     what = _json(dice, path, outside)
   elif kind == "format" and path.suffix in (".npz", ".safetensors"):
     what = _npz(dice, path) if path.suffix == ".npz" else _safetensors(dice, path, outside)
@@ -305,14 +322,22 @@ def _bits(dice: random.Random, path: pathlib.Path) -> str:
     content[at:at] = content[:at]
   else:
     piece = slice(at, at + dice.randrange(1, 200))
-    content[piece] = bytes(len(content[piece])) if how == "zeros" else dice.randbytes(len(content[piece]))
+    content[piece] = (
+      bytes(len(content[piece])) if how == "zeros" else dice.randbytes(len(content[piece]))
+    )
   path.write_bytes(content)
   return f"{how} at {at}"
 
 
 def _nodes(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
   yield path
-  children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+  children = (
+    value.items()
+    if isinstance(value, dict)
+    else enumerate(value)
+    if isinstance(value, list)
+    else ()
+  )
   for key, child in children:
     yield from _nodes(child, (*path, key))
 
@@ -355,7 +380,9 @@ def _text(value: Any) -> str:
 
 
 def _npz(dice: random.Random, path: pathlib.Path) -> str:
-  how = dice.choice(("objects", "claims", "negative", "bomb", "left out", "outside", "twice", "swapped", "text"))
+  how = dice.choice(
+    ("objects", "claims", "negative", "bomb", "left out", "outside", "twice", "swapped", "text")
+  )
   with zipfile.ZipFile(path) as archive:
     members = {name: archive.read(name) for name in archive.namelist()}
   victim = dice.choice(sorted(members))
@@ -402,12 +429,15 @@ def _safetensors(dice: random.Random, path: pathlib.Path, outside: pathlib.Path)
   return f"head {what}"
 
 
-def _file(dice: random.Random, path: pathlib.Path, folder: pathlib.Path, outside: pathlib.Path) -> str:
+def _file(
+  dice: random.Random, path: pathlib.Path, folder: pathlib.Path, outside: pathlib.Path
+) -> str:
   how = dice.choice(FILES)
   if how == "extra":
     path.with_name(path.name + ".extra").write_bytes(b"extra")
     return how
-  if how == "folder link" and path.parent not in (folder, folder / "checkpoints"):
+  # The caller may name a link to a folder; one below a manifest is the manifest's to name.
+  if how == "folder link" and (path.parent.parent / "manifest.json").exists():
     path = path.parent
   target = outside / "whole" if path.is_file() else outside / "folder"
   (shutil.copyfile if path.is_file() else shutil.copytree)(path, target)
@@ -439,7 +469,11 @@ def seal(folder: pathlib.Path, changed: pathlib.Path | None) -> None:
         entries(one, path)
       return
     beside = value.get("file", path.with_suffix(".npz").name)
-    if "sha256" in value and isinstance(beside, str) and (path.parent / beside.replace("\0", "")).is_file():
+    if (
+      "sha256" in value
+      and isinstance(beside, str)
+      and (path.parent / beside.replace("\0", "")).is_file()
+    ):
       value |= {k: v for k, v in runs.size_and_digest(path.parent / beside).items() if k in value}
     for one in value.values():
       entries(one, path)
@@ -450,7 +484,7 @@ def seal(folder: pathlib.Path, changed: pathlib.Path | None) -> None:
       body = json.loads(path.read_text())
     except (ValueError, RecursionError):
       continue
-    if not isinstance(body, dict) or "digest" not in body and path.name != "exports.json":
+    if not isinstance(body, dict) or not ("digest" in body or path.name == "exports.json"):
       continue
     if path != changed:
       entries(body, path)
@@ -470,7 +504,16 @@ class Watch:
 
   # What a reading process opens anyway: the interpreter, libraries, what the system says of itself.
   FREELY = ("/proc", "/sys", "/dev", "/usr", "/lib", "/etc/mime", "/etc/localtime")
-  CHANGES = ("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "shutil.rmtree")
+  CHANGES = (
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "shutil.rmtree",
+  )
 
   def __init__(self, work: pathlib.Path) -> None:
     self.folder: str | None = None
@@ -490,7 +533,11 @@ class Watch:
 
   def _look(self, event: str, path: str) -> None:
     # A name is changed and not what it leads to; what is opened is what it leads to.
-    real = os.path.realpath(path) if event == "open" else os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+    real = (
+      os.path.realpath(path)
+      if event == "open"
+      else os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+    )
     inside = real == self.folder or real.startswith(f"{self.folder}/")
     freely = any(real.startswith(place) for place in (*self.free, *self.FREELY))
     if not inside and (real.startswith(self.work) or not freely) and not self._temporary(real):
@@ -513,7 +560,10 @@ class Watch:
       for path in sorted({*before, *after}):
         if path not in after or path not in before:
           self.seen.append(f"made or removed {path}")
-        elif after[path].st_mtime != before[path].st_mtime or after[path].st_size != before[path].st_size:
+        elif (
+          after[path].st_mtime != before[path].st_mtime
+          or after[path].st_size != before[path].st_size
+        ):
           self.seen.append(f"written {path}")
         elif after[path].st_atime != 0:
           self.seen.append(f"read {path}")
@@ -530,7 +580,11 @@ def peak(reset: bool = False) -> int:
 def is_ours(error: BaseException, case: Case, folder: pathlib.Path) -> str | None:
   """Why an error is none that a user should see; None where it is one."""
   names = {kind.__name__ for kind in type(error).__mro__}
-  told = {n for says in case.says for n in re.findall(r"^\s+(\w+): ", (says.__doc__ or "").split("Raises:")[-1], re.M)}
+  told = {
+    n
+    for says in case.says
+    for n in re.findall(r"^\s+(\w+): ", (says.__doc__ or "").split("Raises:")[-1], re.M)
+  }
   if not told & names:
     return "is not in the docstring"
   frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -543,7 +597,15 @@ def is_ours(error: BaseException, case: Case, folder: pathlib.Path) -> str | Non
   return None
 
 
-def attempt(case: Case, whole: Any, folder: pathlib.Path, outside: pathlib.Path, watch: Watch, *, sealed_again: bool) -> list[str]:
+def attempt(
+  case: Case,
+  whole: Any,
+  folder: pathlib.Path,
+  outside: pathlib.Path,
+  watch: Watch,
+  *,
+  sealed_again: bool,
+) -> list[str]:
   """Reads a broken artefact, and returns what is wrong with how that went."""
   size = sum(p.stat().st_size for p in files_of(folder))
   found = []
@@ -559,8 +621,12 @@ def attempt(case: Case, whole: Any, folder: pathlib.Path, outside: pathlib.Path,
         why = is_ours(error, case, folder)
         if why:
           found.append(f"{type(error).__name__} {why}: {str(error)[:300]}")
-          frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(OURS)]
-          found[-1] += "".join(f"\n      {f.filename.removeprefix(OURS)}:{f.lineno} {f.line}" for f in frames[-4:])
+          frames = [
+            f for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(OURS)
+          ]
+          found[-1] += "".join(
+            f"\n      {f.filename.removeprefix(OURS)}:{f.lineno} {f.line}" for f in frames[-4:]
+          )
       else:
         if case.sealed and not sealed_again and value != whole and value is not None:
           found.append(f"another value came back: {str(value)[:200]}")
@@ -589,7 +655,9 @@ def work(place: pathlib.Path, seed: int, first: int, count: int, only: list[str]
     for _ in range(2):
       with scratch(place / "artefacts" / name, place) as (folder, _):
         whole[name] = case.read(folder)
-  limit = 1024 * int(re.search(r"VmSize:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+  limit = 1024 * int(
+    re.search(r"VmSize:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]
+  )
   resource.setrlimit(resource.RLIMIT_AS, (limit + 8 * 2**30, resource.RLIM_INFINITY))
   for number in range(first, count):
     dice = random.Random(f"{seed} {number}")
@@ -603,7 +671,9 @@ def work(place: pathlib.Path, seed: int, first: int, count: int, only: list[str]
 
 
 @contextlib.contextmanager
-def scratch(artefact: pathlib.Path, place: pathlib.Path) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+def scratch(
+  artefact: pathlib.Path, place: pathlib.Path
+) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
   """A copy of an artefact, and a folder beside it that nothing may touch."""
   folder, outside = place / "reading" / artefact.name, place / "reading" / "outside"
   shutil.copytree(artefact, folder)
@@ -615,18 +685,32 @@ def scratch(artefact: pathlib.Path, place: pathlib.Path) -> Iterator[tuple[pathl
     shutil.rmtree(place / "reading")
 
 
-def run(count: int, seed: int = 0, first: int = 0, only: list[str] | None = None) -> Iterator[tuple[int, str, list[str]]]:
+def run(
+  count: int, seed: int = 0, first: int = 0, only: list[str] | None = None
+) -> Iterator[tuple[int, str, list[str]]]:
   """Reads so many broken artefacts: ``(number, how it was broken, what is wrong)`` of each."""
   with tempfile.TemporaryDirectory() as folder:
     place = pathlib.Path(folder).resolve()
     (place / "temporary").mkdir()
     (place / "artefacts").mkdir()
     environment = os.environ | {"TMPDIR": str(place / "temporary"), "PYTHONDONTWRITEBYTECODE": "1"}
-    environment |= {"MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(place / "temporary")), "XDG_CACHE_HOME": str(place / "temporary")}
+    environment |= {
+      "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", str(place / "temporary")),
+      "XDG_CACHE_HOME": str(place / "temporary"),
+    }
     base = [sys.executable, str(pathlib.Path(__file__)), "--folder", str(place)]
     subprocess.run([*base, "--make", "0"], env=environment, check=True)
     while first < count:
-      command = [*base, "--first", str(first), "--seed", str(seed), str(count), "--only", *(only or [])]
+      command = [
+        *base,
+        "--first",
+        str(first),
+        "--seed",
+        str(seed),
+        str(count),
+        "--only",
+        *(only or []),
+      ]
       with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as worker:
         begun, answered = None, first - 1
         for line in _lines(worker):
@@ -658,7 +742,9 @@ def _lines(worker: subprocess.Popen[str]) -> Iterator[str]:
 
 
 def main() -> int:
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument("count", type=int)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--first", type=int, default=0, help="the number of the first case")

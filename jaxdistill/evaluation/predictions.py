@@ -229,7 +229,7 @@ def read_columns(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
   try:
     with path.open(newline="", encoding="utf-8-sig") as file:
       head, *rows = list(csv.reader(file)) or [[]]
-  except (UnicodeDecodeError, csv.Error) as error:
+  except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
     raise ValueError(f"{path} must be CSV in UTF-8: {error}.") from error
   uneven = [i for i, row in enumerate(rows) if len(row) != len(head)]
   if not head or uneven:

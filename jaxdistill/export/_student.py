@@ -211,7 +211,7 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
 
 
 # What `save_student` has put down since the first version.
-_SAID = {
+_SAID: dict[str, Any] = {
   **{"name": str, "instances": int, "stacked": bool, "platforms": list, "jax": str},
   **{"batch": (str, type(None)), "classes": (int, type(None)), "parameters": int},
 }

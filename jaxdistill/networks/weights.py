@@ -10,6 +10,7 @@ A network from PyTorch has its axes in another order, which `linear` and `convol
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,8 @@ def orbax(
   ...   orbax(f"{folder}/a")["params"]["kernel"].tolist()
   [1.0, 1.0]
   """
-  variables = runs.read_foreign_orbax(path, collections)
+  expected = sum(8 * math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(like))  # or fewer bits
+  variables = runs.read_foreign_orbax(path, collections, expected)
   return _finish(f"the checkpoint {os.fspath(path)}", variables, like)
 
 

@@ -26,11 +26,12 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill.runs._files import BELIEVED, WRITING
+from jaxdistill.runs._files import WRITING
 from jaxdistill.runs._manifest import (
   MANIFEST,
   CheckpointError,
   as_json,
+  check_size,
   clear_unfinished,
   damaged,
   discard,
@@ -56,8 +57,6 @@ __all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables
 # A pytree of arrays: parameters, statistics, a train state.
 PyTree = Any
 _VARIABLES = "variables"
-# Zeros take no room on the disk, and weights may be mostly zeros: so much is read in any case.
-_ZEROS = 2**28
 
 
 class CheckpointWarning(UserWarning):
@@ -419,10 +418,7 @@ def _check_stored(folder: pathlib.Path, described: dict[str, Any], liked: Contai
       if leaf is None or found != (leaf.shape, leaf.dtype):
         raise damaged(folder, f"{item}/{name}", f"is {found} and not {leaf}, as {MANIFEST} has it")
     size += sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values() if item not in liked)
-  most = BELIEVED * sum(about["bytes"] for about in read_manifest(folder)["files"].values())
-  if size > max(_ZEROS, most):
-    problem = f"would take {size:,} bytes, more than ten times what lies there"
-    raise damaged(folder, first_few(list(described)), f"{problem}: say what it is by like=")
+  check_size(folder, size, sum(about["bytes"] for about in read_manifest(folder)["files"].values()))
 
 
 def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:

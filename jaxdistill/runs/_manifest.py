@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxdistill.runs._files import (
+  BELIEVED,
   WRITING,
   altered,
   entry,
@@ -24,6 +25,7 @@ __all__ = [
   "MANIFEST",
   "CheckpointError",
   "as_json",
+  "check_size",
   "clear_unfinished",
   "damaged",
   "discard",
@@ -40,6 +42,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 _REMOVED = ".removed"
 _FORMAT = 1
+# Zeros take no room on the disk, and weights may be mostly zeros: so much is read in any case.
+_ZEROS = 2**28
 
 
 class CheckpointError(RuntimeError):
@@ -63,6 +67,13 @@ def as_json(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 def damaged(folder: pathlib.Path, file: str, reason: str) -> CheckpointError:
   """The error that names folder, file and reason."""
   return CheckpointError(f"The checkpoint {folder} cannot be used: {file} {reason}.")
+
+
+def check_size(folder: pathlib.Path, size: int, there: int, expected: int = 0) -> None:
+  """Raises where arrays would take more memory than their files, or who wants them, account for."""
+  if size > max(_ZEROS, BELIEVED * there, expected):
+    problem = f"would take {size:,} bytes, more than ten times what lies there"
+    raise damaged(folder, "what it holds", f"{problem}: say what it is by like=")
 
 
 def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
