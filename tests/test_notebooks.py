@@ -1,16 +1,29 @@
-"""Every notebook as a newcomer runs it: from top to bottom, in a kernel of its own."""
+"""Every notebook as a newcomer runs it: from top to bottom, in a kernel of its own.
+
+    python tests/test_notebooks.py
+
+runs them all and stores what they show, for who reads the repository; the tests compare it.
+"""
 
 import base64
+import importlib.metadata
+import io
 import os
 import pathlib
 import re
+import sys
+import tempfile
+import tomllib
 
 import matplotlib
 import nbclient
 import nbformat
+import numpy as np
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
@@ -45,7 +58,7 @@ def execute(path, folder):
 def outputs(notebook, kind):
   """The outputs of one MIME type, or of a stream, in order."""
   found = []
-  for cell in notebook.cells:
+  for cell in notebook["cells"]:
     for output in cell.get("outputs", []):
       if output.output_type == "stream" and kind == output.name:
         found.append(output.text)
@@ -66,15 +79,112 @@ def test_there_are_notebooks():
   assert [path.stem for path in NOTEBOOKS] == names
 
 
+def shown(notebook):
+  """The notebook with what its cells show, small; without what libraries say of this machine."""
+  for cell in notebook.cells:
+    cell.metadata.pop("execution", None)
+    kept = []
+    for output in cell.get("outputs", []):
+      data = output.get("data", {})
+      if output.output_type == "stream" and (output.name != "stdout" or "\x1b[" in output.text):
+        continue  # warnings; TFDS's word that it prepares the set
+      # A page of a quarter of a megabyte, which GitHub does not show.
+      if data.pop("text/html", None):
+        data["text/plain"] = "<the page>"
+      if "image/png" in data:
+        data["image/png"] = in_few_colours(data["image/png"])
+      kept.append(output)
+    if cell.cell_type == "code":
+      cell.outputs = kept
+  notebook.metadata.language_info = {"name": "python"}  # of any version
+  return notebook
+
+
+def opened(png):
+  return Image.open(io.BytesIO(base64.b64decode(png)))
+
+
+def in_few_colours(png):
+  made = io.BytesIO()
+  opened(png).convert("RGB").quantize(32).save(made, "PNG", optimize=True)
+  return base64.b64encode(made.getvalue()).decode()
+
+
+def wording(notebook):
+  """What each cell shows, without what another machine or version would show otherwise."""
+  return [[says(output) for output in cell.get("outputs", [])] for cell in notebook.cells]
+
+
+def says(output):
+  data = output.get("data", {})
+  if "image/png" in data:
+    return "a picture"
+  text = output.get("text") or data.get("text/markdown") or data.get("text/plain", "")
+  lines = []
+  for line in text.splitlines():
+    if line.startswith("|") and lines and lines[-1].startswith("|"):
+      line = "|" + line.split("|")[1]  # the name of a row
+    # A verdict has its own words for each outcome, and so has a choice.
+    line = "a verdict" if line.startswith("Chosen: ") or "labels alone (" in line else line
+    lines.append(re.sub(r"[\d.,]*\d|[–-]{2,}| +", "#", line).replace("# ± #", "#"))
+  return lines
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_is_stored_without_outputs(path):
+def test_a_notebook_is_stored_as_it_ran(path):
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
   assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
-  for cell in notebook.cells:
-    if cell.cell_type == "code":
-      assert cell.outputs == []
-      assert cell.execution_count is None
+  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+  assert notebook == shown(notebook.copy())
+  assert str(ROOT) not in path.read_text()
+  assert path.stat().st_size < 150_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_opens_on_colab_and_says_what_it_runs_on(path):
+  notebook = nbformat.read(path, as_version=4)
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  where = project["urls"]["Homepage"].removeprefix("https://github.com/")
+  page = f"https://colab.research.google.com/github/{where}/blob/main/colabs/{path.name}"
+  assert f"({page})" in notebook.cells[0].source
+  (said,) = outputs({"cells": notebook.cells[:3]}, "stdout")
+  assert said == "on 1 x cpu (cpu)\n"
+
+
+@pytest.mark.parametrize("here", ["colab", "checkout", "installed"])
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell_installs_what_is_missing_and_leaves_jax(path, here, tmp_path, monkeypatch):
+  cell = next(c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+  called = []
+
+  class Shell:
+    def run_line_magic(self, name, line):
+      called.append((name, line))
+
+  monkeypatch.chdir(tmp_path if here == "colab" else ROOT / "colabs")
+  if here != "installed":
+    monkeypatch.setitem(sys.modules, "jaxdistill", None)  # an import of it fails
+  monkeypatch.setattr(tempfile, "mkdtemp", lambda: str(tmp_path))
+  names = {"get_ipython": Shell}
+  exec(TransformerManager().transform_cell(cell.source), names)
+  if here == "installed":
+    assert called == []
+    return
+  ((name, line),) = called
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  address = f"git+{project['urls']['Homepage']}" if here == "colab" else ROOT.as_uri()
+  options, extras, wanted = re.fullmatch(
+    r"install (.*) 'jaxdistill\[(.*)\] @ (.*)'", line.format(**names)
+  ).groups()
+  assert (name, options, wanted) == ("pip", f"-q -c {tmp_path / 'kept.txt'}", address)
+  assert set(extras.split(",")) <= set(project["optional-dependencies"])
+  # pip may take any version of the rest, and none other of what was built for an accelerator.
+  kept = dict(line.split("==") for line in (tmp_path / "kept.txt").read_text().splitlines())
+  assert kept == {n: importlib.metadata.version(n) for n in kept}
+  assert {"jax", "jaxlib"} <= set(kept)
+  assert "jaxtyping" not in kept
 
 
 def quickstart_shows_its_pictures_and_the_table(notebook):
@@ -133,9 +243,16 @@ CHECKS = [
 def test_a_notebook_runs_from_top_to_bottom(name, check, tmp_path):
   """One test runs a notebook and looks at it: two would run it twice, each in its own process."""
   # A cell that raises, raises here, with its traceback.
-  notebook = execute(ROOT / "colabs" / f"{name}.ipynb", tmp_path)
-  code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-  assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-  for picture in outputs(notebook, "image/png"):
-    assert base64.b64decode(picture).startswith(b"\x89PNG")
+  path = ROOT / "colabs" / f"{name}.ipynb"
+  notebook = execute(path, tmp_path)
   check(notebook)
+  stored = nbformat.read(path, as_version=4)
+  assert wording(shown(notebook)) == wording(stored)
+  sizes = [[opened(png).size for png in outputs(one, "image/png")] for one in (notebook, stored)]
+  np.testing.assert_allclose(*sizes, rtol=0.1)  # a font may be wider elsewhere
+
+
+if __name__ == "__main__":
+  for path in NOTEBOOKS:
+    with tempfile.TemporaryDirectory() as made:
+      nbformat.write(shown(execute(path, pathlib.Path(made))), path)

@@ -81,18 +81,18 @@ def _read(path: pathlib.Path, decides: Mapping[str, Any]) -> dict[str, Any] | No
     if not manifest.is_file():
       return None
     written = runs.read_digested(manifest)
-    if written["decides"] != decides:
+    if runs.entry(written, "decides", dict) != decides:
       return None
+    runs.entry(written, "sha256", str)
     problem = runs.altered(path, written)
     if problem is None:
-      with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
+      arrays = runs.read_npz(path)
       with contextlib.suppress(OSError):
         os.utime(manifest)  # used last: now
       return arrays
   except ValueError as error:
     problem = str(error)
-  except (OSError, KeyError) as error:
+  except OSError as error:
     problem = f"cannot be read ({error})"
   warnings.warn(f"{path} {problem}: its data set is decoded anew.", stacklevel=4)
   return None
@@ -109,8 +109,7 @@ def _write(path: pathlib.Path, decides: Mapping[str, Any], arrays: Mapping[str, 
     # of its own, and whichever comes last puts the same bytes in the same place.
     with tempfile.TemporaryDirectory(prefix=runs.WRITING, dir=path.parent) as own:
       whole = pathlib.Path(own) / path.name
-      with whole.open("wb") as file:
-        np.savez(file, **arrays)
+      runs.write_npz(whole, arrays, compressed=False)
       body = {"decides": decides, **runs.size_and_digest(whole)}
       runs.write_digested(whole.with_suffix(".json"), body)
       for suffix in (".npz", ".json"):  # an entry is there when its manifest is

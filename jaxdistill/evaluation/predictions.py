@@ -40,7 +40,7 @@ FORMAT = 1
 FEW = 20  # as many different numbers, and each is a slice of its own; else quartiles
 MANY = 200  # slices of a column; the rarest are put together
 # What comes of a file that is no archive, is cut off, has a flipped bit or lacks a part.
-_DAMAGE = (OSError, KeyError, TypeError, ValueError)
+_DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,11 +223,14 @@ def read_columns(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
 
   Raises:
     FileNotFoundError: there is no such file.
-    ValueError: it has no head, or rows of different lengths.
+    ValueError: it is no UTF-8, has no head, or rows of different lengths.
   """
   path = _check.folder("path", path)
-  with path.open(newline="", encoding="utf-8-sig") as file:
-    head, *rows = list(csv.reader(file)) or [[]]
+  try:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+      head, *rows = list(csv.reader(file)) or [[]]
+  except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
+    raise ValueError(f"{path} must be CSV in UTF-8: {error}.") from error
   uneven = [i for i, row in enumerate(rows) if len(row) != len(head)]
   if not head or uneven:
     at = f"; row {uneven[0] + 1} has {len(rows[uneven[0]])} cells for {len(head)}" if uneven else ""
@@ -316,10 +319,9 @@ def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
     "columns": [[name, list(one.names)] for name, one in found.columns.items()],
     "texts": texts,
   }
-  with runs.replacing(path) as writing, writing.open("wb") as file:
-    # As bytes: an array of text would lose a zero at its end.
-    about_bytes = np.frombuffer(json.dumps(about).encode(), np.uint8)
-    np.savez_compressed(file, allow_pickle=False, about=about_bytes, **arrays)
+  # As bytes: an array of text would lose a zero at its end.
+  arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+  runs.write_npz(path, arrays)
   return path
 
 
@@ -341,7 +343,7 @@ def load(path: str | os.PathLike[str]) -> Predictions:
     raise FileNotFoundError(f"{path} is not there; measure the run again to make it.")
   try:
     parts = runs.read_npz(path)
-    about = runs.read_json(parts["about"].tobytes())
+    about = runs.parse_json(parts["about"].tobytes())
     version = about["format"]
     found = _assembled(about, parts) if version == FORMAT else None
   except _DAMAGE as error:

@@ -165,7 +165,7 @@ def export(
     "student_accuracy": top1(student, labels),
     "files": _earlier(folder, digest),
   }
-  _save(folder / EXAMPLE, {**_by_name(saved, inputs, 16), "logits": student[:16]})
+  runs.write_npz(folder / EXAMPLE, {**_by_name(saved, inputs, 16), "logits": student[:16]})
   makers = _makers(exact, fold, calibration, skip)
   for kind in chosen:
     name, which = KINDS[kind]
@@ -300,7 +300,7 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"{folder.parent} has no {FOLDER}/{LIST}: export.export makes it.")
   try:
-    listed = runs.read_json(path.read_bytes())
+    listed = runs.read_json(path)
     version = listed["version"]
     whole = version != _VERSION or all({"file", "passed"} <= set(e) for e in listed["files"])
     if not whole:
@@ -338,11 +338,6 @@ def _remove(path: pathlib.Path) -> None:
 def _beside(path: pathlib.Path) -> pathlib.Path:
   """The file that says which JAX made a program; its runtime script looks for it there."""
   return path.with_name(path.name + ".json")
-
-
-def _save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-  with runs.replacing(path) as writing, writing.open("wb") as opened:
-    np.savez(opened, **arrays)
 
 
 # Of the largest logit, by the bytes of the narrowest float in the network: some hundred roundings.

@@ -11,7 +11,6 @@ JAX promises that a program loads in the version that wrote it and, for six mont
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import warnings
@@ -27,7 +26,7 @@ from jaxdistill import _check, runs
 from jaxdistill.evaluation import cost
 from jaxdistill.export import _program
 from jaxdistill.export._program import Program
-from jaxdistill.runs import Checkpoints, load_variables, named_leaves, read_config
+from jaxdistill.runs import CheckpointError, Checkpoints, load_variables, named_leaves, read_config
 from jaxdistill.types import Model
 
 __all__ = ["DeployedWarning", "Student", "load_student", "save_student"]
@@ -170,7 +169,7 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
   if (folder / "config.json").is_file():
     return load_student(folder, instance=instance)
   runs.verify(folder)
-  info = json.loads((folder / _INFO).read_text())
+  info = _about(folder)
   if not 0 <= _check.whole("instance", instance, least=None) < info["instances"]:
     raise IndexError(f"instance={instance} must lie in 0 .. {info['instances'] - 1} for {folder}.")
   load = f"its weights with runs.load_variables({str(folder / _VARIABLES)!r})"
@@ -180,16 +179,24 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
       f"({info['problem']}); build the network in code and load {load}."
     )
   exported = _deserialize(folder, info, load)
-  # The first argument is the weights, by path; in earlier folders in the containers of the network.
-  (weights, expected), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-  dtypes = {name: aval.dtype for name, aval in named_leaves(_VARIABLES, weights).items()}
-  structure = jax.tree.structure(weights)
   saved = load_variables(folder / _VARIABLES)
-  one = jax.tree.map(lambda leaf: leaf[instance], saved) if info["stacked"] else saved
-  leaves = {n: jnp.asarray(leaf, dtypes[n]) for n, leaf in named_leaves(_VARIABLES, one).items()}
+  try:
+    one = jax.tree.map(lambda leaf: leaf[instance], saved) if info["stacked"] else saved
+    # The first argument is the weights, by path; in earlier folders in the network's containers.
+    (weights, expected), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+    avals = named_leaves(_VARIABLES, weights)
+    there = named_leaves(_VARIABLES, one)
+    if {n: aval.shape for n, aval in avals.items()} != {n: np.shape(v) for n, v in there.items()}:
+      raise ValueError("paths or shapes differ")
+  except (IndexError, TypeError, ValueError) as error:
+    raise CheckpointError(
+      f"{folder / _PROGRAM} takes other weights than {folder / _VARIABLES} has ({error})."
+    ) from error
+  structure = jax.tree.structure(weights)
+  leaves = {name: jnp.asarray(leaf, avals[name].dtype) for name, leaf in there.items()}
 
   def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
-    return exported.call(jax.tree.unflatten(structure, [given[name] for name in dtypes]), inputs)
+    return exported.call(jax.tree.unflatten(structure, [given[name] for name in avals]), inputs)
 
   looped = info["batch"] == "looped"
   return Student(
@@ -201,6 +208,24 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
     info=info,
     variables=jax.tree.unflatten(jax.tree.structure(one), leaves.values()),
   )
+
+
+# What `save_student` has put down since the first version.
+_SAID: dict[str, Any] = {
+  **{"name": str, "instances": int, "stacked": bool, "platforms": list, "jax": str},
+  **{"batch": (str, type(None)), "classes": (int, type(None)), "parameters": int},
+}
+
+
+def _about(folder: pathlib.Path) -> dict[str, Any]:
+  """What ``student.json`` says, if it says all that is asked of it."""
+  try:
+    info = runs.read_json(folder / _INFO)
+    for name, kind in _SAID.items():
+      runs.entry(info, name, kind)
+    return info
+  except (OSError, ValueError) as error:
+    raise CheckpointError(f"{folder / _INFO} {error}: save the student again.") from error
 
 
 def _of_one_seed(model: Model) -> Model:

@@ -10,6 +10,7 @@ A network from PyTorch has its axes in another order, which `linear` and `convol
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,7 +82,8 @@ def orbax(
   ...   orbax(f"{folder}/a")["params"]["kernel"].tolist()
   [1.0, 1.0]
   """
-  variables = runs.read_foreign_orbax(path, collections)
+  expected = sum(8 * math.prod(np.shape(leaf)) for leaf in jax.tree.leaves(like))  # or fewer bits
+  variables = runs.read_foreign_orbax(path, collections, expected)
   return _finish(f"the checkpoint {os.fspath(path)}", variables, like)
 
 
@@ -339,11 +341,11 @@ def _shards(place: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
     _refuse_pickle(place)
     return [place], set()
   try:
-    index = dict(runs.read_json(place.read_bytes())["weight_map"])
-    if not all(isinstance(name, str) for name in index.values()):
-      raise ValueError("a tensor's file is no name")
-  except (ValueError, KeyError, TypeError) as error:
-    raise CheckpointError(f"{place} is no index of safetensors: {error!r}") from error
+    index = runs.entry(runs.read_json(place), "weight_map", dict)
+    for tensor in index:
+      runs.entry(index, tensor, str)
+  except ValueError as error:
+    raise CheckpointError(f"{place} is no index of safetensors: it {error}.") from error
   try:  # links may lead elsewhere: that is how Hugging Face's cache lays out a model
     files = [runs.within(place.parent, name, links=True) for name in sorted({*index.values()})]
   except ValueError as error:

@@ -271,6 +271,7 @@ def render_report(
 
   Raises:
     FileNotFoundError: the folder has nothing to make a report of.
+    OSError: the folder cannot be written.
     ValueError: a column does not fit, or there are no answers on each example to slice.
   """
   _extras.need("a report", "matplotlib", "scipy", "jinja2", "jsonschema")

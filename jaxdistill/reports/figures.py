@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill import _check, _extras
+from jaxdistill import _check, _extras, runs
 from jaxdistill.evaluation import metrics
 from jaxdistill.reports._format import MODELS, WORDS, clean, with_std
 from jaxdistill.reports._svg import BASELINE, RULE, STUDENT, TEACHER, hover
@@ -637,7 +637,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _saved(figure: Any, path: str | os.PathLike[str] | None) -> Any:
   if path is not None:
-    figure.savefig(_check.folder("path", path), format="png")
+    with runs.replacing(_check.folder("path", path)) as writing:
+      figure.savefig(writing, format="png")
   return figure
 
 

@@ -20,15 +20,20 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     WRITING,
     altered,
     digest,
+    entry,
+    parse_json,
     read_digested,
     read_json,
     read_npz,
+    read_object,
+    read_text,
     replacing,
     sha256,
     size_and_digest,
     user_cache,
     within,
     write_digested,
+    write_npz,
     write_text,
   )
   from jaxdistill.runs._fingerprints import fingerprint, short_digest, tree_identity
@@ -75,6 +80,7 @@ __all__ = [
   "command",  # the command that repeats a run
   "commands",  # the two commands of a report: the one that repeats the run
   "digest",  # the digest of a manifest's own content
+  "entry",  # what an object of JSON has under a name, if it is of a kind
   "environment",  # hardware and versions that the numbers were produced with
   "find_collections",  # finds where collections lie in a tree that somebody else laid out
   "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
@@ -89,14 +95,17 @@ __all__ = [
   "named_leaves",  # the leaves by their path, ``params/Dense_0/kernel``
   "nested_dicts",  # nested dictionaries from leaves by path
   "outline",  # the containers as JSON, so that a tree comes back without ``like``
+  "parse_json",  # what JSON says that anybody may have written
   "progress_bar",  # a bar in a terminal or a notebook; elsewhere a line every few seconds
   "publish",  # writes the manifest of the folder being written for ``target``
   "read_config",  # reads a run's configuration
   "read_digested",  # reads a manifest that has its own digest in it
   "read_foreign_orbax",  # reads collections from a checkpoint that somebody else's program wrote
-  "read_json",  # what JSON says, of a file that anybody may have written
+  "read_json",  # what a file of JSON says that anybody may have written
   "read_metrics",  # reads the lines of a run's ``metrics.jsonl``, and counts the torn ones
   "read_npz",  # the arrays of an archive that anybody may have written
+  "read_object",  # what a file of JSON says that holds an object
+  "read_text",  # the text of a file that anybody may have written
   "release",  # gives back a folder whose run failed before its first checkpoint
   "replacing",  # a path to write to, which then takes the place of the file
   "restore_config",  # reads a run's configuration back into the dataclass that it was written from
@@ -113,6 +122,7 @@ __all__ = [
   "within",  # the path of a file that another file names, if it lies in that file's folder
   "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written
+  "write_npz",  # writes arrays as `read_npz` reads them, compressed where that is believed
   "write_text",  # writes a text so that the file is never seen half written
 ]
 

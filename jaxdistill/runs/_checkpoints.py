@@ -18,7 +18,7 @@ import pathlib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -31,6 +31,7 @@ from jaxdistill.runs._manifest import (
   MANIFEST,
   CheckpointError,
   as_json,
+  check_size,
   clear_unfinished,
   damaged,
   discard,
@@ -41,7 +42,15 @@ from jaxdistill.runs._manifest import (
   read_manifest,
   verify,
 )
-from jaxdistill.runs._trees import check_like, from_outline, named_leaves, place, snapshot
+from jaxdistill.runs._trees import (
+  check_items,
+  check_like,
+  from_outline,
+  named_leaves,
+  place,
+  snapshot,
+  stored_as,
+)
 
 __all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables"]
 
@@ -244,7 +253,7 @@ class Checkpoints:
       CheckpointError: its manifest is damaged.
     """
     self._join()
-    return sorted(read_manifest(self._existing(step))["items"])
+    return sorted(_described(self._existing(step)))
 
   def metadata(self, step: int) -> dict[str, Any]:
     """What `save` was given as metadata at this step, as JSON brings it back.
@@ -389,8 +398,31 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
   return bool(np.array_equal(one, other))
 
 
+def _described(folder: pathlib.Path) -> dict[str, Any]:
+  """What the manifest says of the items."""
+  try:
+    return check_items(read_manifest(folder).get("items"))
+  except (ValueError, RecursionError) as error:
+    raise damaged(folder, MANIFEST, str(error)) from error
+
+
+def _check_stored(folder: pathlib.Path, described: dict[str, Any], liked: Container[str]) -> None:
+  """Raises where Orbax would read other arrays than the manifest has, before they take memory."""
+  size = 0
+  for item, about in described.items():
+    wanted = {name: stored_as(record) for name, record in about["leaves"].items()}
+    wanted = {name: leaf for name, leaf in wanted.items() if leaf.size}
+    there = _orbax().stored(folder / item) if (folder / item).is_dir() else {}
+    for name in sorted({*wanted, *there}):
+      leaf, found = wanted.get(name), there.get(name)
+      if leaf is None or found != (leaf.shape, leaf.dtype):
+        raise damaged(folder, f"{item}/{name}", f"is {found} and not {leaf}, as {MANIFEST} has it")
+    size += sum(leaf.size * leaf.dtype.itemsize for leaf in wanted.values() if item not in liked)
+  check_size(folder, size, sum(about["bytes"] for about in read_manifest(folder)["files"].values()))
+
+
 def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:
-  described = read_manifest(folder)["items"]
+  described = _described(folder)
   wanted = dict.fromkeys(described) if like is None else like
   unknown = sorted(set(wanted) - set(described))
   if unknown:
@@ -403,6 +435,7 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
     check_like(item, folder, described[item]["leaves"], leaves)
   verify(folder, list(wanted))
   stored = [item for item in wanted if (folder / item).is_dir()]
+  _check_stored(folder, {item: described[item] for item in wanted}, liked)
   try:
     loaded = _orbax().read(folder, stored) if stored else {}
   except Exception as error:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
+import math
 import os
 import pathlib
+import stat
 import sys
 import zipfile
 import zlib
@@ -20,25 +21,38 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+  "BELIEVED",
+  "SMALL",
   "WRITING",
   "altered",
   "digest",
+  "entry",
+  "parse_json",
   "read_digested",
   "read_json",
   "read_npz",
+  "read_object",
+  "read_text",
   "replacing",
   "sha256",
   "size_and_digest",
   "user_cache",
   "within",
   "write_digested",
+  "write_npz",
   "write_text",
 ]
 
 WRITING = ".writing"
-# How much larger than its file an archive may be, and what is little enough to be any size.
-_UNPACKED = 10
-_SMALL = 2**20
+# How many times its file what is read may take of memory, and what is little enough to be any size.
+BELIEVED = 10
+SMALL = 2**20
+_LINK = "is a link out of its folder (cp -rL copies what links lead to)"
+# What reading an archive raises: none, one cut off, packed in a way that Python lacks, encrypted.
+_DAMAGE = (
+  *(OSError, ValueError, EOFError, MemoryError, RuntimeError),
+  *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @contextlib.contextmanager
@@ -56,6 +70,7 @@ def replacing(path: pathlib.Path, *, durable: bool = False) -> Iterator[pathlib.
     A path in the same folder, ``path`` with `WRITING` at its end.
   """
   writing = path.with_name(path.name + WRITING)
+  writing.unlink(missing_ok=True)  # a link of that name would have us write where it leads
   yield writing
   if durable:
     _sync(writing)
@@ -109,6 +124,8 @@ def altered(path: pathlib.Path, written: Mapping[str, Any], *, whole: bool = Tru
   Raises:
     OSError: the file is there and cannot be read.
   """
+  if _leads_out(path, path.parent):
+    return _LINK
   if not path.is_file():
     return "is missing"
   size = path.stat().st_size
@@ -131,16 +148,106 @@ def write_digested(path: pathlib.Path, body: Mapping[str, Any], *, durable: bool
   write_text(path, json.dumps(rest | {"digest": digest(rest)}, indent=1), durable=durable)
 
 
-def read_json(content: bytes | str) -> Any:
-  """What JSON says, of a file that anybody may have written.
+def parse_json(content: bytes | str) -> Any:
+  """What JSON says that anybody may have written.
 
   Raises:
-    ValueError: it is no JSON, or nested so deeply that Python gives up.
+    ValueError: it is no JSON, nested so deeply that Python gives up, or would take more than ten
+      times its size in memory.
   """
+  content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+  # A list of nothing but empty lists takes twenty times its text; anything else, less than ten.
+  if content.count(b"[") + content.count(b"{") > max(SMALL // 100, len(content) // 10):
+    raise ValueError("is nearly all brackets")
   try:
     return json.loads(content)
   except RecursionError as error:
     raise ValueError("is nested too deeply") from error
+
+
+def read_text(path: pathlib.Path) -> str:
+  """The text of a file that anybody may have written, with a mark for what is no UTF-8.
+
+  Raises:
+    OSError: there is no such file, or it cannot be read; the message names it.
+  """
+  try:
+    return _plain(path).read_text(encoding="utf-8", errors="replace")
+  except ValueError as error:
+    raise OSError(f"{path} {error}") from error
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """What a file of JSON says that anybody may have written.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it cannot be read, or is no JSON; the message follows the file's name in a sentence.
+  """
+  try:
+    return parse_json(_plain(path).read_bytes())
+  except FileNotFoundError:
+    raise
+  except (OSError, ValueError) as error:
+    raise ValueError(f"cannot be read ({error})") from error
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """What a file of JSON says that anybody may have written, and that holds an object.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is damaged, or holds something else; the message names it.
+  """
+  try:
+    found = read_json(path)
+    if not isinstance(found, dict):
+      raise ValueError(f"holds {found!r:.60} and no object")
+  except ValueError as error:
+    raise ValueError(f"{path} is damaged (it {error}): put it right, or move it away.") from error
+  return found
+
+
+def entry(body: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+  """What an object of JSON has under a name.
+
+  Args:
+    body: the object, or what stands in its place.
+    name: the entry's.
+    kind: what it must be: a type, or several. True is no number.
+
+  Raises:
+    ValueError: it is of another kind, or is not there; the message follows the file's name in a
+      sentence.
+
+  >>> entry({"bytes": 3}, "bytes", int)
+  3
+  """
+  kinds = kind if isinstance(kind, tuple) else (kind,)
+  found = body.get(name) if isinstance(body, dict) else None
+  if type(found) not in kinds:
+    wanted = " or ".join(one.__name__ for one in kinds)
+    raise ValueError(f"has {found!r:.100} for {name}, which must be of type {wanted}")
+  return found
+
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, Any], *, compressed: bool = True) -> None:
+  """Writes arrays of numbers or text as `read_npz` reads them; never seen half written.
+
+  Args:
+    path: the file, in a folder that is there.
+    arrays: by name.
+    compressed: whether to pack them, where they do not become so small that nobody would believe
+      the archive.
+  """
+  plain: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items()}
+  with replacing(path) as writing, writing.open("w+b") as file:
+    save = np.savez_compressed if compressed else np.savez
+    save(file, allow_pickle=False, **plain)
+    if sum(array.nbytes for array in plain.values()) > BELIEVED // 2 * file.tell():
+      file.seek(0)
+      file.truncate()
+      np.savez(file, allow_pickle=False, **plain)
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -150,39 +257,65 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
     path: the file, of arrays of numbers or text.
 
   Raises:
-    OSError: it is not there, or cannot be read.
+    FileNotFoundError: it is not there.
     ValueError: it is damaged, or would take more than ten times its size in memory, as nothing
-      does that was measured.
+      does that `write_npz` wrote.
   """
   try:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(_plain(path)) as archive:
       members = archive.infolist()
       size, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
-      if size > max(_SMALL, _UNPACKED * min(packed, path.stat().st_size)):
+      if size > max(SMALL, BELIEVED * min(packed, path.stat().st_size)):
         raise ValueError(f"holds {size:,} bytes in {packed:,}")
-      found = {}
-      for member in members:
-        content = io.BytesIO(archive.read(member))
-        array = np.lib.format.read_array(content, allow_pickle=False)
-        found[member.filename.removesuffix(".npy")] = array
-      return found
-  except OSError:
+      return {m.filename.removesuffix(".npy"): _array(archive, m) for m in members}
+  except FileNotFoundError:
     raise
-  # No archive, one cut off, one packed in a way that Python lacks, or an array without its content.
-  except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, MemoryError, RuntimeError) as error:
+  except _DAMAGE as error:
     raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+  """An array whose head claims what its member holds: NumPy takes the memory before it reads."""
+  form = np.lib.format
+  with archive.open(member) as file:
+    head = (
+      form.read_array_header_1_0 if form.read_magic(file)[0] == 1 else form.read_array_header_2_0
+    )
+    shape, _, dtype = head(file)
+    if math.prod(shape) * dtype.itemsize > member.file_size or min(shape, default=0) < 0:
+      raise ValueError(f"{member.filename} claims the shape {shape} in {member.file_size:,} bytes")
+  with archive.open(member) as file:
+    array = form.read_array(file, allow_pickle=False)
+    if file.read(1):  # and so the checksum of all of it is compared
+      raise ValueError(f"{member.filename} has more than its array")
+  return array
+
+
+def _plain(path: pathlib.Path) -> pathlib.Path:
+  """The path, of a file to be read that is in its folder and no pipe, which one would wait for.
+
+  Raises:
+    OSError: there is none.
+    ValueError: it is something else, or a link out of its folder; the message follows its name.
+  """
+  if _leads_out(path, path.parent):
+    raise ValueError(_LINK)
+  if not stat.S_ISREG(path.stat().st_mode):
+    raise ValueError("is no file")
+  return path
 
 
 def within(folder: pathlib.Path, name: Any, *, links: bool = False) -> pathlib.Path:
   """The path of a file that another file names, if it lies in that file's folder.
 
   What a file says is believed of its own folder alone: a path that leads out of it would have us
-  read, write or remove what is somebody else's.
+  read, write or remove what is somebody else's. A link may lead to the ``blobs`` of Hugging Face's
+  cache from its ``snapshots``, where a folder that was downloaded is all links.
 
   Args:
     folder: where it has to lie, at any depth.
     name: what the file says, relative to the folder.
-    links: whether symbolic links may lead out of it, which the user made and not the file's author.
+    links: whether other links may lead out of it, which the user made and not the file's author.
 
   Raises:
     ValueError: it does not; the message follows the naming file's name in a sentence.
@@ -194,10 +327,20 @@ def within(folder: pathlib.Path, name: Any, *, links: bool = False) -> pathlib.P
   leads_out = any(path.anchor or ".." in path.parts for path in spelled)
   if not isinstance(name, str) or not name.strip("./") or "\0" in name or leads_out:
     raise ValueError(f"names {name!r}, which is no file of its folder")
-  path = folder / name
-  if not links and not path.resolve().is_relative_to(folder.resolve()):
-    raise ValueError(f"names {name!r}, a link out of its folder")
-  return path
+  if not links and _leads_out(folder / name, folder):
+    raise ValueError(f"names {name!r}, which {_LINK}")
+  return folder / name
+
+
+def _leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:
+  """Whether links, or links in a circle, lead from a path in a folder to where it has no part."""
+  whole = folder.resolve()
+  places = [whole, *(up.parent / "blobs" for up in whole.parents if up.name == "snapshots")]
+  try:
+    real = path.resolve()
+  except (OSError, RuntimeError):
+    return True
+  return not any(real.is_relative_to(place) for place in places)
 
 
 def read_digested(path: pathlib.Path) -> dict[str, Any]:
@@ -207,13 +350,13 @@ def read_digested(path: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: there is no such file.
     ValueError: it is damaged; the message says how, and follows the file's name in a sentence.
   """
+  body: dict[str, Any] = read_json(path)
+  if not isinstance(body, dict) or "digest" not in body:
+    raise ValueError("cannot be read (it has no digest)")
   try:
-    body: dict[str, Any] = read_json(path.read_bytes())
     intact = body["digest"] == digest(body)
-  except FileNotFoundError:
-    raise
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(f"cannot be read ({error})") from error
+  except RecursionError as error:  # what writes JSON gives up before what reads it
+    raise ValueError("is nested too deeply") from error
   if not intact:
     raise ValueError("is not as it was written (its digest differs)")
   return body

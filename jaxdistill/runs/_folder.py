@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, _extras
-from jaxdistill.runs._files import read_json, write_text
+from jaxdistill.runs._files import parse_json, read_object, read_text, write_text
 from jaxdistill.runs._traced import Traced, difference
 
 __all__ = [
@@ -80,15 +80,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
   path = _check.folder("folder", folder) / "config.json"
   if not path.is_file():
     raise FileNotFoundError(f"{os.fspath(folder)!r} is not a run's folder: it has no config.json.")
-  try:
-    config = read_json(path.read_bytes())
-  except ValueError as error:
-    raise ValueError(
-      f"{path} is damaged ({error}): put it right, or take another folder."
-    ) from error
-  if not isinstance(config, dict):
-    raise ValueError(f"{path} holds no configuration, but {_check.show(config)}.")
-  return config
+  return read_object(path)
 
 
 def restore_config(folder: str | os.PathLike[str], kind: type[Any]) -> Any:
@@ -207,9 +199,10 @@ def claim(
     raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
   if (folder / "config.json").exists():
     there = read_config(folder)
-    known = there.pop(_TRACED, {})
+    known = there.pop(_TRACED, None)
     longer = shorter is not None and not _differing(there, to_json(shorter))
     lines = [] if longer else _differing(there, wanted)
+    known = known if isinstance(known, dict) else {}
     other = [name for name in digests if known.get(name) != digests[name]]
     if longer:
       other = [name for name in other if name != "optimizer"]
@@ -252,7 +245,7 @@ def _traced_otherwise(
 ) -> list[str]:
   """How what is computed differs from what the folder's run computes, in words."""
   try:
-    there = read_json((folder / _OPERATIONS).read_bytes())
+    there = read_object(folder / _OPERATIONS)
     versions = {name: there["versions"].get(name) for name in _versions()}
     found = [difference(there[name], traced[name].operations) for name in names]
   except (OSError, LookupError, AttributeError, TypeError, ValueError):  # it says no more
@@ -301,7 +294,7 @@ class Metrics:
     self.history: list[dict[str, Any]] = []
     self._path = None if folder is None else folder / _METRICS
     self._board = _board(folder, resumed_from) if tensorboard else None
-    if folder is not None and self._path is not None and self._path.exists():
+    if folder is not None and self._path is not None and os.path.lexists(self._path):
       self.history = [r for r in read_metrics(folder)[0] if r["step"] <= resumed_from]
       write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.history))
 
@@ -336,12 +329,12 @@ def read_metrics(folder: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
     OSError: there is no such file, or it cannot be read.
   """
   lines, torn = [], 0
-  for text in (folder / _METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+  for text in read_text(folder / _METRICS).splitlines():
     try:
-      line = read_json(text)
+      line = parse_json(text)
     except ValueError:
       line = None
-    if isinstance(line, dict) and isinstance(line.get("step"), int):
+    if isinstance(line, dict) and type(line.get("step")) is int:
       lines.append(line)
     else:
       torn += 1

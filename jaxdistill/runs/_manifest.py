@@ -10,12 +10,22 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from jaxdistill.runs._files import WRITING, altered, read_digested, size_and_digest, write_digested
+from jaxdistill.runs._files import (
+  BELIEVED,
+  WRITING,
+  altered,
+  entry,
+  read_digested,
+  size_and_digest,
+  within,
+  write_digested,
+)
 
 __all__ = [
   "MANIFEST",
   "CheckpointError",
   "as_json",
+  "check_size",
   "clear_unfinished",
   "damaged",
   "discard",
@@ -32,6 +42,8 @@ __all__ = [
 MANIFEST = "manifest.json"
 _REMOVED = ".removed"
 _FORMAT = 1
+# Zeros take no room on the disk, and weights may be mostly zeros: so much is read in any case.
+_ZEROS = 2**28
 
 
 class CheckpointError(RuntimeError):
@@ -57,6 +69,13 @@ def damaged(folder: pathlib.Path, file: str, reason: str) -> CheckpointError:
   return CheckpointError(f"The checkpoint {folder} cannot be used: {file} {reason}.")
 
 
+def check_size(folder: pathlib.Path, size: int, there: int, expected: int = 0) -> None:
+  """Raises where arrays would take more memory than their files, or who wants them, account for."""
+  if size > max(_ZEROS, BELIEVED * there, expected):
+    problem = f"would take {size:,} bytes, more than ten times what lies there"
+    raise damaged(folder, "what it holds", f"{problem}: say what it is by like=")
+
+
 def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
   """Adds size and SHA-256 of every file to ``body`` and writes it, whole or not at all."""
   files = {}
@@ -70,13 +89,28 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """The manifest, after verifying that it is as it was written."""
   try:
     body = read_digested(folder / MANIFEST)
+    if body.get("format") == _FORMAT:
+      _check_body(folder, body)
   except FileNotFoundError:
     raise damaged(folder, MANIFEST, "is missing, so it is half written") from None
   except ValueError as error:
     raise damaged(folder, MANIFEST, str(error)) from error
-  if body["format"] != _FORMAT:
-    raise damaged(folder, MANIFEST, f"is of format {body['format']}, not {_FORMAT}")
+  if body.get("format") != _FORMAT:
+    raise damaged(folder, MANIFEST, f"is of format {body.get('format')!r:.100}, not {_FORMAT}")
   return body
+
+
+def _check_body(folder: pathlib.Path, body: dict[str, Any]) -> None:
+  """Raises ValueError where a manifest that has its own digest does not say what it must."""
+  entry(body, "file_count", int)
+  for name, about in entry(body, "files", dict).items():
+    within(folder, name)
+    entry(about, "bytes", int)
+    entry(about, "sha256", str)
+  if "items" in body:  # a checkpoint of ours, and no other folder
+    entry(body, "items", dict)
+    entry(body, "metadata", dict)
+    entry(body, "score", (float, type(None)))
 
 
 def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, Any]:
@@ -123,7 +157,7 @@ def clear_unfinished(folder: pathlib.Path, names: str) -> None:
     if match and locate(folder / match[1]) == path:
       os.rename(path, folder / match[1])
     elif match:
-      shutil.rmtree(path)
+      _remove(path)
 
 
 def publish(target: pathlib.Path, body: dict[str, Any]) -> None:
@@ -140,4 +174,12 @@ def discard(target: pathlib.Path) -> None:
   # Renamed first, so that a kill in the midst of it leaves no half a checkpoint.
   removed = target.with_name(target.name + _REMOVED)
   os.rename(target, removed)
-  shutil.rmtree(removed)
+  _remove(removed)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Removes a folder; of a link to one, the link, since what it leads to is somebody else's."""
+  if folder.is_symlink():
+    folder.unlink()
+  else:
+    shutil.rmtree(folder)

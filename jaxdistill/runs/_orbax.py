@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import math
 import os
 import pathlib
 import re
@@ -24,9 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import _check
-from jaxdistill.runs._manifest import MANIFEST, CheckpointError, listing
+from jaxdistill.runs._manifest import MANIFEST, CheckpointError, check_size, listing
 
-__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "write"]
+__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "stored", "write"]
 
 Path = tuple[str, ...]
 # Orbax numbers its operations in a global counter that two threads must not share.
@@ -144,6 +145,28 @@ def read(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, np.n
     return ocp.v1.load_checkpointables(folder, dict.fromkeys(names))
 
 
+def stored(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], Any]]:
+  """The shape and dtype of each array of an item that `write` wrote, by name, without reading it.
+
+  Raises:
+    CheckpointError: Orbax cannot tell.
+  """
+  with _ORBAX:
+    _, leaves = _outline(folder)
+  return {"/".join(path): _described(leaf) for path, leaf in leaves.items()}
+
+
+def _described(leaf: Any) -> Any:
+  """An array's shape and dtype; what is none, or is in pieces larger than itself, in words."""
+  shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
+  if shape is None or dtype is None:
+    return "no array"
+  chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or shape
+  if any(piece > max(size, 1) for piece, size in zip(chunk, shape, strict=False)):
+    return f"an array in pieces of {chunk}"
+  return tuple(shape), np.dtype(dtype)
+
+
 def _alone() -> dict[str, Any]:
   me = jax.process_index()
   return {
@@ -166,6 +189,7 @@ def _context() -> Any:
 def read_foreign_orbax(
   path: str | os.PathLike[str],
   collections: Sequence[str] | Mapping[str, str] = ("params", "batch_stats"),
+  expected: int = 0,
 ) -> dict[str, Any]:
   """Reads collections from a checkpoint that somebody else's program wrote with Orbax.
 
@@ -177,6 +201,8 @@ def read_foreign_orbax(
     path: the folder.
     collections: names of collections, or a mapping from them to paths. Items of the checkpoint
       count as the first part of a path, but for a single item of another name than these.
+    expected: the bytes that they may take, however few lie on the disk; more than ten times those
+      are refused, but for what is small anyway.
 
   Returns:
     ``{collection: nested dicts of host arrays}``, whatever devices they were saved from.
@@ -209,6 +235,11 @@ def read_foreign_orbax(
             raise ValueError(f"{'/'.join(place)} of {where} is no array; name what lies beside it.")
           wanted.setdefault(inside, []).append((name, *place[len(start) :]))
     if wanted:
+      size = sum(
+        math.prod(described[p].shape) * np.dtype(described[p].dtype).itemsize for p in wanted
+      )
+      there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+      check_size(folder, size, there, expected)
       with _ORBAX:
         values = _restore(items[item], tree, set(wanted))
       result.update({place: values[inside] for inside in wanted for place in wanted[inside]})

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill._compile import host_view
+from jaxdistill.runs._files import entry
 from jaxdistill.runs._manifest import first_few
 
 __all__ = [
+  "check_items",
   "check_like",
   "from_outline",
   "holding",
@@ -23,6 +25,7 @@ __all__ = [
   "outline",
   "place",
   "snapshot",
+  "stored_as",
 ]
 
 PyTree = Any
@@ -97,7 +100,7 @@ def from_outline(outline: Any, leaves: dict[str, Any]) -> PyTree:
   """The tree again, from its outline and its leaves by path."""
   if outline is None:
     return None
-  ((kind, inner),) = outline.items()
+  kind, inner = next(iter(outline.items()))
   if kind == "leaf":
     return leaves[inner]
   if kind == "dict":
@@ -164,12 +167,66 @@ def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], di
   return {item: stored for item, stored in arrays.items() if stored}, described
 
 
+_KINDS = ("jax", "key", "numpy", "python")
+
+
+def check_items(items: Any) -> dict[str, Any]:
+  """What a manifest says of a checkpoint's items, if `snapshot` might have said it.
+
+  Raises:
+    ValueError: it follows the file's name in a sentence.
+  """
+  for item, described in entry({"items": items}, "items", dict).items():
+    if not item.isidentifier():
+      raise ValueError(f"has {item!r:.100} where the name of an item belongs")
+    leaves = entry(described, "leaves", dict)
+    for name, record in leaves.items():
+      where = f"has for {item}/{name}".replace("\n", " ")[:100]
+      shape = entry(record, "shape", list)
+      entry(record, "dtype", str)
+      if not all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        raise ValueError(f"{where} the shape {shape!r:.100}")
+      if entry(record, "kind", str) not in _KINDS:
+        raise ValueError(f"{where} the kind {record['kind']!r:.100}")
+      try:
+        stored_as(record)
+      except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{where} what is no array ({error})") from error
+    _check_outline(described.get("outline"), leaves)
+  return items
+
+
+def _check_outline(found: Any, leaves: Mapping[str, Any]) -> None:
+  if found is None:
+    return
+  kind, inner = next(iter(found.items())) if isinstance(found, dict) and found else ("", None)
+  if kind == "leaf" and isinstance(inner, str) and inner in leaves:
+    return
+  if kind == "dict" and isinstance(inner, dict):
+    inner = list(inner.values())
+  elif kind not in ("list", "tuple") or not isinstance(inner, list):
+    raise ValueError(f"has {found!r:.100} in the outline of an item")
+  for child in inner:
+    _check_outline(child, leaves)
+
+
+def stored_as(record: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
+  """What Orbax has of a leaf that the manifest describes; of an empty one, nothing."""
+  shape = tuple(record["shape"])
+  if record["kind"] == "key":
+    data = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0, impl=record["impl"])))
+    return jax.ShapeDtypeStruct((*shape, *data.shape), data.dtype)
+  dtype = jnp.dtype(record["dtype"])
+  if dtype.kind != "b" and not jax.dtypes.issubdtype(dtype, np.number):
+    raise ValueError(f"dtype {dtype}")
+  return jax.ShapeDtypeStruct(shape, dtype if dtype.name in _NATIVE else np.uint8)
+
+
 def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
   """A leaf as its like is, or, where that is None, as it was when it was saved."""
   if record["kind"] == "key":
     if stored is None:
-      width = jax.random.key_data(jax.random.key(0, impl=record["impl"])).shape
-      stored = np.zeros((*record["shape"], *width), np.uint32)
+      stored = np.zeros(stored_as(record).shape, np.uint32)
     value = jax.random.wrap_key_data(jax.device_put(stored), impl=record["impl"])
   else:
     dtype = jnp.dtype(record["dtype"])

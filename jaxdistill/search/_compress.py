@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import warnings
@@ -185,12 +184,12 @@ def read_choice(folder: str | pathlib.Path) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: the compression is not finished, or there is none.
+    ValueError: the file is damaged.
   """
   path = _check.folder("folder", folder) / "budget.json"
   if not path.is_file():
     raise FileNotFoundError(f"{path} is not there: the compression is not finished; run it again.")
-  found: dict[str, Any] = json.loads(path.read_text())
-  return found
+  return runs.read_object(path)
 
 
 def compress(
@@ -620,7 +619,7 @@ def measured_before(path: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
   Returns:
     What is in it; empty where there is no such file.
   """
-  found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+  found = runs.read_object(path) if path.is_file() else {}
   return found if set(names) <= set(found) else {}
 
 

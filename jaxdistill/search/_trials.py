@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Callable, Sequence
@@ -120,7 +119,8 @@ class Search:
     """How many points of a group one program trains; what a folder was begun with stays."""
     plan = None if self.folder is None else self.folder / "students" / f"{name}.json"
     if plan is not None and plan.is_file():
-      return int(json.loads(plan.read_text())["points_at_once"])
+      found = runs.read_object(plan)
+      return _check.whole(f"points_at_once in {plan}", found.get("points_at_once"))
     cap = self.devices * math.ceil(min(count, self.most(self.groups[g])) / self.devices)
     size = _compile.that_fit(
       lambda points: self.program(g, points)[1], cap, self.memory, multiple=self.devices
@@ -272,7 +272,7 @@ def _finite(xp: Any, tree: PyTree) -> Any:
 def _outcome(path: pathlib.Path) -> dict[str, Any] | None:
   """What a finished chunk wrote; a damaged file is as none, and the chunk goes on from its save."""
   try:
-    found: dict[str, Any] = json.loads((path / "outcome.json").read_text())
+    found = runs.read_object(path / "outcome.json")
     found["metrics"] = {n: np.array(v, np.float64) for n, v in found["metrics"].items()}
     return found if isinstance(found["bad"], list) else None
   except (OSError, ValueError, KeyError, AttributeError, TypeError):

@@ -24,6 +24,7 @@ from jaxdistill.runs import (
   MANIFEST,
   WRITING,
   altered,
+  entry,
   read_digested,
   read_json,
   replacing,
@@ -124,12 +125,12 @@ def _check_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
   lacking = [name for name in _KEYS if name not in body]
   if lacking:
     raise ValueError(f"lacks {', '.join(map(repr, lacking))}")
-  arrays, views, size = body["arrays"], body["views"], _entry(body["data"], "size", int)
+  arrays, views, size = body["arrays"], body["views"], entry(body["data"], "size", int)
   if not isinstance(arrays, list) or not isinstance(views, dict):
     raise ValueError("has no list of arrays, or no views by number")
   for array in arrays:
-    name, dtype = _entry(array, "name", str), _entry(array, "dtype", str)
-    shape = _entry(array, "shape", list)
+    name, dtype = entry(array, "name", str), entry(array, "dtype", str)
+    shape = entry(array, "shape", list)
     if not re.fullmatch(r"[<>|]?[fiub][1248]", dtype):
       raise ValueError(f"has the array {name!r} of dtype {dtype!r}, which is no number's")
     if not all(type(n) is int and 0 < n < 2**31 for n in shape):
@@ -142,23 +143,15 @@ def _check_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
     if not re.fullmatch(r"0|[1-9]\d{0,8}", view) or not isinstance(shards, list):
       raise ValueError(f"has the view {view!r}, which is no number with its shards")
     for shard in shards:
-      if within(folder, _entry(shard, "file", str)).name in (MANIFEST, IDS, _LOCK):
+      if within(folder, entry(shard, "file", str)).name in (MANIFEST, IDS, _LOCK):
         raise ValueError(f"names {shard['file']!r} as a file of view {view}")
-      _entry(shard, "sha256", str)
-      records, written = _entry(shard, "records", int), _entry(shard, "bytes", int)
+      entry(shard, "sha256", str)
+      records, written = entry(shard, "records", int), entry(shard, "bytes", int)
       # What is read into memory is no more than what lies in the files.
       if not 0 <= records <= size or records * row > written:
         raise ValueError(f"has {records} records of {row} bytes in {written} bytes of view {view}")
-  within(folder, _entry(body["ids"], "file", str))
-  _entry(body["ids"], "sha256", str)
-
-
-def _entry(body: Any, name: str, kind: type) -> Any:
-  """What an object of JSON has under a name, if it is of a kind."""
-  found = body.get(name) if isinstance(body, dict) else None
-  if type(found) is not kind:
-    raise ValueError(f"has {found!r} for {name}, which must be of type {kind.__name__}")
-  return found
+  within(folder, entry(body["ids"], "file", str))
+  entry(body["ids"], "sha256", str)
 
 
 def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
@@ -168,7 +161,9 @@ def _write_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
   """One writer at a time; a killed one holds nothing back."""
-  with (folder / _LOCK).open("w") as file:
+  # Made where it is not there; a link of that name is not followed, to what is somebody else's.
+  number = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+  with os.fdopen(number, "r+") as file:
     # The lock belongs to the open file and not to its name: the system takes it back from a process
     # that is killed, where a lock file would stay and keep everybody out.
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -221,9 +216,9 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     raise _damaged(path, problem)
   size = manifest["data"]["size"]
   try:
-    ids = read_json(path.read_bytes())
+    ids = read_json(path)
   except ValueError as error:
-    raise _damaged(path, f"cannot be read ({error})") from error
+    raise _damaged(path, str(error)) from error
   whole = isinstance(ids, list) and all(isinstance(id, str) for id in ids)
   if not whole or len(ids) != size or len(set(ids)) != len(ids):
     raise _damaged(path, f"does not hold {size} different ids")

@@ -420,8 +420,9 @@ def restore(run: str | os.PathLike[str], network: Network, *, step: int | None =
   Raises:
     TypeError: ``network`` is none.
     FileNotFoundError: there is no usable checkpoint.
-    ValueError: the run is not finished (its last usable checkpoint is not of its last step), and
-      ``step`` does not ask for an earlier one.
+    CheckpointError: the checkpoint is damaged.
+    ValueError: its ``config.json`` is damaged; or the run is not finished (its last usable
+      checkpoint is not of its last step), and ``step`` does not ask for an earlier one.
   """
   if not isinstance(network, Network):
     raise TypeError(f"network={_check.show(network)} must be a Network, that of the run's student.")
@@ -433,15 +434,19 @@ def restore(run: str | os.PathLike[str], network: Network, *, step: int | None =
     if chosen is None:
       raise FileNotFoundError(f"{folder} holds no checkpoint that verifies.")
     config = runs.read_config(run)
-    if step is None and chosen != config["steps"]:
+    try:
+      steps = runs.entry(config, "steps", int)
+      seed = runs.entry(config, "seed", (int, list, type(None)))
+    except ValueError as error:
+      raise ValueError(f"{folder.parent / 'config.json'} {error}: no run of fit's.") from error
+    if step is None and chosen != steps:
       raise ValueError(
-        f"the run {os.fspath(run)!r} stands at step {chosen} of {config['steps']}; start it again "
+        f"the run {os.fspath(run)!r} stands at step {chosen} of {steps}; start it again "
         f"to finish it, or pass step={chosen} to take it as it is."
       )
     # A checkpoint has this item only where the student is not what is deployed.
     item = "deployed" if "deployed" in saved.items(chosen) else "student"
     variables = saved.restore(chosen, {item: None})[item]
-  seed = config["seed"]
   return Model(network, variables, len(seed) if isinstance(seed, list) else None)
 
 

@@ -150,7 +150,11 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _other_looks(there: Any, now: Any) -> list[str]:
   for view, found in now.items():
-    if view not in there or not _alike(there[view], found, _LOOKS_DIFFER):
+    if (
+      not isinstance(there, dict)
+      or view not in there
+      or not _alike(there[view], found, _LOOKS_DIFFER)
+    ):
       return [
         f"looks: what the first {PROBES} examples show in view {view} is not what it was, so the "
         "data, their normalisation or the augmentation have changed"
@@ -159,15 +163,15 @@ def _other_looks(there: Any, now: Any) -> list[str]:
 
 
 def _other_teacher(there: Any, now: Any) -> list[str]:
-  if "checksum" not in there:
+  if not isinstance(there, dict) or not isinstance(there.get("leaves"), list):
     return ["teacher: the cache was filled by another program; open it by cached(None, source)"]
   if there["leaves"] != now["leaves"]:
     pairs = itertools.zip_longest(there["leaves"], now["leaves"])
     first, second = next(pair for pair in pairs if pair[0] != pair[1])
     return [f"teacher: its variables are others, first {first} there, {second} now"]
-  if there["checksum"] != now["checksum"]:
+  if there.get("checksum") != now["checksum"]:
     return ["teacher: its variables have other values (their checksum differs)"]
-  if "outputs" in now and "outputs" in there:
+  if "outputs" in now and isinstance(there.get("outputs"), dict):
     for name, found in now["outputs"].items():
       if name not in there["outputs"] or not _alike(there["outputs"][name], found, _OUTPUTS_DIFFER):
         return [f"teacher: it puts out other {name} for the first {PROBES} examples"]
@@ -176,7 +180,10 @@ def _other_teacher(there: Any, now: Any) -> list[str]:
 
 def _alike(there: Any, now: Any, tolerance: float) -> bool:
   """Whether two sketches agree; a difference counts relative to the size of the numbers."""
-  one, other = np.asarray(there, np.float64), np.asarray(now, np.float64)
+  try:
+    one, other = np.asarray(there, np.float64), np.asarray(now, np.float64)
+  except (TypeError, ValueError, OverflowError):  # another program may have written anything
+    return False
   if one.shape != other.shape:
     return False
   return bool(np.all(np.abs(one - other) <= tolerance * np.maximum(one[..., :1], 1e-6)))

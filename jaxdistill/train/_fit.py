@@ -243,6 +243,8 @@ def fit(
     ValueError: sources and seeds do not pair up; a batch does not divide by the devices; the
       folder holds another configuration; a keyword of the objective has no value; the variables to
       start from do not fit.
+    CheckpointError: the folder's last checkpoint is not what this library writes.
+    OSError: the folder cannot be written, or a file of it not be read.
     FloatingPointError: a term was not finite; the message says which, and at which step.
     Stopped: the process was asked to stop, or ``stop_after`` is over.
   """

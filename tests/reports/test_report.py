@@ -359,15 +359,15 @@ BROKEN = {
   ),
   "an exported file that is gone": (
     lambda f: (f / "exports" / "student.onnx").unlink(),
-    "student.onnx is listed, but missing",
+    "student.onnx is missing",
   ),
   "an exported file of another size": (
     lambda f: (f / "exports" / "student.onnx").write_bytes(b"other"),
-    "student.onnx has 5 bytes, but had 4",
+    "student.onnx has 5 bytes, 4 were written",
   ),
   "another exported file": (
     lambda f: fabricated.exported(f, sha256="0" * 64),
-    "its digest is another",
+    "its SHA-256 differs",
   ),
   "exports that are a folder": (
     lambda f: fabricated.exported(f, file="."),

@@ -2,6 +2,7 @@ import asyncio
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from jaxdistill.runs import (
   Checkpoints,
   CheckpointWarning,
   _checkpoints,
+  _manifest,
   _orbax,
   load_variables,
   save_variables,
@@ -548,3 +550,75 @@ def test_no_warnings_of_others(tmp_path, capfd):
       checkpoints.restore(0)
   assert not record
   assert capfd.readouterr() == ("", "")
+
+
+def described_anew(folder, change):
+  """Changes a manifest, and its digest with it."""
+  body = runs.read_digested(folder / runs.MANIFEST)
+  change(body)
+  runs.write_digested(folder / runs.MANIFEST, body)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda leaf: leaf.update(shape=[10**6, 10**6]),
+    lambda leaf: leaf.update(shape=[4, 3]),
+    lambda leaf: leaf.update(shape=[-1]),
+    lambda leaf: leaf.update(shape="34"),
+    lambda leaf: leaf.update(dtype="int32"),
+    lambda leaf: leaf.update(dtype="|O"),
+    lambda leaf: leaf.update(dtype=None),
+    lambda leaf: leaf.update(kind="other"),
+    lambda leaf: leaf.pop("shape"),
+  ],
+)
+def test_a_manifest_that_claims_other_arrays_than_lie_there_is_not_believed(tmp_path, change):
+  save_variables(tmp_path / "a", params())
+  described_anew(
+    tmp_path / "a",
+    lambda body: change(body["items"]["variables"]["leaves"]["dense/kernel"]),
+  )
+  with pytest.raises(CheckpointError, match="a cannot be used: "):
+    load_variables(tmp_path / "a")
+
+
+def test_arrays_are_no_larger_than_the_manifest_says_before_they_are_read(tmp_path, monkeypatch):
+  """Zeros take no room: what Orbax has may be any size."""
+  monkeypatch.setattr(_manifest, "_ZEROS", 2**20)
+  save_variables(tmp_path / "a", params())
+  arrays = {
+    "dense/kernel": np.zeros((2**10, 2**11), np.float32),
+    "dense/bias": np.zeros(4, np.float32),
+  }
+  _orbax.write(tmp_path / "b", {"variables": arrays})
+  body = runs.read_digested(tmp_path / "a" / runs.MANIFEST)
+  _manifest.write_manifest(tmp_path / "b", {k: body[k] for k in ("items", "metadata", "score")})
+  with pytest.raises(CheckpointError, match=r"dense/kernel is .*1024.* and not .*\(3, 4\)"):
+    load_variables(tmp_path / "b")
+  body["items"]["variables"]["leaves"]["dense/kernel"]["shape"] = [2**10, 2**11]
+  _manifest.write_manifest(tmp_path / "b", {k: body[k] for k in ("items", "metadata", "score")})
+  with pytest.raises(CheckpointError, match="more than ten times what lies there: say .* by like="):
+    load_variables(tmp_path / "b")
+  like = {"dense": {n.split("/")[1]: jnp.array(a) for n, a in arrays.items()}}
+  assert_same(load_variables(tmp_path / "b", like), like)
+  shutil.rmtree(tmp_path / "b" / "orbax.checkpoint", ignore_errors=True)
+  (tmp_path / "b" / runs.MANIFEST).unlink()  # and now it is a foreign one
+  with pytest.raises(CheckpointError, match="more than ten times what lies there"):
+    _orbax.read_foreign_orbax(tmp_path / "b", {"params": "variables"})
+  found = _orbax.read_foreign_orbax(tmp_path / "b", {"params": ""}, expected=2**24)
+  assert found["params"]["dense/kernel"].shape == (2**10, 2**11)
+
+
+@pytest.mark.parametrize("what", ["file", "manifest", "folder"])
+def test_links_out_of_a_checkpoint_are_not_followed(tmp_path, what):
+  save_variables(tmp_path / "a", params())
+  where = {"file": largest(tmp_path / "a"), "manifest": tmp_path / "a" / runs.MANIFEST}
+  path = where.get(what, tmp_path / "a" / "variables")
+  path.rename(tmp_path / "elsewhere")
+  path.symlink_to(tmp_path / "elsewhere")
+  with pytest.raises(CheckpointError, match="is a link out of its folder|is missing"):
+    load_variables(tmp_path / "a")
+  save_variables(tmp_path / "a", params(2.0))  # and is written over, where it is and not beyond
+  assert (tmp_path / "elsewhere").exists()
+  assert_same(load_variables(tmp_path / "a"), params(2.0))

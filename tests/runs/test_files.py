@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pathlib
 import sys
 import zipfile
@@ -50,6 +51,48 @@ def test_a_path_in_a_file_may_lie_deeper(tmp_path):
   assert runs.within(tmp_path, "out/a", links=True) == tmp_path / "out/a"
 
 
+def test_a_downloaded_folder_may_be_links_to_its_cache(tmp_path):
+  """As Hugging Face lays it out: ``snapshots/<revision>/a.json`` leads to ``blobs/<digest>``."""
+  folder, blobs = tmp_path / "snapshots" / "main" / "student", tmp_path / "blobs"
+  folder.mkdir(parents=True)
+  blobs.mkdir()
+  (blobs / "0a").write_text("[1]")
+  (folder / "a.json").symlink_to("../../../blobs/0a")
+  assert runs.read_json(folder / "a.json") == [1]
+  (tmp_path / "other").write_text("[1]")
+  (folder / "b.json").symlink_to(tmp_path / "other")
+  with pytest.raises(ValueError, match="a link out of its folder"):
+    runs.read_json(folder / "b.json")
+  assert "a link out" in runs.altered(folder / "b.json", {"sha256": runs.sha256(blobs / "0a")})
+
+
+def test_what_is_written_goes_where_its_name_is_and_not_where_a_link_leads(tmp_path):
+  precious = tmp_path / "precious"
+  precious.write_text("precious")
+  (tmp_path / "here").mkdir()
+  for name in ("a.json", "a.json.writing"):
+    (tmp_path / "here" / name).symlink_to(precious)
+  runs.write_json(tmp_path / "here" / "a.json", [1])
+  assert precious.read_text() == "precious"
+  assert runs.read_json(tmp_path / "here" / "a.json") == [1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "loop", "folder", "deep", "wide", "number"])
+def test_json_that_cannot_be_read_is_said_and_not_waited_for(tmp_path, kind):
+  path = tmp_path / "a.json"
+  if kind == "pipe":
+    os.mkfifo(path)
+  elif kind == "loop":
+    path.symlink_to(path)
+  elif kind == "folder":
+    path.mkdir()
+  else:
+    texts = {"deep": "[" * 10**6, "wide": "[" + "{}," * 10**5 + "0]", "number": "9" * 5000}
+    path.write_text(texts[kind])
+  with pytest.raises(ValueError, match=f"{path} is damaged"):
+    runs.read_object(path)
+
+
 def archive(path, **arrays):
   np.savez_compressed(path, allow_pickle=False, **arrays)
   return path
@@ -65,7 +108,20 @@ def test_an_archive_takes_no_more_memory_than_its_size_allows(tmp_path):
     runs.read_npz(bomb)
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "objects", "claims", "no numpy"])
+def test_what_was_written_is_believed_however_much_it_shrinks(tmp_path):
+  """The answers of a student that is sure of everything, and of classes in their order."""
+  path = tmp_path / "a.npz"
+  arrays = {"sure": np.ones((5, 200_000), np.float32), "labels": np.repeat(np.arange(10), 20_000)}
+  for compressed in (True, False):
+    runs.write_npz(path, arrays, compressed=compressed)
+    for name, array in runs.read_npz(path).items():
+      np.testing.assert_array_equal(array, arrays[name])
+  few = np.random.default_rng(0).normal(size=1000).astype(np.float32).round(1)
+  runs.write_npz(path, {"few": few})
+  assert path.stat().st_size < few.nbytes
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "objects", "claims", "no numpy", "more"])
 def test_an_archive_that_is_damaged_is_said_so(tmp_path, kind):
   path = archive(tmp_path / "a.npz", a=np.arange(300))
   if kind == "cut":
@@ -80,7 +136,11 @@ def test_an_archive_that_is_damaged_is_said_so(tmp_path, kind):
       made, {"descr": "<f8", "fortran_order": False, "shape": (2**58,)}
     )
     with zipfile.ZipFile(path, "w") as opened:
-      opened.writestr("a.npy", made.getvalue() if kind == "claims" else b"other")
+      if kind == "more":
+        made = io.BytesIO()
+        np.save(made, np.arange(3))
+        made.write(b"more")
+      opened.writestr("a.npy", b"other" if kind == "no numpy" else made.getvalue())
   with pytest.raises(ValueError, match="."):
     runs.read_npz(path)
 

@@ -387,18 +387,11 @@ def _file_problem(folder: pathlib.Path, entry: Mapping[str, Any]) -> str | None:
     path = runs.within(folder, entry["file"])
   except ValueError:
     return "lies outside of the folder exports"
+  written = {key: entry[key] for key in ("bytes", "sha256") if entry[key] is not None}
   try:
-    if not path.is_file():
-      return "is listed, but missing"
-    size = path.stat().st_size
-    digest = runs.sha256(path)
+    return runs.altered(path, written, whole="sha256" in written)
   except OSError as error:
     return f"cannot be read ({_check.short(error)})"
-  if entry["bytes"] not in (None, size):
-    return f"has {size:,} bytes, but had {entry['bytes']:,} when it was checked"
-  if entry["sha256"] not in (None, digest):
-    return "is not the one that was checked: its digest is another"
-  return None
 
 
 def _findings(run: pathlib.Path, problems: list[str]) -> list[dict[str, str]] | None:

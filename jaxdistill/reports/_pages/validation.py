@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxdistill import _check
+from jaxdistill import _check, runs
 from jaxdistill.reports._format import listed
 
 __all__ = ["read_json", "sound"]
@@ -37,11 +36,11 @@ def read_json(path: pathlib.Path, what: str, problems: list[str]) -> Any:
     The value; None where there is no file, or a broken one.
   """
   try:
-    return _finite(json.loads(path.read_text(encoding="utf-8")))
+    return _finite(runs.read_json(path))
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, RecursionError) as error:
-    problems.append(f"{what} ({path.name}) cannot be read: {_check.short(error)}")
+  except ValueError as error:
+    problems.append(f"{what} ({path.name}) {error}.")
     return None
 
 
