@@ -192,7 +192,7 @@ def _chosen(
   pairs: list[tuple[int, int]],
   again: list[tuple[int, int]],
   path: pathlib.Path | None,
-  asked: Callable[[int], bool],
+  asked: Callable[[int], int],
 ) -> Result:
   """Trains all points, chooses one, trains it anew where that is asked for, and tests it."""
   choice = job.choice
@@ -246,7 +246,7 @@ class _Job:
     points: Sequence[Point],
     pairs: list[tuple[int, int]],
     folder: pathlib.Path | None,
-    asked_to_stop: Callable[[int], bool],
+    asked_to_stop: Callable[[int], int],
     halving: Halving | None = None,
   ) -> dict[int, Found]:
     """Trains the groups' points from every pair of seeds."""
