@@ -266,7 +266,7 @@ def compress(
     job.student_at(network, job.points[0])  # says what is wrong before anything is claimed
   assistants = Assistants() if assistants is None else assistants
   path = job.claim(candidates, assistants.gap)
-  with train.time_limit(job.run.stop_after):
+  with runs.hold(path), train.time_limit(job.run.stop_after):
     return _compressed(job, _costs_before(path, candidates), assistants, path)
 
 

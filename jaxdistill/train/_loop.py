@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdistill import _check, runs
+from jaxdistill._beside import beside
 from jaxdistill._check import show
 from jaxdistill.runs import Checkpoints, progress_bar
 from jaxdistill.train import _mesh
@@ -270,7 +271,9 @@ def claimed_folder(
     The folder.
 
   Raises:
-    FileExistsError: it holds something else under a name of a run's.
+    FileExistsError: it holds something else under a name of a run's, or another process is at work
+      in it.
+    OSError: it cannot be written.
     ValueError: it holds another run.
   """
   place = _check.folder("folder", folder)
@@ -278,24 +281,28 @@ def claimed_folder(
     ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / "manifest.json").is_file())
     if taken.exists() and not ours:
       raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
-  fresh = not (place / "config.json").exists()
-  path = _claim(place, settings)
-  try:
-    yield path
-  except BaseException:
-    if fresh and jax.process_index() == 0:
-      runs.release(path)
-    raise
-
-
-def _claim(folder: pathlib.Path, settings: Mapping[str, Any]) -> pathlib.Path:
-  """Process 0 claims the folder, and the others see after it whether it is theirs."""
   first = jax.process_index() == 0
-  try:
-    path = runs.claim(folder, settings) if first else folder
-  finally:
-    _mesh.barrier("claim")
-  return path if first else runs.claim(folder, settings)
+  with contextlib.ExitStack() as stack:
+    fresh, problem = not (place / "config.json").exists(), None
+    if first:
+      try:
+        stack.enter_context(runs.hold(place))
+        runs.claim(place, settings)
+      except (OSError, ValueError) as error:
+        problem = error
+    refused = _mesh.agree(int(problem is not None))  # the others look after it
+    if problem is not None:
+      raise problem
+    if not first:
+      runs.claim(place, settings)
+    if refused:
+      raise RuntimeError(f"process 0 was refused the folder {place}, and says why.")
+    try:
+      yield place
+    except BaseException:
+      if fresh and first:
+        runs.release(place)
+      raise
 
 
 def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
@@ -520,7 +527,7 @@ def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Call
   with contextlib.ExitStack() as stack:
     if after is not None:
       finish = _terminate if several else functools.partial(over.append, signal.SIGTERM)
-      stack.enter_context(_beside(lambda ended: ended.wait(after) or finish()))
+      stack.enter_context(beside(lambda ended: ended.wait(after) or finish()))
     if listening and threading.current_thread() is threading.main_thread():
       # Python takes signals there alone. A Ctrl-C that is ignored or somebody else's stays so.
       ours = before_us is signal.default_int_handler or isinstance(before_us, _Notice)
@@ -592,7 +599,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         _terminate()
 
   # The service of several processes hears SIGTERM itself, and no longer where Python does.
-  with notice.listening(*([] if several else [signal.SIGTERM])), _beside(insist):
+  with notice.listening(*([] if several else [signal.SIGTERM])), beside(insist):
     yield
   if notice.heard or (several and _agreed()):
     raise Stopped(message)
@@ -600,16 +607,3 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 
 def _terminate() -> None:
   os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _beside(work: Callable[[threading.Event], Any]) -> Iterator[None]:
-  """Runs ``work(ended)`` in a thread; ``ended`` is set when what this surrounds has ended."""
-  ended = threading.Event()
-  thread = threading.Thread(target=work, args=(ended,), daemon=True)
-  thread.start()
-  try:
-    yield
-  finally:
-    ended.set()
-    thread.join()

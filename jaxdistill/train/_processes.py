@@ -22,6 +22,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -95,7 +96,7 @@ class _Peers:
     # name for it, nor for the store by which the port gets to the others.
     from jax._src import distributed
 
-    state = distributed.global_state
+    state: Any = distributed.global_state
     host = str(state.coordinator_address).rsplit(":", 1)[0].strip("[]")
     try:
       if self._me:
