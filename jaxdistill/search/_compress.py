@@ -246,6 +246,7 @@ def compress(
     ValueError: an argument does not fit, or the folder holds another compression.
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  train.with_students()  # says first that its sweeps are of one process
   _extras.need("search.compress, which draws a picture,", "matplotlib")
   job = Job(
     teacher=teacher,

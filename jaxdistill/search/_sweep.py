@@ -131,11 +131,12 @@ def sweep(
 
   Raises:
     TypeError: an argument is of another kind than it must be.
-    ValueError: a keyword is nobody's, a value does not fit, no point fits the memory, or the folder
-      holds another sweep.
+    ValueError: a keyword is nobody's, a value does not fit, no point fits the memory, the folder
+      holds another sweep, or there are several processes.
     FloatingPointError: no point stayed finite.
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  train.with_students()  # says first that a sweep is of one process
   run, execution = train.check_run(run), Execution() if execution is None else execution
   if run.folder is not None:
     _extras.need("search.sweep(run=folder), which draws a picture,", "matplotlib")

@@ -779,6 +779,16 @@ def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
   assert fitted.history[-1]["step"] == 8
 
 
+def test_of_two_jobs_in_one_folder_the_second_is_refused_before_work(tmp_path):
+  def second(step, record):
+    if step == 4:
+      with pytest.raises(FileExistsError, match=f"process {os.getpid()} on .* another folder"):
+        distil(folder=tmp_path / "run")
+
+  distil(folder=tmp_path / "run", callback=second, log_every=4)
+  assert not (tmp_path / "run" / "lock").exists()
+
+
 def test_a_time_limit_between_two_trainings_leaves_at_once():
   with pytest.raises(train.Stopped, match="time limit"), _loop.time_limit(0.05):
     time.sleep(10)
