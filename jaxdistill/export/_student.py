@@ -110,12 +110,13 @@ def save_student(
   }
   runs.clear_unfinished(target.parent, _FOLDER)
   writing = target.with_name(_FOLDER + runs.WRITING)
-  writing.mkdir(parents=True)
-  runs.save_variables(writing / _VARIABLES, model.variables)
-  if serialized:
-    (writing / _PROGRAM).write_bytes(serialized)
-  runs.write_json(writing / _INFO, info)
-  runs.publish(target, {"kind": _FOLDER})
+  with runs.writes(target):
+    writing.mkdir(parents=True)
+    runs.save_variables(writing / _VARIABLES, model.variables)
+    if serialized:
+      (writing / _PROGRAM).write_bytes(serialized)
+    runs.write_json(writing / _INFO, info)
+    runs.publish(target, {"kind": _FOLDER})
   return target
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     write_digested,
     write_npz,
     write_text,
+    writes,
   )
   from jaxdistill.runs._fingerprints import fingerprint, short_digest, tree_identity
   from jaxdistill.runs._folder import (
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     command,
     commands,
     environment,
+    hold,
     read_config,
     read_metrics,
     release,
@@ -86,6 +88,7 @@ __all__ = [
   "fingerprint",  # a digest of a pytree's paths, shapes, dtypes and values
   "first_few",  # the first few names
   "from_outline",  # the tree again, from its outline and its leaves by path
+  "hold",  # holds a run's folder for this process: of two jobs in one, the second is refused
   "holding",  # which of several trees hold NaN, or numbers that are not finite
   "is_key",  # whether a leaf, or its shape, is of typed random keys
   "keep_compiled",  # keeps what XLA compiles on disk: JAX's persistent compilation cache
@@ -124,6 +127,7 @@ __all__ = [
   "write_json",  # writes JSON so that the file is never seen half written
   "write_npz",  # writes arrays as `read_npz` reads them, compressed where that is believed
   "write_text",  # writes a text so that the file is never seen half written
+  "writes",  # says in one sentence that something cannot be written, whichever library notices it
 ]
 
 __getattr__, __dir__ = lazy(__name__)

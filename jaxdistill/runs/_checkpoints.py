@@ -12,6 +12,7 @@ a manifest counts as half written. Leftovers of a killed process are cleared at 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pathlib
@@ -26,7 +27,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill.runs._files import WRITING
+from jaxdistill.runs._files import WRITING, writes
 from jaxdistill.runs._manifest import (
   MANIFEST,
   CheckpointError,
@@ -369,13 +370,21 @@ def _orbax() -> ModuleType:
 
 def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
   writing = target.with_name(target.name + WRITING)
-  target.parent.mkdir(parents=True, exist_ok=True)
-  if arrays:
-    _orbax().write(writing, arrays)
+  try:
+    with writes(target):
+      writing.mkdir(parents=True)
+      if arrays:
+        # Orbax wants to make it. Where it cannot, its threads wait for it five minutes, and Python
+        # for them: so it was tried.
+        writing.rmdir()
+        _orbax().write(writing, arrays)
     _read_back(writing, arrays)
-  else:
-    writing.mkdir()
-  publish(target, body)
+    publish(target, body)
+  except OSError:
+    # Half a checkpoint would fill a full disk all the more; one that a kill left stays, see locate.
+    with contextlib.suppress(OSError):
+      clear_unfinished(target.parent, re.escape(target.name))
+    raise
 
 
 def _read_back(folder: pathlib.Path, arrays: dict[str, dict[str, Any]]) -> None:

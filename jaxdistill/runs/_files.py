@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import pathlib
+import re
 import stat
 import sys
 import zipfile
@@ -41,6 +43,7 @@ __all__ = [
   "write_digested",
   "write_npz",
   "write_text",
+  "writes",
 ]
 
 WRITING = ".writing"
@@ -53,6 +56,52 @@ _DAMAGE = (
   *(OSError, ValueError, EOFError, MemoryError, RuntimeError),
   *(zipfile.BadZipFile, zlib.error),
 )
+# What keeps everybody from writing, and what to do about it.
+_ROOM = "free some room there, or name another folder; what was written before is kept"
+_RIGHT = "name a folder that can be"
+_REFUSED = {
+  errno.ENOSPC: f"the disk is full: {_ROOM}",
+  errno.EDQUOT: f"your quota is used up: {_ROOM}",
+  errno.EFBIG: f"it would be larger than a file may be: {_ROOM}",
+  errno.EROFS: f"the disk is only to be read: {_RIGHT}",
+  errno.EACCES: f"you have no right to: {_RIGHT}",
+  errno.EPERM: f"you have no right to: {_RIGHT}",
+  errno.ENOTDIR: f"a part of the path is a file: {_RIGHT}",
+  errno.ENAMETOOLONG: f"its name is too long: {_RIGHT}",
+}
+
+
+@contextlib.contextmanager
+def writes(path: pathlib.Path) -> Iterator[None]:
+  """Says in one sentence that something cannot be written, whichever library notices it.
+
+  Args:
+    path: what is written.
+
+  Raises:
+    OSError: the disk is full, or may not be written; with its ``errno``, and of the class that
+      belongs to it (PermissionError).
+  """
+  try:
+    yield
+  except Exception as error:
+    number = _system_error(error)
+    if number is None or number not in _REFUSED:
+      raise
+    # Orbax shows a full disk under thirty kilobytes of its own frames.
+    raise OSError(number, f"{path} cannot be written, {_REFUSED[number]}") from None
+
+
+def _system_error(error: BaseException | None) -> int | None:
+  """The number that the operating system gave, here or in what led here."""
+  while error is not None:
+    if isinstance(error, OSError) and error.errno is not None:
+      return error.errno
+    # TensorStore, which writes for Orbax, has it in its text.
+    if found := re.search(r"(?:OS error |os_error_code=')(\d+)", str(error)):
+      return int(found[1])
+    error = error.__cause__ or error.__context__
+  return None
 
 
 @contextlib.contextmanager
@@ -66,17 +115,26 @@ def replacing(path: pathlib.Path, *, durable: bool = False) -> Iterator[pathlib.
     path: the file, in a folder that is there.
     durable: whether not even a power cut may leave half of it: waits for the disk.
 
+  Raises:
+    OSError: it cannot be written, see `writes`.
+
   Yields:
     A path in the same folder, ``path`` with `WRITING` at its end.
   """
   writing = path.with_name(path.name + WRITING)
-  writing.unlink(missing_ok=True)  # a link of that name would have us write where it leads
-  yield writing
-  if durable:
-    _sync(writing)
-  os.replace(writing, path)
-  if durable:
-    _sync(path.parent)  # the new name is the folder's content, not the file's
+  try:
+    with writes(path):
+      writing.unlink(missing_ok=True)  # a link of that name would have us write where it leads
+      yield writing
+      if durable:
+        _sync(writing)
+      os.replace(writing, path)
+      if durable:
+        _sync(path.parent)  # the new name is the folder's content, not the file's
+  except Exception:
+    with contextlib.suppress(OSError):
+      writing.unlink()  # half a file fills a full disk all the more
+    raise
 
 
 def _sync(path: pathlib.Path) -> None:

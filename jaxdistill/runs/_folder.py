@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
+import functools
 import importlib.metadata
 import json
 import math
@@ -11,15 +13,18 @@ import os
 import pathlib
 import platform
 import shlex
+import threading
+import time
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import IO, Any
 
 import jax
 import numpy as np
 
 from jaxdistill import _check, _extras
-from jaxdistill.runs._files import parse_json, read_object, read_text, write_text
+from jaxdistill._beside import beside
+from jaxdistill.runs._files import parse_json, read_object, read_text, write_text, writes
 from jaxdistill.runs._traced import Traced, difference
 
 __all__ = [
@@ -28,6 +33,7 @@ __all__ = [
   "command",
   "commands",
   "environment",
+  "hold",
   "read_config",
   "read_metrics",
   "release",
@@ -36,10 +42,11 @@ __all__ = [
   "write_json",
 ]
 
-_METRICS = "metrics.jsonl"
+_METRICS, _LOCK = "metrics.jsonl", "lock"
 # What a run computes, for whoever wants to know in what another differs; its digests are in
 # ``config.json`` under the other name.
 _OPERATIONS, _TRACED = "operations.json", "traced"
+_TOUCHED = 4  # seconds after which a lock's file is touched again
 
 
 def to_json(value: Any) -> Any:
@@ -195,8 +202,6 @@ def claim(
   traced = {} if traced is None else traced
   digests = {name: one.digest for name, one in traced.items()}
   wanted, longer = to_json(config), False
-  if folder.exists() and not folder.is_dir():
-    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
   if (folder / "config.json").exists():
     there = read_config(folder)
     known = there.pop(_TRACED, None)
@@ -215,16 +220,11 @@ def claim(
       )
     if not longer:
       return folder
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    if traced:  # first: what has a config.json is claimed
-      listed = {name: one.operations for name, one in traced.items()}
-      write_json(folder / _OPERATIONS, {"versions": _versions(), **listed})
-    write_json(folder / "config.json", wanted | ({_TRACED: digests} if digests else {}))
-  except OSError as error:
-    raise type(error)(
-      f"folder={os.fspath(folder)!r} cannot be written ({error}); name one that can."
-    ) from error
+  _make(folder)
+  if traced:  # first: what has a config.json is claimed
+    listed = {name: one.operations for name, one in traced.items()}
+    write_json(folder / _OPERATIONS, {"versions": _versions(), **listed})
+  write_json(folder / "config.json", wanted | ({_TRACED: digests} if digests else {}))
   return folder
 
 
@@ -265,6 +265,13 @@ def _versions() -> dict[str, str | None]:
   return {"jax": jax.__version__, **{name: _version(name) for name in ("flax", "optax")}}
 
 
+def _make(folder: pathlib.Path) -> None:
+  if folder.exists() and not folder.is_dir():
+    raise NotADirectoryError(f"folder={os.fspath(folder)!r} is a file; name a folder for the run.")
+  with writes(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def release(folder: pathlib.Path) -> None:
   """Gives back a folder whose run failed before its first checkpoint: there is nothing to go on.
 
@@ -274,8 +281,101 @@ def release(folder: pathlib.Path) -> None:
   if not any(folder.rglob("checkpoints/*/manifest.json")):
     for name in ("config.json", _OPERATIONS):
       (folder / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[None]:
+  """Holds a run's folder for this process: of two jobs in one, the second is refused.
+
+  The system takes its lock back from a process that is killed; the file names who has it. On file
+  systems whose locks do not reach other machines, one is at work there whose file is touched.
+
+  Args:
+    folder: the run's folder; made where there is none. One that is empty at the end is removed.
+
+  Raises:
+    FileExistsError: another process is at work in it; names that.
+    OSError: it cannot be written.
+  """
+  _make(folder)
+  path = folder / _LOCK
+  with contextlib.ExitStack() as stack:
+    with writes(path):
+      file = stack.enter_context(_locked(path))
+    here = {"host": platform.node(), "process": os.getpid(), "since": time.strftime("%F %T")}
+    with writes(path):
+      file.truncate(0)
+      file.write(json.dumps(here))
+      file.flush()
+    stack.enter_context(beside(functools.partial(_touch, path)))
+    yield
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[IO[str]]:
+  """The file of a lock that this process has."""
+  with path.open("a+", encoding="utf-8") as file:
+    free: bool | None = True
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      # Who had it may have removed it since it was opened here: another one may have a new one.
+      free = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except BlockingIOError:
+      free = False
+    except OSError:  # a file system that has no locks
+      free = None
+    holder = _holder(path)
+    mine = holder.get("host") == platform.node()
+    # What forked from a process that was killed holds the lock on, and does no work of ours.
+    alive = _is_process(holder.get("process")) if mine else bool(holder) and _is_touched(path)
+    if (alive and not (free and mine)) or (free is False and not holder):
+      raise FileExistsError(
+        f"{path.parent} is another job's: process {holder.get('process', '?')} on "
+        f"{holder.get('host', '?')} has been at work in it since {holder.get('since', '?')}. Wait "
+        f"for its end, or name another folder; if it is gone, remove {path}."
+      )
+    try:
+      yield file
+    finally:
+      with contextlib.suppress(OSError):
+        path.unlink()
+        path.parent.rmdir()  # if there is nothing else in it
+
+
+def _holder(path: pathlib.Path) -> dict[str, Any]:
+  """Who holds a lock; nobody, where nothing is said."""
+  with contextlib.suppress(OSError, ValueError):
+    return read_object(path)
+  return {}
+
+
+def _is_process(number: Any) -> bool:
+  """Whether there is such a process on this machine."""
+  try:
+    os.kill(int(number), 0)
+  except (ProcessLookupError, TypeError, ValueError, OverflowError):
+    return False
+  except PermissionError:
+    pass  # somebody else's
+  return True
+
+
+def _is_touched(path: pathlib.Path) -> bool:
+  """Whether somebody on another machine touches a file; their clock need not be ours."""
+  seen = set()
+  for _ in range(1 + 4 * _TOUCHED):
+    with path.open("rb"):  # by which a network file system looks anew
+      seen.add(path.stat().st_mtime_ns)
+    if len(seen) > 1:
+      return True
+    time.sleep(1)
+  return False
+
+
+def _touch(path: pathlib.Path, ended: threading.Event) -> None:
+  while not ended.wait(_TOUCHED):
     with contextlib.suppress(OSError):
-      folder.rmdir()  # if there is nothing else in it
+      os.utime(path)
 
 
 class Metrics:
@@ -303,7 +403,7 @@ class Metrics:
     record = {"step": step, **to_json(values)}
     self.history.append(record)
     if self._path is not None:
-      with self._path.open("a") as file:
+      with writes(self._path), self._path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     if self._board is not None:
       for name, value in values.items():

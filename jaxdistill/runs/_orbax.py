@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import logging
 import math
 import os
 import pathlib
@@ -37,6 +38,8 @@ _PIECE, _FILE = 2 * 2**20, 8 * 2**20
 _METADATA = "_METADATA"  # In every folder that holds a pytree of Orbax's.
 _RECORD = "_CHECKPOINT_METADATA"  # In every checkpoint of a newer Orbax, of one pytree or several.
 _TEMPORARY = ".orbax-checkpoint-tmp"
+# Orbax's threads write to the log, with thirty kilobytes of their own frames, what it raises too.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run()" not in str(record.msg))
 # An optimiser's moments mirror the parameters, and are none.
 _OPTIMIZER = {"opt_state", "opt_states", "opt", "optimizer", "optimizer_state"}
 # What stands at the top of a training state, but never of bare parameters.

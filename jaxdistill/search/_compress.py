@@ -245,6 +245,7 @@ def compress(
     ValueError: an argument does not fit, or the folder holds another compression.
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  train.with_students()  # says first that its sweeps are of one process
   _extras.need("search.compress, which draws a picture,", "matplotlib")
   job = Job(
     teacher=teacher,
@@ -265,7 +266,7 @@ def compress(
     job.student_at(network, job.points[0])  # says what is wrong before anything is claimed
   assistants = Assistants() if assistants is None else assistants
   path = job.claim(candidates, assistants.gap)
-  with train.time_limit(job.run.stop_after):
+  with runs.hold(path), train.time_limit(job.run.stop_after):
     return _compressed(job, _costs_before(path, candidates), assistants, path)
 
 

@@ -130,11 +130,12 @@ def sweep(
 
   Raises:
     TypeError: an argument is of another kind than it must be.
-    ValueError: a keyword is nobody's, a value does not fit, no point fits the memory, or the folder
-      holds another sweep.
+    ValueError: a keyword is nobody's, a value does not fit, no point fits the memory, the folder
+      holds another sweep, or there are several processes.
     FloatingPointError: no point stayed finite.
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
+  train.with_students()  # says first that a sweep is of one process
   run, execution = train.check_run(run), Execution() if execution is None else execution
   if run.folder is not None:
     _extras.need("search.sweep(run=folder), which draws a picture,", "matplotlib")
@@ -191,7 +192,7 @@ def _chosen(
   pairs: list[tuple[int, int]],
   again: list[tuple[int, int]],
   path: pathlib.Path | None,
-  asked: Callable[[int], bool],
+  asked: Callable[[int], int],
 ) -> Result:
   """Trains all points, chooses one, trains it anew where that is asked for, and tests it."""
   choice = job.choice
@@ -267,7 +268,7 @@ class _Job:
     points: Sequence[Point],
     pairs: list[tuple[int, int]],
     folder: pathlib.Path | None,
-    asked_to_stop: Callable[[int], bool],
+    asked_to_stop: Callable[[int], int],
     halving: Halving | None = None,
   ) -> dict[int, Found]:
     """Trains the groups' points from every pair of seeds."""

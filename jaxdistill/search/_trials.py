@@ -65,7 +65,7 @@ class Search:
     devices: how many devices share the points.
     most: ``a group -> the most points in one program``, whatever the memory.
     folder: where students are kept; None for memory.
-    asked_to_stop: ``step -> whether to save and leave``.
+    asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
     progress: the bar's label.
     programs: those that were built, by group and number of points, and the bytes that they need.
     validators: what measures each group's students.
@@ -83,7 +83,7 @@ class Search:
   devices: int
   most: Callable[[Group], int]
   folder: pathlib.Path | None
-  asked_to_stop: Callable[[int], bool]
+  asked_to_stop: Callable[[int], int]
   progress: str | None
   programs: dict[tuple[int, int], tuple[Program, int]] = dataclasses.field(default_factory=dict)
   validators: dict[int, evaluation.Validator] = dataclasses.field(default_factory=dict)

@@ -33,6 +33,7 @@ from jaxdistill.runs import (
   within,
   write_digested,
   write_text,
+  writes,
 )
 
 __all__ = [
@@ -184,10 +185,8 @@ def create(folder: pathlib.Path, body: Mapping[str, Any], ids: Sequence[str]) ->
   Raises:
     ValueError: the folder holds something else.
   """
-  try:
+  with writes(folder):
     folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise type(error)(f"folder={os.fspath(folder)!r} cannot be written ({error}).") from error
   with _locked(folder):
     if not (folder / MANIFEST).exists():
       others = sorted(path.name for path in folder.iterdir())

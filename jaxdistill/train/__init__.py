@@ -66,7 +66,7 @@ __all__ = [
   "Program",  # what a run calls: put together and checked abstractly, compiled once
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
-  "Stopped",  # a run was asked to stop (SIGTERM, or its time is up): it has saved
+  "Stopped",  # a run was asked to stop (SIGTERM, Ctrl-C, its time is up): it has saved
   "Values",  # what differs between the students of one program
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
   "at_once",  # how many students a CPU trains best side by side
@@ -90,7 +90,7 @@ __all__ = [
   "run_steps",  # runs a program from a step to the last one
   "share_teacher",  # the sources with the teacher's outputs on them
   "start_or_resume",  # the state to go on from, and its step
-  "stop_signal",  # gives ``step -> whether to stop``
+  "stop_signal",  # gives ``step -> the signal to stop by``, 0 for none
   "students_by",  # the rule for how several students of one network are trained in one program
   "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
   "traced",  # what is computed: the beginning, a step, and the optimiser's part of it

@@ -31,6 +31,7 @@ from jaxdistill.train._loop import (
 )
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._plan import Plan
+from jaxdistill.train._processes import together
 from jaxdistill.train._program import Program
 from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.train._state import State
@@ -187,6 +188,7 @@ def check_run(run: Any) -> Run:
   return Run(run)
 
 
+@together()
 def fit(
   student: Network | Model,
   objective: Objective | ObjectiveFunction,

@@ -15,6 +15,7 @@ import math
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxdistill import _check, runs
+from jaxdistill._beside import beside
 from jaxdistill._check import show
 from jaxdistill.runs import Checkpoints, progress_bar
 from jaxdistill.train import _mesh
@@ -81,7 +83,7 @@ def run_steps(
   saved: Checkpoints | None = None,
   validate: Callable[[Model], Mapping[str, Any]] | None = None,
   select: str = "accuracy",
-  asked_to_stop: Callable[[int], bool] = lambda step: False,
+  asked_to_stop: Callable[[int], int] = lambda step: 0,
   finite: bool = True,
 ) -> State:
   """Runs a program from a step to the last one.
@@ -95,7 +97,7 @@ def run_steps(
     saved: where checkpoints go; process 0 writes them.
     validate: ``model -> {name: number}``.
     select: the validation metric that scores a checkpoint.
-    asked_to_stop: ``step -> whether to save and leave``.
+    asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
     finite: whether a number that is not finite ends the run. Without, it is logged as it is, and
       whoever calls looks at the students one by one.
 
@@ -118,10 +120,10 @@ def run_steps(
     if pending is not None:
       log.write(**_checked(pending, program, finite))
     pending, at = {"sums": sums, "begin": at, "end": end}, end
-    stopping = at < every.steps and asked_to_stop(at)
+    stopping = asked_to_stop(at) if at < every.steps else 0
     validating = validate is not None and every.validates(at)
-    saving = saved is not None and (every.saves(at) or stopping)
-    if not (validating or saving or at == every.steps):
+    saving = saved is not None and (every.saves(at) or stopping != 0)
+    if not (validating or saving or stopping or at == every.steps):
       continue
     # Nothing is validated or saved before its numbers have been looked at.
     now, extra = dispatch.collect(state), {}
@@ -146,7 +148,7 @@ def run_steps(
       if saved is not None:
         message += f" It is saved in {saved.folder.parent}: start it again, and it goes on."
       log.say(message)
-      raise Stopped(message)
+      raise (_Interrupted if stopping == signal.SIGINT else Stopped)(message)
   return dispatch.collect(state)
 
 
@@ -274,7 +276,9 @@ def claimed_folder(
     The folder.
 
   Raises:
-    FileExistsError: it holds something else under a name of a run's.
+    FileExistsError: it holds something else under a name of a run's, or another process is at work
+      in it.
+    OSError: it cannot be written.
     ValueError: it holds another run.
   """
   place = _check.folder("folder", folder)
@@ -282,24 +286,29 @@ def claimed_folder(
     ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / "manifest.json").is_file())
     if taken.exists() and not ours:
       raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
-  fresh = not (place / "config.json").exists()
-  path = _claim(functools.partial(runs.claim, place, settings, traced, shorter=shorter), place)
-  try:
-    yield path
-  except BaseException:
-    if fresh and jax.process_index() == 0:
-      runs.release(path)
-    raise
-
-
-def _claim(claim: Callable[[], pathlib.Path], folder: pathlib.Path) -> pathlib.Path:
-  """Process 0 claims the folder, and the others see after it whether it is theirs."""
   first = jax.process_index() == 0
-  try:
-    path = claim() if first else folder
-  finally:
-    _mesh.barrier("claim")
-  return path if first else claim()
+  with contextlib.ExitStack() as stack:
+    claim = functools.partial(runs.claim, place, settings, traced, shorter=shorter)
+    fresh, problem = not (place / "config.json").exists(), None
+    if first:
+      try:
+        stack.enter_context(runs.hold(place))
+        claim()
+      except (OSError, ValueError) as error:
+        problem = error
+    refused = _mesh.agree(int(problem is not None))  # the others look after it
+    if problem is not None:
+      raise problem
+    if not first:
+      claim()
+    if refused:
+      raise RuntimeError(f"process 0 was refused the folder {place}, and says why.")
+    try:
+      yield place
+    except BaseException:
+      if fresh and first:
+        runs.release(place)
+      raise
 
 
 def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
@@ -450,62 +459,109 @@ class Intervals:
 
 
 class Stopped(SystemExit):
-  """A run was asked to stop (SIGTERM, or its time is up): it has saved, and goes on from there.
+  """A run was asked to stop (SIGTERM, Ctrl-C, its time is up): it is saved, and goes on from there.
 
-  Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends.
+  Where nobody catches it, Python leaves with the status 143, as a process does that SIGTERM ends;
+  with 130 after Ctrl-C, which is a ``KeyboardInterrupt`` too.
   """
 
+  status = 128 + signal.SIGTERM
+
   def __init__(self, message: str) -> None:
-    super().__init__(128 + signal.SIGTERM)
+    super().__init__(self.status)
     self.message = message
 
   def __str__(self) -> str:
     return self.message
 
 
-@contextlib.contextmanager
-def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Callable[[int], bool]]:
-  """Gives ``step -> whether to stop``; the former handler of SIGTERM is put back afterwards.
+class _Interrupted(Stopped, KeyboardInterrupt):
+  status = 128 + signal.SIGINT
 
-  A signal that came too late to stop what runs under it is handed on to that handler.
+
+class _Notice:
+  """A handler of signals that keeps what it heard.
+
+  What a handler raises is lost where a destructor or a callback of the garbage collector is at
+  work: Python prints it and goes on. So whoever listens asks the notice.
 
   Args:
-    listening: whether to hear of anything at all.
+    answer: what else is done when a signal is heard.
+
+  Attributes:
+    heard: the SIGTERMs, shared with the notices that it was set up within.
+    own: what only this one heard: Ctrl-C.
+  """
+
+  def __init__(self, answer: Callable[[], None]) -> None:
+    outer = signal.getsignal(signal.SIGTERM)
+    # Lists, for a handler may append at any moment; the lock of an Event its own thread may hold.
+    self.heard: list[int] = outer.heard if isinstance(outer, _Notice) else []
+    self.own: list[int] = []
+    self._answer = answer
+
+  def __call__(self, number: int, frame: object) -> None:
+    if signal.SIGINT in self.own and number == signal.SIGINT:
+      raise KeyboardInterrupt("left at once, at the second Ctrl-C: what was saved before is kept.")
+    (self.own if number == signal.SIGINT else self.heard).append(number)
+    self._answer()
+
+  @contextlib.contextmanager
+  def listening(self, *numbers: int) -> Iterator[None]:
+    """Hears these signals, and puts their former handlers back."""
+    with contextlib.ExitStack() as stack:
+      for number in numbers:
+        stack.callback(signal.signal, number, signal.signal(number, self))
+      yield
+
+
+@contextlib.contextmanager
+def stop_signal(*, listening: bool, after: float | None = None) -> Iterator[Callable[[int], int]]:
+  """Gives ``step -> the signal to stop by``, 0 for none; former handlers are put back afterwards.
+
+  SIGTERM, Ctrl-C (the second leaves at once), and what a `time_limit` around it heard. A signal
+  that came too late to stop what runs under it is handed on.
+
+  Args:
+    listening: whether signals are heard here.
     after: seconds after which it says so without a signal; None for never.
   """
-  if not listening:
-    yield lambda step: False
-    return
-  asked = threading.Event()
-  signalled = threading.Event()
-  several = jax.process_count() > 1
-
-  def hear(*_: Any) -> None:
-    signalled.set()
-    asked.set()
-
+  several, before_us = jax.process_count() > 1, signal.getsignal(signal.SIGINT)
+  # Several processes stop at the same step by JAX's own service, which hears of SIGTERM alone.
+  notice = _Notice(_terminate if several else lambda: None)
+  known, over = len(notice.heard), list[int]()
   with contextlib.ExitStack() as stack:
     if after is not None:
-      # Several processes stop at the same step by JAX's own service, which hears of SIGTERM alone.
-      stack.enter_context(_timer(after, _terminate if several else asked.set))
-    if several:
-      # One process that gets the signal stops all of them at the same call. The service answers at
-      # the call after the highest that it was asked for, so calls are counted, and not steps: the
-      # next chunk ends many steps later.
-      yield lambda step: bool(multihost_utils.reached_preemption_sync_point(next(_CALLS)))
-      return
-    if threading.current_thread() is threading.main_thread():  # Python takes signals there alone
-      former = signal.signal(signal.SIGTERM, hear)
-      stack.callback(signal.signal, signal.SIGTERM, former)
-    yield lambda step: asked.is_set()
-  if signalled.is_set():
-    # It came when there was nothing left to stop: whoever listens outside has to hear of it, or a
+      finish = _terminate if several else functools.partial(over.append, signal.SIGTERM)
+      stack.enter_context(beside(lambda ended: ended.wait(after) or finish()))
+    if listening and threading.current_thread() is threading.main_thread():
+      # Python takes signals there alone. A Ctrl-C that is ignored or somebody else's stays so.
+      ours = before_us is signal.default_int_handler or isinstance(before_us, _Notice)
+      numbers = ([] if several else [signal.SIGTERM]) + ([signal.SIGINT] if ours else [])
+      stack.enter_context(notice.listening(*numbers))
+    if several and listening:
+      yield lambda step: signal.SIGTERM if _agreed() else 0
+    else:
+      yield lambda step: (notice.heard + notice.own + over + [0])[0]
+  if listening and not several:
+    # They came when there was nothing left to stop: whoever listens outside has to hear of it, or a
     # script would begin its next training as if nobody had asked.
-    _terminate()
+    for number in notice.heard[known:] + notice.own:
+      os.kill(os.getpid(), number)
+
+
+def _agreed() -> bool:
+  """Whether the processes stop at this call, since one of them was asked to.
+
+  JAX's service answers at the call after the highest that it was asked for, so calls are counted,
+  and not steps: the next chunk ends many steps later.
+  """
+  return bool(multihost_utils.reached_preemption_sync_point(next(_CALLS)))
 
 
 # Over all runs of a process, as the service counts; all processes make the same calls.
 _CALLS = itertools.count(1)
+_AGAIN = 0.5  # seconds until a signal is sent again by which nobody has left
 
 
 @contextlib.contextmanager
@@ -515,8 +571,9 @@ def time_limit(seconds: float | None) -> Iterator[None]:
   For a script of several trainings, sweeps or searches that share one limit, as the experiments'
   ``--stop-after`` does; a single one takes `jaxdistill.train.Run`'s ``stop_after``. Whatever is
   under way then finishes its chunk of steps, saves, and leaves by `Stopped`; between two trainings
-  there is nothing to save, and the script leaves at once. Leave room for a chunk and a checkpoint.
-  To be used in the main thread, which alone hears of signals.
+  there is nothing to save, and the script leaves at once (one of several processes, when this
+  ends). Leave room for a chunk and a checkpoint. To be used in the main thread, which alone hears
+  of signals.
 
   Args:
     seconds: from now on; None for no limit.
@@ -529,30 +586,30 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     yield
     return
   _check.number("seconds", seconds, above=0)
+  end, several = time.monotonic() + seconds, jax.distributed.is_initialized()
+  why = f"SIGTERM, or the time limit of {seconds:g} s"
+  message = f"stopped between two trainings ({why}): start it again, and it goes on."
 
-  def leave(*_: Any) -> None:
-    why = f"SIGTERM, or the time limit of {seconds:g} s"
-    raise Stopped(f"stopped between two trainings ({why}): start it again, and it goes on.")
+  def leave() -> None:
+    if not isinstance(sys.exception(), Stopped):  # else it is being left already
+      raise Stopped(message)
 
-  former = signal.signal(signal.SIGTERM, leave)
-  try:
-    with _timer(seconds, _terminate):
-      yield
-  finally:
-    signal.signal(signal.SIGTERM, former)
+  notice = _Notice(leave)
+
+  def insist(ended: threading.Event) -> None:
+    # Until it is left: what the first signal raised may have been lost, see `_Notice`.
+    late = False
+    while not ended.wait(_AGAIN if late else min(_AGAIN, max(0, end - time.monotonic()))):
+      late = time.monotonic() >= end or bool(notice.heard)
+      if late:
+        _terminate()
+
+  # The service of several processes hears SIGTERM itself, and no longer where Python does.
+  with notice.listening(*([] if several else [signal.SIGTERM])), beside(insist):
+    yield
+  if notice.heard or (several and _agreed()):
+    raise Stopped(message)
 
 
 def _terminate() -> None:
   os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _timer(seconds: float, call: Callable[[], None]) -> Iterator[None]:
-  timer = threading.Timer(seconds, call)
-  timer.daemon = True
-  timer.start()
-  try:
-    yield
-  finally:
-    timer.cancel()
-    timer.join()

@@ -300,7 +300,10 @@ def with_students(
     ValueError: there are several processes.
   """
   if jax.process_count() > 1:
-    raise ValueError(f"a sweep is of one process, and there are {jax.process_count()}.")
+    raise ValueError(
+      f"a sweep is of one process, and there are {jax.process_count()}: start it in one, whose "
+      "devices share its students; train.fit takes several."
+    )
   _check_form(seeds_by, scan)
   mesh = data_parallel() if mesh is None else mesh
   everywhere = NamedSharding(mesh, PartitionSpec())

@@ -1,10 +1,13 @@
 """Files written whole or not at all, logs read, trees told from one another."""
 
+import errno
 import io
 import json
 import os
 import pathlib
+import resource
 import sys
+import traceback
 import zipfile
 
 import jax
@@ -269,3 +272,55 @@ def test_a_tree_is_the_same_however_it_lies_on_the_devices(kind):
   split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   for function in (runs.tree_identity, runs.fingerprint):
     assert function(jax.device_put(tree, split)) == function(tree)
+
+
+def test_a_full_disk_is_one_sentence_whoever_notices_it(tmp_path):
+  """A full one is hard to have; a file that grows too long is refused by the system likewise."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  before = {"params": {"kernel": np.ones(3)}}
+  noise = np.random.default_rng(0).normal(size=100_000)
+  with runs.Checkpoints(tmp_path / "checkpoints") as saved:
+    log = runs.Metrics(tmp_path)
+    saved.save(1, before)
+    saved.wait()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+      saved.save(2, {"params": {"kernel": noise}})
+      sentence = "step 2.* cannot be written, .*kept$"
+      with pytest.raises(runs.CheckpointError, match=sentence) as left:
+        saved.wait()
+      assert len("".join(traceback.format_exception(left.value))) < 3000
+      for write in (
+        lambda: runs.write_text(tmp_path / "a.json", "a" * 200_000),
+        lambda: log.write(1, {"loss": noise}),
+        lambda: runs.save_variables(tmp_path / "student", noise),
+      ):
+        with pytest.raises(OSError, match="cannot be written, ") as error:
+          write()
+        assert error.value.errno == errno.EFBIG
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    # Nothing half written takes up what is left, and what was there is whole.
+    assert saved.steps() == [1]
+    assert saved.restore(1)["params"]["kernel"].tolist() == [1, 1, 1]
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize(
+  ("number", "kind", "words"),
+  [
+    (errno.ENOSPC, OSError, "the disk is full"),
+    (errno.EDQUOT, OSError, "quota"),
+    (errno.EROFS, OSError, "only to be read"),
+    (errno.EACCES, PermissionError, "no right"),
+  ],
+)
+def test_what_keeps_from_writing_is_said_and_known_by_its_number(tmp_path, number, kind, words):
+  for error in (OSError(number, "foreign"), ValueError(f"Failed [os_error_code='{number}']")):
+    sentence = f"a cannot be written, .*{words}"
+    with pytest.raises(kind, match=sentence) as said, runs.writes(tmp_path / "a"):
+      raise RuntimeError("wrapped") from error
+    assert said.value.errno == number
+  with pytest.raises(KeyError), runs.writes(tmp_path / "a"):
+    raise KeyError("another")

@@ -1,15 +1,21 @@
-"""A run that is killed at any moment ends, when it is started again, with the same bits.
+"""A run that is killed or stopped at any moment ends, started again, with the same bits.
 
-`kill_and_resume` starts a real process, kills it with SIGKILL at a moment that it does not choose,
-and starts it again until the run is finished. The suite does so a few times; by hand, a hundred:
+`strike_and_resume` starts real processes, hits one of them at a moment that it does not choose
+(while it compiles, trains, or writes a checkpoint), and starts them again until the run is
+finished. The suite does so a few times; by hand, a hundred:
 
-  python tests/test_kill.py 100
+  python tests/train/test_kill.py 100
+  python tests/train/test_kill.py 100 --processes 2
+  python tests/train/test_kill.py 50 --terminate
 """
 
+import argparse
 import json
 import os
 import pathlib
 import random
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,11 +26,14 @@ import pytest
 
 CHILD = """
 import os, sys
+folder, process, processes, port = sys.argv[1], *map(int, sys.argv[2:])
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+  f"--xla_force_host_platform_device_count={2 // processes} --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax, numpy as np, optax
+if processes > 1:
+  jax.distributed.initialize(f"localhost:{port}", processes, process)
 jax.config.update("jax_compilation_cache_dir", os.environ["KILL_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 import small_networks
@@ -36,6 +45,7 @@ inputs = (rng.normal(size=(96, 4)) + np.eye(3, 4)[labels]).astype(np.float32)
 examples = data.from_arrays(inputs, labels, num_classes=3)
 source = data.on_device(examples, batch_size=8, data_seed=0)
 teacher = small_networks.model(small_networks.dense(7), 1, 4, key=jax.random.key(9))
+open(os.environ["KILL_BEGUN"] + str(process), "w").close()
 small_networks.fit(
   small_networks.dense(64, norm=True, dropout=0.3),
   recipes.combine(recipes.kd(), recipes.hint("mid", "mid")),
@@ -48,18 +58,54 @@ small_networks.fit(
   accumulate=2,
   log_every=4,
   checkpoint_every=12,
-  folder=sys.argv[1],
+  folder=folder,
 )
 """
+# Seconds that a process may take to leave once it, or the other, was hit; and for a whole run.
+LEAVES, WHOLE = 10, 300
 
 
-def start(folder, cache):
+def begun(folder, process):
+  return folder.with_name(f"{folder.name}.begun{process}")
+
+
+def start(folder, cache, processes=1):
+  """Starts the processes of a run."""
   here = pathlib.Path(__file__).parent
   paths = [str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
   environment = {**os.environ, "KILL_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
-  return subprocess.Popen(
-    [sys.executable, "-W", "ignore", "-c", CHILD, str(folder)], env=environment
-  )
+  environment["KILL_BEGUN"] = str(begun(folder, ""))
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  for process in range(processes):
+    begun(folder, process).unlink(missing_ok=True)
+  return [
+    subprocess.Popen(
+      [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, (folder, process, processes, port))],
+      env=environment,
+      stderr=begun(folder, f"{process}.log").open("w"),
+    )
+    for process in range(processes)
+  ]
+
+
+def end(children, within):
+  """Waits until all have ended; their statuses, and how long the slowest took."""
+  since = time.monotonic()
+  try:
+    codes = [child.wait(max(0.1, within - time.monotonic() + since)) for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  return codes, time.monotonic() - since
+
+
+def run_whole(folder, cache, processes=1):
+  """A run from the start, or from where it stands, to its end."""
+  codes, _ = end(start(folder, cache, processes), WHOLE)
+  said = begun(folder, "0.log").read_text()
+  assert codes == [0] * processes, f"the run failed with {codes}: {said}"
 
 
 def step_of(folder):
@@ -69,27 +115,53 @@ def step_of(folder):
   return len(lines)
 
 
-def kill_and_resume(folder, cache, random_numbers, kills):
-  """Kills a run ``kills`` times, each at a random moment of its training, and lets it finish."""
-  killed = 0
-  while killed < kills:
-    process = start(folder, cache)
-    begun, seen = time.monotonic(), step_of(folder)
-    # Not before it trains: to kill an import proves nothing. Then at any moment at all.
-    while process.poll() is None and step_of(folder) == seen and time.monotonic() - begun < 120:
+def strike_and_resume(folder, cache, random_numbers, strikes, processes=1, number=signal.SIGKILL):
+  """Hits a run some times, each at a random moment, and lets it finish.
+
+  Returns:
+    How often it was hit, and the most seconds that anybody took to leave then.
+  """
+  struck, slowest = 0, 0.0
+  while struck < strikes:
+    children = start(folder, cache, processes)
+    since, seen = time.monotonic(), step_of(folder)
+    # Not before it is at work: to kill an import proves nothing. Then at any moment at all, of
+    # compilation too.
+    compiling = random_numbers.random() < 0.3
+    while all(child.poll() is None for child in children) and time.monotonic() - since < 120:
+      there = all(begun(folder, process).exists() for process in range(processes))
+      if there and (compiling or step_of(folder) != seen):
+        break
       time.sleep(0.005)
-    time.sleep(random_numbers.uniform(0, 0.4))
-    if process.poll() is None:
-      process.kill()
-      killed += 1
-    elif process.returncode == 0:
-      return killed  # it was faster than its murderer
-    else:
-      raise AssertionError(f"the run failed with {process.returncode}")
-    process.wait()
-  process = start(folder, cache)
-  assert process.wait(300) == 0
-  return killed
+    time.sleep(random_numbers.uniform(0, 3.0 if compiling else 0.4))
+    hit = random_numbers.randrange(processes)
+    if children[hit].poll() is not None:
+      codes, _ = end(children, WHOLE)
+      assert codes == [0] * processes, f"the run failed with {codes}"
+      return struck, slowest  # it was faster than its murderer
+    children[hit].send_signal(number)
+    struck += 1
+    codes, seconds = end(children, LEAVES)
+    slowest = max(slowest, seconds)
+    check_left(folder, codes, hit, number)
+  run_whole(folder, cache, processes)
+  return struck, slowest
+
+
+def check_left(folder, codes, hit, number):
+  """Whether all left as they should, and said so."""
+  if number == signal.SIGKILL:
+    assert codes[hit] == -number
+  for process, code in enumerate(codes):
+    said = begun(folder, f"{process}.log").read_text()
+    if number == signal.SIGTERM:
+      # In its last moments it is told too late to stop, and ends as SIGTERM ends a process.
+      assert code in (0, 143, -number), said
+      if code == 143 and process == 0:  # which shows the run
+        assert "asked to stop, and stands at step" in said
+    elif process != hit:
+      assert code == 1, (code, said)
+      assert f"process {hit} of {len(codes)} has died" in said, said
 
 
 def leaves_of(folder):
@@ -130,27 +202,53 @@ def compare(folder, whole):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_with_the_same_bits(tmp_path):
-  whole = tmp_path / "whole"
-  assert start(whole, tmp_path / "cache").wait(300) == 0
-  kills = kill_and_resume(tmp_path / "killed", tmp_path / "cache", random.Random(), kills=3)
-  assert kills >= 1
-  assert compare(tmp_path / "killed", whole) == 0
+@pytest.mark.parametrize(
+  ("processes", "number"),
+  [(1, signal.SIGKILL), (1, signal.SIGTERM), (2, signal.SIGKILL), (2, signal.SIGTERM)],
+)
+def test_runs_that_are_hit_end_with_the_same_bits(tmp_path, processes, number):
+  run_whole(tmp_path / "whole", tmp_path / "cache", processes)
+  hits, _ = strike_and_resume(
+    tmp_path / "hit", tmp_path / "cache", random.Random(), 3, processes, number
+  )
+  assert hits >= 1
+  assert compare(tmp_path / "hit", tmp_path / "whole") == 0
 
 
-def main(wanted):
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("strikes", type=int, help="how many")
+  parser.add_argument("--processes", type=int, default=1, help="of a run, one of which is hit")
+  parser.add_argument("--terminate", action="store_true", help="by SIGTERM, and not by SIGKILL")
+  parser.add_argument("--seed", type=int, default=0, help="of the moments")
+  options = parser.parse_args()
+  number = signal.SIGTERM if options.terminate else signal.SIGKILL
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)
-    assert start(folder / "whole", folder / "cache").wait(300) == 0
-    kills = runs = bits = 0
-    while kills < wanted:
+    run_whole(folder / "whole", folder / "cache", options.processes)
+    hits = runs = bits = 0
+    slowest = 0.0
+    while hits < options.strikes:
       runs += 1
-      kills += kill_and_resume(
-        folder / f"run{runs}", folder / "cache", random.Random(runs), min(5, wanted - kills)
+      numbers = random.Random(f"{options.seed}/{runs}")
+      # Every second run without what was compiled before.
+      cache = folder / f"cache{runs}" if runs % 2 else folder / "cache"
+      more, seconds = strike_and_resume(
+        folder / f"run{runs}",
+        cache,
+        numbers,
+        min(5, options.strikes - hits),
+        options.processes,
+        number,
       )
+      hits, slowest = hits + more, max(slowest, seconds)
       bits += compare(folder / f"run{runs}", folder / "whole")
-      print(f"{kills} kills in {runs} runs, {bits} differing bits", flush=True)
+      print(
+        f"{hits} x {number.name} in {runs} runs of {options.processes} processes: {bits} differing "
+        f"bits, all had left after {slowest:.1f} s at most",
+        flush=True,
+      )
 
 
 if __name__ == "__main__":
-  main(int(sys.argv[1]))
+  main()

@@ -1,5 +1,6 @@
 """Two processes of one program, over loopback: one run folder, and the numbers of one process."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ import optax
 import pytest
 
 import small_networks
-from jaxdistill import data, export, recipes, teachers, train
+from jaxdistill import data, export, recipes, runs, search, teachers, train
 from jaxdistill.runs import Checkpoints
 from jaxdistill.types import Model
 
@@ -32,7 +33,8 @@ import jax
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
 import test_processes
-(test_processes.stopped if kind.startswith("stopped") else test_processes.work)(folder, kind)
+works = {"stopped": test_processes.stopped, "left": test_processes.left}
+works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
 
 
@@ -86,6 +88,13 @@ def work(folder, kind):
     train.with_pmap()
   with pytest.raises(ValueError, match="another configuration"):
     run(folder, kind, config={"another": 1})
+  with pytest.raises(ValueError, match="of one process, and there are 2: start it in one"):
+    search.sweep(None, None, points=[], data=None, optimizer=None, steps=1, choice=None)
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(runs.hold(pathlib.Path(folder)))
+    with pytest.raises((FileExistsError, RuntimeError), match="another job's|and says why"):
+      run(folder, kind)
 
 
 def stopped(folder, kind):
@@ -105,6 +114,16 @@ def stopped(folder, kind):
     run(folder, "streamed", callback=slowly, stop_after=0.5 if how == "time" else None, **options)
   assert left.value.code == 143
   print(f"stands at {re.search(r'step ([0-9]+) of 800', str(left.value))[1]}")
+
+
+def left(folder, kind):
+  """A run that one of the two processes leaves by an error of its own."""
+
+  def fail(step, record):
+    if step == 4 and jax.process_index() == int(kind.split()[1]):
+      raise StopError("of its own")
+
+  run(folder, "streamed", callback=fail, steps=800, validate_every=800)
 
 
 def two_processes(folder, kind):
@@ -154,6 +173,21 @@ def test_two_processes_stop_at_the_same_step(tmp_path, kind):
   with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
     assert steps == {saved.latest()}
   assert max(steps) < 800
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves):
+  children = two_processes(tmp_path / "run", f"left {leaves}")
+  try:
+    outputs = [child.communicate(timeout=240)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [1, 1]
+  assert "StopError: of its own" in outputs[leaves]
+  said = f"process {leaves} of 2 left the training by StopError: of its own, and process"
+  assert said in outputs[1 - leaves]
 
 
 @pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])

@@ -1,6 +1,8 @@
 """A training run: several seeds, devices, folders, micro-batches, averages, starts, SIGTERM."""
 
 import dataclasses
+import functools
+import gc
 import json
 import os
 import shutil
@@ -629,12 +631,12 @@ def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path
 
 
 def test_time_that_is_not_over_stops_nothing(tmp_path):
-  handler = signal.getsignal(signal.SIGTERM)
+  handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
   with _loop.time_limit(None), _loop.time_limit(1000):
     fitted = distil(folder=tmp_path / "a", stop_after=1000)
   assert fitted.history[-1]["step"] == 8
   assert signal.getsignal(signal.SIGTERM) is handler
-  assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+  assert threading.active_count() == threads
 
 
 def test_a_time_limit_of_a_script_stops_what_is_under_way(tmp_path):
@@ -686,6 +688,108 @@ def test_a_signal_in_the_last_chunk_is_not_lost(tmp_path):
   with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
     assert saved.latest() == 8
   assert (tmp_path / "run" / "student" / "manifest.json").is_file()
+
+
+class Swallows:
+  """A destructor in which SIGTERM arrives: what its handler raises is printed and forgotten."""
+
+  def __del__(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(100):  # the handler runs between two bytecodes
+      pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", ["destructor", "collector"])
+@pytest.mark.parametrize("then", ["the end", "a wait", "a run", "a run without a folder"])
+def test_a_swallowed_stop_is_heard_by_what_comes_next(tmp_path, monkeypatch, where, then):
+  went_on = []
+  if "run" in then:
+    monkeypatch.setattr(_loop, "_AGAIN", 1000)  # or the signal that is sent again ends it before
+
+  def swallow(phase, info):
+    gc.callbacks.remove(swallow)
+    Swallows.__del__(None)
+
+  def script():
+    with train.time_limit(1000):
+      if where == "destructor":
+        Swallows()
+      else:
+        gc.callbacks.append(swallow)
+        gc.collect()
+      went_on.append(True)
+      if then == "a wait":
+        time.sleep(20)
+      elif then != "the end":
+        distil(
+          folder=tmp_path / "run" if then == "a run" else None,
+          log_every=1,
+          validate_every=8,
+          callback=slowly,
+        )
+
+  begun = time.monotonic()
+  with pytest.raises(
+    train.Stopped, match=r"at step \d of 8" if "run" in then else "start it again"
+  ):
+    script()
+  assert went_on  # it was swallowed
+  if then == "a wait":
+    assert time.monotonic() - begun < 10
+  if then == "a run":
+    with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+      assert saved.latest() in (1, 2)
+
+
+def test_ctrl_c_saves_too_and_the_second_leaves_at_once(tmp_path):
+  whole = distil(folder=tmp_path / "whole", log_every=1, validate_every=8)
+  former = signal.getsignal(signal.SIGINT)
+
+  def interrupt(step, record, *, twice):
+    if step == 3:
+      for _ in range(1 + twice):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)  # the handler runs between two bytecodes
+
+  for twice in (True, False):
+    with pytest.raises(KeyboardInterrupt) as left:
+      distil(
+        folder=tmp_path / "run",
+        log_every=1,
+        validate_every=8,
+        callback=functools.partial(interrupt, twice=twice),
+      )
+    assert signal.getsignal(signal.SIGINT) is former
+    with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+      assert saved.latest() in ((None,) if twice else (4, 5))
+    assert isinstance(left.value, train.Stopped) is not twice
+  assert left.value.code == 130
+  assert str(tmp_path / "run") in str(left.value)
+  resumed = distil(folder=tmp_path / "run", log_every=1, validate_every=8)
+  assert_same_bits(whole.variables, resumed.variables)
+
+
+def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
+  """As in a shell's background, where a terminal's Ctrl-C is for somebody else."""
+  former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    fitted = distil(
+      folder=tmp_path, callback=lambda step, record: signal.raise_signal(signal.SIGINT)
+    )
+  finally:
+    signal.signal(signal.SIGINT, former)
+  assert fitted.history[-1]["step"] == 8
+
+
+def test_of_two_jobs_in_one_folder_the_second_is_refused_before_work(tmp_path):
+  def second(step, record):
+    if step == 4:
+      with pytest.raises(FileExistsError, match=f"process {os.getpid()} on .* another folder"):
+        distil(folder=tmp_path / "run")
+
+  distil(folder=tmp_path / "run", callback=second, log_every=4)
+  assert not (tmp_path / "run" / "lock").exists()
 
 
 def test_a_time_limit_between_two_trainings_leaves_at_once():
