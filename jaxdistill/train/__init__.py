@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     with_pmap,
     with_students,
   )
+  from jaxdistill.train._optax import is_optimizer
   from jaxdistill.train._plan import (
     Optimizer,
     Plan,
@@ -81,6 +82,7 @@ __all__ = [
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
   "inputs_of",  # the shapes of a batch's inputs, as the networks see them
+  "is_optimizer",  # whether it has ``init`` and ``update``, as optax's have
   "make_step",  # builds the pure train step
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log

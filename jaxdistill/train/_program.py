@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
+from jaxdistill.train._optax import is_optimizer
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._side_by_side import form_of
 from jaxdistill.train._state import State, init_state, trained_variables
@@ -166,12 +166,9 @@ class Program:
     other.values = values
     return other
 
-  def _optimizer(self, mine: Values) -> optax.GradientTransformation:
+  def _optimizer(self, mine: Values) -> Any:
     given: Any = self.plan.optimizer
-    if isinstance(given, optax.GradientTransformation):
-      return given
-    made: optax.GradientTransformation = given(**mine["optimizer"])
-    return made
+    return given if is_optimizer(given) else given(**mine["optimizer"])
 
   def initial_state(
     self, seed: Any, mine: Values, starts: Any, shared: PyTree, item: PyTree
