@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill import _check, runs
-from jaxdistill.train import Values, check_hyper, is_optimizer
+from jaxdistill.train import Transformation, Values, check_hyper, is_optimizer
 from jaxdistill.types import Model, Network, Objective, as_objective
 
 __all__ = [
@@ -180,7 +179,7 @@ class OneStudent:
   """
 
   objective: Objective
-  optimizer: optax.GradientTransformation
+  optimizer: Transformation
   rates: dict[str, float]
 
 

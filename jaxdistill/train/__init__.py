@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     with_pmap,
     with_students,
   )
-  from jaxdistill.train._optax import is_optimizer
+  from jaxdistill.train._optax import Transformation, is_optimizer
   from jaxdistill.train._plan import (
     Optimizer,
     Plan,
@@ -68,6 +68,7 @@ __all__ = [
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, or its time is up): it has saved
+  "Transformation",  # one optimiser, as optax has them
   "Values",  # what differs between the students of one program
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
   "at_once",  # how many students a CPU trains best side by side

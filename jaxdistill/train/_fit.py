@@ -13,7 +13,6 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
-import optax
 
 from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
@@ -29,7 +28,7 @@ from jaxdistill.train._loop import (
   stop_signal,
 )
 from jaxdistill.train._mesh import Dispatch
-from jaxdistill.train._optax import is_optimizer
+from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._program import Program
 from jaxdistill.train._shared_teacher import with_answers
@@ -186,7 +185,7 @@ def fit(
   objective: Objective | ObjectiveFunction,
   *,
   data: Source | Sequence[Source],
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   steps: int,
   seed: int | Sequence[int] = 0,
   teacher: Teacher | None = None,

@@ -20,9 +20,19 @@ from optax.contrib import DifferentiallyPrivateAggregateState, SAMState, Schedul
 from jaxdistill import _check
 from jaxdistill.train._zeros import zero_outputs
 
-__all__ = ["begin", "evaluated", "evaluates_others", "is_optimizer", "unmoved", "update"]
+__all__ = [
+  "Transformation",
+  "begin",
+  "evaluated",
+  "evaluates_others",
+  "is_optimizer",
+  "unmoved",
+  "update",
+]
 
 PyTree = Any
+# An optimiser as optax has them: `optax.MultiSteps` is an object of its own.
+Transformation = optax.GradientTransformation | optax.MultiSteps
 # ``{"student": parameters, "objective": parameters}``: what a step takes the gradient of.
 Trained = dict[str, PyTree]
 _FAILURES = (TypeError, ValueError, KeyError, AttributeError, IndexError)
@@ -202,7 +212,6 @@ def unmoved(optimizer: Any, trained: Trained) -> Trained:
     trained: the parameters, or their shapes.
   """
   tree = jax.eval_shape(_joined, trained)
-  shapes = jax.eval_shape(lambda t: begin(optimizer, t), trained)
   value = jax.ShapeDtypeStruct((), jnp.float32)
 
   def step(state: Any, gradient: PyTree, params: PyTree, value: Any) -> tuple[Any, PyTree]:
@@ -213,7 +222,7 @@ def unmoved(optimizer: Any, trained: Trained) -> Trained:
     steps, after = _called(optimizer, gradient, state, params, _offered(value, gradient, some))
     return after, steps
 
-  first = jax.make_jaxpr(lambda t: begin(optimizer, t))(trained)
+  first, shapes = jax.make_jaxpr(lambda t: begin(optimizer, t), return_shape=True)(trained)
   zero = zero_outputs(first, [False] * len(first.in_avals))
   traced = jax.make_jaxpr(step)(shapes, tree, tree, value)
   rest = [False] * (len(traced.in_avals) - len(zero))

@@ -11,10 +11,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill import _check
 from jaxdistill.train import _optax
+from jaxdistill.train._optax import Transformation
 from jaxdistill.types import (
   Batch,
   Network,
@@ -108,7 +108,7 @@ def init_state(
   key: Any,
   student: Network,
   objective: Objective | ObjectiveFunction,
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   batch: Batch,
   *,
   teacher: Teacher | None = None,

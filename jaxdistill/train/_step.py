@@ -13,11 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxdistill._check import show, whole
 from jaxdistill.train import _optax
 from jaxdistill.train._frozen import hold, without_moving
+from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, latest_variables
 from jaxdistill.types import (
   Batch,
@@ -53,7 +53,7 @@ def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) ->
 def make_step(
   student: Network,
   objective: Objective | ObjectiveFunction,
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   *,
   hyper: Mapping[str, Any] | None = None,
   axis_name: str | None = None,
@@ -110,7 +110,7 @@ class _Step:
 
   student: Network
   objective: Objective
-  optimizer: optax.GradientTransformation
+  optimizer: Transformation
   hyper: dict[str, Any]
   axis_name: str | None
   transform: Transform | None
