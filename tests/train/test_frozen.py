@@ -63,7 +63,7 @@ NETWORKS = {
 
 
 def backbone(params):
-  return {name: jax.tree.map(lambda _: name == "backbone", part) for name, part in params.items()}
+  return {name: name == "backbone" for name in params}
 
 
 def labelled(params):
@@ -98,7 +98,7 @@ MOVING = {
   ),
   "warming up from 0": optax.sgd(optax.linear_schedule(0.0, 0.1, 4)),
   "accumulating": optax.MultiSteps(optax.sgd(0.1), 4),
-  "masked, which is not frozen": optax.masked(
+  "masked, by which gradients pass": optax.masked(
     optax.sgd(0.1), lambda p: {n: n != "backbone" for n in p}
   ),
 }
@@ -119,10 +119,8 @@ def after(network, optimizer, *, steps=3, **options):
 
 def moved(first, last):
   """By module at the top, whether any of its leaves has changed."""
-  return {
-    name: any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first[name], last[name]))))  # noqa: B905
-    for name in first
-  }
+  differs = jax.tree.map(lambda a, b: bool(np.any(a != b)), first, last)
+  return {name: any(jax.tree.leaves(part)) for name, part in differs.items()}
 
 
 def check(first, last):
@@ -144,10 +142,15 @@ def test_whatever_the_network(kind):
 
 @pytest.mark.parametrize("name", MOVING)
 def test_what_only_stands_still_is_not_frozen(name):
-  first, last = after(NETWORKS["linen"](), MOVING[name])
-  assert all(moved(first.model_state["batch_stats"], last.model_state["batch_stats"]).values())
-  zero = _optax.unmoved(MOVING[name], {"student": first.params, "objective": {}})
+  params = jax.eval_shape(NETWORKS["linen"]().init, jax.random.key(0), BATCH.inputs)["params"]
+  zero = _optax.unmoved(MOVING[name], {"student": params, "objective": {}})
   assert not any(jax.tree.leaves(zero))
+
+
+def test_statistics_move_while_the_rate_is_0():
+  first, last = after(NETWORKS["linen"](), optax.sgd(0.0))
+  assert not any(moved(first.params, last.params).values())
+  assert all(moved(first.model_state["batch_stats"], last.model_state["batch_stats"]).values())
 
 
 @pytest.mark.parametrize("kind", ["linen", "nnx", "linen without scale and bias"])
@@ -168,7 +171,7 @@ def test_a_frozen_layer_normalises_by_its_averages(kind):
   jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
-def test_frozen_whole_it_may_still_have_a_flag_that_is_not_heard():
+def test_a_flag_that_is_not_heard_is_an_error_where_others_are_frozen():
   class Deaf(nn.Module):
     @nn.compact
     def __call__(self, x, train=False):
