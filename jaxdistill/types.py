@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax.struct
@@ -258,11 +258,14 @@ class Network:
       collections that the call updated (empty when ``train`` is False). ``key`` is for dropout and
       may be None when ``train`` is False.
     name: for reports and error messages.
+    at_rest: ``paths -> Network``, the same network whose normalisations at these paths go by their
+      averages in training too, and keep them; None where nobody can tell them.
   """
 
   init: Callable[..., dict[str, Any]]
   apply: Callable[..., tuple[Outputs, dict[str, Any]]]
   name: str = "network"
+  at_rest: Callable[[Collection[str]], Network] | None = None
 
 
 @flax.struct.dataclass

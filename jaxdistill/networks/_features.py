@@ -11,14 +11,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxdistill._check import shapes, short
-from jaxdistill.types import Outputs
+from jaxdistill.types import Network, Outputs
 
 __all__ = [
   "TRAIN_FLAGS",
@@ -424,6 +424,7 @@ class Adapter:
     method: the method to call, or None for ``__call__``.
     name: what to call the module in messages.
     told: whether it is to be told that it trains: not where ``train_flag`` is None.
+    resting: paths of submodules that normalise by their averages in training too.
   """
 
   wanted: dict[str, Path]
@@ -433,6 +434,17 @@ class Adapter:
   method: str | Callable[..., Any] | None
   name: str
   told: bool = True
+  resting: frozenset[str] = frozenset()
+
+  def network(self) -> Network:
+    """What the adapter is for."""
+    # An adapter has both; `Adapter` itself knows neither.
+    mine: Any = self
+    return Network(mine.init, mine.apply, self.name, self.at_rest)
+
+  def at_rest(self, paths: Collection[str]) -> Network:
+    """The network with these submodules' normalisations as in evaluation."""
+    return dataclasses.replace(self, resting=frozenset(paths)).network()
 
   def variables(self, key: Any, inputs: Any) -> dict[str, Any]:
     """What the module's own initialisation makes."""
@@ -492,7 +504,8 @@ class Adapter:
       off: whether every layer that is known to train otherwise was seen not to.
     """
     names = statistics(after)
-    same = bool(names) and all(untouched(before, after, name) for name in names)
+    moving = [untouched(before[name], after[name], self.resting) for name in names]
+    same = any(still is not None for still in moving) and False not in moving
     if not self.told or not (off or same):
       return
     what = f"leaves {', '.join(names)} as before" if names else "drops nothing out"
@@ -538,19 +551,26 @@ def statistics(collections: Mapping[str, Any]) -> list[str]:
   return [name for name in collections if "stats" in name and jax.tree.leaves(collections[name])]
 
 
-def untouched(before: Mapping[str, Any], after: Mapping[str, Any], name: str) -> bool:
+def untouched(before: Any, after: Any, resting: Collection[str] = ()) -> bool | None:
   """Whether nobody wrote to a collection: all its arrays, or tracers, are the very ones they were.
 
-  What comes out of a transform (nn.remat, nn.scan) is another one, written to or not.
+  What comes out of a transform (nn.remat, nn.scan) is another one, written to or not. Modules that
+  rest are not looked at; None where all do.
 
   >>> one, other = object(), object()
-  >>> untouched({"s": {"a": one}}, {"s": {"a": one}}, "s")
+  >>> untouched({"s": {"a": one}}, {"s": {"a": one}})
   True
-  >>> untouched({"s": {"a": one}}, {"s": {"a": other}}, "s")
+  >>> untouched({"s": {"a": one}}, {"s": {"a": other}})
   False
+  >>> untouched({"s": {"a": one}}, {"s": {"a": one}}, ["s"])
   """
-  leaves = (jax.tree.leaves(one[name]) for one in (before, after))
-  return all(new is old for old, new in zip(*leaves, strict=True))
+  old, new = (jax.tree_util.tree_leaves_with_path(one) for one in (before, after))
+  same = [
+    mine is was
+    for (path, was), (_, mine) in zip(old, new, strict=True)
+    if jax.tree_util.keystr(path[:-1], simple=True, separator="/") not in resting
+  ]
+  return all(same) if same else None
 
 
 def inside(path: str, outer: str) -> bool:

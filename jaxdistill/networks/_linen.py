@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -102,7 +102,7 @@ def linen(
     name=name or type(module).__name__,
     told=train_flag is not None,
   )
-  return Network(init=adapter.init, apply=adapter.apply, name=adapter.name)
+  return adapter.network()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -136,7 +136,7 @@ class _Adapter(Adapter):
     # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
     call = Call(variables, inputs, train, key)
-    with _switches(keyed=key is not None) as off:
+    with _switches(keyed=key is not None, resting=self.resting) as off:
       out, state = self.run(call, mutable)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
     if train:
@@ -267,12 +267,25 @@ def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | No
 
 
 @contextlib.contextmanager
-def _switches(*, keyed: bool) -> Iterator[list[bool]]:
-  """Of each of Flax's own layers that train otherwise and are called, whether that is off."""
+def _switches(*, keyed: bool, resting: Collection[str]) -> Iterator[list[bool]]:
+  """Of each of Flax's own layers that train otherwise and are called, whether that is off.
+
+  Layers at the paths that rest are switched off here, and not among them.
+  """
   off: list[bool] = []
 
   def watch(call: Any, args: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
-    layer = context.module
+    layer: Any = context.module
+    rests = "/".join(layer.path) in resting and hasattr(layer, "use_running_average")
+    if rests and context.method_name == "__call__":
+      # Told twice, by its attribute and at the call, Flax's BatchNorm raises: by the first alone.
+      told = layer.use_running_average
+      object.__setattr__(layer, "use_running_average", True)
+      keywords = {name: v for name, v in keywords.items() if name != "use_running_average"}
+      try:
+        return call(*(args[:1] if isinstance(layer, nn.BatchNorm) else args), **keywords)
+      finally:
+        object.__setattr__(layer, "use_running_average", told)
     named = {nn.BatchNorm: "use_running_average", nn.Dropout: "deterministic"}.get(type(layer))
     draws = not isinstance(layer, nn.Dropout) or (keyed and layer.rate > 0)
     if named and context.method_name == "__call__" and draws:

@@ -117,7 +117,7 @@ def nnx(
     method=method,
     name=name or type(module).__name__,
   )
-  return Network(init=adapter.init, apply=adapter.apply, name=adapter.name)
+  return adapter.network()
 
 
 def nnx_variables(module: Any) -> dict[str, PyTree]:
@@ -260,6 +260,9 @@ class _Adapter(Adapter):
     # A module of this call's own; the user's is never written to.
     module = _nnx_graph.build(self.graph, self.slots, call.variables, call.key, self.name)
     module = _nnx_graph.set_flags(module, self.flags, self.auto, call.train)
+    for path, node in flax_nnx.iter_modules(module) if self.resting else ():
+      if "/".join(map(str, path)) in self.resting and hasattr(node, "use_running_average"):
+        node.use_running_average = True
     told: dict[str, Any] = {f.name: call.train != f.inverted for f in self.flags if f.argument}
     if "rngs" in list(self.signature.parameters)[1:]:
       told["rngs"] = flax_nnx.Rngs(_nnx_graph.stream_key(call.key, len(self.slots)))

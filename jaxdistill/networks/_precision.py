@@ -8,7 +8,6 @@ modules that nobody here wrote. What it can't change is a dtype that a module in
 from __future__ import annotations
 
 import collections
-import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -97,8 +96,12 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
     restored = {name: _as_before(tree, variables.get(name)) for name, tree in state.items()}
     return jax.tree.map(_at_least_float32, outputs), restored
 
-  result = dataclasses.replace(
-    network, init=init, apply=apply, name=f"{network.name} ({dtype.name})"
+  rest = network.at_rest
+  result = Network(
+    init,
+    apply,
+    f"{network.name} ({dtype.name})",
+    None if rest is None else lambda paths: mixed_precision(rest(paths), compute=dtype),
   )
   return result
 

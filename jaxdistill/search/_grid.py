@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill import _check, runs
-from jaxdistill.train import Values, check_hyper
+from jaxdistill.train import Transformation, Values, check_hyper, is_optimizer
 from jaxdistill.types import Model, Network, Objective, as_objective
 
 __all__ = [
@@ -180,7 +179,7 @@ class OneStudent:
   """
 
   objective: Objective
-  optimizer: optax.GradientTransformation
+  optimizer: Transformation
   rates: dict[str, float]
 
 
@@ -210,7 +209,7 @@ def one_student(
     {name: float(values[0]) for name, values in given.items()}
     for given in (group.hyper, group.optimizer)
   )
-  made = optimizer if isinstance(optimizer, optax.GradientTransformation) else optimizer(**rates)
+  made = optimizer if is_optimizer(optimizer) else optimizer(**rates)
   return OneStudent(as_objective(group.objective, **hyper), made, rates)
 
 
@@ -317,7 +316,7 @@ def _is_objective(objective: Any) -> bool:
 
 def _keywords(function: Any) -> set[str] | None:
   """The keywords of a function, ``**`` for any; None for what is no function."""
-  if isinstance(function, optax.GradientTransformation) or not callable(function):
+  if is_optimizer(function) or not callable(function):
     return None
   parameters = inspect.signature(function).parameters.values()
   return {"**" if p.kind is inspect.Parameter.VAR_KEYWORD else p.name for p in parameters}

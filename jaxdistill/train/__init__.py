@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     with_pmap,
     with_students,
   )
+  from jaxdistill.train._optax import Transformation, is_optimizer
   from jaxdistill.train._plan import (
     Optimizer,
     Plan,
@@ -67,6 +68,7 @@ __all__ = [
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, Ctrl-C, its time is up): it has saved
+  "Transformation",  # one optimiser, as optax has them
   "Values",  # what differs between the students of one program
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
   "at_once",  # how many students a CPU trains best side by side
@@ -84,6 +86,7 @@ __all__ = [
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
   "inputs_of",  # the shapes of a batch's inputs, as the networks see them
+  "is_optimizer",  # whether it has ``init`` and ``update``, as optax's have
   "make_step",  # builds the pure train step
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log

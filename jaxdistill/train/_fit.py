@@ -14,7 +14,6 @@ from typing import Any
 import flax.struct
 import jax
 import numpy as np
-import optax
 
 from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
@@ -30,6 +29,7 @@ from jaxdistill.train._loop import (
   stop_signal,
 )
 from jaxdistill.train._mesh import Dispatch
+from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._processes import together
 from jaxdistill.train._program import Program
@@ -194,7 +194,7 @@ def fit(
   objective: Objective | ObjectiveFunction,
   *,
   data: Source | Sequence[Source],
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   steps: int,
   seed: int | Sequence[int] = 0,
   teacher: Teacher | None = None,
@@ -405,7 +405,7 @@ def _check_machinery(optimizer: Any, dispatch: Any, watch: Any) -> None:
   """Whether these are an optimiser, a dispatch and a watch, outside of another program's trace."""
   if isinstance(jax.device_put(np.zeros(())), jax.core.Tracer):  # of which nothing is compiled
     raise TypeError("fit compiles its steps itself; call it outside of jit, vmap and grad.")
-  if not all(callable(getattr(optimizer, name, None)) for name in ("init", "update")):
+  if not is_optimizer(optimizer):
     how = "call it: optax.adam(1e-3)" if callable(optimizer) else "such as optax.adam(1e-3)"
     raise TypeError(f"optimizer must be an optax optimiser, got {_check.show(optimizer)}; {how}.")
   if not isinstance(dispatch, Dispatch):

@@ -13,12 +13,14 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jaxdistill import runs
 from jaxdistill.data import Source
 from jaxdistill.runs import fingerprint
+from jaxdistill.train import _optax
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._program import Program, optimizer_of, step_of
 from jaxdistill.types import Batch
@@ -111,18 +113,21 @@ def traced(plan: Plan, program: Program) -> dict[str, runs.Traced]:
   def step(state: Any, teacher: Any, batch: Batch, mine: Any) -> Any:
     return step_of(plan, optax.identity(), mine)(state, teacher, batch)
 
-  def update(grads: PyTree, opt_state: Any, params: PyTree, mine: Any) -> Any:
-    return optimizer_of(plan, mine).update(grads, opt_state, params)
+  def update(grads: Any, opt_state: Any, params: Any, value: Any, mine: Any) -> Any:
+    # A loss for those that evaluate it again: the step has the real one.
+    loss = lambda params: value * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))  # noqa: E731
+    return _optax.update(optimizer_of(plan, mine), grads, opt_state, params, value=value, loss=loss)
 
   # All of it: several processes have read a part each.
   batch = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct((source.batch_size, *leaf.shape[1:]), leaf.dtype),
     jax.eval_shape(source.cut, source.shared, program.first_item),
   )
+  value = jax.ShapeDtypeStruct((), np.float32)
   opt_state = one(program.shapes).opt_state
   return {
     "initial": runs.traced(program.begins),
     **({} if source.shown is None else source.shown()),
     "step": runs.traced(jax.make_jaxpr(step)(state, plan.teacher, batch, values)),
-    "optimizer": runs.traced(jax.make_jaxpr(update)(trained, opt_state, trained, values)),
+    "optimizer": runs.traced(jax.make_jaxpr(update)(trained, opt_state, trained, value, values)),
   }

@@ -69,7 +69,8 @@ def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State,
   if saved is None or step < 0:
     return program.initial(), 0
   shapes, objective = program.shapes, program.objective
-  items = saved.restore(step, to_items(shapes, objective))
+  outline = jax.eval_shape(lambda state: to_items(state, objective), shapes)
+  items = saved.restore(step, outline)
   return from_items(items, shapes, objective), step
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill import _check
 from jaxdistill.data import Source
 from jaxdistill.runs import holding
+from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
 
@@ -34,7 +34,7 @@ __all__ = [
 
 PyTree = Any
 # An optax optimiser, or what makes one of numbers that differ between students.
-Optimizer = optax.GradientTransformation | Callable[..., optax.GradientTransformation]
+Optimizer = Transformation | Callable[..., Transformation]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

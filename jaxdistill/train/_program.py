@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
+from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._side_by_side import form_of
 from jaxdistill.train._state import State, init_state, trained_variables
@@ -301,18 +301,16 @@ class Program:
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., :count], *each)
 
 
-def optimizer_of(plan: Plan, mine: Values) -> optax.GradientTransformation:
+def optimizer_of(plan: Plan, mine: Values) -> Transformation:
   """One student's optimiser, made with its numbers where it is given as a function of them."""
   given: Any = plan.optimizer
-  if isinstance(given, optax.GradientTransformation):
-    return given
-  made: optax.GradientTransformation = given(**mine["optimizer"])
+  made: Transformation = given if is_optimizer(given) else given(**mine["optimizer"])
   return made
 
 
 def step_of(
   plan: Plan,
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   mine: Values,
   *,
   axis_name: str | None = None,

@@ -11,9 +11,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxdistill import _check
+from jaxdistill.train import _optax
+from jaxdistill.train._optax import Transformation
 from jaxdistill.types import (
   Batch,
   Network,
@@ -65,7 +66,7 @@ class State:
   @property
   def objective(self) -> tuple[PyTree, PyTree]:
     """What the objective learned and remembers: an `Objective.start` for the next stage."""
-    return self.objective_params, self.objective_state
+    return _evaluated(self)["objective"], self.objective_state
 
 
 def deployed_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
@@ -74,11 +75,28 @@ def deployed_variables(state: State, objective: Objective | ObjectiveFunction) -
 
 
 def latest_variables(state: State, objective: Objective | ObjectiveFunction) -> dict[str, PyTree]:
-  """The deployed network's variables as the last step left them, without an average."""
-  student, deployed = trained_variables(state), as_objective(objective).deployed
+  """The deployed network's variables as the last step left them, without an average.
+
+  Where the optimiser has other parameters evaluated than it trains (schedule-free, lookahead),
+  these; the statistics beside them are those of the trained ones.
+  """
+  params, deployed = _evaluated(state), as_objective(objective).deployed
+  student = {"params": params["student"], **state.model_state}
   if deployed is None:
     return student
-  return deployed.variables(student, state.objective_params, state.objective_state)
+  return deployed.variables(student, params["objective"], state.objective_state)
+
+
+def _evaluated(state: State) -> dict[str, PyTree]:
+  trained = {"student": state.params, "objective": state.objective_params}
+  if not _optax.evaluates_others(state.opt_state):
+    return trained
+  # Of several students a step's number has their axis, and so has all that the optimiser knows.
+  return (_OF_ONE, _OF_SEVERAL)[jnp.ndim(state.step)](state.opt_state, trained)
+
+
+_OF_ONE = jax.jit(_optax.evaluated)
+_OF_SEVERAL = jax.jit(jax.vmap(_optax.evaluated))
 
 
 def trained_variables(state: State) -> dict[str, PyTree]:
@@ -90,7 +108,7 @@ def init_state(
   key: Any,
   student: Network,
   objective: Objective | ObjectiveFunction,
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   batch: Batch,
   *,
   teacher: Teacher | None = None,
@@ -104,7 +122,8 @@ def init_state(
     key: a random key.
     student: the network to train.
     objective: an `Objective` or a bare function.
-    optimizer: an optax optimiser; it sees ``{"student": ..., "objective": ...}``.
+    optimizer: an optax optimiser. It sees the student's parameters, and beside them, under
+      ``"objective"``, those that the objective trains, where it has any.
     batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
     teacher: the teacher, whose outputs' shapes the objective's parameters may depend on; shapes of
       its variables are enough.
@@ -150,7 +169,7 @@ def init_state(
     model_state=model_state,
     objective_params=objective_params,
     objective_state=objective_state,
-    opt_state=optimizer.init(trained),
+    opt_state=_optax.begin(optimizer, trained),
     key=run_key,
   )
   if objective.deployed is not None:
@@ -170,7 +189,8 @@ def to_items(state: State, objective: Objective) -> dict[str, PyTree]:
   Returns:
     Trees by name.
   """
-  other = objective.deployed is not None  # the average is the deployed network's, not the student's
+  # What is evaluated (an average, or what the optimiser says) is then not the student's.
+  other = objective.deployed is not None
   items: dict[str, PyTree] = {
     "student": trained_variables(state) if other else deployed_variables(state, objective),
     "objective": {"params": state.objective_params, "state": state.objective_state},
@@ -179,7 +199,7 @@ def to_items(state: State, objective: Objective) -> dict[str, PyTree]:
   }
   if other:
     items["deployed"] = deployed_variables(state, objective)
-  elif state.average is not None:
+  elif state.average is not None or _optax.evaluates_others(state.opt_state):
     items["trained"] = trained_variables(state)
   return items
 

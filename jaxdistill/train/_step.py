@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxdistill._check import show, whole
+from jaxdistill.train import _optax
+from jaxdistill.train._frozen import hold, without_moving
+from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, latest_variables
 from jaxdistill.types import (
   Batch,
@@ -52,7 +54,7 @@ def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) ->
 def make_step(
   student: Network,
   objective: Objective | ObjectiveFunction,
-  optimizer: optax.GradientTransformation,
+  optimizer: Transformation,
   *,
   hyper: Mapping[str, Any] | None = None,
   axis_name: str | None = None,
@@ -66,7 +68,8 @@ def make_step(
   Args:
     student: the network to train.
     objective: an `Objective` or a bare function.
-    optimizer: an optax optimiser, as given to `train.init_state`.
+    optimizer: an optax optimiser, as given to `train.init_state`. One that takes more than the
+      gradient gets it (``value``, ``grad``, ``value_fn``: the loss, over all devices).
     hyper: values of the objective's keywords in place of its own: numbers, arrays, or schedules of
       the step; they may be traced, as a sweep's are.
     axis_name: the axis to sum over under `pmap`.
@@ -108,7 +111,7 @@ class _Step:
 
   student: Network
   objective: Objective
-  optimizer: optax.GradientTransformation
+  optimizer: Transformation
   hyper: dict[str, Any]
   axis_name: str | None
   transform: Transform | None
@@ -132,22 +135,34 @@ class _Step:
     student_key, objective_key, transform_key = jax.random.split(step_key, 3)
     if self.transform is not None:
       batch = _transformed(self.transform(transform_key, batch), batch)
+    trained = {"student": state.params, "objective": state.objective_params}
+    # What the optimiser never moves is frozen with the statistics beside it.
+    student, held = without_moving(self.student, self.optimizer, trained, state.model_state)
     pass_ = _Pass(
-      trained={"student": state.params, "objective": state.objective_params},
+      student=student,
+      trained=trained,
       states=(state.model_state, state.objective_state),
       teacher=teacher,
       batch=batch,
       keys=(student_key, objective_key),
       keywords=_resolve(self.hyper, self.objective, state.step),
     )
-    whole = self.accumulate == 1
-    grads, states, sums = self.gradients(pass_) if whole else self.accumulated(pass_)
-    updates, opt_state = self.optimizer.update(grads, state.opt_state, pass_.trained)
-    trained = optax.apply_updates(pass_.trained, updates)
+    if self.accumulate == 1:
+      # Outside of what is differentiated: the teacher's activations need not be kept for a backward
+      # pass that would be stopped anyway.
+      target = self.target(pass_)
+      grads, states, sums = self.gradients(pass_, target)
+      again = lambda trained: self.loss_again(trained, pass_, target)  # noqa: E731
+    else:
+      grads, states, sums = self.accumulated(pass_)
+      again = _not_in_parts
+    trained, opt_state = _optax.update(
+      self.optimizer, grads, state.opt_state, trained, value=sums["loss"][0], loss=again
+    )
     new_state = State(
       step=state.step + 1,
       params=trained["student"],
-      model_state=states[0],
+      model_state=hold(states[0], state.model_state, held),
       objective_params=trained["objective"],
       objective_state=states[1],
       opt_state=opt_state,
@@ -161,7 +176,7 @@ class _Step:
   def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
     """The terms, the states after them, and the student's logits if it is what is deployed."""
     model_state, objective_state = at.states
-    outputs, updated = self.student.apply(
+    outputs, updated = at.student.apply(
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
     )
     made = self.objective.apply(
@@ -182,20 +197,36 @@ class _Step:
       return at.batch.teacher
     return at.teacher(at.batch)
 
+  def loss(
+    self,
+    trained: PyTree,
+    at: _Pass,
+    target: Outputs | None,
+    counts: Mapping[str, jax.Array] | None = None,
+  ) -> tuple[jax.Array, Any]:
+    """This device's share of the loss; the states after it, its sums, the student's logits."""
+    terms, states, logits = self.forward(trained, at, target)
+    loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
+    return loss, (states, sums, logits)
+
+  def loss_again(self, trained: PyTree, at: _Pass, target: Outputs | None) -> jax.Array:
+    """The loss of the same batch, with the same dropout, at other parameters: for a line search."""
+    if self.axis_name is None:
+      return self.loss(trained, at, target)[0]
+    # Each device has a copy of the parameters, and to differentiate is its own affair: of a sum
+    # over devices it would get as many times its own share. The mean over the copies, whose value
+    # is the parameters to the bit, makes of those the gradient of the whole.
+    mean = jax.lax.pmean(trained, self.axis_name)
+    still = jax.lax.stop_gradient
+    trained = jax.tree.map(lambda p, m: still(p) + (m - still(m)), trained, mean)
+    return jax.lax.psum(self.loss(trained, at, target)[0], self.axis_name)
+
   def gradients(
-    self, at: _Pass, counts: Mapping[str, jax.Array] | None = None
+    self, at: _Pass, target: Outputs | None, counts: Mapping[str, jax.Array] | None = None
   ) -> tuple[PyTree, PyTree, dict[str, Any]]:
     """The gradient of this batch's share of the loss, the states after it, and its sums."""
-    # Outside of what is differentiated: the teacher's activations need not be kept for a backward
-    # pass that would be stopped anyway.
-    target = self.target(at)
-
-    def loss_of(trained: PyTree) -> tuple[jax.Array, Any]:
-      terms, states, logits = self.forward(trained, at, target)
-      loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
-      return loss, (states, sums, logits)
-
-    (loss, (states, sums, logits)), grads = jax.value_and_grad(loss_of, has_aux=True)(at.trained)
+    share = jax.value_and_grad(self.loss, has_aux=True)
+    (loss, (states, sums, logits)), grads = share(at.trained, at, target, counts)
     # Under jit the batch is one global array, and its sums are global. Under pmap each device has
     # its share of the loss, divided by the global count already: gradients are summed.
     if self.axis_name is not None:
@@ -233,7 +264,7 @@ class _Step:
       grads, states = carry
       part, its_keys = item
       mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
-      more, states, sums = self.gradients(mine, counts)
+      more, states, sums = self.gradients(mine, self.target(mine), counts)
       return (jax.tree.map(jnp.add, grads, more), states), sums
 
     zeros = jax.tree.map(jnp.zeros_like, at.trained)
@@ -254,6 +285,13 @@ def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
   values = {"logits": outputs.logits, "features": outputs.features, "hidden": outputs.hidden}
   return dataclasses.replace(
     outputs, **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
+  )
+
+
+def _not_in_parts(trained: PyTree) -> jax.Array:
+  raise ValueError(
+    "it evaluates the loss again (a line search), which is of the whole batch, and the batch comes "
+    "in parts: leave accumulate out, or take an optimizer without a line search."
   )
 
 
@@ -301,6 +339,7 @@ def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
 class _Pass:
   """What one gradient is taken of."""
 
+  student: Network
   trained: PyTree
   states: tuple[PyTree, PyTree]
   teacher: Teacher | None
