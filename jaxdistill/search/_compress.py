@@ -420,7 +420,7 @@ class Job:
     # The stages' own folders say what they compute; costs and qualities are of these alone.
     about = {"budget": dataclasses.asdict(candidates.within), "gap": gap}
     about["candidates"] = list(candidates.candidates)
-    about["data"] = train.described_data(self.data)
+    about["data"] = train.described_data([self.data])
     about["teacher"] = runs.fingerprint(self.teacher.variables)
     return runs.claim(
       _check.folder("folder", self.run.folder), {**(self.run.config or {}), **about}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdistill import _compile, evaluation, runs
+from jaxdistill import _check, _compile, evaluation, runs
 from jaxdistill.runs import Checkpoints, is_key
 from jaxdistill.search._choice import Row
 from jaxdistill.search._grid import Group, stacked_values

@@ -330,12 +330,8 @@ def _claimed(
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
   """The run's folder, which is this run's, or the same run's with fewer steps."""
   folder: Any = run.folder
-
-  def settings(steps: int) -> dict[str, Any]:
-    about = _identity.describe(plan, program.shapes.params, steps)
-    return {**(run.config or {}), "seed": seed, **about}
-
-  shorter = None
+  about = _identity.describe(plan, program.shapes.params)
+  settings, shorter = {**(run.config or {}), "seed": seed, **about}, None
   if run.longer and (pathlib.Path(folder) / "config.json").exists():
     before = runs.read_config(folder).get("steps")
     if not isinstance(before, int) or before > plan.steps:
@@ -343,10 +339,8 @@ def _claimed(
         f"longer=True, and the run in {os.fspath(folder)} has {_check.show(before)} steps, which "
         f"steps={plan.steps} does not go beyond."
       )
-    shorter = settings(before)
-  return claimed_folder(
-    folder, settings(plan.steps), _identity.traced(plan, program), shorter=shorter
-  )
+    shorter = settings | _identity.until(plan, before)
+  return claimed_folder(folder, settings, _identity.traced(plan, program), shorter=shorter)
 
 
 def _log_of(

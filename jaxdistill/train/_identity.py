@@ -10,6 +10,7 @@ may go on on other devices, and may be made longer with another schedule.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,56 +26,73 @@ from jaxdistill.train._plan import Plan
 from jaxdistill.train._program import Program, optimizer_of, step_of
 from jaxdistill.types import Batch
 
-__all__ = ["describe", "described_data", "described_student", "traced"]
+__all__ = ["describe", "described_data", "described_student", "traced", "until"]
 
 PyTree = Any
 
 
-def describe(plan: Plan, params: PyTree, steps: int | None = None) -> dict[str, Any]:
+def describe(plan: Plan, params: PyTree) -> dict[str, Any]:
   """What a run's folder says of it, beside what is computed.
 
   Args:
     plan: what is trained.
     params: the student's parameters, or their shapes.
-    steps: of the run; the plan's by default.
   """
   starts = (plan.start, plan.objective.start)
-  steps = plan.steps if steps is None else steps
-  data = [described_data(source) for source in plan.sources]
   return {
-    "steps": steps,
+    **until(plan, plan.steps),
     "data_seed": [source.data_seed for source in plan.sources],
-    "data": data[0] if all(one == data[0] for one in data) else data,
+    "data": described_data(plan.sources),
     "student": described_student(plan.student.name, params),
     "accumulate": plan.accumulate,
     "average": plan.average,
-    "objective": {n: _shown(value, steps) for n, value in plan.objective.hyper.items()},
     "teacher": None if plan.teacher is None else fingerprint(plan.teacher.variables),
     "start": None if starts == (None, None) else fingerprint(starts),
   }
 
 
-def _shown(value: Any, steps: int) -> Any:
-  """A keyword as ``config.json`` holds it: a schedule by its values at three steps."""
-  return [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
+def until(plan: Plan, steps: int) -> dict[str, Any]:
+  """What `describe` says of a run's length: of a schedule, its values at three steps.
+
+  Args:
+    plan: what is trained.
+    steps: how many steps the run has.
+  """
+  shown = {
+    name: [float(value(s)) for s in (0, steps // 2, steps)] if callable(value) else value
+    for name, value in plan.objective.hyper.items()
+  }
+  return {"steps": steps, "objective": shown}
 
 
-def described_data(source: Source) -> dict[str, Any]:
+def described_data(sources: Sequence[Source]) -> Any:
   """The data, as ``config.json`` holds them.
 
   Args:
-    source: where batches come from.
+    sources: where batches come from; often the same but for the data seed.
+
+  Returns:
+    A dict; or one for each source, where they differ.
   """
-  return {
-    "name": source.name,
-    "version": source.version,
-    "size": source.size,
-    "batch_size": source.batch_size,
-    "views": source.views,
-    "transfer": source.transfer,
-    "teacher": source.teacher,
-    "contents": None if source.contents is None else dict(source.contents()),
-  }
+  contents: dict[int, Any] = {}  # those that share their examples are asked once
+  for source in sources:
+    if id(source.contents) not in contents:
+      found = None if source.contents is None else dict(source.contents())
+      contents[id(source.contents)] = found
+  every = [
+    {
+      "name": source.name,
+      "version": source.version,
+      "size": source.size,
+      "batch_size": source.batch_size,
+      "views": source.views,
+      "transfer": source.transfer,
+      "teacher": source.teacher,
+      "contents": contents[id(source.contents)],
+    }
+    for source in sources
+  ]
+  return every[0] if all(one == every[0] for one in every) else every
 
 
 def described_student(name: str, params: PyTree) -> dict[str, Any]:
