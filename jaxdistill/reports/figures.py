@@ -443,9 +443,9 @@ def groups(
     there = [value for value in marks.values() if value is not None]
     if there:
       axes.plot([min(there), max(there)], [i, i], color=RULE, linewidth=5, solid_capstyle="round")
-  there = [model for model in MODELS if any(marks.get(model) is not None for _, marks in rows)]
+  drawn = [model for model in MODELS if any(marks.get(model) is not None for _, marks in rows)]
   # A lane for each model: equal marks would hide each other.
-  for lane, model in zip(np.linspace(-0.48, 0.48, len(there) + 2)[1:-1], there, strict=True):
+  for lane, model in zip(np.linspace(-0.48, 0.48, len(drawn) + 2)[1:-1], drawn, strict=True):
     known = [(i, name, value) for i, (name, marks) in enumerate(rows)
              if (value := marks.get(model)) is not None]  # fmt: skip
     told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]

@@ -16,7 +16,7 @@ from jaxdistill import _check
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation.predictions import Predictions, counted
 from jaxdistill.reports import figures
-from jaxdistill.reports._format import WORDS, Table
+from jaxdistill.reports._format import WORDS, Cell, Table
 from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
@@ -216,7 +216,7 @@ def table(
   ]
   some = f"All {len(rows):,}" if len(rows) <= _ROWS else f"{_ROWS:,} of {len(rows):,}"
   rest = "" if len(rows) <= _ROWS else "; predictions.npz has all"
-  head = ["example", "label", *(named(name, words) for name in models)]
+  head: list[Cell] = ["example", "label", *(named(name, words) for name in models)]
   return [(f"{some} in a table{rest}", Table(head, cells, title))]
 
 
