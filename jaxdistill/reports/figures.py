@@ -443,14 +443,14 @@ def groups(
     there = [value for value in marks.values() if value is not None]
     if there:
       axes.plot([min(there), max(there)], [i, i], color=RULE, linewidth=5, solid_capstyle="round")
-  for model in MODELS:
+  drawn = [model for model in MODELS if any(marks.get(model) is not None for _, marks in rows)]
+  # A lane for each model: equal marks would hide each other.
+  for lane, model in zip(np.linspace(-0.48, 0.48, len(drawn) + 2)[1:-1], drawn, strict=True):
     known = [(i, name, value) for i, (name, marks) in enumerate(rows)
              if (value := marks.get(model)) is not None]  # fmt: skip
-    if known:
-      told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]
-      lane = 0.22 * (MODELS.index(model) - 1)  # of its own: equal marks would hide each other
-      at = [i + lane for i, *_ in known]
-      _marks(axes, model, [value for *_, value in known], at, told, size=8)
+    told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]
+    at = [i + lane for i, *_ in known]
+    _marks(axes, model, [value for *_, value in known], at, told, size=8)
   short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
   axes.set_yticks(range(len(rows)), [_text(name) for name in short])
   for label, name in zip(axes.get_yticklabels(), names, strict=True):

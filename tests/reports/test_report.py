@@ -962,6 +962,9 @@ def test_two_runs_are_compared_on_their_pairs(made, tmp_path, capsys):
   assert shown.sections == ["table", "significance", "classes", "examples"]
   assert all(link.startswith(("data:", "#")) for link in shown.links)
   most = [side.mean(axis=0) > 0.5 for side in right]
+  listed = shown.source.split('<section id="examples">')[1]
+  every = [str(row) for a, b in (most, most[::-1]) for row in np.flatnonzero(a & ~b)]
+  assert sorted(re.findall(r'<th scope="row">(\d+)</th>', listed)) == sorted(every) != []
   assert numbers["only"] == {"a": np.sum(most[0] & ~most[1]), "b": np.sum(most[1] & ~most[0])}
 
 

@@ -16,16 +16,17 @@ from jaxdistill import _check
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation.predictions import Predictions, counted
 from jaxdistill.reports import figures
-from jaxdistill.reports._format import WORDS
+from jaxdistill.reports._format import WORDS, Cell, Table
 from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
-__all__ = ["Show", "chosen", "said", "shown", "view"]
+__all__ = ["Show", "chosen", "shown", "table", "view"]
 
 # The inputs of one example to a text, or to a picture [H, W] or [H, W, C].
 Show = Callable[[Any], Any]
 _SIDE = 96  # pixels; larger pictures are made smaller, so that a page stays small
 _LETTERS = 600
+_ROWS = 10_000  # of a table of examples: two megabytes
 
 
 def chosen(
@@ -179,12 +180,47 @@ def shown(
       picture = base64.b64encode(figures.png(one)).decode()
       item |= {"text": "", "picture": picture, "small": max(one.shape[:2]) <= 64}
     models = [name for name in words if name in answers.models]
-    item["said"] = [(named(name, words), said(answers, name, row)) for name in models]
+    item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
     items.append(item)
   return items
 
 
-def said(answers: Predictions, model: str, row: int) -> str:
+def table(
+  answers: Predictions,
+  rows: Sequence[int] | np.ndarray,
+  title: str,
+  *,
+  words: Mapping[str, str] = WORDS,
+) -> list[tuple[str, Table]]:
+  """All of some examples with what each model says of them, to be opened by a click.
+
+  Args:
+    answers: of the models.
+    rows: places in the answers.
+    title: what the examples are.
+    words: what the models are called.
+
+  Returns:
+    ``(what is clicked on, the table)``; nothing of no examples.
+  """
+  if not len(rows):
+    return []
+  models = [name for name in words if name in answers.models]
+  cells = [
+    [
+      str(answers.index[row]),
+      answers.name(int(answers.labels[row])),
+      *(_said(answers, name, row) for name in models),
+    ]
+    for row in map(int, rows[:_ROWS])
+  ]
+  some = f"All {len(rows):,}" if len(rows) <= _ROWS else f"{_ROWS:,} of {len(rows):,}"
+  rest = "" if len(rows) <= _ROWS else "; predictions.npz has all"
+  head: list[Cell] = ["example", "label", *(named(name, words) for name in models)]
+  return [(f"{some} in a table{rest}", Table(head, cells, title))]
+
+
+def _said(answers: Predictions, model: str, row: int) -> str:
   """The classes that a model's instances gave, the most frequent first."""
   one = answers.models[model]
   given, sure = one.predicted[:, row], one.confidence[:, row]

@@ -54,7 +54,6 @@ _MANY = 14  # rows of a figure or a table that are shown at once
 _MOST = 60  # rows of a slice's table
 _SQUARE = 20  # classes of a confusion matrix; of more only those that are confused are told
 _AT_ONCE = 24  # examples that are seen without a click
-_EVERY = 10_000  # rows of a table of examples: two megabytes
 
 
 def build(found: Evidence, derived: Mapping[str, Any]) -> str:
@@ -458,22 +457,9 @@ def _changed(found: Evidence, gone: Lost | None) -> list[Section]:
     ),
   ):
     items = exhibits.shown(answers, rows)
-    models = [model for model in MODELS if model in answers.models]
-    cells = [
-      [
-        str(answers.index[row]),
-        answers.name(int(answers.labels[row])),
-        *(exhibits.said(answers, model, row) for model in models),
-      ]
-      for row in rows[:_EVERY].tolist()
-    ]
-    table = Table(["example", "label", *map(named, models)], cells, title)
-    every = f"All {len(rows):,} in a table"
-    if len(rows) > _EVERY:
-      every = f"{_EVERY:,} of {len(rows):,} in a table; predictions.npz has all"
     gallery = Gallery(items[:_AT_ONCE], more=items[_AT_ONCE:])
-    folded = [(every, table)] if len(rows) else []
-    made.append(Section(name, title, text=told, galleries=[gallery], folded=folded))
+    every = exhibits.table(answers, rows, title)
+    made.append(Section(name, title, text=told, galleries=[gallery], folded=every))
   return made
 
 

@@ -56,7 +56,7 @@ _ROWS = (
   "FLOPs an example",
   "latency, ms",
 )
-_SHOWN, _LISTED = 12, 40  # examples that only one of the two knows
+_SHOWN = 12  # examples that only one of the two knows, seen without a click
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -436,14 +436,14 @@ def _class_section(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Sect
 
 
 def _examples(compared: Compared, words: Mapping[str, str]) -> Section:
-  galleries = []
+  galleries, folded = [], []
   for side, name in _AS.items():
-    only, index = compared.only[side], compared.answers.index
-    there = only[np.isin(index[only], list(compared.answers.shown))]
-    text = ""
-    if len(there) < len(only):
-      listed = ", ".join(str(int(index[row])) for row in only[:_LISTED])
-      text = f"Examples {listed}{' …' * (len(only) > _LISTED)}."
-    items = exhibits.shown(compared.answers, there[:_SHOWN], words=words)
-    galleries.append(Gallery(items, f"Only {words[name]}: {len(only):,}", text))
-  return Section("examples", "Examples that only one knows", galleries=galleries)
+    rows = compared.only[side]
+    items = exhibits.shown(compared.answers, rows, words=words)
+    title = f"Only {words[name]}: {len(rows):,}"
+    galleries.append(Gallery(items[:_SHOWN], title, more=items[_SHOWN:]))
+    folded += [
+      (f"Only {words[name]}: {summary}", table)
+      for summary, table in exhibits.table(compared.answers, rows, title, words=words)
+    ]
+  return Section("examples", "Examples that only one knows", galleries=galleries, folded=folded)
