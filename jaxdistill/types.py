@@ -67,8 +67,9 @@ class Batch:
   Attributes:
     inputs: what the networks see: an array ``[B, ...]`` or a pytree of such arrays.
     labels: ``[B]`` integers (0 where there is none), or ``[B, K]`` distributions.
-    weight: ``[B]``, or ``[B, L]`` for tokens; 0 for padding. Both networks see padding (a BatchNorm
-      of theirs counts it); objectives and their projectors' statistics do not.
+    weight: ``[B]``, or ``[B, L]`` for tokens; 0 for padding. Under ``[B]`` all positions of an
+      example count. Both networks see padding (a BatchNorm of theirs counts it); objectives and
+      their projectors' statistics do not.
     labelled: ``[B]``, 1 where the label is known and may be used, else 0.
     index: ``[B]``, which example of the data set this is.
     view: ``[B]``, which augmentation of it.

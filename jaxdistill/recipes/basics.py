@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from jaxdistill import _check, losses
 from jaxdistill.recipes import projectors
@@ -103,6 +104,7 @@ def hint(
   hint_weight: float = 1.0,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.hint_l2,
   projector: Callable[[Any, Any], nn.Module] = projectors.between,
+  positions: Callable[[Batch], Any] | None = None,
   name: str = "hint",
 ) -> Objective:
   """Matches one intermediate layer, through a projector where the widths differ.
@@ -117,6 +119,9 @@ def hint(
     loss: ``(student, teacher) -> [B]``.
     projector: ``(student, teacher) -> module`` from the two features' shapes; it is left out when
       the shapes are equal.
+    positions: ``batch -> [B, L]``, which tokens count (not 0), where the batch's weights are
+      ``[B]`` and say nothing of them: ``lambda batch: batch.inputs["attention_mask"]``. None for
+      all that the weights have.
     name: the term's name.
 
   Returns:
@@ -127,7 +132,10 @@ def hint(
       can't be matched.
   """
   _check.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
-  return _matched((student_layer, teacher_layer), projector, loss, name, hint_weight)
+  if positions is not None:
+    _check.function("positions", positions, "batch -> [B, L]", arguments=1)
+  layers = (student_layer, teacher_layer)
+  return _matched(layers, projector, loss, name, hint_weight, positions=positions)
 
 
 def fitnet(
@@ -164,6 +172,8 @@ def _matched(
   name: str,
   weight: float,
   hard_weight: float | None = None,
+  *,
+  positions: Callable[[Batch], Any] | None = None,
 ) -> Objective:
   """One layer matched, the term and its keyword under a name."""
   _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
@@ -181,7 +191,8 @@ def _matched(
   ) -> dict[str, Term]:
     # The projector meets the teacher; the layers below it get their gradient through it.
     values = loss(running("projector"), teacher.features[layers[1]])
-    return {name: Term(values, weight=now[f"{name}_weight"])}
+    where = None if positions is None else jnp.asarray(positions(batch)) != 0
+    return {name: Term(values, weight=now[f"{name}_weight"], where=where)}
 
   return learned(modules, method, {f"{name}_weight": weight}, hard_weight)
 

@@ -157,6 +157,21 @@ def test_padded_positions_count_nowhere(name):
     assert float(count) == TOKENS.sum() == 10
 
 
+def test_a_hint_on_tokens_takes_positions_where_weights_have_none():
+  inputs = {name: {"logits": x["logits"][:5], "h": x["h"][:5]} for name, x in WHOLE.items()}
+  weight = np.array([1.0, 2.0, 0.0, 1.0, 1.0], np.float32)
+  batch = make_batch({**inputs, "mask": TOKENS.astype(np.int32)}, LABELS[:5], weight=weight)
+  objective = recipes.hint("h", "h", positions=lambda batch: batch.inputs["mask"])
+  begun, (moved, *_, sums) = steps(objective, batch)
+  layer = jax.tree.map(np.asarray, begun["projector"]["dense"])
+  apart = inputs["ours"]["h"] @ layer["kernel"] + layer["bias"] - inputs["theirs"]["h"]
+  mask = TOKENS * weight[:, None]  # [B, L]
+  total, count = sums["hint"]
+  assert float(total) == pytest.approx((mask * (apart**2).mean(-1)).sum(), rel=1e-5)
+  assert float(count) == mask.sum() == 4 + 2 * 3 + 1
+  assert not np.any(np.asarray(moved["h"])[mask == 0])
+
+
 def test_a_batch_that_is_all_padding_leaves_finite_statistics():
   batch = make_batch(WHOLE, LABELS, weight=np.zeros(SIZE, np.float32))
   _, made = steps(MANY["fitnet"](), batch)

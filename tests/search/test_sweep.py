@@ -416,6 +416,8 @@ def test_ties_and_noise():
     row([np.nan] * 3, "not finite", a=5),
   ]
   assert _choice.best_of(rows, "accuracy") == (1, [2])
+  # Of three seeds: the sample's deviation, 2, over the root of their number.
+  assert _choice.standard_error(np.array([1.0, 3.0, 5.0])) == pytest.approx(2 / np.sqrt(3))
   one = [row([0.5], a=1), row([0.6], a=2), row([0.6], a=3)]
   assert _choice.best_of(one, "accuracy") == (1, [2])
   with pytest.raises(FloatingPointError):
