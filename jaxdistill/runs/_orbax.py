@@ -26,6 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import _check
+from jaxdistill.runs._files import read_json
 from jaxdistill.runs._manifest import MANIFEST, CheckpointError, check_size, listing
 
 __all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "stored", "write"]
@@ -405,6 +406,7 @@ def _handler() -> Any:
 def _outline(folder: pathlib.Path) -> tuple[Any, dict[Path, Any]]:
   """The tree of what Orbax says about each leaf, and the same by path."""
   try:
+    read_json(folder / _METADATA)  # before Orbax does: whatever it is, it is of a bounded size
     tree = _handler().metadata(folder).tree
   except Exception as error:
     raise CheckpointError(f"{folder / _METADATA} cannot be read by Orbax: {error}") from error

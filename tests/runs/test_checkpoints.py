@@ -605,7 +605,7 @@ def test_arrays_are_no_larger_than_the_manifest_says_before_they_are_read(tmp_pa
   shutil.rmtree(tmp_path / "b" / "orbax.checkpoint", ignore_errors=True)
   (tmp_path / "b" / runs.MANIFEST).unlink()  # and now it is a foreign one
   with pytest.raises(CheckpointError, match="more than ten times what lies there"):
-    _orbax.read_foreign_orbax(tmp_path / "b", {"params": "variables"})
+    _orbax.read_foreign_orbax(tmp_path / "b", {"params": ""})
   found = _orbax.read_foreign_orbax(tmp_path / "b", {"params": ""}, expected=2**24)
   assert found["params"]["dense/kernel"].shape == (2**10, 2**11)
 
