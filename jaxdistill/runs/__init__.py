@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     CheckpointWarning,
     load_variables,
     save_variables,
+    wait_for_saves,
   )
   from jaxdistill.runs._compiled import keep_compiled
   from jaxdistill.runs._files import (
@@ -122,6 +123,7 @@ __all__ = [
   "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "user_cache",  # the user's folder for what can be made anew
   "verify",  # compares the files with the manifest; the digests only of these items
+  "wait_for_saves",  # waits for the saves under way, of a process that is about to be left
   "within",  # the path of a file that another file names, if it lies in that file's folder
   "write_digested",  # writes a manifest with its own digest in it
   "write_json",  # writes JSON so that the file is never seen half written

@@ -18,6 +18,7 @@ import os
 import pathlib
 import re
 import threading
+import time
 import warnings
 from collections.abc import Callable, Container, Mapping
 from types import ModuleType, TracebackType
@@ -53,11 +54,13 @@ from jaxdistill.runs._trees import (
   stored_as,
 )
 
-__all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables"]
+__all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables", "wait_for_saves"]
 
 # A pytree of arrays: parameters, statistics, a train state.
 PyTree = Any
 _VARIABLES = "variables"
+# The threads that write, of all folders.
+_SAVING: set[threading.Thread] = set()
 
 
 class CheckpointWarning(UserWarning):
@@ -140,6 +143,7 @@ class Checkpoints:
     self._thread = threading.Thread(
       target=self._finish, args=(step, arrays, head | {"items": described})
     )
+    _SAVING.add(self._thread)
     self._thread.start()
 
   def _finish(self, step: int, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
@@ -151,6 +155,8 @@ class Checkpoints:
       self._error = (step, error)
       if not threading.main_thread().is_alive():
         raise  # Nobody will call wait any more: let the thread's hook print it.
+    finally:
+      _SAVING.discard(threading.current_thread())
 
   def _retain(self, step: int) -> None:
     complete = self._complete()
@@ -308,6 +314,17 @@ class Checkpoints:
     traceback: TracebackType | None,
   ) -> None:
     self.close()
+
+
+def wait_for_saves(seconds: float) -> None:
+  """Waits for the saves under way in this process, for one that is about to be left.
+
+  Args:
+    seconds: at most.
+  """
+  until = time.monotonic() + seconds
+  for thread in list(_SAVING):
+    thread.join(max(0.0, until - time.monotonic()))
 
 
 def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:

@@ -207,12 +207,13 @@ def fit(
   """Trains a student, or the same student from several seeds as one compiled program.
 
   A run that is started again with the same arguments goes on from its last good checkpoint. One
-  that gets SIGTERM, or whose ``stop_after`` is over, finishes its chunk, saves, and leaves by
-  `Stopped`. A run that comes to its end leaves the deployed network in its folder, see
-  `jaxdistill.export.load_student`.
+  that gets SIGTERM or Ctrl-C, or whose ``stop_after`` is over, finishes its chunk, saves, and
+  leaves by `Stopped`; at the second Ctrl-C it leaves at once. A run that comes to its end leaves
+  the deployed network in its folder, see `jaxdistill.export.load_student`.
 
   In a program of several processes, every process calls this with the same arguments; the folder
-  is one that all of them see, and process 0 writes it.
+  is one that all of them see, and process 0 writes it. Where one of them dies, the others end
+  within seconds, to be started again together.
 
   Args:
     student: the network to train; or a model whose variables it starts from: all of them, or a part
@@ -246,6 +247,7 @@ def fit(
       folder holds another configuration; a keyword of the objective has no value; the variables to
       start from do not fit.
     CheckpointError: the folder's last checkpoint is not what this library writes.
+    FileExistsError: another process is at work in the folder.
     OSError: the folder cannot be written, or a file of it not be read.
     FloatingPointError: a term was not finite; the message says which, and at which step.
     Stopped: the process was asked to stop, or ``stop_after`` is over.

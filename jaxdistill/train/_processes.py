@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 
-from jaxdistill import _check
+from jaxdistill import _check, runs
 from jaxdistill.train._loop import Stopped
 
 __all__ = ["together"]
@@ -175,10 +175,7 @@ class _Peers:
       file=sys.stderr,
       flush=True,
     )
-    until = time.monotonic() + patience
-    for thread in threading.enumerate():  # those that Python would wait for: a checkpoint's
-      if not thread.daemon and thread is not threading.main_thread():
-        thread.join(max(0.0, until - time.monotonic()))
+    runs.wait_for_saves(patience)
     _leave()
 
   def _part(self) -> None:

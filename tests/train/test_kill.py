@@ -59,6 +59,7 @@ small_networks.fit(
   log_every=4,
   checkpoint_every=12,
   folder=folder,
+  progress="run",
 )
 """
 # Seconds that a process may take to leave once it, or the other, was hit; and for a whole run.
