@@ -20,6 +20,7 @@ from jaxdistill.data import Source
 from jaxdistill.evaluation import Validator
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import _identity, _mesh
+from jaxdistill.train._frozen import never_moved
 from jaxdistill.train._loop import (
   Intervals,
   Log,
@@ -224,7 +225,8 @@ def fit(
       ``as_objective(mine, temperature=2.0)``.
     data: where batches come from. With several seeds, one source for each: they share their
       arrays, but for those that differ, and have each their ``data_seed``.
-    optimizer: an optax optimiser, see `jaxdistill.train.optimizers`.
+    optimizer: an optax optimiser, see `jaxdistill.train.optimizers`; `optax.MultiSteps` too. What
+      it never moves is frozen with its statistics.
     steps: how many steps the whole run has.
     seed: fixes initialisation and dropout. A sequence trains one student for each in one program.
     teacher: from `jaxdistill.teachers`; None for training without one. Its variables are never
@@ -373,10 +375,12 @@ def _found(at: int, steps: int, path: pathlib.Path) -> str:
 
 
 def _say_form(plan: Plan, program: Program, log: Log) -> None:
-  """Says what was decided for the user: how the teacher is run, and how steps are dispatched."""
+  """Says what was decided for the user: how the teacher is run, what is frozen, how it is run."""
   if program.plan.teacher is not plan.teacher:
     size = program.source.size
     log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")
+  if frozen := never_moved(plan.optimizer, program.shapes, stacked=plan.stacked):
+    log.say(frozen)
   if program.dispatch.scan is None and not program.scan:
     log.say(
       "steps are dispatched one by one: a CPU computes lax convolutions slowly in a loop "

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 
 from jaxdistill.train._optax import unmoved
+from jaxdistill.train._state import State
 from jaxdistill.types import Network
 
-__all__ = ["frozen_modules", "hold", "without_moving"]
+__all__ = ["frozen_modules", "hold", "never_moved", "without_moving"]
 
 PyTree = Any
 Module = tuple[str, ...]
@@ -40,6 +41,31 @@ def without_moving(
   if held and student.at_rest is not None:
     student = student.at_rest({"/".join(module) for module in held})
   return student, held
+
+
+def never_moved(optimizer: Any, shapes: State, *, stacked: bool) -> str | None:
+  """What the log says of the student's frozen parameters; None where there are none.
+
+  Args:
+    optimizer: what freezes.
+    shapes: of a training state.
+    stacked: whether its leaves have an axis over students.
+  """
+  trained, model_state = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape[stacked:], leaf.dtype),
+    ({"student": shapes.params, "objective": shapes.objective_params}, shapes.model_state),
+  )
+  frozen = unmoved(optimizer, trained)["student"]
+  flags = [(_names(path), flag) for path, flag in jax.tree_util.tree_leaves_with_path(frozen)]
+  still = [path for path, flag in flags if flag]
+  if not still:
+    return None
+  tops = ", ".join(dict.fromkeys(path[0] for path in still if path))
+  held = len(frozen_modules(frozen, model_state))
+  return (
+    f"the optimizer never moves {len(still)} of the student's {len(flags)} parameters ({tops}): "
+    f"they are frozen, with the statistics of {held} of its modules."
+  )
 
 
 def frozen_modules(frozen: PyTree, model_state: PyTree) -> set[Module]:

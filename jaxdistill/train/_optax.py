@@ -95,6 +95,14 @@ def begin(optimizer: Any, trained: Trained) -> Any:
       "step has that of the batch's mean; train with it in a loop of your own, around "
       "jaxdistill.losses."
     )
+  try:
+    jax.eval_shape(evaluated, state, trained)
+  except _FAILURES as error:
+    raise ValueError(
+      "the optimizer has other parameters evaluated than it trains (schedule-free, SAM), and keeps "
+      "them in another form: put what changes it (optax.flatten) inside, as in "
+      f"schedule_free(optax.flatten(optimizer), ...). ({_check.short(error)})"
+    ) from error
   return state
 
 

@@ -1,8 +1,28 @@
 """Optimisers as published recipes run them, and which parameters weight decay is for.
 
-All of it is optax: an optimiser sees ``{"student": params, "objective": params}``, and one from
-anywhere else does as well. `kernels` is a mask for those:
+All of it is optax, and any other optimiser of optax's does as well. `kernels` is a mask for those:
 ``optax.add_decayed_weights(1e-4, mask=kernels)``.
+
+What an optimiser sees is the student's own tree of parameters, so masks and labels are written as
+for the network alone. Where the objective trains some of its own (projectors), they lie beside the
+student's modules under ``"objective"``: ``{**labels, "objective": "adam"}``.
+
+What asks for more than the gradient gets it. ``value`` is the loss of the global batch
+(`optax.contrib.reduce_on_plateau`, `optax.polyak_sgd`), ``grad`` the gradient before any
+transformation, and ``value_fn`` the loss of that batch at other parameters, with the same dropout
+(`optax.lbfgs`, line searches; of a batch in one piece, without ``accumulate``). `optax.MultiSteps`
+goes in as it is.
+
+What is validated, chosen, averaged, deployed and exported is what the optimiser says is to be
+evaluated: `optax.contrib.schedule_free_eval_params`, lookahead's slow parameters, SAM's without its
+look around. BatchNorm's averages beside them are those of the parameters that were trained.
+
+A layer that the optimiser never moves is frozen with its statistics, and the log says so: by
+`optax.multi_transform` with `optax.set_to_zero`, `optax.freeze`, a mask. Its normalisations go by
+their averages in training too, as under PyTorch's ``.eval()``; what they are told at the call is
+overruled in Linen, and heard in NNX. That it never moves is proved from the optimiser's own
+program; put the freezing outermost or first, since what comes later may move it again (weight
+decay).
 """
 
 from __future__ import annotations

@@ -192,13 +192,15 @@ def test_a_flag_that_is_not_heard_is_an_error_where_others_are_frozen():
 
 
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
-def test_in_a_run_over_two_devices_and_seeds(dispatch):
+def test_in_a_run_over_two_devices_and_seeds(dispatch, capsys):
   source = data.on_device(data.from_arrays(INPUTS, LABELS), batch_size=6, data_seed=0)
   network = NETWORKS["linen"]()
   options = {"data": source, "optimizer": parts(optax.adam(0.1)), "dispatch": dispatch()}
-  seen = small_networks.fit(
-    network, recipes.labels(), steps=5, seed=(3, 11), average=0.9, **options
-  )
+  options |= {"steps": 5, "seed": (3, 11), "average": 0.9, "progress": "frozen"}
+  seen = small_networks.fit(network, recipes.labels(), **options)
+  said = "".join(capsys.readouterr())
+  assert "never moves 4 of the student's 10 parameters (backbone)" in said
+  assert "the statistics of 1 of its modules" in said
   for seed, state in zip((3, 11), (0, 1), strict=True):
     begun = network.init(jax.random.split(jax.random.key(seed), 3)[0], BATCH.inputs)
     final = jax.tree.map(lambda leaf, i=state: leaf[i], seen.state.model_state["batch_stats"])

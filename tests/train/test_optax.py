@@ -326,7 +326,7 @@ def test_every_seed_is_evaluated_by_itself(optimizer, dispatch):
     alone = fit(optimizer, seed=seed, data=taken, dispatch=dispatch())
     assert_close(mine.variables, alone.variables, tolerance=1e-5)
     found = evaluation.evaluate(Model(alone.network, alone.variables), BATCHES)
-    assert together.history[-1]["nll"][i] == pytest.approx(float(found["nll"]), rel=1e-4)
+    assert together.history[-1]["validation/nll"][i] == pytest.approx(float(found["nll"]), rel=1e-4)
 
 
 def test_lookahead_trains_the_fast_and_deploys_the_slow():
@@ -384,6 +384,7 @@ class Named(nn.Module):
   ("optimizer", "message"),
   [
     (contrib.differentially_private_aggregate(1.0, 0.1, 0), "each example's gradient by itself"),
+    (optax.flatten(FREE), r"put what changes it \(optax.flatten\) inside"),
     (
       optax.multi_transform(
         {"a": optax.lookahead(optax.sgd(0.1), 2, 0.5)}, lambda p: dict.fromkeys(p, "a")
@@ -396,7 +397,7 @@ class Named(nn.Module):
     ),
     (optax.masked(optax.sgd(0.1), {"Dense_0": True, "gone": True}), "does not start on the par"),
   ],
-  ids=["dpsgd", "lookahead in a mask", "a hessian", "another tree's mask"],
+  ids=["dpsgd", "flat", "lookahead in a mask", "a hessian", "another tree's mask"],
 )
 def test_what_cannot_be_taken_is_refused_before_work(tmp_path, optimizer, message):
   with pytest.raises(ValueError, match=message):
