@@ -310,6 +310,10 @@ def evaluated(j, values, seeds=None, classes=3, **options):
   return j.evaluation.evaluate(made, batches, **options)
 
 
+def labelled(j):
+  return j.data.evaluation_batches(arrays()(j), batch_size=8)
+
+
 def unlabelled(j):
   return j.data.evaluation_batches(j.data.from_arrays(X, None), batch_size=8)
 
@@ -364,6 +368,8 @@ PARTS = [
   (lambda j: j.teachers.restore("hdfs://host/run", network(j)), "is an address"),
   (lambda j: j.runs.claim("https://host/run", {}), "is an address"),
   (lambda j: j.search.Choice(unlabelled(j)), "no example of validation has a label"),
+  (lambda j: j.search.Choice(labelled(j), test=unlabelled(j)), "no example of test has a label"),
+  (lambda j: j.evaluation.validator(unlabelled(j)), "no example of batches has a label"),
 ]
 
 

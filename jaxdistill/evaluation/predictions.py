@@ -38,6 +38,7 @@ __all__ = [
 
 FORMAT = 1
 FEW = 20  # as many different numbers, and each is a slice of its own; else quartiles
+CLASSES = 1_000_000  # more than any task has; a file's number of them is a size to be taken
 MANY = 200  # slices of a column; the rarest are put together
 # What comes of a file that is no archive, is cut off, has a flipped bit or lacks a part.
 _DAMAGE = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
@@ -375,6 +376,10 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     lengths += [one.predicted.shape[1], one.probability.shape[1]]
   if set(lengths) != {size}:
     raise ValueError(f"its parts are of {sorted(set(lengths) | {size})} examples")
+  said = [one.predicted for one in models.values()]
+  largest = max(int(one.max(initial=0)) for one in (parts["labels"], *said))
+  if max(largest, int(about["num_classes"])) > CLASSES:
+    raise ValueError(f"it has more than {CLASSES:,} classes")
   if parts["labels"].min(initial=0) < 0 or len(np.unique(parts["index"])) != size:
     raise ValueError("a label is below 0, or an example is there twice")
   if any(one.codes.max(initial=-1) >= len(one.names) for one in columns.values()):

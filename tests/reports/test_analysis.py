@@ -200,6 +200,11 @@ def about(path, **changed):
   np.savez(path, about=np.frombuffer(json.dumps(text).encode(), np.uint8), **parts)
 
 
+def labelled(path, label):
+  with np.load(path) as archive:
+    np.savez(path, **{**archive, "labels": np.full_like(archive["labels"], label)})
+
+
 @pytest.mark.parametrize(
   ("damage", "message"),
   [
@@ -209,6 +214,8 @@ def about(path, **changed):
     (lambda p: np.savez(p, labels=np.zeros(3)), "is damaged"),
     (lambda p: np.savez(p, about=np.array([{}], dtype=object)), "is damaged"),
     (lambda p: about(p, models=["teacher", "nobody"]), "is damaged"),
+    (lambda p: about(p, num_classes=2**40), "is damaged .*more than 1,000,000 classes"),
+    (lambda p: labelled(p, 2**31 - 1), "is damaged .*more than 1,000,000 classes"),
     (lambda p: about(p, format=9), "is of format 9 and this version reads 1"),
   ],
 )

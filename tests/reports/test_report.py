@@ -552,6 +552,8 @@ def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
   assert not {"calibration", "classes", "confusions", "lost", "gained"} & set(shown.sections)
   for text in (shown.text, (tmp_path / "report.md").read_text()):
     assert "Brier" not in text  # no row of dashes
+    assert "where the teacher is wrong" not in text
+    assert "KL to the teacher" in text
     assert "nan" not in text.lower()
   assert "null" not in (tmp_path / "report.json").read_text()
 

@@ -419,9 +419,10 @@ def _confusions(found: Evidence, rows: Sequence[Mapping[str, Any]]) -> Section:
   folded = []
   if len(rows) > _MANY:
     folded = [(f"The {len(rows)} most frequent", _of_models(summary.confused(rows)))]
-  note = "Rows are labels, columns what the student says: examples, a mean over seeds."
-  note *= bool(tables)
-  return Section("confusions", title, note=note, tables=[*tables, shown], folded=folded)
+  how = "Rows are labels, columns what the student says: examples, a mean over seeds."
+  return Section(
+    "confusions", title, note=how if tables else "", tables=[*tables, shown], folded=folded
+  )
 
 
 def _shaded(number: float, of: int, right: bool) -> Cell:

@@ -126,9 +126,13 @@ def side_by_side(models: Mapping[str, Mapping[str, Any]], labels: Sequence[str])
     labels: of the rows.
   """
   rows = [[label, *map(QUANTITIES[label], models.values())] for label in labels]
-  rows = [row for row in rows if set(row[1:]) != {DASH}]
   caption = "Mean ± standard deviation over the seeds; no ± where there is one instance"
-  return Table(["", *models], rows, caption, sortable=False)
+  return Table(["", *models], _known(rows), caption, sortable=False)
+
+
+def _known(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
+  """Rows of which something was measured."""
+  return [row for row in rows if set(row[1:]) != {DASH}]
 
 
 def measured(report: Mapping[str, Any]) -> Table:
@@ -157,7 +161,7 @@ def agreement(report: Mapping[str, Any]) -> Table:
       ("accuracy_where_teacher_wrong", "accuracy where the teacher is wrong, %", percent),
     )
   ]
-  return Table(["", *there], rows, "How far they agree with the teacher", sortable=False)
+  return Table(["", *there], _known(rows), "How far they agree with the teacher", sortable=False)
 
 
 def gap_sentence(gap: Mapping[str, Any]) -> str:
