@@ -223,14 +223,14 @@ def read_columns(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
     What `column` takes, by name; an empty cell is missing.
 
   Raises:
-    FileNotFoundError: there is no such file.
+    OSError: there is no such file, or it cannot be read.
     ValueError: it is no UTF-8, has no head, or rows of different lengths.
   """
   path = _check.folder("path", path)
   try:
     with path.open(newline="", encoding="utf-8-sig") as file:
       head, *rows = list(csv.reader(file)) or [[]]
-  except (UnicodeDecodeError, IsADirectoryError, csv.Error) as error:
+  except (UnicodeDecodeError, csv.Error) as error:
     raise ValueError(f"{path} must be CSV in UTF-8: {error}.") from error
   uneven = [i for i, row in enumerate(rows) if len(row) != len(head)]
   if not head or uneven:

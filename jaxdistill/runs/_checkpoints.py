@@ -474,7 +474,11 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
       for name, record in described[item]["leaves"].items()
     }
     if tree is None:
-      result[item] = from_outline(described[item]["outline"], leaves)
+      try:
+        result[item] = from_outline(described[item].get("outline"), leaves)
+      except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        problem = f"has an outline of {item} that is none ({error!r:.100})"
+        raise damaged(folder, MANIFEST, problem) from error
     else:
       result[item] = jax.tree.unflatten(jax.tree.structure(tree), [leaves[n] for n in as_like])
   return result

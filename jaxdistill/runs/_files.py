@@ -216,7 +216,7 @@ def parse_json(content: bytes | str) -> Any:
   content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
   # A list of nothing but empty lists takes twenty times its text; anything else, less than ten.
   if content.count(b"[") + content.count(b"{") > max(SMALL // 100, len(content) // 10):
-    raise ValueError("is nearly all brackets")
+    raise ValueError("is nested too deeply, or nearly all brackets")
   try:
     return json.loads(content)
   except RecursionError as error:

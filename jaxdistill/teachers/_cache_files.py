@@ -218,7 +218,9 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     ids = read_json(path)
   except ValueError as error:
     raise _damaged(path, str(error)) from error
-  whole = isinstance(ids, list) and all(isinstance(id, str) for id in ids)
+  # Half a surrogate is text to JSON, and to nothing that writes it.
+  half = re.compile("[\ud800-\udfff]")
+  whole = isinstance(ids, list) and all(isinstance(id, str) and not half.search(id) for id in ids)
   if not whole or len(ids) != size or len(set(ids)) != len(ids):
     raise _damaged(path, f"does not hold {size} different ids")
   return ids

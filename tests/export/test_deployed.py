@@ -481,6 +481,33 @@ def test_a_program_of_a_later_jax_says_so(copied):
       export.load_student(copied)
 
 
+@pytest.mark.parametrize(
+  "said",
+  [
+    {"name": 3},
+    {"instances": "one"},
+    {"stacked": None},
+    {"platforms": "cpu"},
+    {"batch": []},
+    {"classes": {}},
+    {"stacked": True, "instances": 10**6},
+  ],
+)
+def test_what_is_said_of_a_student_is_what_must_be_said(copied, said):
+  rewrite(copied, **said)
+  with pytest.raises(runs.CheckpointError, match=re.escape(str(copied / "student"))):
+    export.load_student(copied)
+
+
+def test_a_program_of_other_weights_than_lie_beside_it_says_so(copied, tmp_path):
+  save(tmp_path / "other", small_networks.dense(6), VECTOR, jnp.ones((1, 5)))
+  rewrite(copied, (tmp_path / "other" / "student" / "program").read_bytes())
+  with pytest.raises(
+    runs.CheckpointError, match="program takes other weights than .*variables has"
+  ):
+    export.load_student(copied)
+
+
 def test_settings_that_a_program_needs(tmp_path):
   network = Network(
     init=lambda key, x: {}, apply=lambda v, x, **_: (Outputs(x @ v["kernel"]), {}), name="wide"

@@ -583,6 +583,16 @@ def test_a_manifest_that_claims_other_arrays_than_lie_there_is_not_believed(tmp_
     load_variables(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+  "outline", [3, {}, {"leaf": "other"}, {"leaf": []}, {"dict": [1]}, {"list": 3}]
+)
+def test_an_outline_that_is_none_is_said(tmp_path, outline):
+  save_variables(tmp_path / "a", params())
+  described_anew(tmp_path / "a", lambda body: body["items"]["variables"].update(outline=outline))
+  with pytest.raises(CheckpointError, match="has an outline of variables that is none"):
+    load_variables(tmp_path / "a")
+
+
 def test_arrays_are_no_larger_than_the_manifest_says_before_they_are_read(tmp_path, monkeypatch):
   """Zeros take no room: what Orbax has may be any size."""
   monkeypatch.setattr(_manifest, "_ZEROS", 2**20)

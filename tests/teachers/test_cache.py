@@ -248,6 +248,16 @@ def test_a_manifest_has_no_say_over_files_outside_of_its_folder(copied, capsys, 
     make(copied)
 
 
+def test_a_lock_that_is_a_link_is_not_followed(copied, capsys):
+  precious = copied.parent / "precious.txt"
+  precious.write_text("mine")
+  (copied / ".lock").unlink(missing_ok=True)
+  (copied / ".lock").symlink_to(precious)
+  with pytest.raises(OSError, match=r"\.lock"):
+    _cache_files.forget(copied, [0])
+  assert precious.read_text() == "mine"
+
+
 MALFORMED = [
   ("views", []),
   ("views", {"1": 3}),
