@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import pathlib
 import resource
 import sys
@@ -257,7 +258,7 @@ def test_a_full_disk_is_one_sentence_whoever_notices_it(tmp_path):
   ],
 )
 def test_what_keeps_from_writing_is_said_and_known_by_its_number(tmp_path, number, kind, words):
-  for error in (OSError(number, "foreign"), ValueError(f"Failed [os_error_code='{number}']")):
+  for error in (OSError(number, "foreign"), ValueError(f"Failed: {os.strerror(number)}")):
     sentence = f"a cannot be written, .*{words}"
     with pytest.raises(kind, match=sentence) as said, runs.writes(tmp_path / "a"):
       raise RuntimeError("wrapped") from error
