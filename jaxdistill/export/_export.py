@@ -32,7 +32,7 @@ from jaxdistill.export import _folding, _int8, _onnx, _program, _student
 from jaxdistill.export._process import ExportError, Ran, compare_logits, run_file, top1
 from jaxdistill.export._program import Program
 from jaxdistill.networks import weights
-from jaxdistill.runs import write_json
+from jaxdistill.runs import write_json, writes
 from jaxdistill.types import Model, Network
 
 __all__ = [
@@ -392,11 +392,13 @@ def export_file(
   student = _reference(program, inputs) if student is None else student
   if check.tolerance is None:
     check = dataclasses.replace(check, tolerance=default_tolerance(program, student))
-  target.parent.mkdir(parents=True, exist_ok=True)
+  with writes(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
   try:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".checking-") as folder:
       made = pathlib.Path(folder, target.name)
-      about = _write(made, program)
+      with writes(target):
+        about = _write(made, program)
       ran = _run(made, program, _by_name(program, inputs), check)
       result = _judged(ran.logits, student, labels, rounded, check)
       if result["problem"]:

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import stat
 import sys
 import zipfile
@@ -97,9 +96,10 @@ def _system_error(error: BaseException | None) -> int | None:
   while error is not None:
     if isinstance(error, OSError) and error.errno is not None:
       return error.errno
-    # TensorStore, which writes for Orbax, has it in its text.
-    if found := re.search(r"(?:OS error |os_error_code=')(\d+)", str(error)):
-      return int(found[1])
+    # TensorStore, which writes for Orbax, and ArrayRecord have it in their words alone.
+    for number in _REFUSED:
+      if os.strerror(number) in str(error):
+        return number
     error = error.__cause__ or error.__context__
   return None
 

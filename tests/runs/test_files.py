@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_sentence_whoever_notices_it(tmp_path):
   ],
 )
 def test_what_keeps_from_writing_is_said_and_known_by_its_number(tmp_path, number, kind, words):
-  for error in (OSError(number, "foreign"), ValueError(f"Failed [os_error_code='{number}']")):
+  for error in (OSError(number, "foreign"), ValueError(f"Failed: {os.strerror(number)}")):
     sentence = f"a cannot be written, .*{words}"
     with pytest.raises(kind, match=sentence) as said, runs.writes(tmp_path / "a"):
       raise RuntimeError("wrapped") from error
