@@ -199,6 +199,7 @@ def one_student(
     TypeError: an argument is of another kind than it must be.
     ValueError: a keyword is nobody's, or a value does not fit.
 
+  >>> import optax
   >>> from jaxdistill import networks, recipes
   >>> network, rated = networks.linen(networks.models.MLP()), lambda rate=0.1: optax.sgd(rate)
   >>> one_student({"temperature": 2, "rate": 0.5}, network, recipes.kd, rated, 10).rates
