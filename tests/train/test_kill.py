@@ -161,8 +161,9 @@ def check_left(folder, codes, hit, number):
       if code == 143 and process == 0:  # which shows the run
         assert "asked to stop, and stands at step" in said
     elif process != hit:
-      assert code == 1, (code, said)
-      assert f"process {hit} of {len(codes)} has died" in said, said
+      # Of process 0 JAX's own client may be the first to know, and aborts in words of its own.
+      assert code == 1 or (hit == 0 and code == -signal.SIGABRT), (code, said)
+      assert code != 1 or f"process {hit} of {len(codes)} has died" in said, said
 
 
 def leaves_of(folder):
