@@ -341,10 +341,10 @@ def _shards(place: pathlib.Path) -> tuple[list[pathlib.Path], set[str]]:
     _refuse_pickle(place)
     return [place], set()
   try:
-    index = runs.entry(runs.read_json(place), "weight_map", dict)
+    index = runs.entry(runs.read_json(place.resolve()), "weight_map", dict)
     for tensor in index:
       runs.entry(index, tensor, str)
-  except ValueError as error:
+  except (OSError, RuntimeError, ValueError) as error:  # links in a circle among them
     raise CheckpointError(f"{place} is no index of safetensors: it {error}.") from error
   try:  # links may lead elsewhere: that is how Hugging Face's cache lays out a model
     files = [runs.within(place.parent, name, links=True) for name in sorted({*index.values()})]
