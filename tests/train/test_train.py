@@ -767,7 +767,7 @@ def test_under_pmap_statistics_are_the_mean_of_the_shares():
   assert not np.allclose(shares.var(1)[0], variance, rtol=1e-3)
 
 
-def test_devices_and_micro_batches_draw_each_for_itself():
+def test_steps_devices_and_micro_batches_draw_each_for_itself():
   def init(key, student, teacher):
     return {}, {"moments": jnp.zeros(2), "last": jnp.zeros(2)}
 
@@ -782,5 +782,7 @@ def test_devices_and_micro_batches_draw_each_for_itself():
   options = {"objective": drawing, "teacher": None, "steps": 1}
   mapped = distil(dispatch=train.with_pmap(), **options).state.objective_state["moments"]
   assert mapped[1] - mapped[0] ** 2 > 1e-5
-  first, second = distil(accumulate=2, devices=1, **options).state.objective_state["last"]
-  assert first != second
+  for given in ({"accumulate": 2}, {"steps": 2}):
+    fitted = distil(devices=1, **{**options, **given})
+    first, second = fitted.state.objective_state["last"]
+    assert first != second
