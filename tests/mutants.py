@@ -415,7 +415,7 @@ MUTANTS = [
     "step_key = jax.random.fold_in(state.key, state.step)",
     "step_key = state.key",
     "one dropout mask for the whole run",
-    (TRAIN + "test_a_transform_is_what_both_networks_see_and_has_a_key_of_its_own",),
+    (TRAIN + "test_steps_devices_and_micro_batches_draw_each_for_itself",),
   ),
   Mutant(
     "step: every device draws the same",
@@ -423,7 +423,7 @@ MUTANTS = [
     "step_key = jax.random.fold_in(step_key, jax.lax.axis_index(self.axis_name))",
     "step_key = step_key",
     "under pmap the shares of a batch have one dropout mask",
-    (TRAIN + "test_devices_and_micro_batches_draw_each_for_itself",),
+    (TRAIN + "test_steps_devices_and_micro_batches_draw_each_for_itself",),
   ),
   Mutant(
     "step: micro-batches draw alike",
@@ -431,7 +431,7 @@ MUTANTS = [
     "dataclasses.replace(at, states=states, batch=part, keys=its_keys)",
     "dataclasses.replace(at, states=states, batch=part)",
     "a batch has as many dropout masks as a micro-batch has examples",
-    (TRAIN + "test_devices_and_micro_batches_draw_each_for_itself",),
+    (TRAIN + "test_steps_devices_and_micro_batches_draw_each_for_itself",),
   ),
   Mutant(
     "step: gradients of devices are averaged",
