@@ -211,8 +211,8 @@ def claim(
     other = [name for name in digests if known.get(name) != digests[name]]
     if longer:
       other = [name for name in other if name != "optimizer"]
-    if other:
-      lines += _traced_otherwise(folder, other, traced)
+    if other and not lines:  # another setting says it in fewer words
+      lines = _traced_otherwise(folder, other, traced)
     if lines:
       raise ValueError(
         f"{folder} holds a run of another configuration ({'; '.join(lines)}). Take another folder, "

@@ -213,7 +213,8 @@ def unmoved(optimizer: Any, trained: Trained) -> Trained:
 
   Proved from its own program, not tried out: a rate that is 0 at the first step, or a step that
   only accumulates, is no frozen layer. Its updates are zero if they are zero for any gradient where
-  what is zero in its state at step 0 stays so (a moment of zeros).
+  what is zero in its state at step 0 stays so (a moment of zeros). An optimiser that moves nothing
+  at all leaves nothing as it is in this sense.
 
   Args:
     optimizer: any object with ``init`` and ``update``.
@@ -238,8 +239,10 @@ def unmoved(optimizer: Any, trained: Trained) -> Trained:
     out = zero_outputs(traced, [*zero, *rest])
     kept = [old and new for old, new in zip(zero, out, strict=False)]
     if kept == zero:
-      still = jax.tree.unflatten(jax.tree.structure(tree), out[len(zero) :])
-      return _parted(still, trained)
+      still = out[len(zero) :]
+      # What moves nothing at all freezes no layer: averages are taken anew at a rate of 0.
+      still = [False] * len(still) if all(still) else still
+      return _parted(jax.tree.unflatten(jax.tree.structure(tree), still), trained)
     zero = kept
 
 

@@ -34,9 +34,11 @@ __all__ = [
   "Program",
   "Values",
   "of_group",
+  "optimizer_of",
   "over_students",
   "shared_arrays",
   "start_axes",
+  "step_of",
   "turns",
 ]
 

@@ -485,7 +485,7 @@ def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
   factors = [term.where] if term.where is not None else []
   if term.axis == "batch":
     weight = jnp.asarray(batch.weight)
-    if weight.ndim > values.ndim and weight.shape[: values.ndim] == values.shape:
+    if weight.ndim > values.ndim > 0 and weight.shape[: values.ndim] == values.shape:
       # One value for each example of tokens: it counts as much as that of its tokens which counts
       # most, so that an example is left out if it is padding throughout.
       weight = jnp.max(weight, axis=tuple(range(values.ndim, weight.ndim)))

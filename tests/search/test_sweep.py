@@ -312,7 +312,10 @@ def test_a_sweep_that_was_stopped_goes_on(parts, tmp_path, monkeypatch, plain):
   with pytest.raises(ValueError, match="another"):
     swept(parts, POINTS[:3], folder=tmp_path / "s", **options)
   files = {p.name for p in (tmp_path / "s").iterdir()}
-  assert files == {"config.json", "students", "table.md", "table.csv", "chosen.json", "sweep.png"}
+  assert files == {
+    *("config.json", "operations.json", "students"),
+    *("table.md", "table.csv", "chosen.json", "sweep.png"),
+  }
   chosen = json.loads((tmp_path / "s" / "chosen.json").read_text())
   assert chosen["values"] == result.chosen
   lines = (tmp_path / "s" / "table.csv").read_text().splitlines()

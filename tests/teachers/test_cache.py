@@ -32,6 +32,13 @@ def pictures(name="pictures", scale=1):
   return data.from_arrays(inputs, rng.integers(0, 3, SIZE), num_classes=3, name=name)
 
 
+def one_changed():
+  """Beyond the eight examples whose looks are compared."""
+  other = pictures()
+  other.inputs[17, 2, 3] += 1
+  return other
+
+
 def source_of(examples=None, *, data_seed=5, views=VIEWS, augmentation=None, **options):
   return data.on_device(
     examples or pictures(),
@@ -131,7 +138,11 @@ OTHERS = {
   "features": ({"features": ["mid"]}, r"arrays: .* there, .*'features/mid'.* now"),
   "another dtype": ({"dtype": "float16"}, "dtype: 'float32' there, 'float16' now"),
   "another set": ({"source": source_of(pictures("others"))}, "data: {'name': 'pictures'"),
-  "other pictures": ({"source": source_of(pictures(scale=2))}, "looks: .* data, their normalis"),
+  "other pictures": ({"source": source_of(pictures(scale=2))}, "contents: .* other values"),
+  "one number of one picture": (
+    {"source": source_of(one_changed())},
+    "contents: the data have the same name and size, and other values",
+  ),
   "other numbers": (
     {"source": source_of(normalize=data.divide_by(7.0))},
     "looks: what the first 8 examples show in view 0 is not",
