@@ -79,16 +79,14 @@ def start(folder, cache, processes=1):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
+  children = []
   for process in range(processes):
     begun(folder, process).unlink(missing_ok=True)
-  return [
-    subprocess.Popen(
-      [sys.executable, "-W", "ignore", "-c", CHILD, *map(str, (folder, process, processes, port))],
-      env=environment,
-      stderr=begun(folder, f"{process}.log").open("w"),
-    )
-    for process in range(processes)
-  ]
+    arguments = map(str, (folder, process, processes, port))
+    with begun(folder, f"{process}.log").open("w") as log:
+      command = [sys.executable, "-W", "ignore", "-c", CHILD, *arguments]
+      children.append(subprocess.Popen(command, env=environment, stderr=log))
+  return children
 
 
 def end(children, within):
