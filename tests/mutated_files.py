@@ -519,6 +519,7 @@ class Watch:
     self.folder: str | None = None
     self.seen: list[str] = []
     places = (sys.prefix, sys.base_prefix, str(ROOT), tempfile.gettempdir(), *sys.path)
+    places += (os.environ.get("JAX_COMPILATION_CACHE_DIR", ""),)  # where the tests keep programs
     self.free = [os.path.realpath(place) for place in places if place]
     self.work = os.path.realpath(work)
     sys.addaudithook(self)
