@@ -85,7 +85,9 @@ class _Peers:
       raise
     except BaseException as error:
       # It may be that of a collective which broke: the sentence about that is under way.
-      if not self._died.wait(0.5):
+      if self._died.wait(0.5):
+        time.sleep(_HURRY + 1)  # this process is being ended, by the sentence that says why
+      else:
         self._tell(_LEFT, f"by {_check.short(error)}")
       raise
     finally:
