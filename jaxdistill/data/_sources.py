@@ -50,6 +50,7 @@ __all__ = [
   "sample_of",
   "shown_by",
   "transformed",
+  "usable_labels",
   "view_count",
   "view_numbers",
   "whole_of",
@@ -299,7 +300,7 @@ def sample_of(examples: Examples | Records, known: np.ndarray) -> dict[str, str]
     inputs, labels = examples.read(rows)
     found = {"sample": runs.fingerprint(inputs)}
     if isinstance(examples, Records):
-      usable = np.where(known[rows] > 0, labels, 0).astype(np.int32), known[rows]
+      usable = usable_labels(labels, known[rows]), known[rows]
       found["labels of sample"] = runs.fingerprint(usable)
     return found
 
@@ -316,7 +317,7 @@ def shown_by(cut: Callable[[PyTree, PyTree], Batch], stored: PyTree) -> dict[str
     stored: one example's inputs.
   """
   of_one = {
-    "inputs": jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), stored),
+    "inputs": _batch_of_one(stored),
     **{name: jax.ShapeDtypeStruct((1,), np.int32) for name in ("index", "labels")},
     "labelled": jax.ShapeDtypeStruct((1,), np.float32),
     **jax.eval_shape(lambda: view_numbers(0, np.zeros((), np.int32), None)),
@@ -326,8 +327,18 @@ def shown_by(cut: Callable[[PyTree, PyTree], Batch], stored: PyTree) -> dict[str
 
 def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
   """All examples as batches show them: a label that may not be used is 0."""
-  labels = np.where(known > 0, examples.labels, 0).astype(np.int32)
+  labels = usable_labels(examples.labels, known)
   return {"inputs": examples.inputs, "labels": labels, "labelled": known}
+
+
+def usable_labels(labels: np.ndarray, known: np.ndarray) -> np.ndarray:
+  """Labels as a batch has them: 0 where one may not be used."""
+  return np.where(known > 0, labels, 0).astype(np.int32)
+
+
+def _batch_of_one(stored: PyTree) -> PyTree:
+  """The shapes of a batch's inputs that has one example."""
+  return jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), stored)
 
 
 def cutter(
@@ -609,8 +620,7 @@ def _again(whole: Whole, seed: int, batch_size: int, view: int) -> Iterator[PyTr
 
 def _normalised(source: Source) -> str:
   """A source's inputs as networks see them: structure, shapes and dtypes, as text."""
-  batch = jax.tree.map(lambda one: jax.ShapeDtypeStruct((1, *one.shape), one.dtype), source.stored)
-  made = jax.eval_shape(source.normalize, batch)
+  made = jax.eval_shape(source.normalize, _batch_of_one(source.stored))
   return str(jax.tree.map(lambda one: f"{one.dtype}{list(one.shape[1:])}", made))
 
 

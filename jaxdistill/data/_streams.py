@@ -36,6 +36,7 @@ from jaxdistill.data._sources import (
   rows_to_use,
   sample_of,
   shown_by,
+  usable_labels,
   view_count,
   view_numbers,
   whole_of,
@@ -192,7 +193,7 @@ def _item(
   return {
     "index": index,
     "inputs": inputs,
-    "labels": np.where(known[index] > 0, labels, 0).astype(np.int32),
+    "labels": usable_labels(labels, known[index]),
     "labelled": known[index],
     **numbers,
   }

@@ -10,10 +10,9 @@ devices the arrays lie.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -94,16 +93,14 @@ class _Walk:
     made = self._walk(closed.jaxpr, closed.consts, given)
     found: dict[str, tuple[int, str]] = {}
 
-    def count(words: str, times: int, line: Callable[[], str]) -> None:
-      before = found.get(words)
-      found[words] = (times, line()) if before is None else (before[0] + times, before[1])
-
     for node in self._needed(made):
       if node.where or node.words.startswith(_ARRAY):  # a number stands where it is used
-        count(node.words, 1, functools.partial(_line, node.where))
+        times, line = found.get(node.words) or (0, _line(node.where))
+        found[node.words] = times + 1, line
       for inner in node.inner:
         for words, (times, line) in inner.operations.items():
-          count(words, times, functools.partial(str, line))
+          before, first = found.get(words, (0, line))
+          found[words] = before + times, first
     return Traced(_digest(*made), dict(sorted(found.items())))
 
   def _needed(self, made: list[str]) -> Iterator[_Node]:
