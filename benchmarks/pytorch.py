@@ -176,9 +176,9 @@ def cifar_step(teacher, student, batch_size, device, *, autocast, compiled):
       inputs = inputs.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
       with torch.no_grad():
-        theirs, _ = teacher(inputs)
-      ours, _ = student(inputs)
-    ours, theirs = ours.float(), theirs.float()
+        # A copy: the next compiled call may write into the memory of a CUDA graph's outputs.
+        theirs = teacher(inputs)[0].float()
+      ours = student(inputs)[0].float()
     loss = 0.1 * functional.cross_entropy(ours, targets) + 0.9 * soft_targets(ours, theirs, 4.0)
     optimizer.zero_grad()
     loss.backward()
