@@ -249,9 +249,15 @@ def tests(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
 
   count, began = Count(), time.perf_counter()
   options = ["-o", "addopts=", "-q", "-m", "device", "-p", "no:cacheprovider"]
+  options += ["-p", "no:benchmark"]  # it warns beside xdist, and a warning is an error
   if importlib.util.find_spec("xdist") and not settings.tiny:
-    options += ["-n", "4"]  # most of their time is the compiler's
-  pytest.main([*options, "--continue-on-collection-errors", *map(str, files)], plugins=[count])
+    # Most of their time is the compiler's.
+    options += ["-n", str(min(8, os.cpu_count() or 1))]
+  code = pytest.main(
+    [*options, "--continue-on-collection-errors", *map(str, files)], plugins=[count]
+  )
+  if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    raise SystemExit(f"no test has run: pytest left with {code!r}.")
   numbers = {name: len(ids) for name, ids in count.outcomes.items()}
   seconds = time.perf_counter() - began
   emit("outcome", {**numbers, "failures": count.outcomes["failed"], "seconds": seconds})
@@ -807,7 +813,9 @@ def run(settings: Settings, anew: Sequence[str], kept: pathlib.Path) -> Results:
   results = Results(out)
   fresh = not results.figures
   unpack(settings, kept)
-  again = {figure for part in parts(settings) for figure in part.figures if part.name in anew}
+  again = {
+    figure for part in parts(settings) for figure in part.figures if {part.name, figure} & set(anew)
+  }
   for part in parts(settings):
     missing = [
       key
@@ -1046,7 +1054,11 @@ def main(words: Sequence[str] | None = None) -> None:
     "--kept", type=pathlib.Path, default=HERE / "results", help="figures of earlier days"
   )
   parser.add_argument(
-    "--anew", nargs="*", default=[], metavar="PART", help="parts to measure again, by name"
+    "--anew",
+    nargs="*",
+    default=[],
+    metavar="PART",
+    help="parts or figures to measure again, by name",
   )
   parser.add_argument(
     "--tiny", action="store_true", help="all items, as small as they get, on a CPU"
@@ -1075,7 +1087,8 @@ def main(words: Sequence[str] | None = None) -> None:
     site = installed(given.wheels.resolve(), pathlib.Path(settings.work))
     os.environ["PYTHONPATH"] = os.pathsep.join([site, os.environ.get("PYTHONPATH", "")])
     sys.path.insert(0, site)
-  unknown = sorted(set(given.anew) - {part.name for part in parts(settings)})
+  names = {name for part in parts(settings) for name in (part.name, *part.figures)}
+  unknown = sorted(set(given.anew) - names)
   if unknown:
     parser.error(f"--anew {unknown}: there are {sorted({p.name for p in parts(settings)})}")
   began = time.monotonic()

@@ -77,8 +77,9 @@ def _is_bad(xp: Any, bad: str, leaf: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _bad_leaves(bad: str, leaves: list[jax.Array]) -> list[jax.Array]:
-  return [_is_bad(jnp, bad, leaf) for leaf in leaves]
+def _bad_leaves(bad: str, leaves: list[jax.Array]) -> jax.Array:
+  # One array: each that comes to the host has to be waited for.
+  return jnp.stack([_is_bad(jnp, bad, leaf) for leaf in leaves])
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:

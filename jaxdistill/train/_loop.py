@@ -116,6 +116,8 @@ def run_steps(
   while at < every.steps:
     end = every.next_stop(at)
     state, sums = program.run(state, at, end - at)
+    if end < every.steps:  # a chunk of another length may be another program
+      program.compile(count=every.next_stop(end) - end)
     # The chunk before the one that was just dispatched: its numbers are there by now, and the
     # device is at work while they are looked at.
     if pending is not None:

@@ -25,7 +25,7 @@ from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
 from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
-from jaxdistill.train._side_by_side import form_of
+from jaxdistill.train._side_by_side import form_of, turns_must_be_known
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
 from jaxdistill.types import Model, Objective, Teacher
@@ -121,6 +121,14 @@ class Program:
     else:
       chunk = _of_one(self.step, scan=self.scan)
     self._chunk: CompiledOnce = dispatch.compile(chunk)
+    self._whole = self._chunk
+    if self.scan and turns_must_be_known():
+      length = self._length
+
+      def whole(*given: Any) -> tuple[State, PyTree]:
+        return chunk(*given[:-1], length)  # all of its turns: the count is not looked at
+
+      self._whole = dispatch.compile(whole)
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
@@ -210,6 +218,10 @@ class Program:
     """Steps that the compiled program has room for."""
     return self.longest if self.scan else 1
 
+  def _of_length(self, steps: int) -> CompiledOnce:
+    """What computes so many steps: whole chunks have a program of their own on a GPU."""
+    return self._whole if steps >= self._length else self._chunk
+
   def _arguments(self) -> tuple[Any, ...]:
     """The shapes of the compiled program's arguments, and where they lie."""
 
@@ -244,25 +256,27 @@ class Program:
 
   def trace(self) -> None:
     """Traces what is compiled, so that what does not fit says so."""
-    self._chunk.trace(*self._arguments())
+    self._whole.trace(*self._arguments())
 
-  def compile(self, times: int = 1, *, begin: bool = False) -> None:
+  def compile(self, times: int = 1, *, begin: bool = False, count: int | None = None) -> None:
     """Begins to compile what `run` calls, which is then at work in the background.
 
     Args:
       times: how often the plan's steps are run: what computes little is compiled quickly.
       begin: whether to compile what `initial` calls too.
+      count: the steps of the chunk that is meant; ``longest`` where left out.
     """
     if begin:
       self._compile_begin()  # at work while the chunk is traced
-    if not self._chunk.begun:
+    program = self._of_length(self._length if count is None else count)
+    if not program.begun:
       # The loop's body counts once, whatever the number of its turns.
-      self._chunk.compile(*self._arguments(), calls=times * self.plan.steps)
+      program.compile(*self._arguments(), calls=times * self.plan.steps)
 
   def bytes_needed(self) -> int:
     """What a chunk needs on a device; waits for the compiler."""
     self._fixed()  # what is pending is computed while the compiler is at work
-    used = self._chunk.compiled().memory_analysis()
+    used = self._whole.compiled().memory_analysis()
     sizes = (used.argument_size_in_bytes, used.output_size_in_bytes, used.temp_size_in_bytes)
     return int(sum(sizes) - used.alias_size_in_bytes)
 
@@ -277,14 +291,14 @@ class Program:
     """
     if count > self.longest:
       raise ValueError(f"count={count} is above longest={self.longest}, the program's chunk.")
-    self.compile()
+    self.compile(count=count)
     values = self.dispatch.spread(self.values)
     sums = []
     for first in range(at, at + count, self._length):
       steps = min(self._length, at + count - first)
       items = jax.tree.map(self._filled, self._read(first, steps))
       given = (*self._fixed(), self._split(items), values, self._count(steps))
-      state, each = self._chunk(state, *given)
+      state, each = self._of_length(steps)(state, *given)
       sums.append(each)
     return state, sums
 
@@ -349,8 +363,10 @@ def _chunk(
 ) -> tuple[State, PyTree]:
   """``lax.scan`` over the first ``count`` of the items, a number that is data.
 
-  So chunks of all lengths are one program. What is there of several students is inside the loop:
-  JAX traces a loop under ``vmap`` several times.
+  So chunks of all lengths are one program. A GPU's loop whose number of turns is data stops at each
+  turn, until the host has been told whether to go on; there, a number stands in for it where a
+  chunk has all of its steps (see `turns_must_be_known`). What is there of several students is
+  inside the loop: JAX traces a loop under ``vmap`` several times.
 
   Args:
     step: ``(state, teacher, shared, item, values) -> (state, sums)``, of one student or of several.
@@ -359,7 +375,7 @@ def _chunk(
     shared: likewise.
     items: what a step is cut from, the steps on one axis.
     values: as the step takes them.
-    count: how many of the steps are done.
+    count: how many of the steps are done; data, or a number of the program.
     scan: whether it is a loop on the device, which costs no dispatch for each step; without, one
       step is the program, and the host calls it again and again.
     axis: of the steps in the items.
@@ -527,7 +543,7 @@ def over_students(
     shared: PyTree,
     items: PyTree,
     values: Values,
-    count: jax.Array,
+    count: Any,
   ) -> Any:
     each = []
     for i in range(state.step.shape[0]):
@@ -558,7 +574,7 @@ def _side_by_side(
     shared: PyTree,
     items: PyTree,
     values: Values,
-    count: jax.Array,
+    count: Any,
   ) -> Any:
     students = state.step.shape[0]
     points, most = students // groups, students if at_once is None else at_once

@@ -92,6 +92,16 @@ def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tup
   return (not (ours or theirs) if scan is None else scan), seeds_by
 
 
+def turns_must_be_known() -> bool:
+  """Whether a loop goes faster where the program says how many turns it has.
+
+  On a GPU the host launches the kernels of each turn. Where the number of turns is data, it waits
+  at each until a flag has come over from the device, and the device then waits for its kernels. A
+  CPU and a TPU decide where they compute.
+  """
+  return jax.default_backend() == "gpu"
+
+
 def at_once(student: Network, source: Source) -> int | None:
   """How many students a CPU trains best side by side; None for as many as there are."""
   if jax.default_backend() != "cpu":

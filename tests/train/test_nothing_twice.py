@@ -114,6 +114,31 @@ def test_chunks_of_all_lengths_are_one_program():
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [0, [0, 1]])
+def test_whole_chunks_know_their_turns_on_a_gpu(monkeypatch, seed):
+  def made():
+    return train.fit(
+      network(5),
+      recipes.labels(),
+      data=source(),
+      optimizer=optax.sgd(0.1),
+      steps=12,
+      seed=seed,
+      watch=train.Watch(log_every=5),
+      run=train.Run(progress=None),
+    )
+
+  counted = made()
+  monkeypatch.setattr("jaxdistill.train._program.turns_must_be_known", lambda: True)
+  with compiled() as names:
+    known = made()
+  # Twice five steps by a program of five turns, and two by the one whose turns are data.
+  assert sorted(name for name in names if name in ("chunk", "whole")) == ["whole"]  # chunk is there
+  pairs = zip(jax.tree.leaves(counted.variables), jax.tree.leaves(known.variables), strict=True)
+  for a, b in pairs:
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("seed", [0, [0, 1, 2]])
 def test_what_is_compiled_for_validations_beside_the_steps_serves_them_all(devices, seed):
