@@ -649,10 +649,16 @@ def source() -> str:
 
 @functools.cache
 def commit() -> str | None:
-  """The commit of the checkout, where git tells."""
-  made = subprocess.run(
-    ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-  )
+  """The commit that library and benchmarks are of; None where git cannot tell, or they differ.
+
+  A machine may get the files of one commit beside the history of another.
+  """
+  git = ["git", "-C", str(ROOT)]
+  asked = ["status", "--porcelain", "--", "jaxdistill", "benchmarks/*.py"]
+  changed = subprocess.run([*git, *asked], capture_output=True, text=True)
+  if changed.returncode or changed.stdout.strip():
+    return None
+  made = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
   return made.stdout.strip() or None
 
 
@@ -891,7 +897,9 @@ def tables(results: dict[str, Any]) -> str:
   """The figures of one machine as Markdown."""
   figures = {name: found["value"] for name, found in results["figures"].items()}
   at = {found["at"][:10] for found in results["figures"].values()}
-  commits = sorted({found["commit"] or "unknown" for found in results["figures"].values()})
+  commits = sorted(
+    {found["commit"] or f"of source {found['source']}" for found in results["figures"].values()}
+  )
   about = figures.get("machine/versions", {})
   versions = ", ".join(f"{n} {about[n]}" for n in ("jax", "flax", "torch") if about.get(n))
   days = " to ".join(sorted({min(at), max(at)})) if at else "never"
@@ -978,9 +986,12 @@ def tables(results: dict[str, Any]) -> str:
         rows,
       )
     )
-  missing = {**results["left_out"], **results["failed"]}
+  missing: dict[tuple[str, str], list[str]] = {}
+  for figure, why in {**results["left_out"], **results["failed"]}.items():
+    part, key = figure.rsplit("/", 1)
+    missing.setdefault((part, why), []).append(key)
   if missing:
-    rows = "; ".join(f"{name} ({why})" for name, why in missing.items())
+    rows = "; ".join(f"{part}/{', '.join(keys)} ({why})" for (part, why), keys in missing.items())
     text.append(f"Not measured there: {rows}.")
   return "\n\n".join(text)
 

@@ -232,7 +232,8 @@ def compare(teacher, student, layer, options, others=lambda sizes: {}):
   variables = jax.jit(teacher.init)(jax.random.key(1), head.inputs)
   mine = jax.eval_shape(student.init, jax.random.key(0), head.inputs)
   sizes = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (variables, mine)]
-  loop = train.students_by(student, head.inputs) == "vmap"  # as `fit` decides
+  on_cpu = jax.default_backend() == "cpu"  # as `fit` decides
+  loop = not on_cpu or train.students_by(student, head.inputs) == "vmap"
   by_hand = ByHand(teacher, student, layer, source, variables, options, loop=loop)
   sides = {"by hand": by_hand, **others(sizes)}
   rounds = {name: [] for name in ("fit", *sides)}

@@ -288,7 +288,9 @@ class _Job:
         stacked=True,
         teacher=teacher,
       )
-      dispatch = train.with_students(self.mesh, seeds_by=by, scan=by == "vmap")
+      # One after another are those whose convolutions a CPU computes slowly in a loop.
+      scan = by == "vmap" or jax.default_backend() != "cpu"
+      dispatch = train.with_students(self.mesh, seeds_by=by, scan=scan)
       # A teacher in the step is run once for all that are side by side.
       most = at_once(group.network, sources[0]) if teacher is None else None
       return Program(plan, dispatch, longest=length, values=values, at_once=most)

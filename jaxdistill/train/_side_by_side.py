@@ -24,6 +24,7 @@ __all__ = [
   "forward_of",
   "inputs_of",
   "students_by",
+  "turns_must_be_known",
 ]
 
 PyTree = Any
@@ -37,12 +38,13 @@ UNROLLED = 8
 def students_by(student: Network, inputs: PyTree, *, backend: str | None = None) -> str:
   """The rule for how several students of one network are trained in one program.
 
-  ``"vmap"``, side by side, but for networks with ``lax`` convolutions on a CPU: vmap makes grouped
-  convolutions of those, and a loop computes them slowly, so ``"unroll"`` trains a few students one
-  after another in programs of one step. Networks whose convolutions are matrix products (our
-  models' ``conv="patches"``, or `networks.models.patches_convolution` as a Flax convolution's
-  ``conv_general_dilated``) are trained under ``vmap``, which is the fastest of the three there. The
-  figures behind the rule are in ``benchmarks/README.md``.
+  ``"vmap"``, side by side, but for networks with ``lax`` convolutions on a CPU or a GPU: vmap makes
+  grouped convolutions of those, which are slow on both, so ``"unroll"`` trains a few students one
+  after another in a program (of one step on a CPU, whose loops compute convolutions slowly too).
+  Networks whose convolutions are matrix products (our models' ``conv="patches"``, or
+  `networks.models.patches_convolution` as a Flax convolution's ``conv_general_dilated``) are
+  trained under ``vmap``, which is the fastest of the three there. The figures behind the rule are
+  in ``benchmarks/README.md``; on a TPU nothing has been measured.
 
   Args:
     student: the network.
@@ -52,7 +54,7 @@ def students_by(student: Network, inputs: PyTree, *, backend: str | None = None)
   Returns:
     ``"vmap"`` or ``"unroll"``.
   """
-  if (backend or jax.default_backend()) != "cpu":
+  if (backend or jax.default_backend()) not in ("cpu", "gpu"):
     return "vmap"
   return "unroll" if _compile.convolves(forward_of(student), example_key(), inputs) else "vmap"
 
@@ -79,8 +81,9 @@ def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tup
     ``(scan, seeds_by)``.
   """
   scan, seeds_by = dispatch.scan, dispatch.seeds_by
-  asked = scan is None or (seeds_by is None and plan.stacked)
-  if not asked or jax.default_backend() != "cpu":
+  on_cpu = jax.default_backend() == "cpu"
+  asked = (scan is None and on_cpu) or (seeds_by is None and plan.stacked)
+  if not asked:
     return scan is not False, seeds_by or "vmap"
   batch = jax.eval_shape(plan.sources[0].cut, shared, item)
   ours = students_by(plan.student, batch.inputs) == "unroll"
@@ -89,7 +92,7 @@ def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tup
   if seeds_by is None:
     # Each of them adds to the compilation.
     seeds_by = "unroll" if ours and len(plan.seeds) <= UNROLLED else "vmap"
-  return (not (ours or theirs) if scan is None else scan), seeds_by
+  return (not (on_cpu and (ours or theirs)) if scan is None else scan), seeds_by
 
 
 def turns_must_be_known() -> bool:
