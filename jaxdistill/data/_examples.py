@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,10 +28,14 @@ __all__ = [
   "Examples",
   "Fields",
   "Records",
+  "as_labels",
+  "as_weight",
   "check_classes",
+  "count_classes",
   "from_arrays",
   "from_dicts",
   "from_sequence",
+  "ignored",
   "label_mask",
   "row_reader",
   "some_labels",
@@ -47,13 +52,20 @@ class Examples:
   Attributes:
     inputs: ``[N, ...]``: uint8 images, floats, or bytes (an object array) for text; or a dict of
       such arrays.
-    labels: ``[N]`` int32; zeros where the set has none.
+    labels: ``[N, ...]``: integers, one an example or one for each token or pixel; or float32, for
+      what is no class: targets of a regression, several labels at once, embeddings. Zeros ``[N]``
+      where the set has none.
     ids: ``[N]`` strings, unique within the set.
-    num_classes: K; labels are 0 .. K-1. 0 where the set has no labels.
+    num_classes: K; integer labels are 0 .. K-1. 0 where labels are no classes, or there are none.
     name: of the data set, for reports.
     version: of the data set, for reports.
     split: TFDS's words for the part that was read.
     label_names: what the classes are called; empty where nobody said.
+    has_labels: whether there are labels.
+    ignore: the label that stands for none (255 in many segmentations, NaN in a table of numbers):
+      a batch has a 0 in its place, and 0 in ``labelled``. None where every label is one.
+    weight: ``[N]``, or the leading axes of the labels: how much each counts in losses and metrics;
+      None for 1.
   """
 
   inputs: Any
@@ -64,13 +76,18 @@ class Examples:
   version: str = ""
   split: str = ""
   label_names: tuple[str, ...] = ()
+  has_labels: bool = True
+  ignore: float | None = None
+  weight: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
 
-  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The inputs and labels of these rows, in this order."""
-    return jax.tree.map(lambda leaf: leaf[rows], self.inputs), self.labels[rows]
+  def read(self, rows: np.ndarray) -> dict[str, Any]:
+    """``inputs`` and ``labels`` of these rows, in this order, and their ``weight`` if they have."""
+    found = {"inputs": jax.tree.map(lambda leaf: leaf[rows], self.inputs)}
+    found["labels"] = self.labels[rows]
+    return found if self.weight is None else {**found, "weight": self.weight[rows]}
 
   def read_ids(self) -> list[str]:
     """The ids of all rows, in their order."""
@@ -86,12 +103,16 @@ class Fields:
 
   Attributes:
     inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label, an integer or one of ``label_names``; None without labels.
+    labels: the key of the label: an integer, one of ``label_names``, or an array of numbers, of one
+      shape in all rows; None without labels.
     transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
       looked at then.
     num_classes: K; by default as many as there are names. Where there are neither, `from_dicts`,
       which reads every label, takes one more than the largest.
     label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
+    weight: the key of how much a row counts, a number or an array of the label's leading axes; None
+      where all count alike.
+    ignore: the label that stands for none, see `Examples`.
   """
 
   inputs: str | tuple[str, ...] = "image"
@@ -99,6 +120,8 @@ class Fields:
   transform: Callable[[Any], Any] | None = None
   num_classes: int | None = None
   label_names: Sequence[str] = ()
+  weight: str | None = None
+  ignore: float | None = None
 
 
 # What sets of images call theirs.
@@ -115,7 +138,7 @@ class Records:
     inputs: the feature that is the input, or a tuple of features that become a dict of inputs; None
       where ``transform`` makes the inputs of the whole dict.
     labels: the feature that is the label, or None.
-    num_classes: K; 0 where the set has no labels.
+    num_classes: K; 0 where labels are no classes, or there are none.
     name: of the data set, for reports.
     version: of the data set, for reports.
     split: TFDS's words for the part that was read.
@@ -123,6 +146,8 @@ class Records:
     transform: applied to each input when it is read, and must give one shape for all.
     prepared: whether TFDS wrote the files, so that what cannot be read is damaged.
     ids: ``() -> [N]`` ids, unique within the set; None where the row's number is all there is.
+    weight: the feature that says how much a row counts, or None.
+    ignore: the label that stands for none, see `Examples`.
   """
 
   source: Any  # not Sequence: whoever checks the type would read a record
@@ -136,9 +161,16 @@ class Records:
   transform: Callable[[Any], Any] | None = None
   prepared: bool = True
   ids: Callable[[], Sequence[str]] | None = None
+  weight: str | None = None
+  ignore: float | None = None
 
   def __len__(self) -> int:
     return len(self.source)
+
+  @property
+  def has_labels(self) -> bool:
+    """Whether there are labels."""
+    return self.labels is not None
 
   def features(self, rows: np.ndarray) -> list[dict[str, Any]]:
     """The decoded features of these rows, one dict each."""
@@ -168,8 +200,8 @@ class Records:
       )
     return examples
 
-  def read(self, rows: np.ndarray) -> tuple[Any, np.ndarray]:
-    """The inputs and labels of these rows, in this order."""
+  def read(self, rows: np.ndarray) -> dict[str, Any]:
+    """``inputs`` and ``labels`` of these rows, in this order, and their ``weight`` if they have."""
     return self.stack(self.features(rows), rows)
 
   def read_ids(self) -> list[str]:
@@ -178,39 +210,60 @@ class Records:
 
   def stack(
     self, examples: Iterable[Any], rows: Iterable[int] | np.ndarray | None = None
-  ) -> tuple[Any, np.ndarray]:
-    """Decoded features as inputs and labels; ``rows`` are their numbers, for messages."""
+  ) -> dict[str, Any]:
+    """Decoded features as `read` gives them; ``rows`` are their numbers, for messages."""
     # At once where that is all there is to it; what is odd is found, and named, row by row.
     block = self._block(examples, rows) if isinstance(examples, list) else None
     if block is not None:
       return block
-    numbers, made, labels = [], [], []
+    numbers: list[int] = []
+    made: dict[str, list[Any]] = {"inputs": [], "labels": []}
     for example, row in zip(examples, itertools.count() if rows is None else rows, strict=False):
       # One by one, so that the message names the row; a stack of a million says "inhomogeneous".
-      numbers.append(int(row))
-      made.append(self._inputs(example, numbers[-1]))
-      self._check_alike(made, numbers)
-      labels.append(0 if self.labels is None else self._label(example, numbers[-1]))
-    if not made:
+      at = int(row)
+      numbers.append(at)
+      made["inputs"].append(self._inputs(example, at))
+      made["labels"].append(np.int32(0) if self.labels is None else self._label(example, at))
+      if self.weight is not None:
+        weight = self._array(self._feature(example, at, self.weight), at, self.weight)
+        made.setdefault("weight", []).append(weight)
+      for name, values in made.items():
+        self._check_alike(name, values, numbers)
+    if not numbers:
       raise ValueError(
         f"{self.name!r} gave no rows: it is empty, or an iterator that was used up before."
       )
-    if not isinstance(made[0], dict):
-      inputs: Any = _joined(made, self.inputs, self.name, numbers)
-    else:
-      inputs = {k: _joined([one[k] for one in made], k, self.name, numbers) for k in made[0]}
-    return inputs, np.array(labels, np.int32)
+    first, inputs = made["inputs"][0], made["inputs"]
+    joined: Any = (
+      {k: _joined([one[k] for one in inputs], k, self.name, numbers) for k in first}
+      if isinstance(first, dict)
+      else _joined(inputs, self.inputs, self.name, numbers)
+    )
+    return self._found(joined, np.stack(made["labels"]), made.get("weight"), numbers)
 
-  def _block(self, examples: list[Any], rows: Any) -> tuple[np.ndarray, np.ndarray] | None:
+  def _found(
+    self, inputs: Any, labels: np.ndarray, weight: list[Any] | None, rows: Any
+  ) -> dict[str, Any]:
+    """What is read, with labels and weights checked."""
+    found = {"inputs": inputs, "labels": np.zeros(len(labels), np.int32)}
+    if self.labels is not None:
+      found["labels"] = as_labels(labels, self, rows=rows)
+    if weight is not None:
+      found["weight"] = as_weight(np.stack(weight), found["labels"], self.name)
+    return found
+
+  def _block(self, examples: list[Any], rows: Any) -> dict[str, Any] | None:
     """What `stack` makes of rows that want stacking and no more; None where one may want more."""
     if not examples or self.transform is not None or not isinstance(self.inputs, str):
+      return None
+    if self.weight is not None:
       return None
     try:
       values = [example[self.inputs] for example in examples]
       labels = [0 if self.labels is None else example[self.labels] for example in examples]
     except (LookupError, TypeError):
       return None
-    first, most = values[0], self.num_classes or _MOST_CLASSES
+    first = values[0]
     arrays = isinstance(first, np.ndarray) and all(
       type(value) is np.ndarray and value.shape == first.shape and value.dtype == first.dtype
       for value in values
@@ -218,9 +271,8 @@ class Records:
     numbers = all(isinstance(label, (int, np.integer)) for label in labels)
     if not arrays or first.dtype.kind not in "biuf" or not numbers:
       return None
-    if min(labels) < 0 or max(labels) >= most:
-      return None
-    return _joined(values, self.inputs, self.name, rows), np.array(labels, np.int32)
+    joined = _joined(values, self.inputs, self.name, rows)
+    return self._found(joined, np.array(labels, np.int64), None, rows)
 
   def _inputs(self, example: Any, row: int) -> Any:
     """One example's inputs as arrays (or bytes, for text)."""
@@ -294,42 +346,37 @@ class Records:
     # Grey pictures get the axis of channels that networks and crops expect.
     return array[..., None] if hasattr(value, "getbands") and array.ndim == 2 else array
 
-  def _check_alike(self, made: list[Any], numbers: list[int]) -> None:
-    """Raises where the last inputs made have other keys or shapes than the first."""
+  def _check_alike(self, what: str, made: list[Any], numbers: list[int]) -> None:
+    """Raises where the last of what was made has other keys or another shape than the first."""
     first, last = (
       {k: np.shape(v) for k, v in one.items()} if isinstance(one, dict) else np.shape(one)
       for one in (made[0], made[-1])
     )
     if first != last:
       raise ValueError(
-        f"The inputs of {self.name!r} differ in shape: row {numbers[0]} has {first}, row "
-        f"{numbers[-1]} has {last}. Give all rows one shape (crop, resize, pad, convert) by "
-        "transform=."
+        f"The {what} of {self.name!r} differ in shape: row {numbers[0]} has {first}, row "
+        f"{numbers[-1]} has {last}. Give all rows one shape (crop, resize, pad, convert)"
+        f"{' by transform=' if what == 'inputs' else ''}."
       )
 
-  def _label(self, example: Any, row: int) -> int:
+  def _label(self, example: Any, row: int) -> Any:
     value = self._feature(example, row, str(self.labels))
     if isinstance(value, bytes):
       value = value.decode("utf-8", "replace")
     if isinstance(value, str):
       if value in self.label_names:
-        return self.label_names.index(value)
+        return np.int32(self.label_names.index(value))
       given = f"not one of label_names={self.label_names!r}" if self.label_names else "text"
       raise ValueError(
         f"{self.labels!r} of row {row} of {self.name!r} is {given}, namely {value!r}: pass "
         "label_names=, all class names in the order of their numbers, e.g. "
         f"sorted({{row[{self.labels!r}] for row in rows}})."
       )
-    label = np.asarray(value)
-    if label.shape or label.dtype.kind not in "iub":
-      raise ValueError(
-        f"{self.labels!r} of row {row} of {self.name!r} must be one integer, got {label.dtype} of "
-        f"shape {label.shape}: take argmax of a one-hot row; labels=None where there is no class."
-      )
-    # K is 0 while nobody knows it: who reads all the rows finds out.
-    if label < 0 or (self.num_classes and label >= self.num_classes):
-      raise ValueError(_wrong_label(int(label), row, self.num_classes, self.name, self.split))
-    return int(label)
+    if hasattr(value, "getbands"):  # a picture of classes; those with a palette hold their numbers
+      return np.asarray(value)
+    label = self._array(value, row, self.labels)
+    # As TFDS decodes a mask, which has no channels to speak of.
+    return label[..., 0] if self.prepared and label.ndim == 3 and label.shape[-1] == 1 else label
 
 
 def _joined(values: list[Any], key: Any, name: str, rows: Any) -> np.ndarray:
@@ -374,6 +421,77 @@ def _check_numbers(array: np.ndarray, key: Any, name: str, rows: Any = None) -> 
     )
 
 
+def ignored(labels: Any, ignore: float | None) -> Any:
+  """Which labels stand for none; of NumPy's arrays, or JAX's. None where none does."""
+  if ignore is None:
+    return None
+  return labels != labels if math.isnan(ignore) else labels == ignore
+
+
+def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
+  """Labels as they are kept: integers, or float32.
+
+  Args:
+    labels: ``[N, ...]``; truth values are several labels at once, 0.0 and 1.0.
+    of: an `Examples` or `Records`: its ``num_classes`` (0 where nobody knows), ``ignore``, names.
+    rows: the rows' numbers, for messages.
+
+  Raises:
+    ValueError: one is no number, or no class.
+  """
+  numbers = range(len(labels)) if rows is None else rows
+  if labels.dtype.kind == "b":
+    labels = labels.astype(np.float32)
+  none = ignored(labels, of.ignore)
+
+  def first(wrong: np.ndarray) -> int | None:
+    wrong = wrong if none is None else wrong & ~none
+    found = np.flatnonzero(wrong.reshape(len(labels), -1).any(axis=1))
+    return int(found[0]) if len(found) else None
+
+  if labels.dtype.kind == "f":
+    at = first(~np.isfinite(labels))
+    if at is not None:
+      raise ValueError(
+        f"labels of {of.name!r} are not finite in row {numbers[at]}: leave such rows out, or say "
+        "by ignore=float('nan') that NaN stands for no label."
+      )
+    return labels.astype(np.float32, copy=False)
+  if labels.dtype.kind not in "iu":
+    raise ValueError(
+      f"labels must be integers or floats, got {labels.dtype}. Names become numbers by "
+      "label_names, labels = np.unique(labels, return_inverse=True)."
+    )
+  # A label beyond K would be a one-hot row of zeros: no error anywhere, and a loss of 0.
+  most = of.num_classes or _MOST_CLASSES
+  at = first((labels < 0) | (labels >= most))
+  if at is not None:
+    wrong = labels[at].reshape(-1)
+    wrong = wrong[(wrong < 0) | (wrong >= most)]
+    raise ValueError(_wrong_label(int(wrong[0]), numbers[at], of.num_classes, of.name, of.split))
+  # Of an example one number each; a mask of bytes stays what it is.
+  compact = labels.ndim > 1 and labels.dtype.itemsize < 4
+  return labels if compact else labels.astype(np.int32, copy=False)
+
+
+def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
+  """How much each example, or each of its labels, counts: float32, of leading axes of the labels.
+
+  Raises:
+    ValueError: its shape is another, or a weight is negative or not finite.
+  """
+  found = np.asarray(weight)
+  if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or found.dtype.kind not in "biuf":
+    raise ValueError(
+      f"weight of {name!r} must be numbers of the leading axes of the labels {labels.shape}, got "
+      f"{found.dtype} of shape {found.shape}."
+    )
+  found = found.astype(np.float32)
+  if not np.isfinite(found).all() or (found < 0).any():
+    raise ValueError(f"weight of {name!r} must be finite and not negative.")
+  return found
+
+
 def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) -> str:
   where = f"split {split!r} of {name!r}" if split else repr(name)
   range_ = (
@@ -381,7 +499,8 @@ def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) 
   )
   return (
     f"labels of {where} must lie {range_}, but row {row} has {label}. -1 stands for a label that "
-    "is withheld: choose a split that has them, or labels=None."
+    "is withheld: choose a split that has them, or labels=None; a number that stands for no label "
+    "(255 in many segmentations) is told by ignore=."
   )
 
 
@@ -424,6 +543,8 @@ def from_arrays(
   name: str = "arrays",
   split: str = "",
   label_names: Sequence[str] = (),
+  weight: Any = None,
+  ignore: float | None = None,
 ) -> Examples:
   """Makes `Examples` of a user's own arrays.
 
@@ -431,12 +552,16 @@ def from_arrays(
     inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
       everything else stays.
     labels: ``[N]`` integers, 0 for an example without one, which a source's ``labelled`` then
-      marks; None where the set has no labels.
-    num_classes: K; one more than the largest label by default.
+      marks; ``[N, ...]`` integers (a class for each token or pixel); floats or truth values of any
+      shape (a regression's targets, several labels at once); None where the set has no labels.
+    num_classes: K; by default one more than the largest of integer labels, the last axis of truth
+      values, and 0 for floats.
     ids: ``[N]``; the row's number by default.
     name: for reports.
     split: for reports.
     label_names: K names, or none.
+    weight: ``[N]``, or the leading axes of the labels: how much each counts; None for 1.
+    ignore: the label that stands for none: 255 in many segmentations, NaN in a table of numbers.
 
   Returns:
     The examples; arrays are not copied where their types fit.
@@ -447,47 +572,58 @@ def from_arrays(
   >>> examples = from_arrays(np.zeros((3, 2), np.float32), [0, 2, 1])
   >>> len(examples), examples.num_classes, examples.labels.dtype.name
   (3, 3, 'int32')
+  >>> from_arrays(np.zeros((3, 2), np.float32), [0.5, 2.0, 1.0]).labels.dtype.name
+  'float32'
   """
   inputs = _as_arrays(inputs)
   for key, leaf in inputs.items() if isinstance(inputs, dict) else [(None, inputs)]:
     _check_numbers(leaf, key, name)
   size = len(jax.tree.leaves(inputs)[0])
-  if labels is None:
-    if num_classes or label_names:
+  has_labels = labels is not None
+  if not has_labels:
+    if num_classes or label_names or ignore is not None:
       raise ValueError(
-        "num_classes and label_names are of labels, and labels is None: leave them out."
+        "num_classes, label_names and ignore are of labels, and labels is None: leave them out."
       )
     labels, num_classes = np.zeros(size, np.int32), 0
   labels = np.asarray(labels)
-  if labels.shape != (size,):
-    raise ValueError(f"labels must be of shape ({size},) like inputs, got {labels.shape}.")
-  if not np.issubdtype(labels.dtype, np.integer):
+  if labels.shape[:1] != (size,):
     raise ValueError(
-      f"labels must be integers, got {labels.dtype}. Names become numbers by "
-      "label_names, labels = np.unique(labels, return_inverse=True)."
+      f"labels must have the {size} examples of inputs on their first axis, got {labels.shape}."
     )
   if num_classes is None:
-    num_classes = int(labels.max()) + 1
+    num_classes = count_classes(labels, ignore, len(label_names))
   _check.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
-  # A label beyond K would be a one-hot row of zeros: no error anywhere, and a loss of 0.
-  wrong = np.flatnonzero((labels < 0) | (labels >= (num_classes or 1)))
-  if len(wrong):
-    row = int(wrong[0])
-    raise ValueError(_wrong_label(int(labels[row]), row, num_classes, name, split))
   ids = np.arange(size).astype(str) if ids is None else np.asarray(ids).astype(str)
   if ids.shape != (size,):
     raise ValueError(f"ids must be of shape ({size},) like inputs, got {ids.shape}.")
   if label_names and len(label_names) != num_classes:
     raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(label_names)}.")
-  return Examples(
+  examples = Examples(
     inputs=inputs,
-    labels=labels.astype(np.int32, copy=False),
+    labels=labels,
     ids=ids,
     num_classes=num_classes,
     name=name,
     split=split,
     label_names=tuple(label_names),
+    has_labels=has_labels,
+    ignore=ignore,
   )
+  labels = as_labels(labels, examples) if has_labels else labels
+  weight = None if weight is None else as_weight(weight, labels, name)
+  return dataclasses.replace(examples, labels=labels, weight=weight)
+
+
+def count_classes(labels: np.ndarray, ignore: float | None, names: int = 0) -> int:
+  """K where nobody said it."""
+  if labels.dtype.kind in "iu":
+    none = ignored(labels, ignore)
+    some = labels if none is None else labels[~none]
+    return max(0, int(some.max()) + 1) if some.size else 0
+  if labels.dtype.kind == "b" and labels.ndim > 1:
+    return int(labels.shape[-1])
+  return names
 
 
 def from_dicts(
@@ -520,13 +656,15 @@ def from_dicts(
   if limit is not None:
     _check.whole("limit", limit, instead=", or None for all rows")
   reader = row_reader(rows, fields, name)
-  stacked, numbers = reader.stack(itertools.islice(rows, limit))
+  found = reader.stack(itertools.islice(rows, limit))
   return from_arrays(
-    stacked,
-    None if fields.labels is None else numbers,
+    found["inputs"],
+    None if fields.labels is None else found["labels"],
     num_classes=reader.num_classes or None,
     name=name,
     label_names=reader.label_names,
+    weight=found.get("weight"),
+    ignore=reader.ignore,
   )
 
 
@@ -550,7 +688,7 @@ def from_sequence(rows: Any, fields: Fields = IMAGES, *, name: str = "rows") -> 
 
   >>> rows = [{"tokens": [5, 7], "mask": [1, 0], "label": 1}]
   >>> records = from_sequence(rows, Fields(inputs=("tokens", "mask"), num_classes=2))
-  >>> records.read(np.array([0]))[0]["tokens"].tolist()
+  >>> records.read(np.array([0]))["inputs"]["tokens"].tolist()
   [[5, 7]]
   """
   _check_rows("from_sequence", rows)
@@ -562,9 +700,8 @@ def from_sequence(rows: Any, fields: Fields = IMAGES, *, name: str = "rows") -> 
   if len(rows) == 0:
     raise ValueError(f"rows of {name!r} are empty: a source needs at least one example.")
   reader = row_reader(rows, fields, name)
-  check_classes("from_sequence", reader)
   records = dataclasses.replace(reader, source=rows)
-  records.read(np.arange(1))
+  check_classes("from_sequence", reader, records.read(np.arange(1))["labels"])
   return records
 
 
@@ -598,12 +735,15 @@ def row_reader(rows: Any, fields: Fields, name: str) -> Records:
     label_names=names,
     transform=fields.transform,
     prepared=False,
+    weight=fields.weight,
+    ignore=fields.ignore,
   )
 
 
-def check_classes(where: str, reader: Records) -> None:
-  """Raises where there are labels and nobody said how many classes."""
-  if reader.labels is not None and not reader.num_classes:
+def check_classes(where: str, reader: Records, labels: np.ndarray) -> None:
+  """Raises where labels are classes, and nobody said how many."""
+  classes = reader.has_labels and labels.dtype.kind in "iu"
+  if classes and not reader.num_classes:
     raise ValueError(
       f"num_classes must be given: {where} does not read every label of {reader.name!r} first. "
       "(label_names do as well; or labels=None.)"
@@ -627,17 +767,19 @@ _LABELS = 0x6C6162656C
 
 
 def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
-  """The mask of labels that may be used, ``[N]`` float32."""
+  """The mask of labels that may be used, ``[N]`` float32, or of the leading axes of the labels."""
   # In the loss it is a mask; a set without labels is the mask that is 0 everywhere.
   if labelled is None:
-    return np.full(len(examples), float(examples.num_classes > 0), np.float32)
+    return np.full(len(examples), float(examples.has_labels), np.float32)
   mask = np.asarray(labelled)
-  if mask.shape != (len(examples),) or not np.isin(mask, (0, 1)).all():
+  shape = examples.labels.shape if isinstance(examples, Examples) else (len(examples),)
+  if not mask.ndim or mask.shape != shape[: mask.ndim] or not np.isin(mask, (0, 1)).all():
     raise ValueError(
       f"labelled must be {len(examples)} zeros and ones, one for each example of "
-      f"{examples.name!r}, got {mask.dtype} of shape {mask.shape}."
+      f"{examples.name!r} (or one for each of its labels, {list(shape)}), got {mask.dtype} of "
+      f"shape {mask.shape}."
     )
-  if examples.num_classes == 0 and mask.any():
+  if not examples.has_labels and mask.any():
     raise ValueError(f"labelled must be all 0: {examples.name!r} has no labels.")
   return mask.astype(np.float32)
 
@@ -672,8 +814,14 @@ def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[
     raise TypeError(
       f"some_labels needs Examples, whose labels are in memory, got {type(examples).__name__}."
     )
-  if examples.num_classes == 0:
+  if not examples.has_labels:
     raise ValueError(f"{examples.name!r} has no labels to choose from.")
+  if examples.labels.ndim != 1 or examples.labels.dtype.kind != "i":
+    raise ValueError(
+      f"the labels of {examples.name!r} are {examples.labels.dtype}{list(examples.labels.shape)}, "
+      "and some_labels takes each class in proportion: of others choose rows yourself, by "
+      "labelled= of the source."
+    )
   _check.number("share", share, least=0, most=1)
   size = len(examples)
   present, count = np.unique(examples.labels), round(share * size)

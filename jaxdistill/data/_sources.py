@@ -20,12 +20,13 @@ import numpy as np
 
 from jaxdistill import _check, runs
 from jaxdistill._compile import brief
-from jaxdistill.data._examples import Examples, Records, label_mask
+from jaxdistill.data._examples import Examples, Records, ignored, label_mask
 from jaxdistill.data._views import (
   Arithmetic,
   Augmentation,
   Normalize,
   augment,
+  augment_labels,
   check_augmentation,
   check_seed,
   epoch_order,
@@ -40,11 +41,13 @@ __all__ = [
   "Whole",
   "check_in_memory",
   "contents_of",
+  "counted_labels",
   "cutter",
   "evaluation_batches",
   "example_shapes",
   "mixed",
   "on_device",
+  "read_rows",
   "rows_of",
   "rows_to_use",
   "sample_of",
@@ -99,7 +102,7 @@ class Source:
     size: the number of examples.
     batch_size: B.
     data_seed: decides order and views.
-    num_classes: K.
+    num_classes: K; 0 where labels are no classes, or there are none.
     normalize: what ``cut`` applies last: a function of the inputs as stored, ``[B, ...]``.
     stored: one example's inputs as stored: ``jax.ShapeDtypeStruct``, or a dict of them.
     views: V; epoch e shows view e mod V of every example. None: every epoch shows a new one.
@@ -117,6 +120,7 @@ class Source:
       that only iterate, of which name and size are all that is known.
     shown: ``() -> what is computed`` of an example before a network sees it, augmentation and
       normalisation, whichever way its rows come: by this too a run knows its data again.
+    has_labels: whether any example has a label.
   """
 
   shared: PyTree
@@ -138,6 +142,7 @@ class Source:
   transform: Transform | None = None
   contents: Callable[[], Mapping[str, str]] | None = None
   shown: Callable[[], Mapping[str, runs.Traced]] | None = None
+  has_labels: bool = True
 
   def __post_init__(self) -> None:
     # Here and not in `on_device`: dataclasses.replace makes sources too.
@@ -221,8 +226,9 @@ def on_device(
       view that there is, without augmentation).
     normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
       which scales uint8 to 0 .. 1.
-    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
-      set has no labels). A label that may not be used does not reach the batch.
+    labelled: ``[N]``, whether an example's label may be used, or the leading axes of the labels; by
+      default all may (none where the set has no labels). A label that may not be used does not
+      reach the batch.
 
   Returns:
     The source.
@@ -258,7 +264,7 @@ def on_device(
     return {"index": np.stack(rows), **view_numbers(seed, numbers // steps, views)}
 
   finish = normalizer(normalize)
-  cut = cutter(augmentation, finish)
+  cut = cutter(augmentation, finish, examples.ignore)
   stored = example_shapes(examples.inputs, examples.name)
   # Not by jnp.asarray, which compiles a program for each shape.
   shared = jax.device_put(rows_to_use(examples, known))
@@ -278,7 +284,8 @@ def on_device(
     augmentation=augmentation.name,
     whole=whole_of(examples, lambda index, numbers: {"index": index, **numbers}),
     contents=functools.cache(lambda: contents_of(shared) | sample_of(examples, known)),
-    shown=functools.partial(shown_by, cut, stored),
+    shown=functools.partial(shown_by, cut, shared),
+    has_labels=examples.has_labels,
   )
 
 
@@ -286,9 +293,9 @@ def contents_of(rows: Mapping[str, Any]) -> dict[str, str]:
   """The digests of a source's examples.
 
   Args:
-    rows: ``inputs``, ``labels`` (0 where they may not be used) and ``labelled``, where they lie.
+    rows: from `rows_to_use`, where they lie.
   """
-  labels = {"labels": rows["labels"], "labelled": rows["labelled"]}
+  labels = {name: leaf for name, leaf in rows.items() if name != "inputs"}
   return {"inputs": runs.fingerprint(rows["inputs"]), "labels": runs.fingerprint(labels)}
 
 
@@ -297,29 +304,33 @@ def sample_of(examples: Examples | Records, known: np.ndarray) -> dict[str, str]
   rows = np.unique(np.linspace(0, len(examples) - 1, _SAMPLE).round().astype(np.int32))
 
   def read() -> dict[str, str]:
-    inputs, labels = examples.read(rows)
-    found = {"sample": runs.fingerprint(inputs)}
+    found = read_rows(examples, known, rows)
+    digests = {"sample": runs.fingerprint(found.pop("inputs"))}
     if isinstance(examples, Records):
-      usable = usable_labels(labels, known[rows]), known[rows]
-      found["labels of sample"] = runs.fingerprint(usable)
-    return found
+      digests["labels of sample"] = runs.fingerprint(tuple(found.values()))
+    return digests
 
   one, other = read(), read()
   # What a transform draws anew at every reading says nothing of the rows.
   return {name: digest for name, digest in one.items() if digest == other[name]}
 
 
-def shown_by(cut: Callable[[PyTree, PyTree], Batch], stored: PyTree) -> dict[str, runs.Traced]:
+def shown_by(cut: Callable[[PyTree, PyTree], Batch], rows: PyTree) -> dict[str, runs.Traced]:
   """What a `cutter` makes of rows.
 
   Args:
     cut: from `cutter`.
-    stored: one example's inputs.
+    rows: some, or all of them: of their shapes the first axis is not looked at.
   """
+  one = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(
+      (1, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype)
+    ),
+    rows,
+  )
   of_one = {
-    "inputs": _batch_of_one(stored),
-    **{name: jax.ShapeDtypeStruct((1,), np.int32) for name in ("index", "labels")},
-    "labelled": jax.ShapeDtypeStruct((1,), np.float32),
+    **one,
+    "index": jax.ShapeDtypeStruct((1,), np.int32),
     **jax.eval_shape(lambda: view_numbers(0, np.zeros((), np.int32), None)),
   }
   return {"shown": runs.traced(jax.make_jaxpr(functools.partial(cut, None))(of_one))}
@@ -327,13 +338,27 @@ def shown_by(cut: Callable[[PyTree, PyTree], Batch], stored: PyTree) -> dict[str
 
 def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
   """All examples as batches show them: a label that may not be used is 0."""
-  labels = usable_labels(examples.labels, known)
-  return {"inputs": examples.inputs, "labels": labels, "labelled": known}
+  return _usable({"inputs": examples.inputs, **_labels_of(examples)}, known)
+
+
+def read_rows(examples: Examples | Records, known: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
+  """These rows as batches show them."""
+  return _usable(examples.read(rows), known[rows])
+
+
+def _labels_of(examples: Examples) -> dict[str, Any]:
+  weight = {} if examples.weight is None else {"weight": examples.weight}
+  return {"labels": examples.labels, **weight}
+
+
+def _usable(rows: dict[str, Any], known: np.ndarray) -> dict[str, Any]:
+  return {**rows, "labels": usable_labels(rows["labels"], known), "labelled": known}
 
 
 def usable_labels(labels: np.ndarray, known: np.ndarray) -> np.ndarray:
   """Labels as a batch has them: 0 where one may not be used."""
-  return np.where(known > 0, labels, 0).astype(np.int32)
+  may = np.expand_dims(known > 0, tuple(range(known.ndim, labels.ndim)))
+  return np.where(may, labels, labels.dtype.type(0))
 
 
 def _batch_of_one(stored: PyTree) -> PyTree:
@@ -342,28 +367,55 @@ def _batch_of_one(stored: PyTree) -> PyTree:
 
 
 def cutter(
-  augmentation: Augmentation, finish: Callable[[Any], Any]
+  augmentation: Augmentation, finish: Callable[[Any], Any], ignore: float | None = None
 ) -> Callable[[PyTree, PyTree], Batch]:
   """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
   check_augmentation(augmentation)
 
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
     # [B]. Arrays on the device are gathered inside the program; a stream's item brings its rows.
-    index = item["index"]
+    index, seed, view = item["index"], item["data_seed"], item["view"]
     rows = item
     if shared is not None:
       rows = jax.tree.map(lambda leaf: jnp.take(leaf, index, 0, mode="clip"), shared)
-    inputs = augment(augmentation, rows["inputs"], item["data_seed"], index, item["view"])
+    labels, labelled = counted_labels(rows["labels"], rows["labelled"], ignore)
+    weight = {"weight": rows["weight"]} if "weight" in rows else {}
+    moved = augment_labels(
+      augmentation,
+      rows["inputs"],
+      {"labels": labels, "labelled": labelled, **weight},
+      *(seed, index, view),
+    )
     return Batch(
-      inputs=finish(inputs),
-      labels=rows["labels"],
-      weight=jnp.ones(index.shape, jnp.float32),
-      labelled=rows["labelled"],
+      inputs=finish(augment(augmentation, rows["inputs"], seed, index, view)),
+      **{"weight": jnp.ones(index.shape, jnp.float32), **moved},
       index=index,
-      view=jnp.broadcast_to(item["view"], index.shape),
+      view=jnp.broadcast_to(view, index.shape),
     )
 
   return cut
+
+
+def counted_labels(labels: Any, labelled: Any, ignore: float | None) -> tuple[Any, Any]:
+  """Labels as a batch has them, int32 or float32, and which of them count.
+
+  Args:
+    labels: as stored, ``[B, ...]``.
+    labelled: ``[B]``, or the leading axes of the labels.
+    ignore: the label that stands for none.
+
+  Returns:
+    ``(labels, labelled)``: 0 in both where a label stands for none; ``labelled`` has the shape of
+    the labels where some do.
+  """
+  xp: Any = np if isinstance(labels, np.ndarray) else jnp  # a host's arrays stay there
+  none = ignored(labels, ignore)
+  if none is not None:
+    labels = xp.where(none, xp.zeros_like(labels), labels)
+    labelled = xp.expand_dims(labelled, tuple(range(labelled.ndim, labels.ndim)))
+    labelled = xp.where(none, xp.zeros((), labelled.dtype), labelled)
+  integers = jnp.issubdtype(labels.dtype, jnp.integer)
+  return labels.astype(np.int32 if integers else np.float32), labelled
 
 
 def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.ndarray:
@@ -507,10 +559,18 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     # Both are cut as they would be alone, each with its own views, and joined along the batch.
     mine = source.cut(shared[0], item["source"])
     more = transfer.cut(shared[1], item["transfer"])
+    count = more.index.shape[0]
+
+    def of_mine(leaf: Any, fill: float) -> Any:
+      return jnp.full((count, *leaf.shape[1:]), fill, leaf.dtype)
+
+    weight = jnp.expand_dims(more.weight, range(more.weight.ndim, mine.weight.ndim))
+    fits = weight.ndim == mine.weight.ndim
     more = dataclasses.replace(
       more,
-      labels=jnp.zeros_like(mine.labels, shape=more.labels.shape),
-      labelled=jnp.zeros_like(more.labelled),
+      labels=of_mine(mine.labels, 0),
+      labelled=of_mine(mine.labelled, 0),
+      weight=weight * of_mine(mine.weight, 1) if fits else of_mine(mine.weight, 1),
       index=more.index + jnp.int32(source.size),
     )
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), mine, more)
@@ -533,6 +593,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     whole=_both(source, transfer),
     contents=functools.partial(_both_contents, source, transfer),
     shown=functools.partial(_both_shown, source, transfer),
+    has_labels=source.has_labels,
   )
 
 
@@ -637,8 +698,8 @@ def evaluation_batches(
     batch_size: B; may exceed the number of examples.
     normalize: of the inputs: a function, (mean, std) by channel, or None, which scales uint8 to
       0 .. 1.
-    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
-      set has no labels).
+    labelled: ``[N]``, whether an example's label may be used, or the leading axes of the labels; by
+      default all may (none where the set has no labels).
 
   Returns:
     A `Batch` whose leaves have the axes ``[N, B]`` first: scan over N, or index it.
@@ -666,10 +727,16 @@ def evaluation_batches(
   def batched(leaf: Any) -> Any:
     return leaf.reshape(count, batch_size, *leaf.shape[1:])
 
+  def of_real(leaf: np.ndarray) -> np.ndarray:
+    return np.where(np.expand_dims(real, tuple(range(1, leaf.ndim))), leaf, leaf.dtype.type(0))
+
+  used = rows_to_use(examples, known)
+  labels, labelled = counted_labels(used["labels"], used["labelled"], examples.ignore)
+  weight = used.get("weight", np.ones(size, np.float32))
   rest = {
-    "labels": np.where(real & (known[rows] > 0), examples.labels[rows], 0),
-    "weight": real.astype(np.float32),
-    "labelled": np.where(real, known[rows], np.float32(0)),
+    "labels": of_real(labels[rows]),
+    "weight": of_real(weight[rows]),
+    "labelled": of_real(labelled[rows]),
     "index": rows,
     "view": np.zeros_like(rows),
   }

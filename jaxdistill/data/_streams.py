@@ -32,11 +32,11 @@ from jaxdistill.data._sources import (
   contents_of,
   cutter,
   example_shapes,
+  read_rows,
   rows_of,
   rows_to_use,
   sample_of,
   shown_by,
-  usable_labels,
   view_count,
   view_numbers,
   whole_of,
@@ -76,8 +76,9 @@ def streamed(
     views: V, so that epoch e shows view e mod V; None for a new view in every epoch.
     normalize: what ``cut`` does last: a function of the inputs, (mean, std) by channel, or None,
       which scales uint8 to 0 .. 1.
-    labelled: ``[N]``, whether an example's label may be used; by default all may (none where the
-      set has no labels). A label that may not be used does not reach the batch.
+    labelled: ``[N]``, whether an example's label may be used, or the leading axes of the labels; by
+      default all may (none where the set has no labels). A label that may not be used does not
+      reach the batch.
     prefetch: how many batches are read ahead, by as many threads; where a batch is small, and its
       rows are arrays or TFDS's without a transform, as many pieces of 512 rows.
     workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
@@ -111,8 +112,11 @@ def streamed(
     return _stream(pieces, step, steps, prefetch, workers)
 
   finish = normalizer(normalize)
-  cut = cutter(augmentation, finish)
-  stored = example_shapes(examples.read(np.arange(1))[0], examples.name)
+  cut, first = (
+    cutter(augmentation, finish, examples.ignore),
+    read_rows(examples, known, np.arange(1)),
+  )
+  stored = example_shapes(first["inputs"], examples.name)
   return Source(
     shared=None,
     cut=cut,
@@ -129,7 +133,8 @@ def streamed(
     augmentation=augmentation.name,
     whole=whole_of(examples, functools.partial(_item, examples, known)),
     contents=functools.partial(_contents, examples, known),
-    shown=functools.partial(shown_by, cut, stored),
+    shown=functools.partial(shown_by, cut, first),
+    has_labels=examples.has_labels,
   )
 
 
@@ -189,14 +194,7 @@ def _fetch(
 def _item(
   examples: Examples | Records, known: np.ndarray, index: np.ndarray, numbers: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-  inputs, labels = examples.read(index)
-  return {
-    "index": index,
-    "inputs": inputs,
-    "labels": usable_labels(labels, known[index]),
-    "labelled": known[index],
-    **numbers,
-  }
+  return {"index": index, **read_rows(examples, known, index), **numbers}
 
 
 def _stream(
@@ -298,8 +296,8 @@ def iterated(
   _check.whole("size", size)
   _check.whole("batch_size", batch_size, least=None)
   reader = row_reader(again, fields, name)
-  check_classes("iterated", reader)
-  first, _ = reader.stack(itertools.islice(again, 1))
+  first = reader.stack(itertools.islice(again, 1))
+  check_classes("iterated", reader, first["labels"])
   views = view_count(augmentation, views)
 
   def epoch_items(epoch: int, done: int, seed: int, batch: int, part: Part) -> Iterator[PyTree]:
@@ -321,12 +319,10 @@ def iterated(
           f"{batch} need {size // batch * batch}: set size to what an epoch has, and let open "
           "start anew at every call."
         )
-      made, numbers = reader.stack(mine, index)
       yield {
         "index": index,
-        "inputs": made,
-        "labels": numbers,
-        "labelled": np.full(index.shape, float(fields.labels is not None), np.float32),
+        **reader.stack(mine, index),
+        "labelled": np.full(index.shape, float(reader.has_labels), np.float32),
         **view_numbers(seed, np.asarray(epoch), views),
       }
 
@@ -337,7 +333,7 @@ def iterated(
       epoch, done = epoch + 1, 0
 
   finish = normalizer(normalize)
-  cut, stored = cutter(augmentation, finish), example_shapes(first, name)
+  cut, stored = cutter(augmentation, finish, reader.ignore), example_shapes(first["inputs"], name)
   return Source(
     shared=None,
     cut=cut,
@@ -351,7 +347,8 @@ def iterated(
     views=views,
     name=name,
     augmentation=augmentation.name,
-    shown=functools.partial(shown_by, cut, stored),
+    shown=functools.partial(shown_by, cut, {**first, "labelled": np.ones(1, np.float32)}),
+    has_labels=reader.has_labels,
   )
 
 

@@ -6,6 +6,7 @@ The builder of `Digits` lives here too. What comes out is `Examples` (arrays in 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import os
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, _extras
-from jaxdistill.data._examples import Examples, Records
+from jaxdistill.data._examples import Examples, Records, check_classes, count_classes
 
 _extras.need("reading a data set by its name (data.load)", "tensorflow_datasets")
 import tensorflow_datasets as tfds  # noqa: E402
@@ -115,6 +116,8 @@ def records(
   inputs: str = "image",
   labels: str | None = "label",
   transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None = None,
+  ignore: float | None = None,
 ) -> Records:
   """Opens a TFDS split for random access; nothing is decoded yet.
 
@@ -123,17 +126,26 @@ def records(
     split: TFDS's words, e.g. ``"train"``, ``"train[:90%]"``, ``"train+test"``.
     data_dir: where sets are prepared; TFDS's own default (``~/tensorflow_datasets``).
     inputs: the feature that is the input.
-    labels: the feature that is the label; None for sets without.
+    labels: the feature that is the label: a class, a number, an array of one shape in all rows, a
+      picture whose pixels are classes; None for sets without.
     transform: applied to each input when it is read (a resize and a crop, say).
+    num_classes: K, where the set does not say it of integer labels.
+    ignore: the label that stands for none, see `Examples`.
 
   Returns:
     The records. A set that is not there yet is prepared first, where that is possible.
 
   Raises:
-    ValueError: an unknown name, split or feature, or an empty split.
+    ValueError: an unknown name, split or feature, an empty split, or integer labels of which nobody
+      says how many classes there are.
     ModuleNotFoundError: preparing the set needs TensorFlow; raised before any download.
   """
-  return _records(_prepared(name, data_dir), name, split, inputs, labels, transform)
+  builder = _prepared(name, data_dir)
+  found = _records(builder, name, split, inputs, labels, num_classes, ignore)
+  found = dataclasses.replace(found, transform=transform)
+  if labels is not None and not found.num_classes:
+    check_classes("records", found, found.read(np.arange(1))["labels"])
+  return found
 
 
 def _records(
@@ -142,7 +154,8 @@ def _records(
   split: str,
   inputs: str,
   labels: str | None,
-  transform: Callable[[Any], Any] | None = None,
+  num_classes: int | None,
+  ignore: float | None,
 ) -> Records:
   """The records of a split of a set that is prepared; all but the builder is checked here."""
   features = builder.info.features
@@ -151,31 +164,44 @@ def _records(
       raise ValueError(
         f"{argument}={feature!r} is not a feature of {name!r}, which has: {sorted(features)}."
       )
-  classes = None if labels is None else features[labels]
-  if not isinstance(classes, (tfds.features.ClassLabel, type(None))):
+  label = None if labels is None else features[labels]
+  classes, names = _classes(label)
+  if num_classes is not None:
+    _check.whole("num_classes", num_classes)
+  if label is not None and not (
+    isinstance(label, tfds.features.Image)
+    or (isinstance(label, tfds.features.Tensor) and np.dtype(label.np_dtype).kind in "biuf")
+  ):
     raise ValueError(
-      f"labels={labels!r} of {name!r} is no class but {classes!r}: read the set with labels=None, "
-      "make integers of what you need, and use from_arrays."
+      f"labels={labels!r} of {name!r} is no class, number, array or picture of classes but "
+      f"{label!r}: read the set with labels=None, make numbers of what you need, and use "
+      "from_arrays."
     )
   _check_split(builder, name, split)
   # Decoding is most of the reading: leave out pictures that nobody asked for.
   skipped = {
     key
     for key, feature in features.items()
-    if isinstance(feature, tfds.features.Image) and key != inputs
+    if isinstance(feature, tfds.features.Image) and key not in (inputs, labels)
   }
   return Records(
     source=opened(builder, split, skipped),
     inputs=inputs,
     labels=labels,
-    num_classes=0 if classes is None else classes.num_classes,
+    num_classes=num_classes or classes,
     name=builder.info.name,
     version=str(builder.info.version),
     split=split,
-    label_names=() if classes is None else tuple(classes.names),
-    transform=transform,
+    label_names=names if num_classes in (None, len(names)) else (),
     ids=None if "id" not in features else lambda: _ids(builder, split),
+    ignore=ignore,
   )
+
+
+def _classes(label: Any) -> tuple[int, tuple[str, ...]]:
+  """How many classes a feature has, and what they are called; 0 where it does not say."""
+  count = getattr(label, "num_classes", None) or 0
+  return count, tuple(getattr(label, "names", None) or ()) if count else ()
 
 
 def _ids(builder: tfds.core.DatasetBuilder, split: str) -> list[str]:
@@ -196,6 +222,8 @@ def load(
   inputs: str = "image",
   labels: str | None = "label",
   cache: bool | str | os.PathLike[str] = True,
+  num_classes: int | None = None,
+  ignore: float | None = None,
 ) -> Examples:
   """Reads a whole TFDS split into memory, without TensorFlow.
 
@@ -211,10 +239,14 @@ def load(
     split: TFDS's words, e.g. ``"train[:90%]"``, rounded as TFDS rounds.
     data_dir: where sets are prepared; TFDS's own default (``~/tensorflow_datasets``).
     inputs: the feature that is the input.
-    labels: the feature that is the label; None for sets without.
+    labels: the feature that is the label: a class, a number, an array of one shape in all rows, a
+      picture whose pixels are classes; None for sets without.
     cache: where decoded arrays are kept: True for ``jaxdistill/data`` in the user's cache folder
       (``$XDG_CACHE_HOME``, else ``~/.cache``), a folder, or False for nowhere. One that cannot be
       written to is no error, but a warning.
+    num_classes: K, where the set does not say it of integer labels; one more than the largest where
+      nobody does.
+    ignore: the label that stands for none, see `Examples`.
 
   Returns:
     The examples, in the order in which they are stored.
@@ -226,20 +258,23 @@ def load(
   """
   folder = folder_of(cache)
   builder = _prepared(name, data_dir)
-  part = _records(builder, name, split, inputs, labels)
+  part = _records(builder, name, split, inputs, labels, num_classes, ignore)
   decides = None if folder is None else decided_by(builder, split)
   decode = functools.partial(_decoded, part)
   if folder is None or decides is None:
     arrays = decode()
   else:
-    arrays = kept(folder, part.name, {**decides, "inputs": inputs, "labels": labels}, decode)
+    asked = {"inputs": inputs, "labels": labels, "num_classes": num_classes, "ignore": repr(ignore)}
+    arrays = kept(folder, part.name, {**decides, **asked}, decode)
   return Examples(
     **arrays,
-    num_classes=part.num_classes,
+    num_classes=part.num_classes or count_classes(arrays["labels"], ignore) * part.has_labels,
     name=part.name,
     version=part.version,
     split=split,
     label_names=part.label_names,
+    has_labels=part.has_labels,
+    ignore=ignore,
   )
 
 
@@ -252,8 +287,7 @@ def _decoded(part: Records) -> dict[str, Any]:
     blocks.append(part.stack(decoded, rows))
     ids += [_text(one.get("id", row)) for row, one in zip(rows.tolist(), decoded, strict=True)]
   return {
-    "inputs": np.concatenate([block for block, _ in blocks]),
-    "labels": np.concatenate([block for _, block in blocks]),
+    **{key: np.concatenate([block[key] for block in blocks]) for key in ("inputs", "labels")},
     "ids": np.array(ids),
   }
 

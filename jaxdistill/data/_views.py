@@ -24,6 +24,7 @@ __all__ = [
   "Augmentation",
   "Normalize",
   "augment",
+  "augment_labels",
   "check_augmentation",
   "check_seed",
   "choice",
@@ -254,18 +255,26 @@ class Augmentation:
       is a number in ``0 .. choices-1`` (int32), or a random key where ``choices`` is None.
     choices: how many augmentations there are; None for infinitely many.
     name: tells augmentations apart, in a cache of a teacher's outputs.
+    on_labels: ``(labels, choice) -> labels`` for one example whose labels lie on its image,
+      ``[H, W, ...]``: what moves the image moves them too, and gives 0 where nothing was. It is
+      called with what says which of them count, too. None where nothing says what becomes of them.
   """
 
   apply: Callable[[Any, Any], Any]
   choices: int | None
   name: str = "custom"
+  on_labels: Callable[[Any, Any], Any] | None = None
 
   def __post_init__(self) -> None:
     if self.choices is not None and self.choices < 1:
       raise ValueError(f"choices must be at least 1, or None, got {self.choices}.")
 
 
-identity = Augmentation(lambda inputs, number: inputs, choices=1, name="identity")
+def _as_it_is(inputs: Any, number: Any) -> Any:
+  return inputs
+
+
+identity = Augmentation(_as_it_is, choices=1, name="identity", on_labels=_as_it_is)
 
 
 def crop(padding: int) -> Augmentation:
@@ -279,7 +288,8 @@ def crop(padding: int) -> Augmentation:
     padding: in pixels, not negative; 0 is `identity`.
 
   Returns:
-    An augmentation of images ``[H, W, C]``.
+    An augmentation of images ``[H, W, C]``, and of labels that lie on them: beyond the image's edge
+    there are none.
 
   Raises:
     ValueError: ``padding`` is negative.
@@ -302,12 +312,15 @@ def crop(padding: int) -> Augmentation:
       )
     if image.ndim != 3:
       raise ValueError(f"crops are of images [H, W, C], got inputs of shape {image.shape}.")
-    # A slice of a framed image at a start that is data: one program for all choices.
-    framed = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
-    start = (number // jnp.int32(positions), number % jnp.int32(positions), jnp.int32(0))
-    return jax.lax.dynamic_slice(framed, start, image.shape)
+    return shifted(image, number)
 
-  return Augmentation(apply, choices=positions**2, name=f"crop({padding})")
+  def shifted(maps: Any, number: Any) -> Array:
+    # A slice of a framed image [H, W, ...] at a start that is data: one program for all choices.
+    framed = jnp.pad(maps, ((padding, padding),) * 2 + ((0, 0),) * (maps.ndim - 2))
+    start = (number // jnp.int32(positions), number % jnp.int32(positions))
+    return jax.lax.dynamic_slice(framed, start + (jnp.int32(0),) * (maps.ndim - 2), maps.shape)
+
+  return Augmentation(apply, positions**2, f"crop({padding})", on_labels=shifted)
 
 
 def crop_flip(padding: int = 4) -> Augmentation:
@@ -319,18 +332,26 @@ def crop_flip(padding: int = 4) -> Augmentation:
     padding: in pixels; 4 as in He et al., Deep Residual Learning, 2016.
 
   Returns:
-    An augmentation of images ``[H, W, C]``.
+    An augmentation of images ``[H, W, C]``, and of labels that lie on them, as `crop` has it.
 
   Raises:
     ValueError: ``padding`` is negative.
   """
   crops = crop(padding)
 
-  def apply(image: Any, number: Any) -> Array:
-    cropped = crops.apply(image, number // jnp.int32(2))
-    return jnp.where(number % jnp.int32(2) == 1, cropped[:, ::-1], cropped)
+  def mirrored(move: Any) -> Callable[[Any, Any], Array]:
+    def apply(image: Any, number: Any) -> Array:
+      cropped = move(image, number // jnp.int32(2))
+      return jnp.where(number % jnp.int32(2) == 1, cropped[:, ::-1], cropped)
 
-  return Augmentation(apply, choices=2 * (crops.choices or 1), name=f"crop_flip({padding})")
+    return apply
+
+  return Augmentation(
+    mirrored(crops.apply),
+    choices=2 * (crops.choices or 1),
+    name=f"crop_flip({padding})",
+    on_labels=mirrored(crops.on_labels),
+  )
 
 
 def augment(
@@ -360,13 +381,9 @@ def augment(
   >>> made.shape, made.dtype.name
   ((2, 4, 4, 1), 'uint8')
   """
-  choices = augmentation.choices
   if augmentation.apply is identity.apply:
     return inputs
-  if choices is None:
-    chosen = jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
-  else:
-    chosen = jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
+  chosen = _chosen(augmentation, data_seed, index, view)
   # Each example by its own index, seed and view, so that the batch it comes in does not matter:
   # what a cache of a teacher's outputs relies on.
   made = jax.vmap(augmentation.apply)(inputs, chosen)
@@ -377,6 +394,67 @@ def augment(
       "when the data is read, scale in normalize=."
     )
   return made
+
+
+def _chosen(augmentation: Augmentation, data_seed: Any, index: Any, view: Any) -> Array:
+  """What `Augmentation.apply` is told of each example, ``[B]``: a choice, or a key."""
+  choices = augmentation.choices
+  if choices is None:
+    return jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
+  return jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
+
+
+def augment_labels(
+  augmentation: Augmentation,
+  inputs: PyTree[Shaped[Any, "B ..."]],
+  labels: dict[str, Any],
+  data_seed: Integer[Any, ""] | int,
+  index: Integer[Any, " B"],
+  view: Integer[Any, ""] | int,
+) -> dict[str, Any]:
+  """Moves labels that lie on an image as `augment` moves the image; others stay as they are.
+
+  They lie on it where they have its height and width, ``[B, H, W, ...]`` of ``[B, H, W, C]``.
+
+  Args:
+    augmentation: what may happen.
+    inputs: as stored.
+    labels: ``labels``, and what says of each how much it counts.
+    data_seed: ``0 .. 2**32 - 1``.
+    index: which examples these are.
+    view: which view of them, from 0.
+
+  Returns:
+    The same, moved; ``labelled`` is 0 where the view shows what is beyond the image's edge.
+
+  Raises:
+    ValueError: labels lie on the image, and the augmentation does not say what becomes of them.
+  """
+  of = labels["labels"]
+  size = of.shape[1:3]
+  on_image = of.ndim > 2 and any(
+    leaf.ndim == 4 and leaf.shape[1:3] == size for leaf in jax.tree.leaves(inputs)
+  )
+  if not on_image or augmentation.apply is identity.apply:
+    return labels
+  move = augmentation.on_labels
+  if move is None:
+    raise ValueError(
+      f"the labels {of.shape} lie on the image, and the augmentation {augmentation.name!r} moves "
+      "the image alone: give it on_labels=(labels, choice) -> labels, which moves them likewise "
+      "(lambda labels, choice: labels where it moves nothing)."
+    )
+  chosen = _chosen(augmentation, data_seed, index, view)
+
+  def moved(leaf: Any) -> Any:
+    while leaf.ndim < 3:  # a weight [B] of a whole mask: which of its pixels count moves with them
+      leaf = jnp.repeat(leaf[..., None], size[leaf.ndim - 1], axis=-1)
+    return jax.vmap(move)(leaf, chosen)
+
+  return {
+    name: leaf if name == "weight" and leaf.ndim < 3 else moved(leaf)
+    for name, leaf in labels.items()
+  }
 
 
 def check_seed(data_seed: int) -> None:

@@ -517,7 +517,8 @@ def _given(held_out: Any, check: Any) -> tuple[PyTree, np.ndarray | None, str]:
 def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
   """Inputs, labels and the split's name."""
   if isinstance(held_out, Examples):
-    labels = held_out.labels if held_out.num_classes else None
+    classes = held_out.has_labels and held_out.labels.ndim == 1 and held_out.num_classes > 0
+    labels = held_out.labels if classes else None
     inputs, split = held_out.inputs, held_out.split
   elif isinstance(held_out, tuple) and len(held_out) == 2:
     (inputs, labels), split = held_out, ""

@@ -344,7 +344,7 @@ class _Asked:
     )
     shared = self.source.shared
     usable = not isinstance(shared, Mapping) or np.any(shared.get("labelled", 1))
-    labelled = self.source.num_classes > 0 and bool(usable)
+    labelled = self.source.has_labels and bool(usable)
     return [pair_checks.no_labels(terms, labelled=labelled), pair_checks.unequal_gradients(terms)]
 
   def uniform_targets(self) -> list[Finding | None]:

@@ -161,7 +161,7 @@ def _checked(pending: dict[str, Any], program: Program, finite: bool) -> dict[st
   if finite:
     check_finite(sums, pending["begin"])
   if pending["begin"] == 0:
-    check_counted(sums, program.source.num_classes, program.source.name)
+    check_counted(sums, program.source.has_labels, program.source.name)
   return {**pending, "sums": sums}
 
 
@@ -345,19 +345,19 @@ def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
   return numbers
 
 
-def check_counted(sums: PyTree, num_classes: int, source: str) -> None:
+def check_counted(sums: PyTree, has_labels: bool, source: str) -> None:
   """Raises where no example has counted in any term, of data that has no labels.
 
   Args:
     sums: ``{name: (sum, count)}`` on the host.
-    num_classes: of the data; 0 where it has no labels.
+    has_labels: whether the data has.
     source: the data's name.
 
   Raises:
     ValueError: nothing would ever be learned.
   """
   counts = [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
-  if num_classes == 0 and not any(np.any(np.asarray(count)) for count in counts):
+  if not has_labels and not any(np.any(np.asarray(count)) for count in counts):
     raise ValueError(
       f"{source!r} has no labels, and no term of the objective counts an example without one: "
       "nothing would be learned. Give the data labels, or an objective with a teacher (recipes.kd)."

@@ -130,7 +130,7 @@ def init_state(
     start: values for some of the student's variables, or for all, that replace the initialiser's:
       a part of the variables' tree (see `teachers.layers`).
     average: whether the state keeps a moving average of the deployed variables.
-    num_classes: how many classes the labels have; 0 where there are none.
+    num_classes: how many classes the labels have; 0 where they are no classes, or there are none.
 
   Returns:
     The state at step 0.
@@ -308,7 +308,7 @@ def _first(variables: PyTree) -> str:
 
 def _check_labels(student: Outputs, num_classes: int, name: str) -> None:
   logits = student.logits
-  if logits is not None and logits.ndim == 2 and num_classes > logits.shape[-1]:
+  if logits is not None and num_classes > logits.shape[-1]:
     raise ValueError(
       f"the data has labels of {num_classes} classes and the student {name!r} puts out "
       f"{logits.shape[-1]} (logits {logits.shape}): build the student with "

@@ -91,7 +91,8 @@ def test_reads_images_and_text_that_tfds_prepared(tfds_dir):
   # Random access reads the same rows as the whole.
   rows = np.array([499, 0, 7])
   opened = data.records("cifar100", "train[:1%]", data_dir=tfds_dir)
-  for read, whole in zip(opened.read(rows), (part.inputs, part.labels), strict=True):
+  found = opened.read(rows)
+  for read, whole in ((found["inputs"], part.inputs), (found["labels"], part.labels)):
     np.testing.assert_array_equal(read, whole[rows])
   assert data.splits("sst2_sentence", data_dir=tfds_dir)["validation"] == "validation"
   text = data.load("sst2_sentence", "test[:3]", data_dir=tfds_dir, inputs="sentence")
@@ -174,8 +175,12 @@ def test_tensorflow_is_not_imported_even_where_it_is_installed(digits_dir, tmp_p
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ({"labels": [0, 1]}, r"labels must be of shape \(3,\)"),
-    ({"labels": [0.0, 1.0, 2.0]}, "labels must be integers"),
+    ({"labels": [0, 1]}, "labels must have the 3 examples"),
+    ({"labels": ["a", "b", "c"]}, "labels must be integers or floats"),
+    ({"labels": [0.0, np.inf, 2.0]}, "not finite in row 1"),
+    ({"labels": [0, 255, 2], "num_classes": 3}, "row 1 has 255.*ignore="),
+    ({"labels": [0, 1, 2], "weight": [1.0, -1.0, 1.0]}, "weight of .*not negative"),
+    ({"labels": [0, 1, 2], "weight": [1.0, 1.0]}, "weight of .*leading axes"),
     ({"labels": [0, -1, 2]}, r"must lie in 0 .. 2 .* row 1 has -1"),
     ({"labels": [0, 1, 5], "num_classes": 3}, r"num_classes=3.* row 2 has 5"),
     ({"inputs": np.zeros((0, 2)), "labels": []}, "at least one example"),

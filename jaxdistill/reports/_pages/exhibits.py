@@ -102,7 +102,7 @@ def _inputs(numbers: np.ndarray, source: Any) -> Any:
     raise TypeError(
       f"source must be Examples, Records or evaluation batches, got {_check.show(source)}."
     )
-  return source.read(numbers)[0]
+  return source.read(numbers)["inputs"]
 
 
 def _checked(made: Any) -> np.ndarray | str:

@@ -236,7 +236,7 @@ def probe_terms(
     teacher: not run where the batch brings its outputs along.
     hyper: the objective's keywords as numbers, once for each step of the run that is looked at.
     start: variables that the student starts from, all or some.
-    num_classes: of the data; 0 where it has no labels.
+    num_classes: of the data; 0 where its labels are no classes.
     seed: of the initialisation.
 
   Returns:
@@ -336,7 +336,9 @@ def _other(labels: Any, num_classes: int) -> Any:
   """A label that is wrong for every example."""
   if jnp.issubdtype(labels.dtype, jnp.integer):
     return (labels + 1) % max(num_classes, 2)
-  return jnp.roll(labels, 1, axis=-1)
+  # Of a distribution another one; of a number, or of the one target of an example, a larger.
+  several = labels.ndim > 1 and labels.shape[-1] > 1
+  return jnp.roll(labels, 1, axis=-1) if several else labels + 1
 
 
 def _float64_leaves(tree: PyTree) -> list[np.ndarray]:

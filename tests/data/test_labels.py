@@ -1,0 +1,163 @@
+"""Labels of any shape and dtype, with weights and masks, from every constructor to the batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import data
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 255, (6, 4, 4, 3)).astype(np.uint8)
+MASKS = RNG.integers(0, 3, (6, 4, 4)).astype(np.uint8)
+MASKS[0, 0, 0] = MASKS[3, 2] = 255
+TARGETS = RNG.normal(size=(6, 2))
+TARGETS[1, 0] = np.nan
+KINDS = {
+  "classes": ([0, 1, 2, 0, 1, 2], {}),
+  "pixels": (MASKS, {"ignore": 255}),
+  "tokens": (RNG.integers(0, 9, (6, 5)), {"weight": RNG.integers(0, 2, (6, 5)).astype(float)}),
+  "tags": (RNG.random((6, 3)) < 0.5, {"weight": np.arange(6.0)}),
+  "targets": (TARGETS, {"ignore": float("nan")}),
+}
+
+
+def cut(source, step=0):
+  item = jax.tree.map(lambda leaf: leaf[0], source.items(step, 1))
+  return jax.jit(source.cut)(source.shared, item)
+
+
+def rows(labels, weight=None):
+  for i in range(6):
+    more = {} if weight is None else {"weight": weight[i]}
+    yield {"image": IMAGES[i], "label": np.asarray(labels)[i], **more}
+
+
+def sources(labels, given):
+  """The same examples by every way there is, all in batches of three."""
+  kind = {"num_classes": given.get("num_classes"), "ignore": given.get("ignore")}
+  fields = data.Fields(**kind, weight="weight" if "weight" in given else None)
+  if np.asarray(labels).dtype.kind in "iu":
+    fields = dataclasses.replace(fields, num_classes=9)
+  given = {**given, "num_classes": fields.num_classes}
+  examples = data.from_arrays(IMAGES, labels, **given)
+  every = list(rows(labels, given.get("weight")))
+  options = {"batch_size": 3, "data_seed": 0}
+  return {
+    "on_device": data.on_device(examples, **options),
+    "streamed": data.streamed(examples, **options),
+    "from_dicts": data.on_device(data.from_dicts(every, fields), **options),
+    "from_sequence": data.streamed(data.from_sequence(every, fields), **options),
+  }, data.iterated(lambda epoch: every, fields, size=6, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_of_any_shape_come_as_they_are_by_every_way(kind):
+  labels, given = KINDS[kind]
+  labels = np.asarray(labels)
+  found, iterated = sources(labels, given)
+  ignore = given.get("ignore")
+  none = np.zeros(labels.shape, bool)
+  if ignore is not None:
+    none = np.isnan(labels) if np.isnan(ignore) else labels == ignore
+  wanted = np.where(none, 0, labels)
+  weight = given.get("weight", np.ones(6))
+  for name, source in [*found.items(), ("iterated", iterated)]:
+    batch = cut(source, step=1)
+    index = np.asarray(batch.index)
+    np.testing.assert_allclose(batch.labels, wanted[index], rtol=1e-6, err_msg=name)
+    assert batch.labels.dtype == (jnp.int32 if labels.dtype.kind in "iu" else jnp.float32)
+    np.testing.assert_array_equal(batch.weight, weight[index], err_msg=name)
+    mask = ~none if ignore is not None else np.ones(6)
+    np.testing.assert_array_equal(batch.labelled, mask[index], err_msg=name)
+    assert source.has_labels
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_batches_have_every_label_once_and_padding_counts_nowhere(kind):
+  labels, given = KINDS[kind]
+  labels = np.asarray(labels)
+  batches = data.evaluation_batches(data.from_arrays(IMAGES, labels, **given), batch_size=4)
+  flat = jax.tree.map(lambda leaf: np.asarray(leaf).reshape(-1, *leaf.shape[2:]), batches)
+  assert not flat.weight[6:].any()
+  assert not flat.labelled[6:].any()
+  there = flat.labelled[:6].astype(bool)
+  there = np.broadcast_to(
+    there.reshape(there.shape + (1,) * (labels.ndim - there.ndim)), labels.shape
+  )
+  np.testing.assert_allclose(flat.labels[:6][there], labels[there], rtol=1e-6)
+  np.testing.assert_array_equal(flat.weight[:6], given.get("weight", np.ones(6)))
+
+
+def test_a_label_that_may_not_be_used_does_not_reach_the_batch():
+  pixels = np.zeros((6, 4, 4))
+  pixels[2:, :2] = 1
+  for labelled in ([0, 0, 1, 1, 1, 1], pixels):
+    examples = data.from_arrays(IMAGES, MASKS, ignore=255)
+    source = data.on_device(examples, batch_size=6, data_seed=0, labelled=labelled)
+    batch = cut(source)
+    index = np.asarray(batch.index)
+    may = np.asarray(labelled, float).reshape(6, *np.shape(labelled)[1:] or (1, 1))
+    may = np.broadcast_to(may, MASKS.shape) * (MASKS != 255)
+    np.testing.assert_array_equal(batch.labelled, may[index])
+    np.testing.assert_array_equal(batch.labels, (MASKS * may)[index])
+
+
+@pytest.mark.parametrize("make", [data.crop, data.crop_flip])
+def test_a_mask_moves_with_its_image(make):
+  # An image that is its own mask: wherever the crop and the mirror put a pixel, its label is there.
+  masks = RNG.integers(1, 200, (6, 5, 5)).astype(np.uint8)
+  masks[1, 1, 1] = 255
+  examples = data.from_arrays(masks[..., None], masks, ignore=255)
+  source = data.on_device(
+    examples, batch_size=6, data_seed=3, augmentation=make(2), normalize=lambda x: x
+  )
+  moved = set()
+  for step in range(4):
+    batch = cut(source, step)
+    shown = np.asarray(batch.inputs[..., 0])
+    there = np.isin(shown, (0, 255), invert=True)
+    np.testing.assert_array_equal(batch.labelled, there)  # 0 is beyond the edge, 255 is ignored
+    np.testing.assert_array_equal(batch.labels, np.where(there, shown, 0))
+    moved.add(shown[int(np.argmax(np.asarray(batch.index) == 0))].tobytes())
+  assert len(moved) > 1
+
+
+def test_a_mask_that_an_augmentation_would_leave_behind_is_refused():
+  noise = data.Augmentation(lambda image, key: image, None, "noise")
+  examples = data.from_arrays(IMAGES, MASKS, ignore=255)
+  source = data.on_device(examples, batch_size=2, data_seed=0, augmentation=noise)
+  with pytest.raises(ValueError, match="on_labels"):
+    cut(source)
+  still = dataclasses.replace(noise, on_labels=lambda labels, key: labels)
+  batch = cut(data.on_device(examples, batch_size=6, data_seed=0, augmentation=still))
+  np.testing.assert_array_equal(batch.labelled, (MASKS != 255)[np.asarray(batch.index)])
+
+
+def test_transfer_data_take_the_shape_of_the_labels():
+  labelled = data.on_device(data.from_arrays(IMAGES, MASKS, ignore=255), batch_size=4, data_seed=0)
+  other = data.on_device(data.from_arrays(IMAGES, None), batch_size=4, data_seed=0)
+  batch = cut(data.mixed(labelled, other, share=0.5))
+  assert batch.labels.shape == batch.labelled.shape == (4, 4, 4)
+  assert not np.any(batch.labelled[2:])
+  assert np.any(batch.labelled[:2])
+  np.testing.assert_array_equal(batch.weight, 1)
+
+
+def test_what_labels_hold_is_part_of_what_a_run_is():
+  def contents(**given):
+    source = data.on_device(
+      data.from_arrays(IMAGES, given.pop("labels", MASKS), **given), batch_size=2, data_seed=0
+    )
+    shown = {name: one.digest for name, one in source.shown().items()}
+    return {**source.contents(), **shown}
+
+  one = contents(ignore=255)
+  assert one == contents(ignore=255)
+  other = MASKS.copy()
+  other[5, 3, 3] = 2 - other[5, 3, 3] // 2
+  assert one != contents(ignore=255, labels=other)
+  assert one != contents(ignore=255, weight=np.arange(6.0))
+  assert one != contents(ignore=2, num_classes=256)
