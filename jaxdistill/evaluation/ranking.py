@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
-from scipy import special
 
 __all__ = ["average_precision", "errors", "neighbourhoods", "normal_errors"]
 
@@ -94,7 +94,8 @@ def normal_errors(
   w, error, log = weight[there], (labels - said)[there], log_variance[there]
   nll = 0.5 * (np.log(2 * np.pi) + log + error**2 * np.exp(-log))
   # |z| below the level's quantile: erf(|z| / √2) is the central share that z is the edge of.
-  share = special.erf(np.abs(error) * np.exp(-0.5 * log) / np.sqrt(2))
+  edges = np.abs(error) * np.exp(-0.5 * log) / np.sqrt(2)
+  share = np.array([math.erf(edge) for edge in edges.tolist()])
   inside = [np.average(share <= level, weights=w) for level in _LEVELS]
   return {
     "nll": float(np.average(nll, weights=w)),

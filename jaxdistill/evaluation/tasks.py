@@ -74,6 +74,7 @@ class Metric:
 
 
 def _logits_alone(outputs: Outputs) -> Outputs:
+  """What most tasks read."""
   return Outputs(logits=outputs.logits)
 
 
