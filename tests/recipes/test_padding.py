@@ -76,6 +76,7 @@ MANY = {
   "ctkd": functools.partial(recipes.ctkd, warmup_steps=0),
   "hint": functools.partial(recipes.hint, "v", "v"),
   "hint of tokens": functools.partial(recipes.hint, "h", "h", loss=losses.hint_cosine),
+  "hint of kinds": functools.partial(recipes.hint, {"a": "h", "h": "b", "b": "a", "v": "v"}),
   "fitnet": functools.partial(recipes.fitnet, "a", "a"),
   "attention_transfer": functools.partial(recipes.attention_transfer, student_layers=MAPS),
   "nst": functools.partial(recipes.nst, student_layers=MAPS),
