@@ -23,7 +23,16 @@ from jaxtyping import Array, Float
 from jaxdistill.networks.models.layers import Images, batch_norm, default_init
 from jaxdistill.types import compute_dtype
 
-__all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "Resampled", "ReviewFusion", "between"]
+__all__ = [
+  "MLP",
+  "Conv",
+  "LearnedTemperature",
+  "Linear",
+  "Orthogonal",
+  "Resampled",
+  "ReviewFusion",
+  "between",
+]
 
 # A vector or tokens, whose last axis is mapped.
 Features = Float[Array | np.ndarray, "B *axes D"]
@@ -255,6 +264,57 @@ class Conv(nn.Module):
       y = batch_norm(self, train, "norm")(y)
     # A teacher's map behind its ReLU has no negative values; one before it has.
     return jax.nn.relu(y) if self.use_relu else y
+
+
+class Orthogonal(nn.Module):
+  """VkD's projector: a linear map that keeps lengths and angles, or as many of them as fit.
+
+  ``x @ Qᵀ`` to a larger width, Q ``[features, D]`` with orthonormal columns; ``x @ Q`` to a smaller
+  one, Q ``[D, features]``. Q is the orthogonal factor of a free kernel (QR, the diagonal of R above
+  0), so that it is orthogonal at every step and any optimiser may train it. The projector can turn
+  the student's features and not reshape them, so that what is learned is learned by the student.
+  Weight decay has no effect on Q: the kernel's scale does not count.
+
+  Attributes:
+    features: the teacher's width.
+    kernel_init: initialises the kernel; Flax's default.
+    dtype: of the product; None promotes from inputs and parameters.
+    param_dtype: of the parameters, and of the factorisation.
+
+  Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections",
+  2024. The paper takes the exponential of a skew matrix, its code PyTorch's parametrisation by
+  Householder reflections: other coordinates of the same maps.
+
+  >>> x = jnp.array([[3.0, 4.0]])
+  >>> y, _ = Orthogonal(5).init_with_output(jax.random.key(0), x)
+  >>> round(jnp.linalg.norm(y).item(), 4)
+  5.0
+  """
+
+  features: int
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
+    """Projects features.
+
+    Args:
+      x: ``[B, ..., D]``.
+      train: changes nothing here.
+
+    Returns:
+      ``[B, ..., features]``.
+    """
+    del train
+    width = x.shape[-1]
+    tall = (max(width, self.features), min(width, self.features))
+    q, r = jnp.linalg.qr(self.param("kernel", self.kernel_init, tall, self.param_dtype))
+    # QR leaves each column's sign open; fixed, Q is a continuous function of the kernel.
+    q = q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)[None]
+    x, q = nn.dtypes.promote_dtype(x, q, dtype=self.dtype)
+    return jnp.matmul(x, q.T if width < self.features else q)
 
 
 class Resampled(nn.Module):
