@@ -9,15 +9,19 @@ from jaxdistill.losses.features import (
   activation_boundary,
   attention_relation,
   attention_transfer,
+  channel_wise,
+  class_attention,
   factor_transfer,
   flow_of_solution,
   hierarchical_context,
   hint_cosine,
   hint_l2,
+  hint_normalized,
   inter_channel_correlation,
   neuron_selectivity,
   overhaul,
   overhaul_margin,
+  pairwise_structure,
   variational_information,
 )
 from jaxdistill.losses.logits import (
@@ -52,6 +56,8 @@ __all__ = [
   "activation_boundary",  # activation boundaries (AB): which units are on
   "attention_relation",  # self-attention relations (MiniLMv2): how positions attend to each other
   "attention_transfer",  # attention transfer (AT)
+  "channel_wise",  # channel-wise distillation (CWD): where each channel is strongest
+  "class_attention",  # class attention (CAT-KD): where the evidence for each class is
   "contrastive",  # contrastive distillation within the batch (InfoNCE), both ways round
   "contrastive_bank",  # contrastive representation distillation (CRD)
   "correlation_congruence",  # correlation congruence (CC)
@@ -63,6 +69,7 @@ __all__ = [
   "hierarchical_context",  # hierarchical context loss (HCL) of ReviewKD
   "hint_cosine",  # hints by direction (Lcos of DistilBERT): cosine distance of two features
   "hint_l2",  # hints (FitNets): squared error of two features
+  "hint_normalized",  # hints to a normalised teacher (VkD): smooth L1 to its z-scores
   "init_banks",  # memory banks (CRD) before the first batch: random unit rows
   "inter_channel_correlation",  # inter-channel correlation (ICKD)
   "inter_class_correlation",  # inter-class relation (DIST)
@@ -72,6 +79,7 @@ __all__ = [
   "one_for_all",  # one-for-all distillation (OFA-KD): the label's class is enhanced by a power
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the activation
   "overhaul_margin",  # margins of the overhaul (OFD)
+  "pairwise_structure",  # pair-wise structure (SKD): which positions of an image look alike
   "probabilistic_transfer",  # probabilistic knowledge transfer (PKT)
   "relational_angle",  # relational knowledge distillation by angle (RKD-A)
   "relational_distance",  # relational knowledge distillation by distance (RKD-D)

@@ -11,8 +11,20 @@ of their own are written so: whoever copies `kd` into a file of his has his meth
 from jaxdistill.recipes import parts as parts
 from jaxdistill.recipes import projectors as projectors
 from jaxdistill.recipes.basics import combine, fitnet, hint, kd, labels
+from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
-from jaxdistill.recipes.features import attention_transfer, nst, overhaul, overhaul_margins, vid
+from jaxdistill.recipes.features import (
+  attention_transfer,
+  cwd,
+  ickd,
+  mgd,
+  nst,
+  overhaul,
+  overhaul_margins,
+  structure,
+  vid,
+  vkd,
+)
 from jaxdistill.recipes.logits import ctkd, dist, dkd, kd_standardized, ofa
 from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.relations import correlation_congruence, pkt, rkd, similarity_preserving
@@ -23,19 +35,23 @@ from jaxdistill.recipes.stages import activation_boundary, factor_transfer, fsp
 __all__ = [
   "activation_boundary",  # activation boundaries (AB)
   "attention_transfer",  # attention transfer (AT): where in the image each stage's energy is
+  "catkd",  # class attention transfer (CAT-KD): where the evidence for each class is
   "combine",  # adds objectives up: the union of their terms
   "correlation_congruence",  # correlation congruence (CC)
   "crd",  # contrastive representation distillation (CRD), with banks of all training examples
   "ctkd",  # curriculum temperature (CTKD): the temperature is learned against the student
+  "cwd",  # channel-wise distillation (CWD): where each channel is strongest
   "dist",  # DIST: correlations of predictions
   "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
   "factor_transfer",  # factor transfer (FT)
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
   "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's
   "hint",  # matches one intermediate layer, through a projector where the widths differ
+  "ickd",  # inter-channel correlation (ICKD): which channels fire together
   "kd",  # soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
+  "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
   "nst",  # neuron selectivity transfer (NST): where each channel fires, and the labels
   "ofa",  # one-for-all distillation (OFA-KD)
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the ReLU, and the labels
@@ -46,5 +62,9 @@ __all__ = [
   "rkd",  # relational knowledge distillation (RKD): distances of pairs and angles of triples
   "similarity_preserving",  # similarity-preserving distillation (SP)
   "simkd",  # simKD: the student's last map is made the teacher's
+  "srrl",  # softmax regression (SRRL): the feature as the teacher's classifier reads it
+  "structure",  # pair-wise structure (SKD): which positions of an image look alike
   "vid",  # variational information distillation (VID): the teacher's stages
+  "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
+  "with_class_maps",  # a network that also puts out the maps of `catkd`
 ]

@@ -37,8 +37,8 @@ def applied(objective, student=STUDENT, teacher=TEACHER, **hyper):
   return objective.apply({}, {}, student, teacher, BATCH, key=jax.random.key(0), **hyper)[0]
 
 
-def test_ten_recipes_are_functions():
-  assert len(FUNCTIONS) == 10
+def test_twelve_recipes_are_functions():
+  assert len(FUNCTIONS) == 12
   assert {"labels", "kd", "dkd", "attention_transfer", "pkt"} < set(FUNCTIONS)
 
 
