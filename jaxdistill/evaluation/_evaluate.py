@@ -17,6 +17,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill.evaluation import cost, metrics, predictions
 from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
+from jaxdistill.teachers import answered, asked_on_host
 from jaxdistill.types import Batch, Model, Outputs, Teacher
 
 __all__ = [
@@ -106,6 +107,11 @@ def taught(teacher: Teacher, batches: Batch) -> Batch:
   """
   _check_batches(batches)
   _check_teacher(teacher)
+  if asked_on_host(teacher):
+    said = [jax.device_get(teacher(batch)) for batch in batches_of(batches)]
+    return dataclasses.replace(
+      batches, teacher=jax.tree.map(lambda *leaves: np.stack(leaves), *said)
+    )
   teacher = settled(teacher)
   with _fitting(None):
     ask = kept(_logits, teacher, next(batches_of(batches))).compiled(len(batches.weight))
@@ -155,14 +161,14 @@ class _Measure:
   logits: Callable[[Model | Teacher, Batch], jax.Array]
   __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
-  def __call__(self, model: Model | Teacher, said: jax.Array, batch: Batch) -> _Measured:
-    """Measures a model beside the teacher's logits ``[B, K]``."""
-    where = batch.weight * batch.labelled
+  def __call__(self, model: Model | Teacher, said: Outputs, batch: Batch) -> _Measured:
+    """Measures a model beside the teacher's logits ``[B, K]``, where it gave any (``[B]``)."""
+    where, told = batch.weight * batch.labelled, batch.weight * said.where
 
     def measure(logits: jax.Array) -> _Measured:
       return _Measured(
         quality=metrics.classification_sums(logits, batch.labels, where),
-        fidelity=metrics.fidelity_sums(logits, said, batch.labels, batch.weight, batch.labelled),
+        fidelity=metrics.fidelity_sums(logits, said.logits, batch.labels, told, batch.labelled),
         answers=predictions.answers(logits, batch.labels),
       )
 
@@ -197,6 +203,7 @@ class _Pass:
       batches = dataclasses.replace(batches, labels=np.zeros(batches.weight.shape, np.int32))
     self.batches, first = batches, next(batches_of(batches))
     self.asked: Kept | None = None
+    model = _of_batch(model, first)
     with _fitting(_seeds(model)):
       logits = kept(_logits, model, self._shown(first))
     _check_labels(batches, logits.outputs.shape[-1])
@@ -204,13 +211,13 @@ class _Pass:
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
       mute = np.zeros((len(first.weight), logits.outputs.shape[-1]), np.float32)
-      self.mute = settled((self.model, mute))[1]
+      self.mute = settled((self.model, _said(mute)))[1]
       said: Any = self.mute
       if teacher is not None:
         self.asked = kept(_logits, teacher, first)
-        said = self.asked.outputs
+        said = dataclasses.replace(said, logits=self.asked.outputs)
       elif first.teacher is not None:
-        said = first.teacher.logits
+        said = _said(first.teacher.logits, first.teacher.where)
       self.program = kept(_Measure(logits.traced), model, said, self._shown(first))
 
   def _shown(self, batch: Batch) -> Batch:
@@ -232,14 +239,27 @@ class _Pass:
     for batch in batches_of(self.batches):
       said = self.mute
       if ask is not None:
-        said = ask(self.teacher, batch)
+        said = dataclasses.replace(said, logits=ask(self.teacher, batch))
       elif batch.teacher is not None:
-        said = settled((self.model, batch.teacher.logits))[1]
-      found.append(program(self.model, said, self._shown(batch)))
+        told = _said(batch.teacher.logits, batch.teacher.where)
+        said = settled((self.model, told))[1]
+      found.append(program(_of_batch(self.model, batch), said, self._shown(batch)))
     return found
 
 
+def _said(logits: Any, where: Any = None) -> Outputs:
+  """A teacher's logits ``[B, ..., K]``, with the mask of those that it gave."""
+  return Outputs(logits=logits, where=np.ones(len(logits), np.float32) if where is None else where)
+
+
+def _of_batch(model: Any, batch: Batch) -> Any:
+  """The model; a teacher of another program as what it says of this batch."""
+  return answered(model, batch) if isinstance(model, Teacher) else model
+
+
 def _measured(model: Any, batches: Batch, teacher: Any) -> list[_Measured]:
+  if isinstance(teacher, Teacher) and asked_on_host(teacher):
+    batches, teacher = taught(teacher, batches), None
   return _Pass(model, batches, teacher)()
 
 
@@ -373,7 +393,8 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
     multiply-add being two), ``xla_flops`` (the compiler's own figure), ``latency_ms`` at batch 1 as
     ``{"median", "p95"}``, and ``throughput`` in examples a second at batch B,
     ``throughput_batch``. ``flops`` is absent where an operation's cost cannot be read off, and
-    ``xla_flops`` where the compiler has no figure.
+    ``xla_flops`` where the compiler has no figure. Of a teacher of another program
+    (`teachers.foreign`) only its times are known.
   """
   _check_model(model)
   _check.number("seconds", seconds, above=0)
@@ -382,6 +403,10 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   batch = jax.device_get(next(batches_of(dataclasses.replace(batches, teacher=None))))
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = len(batch.weight)
+  if isinstance(model, Teacher) and asked_on_host(model):
+    times = cost.timed(lambda: model(one), seconds=seconds)
+    each = cost.timed(lambda: model(batch), seconds=seconds)["median"] / 1000
+    return {"latency_ms": times, "throughput": size / each, "throughput_batch": size}
   # One program for each of the two sizes, whatever is asked of it; nothing is timed before both
   # are compiled, beside one another.
   programs = [kept(_logits, model, given).plain() for given in (one, batch)]

@@ -1,4 +1,4 @@
-"""Writes a teacher's outputs for another program to learn from. Copy this file: it needs NumPy alone.
+"""Writes a teacher's outputs for another program to learn from. Copy it: it needs NumPy alone.
 
 A teacher that is not in JAX (PyTorch, Keras, an API) leaves its outputs in a folder by `write`, and
 ``teachers.cached(None, source, folder=...)`` opens it where the student is trained. Nothing of
@@ -40,7 +40,7 @@ GIVES = ("logits", "probabilities", "binary_probabilities", "features")
 # A probability below it counts as it, since log 0 is no number: −16.1 as a logit. A forest of a
 # hundred trees knows no probability between 0 and 0.01 divided by the size of a leaf.
 FLOOR = 1e-7
-# How far from 1 a row of probabilities may add up: float16 is off by a thousandth over many classes.
+# How far from 1 a row of probabilities may add up: float16 is off by a thousandth.
 _SUM_IS_OFF = 1e-3
 # So few rows between 0 and 1 may add up to 1 by chance, where logits are small and classes two.
 _TOO_FEW = 4
@@ -121,7 +121,8 @@ def _array(name: str, value: Any, size: int) -> np.ndarray:
     )
   if name in GIVES[:3] and array.ndim < 2:
     raise ValueError(
-      f"the teacher's {name} are {list(array.shape)}; give [B, K], [:, None] for K=1."
+      f"the teacher's {name} have the shape {list(array.shape)}; give [{size}, K], and [:, None] "
+      "where there is one output."
     )
   return array
 
@@ -260,7 +261,7 @@ def write(
     "arrays": arrays_of(one),
   }
   there = _begun(folder, body, text)
-  shards = _shards(found, named, body["arrays"], view)
+  shards = _shards(found, named, there["arrays"], view)
   known = there["views"].get(str(view))
   if known is not None:
     if known != [about for about, _ in shards]:
