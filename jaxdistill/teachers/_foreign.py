@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxdistill import _check
 from jaxdistill.teachers import cache_writer
@@ -48,9 +49,10 @@ class OnHost:
       floor=self.floor,
       name_of=lambda row: f"example {int(host.index[row])} (row {row} of a batch)",
     )
-    features = {n.split("/", 1)[1]: v for n, v in made.items() if n.startswith("features/")}
-    where = made["where"].astype("float32") if "where" in made else None
-    return Outputs(logits=made.get("logits"), features=features, where=where)
+    there = {name: jnp.asarray(values) for name, values in made.items()}
+    features = {n.split("/", 1)[1]: v for n, v in there.items() if n.startswith("features/")}
+    where = there["where"].astype(jnp.float32) if "where" in there else None
+    return Outputs(logits=there.get("logits"), features=features, where=where)
 
 
 def foreign(

@@ -131,6 +131,8 @@ def _logits(
   values: np.ndarray, kind: str, floor: float, name_of: Callable[[int], str]
 ) -> np.ndarray:
   """Rows of a kind as logits, or features as they are; raises with the first row that is wrong."""
+  if not len(values):
+    return values
   exact = values.astype(np.float64)
   flat = exact.reshape(len(exact), -1)
 
@@ -244,7 +246,8 @@ def write(
   given = outputs_of(
     rows, len(named), gives=gives, floor=floor, name_of=lambda i: f"example {named[i]!r}"
   )
-  found = {n: v if n == "where" else v.astype(dtype) for n, v in given.items()}
+  with np.errstate(over="ignore"):  # said below, by name
+    found = {n: v if n == "where" else v.astype(dtype) for n, v in given.items()}
   for key, values in found.items():
     if not np.isfinite(values).all():
       raise ValueError(f"the teacher's {key} have a number that dtype={dtype!r} has not.")
