@@ -175,7 +175,7 @@ def load(config: Config) -> tuple[data.Examples, data.Examples, np.ndarray, np.n
     version = hashlib.sha256(inputs[rows].tobytes()).hexdigest()[:12]
     known = np.maximum(labels[rows], 0)
     made = data.from_arrays(inputs[rows], known, num_classes=len(names), name="files of a machine")
-    return dataclasses.replace(made, version=version, label_names=names)
+    return dataclasses.replace(made, version=version, label_names=tuple(names))
 
   held, taught = order[:cut], order[cut:]
   return examples(taught), examples(held), labels[taught] >= 0, labels[held] >= 0
