@@ -13,6 +13,7 @@ EXTRAS = {
   "jax2onnx": "export",
   "jinja2": "report",
   "jsonschema": "report",
+  "magika": "foreign",
   "matplotlib": "report",
   "onnxruntime": "export",
   "qwix": "export",

@@ -52,12 +52,16 @@ class Outputs:
     features: intermediates by name, each with the batch axis first.
     hidden: ``[B, L, D]``, the input of the last linear map, for language models.
     head: the last linear map's parameters, so that nobody has to build ``[tokens, vocabulary]``.
+    where: ``[B]``, 0 for examples of which the network says nothing, as a teacher of another
+      program may; None where it answers them all. The step leaves these out of every term that
+      looks at the teacher, and counts their labels as before.
   """
 
   logits: Any = None
   features: dict[str, Any] = flax.struct.field(default_factory=dict)
   hidden: Any = None
   head: Any = None
+  where: Any = None
 
 
 @flax.struct.dataclass

@@ -283,6 +283,53 @@ def test_a_student_is_chosen_exported_and_reported_within_a_budget(tmp_path, cap
   assert "NOT" not in capsys.readouterr().out
 
 
+def some_files(folder):
+  """Files of a few kinds, written here: so many that a batch of them is left over."""
+  for number in range(24):
+    code = "".join(f"def f{number}_{i}(x):\n  return x + {i}\n" for i in range(9 + number))
+    (folder / f"{number}.py").write_text(code)
+    rows = [{"number": number + i, "name": "one"} for i in range(40)]
+    (folder / f"{number}.json").write_text(json.dumps(rows, indent=2))
+    (folder / f"{number}.css").write_text(f"body {{ margin: {number}px; }}\n" * 30)
+    (folder / f"{number}.unknown").write_bytes(np.random.default_rng(number).bytes(3000))
+  return folder
+
+
+def test_a_file_is_looked_at_as_magika_does(tmp_path):
+  magika = pytest.importorskip("magika")
+  script = importlib.import_module("file_types")
+  contents = {
+    "short": b" \n a few words, and no more than these \n",
+    "long": bytes(range(256)) * 40,
+  }
+  for name, content in contents.items():
+    path = tmp_path / name
+    path.write_bytes(content)
+    with path.open("rb") as file:
+      seekable = importlib.import_module("magika.types").Seekable(file)
+      theirs = magika.Magika._extract_features_from_seekable(
+        seekable, 1024, 0, 1024, 256, 4096, False
+      )
+    np.testing.assert_array_equal(script.look_at(path), [*theirs.beg, *theirs.end])
+
+
+@pytest.mark.slow
+def test_a_network_out_of_a_package_teaches_a_small_one(tmp_path):
+  pytest.importorskip("magika")
+  files = tmp_path / "files"
+  files.mkdir()
+  given = ["--short", "--each", "20", "--roots", some_files(files), "--out", tmp_path / "run"]
+  run("file_types", given)
+  found = read(tmp_path / "run")
+  jsonschema.validate(found, reports.report_schema())
+  assert found["examples"] == 20  # a quarter of four endings' twenty
+  assert "parameters" not in found["models"]["teacher"]
+  assert found["models"]["student"]["parameters"] < 79_000
+  # Four endings, of which one tells no kind.
+  assert 0 < found["models"]["teacher"]["accuracy"]["mean"] <= 1
+  assert "python experiments/file_types.py" in (tmp_path / "run" / "report.md").read_text()
+
+
 def test_compress_takes_the_budget_that_is_given():
   script = importlib.import_module("compress")
   given, _ = script.parse(["--max-bytes", "5"])

@@ -112,6 +112,7 @@ class Source:
     augmentation: its name. Where it is ``"identity"``, no view depends on ``data_seed``.
     whole: how every example is shown once; None for streams that only iterate.
     teacher: where batches bring a teacher's outputs along, which teacher's: a fingerprint.
+    skipped: of how many examples that teacher says nothing.
     transform: ``(key, batch) -> batch`` before both networks: mixup, label smoothing, see
       `jaxdistill.data.transforms` and `transformed`. The step calls it, with a key of its own.
     contents: ``() -> digests`` of what the examples hold, by which a run and a cache know them
@@ -139,6 +140,7 @@ class Source:
   augmentation: str = "identity"
   whole: Whole | None = None
   teacher: str | None = None
+  skipped: int = 0
   transform: Transform | None = None
   contents: Callable[[], Mapping[str, str]] | None = None
   shown: Callable[[], Mapping[str, runs.Traced]] | None = None

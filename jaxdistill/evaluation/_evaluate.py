@@ -12,12 +12,14 @@ from typing import Any
 import flax.errors
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
 from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
 from jaxdistill.evaluation.tasks import Task
+from jaxdistill.teachers import answered, asked_on_host
 from jaxdistill.types import Batch, Model, Outputs, Teacher
 
 __all__ = [
@@ -115,11 +117,16 @@ def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Bat
   """
   _check_batches(batches)
   _check_teacher(teacher)
-  teacher = settled(teacher)
-  with _fitting(None):
-    asked = kept(_Asked(_task(task)), teacher, next(batches_of(batches)))
-  ask = asked.compiled(len(batches.weight))
-  found = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
+  task = _task(task)
+  if asked_on_host(teacher):
+    said = [jax.device_get(teacher(batch)) for batch in batches_of(batches)]
+    found = [dataclasses.replace(task.reads(one), where=one.where) for one in said]
+  else:
+    teacher = settled(teacher)
+    with _fitting(None):
+      asked = kept(_Asked(task), teacher, next(batches_of(batches)))
+    ask = asked.compiled(len(batches.weight))
+    found = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
   return dataclasses.replace(batches, teacher=jax.tree.map(lambda *x: np.stack(x), *found))
 
 
@@ -196,14 +203,16 @@ class _Measure:
   __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
   def __call__(self, model: Model | Teacher, said: Outputs, batch: Batch) -> _Measured:
-    """Measures a model beside the teacher's outputs ``[B, ...]``."""
+    """Measures a model beside the teacher's outputs ``[B, ...]``, where it gave any, ``[B]``."""
     task = self.task
+    told = jnp.expand_dims(said.where, range(1, batch.weight.ndim))
+    beside = dataclasses.replace(batch, weight=batch.weight * told)
 
     def measure(outputs: Outputs) -> _Measured:
       classes = self.labels and task is tasks.classification()
       return _Measured(
         quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
-        fidelity={} if task.compared is None else task.compared(outputs, said, batch),
+        fidelity={} if task.compared is None else task.compared(outputs, said, beside),
         each={} if task.each is None or not self.labels else task.each(outputs, batch),
         answers=predictions.answers(outputs.logits, batch.labels) if classes else {},
       )
@@ -220,6 +229,16 @@ def _outputs(model: Model | Teacher, batch: Batch) -> Any:
 
 def _seeds(model: Model | Teacher) -> int | None:
   return None if isinstance(model, Teacher) else model.seeds
+
+
+def _said(outputs: Outputs, count: int, where: Any = None) -> Outputs:
+  """A teacher's outputs ``[B, ...]``, with the mask ``[B]`` of the examples that it answered."""
+  return dataclasses.replace(outputs, where=np.ones(count, np.float32) if where is None else where)
+
+
+def _of_batch(model: Any, batch: Batch) -> Any:
+  """The model; a teacher of another program as what it says of this batch."""
+  return answered(model, batch) if isinstance(model, Teacher) else model
 
 
 def _task(task: Any) -> Task:
@@ -241,6 +260,8 @@ class _Pass:
     _check_model(model)
     if teacher is not None:
       _check_teacher(teacher)
+    if isinstance(teacher, Teacher) and asked_on_host(teacher):
+      batches, teacher = taught(teacher, batches, task=task), None
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
     self.model, self.teacher = settled((model, teacher))
@@ -249,6 +270,7 @@ class _Pass:
     first = next(batches_of(batches))
     asks = _Asked(task)
     with _fitting(_seeds(model)):
+      model = _of_batch(model, first)
       outputs = kept(asks, model, self._shown(first))
     of_one = outputs.outputs
     if _seeds(model) is not None:
@@ -259,13 +281,13 @@ class _Pass:
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
       mute = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), of_one)
-      self.mute = settled((self.model, mute))[1]
+      self.mute = settled((self.model, _said(mute, len(first.weight))))[1]
       said: Any = self.mute
       if teacher is not None:
         self.asked = kept(asks, teacher, first)
-        said = self.asked.outputs
+        said = _said(self.asked.outputs, len(first.weight))
       elif first.teacher is not None:
-        said = task.reads(first.teacher)
+        said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
       self.program = kept(_Measure(outputs.traced, task, labels), model, said, self._shown(first))
 
   def _shown(self, batch: Batch) -> Batch:
@@ -287,12 +309,13 @@ class _Pass:
     for batch in batches_of(self.batches):
       said = self.mute
       if ask is not None:
-        said = ask(self.teacher, batch)
+        said = dataclasses.replace(ask(self.teacher, batch), where=self.mute.where)
       elif batch.teacher is not None:
-        said = settled((self.model, self.task.reads(batch.teacher)))[1]
+        told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
+        said = settled((self.model, told))[1]
       if self.compared and self.task.each is not None:
         self.said.append((said, batch))
-      found.append(program(self.model, said, self._shown(batch)))
+      found.append(program(_of_batch(self.model, batch), said, self._shown(batch)))
     return found
 
   def finished(self, found: list[_Measured] | None = None) -> dict[str, np.ndarray]:
@@ -305,7 +328,9 @@ class _Pass:
     sums = {**total["quality"], **(total["fidelity"] if self.compared else {})}
     seeds = _seeds(self.model)
     rows, theirs = self._all([one.each for one in found], axis=int(seeds is not None)), None
-    if rows and self.task.each is not None and self.said:
+    # Of examples that a teacher skipped nobody knows their neighbours.
+    whole = all(np.all(jax.device_get(said.where) > 0) for said, _ in self.said)
+    if rows and self.task.each is not None and self.said and whole:
       theirs = self._all([self.task.each(said, batch) for said, batch in self.said], axis=0)
     if seeds is None:
       return self._of_one(sums, rows, theirs)
@@ -462,7 +487,8 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
     multiply-add being two), ``xla_flops`` (the compiler's own figure), ``latency_ms`` at batch 1 as
     ``{"median", "p95"}``, and ``throughput`` in examples a second at batch B,
     ``throughput_batch``. ``flops`` is absent where an operation's cost cannot be read off, and
-    ``xla_flops`` where the compiler has no figure.
+    ``xla_flops`` where the compiler has no figure. Of a teacher of another program
+    (`teachers.foreign`) only its times are known.
   """
   _check_model(model)
   _check.number("seconds", seconds, above=0)
@@ -471,6 +497,10 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   batch = jax.device_get(next(batches_of(dataclasses.replace(batches, teacher=None))))
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = len(batch.weight)
+  if isinstance(model, Teacher) and asked_on_host(model):
+    times = cost.timed(lambda: model(one), seconds=seconds)
+    each = cost.timed(lambda: model(batch), seconds=seconds)["median"] / 1000
+    return {"latency_ms": times, "throughput": size / each, "throughput_batch": size}
   # One program for each of the two sizes, whatever is asked of it; nothing is timed before both
   # are compiled, beside one another.
   programs = [kept(_outputs, model, given).plain() for given in (one, batch)]

@@ -1,4 +1,4 @@
-"""Teachers: frozen, combined, narrowed to some classes, cached.
+"""Teachers: frozen, of other programs, combined, narrowed to some classes, cached.
 
 A teacher is made here and nowhere else; what is made of teachers is a teacher again.
 """
@@ -10,8 +10,11 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.teachers._cache import Filler, cached, compare_cache, with_outputs
   from jaxdistill.teachers._cache_files import CacheError, verify_cache
+  from jaxdistill.teachers._foreign import foreign
   from jaxdistill.teachers._frozen import (
     RULES,
+    answered,
+    asked_on_host,
     combine_logits,
     ensemble,
     frozen,
@@ -21,15 +24,19 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     restore,
     subset,
   )
+  from jaxdistill.teachers.cache_writer import write
 
 __all__ = [
   "RULES",  # how an ensemble may combine its members' logits
   "CacheError",  # a cache is damaged, or half written
   "Filler",  # runs the teacher over every example of a view
+  "answered",  # a teacher that can be compiled, for one batch
+  "asked_on_host",  # whether a teacher is another program's
   "cached",  # a source whose batches bring the teacher's outputs along
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again
   "ensemble",  # any number of models, of any architectures, as one teacher
+  "foreign",  # a Python function of arrays on the host as a teacher, of any program
   "frozen",  # a model as a teacher: evaluated in inference mode, gradients stopped
   "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1
   "layers",  # a teacher's layers as a student's beginning
@@ -38,6 +45,7 @@ __all__ = [
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "verify_cache",  # checks every digest, count and id of a cache
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
+  "write",  # a cache written with NumPy alone: `cache_writer`, a file to copy into other programs
 ]
 
 __getattr__, __dir__ = lazy(__name__)

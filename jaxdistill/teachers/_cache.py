@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,9 @@ from jaxdistill._compile import by_work, quarter
 from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
+from jaxdistill.teachers._frozen import asked_on_host
 from jaxdistill.teachers._identity import PROBES, sketch
+from jaxdistill.teachers.cache_writer import row_type
 from jaxdistill.types import Batch, Outputs, Teacher
 
 __all__ = ["DTYPES", "LIMIT", "Files", "Filler", "Store", "cached", "compare_cache", "with_outputs"]
@@ -37,6 +40,8 @@ PyTree = Any
 DTYPES = ("float16", "float32", "float64")
 # CIFAR-100's logits of all 162 views of crop_flip(4) take 3.2 GB as float32, half as float16.
 LIMIT = 4 * 2**30
+# Of a view that is being filled, what is lost where the process is killed.
+PART_SECONDS = 10.0
 
 
 def cached(
@@ -66,12 +71,14 @@ def cached(
   Args:
     teacher: the teacher; it must answer to an example alone, whatever else is in the batch. One
       with a function of yours that depends on more than its variables says so in its ``asked``.
-      None opens a complete cache in ``folder`` without one, as another program wrote it
-      (``docs/cache.md``).
+      One of another program (`foreign`) is asked on the host, and teaches the examples that it
+      answers. None opens a complete cache in ``folder`` without one, as another program wrote it
+      (`write`, ``docs/cache.md``); examples that are not in it count by their labels alone.
     source: from `data.on_device`, `streamed` or `mixed`, with finite ``views``.
     dtype: of what is kept: ``"float32"``, ``"float16"`` (half the size; read back as float32), or
       ``"float64"``.
-    features: which of the teacher's features to keep beside the logits.
+    features: which of the teacher's features to keep beside the logits, or without any where it
+      has none; of a `foreign` teacher all by default.
     folder: where the cache is kept, to be used again; in memory alone by default. It is refused
       where it was made for another teacher, data set or augmentation; missing views are filled.
     in_advance: fill all views now, under a progress bar.
@@ -115,9 +122,10 @@ def cached(
   # run shorter than the views pays only for what it sees.
   if _views(source) == 1 or in_advance:
     store.complete()
+  skipped = store.skipped() if store.full else 0
   device = store.full and _fits(_bytes(source, store.layout), "device")
   made = _on_device(source, store) if device else _beside(source, store)
-  return dataclasses.replace(made, teacher=runs.short_digest(about))
+  return dataclasses.replace(made, teacher=runs.short_digest(about), skipped=skipped)
 
 
 def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files:
@@ -153,19 +161,25 @@ def _foreign(source: Source, folder: str | os.PathLike[str] | None) -> tuple[Sto
     raise ValueError("teacher is None, and there is no folder to read its outputs from.")
   path = _check.folder("folder", folder)
   manifest = _cache_files.read_manifest(path)
-  kind = _cache_files.row_type(manifest["arrays"])
+  kind = row_type(manifest["arrays"])
   layout = {n: jax.ShapeDtypeStruct(kind[n].shape, kind[n].base) for n in kind.names or ()}
   now = _identity.identity_of(source, _views(source), manifest["dtype"], layout)
-  _check_same(path, {**now, "looks": _identity.views_identity(source, _views(source))})
+  # A teacher may have skipped examples: their ids say better than their number whether it is this
+  # data set.
+  same_size = {**now, "data": {**now["data"], "size": manifest["data"]["size"]}}
+  _check_same(path, {**same_size, "looks": _identity.views_identity(source, _views(source))})
   whole: Any = source.whole
-  store = Store(_views(source), layout, whole.size, files=Files(path, whole.ids()))
+  files = Files(path, whole.ids(), skipping=True)
+  if files.skips:
+    layout["where"] = jax.ShapeDtypeStruct((), np.dtype(np.uint8))
+  store = Store(_views(source), layout, whole.size, files=files)
   if not store.full:
     lacking = [view for view in range(store.count) if not store.has(view)]
     raise ValueError(
       f"folder={str(folder)!r} lacks the views {lacking[:5]} of {store.count}, and there is no "
       "teacher to fill them: let whoever wrote it write the rest."
     )
-  written = {name: manifest.get(name) for name in ("teacher", "asked", "views")}
+  written = {name: manifest.get(name) for name in ("teacher", "asked", "views", "ids")}
   return store, {**now, **written}
 
 
@@ -260,8 +274,12 @@ def _outputs(rows: Mapping[str, Any], *, widen: bool = True) -> Outputs:
     name: value.astype(jnp.float32) if widen and value.dtype == jnp.float16 else value
     for name, value in rows.items()
   }
-  logits = values.pop("logits")
-  return Outputs(logits=logits, features={n.split("/", 1)[1]: v for n, v in values.items()})
+  where = values.pop("where", None)
+  return Outputs(
+    logits=values.pop("logits", None),
+    features={n.split("/", 1)[1]: v for n, v in values.items()},
+    where=None if where is None else where.astype(jnp.float32),
+  )
 
 
 def _check_arguments(
@@ -419,11 +437,20 @@ class Filler:
     self.batch_size = min(batch_size, self.size)
     self.steps = -(-self.size // self.batch_size)
 
-    outputs = _function(source.cut, dtype, features)
+    on_host = asked_on_host(teacher)
+    outputs = _function(source.cut, dtype, features, on_host)
     given = teacher, source.shared, next(self.items(0))
-    _, made, _ = jax.eval_shape(outputs, *given)
-    options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
-    self.outputs = jax.jit(outputs, compiler_options=options)
+    self._first: Any = None
+    if on_host:
+      # Nobody knows what it puts out before it is asked: about those examples by which a cache is
+      # told too, once.
+      self.outputs = outputs
+      few = jax.tree.map(lambda leaf: leaf[:PROBES] if np.ndim(leaf) else leaf, given[2])
+      self._first = made = outputs(teacher, source.shared, few)[1]
+    else:
+      _, made, _ = jax.eval_shape(outputs, *given)
+      options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
+      self.outputs = jax.jit(outputs, compiler_options=options)
     self.layout = {
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
     }
@@ -434,7 +461,9 @@ class Filler:
 
   def probe(self) -> dict[str, Any]:
     """What the teacher puts out for the first examples, as sketches."""
-    _, made, _ = self.outputs(self.teacher, self.source.shared, next(self.items(0)))
+    made = self._first
+    if made is None:
+      _, made, _ = self.outputs(self.teacher, self.source.shared, next(self.items(0)))
     return {name: sketch(np.asarray(value[:PROBES])) for name, value in made.items()}
 
   def alone(self) -> bool:
@@ -454,84 +483,132 @@ class Filler:
       _off(second[name][:half], value[:half]) <= _ROUNDING for name, value in first.items()
     )
 
-  def __call__(self, view: int, done: Callable[[int], Any]) -> Rows:
-    """The rows of one view, in the order of the examples."""
+  def __call__(self, view: int, done: Callable[[int], Any], files: Files | None = None) -> Rows:
+    """The rows of one view, in the order of the examples; what files have of it is not asked again.
+
+    Args:
+      view: its number.
+      done: told of every batch.
+      files: where what is known is kept every few seconds, so that a killed process goes on there.
+    """
     rows = {name: np.empty((self.size, *r.shape), r.dtype) for name, r in self.layout.items()}
     missing = np.ones(self.size, bool)
+    if files is not None:
+      files.begin(view, rows, missing)
+    kept = time.monotonic()
 
     def take(made: Any) -> None:
+      nonlocal kept
       index, values, problems = jax.device_get(made)
-      for name, bad in problems.items():
-        if bad and not self.nan:
-          kept = f", or a number that {self.dtype} has not" if self.dtype else ""
-          raise ValueError(
-            f"the teacher's {name} in view {view} hold NaN{kept}: look at the teacher's variables"
-            f"{', or take dtype=' + repr('float32') if self.dtype else ''}."
-          )
+      self._check(view, values, problems)
+      for name in self.layout:
         rows[name][index] = values[name]
       missing[index] = False
       done(1)
+      if files is not None and missing.any() and time.monotonic() - kept >= PART_SECONDS:
+        files.add(view, rows, missing)
+        kept = time.monotonic()
 
     pending: Any = None
     for item in self.items(view):
+      if not missing[self._numbers(item)].any():
+        done(1)
+        continue
       made = self.outputs(self.teacher, self.source.shared, item)
       # One batch late: the host waits for numbers that are there, while the device computes on.
       if pending is not None:
         take(pending)
       pending = made
-    take(pending)
+    if pending is not None:
+      take(pending)
     if missing.any():
       raise RuntimeError(f"{self.source.name!r} did not show example {missing.argmax()} of a view.")
     return rows
 
+  def _numbers(self, item: PyTree) -> np.ndarray:
+    """Which examples a batch has, before anything is cut."""
+    whole: Any = self.source.whole
+    index: np.ndarray = whole.rows(jax.tree.map(lambda leaf: np.asarray(leaf)[None], item))[0][0]
+    return index
+
+  def _check(self, view: int, values: Rows, problems: Mapping[str, Any]) -> None:
+    """Raises where a batch's outputs are none, or not those that the first ones were."""
+    found = {name: (value.shape[1:], str(value.dtype)) for name, value in values.items()}
+    first = {name: (row.shape, str(row.dtype)) for name, row in self.layout.items()}
+    if found != first:
+      raise ValueError(
+        f"the teacher put out {first} for the first examples, and {found} in view {view}: it must "
+        "give the same arrays in every batch ('where' too, once it gives it)."
+      )
+    for name, bad in problems.items():
+      if bad and not self.nan:
+        kept = f", or a number that {self.dtype} has not" if self.dtype else ""
+        raise ValueError(
+          f"the teacher's {name} in view {view} hold NaN{kept}: look at the teacher's variables"
+          f"{', or take dtype=' + repr('float32') if self.dtype else ''}."
+        )
+
 
 @functools.lru_cache(maxsize=4)
 def _function(
-  cut: Callable[[PyTree, PyTree], Any], dtype: str | None, features: tuple[str, ...]
+  cut: Callable[[PyTree, PyTree], Any],
+  dtype: str | None,
+  features: tuple[str, ...],
+  on_host: bool,
 ) -> Callable[..., Any]:
   """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
+  shown = jax.jit(cut) if on_host else cut
 
   def outputs(teacher: Teacher, shared: PyTree, item: PyTree) -> Any:
-    batch = cut(shared, item)
-    made = _picked(teacher(batch), features)
+    batch = shown(shared, item)
+    made = _picked(teacher(batch), features, all_of_them=on_host)
+    where = made.pop("where", None)
     kept = {name: value.astype(dtype or value.dtype) for name, value in made.items()}
     # An infinity may be meant (a masked class); a number that became one in float16 is not.
     problems = {
       name: jnp.any(jnp.isnan(value) | (jnp.isfinite(value) & ~jnp.isfinite(kept[name])))
       for name, value in made.items()
     }
-    return batch.index, kept, problems
+    mask = {} if where is None else {"where": (where > 0).astype(jnp.uint8)}
+    return batch.index, {**kept, **mask}, problems
 
   return outputs
 
 
-def _picked(outputs: Any, features: Sequence[str]) -> dict[str, jax.Array]:
+def _picked(
+  outputs: Any, features: Sequence[str], *, all_of_them: bool = False
+) -> dict[str, jax.Array]:
   """What is kept of a teacher's outputs."""
   if not isinstance(outputs, Outputs):
     raise TypeError(f"teacher must return Outputs, got {_check.show(outputs)}.")
-  if outputs.logits is None:
-    raise ValueError(
-      "the teacher puts out no logits (hidden and head stand for them), and a cache holds logits "
-      "and features: let the teacher multiply them out, or leave cached out."
-    )
+  if all_of_them and not features:
+    features = sorted(outputs.features)
   lacking = [name for name in features if name not in outputs.features]
   if lacking:
     raise ValueError(
       f"features has {lacking}, which the teacher does not put out; it has "
       f"{sorted(outputs.features)}."
     )
-  return {"logits": outputs.logits, **{f"features/{n}": outputs.features[n] for n in features}}
+  if outputs.logits is None and not features:
+    raise ValueError(
+      "the teacher puts out no logits (hidden and head may stand for them), and a cache holds "
+      "logits and features: name features=[...] of it, let it multiply its logits out, or leave "
+      "cached out."
+    )
+  made = {"logits": outputs.logits, **{f"features/{n}": outputs.features[n] for n in features}}
+  return {n: v for n, v in {**made, "where": outputs.where}.items() if v is not None}
 
 
 class Files:
   """A cache's folder, read in the order of a source's examples."""
 
-  def __init__(self, folder: pathlib.Path, ids: Sequence[str]) -> None:
+  def __init__(self, folder: pathlib.Path, ids: Sequence[str], *, skipping: bool = False) -> None:
     """Opens it.
 
     Args:
       folder: the cache.
       ids: of the source's examples, in their order.
+      skipping: whether examples may lack, which the teacher skipped.
 
     Raises:
       ValueError: the cache is of other examples.
@@ -541,13 +618,15 @@ class Files:
     self.ids = _cache_files.read_ids(folder, self.manifest)
     place = {id: number for number, id in enumerate(self.ids)}
     lacking = [id for id in ids if id not in place]
-    if lacking or len(place) != len(ids):
+    self.skips = skipping and len(place) == len(ids) - len(lacking) > 0 and bool(lacking)
+    if (lacking or len(place) != len(ids)) and not self.skips:
       raise ValueError(
         f"folder={str(folder)!r} is a cache of other examples: {len(lacking)} of {len(ids)} ids "
-        f"are not in it ({', '.join(lacking[:3])}). Take another folder."
+        f"are not in it ({', '.join(lacking[:3])}), and it has {len(place)}. Take another folder."
       )
-    # Where each example's record stands in a view; who wrote it may have had another order.
-    self.place = np.array([place[id] for id in ids])
+    # Where each example's record stands in a view; who wrote it may have had another order. One
+    # that the teacher skipped has none: −1.
+    self.place = np.array([place.get(id, -1) for id in ids])
     self._open: dict[int, Any] = {}
 
   def has(self, view: int) -> bool:
@@ -563,7 +642,33 @@ class Files:
     rows = _cache_files.read_view(self.folder, self.manifest, view, self.ids)
     if np.array_equal(self.place, np.arange(len(self.place))):
       return rows
-    return {name: values[self.place] for name, values in rows.items()}
+    return self._placed({name: values[self.place] for name, values in rows.items()}, self.place)
+
+  def _placed(self, rows: Rows, place: np.ndarray) -> Rows:
+    """Rows with those of skipped examples, which have no record, as 0."""
+    if not self.skips:
+      return rows
+    rows.setdefault("where", np.ones(place.shape, np.uint8))
+    for values in rows.values():
+      values[place < 0] = 0
+    return rows
+
+  def begin(self, view: int, rows: Rows, missing: np.ndarray) -> None:
+    """Puts what there is of a view that is not complete into rows, which are then not missing."""
+    known = _cache_files.read_part(self.folder, self.manifest, view, self.ids)
+    index = np.argsort(self.place)[: len(next(iter(known.values())))]
+    for name, values in known.items():
+      rows[name][index] = values
+    missing[index] = False
+
+  def add(self, view: int, rows: Rows, missing: np.ndarray) -> None:
+    """Keeps the first rows of a view, as far as they are known."""
+    order = np.argsort(self.place)
+    first = sum(s["records"] for s in _cache_files.parts_of(self.manifest, view))
+    last = int(missing[order].argmax())
+    if last > first:
+      moved = {name: values[order] for name, values in rows.items()}
+      self.manifest = _cache_files.add_part(self.folder, view, moved, self.ids, first, last)
 
   def write(self, view: int, rows: Rows) -> None:
     """Adds a view."""
@@ -573,18 +678,11 @@ class Files:
 
   def read(self, view: int, index: np.ndarray) -> Rows:
     """Some rows of a view, through Grain; its shards are verified when they are opened."""
-    shards = self.manifest["views"][str(view)]
+    kind = row_type(self.manifest["arrays"])
     if view not in self._open:
-      for shard in shards:
-        _cache_files.check_shard(self.folder, shard)
-      opened = record_files([str(self.folder / shard["file"]) for shard in shards])
-      if len(opened) != len(self.ids):
-        raise _cache_files.CacheError(
-          f"View {view} of {self.folder} has {len(opened)} records for {len(self.ids)} examples."
-        )
-      self._open[view] = opened
-    kind = _cache_files.row_type(self.manifest["arrays"])
-    places = self.place[index.reshape(-1)].tolist()
+      self._open[view] = self._opened(view, kind)
+    place = self.place[index.reshape(-1)]
+    places = np.maximum(place, 0).tolist()
     records = self._open[view].__getitems__(places)
     starts = [_cache_files.prefix(self.ids[place]) for place in places]
     for record, start in zip(records, starts, strict=True):
@@ -593,8 +691,28 @@ class Files:
           f"View {view} of {self.folder} has another record where {start[4:]!r} belongs."
         )
     joined = b"".join(r[len(s) :] for r, s in zip(records, starts, strict=True))
-    packed = np.frombuffer(joined, kind).reshape(index.shape)
-    return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+    packed = np.frombuffer(joined, kind)
+    rows = {name: packed[name].copy() for name in kind.names or ()}
+    placed = self._placed(rows, place)
+    return {
+      name: values.reshape(*index.shape, *values.shape[1:]) for name, values in placed.items()
+    }
+
+  def _opened(self, view: int, kind: np.dtype) -> Any:
+    """A view's records by number, its shards verified."""
+    shards = self.manifest["views"][str(view)]
+    for shard in shards:
+      _cache_files.check_shard(self.folder, shard)
+    paths = [self.folder / shard["file"] for shard in shards]
+    if any(path.suffix == ".npy" for path in paths):
+      counts = [shard["records"] for shard in shards]
+      return _cache_files.Mapped(paths, counts, kind)
+    opened = record_files([str(path) for path in paths])
+    if len(opened) != len(self.ids):
+      raise _cache_files.CacheError(
+        f"View {view} of {self.folder} has {len(opened)} records for {len(self.ids)} examples."
+      )
+    return opened
 
 
 class Store:
@@ -648,7 +766,9 @@ class Store:
       raise ValueError(f"the cache lacks the views {missing[:5]}, and there is no teacher.")
     with progress_bar(len(missing) * self.fill.steps, self.progress, unit="batch") as shown:
       for view in missing:
-        rows = self.fill(view, shown.update)
+        rows = self.fill(view, shown.update, self.files)
+        if "where" in rows and (few := int(np.sum(rows["where"] == 0))):
+          shown.say(f"{self.progress}: the teacher skipped {few} of {self.size} examples.")
         if self.files is not None:
           self.files.write(view, rows)
         if self.keep:
@@ -670,6 +790,12 @@ class Store:
     if self.keep:
       self.views[view] = rows
     return rows
+
+  def skipped(self) -> int:
+    """How many examples the teacher says nothing of, in the view in which these are most."""
+    if "where" not in self.layout:
+      return 0
+    return max(int(np.sum(self.view(v)["where"] == 0)) for v in range(self.count))
 
   def rows(self, index: np.ndarray, view: np.ndarray) -> Rows:
     """The rows of these examples in these views, each ``[count, B]``."""

@@ -1,7 +1,8 @@
 """The files of a teacher cache: written whole or not at all, verified before they are believed.
 
-A folder holds ``manifest.json``, ``ids.json`` and shards of ArrayRecord. ``docs/cache.md`` has the
-format, which other programs may write. Nothing here needs JAX, and nothing is unpickled.
+A folder holds ``manifest.json``, ``ids.json`` and shards: of ArrayRecord, or of NumPy where another
+program wrote them (`cache_writer`). ``docs/cache.md`` has the format. Nothing here needs JAX, and
+nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -35,29 +36,27 @@ from jaxdistill.runs import (
   write_text,
   writes,
 )
+from jaxdistill.teachers.cache_writer import FORMAT, IDS, SHARD_BYTES, row_type
 
 __all__ = [
-  "FORMAT",
-  "IDS",
   "SHARD_BYTES",
   "CacheError",
-  "arrays_of",
+  "Mapped",
+  "add_part",
   "check_shard",
   "complete_views",
   "create",
   "forget",
+  "parts_of",
   "prefix",
   "read_ids",
   "read_manifest",
+  "read_part",
   "read_view",
-  "row_type",
   "verify_cache",
   "write_view",
 ]
 
-FORMAT = 1
-IDS = "ids.json"
-SHARD_BYTES = 256 * 2**20
 # What every manifest has, whoever wrote it.
 _KEYS = (
   "arrays",
@@ -137,10 +136,14 @@ def _check_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
     if not all(type(n) is int and 0 < n < 2**31 for n in shape):
       raise ValueError(f"has the array {name!r} of shape {shape}")
   names = [array["name"] for array in arrays]
-  if "logits" not in names or len(set(names)) < len(names):
-    raise ValueError(f"has the arrays {names}, and not 'logits' and others, each once")
+  known = all(n in ("logits", "where") or n.startswith("features/") for n in names)
+  if not known or not set(names) - {"where"} or len(set(names)) < len(names):
+    raise ValueError(f"has the arrays {names}, and not 'logits' or 'features/<name>', each once")
   row = sum(np.dtype(a["dtype"]).itemsize * math.prod(a["shape"]) for a in arrays)
-  for view, shards in views.items():
+  parts = body.get("parts", {})
+  if not isinstance(parts, dict):
+    raise ValueError("has parts of views, and not by number")
+  for view, shards in [*views.items(), *parts.items()]:
     if not re.fullmatch(r"0|[1-9]\d{0,8}", view) or not isinstance(shards, list):
       raise ValueError(f"has the view {view!r}, which is no number with its shards")
     for shard in shards:
@@ -226,27 +229,6 @@ def read_ids(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
   return ids
 
 
-def arrays_of(layout: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The manifest's ``arrays`` of rows with these shapes and dtypes.
-
-  >>> arrays_of({"logits": np.zeros(3, np.float16)})
-  [{'name': 'logits', 'dtype': '<f2', 'shape': [3]}]
-  """
-  return [
-    {"name": name, "dtype": np.dtype(row.dtype).newbyteorder("<").str, "shape": list(row.shape)}
-    for name, row in layout.items()
-  ]
-
-
-def row_type(arrays: Sequence[Mapping[str, Any]]) -> np.dtype:
-  """What follows the id in a record, as a NumPy type with one field for each array.
-
-  >>> row_type([{"name": "logits", "dtype": "<f2", "shape": [3]}]).itemsize
-  6
-  """
-  return np.dtype([(a["name"], a["dtype"], tuple(a["shape"])) for a in arrays])
-
-
 def prefix(id: str) -> bytes:
   """What a record begins with: the length of the id and the id.
 
@@ -268,7 +250,7 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
   Args:
     folder: the cache.
     view: its number.
-    rows: ``[N, ...]`` by name, as the manifest has them.
+    rows: ``[N, ...]`` by name, as the manifest has them; what lies in parts is not written again.
     ids: of the rows, in the order of ``ids.json``.
 
   Returns:
@@ -278,34 +260,87 @@ def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) 
     manifest = read_manifest(folder)
     if str(view) in manifest["views"]:
       return manifest
+    begun = parts_of(manifest, view)
     _clear(folder, manifest)
-    kind = row_type(manifest["arrays"])
-    # [N] records of a structured type: a row's arrays lie side by side, as they will in the file.
-    packed = np.empty(len(ids), kind)
-    for name, values in rows.items():
-      packed[name] = values
-    each = max(1, SHARD_BYTES // (kind.itemsize + 16))  # 16: about what ids and framing take
-    count = -(-len(ids) // each)
-    shards = [
-      _write_shard(
-        folder / f"view-{view:05d}-{number:05d}-of-{count:05d}.array_record",
-        packed[number * each : (number + 1) * each],
-        ids[number * each : (number + 1) * each],
-      )
-      for number in range(count)
-    ]
+    first = _records(begun)
+    shards = begun + _write_shards(folder, view, manifest, rows, ids, first, len(ids))
+    parts = {n: those for n, those in manifest.get("parts", {}).items() if n != str(view)}
     # The shards are on the disk before the manifest names them: whoever is killed here leaves files
     # that nobody knows of, which the next writer clears away.
-    _write_manifest(folder, manifest | {"views": {**manifest["views"], str(view): shards}})
+    views = {**manifest["views"], str(view): shards}
+    _write_manifest(folder, manifest | {"views": views, "parts": parts})
     return read_manifest(folder)
+
+
+def add_part(
+  folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str], first: int, last: int
+) -> dict[str, Any]:
+  """Keeps some rows of a view that is not complete yet, so that whoever is killed goes on there.
+
+  Args:
+    folder: the cache.
+    view: the view's number.
+    rows: ``[N, ...]`` by name, of which ``first .. last - 1`` are known.
+    ids: of the rows, in the order of ``ids.json``.
+    first: where the parts that there are end; somebody who has come further is left alone.
+    last: where this one ends.
+
+  Returns:
+    The manifest.
+  """
+  with _locked(folder):
+    manifest = read_manifest(folder)
+    begun = parts_of(manifest, view)
+    if str(view) in manifest["views"] or _records(begun) != first:
+      return manifest
+    shards = begun + _write_shards(folder, view, manifest, rows, ids, first, last)
+    parts = {**manifest.get("parts", {}), str(view): shards}
+    _write_manifest(folder, manifest | {"parts": parts})
+    return read_manifest(folder)
+
+
+def parts_of(manifest: Mapping[str, Any], view: int) -> list[dict[str, Any]]:
+  """The shards of a view that is not complete: of its first rows."""
+  return list(manifest.get("parts", {}).get(str(view), []))
+
+
+def _records(shards: Sequence[Mapping[str, Any]]) -> int:
+  return sum(shard["records"] for shard in shards)
 
 
 def _clear(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
   """Removes what a killed process left of a view; who holds the lock is alone."""
-  known = {shard["file"] for shards in manifest["views"].values() for shard in shards}
+  whole = [*manifest["views"].values(), *manifest.get("parts", {}).values()]
+  known = {shard["file"] for shards in whole for shard in shards}
   for path in folder.glob("view-*.array_record*"):
     if path.name not in known:
       path.unlink()
+
+
+def _write_shards(
+  folder: pathlib.Path,
+  view: int,
+  manifest: Mapping[str, Any],
+  rows: Rows,
+  ids: Sequence[str],
+  first: int,
+  last: int,
+) -> list[dict[str, Any]]:
+  """Writes the rows ``first .. last - 1`` of a view."""
+  kind = row_type(manifest["arrays"])
+  # [N] records of a structured type: a row's arrays lie side by side, as they will in the file.
+  packed = np.empty(last - first, kind)
+  for name, values in rows.items():
+    packed[name] = values[first:last]
+  each = max(1, SHARD_BYTES // (kind.itemsize + 16))  # 16: about what ids and framing take
+  return [
+    _write_shard(
+      folder / f"view-{view:05d}-from-{first + at:09d}.array_record",
+      packed[at : at + each],
+      ids[first + at : min(first + at + each, last)],
+    )
+    for at in range(0, last - first, each)
+  ]
 
 
 def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> dict[str, Any]:
@@ -348,32 +383,115 @@ def read_view(
   Raises:
     CacheError: a shard is missing, damaged, or of other examples.
   """
+  rows = _read_shards(folder, manifest, manifest["views"][str(view)], ids)
+  found = len(next(iter(rows.values())))
+  if found != len(ids):
+    raise _damaged(folder / MANIFEST, f"has {found} of {len(ids)} examples in view {view}")
+  return rows
+
+
+def read_part(
+  folder: pathlib.Path, manifest: Mapping[str, Any], view: int, ids: Sequence[str]
+) -> Rows:
+  """The first rows of a view that is not complete, verified, as `read_view` gives all of one."""
+  return _read_shards(folder, manifest, parts_of(manifest, view), ids)
+
+
+def _read_shards(
+  folder: pathlib.Path,
+  manifest: Mapping[str, Any],
+  shards: Sequence[Mapping[str, Any]],
+  ids: Sequence[str],
+) -> Rows:
+  kind, first = row_type(manifest["arrays"]), 0
+  pieces = [np.empty(0, kind)]
+  for shard in shards:
+    check_shard(folder, shard)
+    whose = ids[first : first + shard["records"]]
+    read = _read_npy if shard["file"].endswith(".npy") else _read_array_record
+    pieces.append(read(folder / shard["file"], shard["records"], kind, whose))
+    first += shard["records"]
+  packed = np.concatenate(pieces)
+  return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+
+
+def _read_array_record(
+  path: pathlib.Path, count: int, kind: np.dtype, ids: Sequence[str]
+) -> np.ndarray:
+  """A shard's rows, ``[count]`` of a structured type."""
   from array_record.python import array_record_module as array_record
 
-  kind = row_type(manifest["arrays"])
-  starts = [prefix(id) for id in ids]
-  pieces: list[bytes] = []
-  for shard in manifest["views"][str(view)]:
-    check_shard(folder, shard)
-    path = folder / shard["file"]
-    try:
-      reader = array_record.ArrayRecordReader(str(path))
-      records = reader.read_all() if reader.num_records() else []
-      reader.close()
-    except (RuntimeError, ValueError, IndexError) as error:
-      raise _damaged(path, f"cannot be read ({error})") from error
-    if len(records) != shard["records"]:
-      raise _damaged(path, f"has {len(records)} records, {shard['records']} were written")
-    # Every record says whose it is. A digest would not notice rows that were written in another
-    # order, by a program whose data set was sorted otherwise: each row would teach another example.
-    for record, start in zip(records, starts[len(pieces) :], strict=False):
-      if not record.startswith(start) or len(record) != len(start) + kind.itemsize:
-        raise _damaged(path, f"has another record where that of {start[4:].decode()!r} belongs")
-      pieces.append(record[len(start) :])
-  if len(pieces) != len(ids):
-    raise _damaged(folder / MANIFEST, f"has {len(pieces)} of {len(ids)} examples in view {view}")
-  packed = np.frombuffer(b"".join(pieces), kind)
-  return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+  try:
+    reader = array_record.ArrayRecordReader(str(path))
+    records = reader.read_all() if reader.num_records() else []
+    reader.close()
+  except (RuntimeError, ValueError, IndexError) as error:
+    raise _damaged(path, f"cannot be read ({error})") from error
+  if len(records) != count:
+    raise _damaged(path, f"has {len(records)} records, {count} were written")
+  # Every record says whose it is. A digest would not notice rows that were written in another
+  # order, by a program whose data set was sorted otherwise: each row would teach another example.
+  pieces = []
+  for record, start in zip(records, map(prefix, ids), strict=False):
+    if not record.startswith(start) or len(record) != len(start) + kind.itemsize:
+      raise _damaged(path, f"has another record where that of {start[4:].decode()!r} belongs")
+    pieces.append(record[len(start) :])
+  return np.frombuffer(b"".join(pieces), kind)
+
+
+def _read_npy(path: pathlib.Path, count: int, kind: np.dtype, ids: Sequence[str]) -> np.ndarray:
+  """The same of a shard that NumPy alone wrote."""
+  records = _mapped(path, count, kind)
+  if len(ids) < count:
+    raise _damaged(path, f"has {count} records where {len(ids)} examples are left")
+  wrong = records["id"] != np.array([id.encode() for id in ids])
+  if wrong.any():
+    whose = ids[int(wrong.argmax())]
+    raise _damaged(path, f"has another record where that of {whose!r} belongs")
+  made = np.empty(count, kind)
+  for name in kind.names or ():
+    made[name] = records[name]
+  return made
+
+
+class Mapped:
+  """NumPy shards of a view where they lie, as records of bytes by number."""
+
+  def __init__(self, paths: Sequence[pathlib.Path], counts: Sequence[int], kind: np.dtype) -> None:
+    """Maps the files into memory.
+
+    Args:
+      paths: the shards.
+      counts: how many records each has.
+      kind: from `cache_writer.row_type`.
+    """
+    self._shards = [_mapped(path, n, kind) for path, n in zip(paths, counts, strict=True)]
+    self._ends, self._names = np.cumsum(counts), kind.names or ()
+
+  def __getitems__(self, places: Sequence[int]) -> list[bytes]:
+    """The records at these places: as in an ArrayRecord, the id and the arrays side by side."""
+    made = []
+    for place in places:
+      shard = int(np.searchsorted(self._ends, place, side="right"))
+      record = self._shards[shard][place - self._ends[shard]]  # counted from the shard's end
+      start = prefix(bytes(record["id"]).decode())
+      made.append(start + b"".join(record[name].tobytes() for name in self._names))
+    return made
+
+
+def _mapped(path: pathlib.Path, count: int, kind: np.dtype) -> np.ndarray:
+  """A NumPy shard where it lies: records with an ``id`` and the arrays of a row."""
+  try:
+    records = np.load(path, mmap_mode="r", allow_pickle=False)
+  except (OSError, ValueError, EOFError) as error:
+    raise _damaged(path, f"cannot be read ({error})") from error
+  fields = records.dtype.fields or {}
+  same = list(fields) == ["id", *(kind.names or ())] and records.dtype["id"].kind == "S"
+  if not same or any(fields[n][0] != kind[n] for n in kind.names or ()):
+    raise _damaged(path, f"has records of {records.dtype}, and not an id and {kind}")
+  if records.shape != (count,):
+    raise _damaged(path, f"has {list(records.shape)} records, {count} were written")
+  return records
 
 
 def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
@@ -394,9 +512,10 @@ def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
   manifest = read_manifest(folder)
   ids = read_ids(folder, manifest)
   problems: dict[str, list[int]] = {}
-  for view in complete_views(manifest):
+  begun = [(int(view), read_part) for view in manifest.get("parts", {})]
+  for view, read in [*((view, read_view) for view in complete_views(manifest)), *begun]:
     try:
-      read_view(folder, manifest, view, ids)
+      read(folder, manifest, view, ids)
     except CacheError as error:
       problems.setdefault(str(error), []).append(view)
   return problems
@@ -406,7 +525,9 @@ def forget(folder: pathlib.Path, views: Sequence[int]) -> None:
   """Drops views, so that they are filled again."""
   with _locked(folder):
     manifest = read_manifest(folder)
-    dropped = [shard for view in views for shard in manifest["views"].pop(str(view))]
+    dropped = [shard for view in views for shard in manifest["views"].pop(str(view), [])]
+    for view in views:
+      dropped += manifest.get("parts", {}).pop(str(view), [])
     _write_manifest(folder, manifest)  # first, for the reason for which it comes last in writing
     for shard in dropped:
       (folder / shard["file"]).unlink(missing_ok=True)

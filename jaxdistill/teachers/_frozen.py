@@ -21,10 +21,13 @@ from flax import traverse_util
 
 from jaxdistill import _check, runs
 from jaxdistill.teachers import _identity
+from jaxdistill.teachers._foreign import OnHost
 from jaxdistill.types import Batch, Model, Network, Outputs, Teacher, compute_dtype
 
 __all__ = [
   "RULES",
+  "answered",
+  "asked_on_host",
   "check_classes",
   "class_numbers",
   "combine_logits",
@@ -116,6 +119,41 @@ def members_of(teacher: Teacher) -> list[Model]:
   return members_of(Teacher(variables, apply.of)) if isinstance(apply, _Subset | _Grouped) else []
 
 
+def asked_on_host(teacher: Teacher) -> bool:
+  """Whether a teacher, or one that it is made of, is another program's and cannot be compiled.
+
+  Args:
+    teacher: a teacher.
+  """
+
+  def on_host(apply: Any) -> bool:
+    if isinstance(apply, _Ensemble):
+      return any(map(on_host, apply.members))
+    return on_host(apply.of) if isinstance(apply, _Subset | _Grouped) else isinstance(apply, OnHost)
+
+  return on_host(teacher.apply)
+
+
+def _answer(variables: PyTree, batch: Batch) -> Outputs:
+  """What was said before, whatever the batch."""
+  outputs: Outputs = variables
+  return outputs
+
+
+def answered(teacher: Teacher, batch: Batch) -> Teacher:
+  """A teacher that can be compiled, for one batch.
+
+  Args:
+    teacher: a teacher.
+    batch: leaves ``[B, ...]``.
+
+  Returns:
+    A teacher that says what another program's, which is asked now, says of this batch; others are
+    given back as they are.
+  """
+  return Teacher(teacher(batch), _answer) if asked_on_host(teacher) else teacher
+
+
 def combine_logits(
   logits: Sequence[jax.Array], *, rule: str = "mean_logits", weights: Any = None
 ) -> jax.Array:
@@ -191,7 +229,10 @@ class _Ensemble:
       f"{m}/{name}": value for m, one in enumerate(outputs) for name, value in one.features.items()
     }
     combined = combine_logits([o.logits for o in outputs], rule=self.rule, weights=self.shares)
-    return Outputs(logits=combined, features=features)
+    # Of an example that one of them skipped, nobody knows what all of them would say.
+    masks = [o.where for o in outputs if o.where is not None]
+    where = jnp.prod(jnp.stack(masks), axis=0) if masks else None
+    return Outputs(logits=combined, features=features, where=where)
 
 
 def ensemble(
@@ -234,7 +275,8 @@ class _Subset:
   def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
     outputs, chosen = self.of(variables, batch), np.array(self.classes)
     check_classes("classes", chosen, outputs.logits)
-    return Outputs(logits=jnp.take(outputs.logits, chosen, axis=-1), features=outputs.features)
+    logits = jnp.take(outputs.logits, chosen, axis=-1)
+    return Outputs(logits=logits, features=outputs.features, where=outputs.where)
 
 
 def subset(teacher: Model | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
@@ -292,7 +334,8 @@ class _Grouped:
     logits = logits.astype(compute_dtype(logits))
     never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
     gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
-    return Outputs(logits=jax.nn.logsumexp(gathered, axis=-1), features=outputs.features)
+    combined = jax.nn.logsumexp(gathered, axis=-1)
+    return Outputs(logits=combined, features=outputs.features, where=outputs.where)
 
 
 def grouped(

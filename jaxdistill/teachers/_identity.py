@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxdistill.data import Source
-from jaxdistill.teachers._cache_files import arrays_of
+from jaxdistill.teachers.cache_writer import arrays_of
 from jaxdistill.types import Teacher
 
 __all__ = [

@@ -395,6 +395,11 @@ def _say_form(plan: Plan, program: Program, log: Log) -> None:
   if program.plan.teacher is not plan.teacher:
     size = program.source.size
     log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")
+  if source := next((one for one in plan.sources if one.skipped), None):
+    log.say(
+      f"the teacher skipped {source.skipped:,} of {source.size:,} examples: they count in the "
+      "terms that do not look at it."
+    )
   if frozen := never_moved(plan.optimizer, program.shapes, stacked=plan.stacked):
     log.say(frozen)
   if program.dispatch.scan is None and not program.scan:

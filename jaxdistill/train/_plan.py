@@ -18,6 +18,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill.data import Source
 from jaxdistill.runs import holding
+from jaxdistill.teachers import asked_on_host
 from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, deployed_variables
 from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
@@ -171,6 +172,11 @@ def check_teacher(teacher: Any) -> None:
     elif type(teacher).__module__.startswith("flax.") or hasattr(teacher, "scope"):
       how = f"{_adapter(teacher)}, and teachers.frozen(Model(network, variables))"
     raise TypeError(f"teacher={_check.show(teacher)} must be a Teacher: {how}.")
+  if asked_on_host(teacher):
+    raise TypeError(
+      f"teacher={teacher.asked} is of another program and cannot be compiled into a step. Ask it "
+      "once: fit(..., data=teachers.cached(teacher, source)), without teacher=."
+    )
   check_start("teacher.variables", teacher.variables)
 
 

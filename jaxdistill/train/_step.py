@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from jaxdistill._check import show, whole
 from jaxdistill.train import _optax
+from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.train._frozen import hold, without_moving
 from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, latest_variables
@@ -84,7 +85,9 @@ def make_step(
 
   Returns:
     ``step(state, teacher, batch) -> (state, sums)``. ``teacher`` is None for training without one;
-    when a batch brings ``batch.teacher`` along, that is used and the teacher is not run. ``sums``
+    when a batch brings ``batch.teacher`` along, that is used and the teacher is not run; where that
+    has a mask ``where``, the examples outside of it are padding to the terms that look at the
+    teacher, and count in the others. ``sums``
     maps each term, ``"loss"`` and (for integer labels, where the student is what is deployed)
     ``"accuracy"`` to ``(sum, count)``.
 
@@ -179,16 +182,23 @@ class _Step:
     outputs, updated = at.student.apply(
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
     )
-    made = self.objective.apply(
-      trained["objective"],
-      objective_state,
-      _without_padding(outputs, at.batch),
-      _without_padding(target, at.batch),
-      at.batch,
-      key=at.keys[1],
-      **at.keywords,
-    )
-    terms, remembered = _checked(made, objective_state)
+
+    def made(target: Outputs | None, batch: Batch) -> tuple[dict[str, Term], PyTree]:
+      found = self.objective.apply(
+        trained["objective"],
+        objective_state,
+        _without_padding(outputs, batch),
+        _without_padding(target, batch),
+        batch,
+        key=at.keys[1],
+        **at.keywords,
+      )
+      return _checked(found, objective_state)
+
+    if target is None or target.where is None:
+      terms, remembered = made(target, at.batch)
+    else:
+      terms, remembered = terms_where_answered(made, target, at.batch)
     logits = outputs.logits if self.objective.deployed is None else None
     return terms, ({**model_state, **updated}, remembered), logits
 
