@@ -25,11 +25,11 @@ __all__ = ["Docstring", "Entry", "command", "families", "main", "page", "parse"]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOSSES = ROOT / "jaxdistill" / "losses"
 PAGE = ROOT / "docs" / "losses.md"
-FAMILIES = ("logits", "features", "relations")
+FAMILIES = ("logits", "partitions", "features", "relations")
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 LABELS = ("Source", "Other codes")
 # Public, but nothing to average: transforms and pieces of losses.
-PIECES = {"Banks", "init_banks", "overhaul_margin", "standardize_logits"}
+PIECES = {"Banks", "init_banks", "overhaul_margin", "soft_label_weight", "standardize_logits"}
 
 command = "python docs/losses.py"
 
@@ -61,9 +61,10 @@ The page is made from the docstrings by `{command}`; to change it, change those.
 - **Finite in, finite out,** value and gradient: logits of any size (beyond ±1e30 they count as
   that), equal rows, features that are all 0, two classes, a batch of one; but squares of features
   leave float32 where these differ by more than 1e19. The divergences also take classes masked to
-  −inf in both networks, and leave them out of every sum and mean: `cross_entropy`, `decoupled_kd`,
-  `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`, `soft_target_kl` and
-  `total_variation`.
+  −inf in both networks, and leave them out of every sum and mean: all of partitions (`decoupled_kd`
+  and its kin), `cross_entropy`, `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`,
+  `soft_label_weight`, `soft_target_kl`, `total_variation`, `transformed_teacher`,
+  `weighted_soft_labels` and `weighted_transformed_teacher`.
 
 Logarithms are natural, ‖·‖ is the Euclidean norm, and `mean_c` is a mean over what the index c
 counts.

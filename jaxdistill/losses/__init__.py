@@ -1,7 +1,8 @@
 """Distillation losses: plain functions, student first, one value per example.
 
-`logits` compares what two networks predict, `features` what they hold inside, and `relations` how
-they place examples beside each other. ``losses.soft_target_kl(student, teacher, temperature=4.0)``
+`logits` compares what two networks predict, `partitions` does so by parts of the classes,
+`features` compares what they hold inside, and `relations` how they place examples beside each
+other. ``losses.soft_target_kl(student, teacher, temperature=4.0)``
 is one line of NumPy's kind: it can be called in any training loop, and imports nothing but JAX.
 """
 
@@ -21,8 +22,9 @@ from jaxdistill.losses.features import (
   variational_information,
 )
 from jaxdistill.losses.logits import (
+  batch_gram,
+  class_gram,
   cross_entropy,
-  decoupled_kd,
   generalized_jsd,
   inter_class_correlation,
   intra_class_correlation,
@@ -31,9 +33,20 @@ from jaxdistill.losses.logits import (
   reverse_kl,
   skew_kl,
   skew_reverse_kl,
+  soft_label_weight,
   soft_target_kl,
   standardize_logits,
   total_variation,
+  transformed_teacher,
+  weighted_soft_labels,
+  weighted_transformed_teacher,
+)
+from jaxdistill.losses.partitions import (
+  decoupled_kd,
+  generalized_decoupled_kd,
+  normalized_kd,
+  partition_kl,
+  refined_kd,
 )
 from jaxdistill.losses.relations import (
   Banks,
@@ -52,6 +65,8 @@ __all__ = [
   "activation_boundary",  # activation boundaries (AB): which units are on
   "attention_relation",  # self-attention relations (MiniLMv2): how positions attend to each other
   "attention_transfer",  # attention transfer (AT)
+  "batch_gram",  # batch correlation (MLKD): which examples are predicted alike
+  "class_gram",  # class correlation (MLKD): which classes are likely together
   "contrastive",  # contrastive distillation within the batch (InfoNCE), both ways round
   "contrastive_bank",  # contrastive representation distillation (CRD)
   "correlation_congruence",  # correlation congruence (CC)
@@ -59,6 +74,7 @@ __all__ = [
   "decoupled_kd",  # decoupled knowledge distillation (DKD): the label's class apart from the others
   "factor_transfer",  # factor transfer (FT): distance of two factors' energies over the image
   "flow_of_solution",  # flow of the solution procedure (FSP)
+  "generalized_decoupled_kd",  # generalised DKD (GDKD): the teacher's first few classes apart
   "generalized_jsd",  # generalised Jensen-Shannon divergence (JSD, GKD)
   "hierarchical_context",  # hierarchical context loss (HCL) of ReviewKD
   "hint_cosine",  # hints by direction (Lcos of DistilBERT): cosine distance of two features
@@ -69,18 +85,25 @@ __all__ = [
   "intra_class_correlation",  # intra-class relation (DIST)
   "logit_l2",  # logit regression (L2): mean squared error of the logits
   "neuron_selectivity",  # neuron selectivity transfer (NST): where channels fire
+  "normalized_kd",  # normalised knowledge distillation (NKD)
   "one_for_all",  # one-for-all distillation (OFA-KD): the label's class is enhanced by a power
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the activation
   "overhaul_margin",  # margins of the overhaul (OFD)
+  "partition_kl",  # partition KL: a set of classes, and those outside it (what DKD and GDKD share)
   "probabilistic_transfer",  # probabilistic knowledge transfer (PKT)
+  "refined_kd",  # refined logits (RLD): what the teacher puts above the label is not taught
   "relational_angle",  # relational knowledge distillation by angle (RKD-A)
   "relational_distance",  # relational knowledge distillation by distance (RKD-D)
   "reverse_kl",  # reverse KL (RKL), as in MiniLLM: mode-seeking where `soft_target_kl` covers mass
   "similarity_preserving",  # similarity-preserving distillation (SP, SPKD)
   "skew_kl",  # skew KL (SKL) of DistiLLM: the teacher from a mixture of both
   "skew_reverse_kl",  # skew reverse KL (SRKL) of DistiLLM: the student from a mixture of both
+  "soft_label_weight",  # weights of soft labels (WSL), for any loss
   "soft_target_kl",  # knowledge distillation (KD)
   "standardize_logits",  # logit standardisation (LSKD): z-scores over the classes
   "total_variation",  # total variation distance (TVD) of the softened probabilities
+  "transformed_teacher",  # transformed teacher matching (TTM): a power flattens the teacher alone
   "variational_information",  # variational information distillation (VID)
+  "weighted_soft_labels",  # weighted soft labels (WSL)
+  "weighted_transformed_teacher",  # weighted TTM (WTTM): more where the teacher is less sure
 ]
