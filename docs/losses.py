@@ -25,11 +25,28 @@ __all__ = ["Docstring", "Entry", "command", "families", "main", "page", "parse"]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOSSES = ROOT / "jaxdistill" / "losses"
 PAGE = ROOT / "docs" / "losses.md"
-FAMILIES = ("logits", "partitions", "features", "relations")
+FAMILIES = (
+  "logits",
+  "partitions",
+  "binary",
+  "regression",
+  "ranking",
+  "self_distillation",
+  "features",
+  "prototypes",
+  "relations",
+)
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 LABELS = ("Source", "Other codes")
 # Public, but nothing to average: transforms and pieces of losses.
-PIECES = {"Banks", "init_banks", "overhaul_margin", "soft_label_weight", "standardize_logits"}
+PIECES = {
+  "Banks",
+  "class_means",
+  "init_banks",
+  "overhaul_margin",
+  "soft_label_weight",
+  "standardize_logits",
+}
 
 command = "python docs/losses.py"
 
@@ -241,13 +258,17 @@ def page() -> str:
   names = [entry.name for _, entries in everything.values() for entry in entries]
   lines = [_prose(PREFACE.format(command=command), names)]
   for family, (summary, entries) in everything.items():
-    lines += [f"**{family.capitalize()}**: {_prose(_lower(summary), names)}", ""]
+    lines += [f"**{_heading(family)}**: {_prose(_lower(summary), names)}", ""]
     lines += [*_contents(entries, names), ""]
   for family, (_, entries) in everything.items():
-    lines += [f"## {family.capitalize()}", ""]
+    lines += [f"## {_heading(family)}", ""]
     for entry in entries:
       lines += [*_section(entry, names), ""]
   return "\n".join(lines).rstrip() + "\n"
+
+
+def _heading(family: str) -> str:
+  return family.capitalize().replace("_", "-")
 
 
 def _contents(entries: Sequence[Entry], names: Iterable[str]) -> list[str]:
