@@ -146,6 +146,17 @@ METHODS = {
   "dist": Method(lambda _: recipes.dist(), ("inter_weight", "intra_weight")),
   "ctkd": Method(lambda known: recipes.ctkd(warmup_steps=known.share(10)), ("soft_weight",)),
   "ofa": Method(lambda _: recipes.ofa(), ("soft_weight", "ofa_weight")),
+  "gdkd": Method(lambda known: recipes.gdkd(warmup_steps=known.share(20)), ("soft_weight",)),
+  "rld": Method(
+    lambda known: recipes.rld(warmup_steps=known.share(20)), ("target_weight", "nontarget_weight")
+  ),
+  "nkd": Method(lambda _: recipes.nkd(), ("soft_weight",)),
+  "ttm": Method(lambda _: recipes.ttm(), ("soft_weight",)),
+  "wttm": Method(lambda _: recipes.wttm(), ("soft_weight",)),
+  "wsl": Method(lambda _: recipes.wsl(), ("soft_weight",)),
+  "mlkd": Method(lambda _: recipes.mlkd(), ("soft_weight", "class_weight", "batch_weight")),
+  "tfkd": Method(lambda _: recipes.tfkd(), ("virtual_weight",)),
+  "uskd": Method(lambda _: recipes.uskd(), ("target_weight", "nontarget_weight", "weak_weight")),
   "fitnet": Method(lambda _: recipes.fitnet(), ("hint_weight",)),
   "attention_transfer": Method(lambda _: recipes.attention_transfer(), ("attention_weight",)),
   "nst": Method(lambda _: recipes.nst(), ("nst_weight",)),

@@ -131,12 +131,12 @@ def affinity(
     )
   towers = float_arrays(student_images, student_texts, teacher_images, teacher_texts)
   valid = counted(where, shapes[0][:1])
-  first, second, *others = (unit(jnp.where(valid[:, None], x, 0.0)) for x in towers)
+  a, b, c, d = (unit(jnp.where(valid[:, None], x, 0.0)) for x in towers)
   values = [
     kl(log_p, log_q)
     for log_p, log_q in zip(
-      _both_ways(*others, valid, teacher_temperature),
-      _both_ways(first, second, valid, student_temperature),
+      _both_ways(c, d, valid, teacher_temperature),
+      _both_ways(a, b, valid, student_temperature),
       strict=True,
     )
   ]
