@@ -32,6 +32,7 @@ FAMILIES = (
   "regression",
   "ranking",
   "self_distillation",
+  "views",
   "features",
   "prototypes",
   "relations",
@@ -44,6 +45,8 @@ PIECES = {
   "class_means",
   "init_banks",
   "overhaul_margin",
+  "region_logits",
+  "region_weight",
   "soft_label_weight",
   "standardize_logits",
 }

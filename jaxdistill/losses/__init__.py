@@ -2,8 +2,9 @@
 
 `logits` compares what two networks predict, `partitions` does so by parts of the classes, `binary`
 label by label, `regression` for numbers and `ranking` for scores of pairs; `self_distillation`
-needs no teacher. `features` compares what networks hold inside, `prototypes` with the means of the
-classes, and `relations` how they place examples beside each other.
+needs no teacher, `views` has several looks at one image. `features` compares what networks hold
+inside, `prototypes` with the means of the classes, and `relations` how they place examples beside
+each other.
 ``losses.soft_target_kl(student, teacher, temperature=4.0)`` is one line of NumPy's kind: it can be
 called in any training loop, and imports nothing but JAX.
 """
@@ -66,6 +67,12 @@ from jaxdistill.losses.relations import (
   similarity_preserving,
 )
 from jaxdistill.losses.self_distillation import self_nontarget, self_target, virtual_teacher
+from jaxdistill.losses.views import (
+  cross_view_kd,
+  region_logits,
+  region_weight,
+  scale_decoupled_kd,
+)
 
 __all__ = [
   "Banks",  # memory banks (CRD): an embedding of every training example by each network
@@ -83,6 +90,7 @@ __all__ = [
   "contrastive_bank",  # contrastive representation distillation (CRD)
   "correlation_congruence",  # correlation congruence (CC)
   "cross_entropy",  # cross-entropy (CE) with hard labels or a distribution
+  "cross_view_kd",  # cross-view distillation (CRLD): within and across a weak and a strong view
   "decoupled_kd",  # decoupled knowledge distillation (DKD): the label's class apart from the others
   "factor_transfer",  # factor transfer (FT): distance of two factors' energies over the image
   "flow_of_solution",  # flow of the solution procedure (FSP)
@@ -109,9 +117,12 @@ __all__ = [
   "partition_kl",  # partition KL: a set of classes, and those outside it (what DKD and GDKD share)
   "probabilistic_transfer",  # probabilistic knowledge transfer (PKT)
   "refined_kd",  # refined logits (RLD): what the teacher puts above the label is not taught
+  "region_logits",  # logits of an image's regions, for SDD
+  "region_weight",  # weights of regions (SDD), for any loss
   "relational_angle",  # relational knowledge distillation by angle (RKD-A)
   "relational_distance",  # relational knowledge distillation by distance (RKD-D)
   "reverse_kl",  # reverse KL (RKL), as in MiniLLM: mode-seeking where `soft_target_kl` covers mass
+  "scale_decoupled_kd",  # scale-decoupled distillation (SDD): soft targets of an image's regions
   "self_nontarget",  # non-target part of USKD: Zipf's law for the other classes
   "self_target",  # target part of USKD: a soft label of the student's own
   "similarity_preserving",  # similarity-preserving distillation (SP, SPKD)

@@ -23,7 +23,7 @@ from jaxdistill.recipes.basics import (
 )
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.features import attention_transfer, nst, overhaul, overhaul_margins, vid
-from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, ttm, wsl, wttm
+from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, sdd, ttm, wsl, wttm
 from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.prototypes import norm_direction
@@ -66,6 +66,7 @@ __all__ = [
   "reviewkd",  # reviewKD: the student's stages, fused from the top down, match the teacher's
   "rkd",  # relational knowledge distillation (RKD): distances of pairs and angles of triples
   "rld",  # refined logit distillation (RLD)
+  "sdd",  # scale-decoupled distillation (SDD): soft targets of an image's regions
   "similarity_preserving",  # similarity-preserving distillation (SP)
   "simkd",  # simKD: the student's last map is made the teacher's
   "teacher_bounded",  # regression that stops where the student is better than its teacher

@@ -24,6 +24,7 @@ from jaxdistill.recipes.parts import (
   Modules,
   Running,
   at_a_step,
+  both_features,
   both_logits,
   check_loss,
   feature,
@@ -34,7 +35,7 @@ from jaxdistill.recipes.parts import (
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
 
-__all__ = ["ctkd", "dist", "kd_standardized", "mlkd", "ofa", "ttm", "wsl", "wttm"]
+__all__ = ["ctkd", "dist", "kd_standardized", "mlkd", "ofa", "sdd", "ttm", "wsl", "wttm"]
 
 
 @recipe(check=check_loss)
@@ -318,6 +319,56 @@ def mlkd(
     "soft": Term(soft, weight=soft_weight),
     "classes": Term(classes, weight=class_weight, axis="classes"),
     "batch": Term(examples, weight=batch_weight),
+  }
+
+
+@recipe
+def sdd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  student_layer: str = "logit_map",
+  teacher_layer: str = "logit_map",
+  scales: Sequence[int] = (1, 2),
+  temperature: Number = 4.0,
+  soft_weight: Number = 0.9,
+  hard_weight: Number | None = 0.1,
+) -> dict[str, Term]:
+  """Scale-decoupled distillation (SDD): soft targets of the whole image and of its regions.
+
+  ``hard_weight * cross_entropy + soft_weight * scale_decoupled_kd``. The layers are maps of logits
+  ``[B, H, W, K]``, which a network has that applies its linear classifier at each position, sows
+  the result and puts out its mean: the same logits as of a classifier behind the mean.
+
+  Source: Wei, Luo, Luo, "Scaled Decoupled Distillation", 2024. Its code pools features to 4 x 4
+  first, and has (1, 2, 4) for scales too. Its SD-DKD is `losses.region_weight` on DKD's values.
+
+  Args:
+    student_layer: the student's map of logits.
+    teacher_layer: the teacher's; its size may differ.
+    scales: sides of the grids of regions, 1 (the whole image) first.
+    temperature: the published code's for CIFAR-100. It and the weights are keywords of the
+      objective.
+    soft_weight: of the regions' soft targets.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``; both count labelled examples only, whose
+    labels must be integers.
+
+  Raises:
+    ValueError: at the first step, there is no teacher or no such feature, or it is no map.
+  """
+  both_logits("sdd", student, teacher)
+  maps = both_features(student, teacher, (student_layer, teacher_layer))
+  # [B, N, K]: what of the image speaks for a class, and of which one, where all of it together
+  # is ambiguous. A region on which the teacher changes its mind counts twice.
+  ours, theirs = (losses.region_logits(logit_map, scales=scales) for logit_map in maps)
+  soft = losses.scale_decoupled_kd(ours, theirs, batch.labels, temperature=temperature)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight, where=batch.labelled),
   }
 
 

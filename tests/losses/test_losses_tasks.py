@@ -1,4 +1,4 @@
-"""Losses of other tasks (labels on or off, numbers, scores of pairs), and those without a teacher.
+"""Losses of other tasks (labels on or off, numbers, scores of pairs), of views and of no teacher.
 
 Each against float64 NumPy written from its formula, with the loss contract.
 """
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxdistill import losses
-from jaxdistill.losses import binary, prototypes, ranking, regression, self_distillation
+from jaxdistill.losses import binary, prototypes, ranking, regression, self_distillation, views
 from loss_contract import TOLERANCE, assert_finite, check_derivative, n, with_gradients
 from test_losses_logits import kl, onehot, random_logits, softmax
 
@@ -105,6 +105,23 @@ def ref_direction(s, t, y, means):
   return 1 - (s * n(means)[y]).sum(-1) / longest
 
 
+def ref_regions(s, t, y, temperature):
+  values = temperature**2 * kl(softmax(t, temperature), softmax(s, temperature))
+  right = t.argmax(-1) == y[..., None]
+  return (values * np.where(right == right[..., :1], 1, 2)).mean(-1)
+
+
+def ref_views(
+  a, b, c, d, temperature, weak_threshold, strong_threshold, within_weight, cross_weight
+):
+  def apart(s, t):
+    return temperature**2 * kl(softmax(t, temperature), softmax(s, temperature))
+
+  weak, strong = softmax(c).max(-1) >= weak_threshold, softmax(d).max(-1) >= strong_threshold
+  within, across = apart(a, c) + apart(b, d), apart(b, c) + apart(a, d)
+  return within_weight * weak * within + cross_weight * strong * across
+
+
 Z, T, W = (random_logits(seed, SHAPE) for seed in (1, 2, 3))
 TOWERS = tuple(random_logits(seed, (5, 3)) for seed in (11, 12, 13, 14))
 # name: (arguments with a gradient, those without, defaults, other hyper-parameters, reference)
@@ -139,10 +156,36 @@ FORMULAS = {
   ),
   "self_target": ((Z,), (LABELS,), {}, {}, ref_self_target),
   "self_nontarget": ((Z, W), (LABELS,), {}, {}, ref_self_nontarget),
+  "scale_decoupled_kd": (
+    (Z, T),
+    (LABELS[:, 0],),
+    {"temperature": 4.0},
+    {"temperature": 1.5},
+    ref_regions,
+  ),
+  "cross_view_kd": (
+    (Z, T, W, random_logits(4, SHAPE)),
+    (),
+    {
+      "temperature": 4.0,
+      "weak_threshold": 0.9,
+      "strong_threshold": 0.2,
+      "within_weight": 2.0,
+      "cross_weight": 0.5,
+    },
+    {
+      "temperature": 1.5,
+      "weak_threshold": 0.7,
+      "strong_threshold": 0.8,
+      "within_weight": 0.5,
+      "cross_weight": 3.0,
+    },
+    ref_views,
+  ),
   "norm_and_direction": ((Z, T), (LABELS, MEANS), {}, {}, ref_direction),
 }
 NAMES = pytest.mark.parametrize("name", FORMULAS)
-ROOMS = (binary, prototypes, ranking, regression, self_distillation)
+ROOMS = (binary, prototypes, ranking, regression, self_distillation, views)
 MASKED = ("binary_cross_entropy", "binary_focal", "binary_soft_target_kl")
 
 
@@ -156,7 +199,7 @@ def values(name, *arguments, **hyper):
 
 
 def test_every_public_loss_is_here():
-  assert sorted([*FORMULAS, "class_means"]) == sorted(
+  assert sorted([*FORMULAS, "class_means", "region_logits", "region_weight"]) == sorted(
     name for room in ROOMS for name in room.__all__
   )
 
@@ -395,6 +438,47 @@ def test_direction_pushes_length_up_to_the_teachers():
   got, gradients = zero(nothing, nothing)
   assert got.tolist() == [1, 1]
   assert_finite(gradients)
+
+
+@pytest.mark.parametrize(("size", "scales"), [((4, 4), (1, 2)), ((5, 3), (1, 2, 4))])
+def test_regions_are_means_of_a_map_and_the_first_is_the_whole(size, scales):
+  x = random_logits(5, (2, *size, 3))
+  got = np.asarray(losses.region_logits(jnp.asarray(x, jnp.float32), scales=scales))
+  windows = [
+    [(i * length // n, -(-(i + 1) * length // n)) for i in range(n)]
+    for n in scales
+    for length in size
+  ]
+  expected = [
+    x[:, top:bottom, left:right].mean((1, 2))
+    for rows, columns in zip(windows[::2], windows[1::2], strict=True)
+    for top, bottom in rows
+    for left, right in columns
+  ]
+  np.testing.assert_allclose(got, np.stack(expected, 1), **TOLERANCE)
+  np.testing.assert_allclose(got[:, 0], x.mean((1, 2)), **TOLERANCE)
+  for wrong in ((2, 1), ()):
+    with pytest.raises(ValueError, match="must begin with 1"):
+      losses.region_logits(jnp.asarray(x), scales=wrong)
+
+
+def test_a_region_counts_twice_where_it_and_the_whole_differ_in_being_right():
+  right, wrong, other = [3.0, 0, 0], [0, 3.0, 0], [0, 0, 3.0]
+  regions = np.float32([[right, right, wrong], [wrong, right, other]])
+  got = losses.region_weight(jnp.asarray(regions), np.array([0, 0]))
+  assert got.tolist() == [[1, 1, 2], [1, 2, 1]]
+
+
+def test_a_teacher_that_is_not_sure_teaches_neither_view():
+  given = [np.float32(x) for x in FORMULAS["cross_view_kd"][0]]
+  nobody = {"weak_threshold": 1.1, "strong_threshold": 1.1}
+  assert not np.any(values("cross_view_kd", *given, **nobody))
+  # Of equal views what is within is what is across.
+  one, teacher = given[0], given[2]
+  everybody = {"weak_threshold": 0.0, "strong_threshold": 0.0}
+  got = values("cross_view_kd", one, one, teacher, teacher, **everybody)
+  expected = 5 * losses.soft_target_kl(jnp.asarray(one), jnp.asarray(teacher))
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_class_means_are_means():

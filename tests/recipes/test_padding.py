@@ -77,6 +77,19 @@ def with_labels(objective, labels):
   return dataclasses.replace(objective, apply=apply)
 
 
+def as_maps_of_logits(objective):
+  """The objective on maps of as many channels as there are classes."""
+
+  def apply(params, state, student, teacher, *rest, **keywords):
+    narrow = [
+      outputs.replace(features={"a": outputs.features["a"][..., :3]})
+      for outputs in (student, teacher)
+    ]
+    return objective.apply(params, state, *narrow, *rest, **keywords)
+
+  return dataclasses.replace(objective, apply=apply)
+
+
 MANY = {
   "labels": recipes.labels,
   "kd": recipes.kd,
@@ -90,6 +103,7 @@ MANY = {
   "wttm": recipes.wttm,
   "wsl": recipes.wsl,
   "mlkd": recipes.mlkd,
+  "sdd": lambda: as_maps_of_logits(recipes.sdd(student_layer="a", teacher_layer="a")),
   "tfkd": recipes.tfkd,
   "pskd": functools.partial(recipes.pskd, growth_steps=0),
   "uskd": functools.partial(recipes.uskd, student_layer="a"),

@@ -17,6 +17,7 @@ GIVEN = {
   "crd": {"labels": LABELS, "negatives": 2, "width": 4},
   "norm_direction": {"means": np.ones((3, 3))},
   "overhaul": {"margins": [np.zeros(3, np.float32)] * 3},
+  "sdd": {"student_layer": "stage3", "teacher_layer": "stage3"},
   "simkd": {"classifier": {"kernel": jnp.ones((3, 3))}},
 }
 # Labels that are no classes: on or off, numbers, and one number of a mean and a variance.

@@ -30,6 +30,7 @@ from test_losses_tasks import (
   ref_gaussian_kl,
   ref_huber,
   ref_nll,
+  ref_regions,
   ref_self_nontarget,
   ref_virtual,
 )
@@ -283,6 +284,30 @@ def test_universal_self_distillation_has_an_exit_and_a_mean_over_who_counts(stri
   assert float(loss) == pytest.approx(want, rel=1e-5)
   with pytest.raises(ValueError, match="student_layer='stage2' is not among"):
     recipes.uskd().init(KEY, student, None)
+
+
+def test_scale_decoupled_distillation_pools_maps_of_logits(strict_promotion):
+  student, teacher, batch = draw(np.float32)
+  rng = np.random.default_rng(8)
+  maps = [rng.normal(size=(8, size, size, CLASSES)) for size in (4, 2)]
+  both = [
+    x.replace(features={"logit_map": jnp.asarray(m, jnp.float32)})
+    for x, m in zip((student, teacher), maps, strict=True)
+  ]
+  loss, _ = of(recipes.sdd())({}, {}, *both, batch)
+  s, y = np.float64(student.logits), np.asarray(batch.labels)
+  known = np.asarray(batch.weight * batch.labelled)
+  quarters = [m.reshape(8, 2, m.shape[1] // 2, 2, -1, CLASSES).mean((2, 4)) for m in maps]
+  ours, theirs = (
+    np.concatenate([m.mean((1, 2))[:, None], q.reshape(8, 4, CLASSES)], 1)
+    for m, q in zip(maps, quarters, strict=True)
+  )
+  want = of_labels(s, y, known, 0.1) + 0.9 * mean(ref_regions(ours, theirs, y, 4.0), known)
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+  with pytest.raises(ValueError, match="student_layer='logit_map' is not among"):
+    recipes.sdd().apply({}, {}, student, teacher, batch, key=KEY)
+  with pytest.raises(ValueError, match="sdd compares with a teacher"):
+    recipes.sdd().apply({}, {}, student, None, batch, key=KEY)
 
 
 def test_schedules_and_what_turns_them_off():
