@@ -192,8 +192,9 @@ def generalized_decoupled_kd(
   Source: Zheng, Cheng, "Rethinking Decoupled Knowledge Distillation: A Predictive Distribution
   Perspective", 2025.
 
-  Other codes: the published code subtracts 1000 where a class is not in a part; this one stays in
-  log space. Its options ("worst" classes, reverse KL inside the parts) are not here.
+  Other codes: the published code subtracts 1000 where a class is not in a part, which leaves all of
+  them where none is in it: with all classes at the top it counts the whole KL for the rest, and
+  this one, in log space, 0. Its options ("worst" classes, reverse KL in the parts) are not here.
 
   >>> student, teacher = jnp.zeros(4), jnp.log(jnp.array([0.3, 0.3, 0.2, 0.2]))
   >>> round(generalized_decoupled_kd(student, teacher, top=2, temperature=1.0).item(), 4)
