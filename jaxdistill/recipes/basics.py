@@ -17,6 +17,7 @@ from jaxdistill.recipes.parts import (
   both_features,
   both_logits,
   hard_term,
+  label_numbers,
   layer_names,
   learned,
   recipe,
@@ -150,12 +151,6 @@ def multi_label(
   return {"labels": Term(values, weight=hard_weight, where=where), **terms}
 
 
-def _numbers(batch: Batch, outputs: Any) -> Any:
-  """Labels ``[B, D]`` beside outputs: one number an example ``[B]`` is ``[B, 1]``."""
-  values = jnp.asarray(batch.labels)
-  return values[..., None] if values.ndim == outputs.ndim - 1 else values
-
-
 def _check_regression(loss: Any) -> None:
   _check.function("loss", loss, "(student, target) -> [B]", arguments=2)
 
@@ -188,7 +183,7 @@ def regression(
   terms = {"soft": Term(loss(ours, theirs), weight=soft_weight)}
   if hard_weight is None:
     return terms
-  values = loss(ours, _numbers(batch, ours))
+  values = loss(ours, label_numbers(batch, ours))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 
@@ -220,7 +215,7 @@ def teacher_bounded(
     Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one.
   """
   ours, theirs = both_logits("teacher_bounded", student, teacher)
-  target = _numbers(batch, ours)
+  target = label_numbers(batch, ours)
   bounded = losses.teacher_bounded(ours, theirs, target, margin=margin)
   terms = {"bounded": Term(bounded, weight=bounded_weight, where=batch.labelled)}
   if hard_weight is None:
@@ -258,7 +253,7 @@ def gaussian_regression(
   terms = {"soft": Term(soft, weight=soft_weight)}
   if hard_weight is None:
     return terms
-  values = losses.gaussian_nll(ours, _numbers(batch, ours), floor=floor)
+  values = losses.gaussian_nll(ours, label_numbers(batch, ours), floor=floor)
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 
