@@ -249,8 +249,11 @@ def streams(rows, limit=None, **fields):
 
 
 DATA = [
-  (arrays(labels=Y.astype(float)), "labels must be integers, got float64"),
-  (arrays(labels=np.eye(3)[Y]), r"labels must be of shape \(16,\)"),
+  (arrays(labels=Y.astype(str)), "labels must be integers or floats, got <U"),
+  (arrays(labels=np.where(Y == 1, np.nan, Y)), "not finite in row .*ignore="),
+  (arrays(labels=Y[:5]), "labels must have the 16 examples"),
+  (arrays(labels=Y, weight=-np.ones(16)), "weight of .*not negative"),
+  (arrays(labels=Y, weight=np.ones((16, 2))), "weight of .*leading axes"),
   (arrays(labels=Y - 1), "must lie in 0 .. 1 .*row 0 has -1"),
   (arrays(num_classes=2), "row 2 has 2"),
   (arrays(labels=Y + 2**40), "num_classes=1099511627779 must be in"),

@@ -74,7 +74,7 @@ def test_a_finished_run_is_measured_again_without_training(script, finished):
 
 
 def test_every_recipe_is_a_method_whose_own_weights_are_scaled(script):
-  parts = {"combine", "hint", "labels", "overhaul_margins", "recipe"}
+  parts = {"combine", "hint", "labels", "overhaul_margins", "recipe", "with_class_maps"}
   # Of other tasks; of another teacher, the student's own past; of networks with maps of logits.
   parts |= {"multi_label", "regression", "teacher_bounded", "gaussian_regression", "pskd", "sdd"}
   assert set(script.METHODS) == set(recipes.__all__) - parts

@@ -1,7 +1,7 @@
 """What arrived: exact averages over a split, fidelity to the teacher, and what a model costs.
 
-`metrics` are sums on the device that are divided once at the end; `cost` counts and times;
-`predictions` keeps what each model said of each example.
+`tasks` say what labels mean, `metrics` are sums on the device that are divided once at the end;
+`cost` counts and times; `predictions` keeps what each model said of each example.
 """
 
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.evaluation import cost as cost
   from jaxdistill.evaluation import metrics as metrics
   from jaxdistill.evaluation import predictions as predictions
+  from jaxdistill.evaluation import ranking as ranking
+  from jaxdistill.evaluation import tasks as tasks
   from jaxdistill.evaluation._evaluate import (
     Validator,
     costs,
@@ -23,7 +25,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
 
 __all__ = [
-  "Validator",  # what `validator` makes: ``model -> {"accuracy", "nll", "ece"}``
+  "Validator",  # what `validator` makes: ``model -> {name: number}`` of its task's metrics
   "cost",  # what a network costs: parameters, bytes, floating-point operations, and time
   "costs",  # what a deployed model costs, on this machine
   "evaluate",  # evaluates a model on a whole split, padded rows excluded exactly
@@ -31,6 +33,8 @@ __all__ = [
   "logits_of",  # what a model, or a teacher, says of a batch
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example
+  "ranking",  # what only all examples together can tell: average precision, R², neighbours
+  "tasks",  # what labels mean: classes, several at once, numbers, pixels, tokens, vectors
   "taught",  # the batches with what a teacher says of them, for many students to be compared with
   "validator",  # what a run measures on its way: compiled once, called often
 ]

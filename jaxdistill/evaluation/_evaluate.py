@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.errors
@@ -15,8 +15,9 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill.evaluation import cost, metrics, predictions
+from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
+from jaxdistill.evaluation.tasks import Task
 from jaxdistill.types import Batch, Model, Outputs, Teacher
 
 __all__ = [
@@ -40,7 +41,11 @@ _MISFITS = (
 
 
 def evaluate(
-  model: Model | Teacher, batches: Batch, *, teacher: Teacher | None = None
+  model: Model | Teacher,
+  batches: Batch,
+  *,
+  teacher: Teacher | None = None,
+  task: Task | None = None,
 ) -> dict[str, np.ndarray]:
   """Evaluates a model on a whole split, padded rows excluded exactly.
 
@@ -52,24 +57,26 @@ def evaluate(
       say).
     batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
     teacher: to measure agreement with; by default what the batches bring along of one (`taught`).
+    task: what the labels mean, see `evaluation.tasks`; one class an example where left out.
 
   Returns:
-    ``accuracy``, ``top5``, ``nll`` (nats), ``ece`` (15 bins), ``brier``, and with a teacher
-    ``agreement``, ``kl`` (nats, teacher to student) and ``accuracy_where_teacher_wrong``; each of
-    shape ``[S]`` for a model of S seeds, else ``[]``. What could not be measured is absent: without
-    labels there are ``agreement`` and ``kl`` alone. NaN says that the model's logits are.
+    What the task measures; of `evaluation.tasks.classification` ``accuracy``, ``top5``, ``nll``
+    (nats), ``ece`` (15 bins), ``brier``, and with a teacher ``agreement``, ``kl`` (nats, teacher to
+    student) and ``accuracy_where_teacher_wrong``. Each is of shape ``[S]`` for a model of S seeds,
+    else ``[]``. What could not be measured is absent: without labels there is what compares with
+    the teacher alone. NaN says that the model's outputs are.
 
   Raises:
-    TypeError: an argument is of another kind, or labels are no classes.
+    TypeError: an argument is of another kind, or labels are not what the task takes.
     ValueError: variables do not fit their network, or labels lie beyond its classes.
   """
-  return _finished(_measured(model, batches, teacher), batches, teacher)
+  return _Pass(model, batches, teacher, _task(task)).finished()
 
 
 def examine(
   model: Model | Teacher, batches: Batch, *, teacher: Teacher | None = None
 ) -> tuple[dict[str, np.ndarray], predictions.Answers]:
-  """What `evaluate` does, and in the same pass what the model said of each example.
+  """What `evaluate` does of one class an example, and in the same pass what was said of each.
 
   Args:
     model: a model, or a teacher.
@@ -80,25 +87,27 @@ def examine(
     ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that
     `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed.
   """
-  found = _measured(model, batches, teacher)
+  one = _Pass(model, batches, teacher, tasks.classification())
+  found = one()
   where = predictions.counted(batches)
-  each = jax.device_get([one.answers for one in found])
+  each = jax.device_get([said.answers for said in found])
   joined = {
     name: np.atleast_2d(np.concatenate([answers[name] for answers in each], axis=-1))[:, where]
     for name in each[0]
   }
-  return _finished(found, batches, teacher), predictions.Answers(**joined)
+  return one.finished(found), predictions.Answers(**joined)
 
 
-def taught(teacher: Teacher, batches: Batch) -> Batch:
+def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Batch:
   """The batches with what a teacher says of them: it is asked once, for any number of students.
 
   Args:
     teacher: the teacher.
     batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+    task: which of its outputs are kept: those that the task reads, logits where left out.
 
   Returns:
-    The same batches, whose ``teacher`` holds its logits ``[N, B, K]`` on the host.
+    The same batches, whose ``teacher`` holds its outputs ``[N, B, ...]`` on the host.
 
   Raises:
     TypeError: an argument is of another kind.
@@ -108,9 +117,10 @@ def taught(teacher: Teacher, batches: Batch) -> Batch:
   _check_teacher(teacher)
   teacher = settled(teacher)
   with _fitting(None):
-    ask = kept(_logits, teacher, next(batches_of(batches))).compiled(len(batches.weight))
-  logits = jax.device_get([ask(teacher, batch) for batch in batches_of(batches)])
-  return dataclasses.replace(batches, teacher=Outputs(logits=np.stack(logits)))
+    asked = kept(_Asked(_task(task)), teacher, next(batches_of(batches)))
+  ask = asked.compiled(len(batches.weight))
+  found = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
+  return dataclasses.replace(batches, teacher=jax.tree.map(lambda *x: np.stack(x), *found))
 
 
 def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
@@ -133,58 +143,99 @@ def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
   return logits
 
 
-_Sums = dict[str, Any]
-
-
 @flax.struct.dataclass
 class _Measured:
-  """What is measured of a model on a batch: sums, the teacher's part of them, and its answers."""
+  """What is measured of a model on a batch: sums, the teacher's part of them, each example."""
 
   quality: Any
   fidelity: Any
+  each: Any
   answers: Any
 
 
 @dataclasses.dataclass(frozen=True)
+class _Asked:
+  """The program of what a task reads of a model, or of a teacher, on a batch."""
+
+  task: Task
+  __name__ = "outputs"
+
+  def __call__(self, model: Model | Teacher, batch: Batch) -> Outputs:
+    """``[B, ...]``, or ``[S, B, ...]`` where the model has S seeds."""
+    if isinstance(model, Teacher) or model.seeds is None:
+      return self.of_one(model, batch)
+    network = model.network
+    return jax.vmap(lambda variables: self.of_one(Model(network, variables), batch))(
+      model.variables
+    )
+
+  def of_one(self, model: Model | Teacher, batch: Batch) -> Outputs:
+    """Of one model."""
+    outputs = model(batch)
+    if not isinstance(outputs, Outputs):
+      raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
+    read = self.task.reads(outputs)
+    if not hasattr(read.logits, "shape"):
+      raise TypeError(
+        f"the model must put out logits [B, K], and gave {_check.show(outputs)}: of a network "
+        "without them the task says what it reads, evaluation.tasks.embedding('pooled')."
+      )
+    return read
+
+
+@dataclasses.dataclass(frozen=True)
 class _Measure:
-  """The program of a batch; equal for models whose logits come of the same function.
+  """The program of a batch; equal for models whose outputs come of the same function.
 
   No scan over the batches: XLA computes convolutions inside a loop many times slower on a CPU.
   """
 
-  logits: Callable[[Model | Teacher, Batch], jax.Array]
+  outputs: Callable[[Model | Teacher, Batch], Outputs]
+  task: Task
+  labels: bool
   __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
-  def __call__(self, model: Model | Teacher, said: jax.Array, batch: Batch) -> _Measured:
-    """Measures a model beside the teacher's logits ``[B, K]``."""
-    where = batch.weight * batch.labelled
+  def __call__(self, model: Model | Teacher, said: Outputs, batch: Batch) -> _Measured:
+    """Measures a model beside the teacher's outputs ``[B, ...]``."""
+    task = self.task
 
-    def measure(logits: jax.Array) -> _Measured:
+    def measure(outputs: Outputs) -> _Measured:
+      classes = self.labels and task is tasks.classification()
       return _Measured(
-        quality=metrics.classification_sums(logits, batch.labels, where),
-        fidelity=metrics.fidelity_sums(logits, said, batch.labels, batch.weight, batch.labelled),
-        answers=predictions.answers(logits, batch.labels),
+        quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
+        fidelity={} if task.compared is None else task.compared(outputs, said, batch),
+        each={} if task.each is None or not self.labels else task.each(outputs, batch),
+        answers=predictions.answers(outputs.logits, batch.labels) if classes else {},
       )
 
-    return (measure if _seeds(model) is None else jax.vmap(measure))(self.logits(model, batch))
+    return (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
+
+
+def _outputs(model: Model | Teacher, batch: Batch) -> Any:
+  """What is timed: the logits, or all outputs of a network that has none."""
+  outputs = model(batch)
+  logits = outputs.logits if isinstance(outputs, Outputs) else None
+  return logits if hasattr(logits, "shape") else outputs
 
 
 def _seeds(model: Model | Teacher) -> int | None:
   return None if isinstance(model, Teacher) else model.seeds
 
 
-def _logits(model: Model | Teacher, batch: Batch) -> jax.Array:
-  """What a model says of a batch: ``[B, K]``, or ``[S, B, K]`` where it has S seeds."""
-  if isinstance(model, Teacher) or model.seeds is None:
-    return logits_of(model, batch)
-  network = model.network
-  return jax.vmap(lambda variables: logits_of(Model(network, variables), batch))(model.variables)
+def _task(task: Any) -> Task:
+  if task is None:
+    return tasks.classification()
+  if not isinstance(task, Task):
+    raise TypeError(
+      f"task={_check.show(task)} must be an evaluation.tasks.Task, such as tasks.regression()."
+    )
+  return task
 
 
 class _Pass:
   """A model, and a teacher, on the batches of a split: checked, and compiled at the first call."""
 
-  def __init__(self, model: Any, batches: Batch, teacher: Any) -> None:
+  def __init__(self, model: Any, batches: Batch, teacher: Any, task: Task) -> None:
     """Checks whether the arguments go together; they may be shapes."""
     _check_batches(batches)
     _check_model(model)
@@ -193,25 +244,29 @@ class _Pass:
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
     self.model, self.teacher = settled((model, teacher))
-    if not predictions.counted(batches).any():  # whatever stands where labels would
-      batches = dataclasses.replace(batches, labels=np.zeros(batches.weight.shape, np.int32))
-    self.batches, first = batches, next(batches_of(batches))
+    self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: Kept | None = None
+    first = next(batches_of(batches))
+    asks = _Asked(task)
     with _fitting(_seeds(model)):
-      logits = kept(_logits, model, self._shown(first))
-    _check_labels(batches, logits.outputs.shape[-1])
+      outputs = kept(asks, model, self._shown(first))
+    of_one = outputs.outputs
+    if _seeds(model) is not None:
+      of_one = jax.tree.map(lambda leaf: leaf.update(shape=leaf.shape[1:]), of_one)
+    self.batches, labels = _with_labels(batches, of_one, task)
+    first = next(batches_of(self.batches))
     with _fitting(_seeds(model)):
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
-      mute = np.zeros((len(first.weight), logits.outputs.shape[-1]), np.float32)
+      mute = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), of_one)
       self.mute = settled((self.model, mute))[1]
       said: Any = self.mute
       if teacher is not None:
-        self.asked = kept(_logits, teacher, first)
+        self.asked = kept(asks, teacher, first)
         said = self.asked.outputs
       elif first.teacher is not None:
-        said = first.teacher.logits
-      self.program = kept(_Measure(logits.traced), model, said, self._shown(first))
+        said = task.reads(first.teacher)
+      self.program = kept(_Measure(outputs.traced, task, labels), model, said, self._shown(first))
 
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch: a network sees no teacher's outputs."""
@@ -228,30 +283,55 @@ class _Pass:
     calls = calls * len(self.batches.weight)
     program = self.program.compiled(calls)
     ask = None if self.asked is None else self.asked.compiled(calls)
-    found = []
+    self.said, found = [], []
     for batch in batches_of(self.batches):
       said = self.mute
       if ask is not None:
         said = ask(self.teacher, batch)
       elif batch.teacher is not None:
-        said = settled((self.model, batch.teacher.logits))[1]
+        said = settled((self.model, self.task.reads(batch.teacher)))[1]
+      if self.compared and self.task.each is not None:
+        self.said.append((said, batch))
       found.append(program(self.model, said, self._shown(batch)))
     return found
 
+  def finished(self, found: list[_Measured] | None = None) -> dict[str, np.ndarray]:
+    """The metrics of a pass; without a teacher none that compare with one."""
+    found = self() if found is None else found
+    # Added on the host, where nothing has to be compiled for it and float64 counts on.
+    parts = [{"quality": one.quality, "fidelity": one.fidelity} for one in found]
+    sums = jax.tree.map(np.float64, jax.device_get(parts))
+    total = functools.reduce(functools.partial(jax.tree.map, np.add), sums)
+    sums = {**total["quality"], **(total["fidelity"] if self.compared else {})}
+    seeds = _seeds(self.model)
+    rows, theirs = self._all([one.each for one in found], axis=int(seeds is not None)), None
+    if rows and self.task.each is not None and self.said:
+      theirs = self._all([self.task.each(said, batch) for said, batch in self.said], axis=0)
+    if seeds is None:
+      return self._of_one(sums, rows, theirs)
+    each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
+    made = [self._of_one(mine, kept_of_it, theirs) for mine, kept_of_it in each]
+    # What some students lack, of all that were measured alike, is NaN: 0 / 0.
+    names = list(dict.fromkeys(name for one in made for name in one))
+    return {name: np.stack([one.get(name, np.array(np.nan)) for one in made]) for name in names}
 
-def _measured(model: Any, batches: Batch, teacher: Any) -> list[_Measured]:
-  return _Pass(model, batches, teacher)()
+  def _of_one(self, sums: Any, rows: Any, theirs: Any) -> dict[str, np.ndarray]:
+    found = dict(self.task.finish(sums)) if sums else {}
+    if rows and self.task.of_all is not None:
+      found |= self.task.of_all(rows, theirs)
+    return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
-
-def _finished(
-  found: list[_Measured], batches: Batch, teacher: Teacher | None
-) -> dict[str, np.ndarray]:
-  """The metrics of a pass; without a teacher none that compare with one."""
-  compared = teacher is not None or batches.teacher is not None
-  each = [{**one.quality, **(one.fidelity if compared else {})} for one in found]
-  # Added on the host, where nothing has to be compiled for it and float64 counts on.
-  sums = jax.tree.map(np.float64, jax.device_get(each))
-  return metrics.finish(functools.reduce(metrics.add_sums, sums))
+  def _all(self, each: Sequence[Any], axis: int) -> dict[str, np.ndarray]:
+    """What was kept of the examples of all batches, which lie on this axis, without padding."""
+    if not each or not each[0]:
+      return {}
+    weight = np.asarray(self.batches.weight)
+    there = (weight.reshape(*weight.shape[:2], -1) > 0).any(axis=-1).reshape(-1)
+    parts = jax.device_get(list(each))
+    return {
+      name: np.compress(there, np.concatenate([part[name] for part in parts], axis), axis)
+      for name in parts[0]
+    }
 
 
 @contextlib.contextmanager
@@ -283,57 +363,64 @@ def _check_model(model: Any) -> None:
     )
 
 
+def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, bool]:
+  """The batches, checked, and whether what needs labels can be asked of them."""
+  if predictions.counted(batches).any():
+    if task.check is not None:
+      task.check(batches, outputs)
+    return batches, True
+  # Whatever stands where labels would: it is not looked at.
+  weight = np.shape(batches.weight)
+  places = (weight[0], *outputs.logits.shape[: max(1, outputs.logits.ndim - 1)])
+  none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)
+  batches = dataclasses.replace(batches, labels=none[0], labelled=none[1])
+  try:
+    if task.check is not None:
+      task.check(batches, outputs)
+  except TypeError:  # labels of another kind: what compares with a teacher is all there is
+    return batches, False
+  return batches, True
+
+
 def _check_batches(batches: Any) -> None:
-  if not isinstance(batches, Batch) or np.ndim(batches.weight) != 2:
+  if not isinstance(batches, Batch) or np.ndim(batches.weight) < 2:
     raise TypeError(
       f"batches must be what data.evaluation_batches makes, leaves [N, B, ...], got "
       f"{_check.show(batches)}."
     )
 
 
-def _check_labels(batches: Batch, classes: int) -> None:
-  """Raises for a label that is no class of the logits', which would count as an error."""
-  labels, shape = np.asarray(batches.labels), batches.weight.shape
-  if labels.shape != shape or not np.issubdtype(labels.dtype, np.integer):
-    raise TypeError(
-      f"the batches' labels must be whole numbers {list(shape)}, a class for each example, "
-      f"got {_check.show(labels)}: of others there is no accuracy. Agreement with a teacher needs "
-      "none; say by labelled=0 throughout that there are none."
-    )
-  found = labels.reshape(-1)[predictions.counted(batches)]
-  least, largest = found.min(initial=0), found.max(initial=0)
-  if least < 0 or largest >= classes:
-    raise ValueError(
-      f"the batches have the label {least if least < 0 else largest} and the network puts out "
-      f"{classes} classes, from 0 on: evaluate on a split of its own classes, and say by "
-      "labelled=0 which examples have no label."
-    )
-
-
-def validator(batches: Batch) -> Validator:
+def validator(batches: Batch, *, task: Task | None = None) -> Validator:
   """What a run measures on its way (`train.Watch`): compiled once, called often.
 
   Args:
     batches: the validation split, from `jaxdistill.data.evaluation_batches`.
+    task: what the labels mean; one class an example where left out.
 
   Returns:
-    ``model -> {"accuracy", "nll", "ece"}``, see `Validator`.
+    ``model -> {name: number}`` of the task's metrics, see `Validator`: ``accuracy``, ``nll`` and
+    ``ece`` of `evaluation.tasks.classification`.
 
   Raises:
     TypeError: ``batches`` are none.
     ValueError: no example of the split has a label.
   """
-  return Validator(batches)
+  return Validator(batches, task)
 
 
 class Validator:
-  """What `validator` makes: ``model -> {"accuracy", "nll", "ece"}``."""
+  """What `validator` makes: ``model -> {name: number}`` of its task's metrics.
 
-  def __init__(self, batches: Batch) -> None:
+  Attributes:
+    task: what the labels mean.
+  """
+
+  def __init__(self, batches: Batch, task: Task | None = None) -> None:
     """Compiles nothing yet.
 
     Args:
       batches: the validation split.
+      task: what the labels mean; one class an example where left out.
     """
     _check_batches(batches)
     if not predictions.counted(batches).any():
@@ -341,6 +428,7 @@ class Validator:
         "no example of batches has a label, and all that a validator measures is of labels: give a "
         "split that has some, or a function of your own."
       )
+    self.task = _task(task)
     self._batches, self._calls = batches, math.inf
 
   def compile(self, model: Model, *, calls: int | None = None) -> None:
@@ -352,12 +440,13 @@ class Validator:
         and runs slower. None for many times.
     """
     self._calls = math.inf if calls is None else calls
-    _Pass(model, self._batches, None).compile(self._calls)
+    _Pass(model, self._batches, None, self.task).compile(self._calls)
 
   def __call__(self, model: Model) -> dict[str, np.ndarray]:
     """The metrics of a model; ``[S]`` each for one of S seeds."""
-    numbers = _finished(_Pass(model, self._batches, None)(self._calls), self._batches, None)
-    return {name: numbers[name] for name in ("accuracy", "nll", "ece")}
+    one = _Pass(model, self._batches, None, self.task)
+    numbers = one.finished(one(self._calls))
+    return {name: numbers[name] for name in self.task.metrics if name in numbers}
 
 
 def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> dict[str, Any]:
@@ -384,7 +473,7 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   size = len(batch.weight)
   # One program for each of the two sizes, whatever is asked of it; nothing is timed before both
   # are compiled, beside one another.
-  programs = [kept(_logits, model, given).plain() for given in (one, batch)]
+  programs = [kept(_outputs, model, given).plain() for given in (one, batch)]
   for program, given in zip(programs, (one, batch), strict=True):
     program.compile(model, given)
   at_one, at_size = (program.ready() for program in programs)

@@ -58,8 +58,8 @@ def classification_sums(
   Args:
     logits: ``[B, K]``; computed in float32 whatever their dtype.
     labels: ``[B]`` classes.
-    where: ``[B]``; an example counts once where this is not 0. One that does not count may hold
-      anything, NaN logits and labels out of range included.
+    where: ``[B]``, how much an example counts. One that does not may hold anything, NaN logits and
+      labels out of range included.
 
   Returns:
     float32 sums: scalars ``examples``, ``correct``, ``top5``, ``nll`` (nats), ``brier``
@@ -73,7 +73,8 @@ def classification_sums(
   >>> sums["examples"].item(), sums["correct"].item()
   (2.0, 1.0)
   """
-  counted = where.astype(bool)
+  where = where.astype(jnp.float32)
+  counted = where > 0
   logits = _clean(logits, counted)
   classes = logits.shape[1]
   labels = jnp.where(counted, labels.astype(jnp.int32), 0)
@@ -102,7 +103,7 @@ def classification_sums(
   bins = jax.nn.one_hot(jnp.sum(confidence[:, None] > EDGES[None, :], axis=1), BINS, dtype=bool)
   for name, values in (("count", counted), ("confidence", confidence), ("correct", correct)):
     sums[f"bin_{name}"] = jnp.where(bins, values.astype(jnp.float32)[:, None], 0)
-  return {name: _masked_sum(values, counted) for name, values in sums.items()}
+  return {name: _masked_sum(values, where) for name, values in sums.items()}
 
 
 def fidelity_sums(
@@ -119,7 +120,7 @@ def fidelity_sums(
     teacher_logits: ``[B, K]``. Classes masked to −inf on both sides have no part in the KL; one
       that only the student masks makes it inf.
     labels: ``[B]`` classes.
-    where: ``[B]``, which examples count: 0 for padding.
+    where: ``[B]``, how much an example counts: 0 for padding.
     labelled: ``[B]``, which of them have a label, without which nobody knows where the teacher
       errs; None for all.
 
@@ -135,7 +136,8 @@ def fidelity_sums(
   >>> sums["agreement"].item(), sums["correct_where_teacher_wrong"].item()
   (1.0, 1.0)
   """
-  counted = where.astype(bool)
+  where = where.astype(jnp.float32)
+  counted = where > 0
   known = counted if labelled is None else counted & labelled.astype(bool)
   labels = jnp.where(known, labels.astype(jnp.int32), 0)
   both = [_clean(logits, counted) for logits in (student_logits, teacher_logits)]
@@ -152,7 +154,7 @@ def fidelity_sums(
     "teacher_wrong": teacher_wrong,
     "correct_where_teacher_wrong": teacher_wrong & (student_class == labels),
   }
-  return {name: _masked_sum(values, counted) for name, values in sums.items()}
+  return {name: _masked_sum(values, where) for name, values in sums.items()}
 
 
 def _clean(logits: Any, counted: Any) -> Any:
@@ -165,10 +167,10 @@ def _top_class(logits: Any) -> Any:
   return jnp.where(jnp.isnan(logits).any(axis=1), -1, jnp.argmax(logits, axis=1))
 
 
-def _masked_sum(values: Any, counted: Any) -> Any:
-  """Float32 sum over the batch axis of what counts."""
-  counted = counted.reshape(counted.shape + (1,) * (values.ndim - 1))
-  return jnp.sum(jnp.where(counted, values.astype(jnp.float32), 0), axis=0)
+def _masked_sum(values: Any, where: Any) -> Any:
+  """Float32 sum over the batch axis of what counts, as much as it counts."""
+  where = where.reshape(where.shape + (1,) * (values.ndim - 1))
+  return jnp.sum(where * jnp.where(where > 0, values.astype(jnp.float32), 0), axis=0)
 
 
 def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,8 +157,11 @@ def answers(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> dict[str, 
 
 
 def counted(batches: Batch) -> np.ndarray:
-  """Which rows of stacked batches are examples with a label, ``[N · B]``: what answers are of."""
-  return (np.asarray(batches.weight) * np.asarray(batches.labelled)).reshape(-1) > 0
+  """Which places of stacked batches count and have a label: ``[N · B]`` for one an example."""
+  masks = np.asarray(batches.weight), np.asarray(batches.labelled)
+  rank = max(mask.ndim for mask in masks)
+  first, second = (np.expand_dims(mask, tuple(range(mask.ndim, rank))) for mask in masks)
+  return (first * second).reshape(-1) > 0
 
 
 def column(name: str, values: Any, index: np.ndarray, size: int | None = None) -> Column:

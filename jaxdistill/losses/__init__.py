@@ -14,15 +14,19 @@ from jaxdistill.losses.features import (
   activation_boundary,
   attention_relation,
   attention_transfer,
+  channel_wise,
+  class_attention,
   factor_transfer,
   flow_of_solution,
   hierarchical_context,
   hint_cosine,
   hint_l2,
+  hint_normalized,
   inter_channel_correlation,
   neuron_selectivity,
   overhaul,
   overhaul_margin,
+  pairwise_structure,
   variational_information,
 )
 from jaxdistill.losses.logits import (
@@ -84,6 +88,8 @@ __all__ = [
   "binary_cross_entropy",  # binary cross-entropy (BCE) of labels that are each on or off
   "binary_focal",  # focal loss: labels that are easy count less
   "binary_soft_target_kl",  # multi-label logits distillation (MLD)
+  "channel_wise",  # channel-wise distillation (CWD): where each channel is strongest
+  "class_attention",  # class attention (CAT-KD): where the evidence for each class is
   "class_gram",  # class correlation (MLKD): which classes are likely together
   "class_means",  # means of features by class, for `norm_and_direction`
   "contrastive",  # contrastive distillation within the batch (InfoNCE), both ways round
@@ -101,6 +107,7 @@ __all__ = [
   "hierarchical_context",  # hierarchical context loss (HCL) of ReviewKD
   "hint_cosine",  # hints by direction (Lcos of DistilBERT): cosine distance of two features
   "hint_l2",  # hints (FitNets): squared error of two features
+  "hint_normalized",  # hints to a normalised teacher (VkD): smooth L1 to its z-scores
   "huber",  # Huber's loss (smooth L1)
   "init_banks",  # memory banks (CRD) before the first batch: random unit rows
   "inter_channel_correlation",  # inter-channel correlation (ICKD)
@@ -114,6 +121,7 @@ __all__ = [
   "one_for_all",  # one-for-all distillation (OFA-KD): the label's class is enhanced by a power
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the activation
   "overhaul_margin",  # margins of the overhaul (OFD)
+  "pairwise_structure",  # pair-wise structure (SKD): which positions of an image look alike
   "partition_kl",  # partition KL: a set of classes, and those outside it (what DKD and GDKD share)
   "probabilistic_transfer",  # probabilistic knowledge transfer (PKT)
   "refined_kd",  # refined logits (RLD): what the teacher puts above the label is not taught

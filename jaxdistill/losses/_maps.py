@@ -22,6 +22,7 @@ __all__ = [
   "Features",
   "Maps",
   "Mask",
+  "both_maps",
   "huber",
   "map_pair",
   "norm",
@@ -46,12 +47,12 @@ LARGEST = 1e9
 product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
-def map_pair(student: Any, teacher: Any) -> tuple[Array, Array]:
-  """Two maps ``[B, H, W, C]`` in one dtype, the larger pooled to the smaller along each axis.
+def both_maps(student: Any, teacher: Any) -> tuple[Array, Array]:
+  """Two maps ``[B, H, W, C]`` in one dtype, of any sizes and widths.
 
-  >>> a, b = map_pair(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5)))
-  >>> a.shape, b.shape
-  ((2, 2, 2, 3), (2, 2, 2, 5))
+  >>> a, b = both_maps(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5), jnp.bfloat16))
+  >>> a.shape, b.shape, b.dtype
+  ((2, 4, 4, 3), (2, 2, 2, 5), dtype('float32'))
   """
   shapes = np.shape(student), np.shape(teacher)
   if any(len(shape) != 4 for shape in shapes):
@@ -59,9 +60,20 @@ def map_pair(student: Any, teacher: Any) -> tuple[Array, Array]:
       f"student {shapes[0]} and teacher {shapes[1]} must be maps [B, H, W, C]: name a layer before "
       "the pooling."
     )
-  # Along each axis by itself: a 7 × 3 map and a 3 × 5 one meet at 3 × 3.
-  height, width = (min(sizes) for sizes in zip(shapes[0][1:3], shapes[1][1:3], strict=True))
   student, teacher = float_arrays(student, teacher)
+  return student, teacher
+
+
+def map_pair(student: Any, teacher: Any) -> tuple[Array, Array]:
+  """Two maps ``[B, H, W, C]`` in one dtype, the larger pooled to the smaller along each axis.
+
+  >>> a, b = map_pair(jnp.ones((2, 4, 4, 3)), jnp.ones((2, 2, 2, 5)))
+  >>> a.shape, b.shape
+  ((2, 2, 2, 3), (2, 2, 2, 5))
+  """
+  student, teacher = both_maps(student, teacher)
+  # Along each axis by itself: a 7 × 3 map and a 3 × 5 one meet at 3 × 3.
+  height, width = (min(sizes) for sizes in zip(student.shape[1:3], teacher.shape[1:3], strict=True))
   return average_pool(student, height, width), average_pool(teacher, height, width)
 
 

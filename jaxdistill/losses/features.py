@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from jaxdistill import _check
 from jaxdistill.losses._log_space import (
   MASKED,
   AnyArray,
@@ -28,11 +29,14 @@ from jaxdistill.losses._log_space import (
   counted,
   float_arrays,
   kl,
+  log_probabilities,
 )
 from jaxdistill.losses._maps import (
   SMALLEST_NORM,
   Features,
   Maps,
+  both_maps,
+  huber,
   map_pair,
   pair,
   product,
@@ -46,15 +50,19 @@ __all__ = [
   "activation_boundary",
   "attention_relation",
   "attention_transfer",
+  "channel_wise",
+  "class_attention",
   "factor_transfer",
   "flow_of_solution",
   "hierarchical_context",
   "hint_cosine",
   "hint_l2",
+  "hint_normalized",
   "inter_channel_correlation",
   "neuron_selectivity",
   "overhaul",
   "overhaul_margin",
+  "pairwise_structure",
   "variational_information",
 ]
 
@@ -123,6 +131,48 @@ def hint_cosine(student: Features, teacher: Features) -> Float[Array, "B ..."]:
   # `unit` gives it no gradient, where the formula's own would be 1e12.
   distance = 1 - product("...c,...c->...", unit(student), unit(teacher))
   return jnp.mean(distance, axis=_own_axes(student)[:-1])
+
+
+def hint_normalized(
+  student: Float[AnyArray, "B *_ D"], teacher: Float[AnyArray, "B *_ D"]
+) -> Float[Array, "B ..."]:
+  """Hints to a normalised teacher (VkD): smooth L1 to the teacher's feature as z-scores.
+
+  mean_d Huber(student_d − z_d), z = (teacher − mean_d teacher) / √(mean_d (teacher − mean_d
+  teacher)² + 1e-5); Huber(x) = ½x² for |x| < 1, else |x| − ½.
+
+  Args:
+    student: ``[B, D]`` or ``[B, L, D]``, projected to the teacher's width.
+    teacher: ``[B, D]`` or ``[B, L, D]``; its scale and its mean count for nothing.
+
+  Returns:
+    ``[B]``; ``[B, L]`` for tokens.
+
+  Raises:
+    ValueError: the widths or the positions differ, or either is a map.
+
+  Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections",
+  2024.
+
+  Other codes: this, as the mean over the batch, is the published code's of classification, where
+  the student comes through an orthogonal projector (`recipes.projectors.Orthogonal`); for
+  generation and detection it normalises by other means.
+
+  >>> hint_normalized(jnp.zeros((1, 2)), jnp.array([[0.0, 1e6]])).tolist()
+  [0.5]
+  """
+  student, teacher = pair(student, teacher)
+  if student.ndim == 4:
+    raise ValueError(
+      f"student {student.shape} and teacher {teacher.shape} must be vectors [B, D] or tokens "
+      "[B, L, D]: pool the maps first."
+    )
+  # A LayerNorm without scale and bias. Tamed, so that no square leaves float32; the floor of
+  # 1e-5 under the variance is for what is nearly constant, and large features have none.
+  centred = teacher - jnp.mean(teacher, axis=-1, keepdims=True)
+  small = tame(centred, -1)
+  z = small / jnp.sqrt(jnp.mean(jnp.square(small), axis=-1, keepdims=True) + 1e-5)
+  return jnp.mean(huber(student - z), axis=-1)
 
 
 def hierarchical_context(student: Maps, teacher: Maps) -> Float[Array, " B"]:
@@ -367,6 +417,151 @@ def attention_transfer(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   return jnp.mean(jnp.square(_attention(student) - _attention(teacher)), axis=(1, 2))
 
 
+def channel_wise(
+  student: Maps,
+  teacher: Maps,
+  *,
+  temperature: Scalar = 4.0,
+  where: Shaped[AnyArray, "B H W"] | None = None,
+) -> Float[Array, " B"]:
+  """Channel-wise distillation (CWD): where in the image each channel is strongest.
+
+  temperature² · mean_c KL(a_c ‖ b_c), KL(a ‖ b) = Σ_i a_i log(a_i / b_i) over positions i,
+  a_c and b_c = softmax over positions of channel c of teacher / temperature and of
+  student / temperature.
+
+  Args:
+    student: ``[B, H, W, C]``, with the teacher's channels: a map, or the logits of each pixel.
+    teacher: ``[B, H', W', C]``; the larger map is average-pooled to the smaller (as
+      PyTorch's ``adaptive_avg_pool2d``).
+    temperature: softens both, > 0. 4 is the published code's.
+    where: ``[B, H, W]`` of the smaller map, which positions count (not 0); the others may hold
+      anything, but for NaN in a map that is pooled. None counts all.
+
+  Returns:
+    ``[B]``, in nats · temperature²; 0 where no position counts.
+
+  Raises:
+    ValueError: the widths differ, either is not a map, or ``where`` has another size.
+
+  Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for Dense Prediction",
+  2021.
+
+  Other codes: this, as the mean over the batch, is the published code's and CIRKD's; both take
+  logarithms of a softmax, −inf at strong peaks, and leave out no position.
+
+  >>> teacher = jnp.array([0.0, 4.0]).reshape(1, 2, 1, 1)
+  >>> round(channel_wise(jnp.zeros((1, 2, 1, 1)), teacher).item(), 4)  # 16 · KL(softmax(0, 1) ‖ ½)
+  1.7751
+  """
+  same_width(student, teacher)
+  student, teacher = map_pair(student, teacher)
+  size = student.shape[1] * student.shape[2]
+  if size == 1:
+    raise ValueError(
+      f"student and teacher meet at {student.shape}, one position, of which a softmax makes 1 "
+      "whatever it is: name a layer before the pooling."
+    )
+  valid = counted(where, student.shape[:3])[..., None]
+
+  def flat(maps: Array) -> Array:
+    # [B, C, H·W]: each channel is a distribution over the image, however strong it is. A position
+    # that does not count is a class that is masked.
+    maps = jnp.where(valid, maps, -jnp.inf)
+    return jnp.moveaxis(maps.reshape(maps.shape[0], size, maps.shape[-1]), 1, 2)
+
+  log_q, log_p, squared = log_probabilities(flat(student), flat(teacher), temperature)
+  return squared * jnp.mean(kl(log_p, log_q), axis=1)
+
+
+def class_attention(
+  student: Maps, teacher: Maps, *, size: int = 2, normalize: bool = False
+) -> Float[Array, " B"]:
+  """Class attention (CAT-KD): where in the image the evidence for each class is.
+
+  mean over H, W and K of (s − t)², s and t = student and teacher average-pooled to size × size,
+  and with normalize each class's map then divided by max(its norm, 1e-12).
+
+  Args:
+    student: ``[B, H, W, K]``, a score of each class at each position, whose mean over positions is
+      the logit but for its bias (`recipes.with_class_maps`).
+    teacher: ``[B, H', W', K]``, of the same classes.
+    size: what both are pooled to (as PyTorch's ``adaptive_avg_pool2d``). 2 is the published code's
+      for most pairs of CIFAR-100; 4 with a ShuffleNet, and on ImageNet for ResNet-18.
+    normalize: False is the published code's for pairs of one style, True for others.
+
+  Returns:
+    ``[B]``.
+
+  Raises:
+    ValueError: the classes differ, either is not a map, or ``size`` is not at least 1.
+
+  Source: Guo, Yan, Li, Lu, "Class Attention Transfer Based Knowledge Distillation", 2023.
+
+  Other codes: this, as the mean over the batch, is the published code's.
+
+  >>> maps = jnp.array([1.0, 0.0, 3.0, 0.0]).reshape(1, 2, 2, 1)
+  >>> class_attention(maps, jnp.zeros((1, 4, 4, 1)), size=1).tolist()
+  [1.0]
+  """
+  _check.whole("size", size)
+  same_width(student, teacher)
+  # Each to that size by itself: two that met before would be pooled twice, by uneven windows.
+  student, teacher = (average_pool(maps, size, size) for maps in both_maps(student, teacher))
+  if normalize:
+    student, teacher = unit(student, (1, 2)), unit(teacher, (1, 2))
+  return _mean_square(student - teacher)
+
+
+def pairwise_structure(student: Maps, teacher: Maps, *, window: int = 2) -> Float[Array, " B"]:
+  """Pair-wise structure (SKD): which positions of an image look alike.
+
+  mean over positions i and j of (n(s_i)·n(s_j) − n(t_i)·n(t_j))², s and t = student and teacher
+  max-pooled over window × window, one vector at each position; n(v) = v / max(‖v‖, 1e-12).
+
+  Args:
+    student: ``[B, H, W, C]``; its channels need not be the teacher's.
+    teacher: ``[B, H', W', C']``; the larger map is average-pooled to the smaller first (as
+      PyTorch's ``adaptive_avg_pool2d``).
+    window: side of the windows, which do not overlap; the last may be cut off at the edge. 2 is
+      IFVD's; 1 takes the map as it is. Pairs are (H·W / window²)² numbers an example.
+
+  Returns:
+    ``[B]``.
+
+  Raises:
+    ValueError: either is not a map, ``window`` is not at least 1, or it leaves one position.
+
+  Source: Liu, Chen, Liu, Qin, Luo, Wang, "Structured Knowledge Distillation for Semantic
+  Segmentation", 2019.
+
+  Other codes: this, as the mean over the batch, has the published code's and IFVD's values, which
+  add 1e-8 to each norm; they take the norms for constants, so that their gradient also pulls on
+  the vectors' lengths, which changes no similarity. The published code's windows are half of the
+  map.
+
+  >>> maps = jnp.array([[1.0, 0.0], [0.0, 1.0]]).reshape(1, 2, 1, 2)
+  >>> value = pairwise_structure(maps, jnp.ones((1, 2, 1, 3)), window=1)
+  >>> round(value.item(), 4)  # (0 + 1 + 1 + 0) / 4
+  0.5
+  """
+  _check.whole("window", window)
+  student, teacher = map_pair(student, teacher)
+  if max(student.shape[1:3]) <= window:
+    raise ValueError(
+      f"window={window} leaves one position of {student.shape}, which is like itself whatever it "
+      "is: take a smaller window, or a layer before the pooling."
+    )
+
+  def similarities(maps: Array) -> Array:
+    pooled = unit(_max_pool(maps, window))
+    nodes = pooled.reshape(maps.shape[0], -1, maps.shape[-1])
+    # [B, N, N]: a table of the positions, which has no channels.
+    return product("bnc,bmc->bnm", nodes, nodes)
+
+  return jnp.mean(jnp.square(similarities(student) - similarities(teacher)), axis=(1, 2))
+
+
 def factor_transfer(student: Maps, teacher: Maps) -> Float[Array, " B"]:
   """Factor transfer (FT): distance of two factors' energies over the image.
 
@@ -599,6 +794,15 @@ def _own_axes(features: Array) -> tuple[int, ...]:
 def _mean_square(x: Array) -> Array:
   """Mean of squares over the axes that belong to one value."""
   return jnp.mean(jnp.square(x), axis=_own_axes(x))
+
+
+def _max_pool(maps: Array, window: int) -> Array:
+  """Largest entries over windows that do not overlap, PyTorch's with ``ceil_mode``."""
+  batch, height, width, channels = maps.shape
+  high, wide = -(-height // window), -(-width // window)
+  margins = ((0, 0), (0, high * window - height), (0, wide * window - width), (0, 0))
+  padded = jnp.pad(maps, margins, constant_values=-jnp.inf)
+  return jnp.max(padded.reshape(batch, high, window, wide, window, channels), axis=(2, 4))
 
 
 def _attention(maps: Array) -> Array:

@@ -460,13 +460,33 @@ class Adapter:
 
   def outputs(self, call: Call, out: Any, sown: Mapping[str, Any]) -> Outputs:
     """What the network puts out, from what the module returned and what was captured."""
-    missing = [name for name, path in self.wanted.items() if find(sown, path) is None]
+    there = {name: path for name, path in self.wanted.items() if find(sown, path) is not None}
+    missing = [name for name in self.wanted if name not in there]
+    if missing and not call.train:
+      # An auxiliary head exists in training alone: evaluation and the deployed model lack it.
+      missing = [name for name in missing if name not in self.trained_alone(missing, call)]
     if missing:
       raise ValueError(self.explain_missing(missing, call))
     features = {
-      name: pick(sown, path, f"{self.name}: feature {name!r}") for name, path in self.wanted.items()
+      name: pick(sown, path, f"{self.name}: feature {name!r}") for name, path in there.items()
     }
     return Outputs(logits=logits(out, self.logits, self.name), features=features)
+
+  def trained_alone(self, missing: Sequence[str], call: Call) -> set[str]:
+    """Those of the features that evaluation lacks and that a call in training has."""
+    key = jax.random.key(0) if call.key is None else call.key
+    try:
+      shapes, called, hidden = self.survey(call._replace(train=True, key=key))
+    except ValueError:  # a BatchNorm over an axis that only `pmap` makes: nobody can look
+      return set()
+    captured = {entry.split(":")[0] for entry in shapes}
+    found = set()
+    for name in missing:
+      path, method = self.wanted[name].path, self.wanted[name].method
+      ran = path in captured if method == "__call__" else method in called.get(path, ())
+      if ran and not any(inside(path, outer) for outer in hidden):
+        found.add(name)
+    return found
 
   def explain_missing(self, missing: Sequence[str], call: Call) -> str:
     """Of each feature that was not found why, and all that there are."""

@@ -21,8 +21,20 @@ from jaxdistill.recipes.basics import (
   regression,
   teacher_bounded,
 )
+from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
-from jaxdistill.recipes.features import attention_transfer, nst, overhaul, overhaul_margins, vid
+from jaxdistill.recipes.features import (
+  attention_transfer,
+  cwd,
+  ickd,
+  mgd,
+  nst,
+  overhaul,
+  overhaul_margins,
+  structure,
+  vid,
+  vkd,
+)
 from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, sdd, ttm, wsl, wttm
 from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
@@ -36,10 +48,12 @@ from jaxdistill.recipes.stages import activation_boundary, factor_transfer, fsp
 __all__ = [
   "activation_boundary",  # activation boundaries (AB)
   "attention_transfer",  # attention transfer (AT): where in the image each stage's energy is
+  "catkd",  # class attention transfer (CAT-KD): where the evidence for each class is
   "combine",  # adds objectives up: the union of their terms
   "correlation_congruence",  # correlation congruence (CC)
   "crd",  # contrastive representation distillation (CRD), with banks of all training examples
   "ctkd",  # curriculum temperature (CTKD): the temperature is learned against the student
+  "cwd",  # channel-wise distillation (CWD): where each channel is strongest
   "dist",  # DIST: correlations of predictions
   "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
   "factor_transfer",  # factor transfer (FT)
@@ -48,9 +62,11 @@ __all__ = [
   "gaussian_regression",  # numbers and their doubt: Gaussian NLL of labels, KL of the teacher's
   "gdkd",  # generalised decoupled knowledge distillation (GDKD)
   "hint",  # matches one intermediate layer, through a projector where the widths differ
+  "ickd",  # inter-channel correlation (ICKD): which channels fire together
   "kd",  # soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
+  "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
   "mlkd",  # multi-level logit distillation (MLKD), of one view
   "multi_label",  # labels that are each on or off, and soft ones (MLD)
   "nkd",  # normalised knowledge distillation (NKD)
@@ -69,11 +85,15 @@ __all__ = [
   "sdd",  # scale-decoupled distillation (SDD): soft targets of an image's regions
   "similarity_preserving",  # similarity-preserving distillation (SP)
   "simkd",  # simKD: the student's last map is made the teacher's
+  "srrl",  # softmax regression (SRRL): the feature as the teacher's classifier reads it
+  "structure",  # pair-wise structure (SKD): which positions of an image look alike
   "teacher_bounded",  # regression that stops where the student is better than its teacher
   "tfkd",  # teacher-free distillation (Tf-KD): a designed teacher
   "ttm",  # transformed teacher matching (TTM)
   "uskd",  # universal self-knowledge distillation (USKD)
   "vid",  # variational information distillation (VID): the teacher's stages
+  "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
+  "with_class_maps",  # a network that also puts out the maps of `catkd`
   "wsl",  # weighted soft labels (WSL)
   "wttm",  # weighted transformed teacher matching (WTTM)
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -258,8 +258,8 @@ def gaussian_regression(
 
 
 def hint(
-  student_layer: str,
-  teacher_layer: str,
+  student_layer: str | Mapping[str, str],
+  teacher_layer: str | None = None,
   *,
   hint_weight: float = 1.0,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.hint_l2,
@@ -267,35 +267,53 @@ def hint(
   positions: Callable[[Batch], Any] | None = None,
   name: str = "hint",
 ) -> Objective:
-  """Matches one intermediate layer, through a projector where the widths differ.
+  """Matches intermediate layers, one or several, through projectors where the shapes differ.
 
   Romero et al., "FitNets: Hints for Thin Deep Nets", 2015. The projector is trained with the
-  student and is no part of the deployed network.
+  student and is no part of the deployed network. A convolution's map and a transformer's tokens
+  meet too (`projectors.between`)::
+
+      hint({"stage1": "block3", "stage2": "block6", "stage3": "block11"})
 
   Args:
-    student_layer: a feature's name in the student's `Outputs`.
+    student_layer: a feature's name in the student's `Outputs`; or several, each with the teacher's
+      that it is matched with, ``{student's: teacher's}``.
     teacher_layer: a feature's name in the teacher's; ``"0/hidden"`` for an ensemble's member 0.
-    hint_weight: the term's weight; the objective's keyword for it is ``"<name>_weight"``.
+      None for the same name, and where ``student_layer`` says it.
+    hint_weight: the term's weight; the objective's keyword for it is ``"<name>_weight"``. Of
+      several layers each has it.
     loss: ``(student, teacher) -> [B]``.
     projector: ``(student, teacher) -> module`` from the two features' shapes; it is left out when
-      the shapes are equal.
+      the shapes are equal. Of several layers each has its own, ``projector<i>``.
     positions: ``batch -> [B, L]``, which tokens count (not 0), where the batch's weights are
       ``[B]`` and say nothing of them: ``lambda batch: batch.inputs["attention_mask"]``. None for
       all that the weights have.
     name: the term's name.
 
   Returns:
-    An `Objective` with the one term ``name``.
+    An `Objective` with the one term ``name``; of several layers with a term for each,
+    ``<name>/<student's layer>``, since tokens and maps count by other masks.
 
   Raises:
-    ValueError: when it is initialised and a layer is not among the features, or the two layers
-      can't be matched.
+    TypeError, ValueError: a layer is no name, or several have none; when it is initialised and a
+      layer is not among the features, or two layers can't be matched.
+
+  >>> sorted(hint({"stage1": "block3", "stage2": "block6"}, name="match").hyper)
+  ['match_weight']
   """
   _check.function("loss", loss, "(student, teacher) -> [B]", arguments=2)
   if positions is not None:
     _check.function("positions", positions, "batch -> [B, L]", arguments=1)
-  layers = (student_layer, teacher_layer)
-  return _matched(layers, projector, loss, name, hint_weight, positions=positions)
+  if not isinstance(student_layer, Mapping):
+    pairs = {"": layer_names(student_layer, teacher_layer)}
+  elif teacher_layer is not None or not student_layer:
+    raise ValueError(
+      f"student_layer={student_layer!r} and teacher_layer={teacher_layer!r}: of several layers the "
+      "mapping says both networks', {'stage1': 'block3', ...}, at least one pair."
+    )
+  else:
+    pairs = {f"/{layer}": layer_names(layer, taught) for layer, taught in student_layer.items()}
+  return _matched(pairs, projector, loss, name, hint_weight, positions=positions)
 
 
 def fitnet(
@@ -321,12 +339,12 @@ def fitnet(
   Returns:
     An `Objective` with the terms ``labels`` and ``hint``.
   """
-  layers = (student_layer, teacher_layer)
-  return _matched(layers, projector, losses.hint_l2, "hint", hint_weight, hard_weight)
+  pairs = {"": layer_names(student_layer, teacher_layer)}
+  return _matched(pairs, projector, losses.hint_l2, "hint", hint_weight, hard_weight)
 
 
 def _matched(
-  layers: tuple[str, str],
+  pairs: Mapping[str, tuple[str, str]],
   projector: Callable[[Any, Any], nn.Module],
   loss: Callable[[jax.Array, jax.Array], jax.Array],
   name: str,
@@ -335,26 +353,37 @@ def _matched(
   *,
   positions: Callable[[Batch], Any] | None = None,
 ) -> Objective:
-  """One layer matched, the term and its keyword under a name."""
+  """Layers matched, by what their terms add to the name; one keyword for all."""
   _check.function("projector", projector, "(student, teacher) -> module", arguments=2)
-  layers = layer_names(*layers)
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
-    # Shapes here, from an abstract evaluation of both networks: nobody types a width in by hand.
-    ours, theirs = both_features(student, teacher, layers)
-    # Where the shapes are the same, the student's own feature is the teacher's to match.
-    same = ours.shape[1:] == theirs.shape[1:]
-    return {"projector": (None if same else projector(ours, theirs), ours)}
+    found: dict[str, tuple[Any, Any]] = {}
+    for i, layers in enumerate(pairs.values()):
+      # Shapes here, from an abstract evaluation of both networks: nobody types a width in by hand.
+      ours, theirs = both_features(student, teacher, layers)
+      # Where the shapes are the same, the student's own feature is the teacher's to match.
+      same = ours.shape[1:] == theirs.shape[1:]
+      found[_numbered(i, pairs)] = (None if same else projector(ours, theirs), ours)
+    return found
 
   def method(
     running: Running, student: Outputs, teacher: Outputs, batch: Batch, **now: Any
   ) -> dict[str, Term]:
-    # The projector meets the teacher; the layers below it get their gradient through it.
-    values = loss(running("projector"), teacher.features[layers[1]])
     where = None if positions is None else jnp.asarray(positions(batch)) != 0
-    return {name: Term(values, weight=now[f"{name}_weight"], where=where)}
+    terms = {}
+    for i, (added, (_, theirs)) in enumerate(pairs.items()):
+      # The projector meets the teacher; the layers below it get their gradient through it.
+      values = loss(running(_numbered(i, pairs)), teacher.features[theirs])
+      terms[name + added] = Term(values, weight=now[f"{name}_weight"], where=where)
+    return terms
 
   return learned(modules, method, {f"{name}_weight": weight}, hard_weight)
+
+
+def _numbered(i: int, pairs: Mapping[str, Any]) -> str:
+  """The name of a layer's projector; of the only one, without a number."""
+  # By number: a feature's name may have slashes, which part a path in a checkpoint.
+  return f"projector{i}" if len(pairs) > 1 or "" not in pairs else "projector"
 
 
 def combine(*objectives: Objective | ObjectiveFunction) -> Objective:

@@ -1,4 +1,4 @@
-"""Recipes that match layers in one stage: AT, NST, VID and the overhaul (OFD).
+"""Recipes that match layers in one stage: AT, NST, VID, OFD; CWD, ICKD, MGD, SKD and VkD.
 
 Each is complete with its published term on the labels. Layers are named as
 `jaxdistill.networks.models` sows them; the methods that train the student's layers first are in
@@ -23,17 +23,31 @@ from jaxdistill.recipes.parts import (
   STAGES,
   Modules,
   Running,
+  both_features,
   feature,
   hard_term,
+  layer_names,
   layer_pairs,
   learned,
   map_pairs,
+  present,
   recipe,
   stage_weights_or,
 )
-from jaxdistill.types import Batch, Number, Objective, Outputs, Term
+from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
 
-__all__ = ["attention_transfer", "nst", "overhaul", "overhaul_margins", "vid"]
+__all__ = [
+  "attention_transfer",
+  "cwd",
+  "ickd",
+  "mgd",
+  "nst",
+  "overhaul",
+  "overhaul_margins",
+  "structure",
+  "vid",
+  "vkd",
+]
 
 PyTree = Any
 # What OFD compares: behind its ReLU a unit that is off has lost how far off it is.
@@ -345,3 +359,366 @@ def overhaul_margins(variables: Mapping[str, PyTree], norms: Sequence[str]) -> l
       )
     margins.append(margin(scale, bias))
   return margins
+
+
+def cwd(
+  *,
+  student_layer: str | None = "stage3",
+  teacher_layer: str | None = None,
+  cwd_weight: float = 50.0,
+  hard_weight: float | None = 1.0,
+  temperature: float = 4.0,
+  axis_name: str | None = None,
+) -> Objective:
+  """Channel-wise distillation (CWD): where in the image each channel is strongest, and the labels.
+
+  ``hard_weight * cross_entropy + cwd_weight * channel_wise``. Where the widths differ the student's
+  map goes through a connector (``connector``), a 1 x 1 convolution without bias, BatchNorm and
+  ReLU, which is trained with the student.
+
+  Args:
+    student_layer: a map; the last one. None compares the logits of each pixel ``[B, H, W, K]``,
+      which need no connector.
+    teacher_layer: the teacher's; None for the same name.
+    cwd_weight: 50 in the published code for maps, 3 for logits; 5 and 0.3 in CIRKD for SegFormer.
+      A keyword of the objective.
+    hard_weight: 1 there; a keyword of the objective. None leaves the labels out.
+    temperature: 4 there; a keyword of the objective.
+    axis_name: the mapped axis over which the connector's BatchNorm averages, under ``pmap``.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``channels``.
+
+  CIRKD's connector is the convolution alone. Pixels without a weight are in no softmax where both
+  maps have the labels' size.
+
+  Source: Shu, Liu, Gao, Yan, Shen, "Channel-wise Knowledge Distillation for Dense Prediction",
+  2021.
+
+  >>> cwd().hyper
+  {'cwd_weight': 50.0, 'temperature': 4.0, 'hard_weight': 1.0}
+  """
+  layers = None if student_layer is None else layer_names(student_layer, teacher_layer)
+
+  def maps(student: Outputs, teacher: Outputs | None) -> tuple[Any, Any]:
+    if layers is not None:
+      return map_pairs(student, teacher, [layers])[0]
+    if teacher is None:
+      raise ValueError("cwd compares with a teacher, and teacher is None; give fit a teacher.")
+    return student.logits, teacher.logits
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    ours, theirs = maps(student, teacher)
+    if layers is None or ours.shape[-1] == theirs.shape[-1]:
+      return {"connector": (None, ours)}
+    return {"connector": (_embedding(ours, theirs, axis_name, use_relu=True), ours)}
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    cwd_weight: Any,
+    temperature: Any,
+  ) -> dict[str, Term]:
+    ours, theirs = running("connector"), maps(student, teacher)[1]
+    where = None
+    if ours.shape[:3] == theirs.shape[:3]:
+      # [B, H, W]: a pixel that is ignored takes no share of a channel from those that are not.
+      where = jnp.broadcast_to(present(batch, ours)[..., 0], ours.shape[:3])
+    values = losses.channel_wise(ours, theirs, temperature=temperature, where=where)
+    return {"channels": Term(values, weight=cwd_weight)}
+
+  return learned(
+    modules, method, {"cwd_weight": cwd_weight, "temperature": temperature}, hard_weight
+  )
+
+
+def _embedding(ours: Any, theirs: Any, axis_name: str | None, **options: Any) -> projectors.Conv:
+  """A 1 x 1 convolution to the teacher's width, without the bias that its BatchNorm takes out."""
+  size = tuple(ours.shape[1:3])  # the student's: of two sizes the loss pools the larger
+  return projectors.Conv(theirs.shape[-1], size, use_bias=False, axis_name=axis_name, **options)
+
+
+def ickd(
+  *,
+  student_layer: str = "stage3",
+  teacher_layer: str | None = None,
+  ickd_weight: float = 2.5,
+  hard_weight: float | None = 1.0,
+  axis_name: str | None = None,
+) -> Objective:
+  """Inter-channel correlation (ICKD): which channels of one example fire together, and the labels.
+
+  ``hard_weight * cross_entropy + ickd_weight * inter_channel_correlation``. The student's map goes
+  through an embedding (``embedding``), a 1 x 1 convolution without bias and a BatchNorm to the
+  teacher's width, trained with the student. The paper's results with soft targets add
+  ``kd(temperature=4, soft_weight=2, hard_weight=None)``.
+
+  Args:
+    student_layer: the last map, as in the published code.
+    teacher_layer: the teacher's; None for the same name.
+    ickd_weight: 2.5 in the published README, 4 in its script, 500 in torchdistill, which divides by
+      the batch's size once more. A keyword of the objective.
+    hard_weight: 1 there; a keyword of the objective. None leaves the labels out.
+    axis_name: the mapped axis over which the embedding's BatchNorm averages, under ``pmap``.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``correlation``.
+
+  torchdistill's embedding is a 3 x 3 convolution; the published code has a second one in its
+  optimiser, which nothing uses.
+
+  Source: Liu, Huang, Lin, Xie, Wang, Chang, Liang, "Exploring Inter-Channel Correlation for
+  Diversity-Preserved Knowledge Distillation", 2021.
+
+  >>> ickd().hyper
+  {'ickd_weight': 2.5, 'hard_weight': 1.0}
+  """
+  layers = layer_names(student_layer, teacher_layer)
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    ((ours, theirs),) = map_pairs(student, teacher, [layers])
+    return {"embedding": (_embedding(ours, theirs, axis_name, use_relu=False), ours)}
+
+  def method(
+    running: Running, student: Outputs, teacher: Outputs, batch: Batch, *, ickd_weight: Any
+  ) -> dict[str, Term]:
+    # [B]: of each example a table of its channels; the rows' lengths say nothing.
+    values = losses.inter_channel_correlation(running("embedding"), teacher.features[layers[1]])
+    return {"correlation": Term(values, weight=ickd_weight)}
+
+  return learned(modules, method, {"ickd_weight": ickd_weight}, hard_weight)
+
+
+def _check_structure(student_layer: Any, teacher_layer: Any, window: Any) -> None:
+  layer_names(student_layer, teacher_layer)
+  _check.whole("window", window)
+
+
+@recipe(check=_check_structure)
+def structure(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  student_layer: str = "stage3",
+  teacher_layer: str | None = None,
+  window: int = 1,
+  structure_weight: Number = 10.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Pair-wise structure (SKD): which positions of an image look alike, and the labels.
+
+  ``hard_weight * cross_entropy + structure_weight * pairwise_structure``. Nothing is learned:
+  widths may differ, and of two sizes the larger is average-pooled.
+
+  Args:
+    student_layer: the last map.
+    teacher_layer: the teacher's; None for the same name.
+    window: side of the windows that are max-pooled first. 2 in IFVD and half of the map in the
+      published code, whose maps are 64 positions wide; 1, no pooling, fits those of small images.
+    structure_weight: 10 in the published code and IFVD; a keyword of the objective.
+    hard_weight: 1 in both; a keyword of the objective. None leaves the labels out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``structure``.
+
+  Source: Liu, Chen, Liu, Qin, Luo, Wang, "Structured Knowledge Distillation for Semantic
+  Segmentation", 2019, whose other terms are soft targets at each pixel (`kd`) and a discriminator.
+
+  >>> structure().hyper
+  {'structure_weight': 10.0, 'hard_weight': 1.0}
+  """
+  ((ours, theirs),) = map_pairs(student, teacher, [layer_names(student_layer, teacher_layer)])
+  # [B]: of each image a table of its positions, which has no channels.
+  values = losses.pairwise_structure(ours, theirs, window=window)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "structure": Term(values, weight=structure_weight),
+  }
+
+
+def _check_share(masked_share: Any) -> None:
+  if not callable(masked_share):
+    _check.number("masked_share", masked_share, least=0, most=1)
+
+
+class _Generation(nn.Module):
+  """MGD's generator: what is left of the student's map after the mask, to the teacher's map."""
+
+  features: int
+  align: bool
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Any, keep: Any, *, train: bool = False) -> Any:
+    del train
+
+    def layer(kernel: int, name: str) -> nn.Module:
+      sizes, pad = (kernel, kernel), kernel // 2
+      options = {"kernel_init": default_init, "param_dtype": self.param_dtype}
+      return nn.Conv(self.features, sizes, padding=pad, name=name, **options)
+
+    if self.align:
+      x = layer(1, "align")(x)
+    # No division by what is kept: dropped entries are to be generated, not made up for.
+    x = jax.nn.relu(layer(3, "conv1")(x * keep.astype(x.dtype)))
+    return layer(3, "conv2")(x)
+
+
+def mgd(
+  *,
+  student_layer: str = "stage3",
+  teacher_layer: str | None = None,
+  mgd_weight: float = 1.2e-3,
+  hard_weight: float | None = 1.0,
+  masked: str = "channels",
+  masked_share: float = 0.15,
+) -> Objective:
+  """Masked generative distillation (MGD): the teacher's map from a part of the student's.
+
+  ``hard_weight * cross_entropy + mgd_weight * Σ (G(mask * student) − teacher)²``, the sum over H, W
+  and C. The generator (``generation``), trained with the student, is a 3 x 3 convolution, ReLU and
+  another one, in front of the mask a 1 x 1 convolution where the widths differ, all with bias.
+  The mask is drawn for each example at each step, from the step's key and the example's index.
+
+  Args:
+    student_layer: the last map, as in the published code.
+    teacher_layer: the teacher's; None for the same name.
+    mgd_weight: 1.2e-3 in cls_KD for CIFAR-100, 7e-5 in the published code for ImageNet, 2e-5 for
+      COCO and Cityscapes: it multiplies a sum, so that it depends on the map's size. A keyword of
+      the objective.
+    hard_weight: 1 in all; a keyword of the objective. None leaves the labels out.
+    masked: ``"channels"``, as published for classification, or ``"positions"``, for detection and
+      segmentation.
+    masked_share: how many are dropped, in [0, 1]: 0.15 of the channels there; of the positions
+      0.65 (RetinaNet, COCO) or 0.75 (PSPNet, Cityscapes). A keyword of the objective.
+
+  Returns:
+    An `Objective` with the terms ``labels`` and ``generation``.
+
+  Raises:
+    TypeError, ValueError: an argument is out of its range; when it is initialised, a layer is
+      missing or no map.
+
+  Of two sizes, which the published code does not take, the larger is average-pooled, the student's
+  after its generation.
+
+  Source: Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation", 2022.
+
+  >>> mgd().hyper
+  {'mgd_weight': 0.0012, 'masked_share': 0.15, 'hard_weight': 1.0}
+  """
+  layers = layer_names(student_layer, teacher_layer)
+  if masked not in ("channels", "positions"):
+    raise ValueError(f"masked={masked!r} must be 'channels' or 'positions'.")
+  _check_share(masked_share)
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    ((ours, theirs),) = map_pairs(student, teacher, [layers])
+    module = _Generation(theirs.shape[-1], ours.shape[-1] != theirs.shape[-1])
+    keep = jax.ShapeDtypeStruct((ours.shape[0], *_mask_shape(ours, theirs)), jnp.float32)
+    return {"generation": (module, (ours, keep))}
+
+  def _mask_shape(ours: Any, theirs: Any) -> tuple[int, ...]:
+    return (1, 1, theirs.shape[-1]) if masked == "channels" else (*ours.shape[1:3], 1)
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    key: Any,
+    mgd_weight: Any,
+    masked_share: Any,
+  ) -> dict[str, Term]:
+    _check_share(masked_share)  # once more, now that a schedule has become a number
+    ((ours, theirs),) = map_pairs(student, teacher, [layers])
+    shape = _mask_shape(ours, theirs)
+
+    def draw(index: Any, view: Any) -> Any:
+      # By the example and not by its place: the mask is the same however a batch is split.
+      own = jax.random.fold_in(jax.random.fold_in(key, index), view)
+      return jax.random.uniform(own, shape) >= masked_share
+
+    keep = jax.vmap(draw)(jnp.asarray(batch.index), jnp.asarray(batch.view))
+    values = losses.hint_l2(running("generation", ours, keep), theirs)
+    # The published sum is the mean times what it is a mean over, in the smaller size.
+    high, wide = map(min, zip(ours.shape[1:3], theirs.shape[1:3], strict=True))
+    return {"generation": Term(high * wide * theirs.shape[-1] * values, weight=mgd_weight)}
+
+  hyper = {"mgd_weight": mgd_weight, "masked_share": masked_share}
+  return learned(modules, method, hyper, hard_weight)
+
+
+def vkd(
+  *,
+  student_layer: str = "pooled",
+  teacher_layer: str | None = None,
+  vkd_weight: float = 1.0,
+  soft_weight: float | None = 1.0,
+  hard_weight: float | None = 1.0,
+  temperature: float = 1.0,
+) -> Objective:
+  """VkD: an orthogonal projector to the teacher's normalised feature, soft targets, the labels.
+
+  ``hard_weight * cross_entropy + soft_weight * soft_target_kl + vkd_weight * hint_normalized``. The
+  projector (``projector``, `recipes.projectors.Orthogonal`) can turn the student's feature and not
+  reshape it.
+
+  Args:
+    student_layer: a vector; tokens and maps are averaged over their positions, which the published
+      code does over the patches without the class token.
+    teacher_layer: the teacher's; None for the same name.
+    vkd_weight: 1 in the published code; a keyword of the objective.
+    soft_weight: 1 there, on the head of DeiT's distillation token; a keyword of the objective. None
+      leaves soft targets out.
+    hard_weight: 1 there, with mixup; a keyword of the objective. None leaves the labels out.
+    temperature: of the soft targets, 1 there; a keyword of the objective.
+
+  Returns:
+    An `Objective` with the terms ``labels``, ``soft`` and ``hint``.
+
+  Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections",
+  2024.
+
+  >>> vkd().hyper
+  {'vkd_weight': 1.0, 'temperature': 1.0, 'soft_weight': 1.0, 'hard_weight': 1.0}
+  """
+  layers = layer_names(student_layer, teacher_layer)
+
+  def pooled(student: Outputs, teacher: Outputs | None) -> list[Any]:
+    # [B, D] both. Without positions there is nothing to average over.
+    return [
+      jnp.mean(x.astype(compute_dtype(x)), axis=tuple(range(1, x.ndim - 1)))
+      for x in both_features(student, teacher, layers)
+    ]
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    ours, theirs = jax.eval_shape(pooled, student, teacher)
+    return {"projector": (projectors.Orthogonal(theirs.shape[-1]), ours)}
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    vkd_weight: Any,
+    temperature: Any,
+    soft_weight: Any = None,
+  ) -> dict[str, Term]:
+    ours, theirs = pooled(student, teacher)
+    values = losses.hint_normalized(running("projector", ours), theirs)
+    terms = {"hint": Term(values, weight=vkd_weight)}
+    if soft_weight is not None:
+      soft = losses.soft_target_kl(student.logits, teacher.logits, temperature=temperature)
+      terms["soft"] = Term(soft, weight=soft_weight)
+    return terms
+
+  hyper = {"vkd_weight": vkd_weight, "temperature": temperature}
+  hyper |= {} if soft_weight is None else {"soft_weight": soft_weight}
+  return learned(modules, method, hyper, hard_weight)

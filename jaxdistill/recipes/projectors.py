@@ -2,7 +2,8 @@
 
 They are trained with the student and absent from the deployed network. Their sizes are never typed
 in by hand: `between` takes them from the two features' shapes, and whoever builds one of the
-modules directly takes them from an abstract evaluation of both networks too. `ReviewFusion` is
+modules directly takes them from an abstract evaluation of both networks too. `Resampled` leads
+across kinds, from a convolution's map to a transformer's tokens and back. `ReviewFusion` is
 ReviewKD's: it fuses a stage with what came from the stages above it.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +23,16 @@ from jaxtyping import Array, Float
 from jaxdistill.networks.models.layers import Images, batch_norm, default_init
 from jaxdistill.types import compute_dtype
 
-__all__ = ["MLP", "Conv", "LearnedTemperature", "Linear", "ReviewFusion", "between"]
+__all__ = [
+  "MLP",
+  "Conv",
+  "LearnedTemperature",
+  "Linear",
+  "Orthogonal",
+  "Resampled",
+  "ReviewFusion",
+  "between",
+]
 
 # A vector or tokens, whose last axis is mapped.
 Features = Float[Array | np.ndarray, "B *axes D"]
@@ -195,8 +206,10 @@ class Conv(nn.Module):
   """FitNets' regressor for maps: a convolution with bias, BatchNorm, ReLU.
 
   The convolution brings ``[H, W]`` to ``spatial``: with kernel 3 and stride 2 where it is twice as
-  large, transposed with kernel 4 and stride 2 where it is half as large, else with kernel
-  ``1 + H - spatial[0]`` by ``1 + W - spatial[1]`` and no padding, which is 1 x 1 at equal sizes.
+  large, transposed with kernel 4 and stride 2 where it is half as large, where neither side is to
+  grow with kernel ``1 + H - spatial[0]`` by ``1 + W - spatial[1]`` and no padding, which is 1 x 1
+  at equal sizes. To any other size, where the published code has nothing, it is 1 x 1 and its
+  output is resized, as `Resampled` does it.
 
   Attributes:
     features: the teacher's channels.
@@ -240,25 +253,135 @@ class Conv(nn.Module):
 
     Returns:
       ``[B, *spatial, features]``.
-
-    Raises:
-      ValueError: ``spatial`` can't be reached from ``[H, W]``.
     """
     # Which convolution follows from the two sizes alone, so that nobody chooses one by hand.
     layer = _convolution(x.shape, (x.shape[0], *self.spatial, self.features))
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     kernel = {"use_bias": self.use_bias, "kernel_init": self.kernel_init}
-    y = layer(self.features, **kernel, **options, name="conv")(x)
+    # Resized in front of the BatchNorm, so that what is compared has the statistics it gives.
+    y = _resized(layer(self.features, **kernel, **options, name="conv")(x), self.spatial)
     if self.use_norm:
       y = batch_norm(self, train, "norm")(y)
     # A teacher's map behind its ReLU has no negative values; one before it has.
     return jax.nn.relu(y) if self.use_relu else y
 
 
+class Orthogonal(nn.Module):
+  """VkD's projector: a linear map that keeps lengths and angles, or as many of them as fit.
+
+  ``x @ Qᵀ`` to a larger width, Q ``[features, D]`` with orthonormal columns; ``x @ Q`` to a smaller
+  one, Q ``[D, features]``. Q is the orthogonal factor of a free kernel (QR, the diagonal of R above
+  0), so that it is orthogonal at every step and any optimiser may train it. The projector can turn
+  the student's features and not reshape them, so that what is learned is learned by the student.
+  Weight decay has no effect on Q: the kernel's scale does not count.
+
+  Attributes:
+    features: the teacher's width.
+    kernel_init: initialises the kernel; Flax's default.
+    dtype: of the product; None promotes from inputs and parameters.
+    param_dtype: of the parameters, and of the factorisation.
+
+  Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections",
+  2024. The paper takes the exponential of a skew matrix, its code PyTorch's parametrisation by
+  Householder reflections: other coordinates of the same maps.
+
+  >>> x = jnp.array([[3.0, 4.0]])
+  >>> y, _ = Orthogonal(5).init_with_output(jax.random.key(0), x)
+  >>> round(jnp.linalg.norm(y).item(), 4)
+  5.0
+  """
+
+  features: int
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *axes E"]:
+    """Projects features.
+
+    Args:
+      x: ``[B, ..., D]``.
+      train: changes nothing here.
+
+    Returns:
+      ``[B, ..., features]``.
+    """
+    del train
+    width = x.shape[-1]
+    tall = (max(width, self.features), min(width, self.features))
+    q, r = jnp.linalg.qr(self.param("kernel", self.kernel_init, tall, self.param_dtype))
+    # QR leaves each column's sign open; fixed, Q is a continuous function of the kernel.
+    q = q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(q.dtype)[None]
+    x, q = nn.dtypes.promote_dtype(x, q, dtype=self.dtype)
+    return jnp.matmul(x, q.T if width < self.features else q)
+
+
+class Resampled(nn.Module):
+  """A linear map of the channels, then other positions: between maps and tokens of any number.
+
+  Tokens are taken for a grid with up to two tokens in front (a class token, a distillation token)
+  wherever their number allows it: ``L = h * w``, ``h * w + 1`` or ``h * w + 2`` with h : w as on
+  the map on the other side, or a square between two sequences. Grids are resized by bilinear
+  interpolation. Tokens in front go to tokens in front; those that the student lacks are the mean
+  over its positions, as a network without a class token pools; those that the teacher lacks are
+  left out. Other numbers of tokens are no grid, and the whole sequence, a map row by row, is
+  interpolated along its positions.
+
+  Interpolation is between centres of positions, ``(i + 1/2) * size / new size - 1/2``, and with
+  fewer positions the kernel widens so that none of the old ones is lost: PyTorch's ``interpolate``
+  with ``align_corners=False, antialias=True``. It comes after the linear map, as a published 1 x 1
+  projection does (OFA-KD); both are linear, so that the order changes no value but where the bias
+  would be.
+
+  Attributes:
+    features: the teacher's width.
+    positions: the teacher's: ``(L,)`` of tokens, ``(H, W)`` of a map.
+    use_bias: whether the linear map adds a bias.
+    kernel_init: initialises the kernel; Flax's default.
+    dtype: of the computation; None promotes from inputs and parameters.
+    param_dtype: of the parameters.
+
+  >>> module = Resampled(features=4, positions=(17,))
+  >>> module.init_with_output(jax.random.key(0), jnp.ones((2, 8, 8, 3)))[0].shape
+  (2, 17, 4)
+  """
+
+  features: int
+  positions: tuple[int, ...]
+  use_bias: bool = True
+  kernel_init: Any = dataclasses.field(default_factory=nn.initializers.lecun_normal)
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Features, *, train: bool = False) -> Float[Array, "B *positions E"]:
+    """Projects features.
+
+    Args:
+      x: ``[B, L, D]`` or ``[B, H, W, D]``.
+      train: changes nothing here.
+
+    Returns:
+      ``[B, *positions, features]``.
+    """
+    del train
+    dense = nn.Dense(
+      self.features,
+      use_bias=self.use_bias,
+      kernel_init=self.kernel_init,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name="dense",
+    )
+    return _resampled(dense(x), self.positions)
+
+
 def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.Module:
   """Chooses a projector from a student's feature to a teacher's by their shapes.
 
-  `Linear` for vectors ``[B, D]`` and tokens ``[B, L, D]``, `Conv` for maps ``[B, H, W, C]``.
+  `Linear` for vectors ``[B, D]`` and as many tokens ``[B, L, D]``, `Conv` between maps
+  ``[B, H, W, C]``, `Resampled` between maps and tokens and between different numbers of tokens.
 
   Args:
     student: the student's feature, or its shape (``jax.ShapeDtypeStruct``).
@@ -269,30 +392,73 @@ def between(student: Any, teacher: Any, *, axis_name: str | None = None) -> nn.M
     A module ``(x, *, train=False)``.
 
   Raises:
-    ValueError: the features differ in rank or in their number of tokens, are neither vectors,
-      tokens nor maps, or have sizes that no convolution of `Conv` connects.
+    ValueError: one of the features is a vector and the other is not, or one is neither a vector,
+      tokens nor a map.
 
   >>> between(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 4, 4, 5))).spatial
   (4, 4)
+  >>> between(jnp.ones((2, 8, 8, 3)), jnp.ones((2, 17, 5))).positions
+  (17,)
   """
   # Shapes alone, so that it works on an abstract evaluation as on arrays.
   ours, theirs = tuple(student.shape), tuple(teacher.shape)
-  if len(ours) != len(theirs) or len(ours) not in (2, 3, 4):
+  ranks = {len(ours), len(theirs)}
+  if not (ranks == {2} or ranks <= {3, 4}):
     raise ValueError(
       f"no projector leads from the student's feature {ours} to the teacher's {theirs}: both must "
-      "be vectors [B, D], tokens [B, L, D] or maps [B, H, W, C]. Pool or reshape one of them, or "
-      "give a projector of your own."
+      "be vectors [B, D], or both tokens [B, L, D] or maps [B, H, W, C]. Pool or reshape one of "
+      "them, or give a projector of your own."
     )
-  if len(ours) == 3 and ours[1] != theirs[1]:
-    raise ValueError(
-      f"the student's feature {ours} has {ours[1]} tokens and the teacher's {theirs} has "
-      f"{theirs[1]}; they must be the same tokens. Match other layers, or give a projector of your "
-      "own."
-    )
-  if len(ours) < 4:
+  if ranks == {4}:
+    return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
+  if ours[1:-1] == theirs[1:-1]:
     return Linear(features=theirs[-1])
-  _convolution(ours, theirs)  # raises here where no size of kernel leads there, before any training
-  return Conv(features=theirs[-1], spatial=theirs[1:3], axis_name=axis_name)
+  return Resampled(features=theirs[-1], positions=theirs[1:-1])
+
+
+def _resampled(x: Any, positions: tuple[int, ...]) -> Any:
+  """Tokens or a map ``[B, ..., D]`` at other positions, ``[B, *positions, D]``."""
+  old = x.shape[1:-1]
+  # A grid has the proportions of the map on either side: that is where they are known.
+  shape = old if len(old) == 2 else positions if len(positions) == 2 else (1, 1)
+  ours, theirs = _grid(old, shape), _grid(positions, shape)
+  if ours is None or theirs is None:
+    # No grid: row by row and along the sequence, [B, L, D] to [B, L', D].
+    flat = x.reshape(x.shape[0], math.prod(old), x.shape[-1])
+    sizes = (x.shape[0], math.prod(positions), x.shape[-1])
+    return jax.image.resize(flat, sizes, "linear").reshape(x.shape[0], *positions, x.shape[-1])
+  (front, size), (fronts, wanted) = ours, theirs
+  tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+  grid = tokens[:, front:].reshape(x.shape[0], *size, x.shape[-1])
+  kept = tokens[:, : min(front, fronts)]
+  # What pools its grid says of the image what a class token says.
+  mean = jnp.mean(grid, axis=(1, 2))[:, None]
+  kept = jnp.concatenate([kept, *[mean] * (fronts - kept.shape[1])], axis=1)
+  resized = _resized(grid, wanted).reshape(x.shape[0], math.prod(wanted), x.shape[-1])
+  return jnp.concatenate([kept, resized], axis=1).reshape(x.shape[0], *positions, x.shape[-1])
+
+
+def _grid(positions: tuple[int, ...], shape: tuple[int, int]) -> tuple[int, tuple[int, int]] | None:
+  """How many tokens stand in front of a grid of these proportions, and its size; None without."""
+  if len(positions) == 2:
+    return 0, positions
+  common = math.gcd(*shape)
+  high, wide = shape[0] // common, shape[1] // common
+  for front in range(3):
+    # L - front = (n * high) * (n * wide): no L has two answers, as squares lie too far apart.
+    cells = positions[0] - front
+    n = math.isqrt(max(cells, 0) // (high * wide))
+    # One position behind two tokens is no grid: a text of three has them too.
+    if n * n * high * wide == cells > min(front, 1):
+      return front, (n * high, n * wide)
+  return None
+
+
+def _resized(maps: Any, spatial: tuple[int, int]) -> Any:
+  """Maps at another size, by bilinear interpolation that widens where they shrink."""
+  if maps.shape[1:3] == tuple(spatial):
+    return maps
+  return jax.image.resize(maps, (maps.shape[0], *spatial, maps.shape[-1]), "bilinear")
 
 
 def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
@@ -304,18 +470,13 @@ def _convolution(student: tuple[int, ...], teacher: tuple[int, ...]) -> Any:
   if all(2 * s == t for s, t in zip(ours, theirs, strict=True)):
     # SAME pads the dilated input by 2 on each side: PyTorch's padding of 1 at kernel 4.
     return functools.partial(nn.ConvTranspose, kernel_size=(4, 4), strides=(2, 2), padding="SAME")
-  if ours == theirs:
-    product = functools.partial(nn.Conv, kernel_size=(1, 1), padding="VALID")
-    return functools.partial(product, conv_general_dilated=_pointwise)
-  if all(s >= t for s, t in zip(ours, theirs, strict=True)):
+  if ours != theirs and all(s >= t for s, t in zip(ours, theirs, strict=True)):
     # Without padding a kernel of size k takes k − 1 pixels off a side.
     kernel = tuple(1 + s - t for s, t in zip(ours, theirs, strict=True))
     return functools.partial(nn.Conv, kernel_size=kernel, padding="VALID")
-  raise ValueError(
-    f"no convolution leads from the student's map {student} to the teacher's {teacher}: a side of "
-    "the student's must be half of the teacher's on both axes, or at least as long on both. Match "
-    "other layers, or give a projector of your own."
-  )
+  # 1 x 1; where that leaves another size, `Conv` resizes what comes out.
+  product = functools.partial(nn.Conv, kernel_size=(1, 1), padding="VALID")
+  return functools.partial(product, conv_general_dilated=_pointwise)
 
 
 def _pointwise(x: Any, kernel: Any, *args: Any, **options: Any) -> Any:

@@ -161,7 +161,7 @@ def activation_boundary(
 
   Raises:
     TypeError, ValueError: an argument is out of its range; when it is initialised, a layer is
-      missing or no map, or the two maps can't be connected.
+      missing or no map.
 
   Source: Heo, Lee, Yun, Choi, "Knowledge Transfer via Distillation of Activation Boundaries Formed
   by Hidden Neurons", 2019.

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
-from jaxdistill.evaluation import metrics
+from jaxdistill.evaluation import predictions, tasks
+from jaxdistill.evaluation.metrics import mean_std
 from jaxdistill.reports import Markup, csv_text, figures, grid, with_std
 from jaxdistill.types import Batch, Model
 
-__all__ = ["METRICS", "Choice", "Halving", "Result", "Row", "best_of", "score", "standard_error"]
-
-# What a point may be chosen by, and which way is better.
-METRICS = {"accuracy": 1, "ece": -1, "nll": -1}
+__all__ = ["Choice", "Halving", "Result", "Row", "best_of", "measured", "standard_error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +51,16 @@ class Choice:
   Attributes:
     validation: the split to choose on, from `jaxdistill.data.evaluation_batches`; never the test
       split.
-    metric: the validation metric to choose by: accuracy, nll or ece (lower is better for these).
+    metric: the validation metric to choose by, one of the task's: accuracy, nll or ece of
+      classification (lower is better for these); the task's first where left out.
     halving: to drop hopeless points early; None trains all of them to the end in a `sweep`, and
       drops two thirds in each of three rungs in `compress`.
     retrain: seeds from which the chosen point is trained anew before it is tested: a few seeds that
       won are better than their point is. None takes its students as they are in a `sweep`, and
       ``range(5)`` in `compress`.
     test: the test split; read once, for the chosen point of a `sweep` alone.
+    task: what the labels mean, see `jaxdistill.evaluation.tasks`; one class an example where left
+      out.
 
   Raises:
     TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
@@ -67,21 +68,27 @@ class Choice:
   """
 
   validation: Batch
-  metric: str = "accuracy"
+  metric: str = ""
   halving: Halving | None = None
   retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None
   test: Batch | None = None
+  task: tasks.Task | None = None
 
   def __post_init__(self) -> None:
-    if self.metric not in METRICS:
-      raise ValueError(f"metric={self.metric!r} is not among {sorted(METRICS)}; name one of these.")
+    if not isinstance(self.task, tasks.Task | None):
+      raise TypeError(
+        f"task={_check.show(self.task)} must be an evaluation.tasks.Task, such as "
+        "tasks.regression()."
+      )
+    object.__setattr__(self, "metric", self.metric or self.of.first)
+    self.of.metric(self.metric)
     for name, split in (("validation", self.validation), ("test", self.test)):
       if not (name == "test" and split is None) and not isinstance(split, Batch):
         raise TypeError(
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
           "[N, B, ...]."
         )
-      if split is not None and not np.any(np.asarray(split.weight) * np.asarray(split.labelled)):
+      if split is not None and not predictions.counted(split).any():
         raise ValueError(
           f"no example of {name} has a label, and {self.metric} is of labels: nothing could be "
           "chosen by it, nor told. Give a split that has some."
@@ -92,7 +99,17 @@ class Choice:
   def describe(self) -> dict[str, Any]:
     """What of it decides what a search trains, as ``config.json`` holds it."""
     halving = None if self.halving is None else dataclasses.asdict(self.halving)
-    return {"metric": self.metric, "halving": halving}
+    told = {"metric": self.metric, "halving": halving}
+    return told if self.task is None else {**told, "task": self.task.name}
+
+  @property
+  def of(self) -> tasks.Task:
+    """The task."""
+    return tasks.classification() if self.task is None else self.task
+
+  def score(self, row: Row) -> np.ndarray:
+    """A point's metric ``[S]``, turned so that higher is better."""
+    return self.of.metric(self.metric).sign * row.metrics[self.metric]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +129,6 @@ class Row:
   status: str
 
 
-def score(row: Row, metric: str) -> np.ndarray:
-  """A point's metric ``[S]``, turned so that higher is better.
-
-  Args:
-    row: the point.
-    metric: one of `METRICS`.
-  """
-  return METRICS[metric] * row.metrics[metric]
-
-
 def standard_error(values: np.ndarray) -> float:
   """The standard error of a mean over seeds, ``[S]``; 0 for one seed, which tells of none.
 
@@ -135,12 +142,15 @@ def standard_error(values: np.ndarray) -> float:
   return float(np.std(values, ddof=1)) / math.sqrt(count) if count > 1 else 0.0
 
 
-def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
+def best_of(
+  rows: Sequence[Row], metric: str, *, task: tasks.Task | None = None
+) -> tuple[int, list[int]]:
   """The finished point with the best mean, and those that it does not clearly beat.
 
   Args:
     rows: the points.
-    metric: one of `METRICS`.
+    metric: one of the task's.
+    task: what the labels mean, and so which way is better; one class an example where left out.
 
   Returns:
     ``(index, ties)``: the ties are the finished points whose mean is within one standard error of
@@ -150,21 +160,35 @@ def best_of(rows: Sequence[Row], metric: str) -> tuple[int, list[int]]:
   Raises:
     FloatingPointError: no point finished, or none with a finite metric.
   """
+  sign = (tasks.classification() if task is None else task).metric(metric).sign
+  scores: list[Any] = [
+    sign * row.metrics[metric] if measured(row, metric) else None for row in rows
+  ]
   finished = [i for i, row in enumerate(rows) if row.status == "finished"]
   # Of a NaN nobody knows whether it is more, and `max` would take the first.
-  finished = [i for i in finished if np.all(np.isfinite(rows[i].metrics[metric]))]
+  finished = [i for i in finished if scores[i] is not None]
   if not finished:
     raise FloatingPointError(
       f"no point of the sweep stayed finite, its {metric} included; lower the learning rate or the "
       "weights."
     )
-  best = max(finished, key=lambda i: (float(np.mean(score(rows[i], metric))), -i))
+  best = max(finished, key=lambda i: (float(np.mean(scores[i])), -i))
   ties = []
   for i in finished:
-    behind = score(rows[best], metric) - score(rows[i], metric)
+    behind = scores[best] - scores[i]
     if i != best and float(np.mean(behind)) <= standard_error(behind):
       ties.append(i)
   return best, ties
+
+
+def measured(row: Row, metric: str) -> bool:
+  """Whether a point has a finite number of each student.
+
+  Args:
+    row: the point.
+    metric: by name.
+  """
+  return metric in row.metrics and bool(np.all(np.isfinite(row.metrics[metric])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +198,7 @@ class Result:
   Attributes:
     rows: the points, in the order in which they were given.
     seeds: ``(seed, data_seed)`` of each point's students.
-    metric: what was chosen by.
+    choice: what was chosen by.
     best: the index of the chosen point.
     ties: the points that it does not clearly beat, see `best_of`.
     model: the chosen point's deployed network and variables, over ``final_seeds``.
@@ -185,13 +209,27 @@ class Result:
 
   rows: list[Row]
   seeds: list[tuple[int, int]]
-  metric: str
+  choice: Choice
   best: int
   ties: list[int]
   model: Model
   students: Callable[[int], Model]
   final_seeds: list[tuple[int, int]]
   test: dict[str, np.ndarray] | None = None
+
+  @property
+  def metric(self) -> str:
+    """What was chosen by."""
+    return self.choice.metric
+
+  def _spread(self, metrics: dict[str, np.ndarray]) -> str:
+    """Mean ± std of the metric; a share in percent."""
+    values = metrics.get(self.metric, np.array([np.nan]))
+    if not np.all(np.isfinite(values)):
+      return "not finite"
+    if self.choice.of.metric(self.metric).percent:
+      return f"{with_std(*mean_std(100 * values))} %"
+    return with_std(*mean_std(values), 4)
 
   @property
   def chosen(self) -> dict[str, Any]:
@@ -207,7 +245,7 @@ class Result:
       if row.status != "finished":
         mark = f"{row.status}, step {row.step}"
       cells = [_cell(row.values[name]) for name in names]
-      lines.append([*cells, _spread(self.metric, row.metrics[self.metric]), mark])
+      lines.append([*cells, self._spread(row.metrics), mark])
     return "\n".join([grid(lines), "", self.sentence()])
 
   def sentence(self) -> str:
@@ -216,7 +254,7 @@ class Result:
     values = ", ".join(f"{name} {_cell(value)}" for name, value in row.values.items())
     over = f"mean ± std over {count} seeds" if count > 1 else "one seed"
     text = f"Chosen on validation: {values or 'the one point'}, {self.metric} "
-    text += f"{_spread(self.metric, row.metrics[self.metric])} ({over})."
+    text += f"{self._spread(row.metrics)} ({over})."
     if self.ties:
       text += (
         f" {len(self.ties)} of {len(self.rows) - 1} other points are within one standard error of "
@@ -228,9 +266,7 @@ class Result:
         if self.final_seeds == self.seeds
         else f", trained anew from {len(self.final_seeds)} seeds"
       )
-      text += (
-        f" On the test split, read once{anew}: {_spread(self.metric, self.test[self.metric])}."
-      )
+      text += f" On the test split, read once{anew}: {self._spread(self.test)}."
     return text
 
   def write(self, folder: pathlib.Path) -> None:
@@ -254,11 +290,11 @@ class Result:
     self.picture(folder / "sweep.png")
 
   def _csv(self) -> str:
-    names, measured = list(self.rows[0].values), list(self.rows[0].metrics)
-    lines: list[list[Any]] = [[*names, "seed", "data_seed", "status", "step", *measured]]
+    names, known = list(self.rows[0].values), list(self.rows[0].metrics)
+    lines: list[list[Any]] = [[*names, "seed", "data_seed", "status", "step", *known]]
     for row in self.rows:
       for s, pair in enumerate(self.seeds):
-        found = [float(row.metrics[name][s]) for name in measured]
+        found = [float(row.metrics[name][s]) for name in known]
         lines.append([*row.values.values(), *pair, row.status, row.step, *found])
     return csv_text(lines)
 
@@ -281,14 +317,14 @@ class Result:
       return False
     x, names = numbers[over], _telling(self.rows, over)
     series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    scale = 100 if self.metric == "accuracy" else 1
+    scale = 100 if self.choice.of.metric(self.metric).percent else 1
     for row in self.rows:
       label = (
         ", ".join(f"{n.replace('_', ' ')} {_cell(v)}" for n, v in row.values.items() if n in names)
         or self.metric
       )
       mean, std = series.setdefault(label, (np.full(len(x), np.nan), np.full(len(x), np.nan)))
-      if row.status == "finished":
+      if row.status == "finished" and measured(row, self.metric):
         values = scale * row.metrics[self.metric]
         mean[x.index(row.values[over])] = np.mean(values)
         std[x.index(row.values[over])] = np.std(values, ddof=1) if len(values) > 1 else 0.0
@@ -320,12 +356,3 @@ def _telling(rows: Sequence[Row], over: str) -> list[str]:
 
 def _cell(value: Any) -> str:
   return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _spread(metric: str, values: np.ndarray) -> str:
-  """Mean ± std; an accuracy in percent."""
-  if not np.all(np.isfinite(values)):
-    return "not finite"
-  if metric == "accuracy":
-    return f"{with_std(*metrics.mean_std(100 * values))} %"
-  return with_std(*metrics.mean_std(values), 4)

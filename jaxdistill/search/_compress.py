@@ -24,13 +24,13 @@ from flax import linen as nn
 
 from jaxdistill import _check, _extras, evaluation, export, networks, runs, teachers, train
 from jaxdistill.data import Source
-from jaxdistill.evaluation import cost, metrics
+from jaxdistill.evaluation import cost, metrics, tasks
 from jaxdistill.recipes import kd, labels
 from jaxdistill.reports import Markup, csv_text, figures, grid, plain, with_std
 from jaxdistill.search import _budget, _preflight, _sweep
 from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
-from jaxdistill.search._choice import METRICS, Choice, Halving, Result, Row, score, standard_error
+from jaxdistill.search._choice import Choice, Halving, Result, Row, standard_error
 from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
 from jaxdistill.train import Optimizer, example_key, inputs_of
 from jaxdistill.types import Model, Network, Teacher
@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 PyTree = Any
+# What its candidates are measured by.
+METRICS = tasks.classification().metrics
 # Hinton et al. 2015 have 1 to 20, and most papers one of these.
 _POINTS = tuple(
   {"temperature": temperature, "soft_weight": soft, "hard_weight": round(1 - soft, 3)}
@@ -279,6 +281,11 @@ def _checked(candidates: Any, choice: Any) -> Choice:
     )
   if not isinstance(choice, Choice):
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
+  if choice.of is not tasks.classification():
+    raise ValueError(
+      f"choice has the task {choice.of.name!r}, and compress is of one class an example: sweep "
+      "each candidate, search.sweep(..., choice=Choice(validation, task=task)), and compare them."
+    )
   if choice.test is not None:
     raise ValueError("choice has a test split, which compress does not read: report on it after.")
   return dataclasses.replace(
@@ -347,7 +354,7 @@ def _first_inside(
 
 def _rank(row: Row, job: Job) -> tuple[int, float]:
   """Farther trained first, then better."""
-  mean = float(np.mean(score(row, job.choice.metric)))
+  mean = float(np.mean(job.choice.score(row)))
   return -row.step, -mean if math.isfinite(mean) else math.inf
 
 
@@ -356,7 +363,7 @@ def _best_row(found: Result, name: str) -> int:
   mine = [i for i, row in enumerate(found.rows) if row.values["student"] == name]
 
   def key(i: int) -> tuple[int, float]:
-    mean = float(np.mean(score(found.rows[i], found.metric)))
+    mean = float(np.mean(found.choice.score(found.rows[i])))
     return found.rows[i].step, mean if math.isfinite(mean) else -math.inf
 
   return max(mine, key=key)
@@ -577,7 +584,7 @@ class Job:
     taught = teachers.frozen(learned)
     found = self.swept(student, objective, self.points, path / "assisted", teacher=taught)
     row = found.rows[found.best]
-    gain = score(row, self.choice.metric) - score(direct, self.choice.metric)
+    gain = self.choice.score(row) - self.choice.score(direct)
     helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, standard_error(gain))
     return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, learned)
 
@@ -710,7 +717,7 @@ class Compressed:
   @property
   def instance(self) -> int:
     """Which of the final students is best on validation."""
-    return int(np.argmax(METRICS[self.metric] * self.validation["student"][self.metric]))
+    return int(np.argmax(METRICS[self.metric].sign * self.validation["student"][self.metric]))
 
   @property
   def costs(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdistill import _check, _compile, _extras, evaluation, runs, train
 from jaxdistill.data import Source
-from jaxdistill.search._choice import Choice, Halving, Result, best_of, score
+from jaxdistill.search._choice import Choice, Halving, Result, best_of, measured
 from jaxdistill.search._grid import Group, Point, Student, grouped, seed_pairs
 from jaxdistill.search._trials import Found, Search
 from jaxdistill.train import (
@@ -39,7 +39,7 @@ from jaxdistill.train import (
   stop_signal,
   students_by,
 )
-from jaxdistill.types import Batch, Model, Network, Objective, ObjectiveFunction, Teacher
+from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
 
 __all__ = ["Execution", "sweep"]
 
@@ -198,7 +198,7 @@ def _chosen(
   choice = job.choice
   found = job.train(groups, points, pairs, path, asked, choice.halving)
   rows = [found[i].row for i in range(len(points))]
-  best, ties = best_of(rows, choice.metric)
+  best, ties = best_of(rows, choice.metric, task=choice.task)
   group = next(group for group in groups if best in group.indices)
   winners, final = found[best], pairs
   if again:
@@ -209,13 +209,13 @@ def _chosen(
   return Result(
     rows=rows,
     seeds=pairs,
-    metric=choice.metric,
+    choice=choice,
     best=best,
     ties=ties,
     model=model,
     students=lambda index: Model(networks[index], found[index].variables(), len(pairs)),
     final_seeds=final,
-    test=None if choice.test is None else _tested(model, choice.test),
+    test=None if choice.test is None else _tested(model, choice),
   )
 
 
@@ -305,6 +305,7 @@ class _Job:
       save_every=self.run.checkpoint_every or every,
       build=program_of,
       validation=self.choice.validation,
+      task=self.choice.of,
       memory=self.memory,
       devices=self.mesh.devices.size,
       most=lambda group: len(points) if ways[id(group.network)] == "vmap" else UNROLLED,
@@ -312,7 +313,7 @@ class _Job:
       asked_to_stop=asked_to_stop,
       progress=self.run.label("sweep"),
     )
-    return _rungs(search, steps, self.choice.metric, halving)
+    return _rungs(search, steps, self.choice, halving)
 
   def taught(
     self, groups: list[Group], pairs: list[tuple[int, int]]
@@ -333,7 +334,7 @@ class _Job:
     return teacher, sources
 
 
-def _rungs(search: Search, steps: int, metric: str, halving: Halving) -> dict[int, Found]:
+def _rungs(search: Search, steps: int, choice: Choice, halving: Halving) -> dict[int, Found]:
   """Trains all points, rung by rung, and drops those that are behind."""
   alive = sorted(index for group in search.groups for index in group.indices)
   points, found, before = len(alive), dict[int, Found](), dict[int, Found]()
@@ -345,10 +346,14 @@ def _rungs(search: Search, steps: int, metric: str, halving: Halving) -> dict[in
     found |= before
     if last:
       break
-    finished = [i for i in alive if found[i].row.status == "finished"]
+    finished = [
+      i
+      for i in alive
+      if found[i].row.status == "finished" and measured(found[i].row, choice.metric)
+    ]
     if not finished:
       break
-    finished.sort(key=lambda i: (-float(np.mean(score(found[i].row, metric))), i))
+    finished.sort(key=lambda i: (-float(np.mean(choice.score(found[i].row))), i))
     alive = sorted(finished[: math.ceil(points / halving.factor ** (rung + 1))])
     for i in set(finished) - set(alive):
       row = dataclasses.replace(found[i].row, status="dropped")
@@ -366,9 +371,10 @@ def _alone(group: Group, index: int) -> Group:
   return dataclasses.replace(group, indices=[index], hyper=hyper, optimizer=rates)
 
 
-def _tested(model: Model, test: Batch) -> dict[str, np.ndarray]:
-  found = evaluation.evaluate(model, test)
-  return {name: found[name] for name in ("accuracy", "nll", "ece")}
+def _tested(model: Model, choice: Choice) -> dict[str, np.ndarray]:
+  assert choice.test is not None
+  found = evaluation.evaluate(model, choice.test, task=choice.task)
+  return {name: found[name] for name in choice.of.metrics if name in found}
 
 
 def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Search:
     save_every: steps between checkpoints.
     build: ``(a group, values, how many points) -> Program``.
     validation: the split to choose on.
+    task: what its labels mean.
     memory: bytes for a program, on each device.
     devices: how many devices share the points.
     most: ``a group -> the most points in one program``, whatever the memory.
@@ -79,6 +80,7 @@ class Search:
   save_every: int
   build: Callable[[Group, Values, int], Program]
   validation: Batch
+  task: evaluation.tasks.Task
   memory: int
   devices: int
   most: Callable[[Group], int]
@@ -148,7 +150,7 @@ class Search:
   def validator(self, g: int) -> evaluation.Validator:
     """What measures a group's students."""
     if g not in self.validators:
-      self.validators[g] = evaluation.validator(self.validation)
+      self.validators[g] = evaluation.validator(self.validation, task=self.task)
     return self.validators[g]
 
   def chunk(
@@ -214,7 +216,7 @@ class Search:
         schedules={},
         progress=self.progress,
         tensorboard=False,
-        select="accuracy",
+        select=self.task.first,
         callback=None,
       )
       try:
@@ -245,7 +247,7 @@ class Search:
     """Validation of each student, and the step at which one was seen to be no longer finite."""
     numbers = self.validator(g)(model)
     # Weights may be finite and what they compute not.
-    sane = np.isfinite(numbers["nll"])
+    sane = np.all([np.isfinite(values) for values in numbers.values()], axis=0)
     finite = _finite_students((state.params, state.model_state)) & sane
     bad: list[int | None] = []
     for s, good in enumerate(finite):

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -135,7 +135,10 @@ class Watch:
     validate: ``model -> {name: number}``, see `jaxdistill.evaluation.validator`. The next step
       overwrites the model's variables: copy what is to be kept.
     validate_every: steps between validations; an epoch by default. The last step is always one.
-    select: the validation metric, higher is better, by which the best checkpoint is kept.
+    select: the validation metric by which the best checkpoint is kept: by default the first of a
+      `jaxdistill.evaluation.validator`'s task, else ``"accuracy"``.
+    better: whether ``"higher"`` or ``"lower"`` is; by default what the validator's task says of the
+      metric, else higher.
     keep_last: how many of the last checkpoints are kept, beside the best one.
     log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
       or 100 steps by default, whichever is less.
@@ -149,7 +152,8 @@ class Watch:
 
   validate: Callable[[Model], Mapping[str, Any]] | None = None
   validate_every: int | None = None
-  select: str = "accuracy"
+  select: str | None = None
+  better: Literal["higher", "lower"] | None = None
   keep_last: int = 2
   log_every: int | None = None
   callback: Callable[[int, Mapping[str, Any]], None] | None = None
@@ -166,11 +170,23 @@ class Watch:
     for name in ("validate_every", "log_every"):
       if getattr(self, name) is not None:
         _check.whole(name, getattr(self, name))
-    if self.validate is None and self.select != "accuracy":
+    if self.validate is None and self.select is not None:
       raise ValueError(f"select={self.select!r} chooses by a validation, and validate is None.")
+    if self.better not in (None, "higher", "lower"):
+      raise ValueError(f"better={self.better!r} must be 'higher' or 'lower', or None.")
+    if self.select is not None and isinstance(self.validate, Validator):
+      self.validate.task.metric(self.select)
     _check.switch("tensorboard", self.tensorboard)
     if self.tensorboard:
       _extras.need("tensorboard=True", "tensorboardX")
+
+
+def _chosen_by(watch: Watch) -> tuple[str, int]:
+  """The metric that the best checkpoint is kept by, and 1 where higher is better, else −1."""
+  task = watch.validate.task if isinstance(watch.validate, Validator) else None
+  name = watch.select or ("accuracy" if task is None else task.first)
+  known = "higher" if task is None else task.metric(name).better
+  return name, -1 if (watch.better or known) == "lower" else 1
 
 
 def check_run(run: Any) -> Run:
@@ -316,7 +332,7 @@ def _trained(
       log=log,
       saved=saved,
       validate=watch.validate,
-      select=watch.select,
+      select=_chosen_by(watch),
       asked_to_stop=asked_to_stop,
     )
     made = plan.model(final)
@@ -362,7 +378,7 @@ def _log_of(
     schedules={n: value for n, value in plan.objective.hyper.items() if callable(value)},
     progress=label if first_process else None,
     tensorboard=watch.tensorboard and first_process,
-    select=watch.select,
+    select=_chosen_by(watch)[0],
     callback=watch.callback,
   )
 

@@ -83,7 +83,7 @@ def run_steps(
   log: Log,
   saved: Checkpoints | None = None,
   validate: Callable[[Model], Mapping[str, Any]] | None = None,
-  select: str = "accuracy",
+  select: tuple[str, int] = ("accuracy", 1),
   asked_to_stop: Callable[[int], int] = lambda step: 0,
   finite: bool = True,
 ) -> State:
@@ -97,7 +97,7 @@ def run_steps(
     log: where the numbers go.
     saved: where checkpoints go; process 0 writes them.
     validate: ``model -> {name: number}``.
-    select: the validation metric that scores a checkpoint.
+    select: the validation metric that scores a checkpoint; 1 where higher is better, else −1.
     asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
     finite: whether a number that is not finite ends the run. Without, it is logged as it is, and
       whoever calls looks at the students one by one.
@@ -135,7 +135,7 @@ def run_steps(
       check_state(now, at)
     if validate is not None and validating:
       try:
-        extra = check_validation(validate(program.plan.model(now)), select if saved else None)
+        extra = check_validation(validate(program.plan.model(now)), select[0] if saved else None)
       except Exception:
         # What was trained until here is not lost with it.
         if saved is not None and first_process:
@@ -144,7 +144,7 @@ def run_steps(
     log.write(**pending, validation=extra)
     pending = None
     if saved is not None and saving and first_process:
-      score = float(np.mean(extra[select])) if select in extra else None
+      score = select[1] * float(np.mean(extra[select[0]])) if select[0] in extra else None
       saved.save(at, to_items(now, objective), score=score)
     if stopping:
       message = f"the run was asked to stop, and stands at step {at} of {every.steps}."
@@ -340,7 +340,7 @@ def check_validation(found: Any, select: str | None) -> dict[str, np.ndarray]:
   if select is not None and select not in numbers:
     raise ValueError(
       f"select={select!r} is not among what validate returns, {sorted(numbers)}; name one of "
-      "these, higher being better."
+      "these (higher is better, unless better='lower' says so)."
     )
   return numbers
 

@@ -148,7 +148,7 @@ def init_state(
     variables = _started(variables, start, student.name)
   model_state = {name: value for name, value in variables.items() if name != "params"}
   # Shapes, by tracing alone: the objective builds its projectors for the widths that it finds.
-  seen = _predicted(student, variables, batch.inputs)
+  seen = _seen_in_training(student, variables, batch.inputs)
   taught = _teacher_shapes(teacher, batch)
   if objective.deployed is None:  # else the student's own logits are not what predicts
     _check_classes(seen, taught)
@@ -227,6 +227,20 @@ def from_items(items: Mapping[str, PyTree], shapes: State, objective: Objective)
     key=items["progress"]["key"],
     average=None if shapes.average is None else averaged,
   )
+
+
+def _seen_in_training(network: Network, variables: PyTree, inputs: Any) -> Outputs:
+  """The shapes of what the objective sees, heads that exist in training alone among them."""
+  try:
+    return jax.eval_shape(
+      lambda v, x, key: network.apply(v, x, train=True, key=key)[0],
+      variables,
+      inputs,
+      jax.random.key(0),
+    )
+  except (NameError, ValueError):
+    # A BatchNorm over an axis that only the step makes can't train here; other errors come again.
+    return _predicted(network, variables, inputs)
 
 
 def _predicted(network: Network, variables: PyTree, inputs: Any) -> Outputs:

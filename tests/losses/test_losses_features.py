@@ -118,6 +118,44 @@ def ref_ickd(s, t):
   return (difference**2).sum((1, 2)) / s.shape[1]
 
 
+def ref_cwd(s, t, temperature):
+  def shares(x):
+    e = np.exp(channels(x) / temperature)
+    return e / e.sum(-1, keepdims=True)
+
+  q, p = (shares(x) for x in meet(s, t))
+  return temperature**2 * (p * np.log(p / q)).sum(-1).mean(-1)
+
+
+def ref_cat(s, t, size, normalize=False):
+  s, t = (channels(pool(x, size, size)) for x in (s, t))
+  if normalize:
+    s, t = n(s), n(t)
+  return ((s - t) ** 2).mean((1, 2))
+
+
+def max_pool(x, window):
+  """Window by window; the last may be cut off."""
+  rows, columns = (range(0, x.shape[axis], window) for axis in (1, 2))
+  blocks = [[x[:, i : i + window, j : j + window].max((1, 2)) for j in columns] for i in rows]
+  return np.moveaxis(np.array(blocks), 2, 0)
+
+
+def ref_structure(s, t, window):
+  def cosines(x):
+    x = n(max_pool(x, window)).reshape(len(x), -1, x.shape[-1])
+    return x @ x.swapaxes(1, 2)
+
+  s, t = meet(s, t)
+  return ((cosines(s) - cosines(t)) ** 2).mean((1, 2))
+
+
+def ref_normalized(s, t):
+  z = (t - t.mean(-1, keepdims=True)) / np.sqrt(t.var(-1, keepdims=True) + 1e-5)
+  d = np.abs(s - z)
+  return np.where(d < 1, 0.5 * d**2, d - 0.5).mean(-1)
+
+
 def ref_relation(s, t, num_heads):
   def attention(x):
     width = x.shape[-1] // num_heads
@@ -165,6 +203,10 @@ FORMULAS = {
     [(SAME, SAME), (MORE, LESS), ((2, 3, C), (2, 3, C))],
   ),
   "inter_channel_correlation": (ref_ickd, {}, [(SAME, SAME), (MORE, LESS)]),
+  "channel_wise": (ref_cwd, {"temperature": 1.5}, [(SAME, SAME), (MORE, LESS)]),
+  "class_attention": (ref_cat, {"size": 3}, [(SAME, (B, 7, 3, C)), (MORE, LESS)]),
+  "pairwise_structure": (ref_structure, {"window": 2}, [(SAME, WIDER), (MORE, (B, 5, 5, 2))]),
+  "hint_normalized": (ref_normalized, {}, FLAT),
   "attention_relation": (ref_relation, {"num_heads": 2}, [((B, 5, 4), (B, 5, 6))]),
 }
 NAMES = pytest.mark.parametrize("name", FORMULAS)
@@ -175,6 +217,7 @@ SCALE_FREE = [
   "factor_transfer",
   "neuron_selectivity",
   "inter_channel_correlation",
+  "pairwise_structure",
 ]
 
 
@@ -261,7 +304,7 @@ def test_float64_stays_and_gradient_is_the_derivative_of_the_formula(name):
 
 
 @pytest.mark.parametrize(
-  "name", [name for name in FORMULAS if name not in ("activation_boundary",)]
+  "name", [name for name in FORMULAS if name not in ("activation_boundary", "hint_normalized")]
 )
 def test_agreement_is_a_minimum(name):
   shape = FORMULAS[name][2][0][0]
@@ -429,6 +472,72 @@ def test_positions_that_are_not_valid_take_no_part():
   assert not np.any(np.asarray(gradients[0])[where == 0])
 
 
+def test_channel_wise_leaves_positions_out():
+  student, teacher = features("channel_wise", 61)
+  where = np.ones(SAME[:3])
+  where[0, 1:], where[1] = 0, 0
+
+  def total(s, t):
+    values = losses.channel_wise(s, t, temperature=1.5, where=where)
+    return jnp.sum(values), values
+
+  both = jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+  out = where[..., None] == 0
+  (_, values), gradients = both(
+    as_float(np.where(out, np.nan, student)), as_float(np.where(out, np.inf, teacher))
+  )
+  expected = [
+    ref_cwd(student[:1, :1], teacher[:1, :1], 1.5)[0],
+    0.0,
+    ref_cwd(student[2:], teacher[2:], 1.5)[0],
+  ]
+  np.testing.assert_allclose(values, expected, **TOLERANCE)
+  assert_finite(gradients)
+  assert not np.any(np.asarray(gradients[0])[np.broadcast_to(out, SAME)])
+
+
+def test_channel_wise_does_not_see_how_strong_a_channel_is():
+  student, teacher = features("channel_wise", 62)
+  values, _ = run("channel_wise", student, teacher)
+  shifted, _ = run("channel_wise", student + 5, teacher - np.arange(C) * 3)
+  np.testing.assert_allclose(shifted, values, rtol=1e-4)  # float32 differences of sixes
+  with pytest.raises(ValueError, match=r"meet at \(3, 1, 1, 4\), one position"):
+    losses.channel_wise(jnp.zeros((3, 1, 1, C)), jnp.zeros(SAME))
+
+
+def test_class_attention_of_normalised_maps_is_scale_free():
+  student, teacher = features("class_attention", 63)
+  call = jit(lambda s, t: losses.class_attention(s, t, size=2, normalize=True))
+  values = call(as_float(student), as_float(teacher))
+  np.testing.assert_allclose(values, ref_cat(student, teacher, 2, True), **TOLERANCE)
+  np.testing.assert_allclose(call(as_float(student * 1e25), as_float(teacher)), values, rtol=1e-5)
+  with pytest.raises(ValueError, match="size=0 must be at least 1"):
+    losses.class_attention(jnp.zeros(SAME), jnp.zeros(SAME), size=0)
+
+
+def test_a_normalised_hint_is_least_at_the_z_scores_whatever_the_scale():
+  _, teacher = features("hint_normalized", 64)
+  z = (teacher - teacher.mean(-1, keepdims=True)) / np.sqrt(teacher.var(-1, keepdims=True) + 1e-5)
+  values, gradients = run("hint_normalized", z, teacher)
+  np.testing.assert_allclose(values, 0, atol=1e-6)
+  np.testing.assert_allclose(gradients[0], 0, atol=1e-6)
+  # Without the 1e-5, which no variance of 1e14 or more feels.
+  far, _ = run("hint_normalized", z, 3e12 * teacher + 4)
+  np.testing.assert_allclose(far, 0, atol=1e-5)
+  with pytest.raises(ValueError, match="pool the maps first"):
+    losses.hint_normalized(jnp.zeros(SAME), jnp.zeros(SAME))
+
+
+def test_structure_takes_maps_as_they_are_with_windows_of_one():
+  student, teacher = features("pairwise_structure", 65)
+  values = losses.pairwise_structure(as_float(student), as_float(teacher), window=1)
+  np.testing.assert_allclose(values, ref_structure(student, teacher, 1), **TOLERANCE)
+  with pytest.raises(ValueError, match="window=6 leaves one position"):
+    losses.pairwise_structure(jnp.zeros(SAME), jnp.zeros(SAME), window=6)
+  with pytest.raises(ValueError, match="window=0 must be at least 1"):
+    losses.pairwise_structure(jnp.zeros(SAME), jnp.zeros(SAME), window=0)
+
+
 def test_selectivity_is_about_where_channels_fire_not_which():
   teacher = normal(8, WIDER)
   twice = np.concatenate([teacher, teacher[..., :1]], -1)  # the first channel counts twice as much
@@ -456,6 +565,8 @@ WIDTHS = [
   "hierarchical_context",
   "variational_information",
   "inter_channel_correlation",
+  "channel_wise",
+  "class_attention",
 ]
 
 

@@ -497,6 +497,28 @@ class TestTraining:
     _, _, variables = run(Auxiliary(), logits=lambda out: out[0])
     assert set(variables["params"]) == {"head", "auxiliary"}
 
+  def test_a_head_that_exists_only_in_training_is_a_feature_there(self):
+    class Auxiliary(nn.Module):
+      @nn.compact
+      def __call__(self, x, train=False):
+        if train:
+          doubled = nn.Dropout(0.0, deterministic=False)(2 * nn.Dense(4, name="auxiliary")(x))
+          self.sow("intermediates", "doubled", doubled)
+        return nn.Dense(3, name="head")(x)
+
+    names = ["auxiliary", "doubled", "head"]
+    network = networks.linen(Auxiliary(), features=names)
+    variables = network.init(KEY, X)
+    seen, _ = network.apply(variables, X, train=True, key=KEY)
+    kernel, bias = (variables["params"]["auxiliary"][name] for name in ("kernel", "bias"))
+    assert sorted(seen.features) == names
+    np.testing.assert_allclose(seen.features["auxiliary"], X @ kernel + bias[None], rtol=1e-5)
+    np.testing.assert_array_equal(seen.features["doubled"], 2 * seen.features["auxiliary"])
+    # Evaluation has no such head, and what is asked for there is what there is.
+    assert set(network.apply(variables, X, train=False, key=None)[0].features) == {"head"}
+    with pytest.raises(ValueError, match="1 of the features can't be found.\n'auxiliry': nothing"):
+      networks.linen(Auxiliary(), features=["auxiliry", "head"]).init(KEY, X)
+
   def test_a_module_without_parameters(self):
     class Flat(nn.Module):
       @nn.compact

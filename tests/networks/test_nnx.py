@@ -12,9 +12,9 @@ import pytest
 from flax import linen
 from flax import nnx as flax_nnx
 
-from jaxdistill import data, networks, recipes, teachers, train
+from jaxdistill import data, losses, networks, recipes, teachers, train
 from jaxdistill.networks import Path, nnx
-from jaxdistill.types import Model
+from jaxdistill.types import Model, Term
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4)), jnp.float32)
 KEY = jax.random.key(7)
@@ -222,6 +222,49 @@ class TestFeatures:
       networks.capturable(dataclasses.replace(network, apply=lambda *a, **k: None), X)
     with pytest.raises(ValueError, match="more than once"):
       nnx(build, features=["head", "head"])
+
+
+class Auxiliary(flax_nnx.Module):
+  """A head that exists in training alone."""
+
+  def __init__(self, rngs):
+    self.head, self.auxiliary = (flax_nnx.Linear(4, width, rngs=rngs) for width in (3, 5))
+
+  def __call__(self, x, train=False):
+    if train:
+      self.auxiliary(x)
+    return self.head(x)
+
+
+def test_a_head_that_exists_only_in_training_can_be_given_a_loss():
+  examples = data.from_arrays(np.asarray(X), np.array([0, 2]), num_classes=3)
+  taught = Model(nnx(lambda rngs: flax_nnx.Linear(4, 3, rngs=rngs), features=[]), {})
+  taught = dataclasses.replace(taught, variables=taught.network.init(KEY, X))
+  network = nnx(Auxiliary, features=["auxiliary", "head"])
+  fitted = train.fit(
+    network,
+    # A projector from a width that only a call in training shows to the teacher's logits.
+    recipes.parts.learned(
+      lambda student, teacher: {
+        "p": (recipes.projectors.Linear(teacher.logits.shape[-1]), student.features["auxiliary"])
+      },
+      lambda running, student, teacher, batch, *, hint_weight: {
+        "hint": Term(losses.hint_l2(running("p"), teacher.logits), weight=hint_weight)
+      },
+      {"hint_weight": 1.0},
+    ),
+    data=data.on_device(examples, batch_size=2, data_seed=0),
+    optimizer=optax.sgd(0.1),
+    steps=3,
+    teacher=teachers.frozen(taught),
+    run=train.Run(progress=None),
+    watch=train.Watch(log_every=1),
+  )
+  values = [line["hint"] for line in fitted.history]
+  assert values == sorted(values, reverse=True)
+  assert values[-1] < values[0]
+  outputs, _ = network.apply(fitted.variables, X, train=False, key=None)
+  assert set(outputs.features) == {"head"}
 
 
 class Block(flax_nnx.Module):

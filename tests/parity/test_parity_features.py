@@ -235,3 +235,57 @@ def test_attention_relation(num_heads, holes):
     valid,
     alone=True,
   )
+
+
+@pytest.mark.parametrize("sizes", SIZES[1:])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_channel_wise(sizes, temperature):
+  def theirs(s, t):
+    s, t = ((x / temperature).flatten(2).log_softmax(2) for x in (s, t))
+    total = functional.kl_div(s, t, reduction="sum", log_target=True)
+    return temperature**2 * total / (s.shape[0] * s.shape[1])
+
+  def ours(s, t):
+    return losses.channel_wise(s, t, temperature=temperature)
+
+  check(ours, pooled(theirs), *maps(31, sizes, scale=3.0), alone=True)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_class_attention(sizes, normalize):
+  def theirs(s, t):
+    s, t = (functional.adaptive_avg_pool2d(first(x), (2, 2)) for x in (s, t))
+    if normalize:
+      s, t = (functional.normalize(x.flatten(2), dim=2) for x in (s, t))
+    return functional.mse_loss(s, t)
+
+  def ours(s, t):
+    return losses.class_attention(s, t, normalize=normalize)
+
+  check(ours, theirs, *maps(32, sizes), alone=True)
+
+
+@pytest.mark.parametrize("sizes", SIZES[1:])
+@pytest.mark.parametrize("window", [1, 2])
+def test_pairwise_structure(sizes, window):
+  def theirs(s, t):
+    pool = torch.nn.MaxPool2d(window, window, ceil_mode=True)
+    s, t = (functional.normalize(pool(x).flatten(2), dim=1) for x in (s, t))
+    return functional.mse_loss(s.mT @ s, t.mT @ t)
+
+  if max(map(min, zip(*sizes, strict=True))) <= window:
+    pytest.skip("one position")
+
+  def ours(s, t):
+    return losses.pairwise_structure(s, t, window=window)
+
+  check(ours, pooled(theirs), *maps(33, sizes, student_width=6), alone=True)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 6)])
+def test_hint_normalized(shape):
+  def theirs(s, t):
+    return functional.smooth_l1_loss(s, functional.layer_norm(t, shape[-1:]))
+
+  check(losses.hint_normalized, theirs, numbers(34, *shape), numbers(35, *shape), alone=True)

@@ -34,7 +34,14 @@ def features(shapes, seed):
 
 # What two networks put out: logits, maps, vectors and tokens, of other widths.
 OURS = {"logits": (3,), "a": (4, 4, 3), "b": (2, 2, 4), "v": (5,), "h": (LENGTH, 3)}
-THEIRS = {"logits": (3,), "a": (4, 4, 4), "b": (2, 2, 6), "v": (6,), "h": (LENGTH, 5)}
+THEIRS = {
+  "logits": (3,),
+  "a": (4, 4, 4),
+  "b": (2, 2, 6),
+  "v": (6,),
+  "h": (LENGTH, 5),
+  "d": (2, 2, 3),
+}
 WHOLE = {"ours": features(OURS, 0), "theirs": features(THEIRS, 10)}
 
 
@@ -117,6 +124,7 @@ MANY = {
   "ctkd": functools.partial(recipes.ctkd, warmup_steps=0),
   "hint": functools.partial(recipes.hint, "v", "v"),
   "hint of tokens": functools.partial(recipes.hint, "h", "h", loss=losses.hint_cosine),
+  "hint of kinds": functools.partial(recipes.hint, {"a": "h", "h": "b", "b": "a", "v": "v"}),
   "fitnet": functools.partial(recipes.fitnet, "a", "a"),
   "attention_transfer": functools.partial(recipes.attention_transfer, student_layers=MAPS),
   "nst": functools.partial(recipes.nst, student_layers=MAPS),
@@ -127,6 +135,13 @@ MANY = {
   "reviewkd": functools.partial(
     recipes.reviewkd, student_layers=("b", "v"), teacher_layers=None, warmup_steps=0
   ),
+  "cwd": functools.partial(recipes.cwd, student_layer="a"),
+  "ickd": functools.partial(recipes.ickd, student_layer="a"),
+  "mgd": functools.partial(recipes.mgd, student_layer="a", masked_share=0.5),
+  "structure": functools.partial(recipes.structure, student_layer="a"),
+  "srrl": functools.partial(recipes.srrl, {"kernel": normal(7, 6, 3)}, student_layer="b"),
+  "catkd": functools.partial(recipes.catkd, student_layer="a", teacher_layer="d"),
+  "vkd": functools.partial(recipes.vkd, student_layer="v"),
   "similarity_preserving": functools.partial(recipes.similarity_preserving, student_layer="a"),
   "rkd": functools.partial(recipes.rkd, student_layer="v"),
   "pkt": functools.partial(recipes.pkt, student_layer="h"),

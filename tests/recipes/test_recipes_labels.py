@@ -19,6 +19,7 @@ GIVEN = {
   "overhaul": {"margins": [np.zeros(3, np.float32)] * 3},
   "sdd": {"student_layer": "stage3", "teacher_layer": "stage3"},
   "simkd": {"classifier": {"kernel": jnp.ones((3, 3))}},
+  "srrl": {"classifier": {"kernel": jnp.ones((3, 3))}},
 }
 # Labels that are no classes: on or off, numbers, and one number of a mean and a variance.
 OTHER_LABELS = {
@@ -27,7 +28,7 @@ OTHER_LABELS = {
   "teacher_bounded": np.ones((4, 3)),
   "gaussian_regression": np.ones(4),
 }
-PARTS = ("combine", "hint", "overhaul_margins", "recipe")
+PARTS = ("combine", "hint", "overhaul_margins", "recipe", "with_class_maps")
 OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
 RECIPES = [name for name in OF_ALL if name != "labels"]
 
@@ -35,7 +36,7 @@ RECIPES = [name for name in OF_ALL if name != "labels"]
 def outputs(seed):
   rng = np.random.default_rng(seed)
   maps = jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32)
-  stages = ["stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact"))]
+  stages = ["stem", "class_maps", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact"))]
   features = dict.fromkeys(stages, maps) | {"pooled": maps.mean((1, 2))}
   return Outputs(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), features)
 

@@ -590,7 +590,8 @@ def test_halving_of_points_and_steps_that_do_not_divide():
       }
       return {i: _trials.Found(made[i], dict, None) for i in alive}
 
-  found = _sweep._rungs(Known(), 50, "accuracy", search.Halving(factor=2, rungs=3))
+  split = data.evaluation_batches(examples(), batch_size=16)
+  found = _sweep._rungs(Known(), 50, search.Choice(split), search.Halving(factor=2, rungs=3))
   # Half of five are three, a quarter two; a quarter of 50 steps ends in the fourth chunk.
   assert rungs == [
     (16, [0, 1, 2, 3, 4], True),

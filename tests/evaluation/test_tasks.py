@@ -1,0 +1,376 @@
+"""Every task's metrics against scikit-learn, or written anew in float64, however examples come."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sklearn import metrics as known
+from sklearn import neighbors
+
+from jaxdistill import data, evaluation, losses, networks, search, teachers, train
+from jaxdistill.evaluation import tasks
+from jaxdistill.types import Model, Outputs, Teacher, Term
+
+RNG = np.random.default_rng(0)
+SIZE = 37
+
+
+def says(array):
+  """A model that says of example i what the array has in its row i."""
+  array = jnp.asarray(array, jnp.float32)
+  return Teacher(array, lambda rows, batch: Outputs(logits=rows[batch.index]))
+
+
+def measured(task, outputs, labels, *, batch_size=8, teacher=None, labelled=None, **given):
+  examples = data.from_arrays(np.zeros((len(outputs), 1), np.float32), labels, **given)
+  batches = data.evaluation_batches(examples, batch_size=batch_size, labelled=labelled)
+  beside = None if teacher is None else says(teacher)
+  found = evaluation.evaluate(says(outputs), batches, teacher=beside, task=task)
+  return {name: float(value) for name, value in found.items()}
+
+
+def softmax(x):
+  e = np.exp(x - x.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_weighted_classes(batch_size):
+  logits, labels = RNG.normal(size=(SIZE, 5)), RNG.integers(0, 5, SIZE)
+  weight = RNG.random(SIZE) * (RNG.random(SIZE) < 0.8)
+  found = measured(None, logits, labels, batch_size=batch_size, weight=weight)
+  said = logits.argmax(axis=1)
+  # float32 sums of 37 numbers.
+  close = {"rel": 1e-5}
+  accuracy = known.accuracy_score(labels, said, sample_weight=weight)
+  assert found["accuracy"] == pytest.approx(accuracy, **close)
+  nll = known.log_loss(labels, softmax(logits), sample_weight=weight, labels=range(5))
+  assert found["nll"] == pytest.approx(nll, **close)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_multilabel(batch_size, weighted):
+  scores = np.round(RNG.normal(size=(SIZE, 4)), 1)  # some of them equal
+  labels = RNG.random((SIZE, 4)) < [0.1, 0.4, 0.6, 0.0]
+  weight = RNG.integers(0, 3, SIZE).astype(float) if weighted else np.ones(SIZE)
+  teacher = scores + RNG.normal(size=scores.shape)
+  found = measured(
+    tasks.multilabel(), scores, labels, batch_size=batch_size, weight=weight, teacher=teacher
+  )
+  there, said = weight > 0, scores >= 0
+  average = [
+    known.average_precision_score(labels[there, k], scores[there, k], sample_weight=weight[there])
+    for k in range(3)  # of the fourth label there is no example
+  ]
+  assert found["map"] == pytest.approx(np.mean(average), rel=1e-6)
+  for kind in ("micro", "macro"):
+    f1 = known.f1_score(labels, said, average=kind, sample_weight=weight, zero_division=0)
+    assert found[f"f1_{kind}"] == pytest.approx(f1, rel=1e-6)
+  exact = known.accuracy_score(labels, said, sample_weight=weight)
+  assert found["exact"] == pytest.approx(exact, rel=1e-6)
+  p = 1 / (1 + np.exp(-scores))
+  nll = -np.where(labels, np.log(p), np.log(1 - p))
+  assert found["nll"] == pytest.approx(np.average(nll.mean(axis=1), weights=weight), rel=1e-5)
+  gaps = []
+  for k in range(4):
+    bins = np.minimum((np.ceil(p[:, k] * 15) - 1).astype(int), 14)
+    off = [abs(np.sum((weight * (labels[:, k] - p[:, k]))[bins == b])) for b in range(15)]
+    gaps.append(sum(off) / weight.sum())
+  assert found["ece"] == pytest.approx(np.mean(gaps), rel=1e-4)
+  q = 1 / (1 + np.exp(-teacher))
+  kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
+  assert found["kl"] == pytest.approx(np.average(kl.mean(axis=1), weights=weight), rel=1e-4)
+  agreement = np.average(((teacher >= 0) == said).mean(axis=1), weights=weight)
+  assert found["agreement"] == pytest.approx(agreement, rel=1e-6)
+
+
+def test_single_labels_may_be_unknown():
+  scores, labels = RNG.normal(size=(SIZE, 3)), RNG.integers(0, 2, (SIZE, 3))
+  labelled = (RNG.random((SIZE, 3)) < 0.7).astype(float)
+  found = measured(tasks.multilabel(), scores, labels, labelled=labelled)
+  there = labelled > 0
+  accuracy = np.mean(((scores >= 0) == labels)[there])
+  assert found["accuracy"] == pytest.approx(accuracy, rel=1e-6)
+  average = [
+    known.average_precision_score(labels[there[:, k], k], scores[there[:, k], k]) for k in range(3)
+  ]
+  assert found["map"] == pytest.approx(np.mean(average), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+@pytest.mark.parametrize("several", [False, True])
+def test_regression(batch_size, several):
+  # Far from 0: a variance by differences of squares in float32 would be noise.
+  labels = 1000 + RNG.normal(size=(SIZE, 3) if several else SIZE)
+  outputs = labels + 0.3 * RNG.normal(size=labels.shape)
+  weight = RNG.random(SIZE)
+  teacher = outputs + 1.0
+  shown = outputs if several else outputs[:, None]
+  found = measured(
+    tasks.regression(),
+    shown,
+    labels,
+    batch_size=batch_size,
+    weight=weight,
+    teacher=teacher if several else teacher[:, None],
+  )
+  labels, outputs = (x.astype(np.float32).astype(np.float64) for x in (labels, outputs))
+  rmse = known.root_mean_squared_error(labels, outputs, sample_weight=weight)
+  assert found["rmse"] == pytest.approx(rmse, rel=1e-6)
+  mae = known.mean_absolute_error(labels, outputs, sample_weight=weight)
+  assert found["mae"] == pytest.approx(mae, rel=1e-6)
+  assert found["r2"] == pytest.approx(
+    known.r2_score(labels, outputs, sample_weight=weight), rel=1e-6
+  )
+  assert found["rmse_to_teacher"] == pytest.approx(1.0, rel=1e-3)  # float32 at 1000
+
+
+def test_a_variance_that_is_right_is_calibrated():
+  count = 20_000
+  spread = np.exp(RNG.normal(size=count))
+  labels = spread * RNG.normal(size=count)
+  outputs = np.stack([np.zeros(count), 2 * np.log(spread)], axis=1)
+  found = measured(tasks.regression(variance=True), outputs, labels, batch_size=1000)
+  # Shares of 20,000 examples are within 1 % of their expectation.
+  assert found["interval_error"] < 0.01
+  nll = 0.5 * np.log(2 * np.pi) + np.log(spread) + 0.5 * (labels / spread) ** 2
+  assert found["nll"] == pytest.approx(nll.mean(), rel=1e-4)
+  small = measured(tasks.regression(variance=True), outputs - [[0, 2.0]], labels, batch_size=1000)
+  assert small["interval_error"] > 0.1
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_dense(batch_size):
+  labels = RNG.integers(0, 3, (9, 6, 5)).astype(np.uint8)
+  labels[RNG.random(labels.shape) < 0.2] = 255
+  logits, teacher = RNG.normal(size=(2, 9, 6, 5, 4))
+  found = measured(
+    tasks.dense(), logits, labels, batch_size=batch_size, ignore=255, num_classes=4, teacher=teacher
+  )
+  there, said = labels != 255, logits.argmax(axis=-1)
+  flat = labels[there], said[there]
+  assert found["pixel_accuracy"] == pytest.approx(known.accuracy_score(*flat), rel=1e-6)
+  iou = known.jaccard_score(*flat, average=None, labels=range(4), zero_division=0)
+  assert found["miou"] == pytest.approx(np.mean(iou), rel=1e-6)  # the fourth class is predicted
+  accuracy = known.recall_score(*flat, average="macro", labels=range(3))
+  assert found["class_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+  near = np.zeros(labels.shape, bool)
+  for i, y, x in np.ndindex(labels.shape):
+    around = labels[i, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
+    near[i, y, x] = len(set(around[around != 255].tolist())) > 1
+  right = (said == labels)[near & there]
+  assert found["boundary_accuracy"] == pytest.approx(right.mean(), rel=1e-6)
+  agreement = (teacher.argmax(axis=-1) == said).mean()  # a teacher is compared without labels
+  assert found["agreement"] == pytest.approx(agreement, rel=1e-6)
+
+
+def test_tokens():
+  labels, weight = RNG.integers(0, 7, (SIZE, 6)), RNG.integers(0, 2, (SIZE, 6)).astype(float)
+  logits = RNG.normal(size=(SIZE, 6, 7))
+  found = measured(tasks.tokens(), logits, labels, weight=weight)
+  there = weight > 0
+  nll = known.log_loss(labels[there], softmax(logits)[there], labels=range(7))
+  assert found["nll"] == pytest.approx(nll, rel=1e-5)
+  assert found["perplexity"] == pytest.approx(np.exp(nll), rel=1e-5)
+  accuracy = known.accuracy_score(labels[there], logits.argmax(axis=-1)[there])
+  assert found["accuracy"] == pytest.approx(accuracy, rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [5, 64])
+def test_embedding(batch_size):
+  labels = RNG.integers(0, 4, SIZE)
+  vectors = np.eye(4, 6)[labels] + RNG.normal(size=(SIZE, 6))
+  teacher = vectors + 0.1 * RNG.normal(size=vectors.shape)
+  found = measured(
+    tasks.embedding(neighbours=3), vectors, labels, batch_size=batch_size, teacher=teacher
+  )
+  unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+  nearest = neighbors.NearestNeighbors(n_neighbors=4, metric="cosine").fit(vectors)
+  near = nearest.kneighbors(vectors, return_distance=False)[:, 1:]  # not itself
+  beside = nearest.fit(teacher).kneighbors(teacher, return_distance=False)[:, 1:]
+  assert found["recall_at_1"] == pytest.approx(np.mean(labels[near[:, 0]] == labels))
+  assert found["recall_at_k"] == pytest.approx((labels[near] == labels[:, None]).any(1).mean())
+  same = np.mean(
+    [len(set(a) & set(b)) / 3 for a, b in zip(near.tolist(), beside.tolist(), strict=True)]
+  )
+  assert found["neighbour_agreement"] == pytest.approx(same)
+  distance = ((unit[:, None] - unit[None]) ** 2).sum(-1)
+  pairs = ~np.eye(SIZE, dtype=bool)
+  alike = pairs & (labels[:, None] == labels[None])
+  assert found["alignment"] == pytest.approx(distance[alike].mean(), rel=1e-5)
+  assert found["uniformity"] == pytest.approx(np.log(np.exp(-2 * distance[pairs]).mean()), rel=1e-5)
+  voted = [np.bincount(labels[row], minlength=4) for row in near]
+  sure = np.array([np.sum(votes == votes.max()) == 1 for votes in voted])
+  assert found["knn_accuracy"] <= np.mean(
+    [~s or votes.argmax() == label for s, votes, label in zip(sure, voted, labels, strict=True)]
+  )
+
+
+@pytest.mark.parametrize(
+  ("task", "outputs", "labels"),
+  [
+    (None, np.zeros((4, 3)), np.zeros(4)),
+    (None, np.zeros((4, 3)), np.zeros((4, 3), int)),
+    (tasks.dense(), np.zeros((4, 2, 2, 3)), np.zeros((4, 3, 3), int)),
+    (tasks.multilabel(), np.zeros((4, 3)), np.zeros((4, 2), int)),
+    (tasks.regression(), np.zeros((4, 3)), np.zeros((4, 2))),
+    (tasks.embedding(), np.zeros((4, 2, 3)), np.zeros(4, int)),
+  ],
+)
+def test_labels_of_another_task_are_refused(task, outputs, labels):
+  with pytest.raises(TypeError, match=r"labels|vector"):
+    measured(task, outputs, labels)
+
+
+@pytest.mark.parametrize(
+  ("task", "shape", "names"),
+  [
+    (None, (5,), {"agreement", "kl"}),
+    (tasks.multilabel(), (5,), {"agreement", "kl"}),
+    (tasks.regression(), (2,), {"rmse_to_teacher"}),
+    (tasks.dense(), (3, 3, 5), {"agreement", "kl"}),
+    (tasks.tokens(), (3, 5), {"agreement", "kl"}),
+    (tasks.embedding(), (5,), {"uniformity", "neighbour_agreement"}),
+  ],
+)
+def test_without_labels_there_is_what_needs_none(task, shape, names):
+  ours, theirs = RNG.normal(size=(2, SIZE, *shape))
+  assert set(measured(task, ours, None, teacher=theirs)) == names
+
+
+class Regressor(nn.Module):
+  """Two targets of four numbers."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(2)(nn.relu(nn.Dense(self.width)(x)))
+
+
+def objective(student, teacher, batch, *, soft_weight=0.5):
+  def error(target):
+    return jnp.mean(jnp.square(student.logits - target), axis=-1)
+
+  terms = {"labels": Term(error(batch.labels), where=batch.labelled)}
+  if teacher is not None:
+    terms["soft"] = Term(error(teacher.logits), weight=soft_weight)
+  return terms
+
+
+def regression_parts(size=96):
+  inputs = RNG.normal(size=(size, 4)).astype(np.float32)
+  targets = np.stack([inputs[:, 0] * inputs[:, 1], inputs[:, 2]], axis=1)
+  return data.from_arrays(inputs, targets)
+
+
+def test_a_regression_from_arrays_to_the_chosen_point(tmp_path):
+  examples, held_out = regression_parts(), regression_parts()
+  source = data.on_device(examples, batch_size=16, data_seed=0)
+  batches = data.evaluation_batches(held_out, batch_size=10)
+  task = tasks.regression()
+  teacher = train.fit(
+    networks.linen(Regressor(32)),
+    objective,
+    data=source,
+    optimizer=optax.adam(1e-2),
+    steps=60,
+    run=train.Run(progress=None),
+  )
+  fitted = train.fit(
+    networks.linen(Regressor(4)),
+    objective,
+    data=source,
+    optimizer=optax.adam(1e-2),
+    steps=30,
+    teacher=teachers.frozen(teacher),
+    seed=[0, 1],
+    watch=train.Watch(evaluation.validator(batches, task=task), validate_every=6),
+    run=train.Run(tmp_path / "run", progress=None),
+  )
+  found = evaluation.evaluate(fitted, batches, teacher=teachers.frozen(teacher), task=task)
+  assert set(found) == {"rmse", "mae", "r2", "rmse_to_teacher"}
+  for s, one in enumerate(fitted.unstack()):
+    said = np.asarray(one(held_out.inputs).logits, np.float64)
+    rmse = known.root_mean_squared_error(held_out.labels, said)
+    assert found["rmse"][s] == pytest.approx(rmse, rel=1e-5)
+    assert float(evaluation.evaluate(one, batches, task=task)["rmse"]) == pytest.approx(
+      rmse, rel=1e-5
+    )
+  # The lower error is the better: the best checkpoint is the one whose mean over seeds is least.
+  lines = [line for line in fitted.history if "validation/rmse" in line]
+  best = min(lines, key=lambda line: np.mean(line["validation/rmse"]))
+  from jaxdistill.runs import Checkpoints
+
+  with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
+    assert saved.best() == best["step"]
+
+  result = search.sweep(
+    networks.linen(Regressor(4)),
+    objective,
+    points=[{"rate": 1e-5}, {"rate": 1e-2}],
+    seeds=[0, 1],
+    data=source,
+    optimizer=lambda rate: optax.adam(rate),
+    steps=30,
+    teacher=teachers.frozen(teacher),
+    choice=search.Choice(batches, task=task, test=batches),
+    run=train.Run(tmp_path / "sweep", progress=None),
+  )
+  assert result.metric == "rmse"
+  assert result.chosen == {"rate": 1e-2}
+  assert "rmse" in result.sentence()
+  assert "%" not in result.sentence()
+
+
+def test_a_users_own_task():
+  def sums(outputs, batch):
+    error = jnp.abs(outputs.logits[..., 0] - batch.labels)
+    return {"mae": tasks.mean(error, tasks.counted(batch, error))}
+
+  mine = tasks.Task("mine", {"mae": tasks.Metric("lower")}, sums)
+  labels = RNG.normal(size=SIZE)
+  assert measured(mine, labels[:, None] + 0.5, labels) == {"mae": pytest.approx(0.5, rel=1e-5)}
+  with pytest.raises(ValueError, match="'accuracy' is not among"):
+    mine.metric("accuracy")
+
+
+def test_a_network_whose_vector_is_a_feature():
+  class Tower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Dense(6)(x)
+      self.sow("intermediates", "pooled", x)
+      return nn.Dense(3)(x)
+
+  examples = data.from_arrays(RNG.normal(size=(20, 4)).astype(np.float32), RNG.integers(0, 3, 20))
+  batches = data.evaluation_batches(examples, batch_size=8)
+  network = networks.linen(Tower(), features=["pooled"])
+  model = Model(network, network.init(jax.random.key(0), batches.inputs[0]))
+  found = evaluation.evaluate(model, batches, task=tasks.embedding("pooled", neighbours=2))
+  vectors = np.asarray(model(examples.inputs).features["pooled"])
+  assert {n: float(v) for n, v in found.items()} == pytest.approx(
+    measured(tasks.embedding(neighbours=2), vectors, examples.labels), rel=1e-5
+  )
+  beside = evaluation.taught(teachers.frozen(model), batches, task=tasks.embedding("pooled"))
+  assert beside.teacher.logits.shape == (3, 8, 6)
+
+
+def test_labels_as_soft_targets_reach_the_loss():
+  """Dense labels with ignored pixels: the loss counts what the metric counts."""
+  logits = jnp.asarray(RNG.normal(size=(2, 3, 3, 4)), jnp.float32)
+  labels = RNG.integers(0, 4, (2, 3, 3)).astype(np.uint8)
+  labels[0, 0] = 255
+  examples = data.from_arrays(np.zeros((2, 1), np.float32), labels, ignore=255, num_classes=4)
+  batch = jax.tree.map(lambda leaf: leaf[0], data.evaluation_batches(examples, batch_size=2))
+  values = losses.cross_entropy(logits, batch.labels)
+  _, sums = train.reduce_terms({"labels": Term(values, where=batch.labelled)}, batch)
+  total, count = sums["labels"]
+  found = measured(tasks.dense(), logits, labels, ignore=255, num_classes=4)
+  assert float(total / count) == pytest.approx(found["nll"], rel=1e-5)
+  assert dataclasses.is_dataclass(batch)
