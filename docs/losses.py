@@ -25,11 +25,31 @@ __all__ = ["Docstring", "Entry", "command", "families", "main", "page", "parse"]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOSSES = ROOT / "jaxdistill" / "losses"
 PAGE = ROOT / "docs" / "losses.md"
-FAMILIES = ("logits", "features", "relations")
+FAMILIES = (
+  "logits",
+  "partitions",
+  "binary",
+  "regression",
+  "ranking",
+  "self_distillation",
+  "views",
+  "features",
+  "prototypes",
+  "relations",
+)
 SECTIONS = ("Args", "Attributes", "Returns", "Raises")
 LABELS = ("Source", "Other codes")
 # Public, but nothing to average: transforms and pieces of losses.
-PIECES = {"Banks", "init_banks", "overhaul_margin", "standardize_logits"}
+PIECES = {
+  "Banks",
+  "class_means",
+  "init_banks",
+  "overhaul_margin",
+  "region_logits",
+  "region_weight",
+  "soft_label_weight",
+  "standardize_logits",
+}
 
 command = "python docs/losses.py"
 
@@ -61,9 +81,10 @@ The page is made from the docstrings by `{command}`; to change it, change those.
 - **Finite in, finite out,** value and gradient: logits of any size (beyond ±1e30 they count as
   that), equal rows, features that are all 0, two classes, a batch of one; but squares of features
   leave float32 where these differ by more than 1e19. The divergences also take classes masked to
-  −inf in both networks, and leave them out of every sum and mean: `cross_entropy`, `decoupled_kd`,
-  `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`, `soft_target_kl` and
-  `total_variation`.
+  −inf in both networks, and leave them out of every sum and mean: all of partitions (`decoupled_kd`
+  and its kin), `cross_entropy`, `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`,
+  `soft_label_weight`, `soft_target_kl`, `total_variation`, `transformed_teacher`,
+  `weighted_soft_labels` and `weighted_transformed_teacher`.
 
 Logarithms are natural, ‖·‖ is the Euclidean norm, and `mean_c` is a mean over what the index c
 counts.
@@ -240,13 +261,17 @@ def page() -> str:
   names = [entry.name for _, entries in everything.values() for entry in entries]
   lines = [_prose(PREFACE.format(command=command), names)]
   for family, (summary, entries) in everything.items():
-    lines += [f"**{family.capitalize()}**: {_prose(_lower(summary), names)}", ""]
+    lines += [f"**{_heading(family)}**: {_prose(_lower(summary), names)}", ""]
     lines += [*_contents(entries, names), ""]
   for family, (_, entries) in everything.items():
-    lines += [f"## {family.capitalize()}", ""]
+    lines += [f"## {_heading(family)}", ""]
     for entry in entries:
       lines += [*_section(entry, names), ""]
   return "\n".join(lines).rstrip() + "\n"
+
+
+def _heading(family: str) -> str:
+  return family.capitalize().replace("_", "-")
 
 
 def _contents(entries: Sequence[Entry], names: Iterable[str]) -> list[str]:

@@ -41,7 +41,18 @@ import jax
 import numpy as np
 
 import command_line
-from jaxdistill import data, evaluation, networks, recipes, reports, runs, search, teachers, train
+from jaxdistill import (
+  data,
+  evaluation,
+  losses,
+  networks,
+  recipes,
+  reports,
+  runs,
+  search,
+  teachers,
+  train,
+)
 from jaxdistill.types import Model, Teacher
 
 SCRIPT = "experiments/methods.py"
@@ -116,6 +127,8 @@ class Known:
   steps: int
   labels: np.ndarray
   teacher: Any
+  means: Callable[[], Any]
+  """The teacher's mean feature of each class."""
 
   def share(self, epochs: int) -> int:
     """The steps of so many of the 240 published epochs."""
@@ -146,6 +159,21 @@ METHODS = {
   "dist": Method(lambda _: recipes.dist(), ("inter_weight", "intra_weight")),
   "ctkd": Method(lambda known: recipes.ctkd(warmup_steps=known.share(10)), ("soft_weight",)),
   "ofa": Method(lambda _: recipes.ofa(), ("soft_weight", "ofa_weight")),
+  "gdkd": Method(lambda known: recipes.gdkd(warmup_steps=known.share(20)), ("soft_weight",)),
+  "rld": Method(
+    lambda known: recipes.rld(warmup_steps=known.share(20)), ("target_weight", "nontarget_weight")
+  ),
+  "nkd": Method(lambda _: recipes.nkd(), ("soft_weight",)),
+  "ttm": Method(lambda _: recipes.ttm(), ("soft_weight",)),
+  "wttm": Method(lambda _: recipes.wttm(), ("soft_weight",)),
+  "wsl": Method(lambda _: recipes.wsl(), ("soft_weight",)),
+  "mlkd": Method(lambda _: recipes.mlkd(), ("soft_weight", "class_weight", "batch_weight")),
+  "tfkd": Method(lambda _: recipes.tfkd(), ("virtual_weight",)),
+  "uskd": Method(lambda _: recipes.uskd(), ("target_weight", "nontarget_weight", "weak_weight")),
+  "norm_direction": Method(
+    lambda known: recipes.norm_direction(known.means(), warmup_steps=known.share(20)),
+    ("soft_weight", "direction_weight"),
+  ),
   "fitnet": Method(lambda _: recipes.fitnet(), ("hint_weight",)),
   "attention_transfer": Method(lambda _: recipes.attention_transfer(), ("attention_weight",)),
   "nst": Method(lambda _: recipes.nst(), ("nst_weight",)),
@@ -270,6 +298,14 @@ class Bench:
       **rest,
     )
 
+  def means(self, teacher: Teacher) -> Any:
+    """The teacher's mean pooled feature of each class, over the training split."""
+    batches = data.evaluation_batches(self.examples, batch_size=256, normalize=self.normalize)
+    pooled = jax.lax.map(lambda batch: teacher(batch).features["pooled"], batches)
+    labels = np.where(batches.weight > 0, batches.labels, -1).reshape(-1)
+    classes = int(labels.max()) + 1
+    return losses.class_means(pooled.reshape(-1, pooled.shape[-1]), labels, classes)
+
   def sweep(
     self, name: str, student: Any, objective: Any, points: Any, epochs: int, **rest: Any
   ) -> search.Result:
@@ -291,7 +327,13 @@ class Bench:
 def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
   """A method's students, with the factor that is best on validation."""
   config, epochs = bench.config, bench.config.epochs
-  known = Known(config, bench.steps(epochs), bench.examples.labels, teacher.variables)
+  known = Known(
+    config,
+    bench.steps(epochs),
+    bench.examples.labels,
+    teacher.variables,
+    lambda: bench.means(teacher),
+  )
   objective = method.make(known)
   before = max(1, epochs // 8)
   if method.first is not None and name != "factor_transfer":

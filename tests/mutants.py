@@ -96,9 +96,9 @@ MUTANTS = [
   ),
   Mutant(
     "loss: the others of a label do not add up to 1",
-    "losses/logits.py",
-    "axis=-1)), others - rest",
-    "axis=-1)), others",
+    "losses/partitions.py",
+    "within, without = (part - mass for",
+    "within, without = (part + 0 * mass for",
     "DKD's second part is of no distribution",
     (LOGITS + "test_value_is_the_formula",),
   ),

@@ -75,6 +75,8 @@ def test_a_finished_run_is_measured_again_without_training(script, finished):
 
 def test_every_recipe_is_a_method_whose_own_weights_are_scaled(script):
   parts = {"combine", "hint", "labels", "overhaul_margins", "recipe", "with_class_maps"}
+  # Of other tasks; of another teacher, the student's own past; of networks with maps of logits.
+  parts |= {"multi_label", "regression", "teacher_bounded", "gaussian_regression", "pskd", "sdd"}
   assert set(script.METHODS) == set(recipes.__all__) - parts
   network = script.Bench.network
   config = script.Config()
@@ -82,7 +84,7 @@ def test_every_recipe_is_a_method_whose_own_weights_are_scaled(script):
   teacher = network(bench, config.teacher_depth, config.teacher_width, "teacher")
   shapes = jax.eval_shape(teacher.init, jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32))
   variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-  known = script.Known(config, 480, np.zeros(9, int), variables)
+  known = script.Known(config, 480, np.zeros(9, int), variables, lambda: np.zeros((9, 64)))
   for method in script.METHODS.values():
     stages = [as_objective(method.make(known))]
     stages += [] if method.first is None else [as_objective(method.first())]

@@ -4,9 +4,9 @@ Student first, teacher second, labels third. Inputs are computed in float32 (flo
 nothing is averaged over the batch, and no gradient is ever stopped: freezing the teacher is the
 business of the teacher's forward pass.
 
-The divergences, from `cross_entropy` to `decoupled_kd`, take classes masked to −inf (or below
-−1e30) in both networks: such a class has no part in any sum, mean or gradient. A class that only
-one network masks has probability 0 there; where the other's probability makes the divergence
+The divergences, from `cross_entropy` to `weighted_soft_labels`, take classes masked to −inf (or
+below −1e30) in both networks: such a class has no part in any sum, mean or gradient. A class that
+only one network masks has probability 0 there; where the other's probability makes the divergence
 infinite, it comes out finite and absurdly large (around 1e30) instead, and so does `cross_entropy`
 of a label that is masked. The other functions take no masked classes.
 
@@ -16,13 +16,15 @@ and logarithms are natural.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
 
 from jaxdistill import _check
 from jaxdistill.losses._log_space import (
-  MASKED,
   AnyArray,
   Logits,
   PerExample,
@@ -41,11 +43,12 @@ from jaxdistill.losses._log_space import (
   pair,
   soften,
 )
-from jaxdistill.losses._maps import norm, tame
+from jaxdistill.losses._maps import norm, product, tame
 
 __all__ = [
+  "batch_gram",
+  "class_gram",
   "cross_entropy",
-  "decoupled_kd",
   "generalized_jsd",
   "inter_class_correlation",
   "intra_class_correlation",
@@ -54,9 +57,13 @@ __all__ = [
   "reverse_kl",
   "skew_kl",
   "skew_reverse_kl",
+  "soft_label_weight",
   "soft_target_kl",
   "standardize_logits",
   "total_variation",
+  "transformed_teacher",
+  "weighted_soft_labels",
+  "weighted_transformed_teacher",
 ]
 
 
@@ -347,34 +354,141 @@ def skew_reverse_kl(
   return squared * kl(log_q, log_mixture(log_q, log_p, skew))
 
 
-def decoupled_kd(
-  student_logits: Logits,
-  teacher_logits: Logits,
-  labels: Integer[AnyArray, "*batch"],
-  *,
-  temperature: Scalar = 4.0,
-  target_weight: Scalar = 1.0,
-  nontarget_weight: Scalar = 8.0,
+def transformed_teacher(
+  student_logits: Logits, teacher_logits: Logits, *, power: Scalar = 0.1
 ) -> PerExample:
-  """Decoupled knowledge distillation (DKD): the label's class apart from the others.
+  """Transformed teacher matching (TTM): a power flattens the teacher, the student stays as it is.
 
-  temperature² · (target_weight · KL([p_y, 1 − p_y] ‖ [q_y, 1 − q_y])
-    + nontarget_weight · KL(p̂ ‖ q̂)),
-  y = labels, p̂ and q̂ = p and q over the classes other than y, each divided by its sum,
-  KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
-  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+  KL(r ‖ q), KL(a ‖ b) = Σ_k a_k log(a_k / b_k), r_k = p_k^power / Σ_j p_j^power,
+  p = softmax(teacher_logits), q = softmax(student_logits).
 
-  With nontarget_weight = 1 − p_y it is `soft_target_kl`. With two classes (or two that are not
-  masked) the second part is exactly 0.
+  A power is a temperature of 1 / power on the teacher alone, without temperature² in front:
+  r = softmax(power · teacher_logits).
 
   Args:
     student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
-    labels: ``[...]`` integers. One that is masked or outside ``0 .. K-1`` has p_y = q_y = 0.
-    temperature: softens both, > 0. 4 is mdistiller's for CIFAR-100.
-    target_weight: weight of the (label, rest) pair. 1 is the paper's.
-    nontarget_weight: weight of the other classes. 8 is the paper's for ResNet-32x4 to 8x4; it
-      chose 2 to 8 by the teacher.
+    power: > 0. 0.1 is the published code's for VGG-13 to VGG-8.
+
+  Returns:
+    ``[...]``, in nats.
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, or ``power`` is not positive.
+
+  Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024.
+
+  Other codes: these are the values of the published code, which raises probabilities to the power;
+  where one of them is below 1e-38 that loses it, and here, in log space, it stays.
+
+  >>> student, teacher = jnp.zeros(2), 2 * jnp.log(jnp.array([0.75, 0.25]))
+  >>> round(transformed_teacher(student, teacher, power=0.5).item(), 4)  # as of [¾, ¼]
+  0.1308
+  """
+  log_q, log_r, _ = _transformed(student_logits, teacher_logits, power)
+  return kl(log_r, log_q)
+
+
+def weighted_transformed_teacher(
+  student_logits: Logits, teacher_logits: Logits, *, power: Scalar = 0.2
+) -> PerExample:
+  """Weighted transformed teacher matching (WTTM): more of TTM where the teacher is less sure.
+
+  (Σ_j p_j^power) · KL(r ‖ q), KL(a ‖ b) = Σ_k a_k log(a_k / b_k), r_k = p_k^power / Σ_j p_j^power,
+  p = softmax(teacher_logits), q = softmax(student_logits).
+
+  The sum in front is 1 for a teacher that is sure and K^(1 − power) for one that knows nothing. It
+  is not divided by its mean over the batch, so that a weight has to be smaller than that of
+  `transformed_teacher`. It is a function of the teacher alone.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``, p's logits.
+    power: > 0. 0.2 is the published code's for VGG-13 to VGG-8.
+
+  Returns:
+    ``[...]``, in nats.
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, or ``power`` is not positive.
+
+  Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024.
+
+  Other codes: these are the values of the published code, here in log space.
+
+  >>> student, teacher = jnp.zeros(2), 2 * jnp.log(jnp.array([0.75, 0.25]))
+  >>> round(weighted_transformed_teacher(student, teacher, power=0.5).item(), 4)  # 1.2649 of it
+  0.1655
+  """
+  log_q, log_r, log_sum = _transformed(student_logits, teacher_logits, power)
+  return jnp.exp(log_sum) * kl(log_r, log_q)
+
+
+def _transformed(student: Any, teacher: Any, power: Scalar) -> tuple[Array, Array, Array]:
+  """Logarithms of q, of r, and of the sum of the teacher's powers."""
+  _check.number("power", power, above=0)
+  log_q, log_p, _ = log_probabilities(student, teacher, 1.0)
+  raised = jnp.asarray(power, log_p.dtype) * log_p
+  log_sum = jax.nn.logsumexp(raised, axis=-1, keepdims=True)
+  return log_q, raised - log_sum, log_sum[..., 0]
+
+
+def soft_label_weight(
+  student_logits: Logits, teacher_logits: Logits, labels: Integer[AnyArray, "*batch"]
+) -> PerExample:
+  """Weights of soft labels (WSL): 0 where the student has learned the label, 1 where it lags.
+
+  1 − exp(−c_s / (c_t + 1e-7)), c_s and c_t = −log softmax(z)_y of student_logits and teacher_logits
+  at y = labels.
+
+  It multiplies the values of any loss, ``weight * losses.reverse_kl(...)``; `weighted_soft_labels`
+  is the published one. No gradient passes through it: the student would else learn to be given
+  small weights.
+
+  Args:
+    student_logits: ``[..., K]``. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``.
+    labels: ``[...]`` integers. One outside ``0 .. K-1`` has the weight 0.
+
+  Returns:
+    ``[...]``, in [0, 1].
+
+  Raises:
+    ValueError: the shapes differ, or there is but one output.
+
+  Source: Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang, "Rethinking Soft Labels for Knowledge
+  Distillation: A Bias-Variance Tradeoff Perspective", 2021.
+
+  Other codes: this is the published code's.
+
+  >>> student, teacher = jnp.log(jnp.array([0.25, 0.75])), jnp.log(jnp.array([0.5, 0.5]))
+  >>> round(soft_label_weight(student, teacher, jnp.array(0)).item(), 4)  # 1 − exp(−2)
+  0.8647
+  """
+  student, teacher = pair(student_logits, teacher_logits)
+  ours, theirs = (cross_entropy(jax.lax.stop_gradient(z), labels) for z in (student, teacher))
+  return -jnp.expm1(-ours / (theirs + 1e-7))
+
+
+def weighted_soft_labels(
+  student_logits: Logits,
+  teacher_logits: Logits,
+  labels: Integer[AnyArray, "*batch"],
+  *,
+  temperature: Scalar = 2.0,
+) -> PerExample:
+  """Weighted soft labels (WSL): the teacher's, where the student lags behind on the label.
+
+  −w · temperature² · Σ_k p_k log q_k, w = `soft_label_weight` at labels,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  The gradient does not pass through w. A cross-entropy, it is not 0 at q = p.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``, p's logits.
+    labels: ``[...]`` integers. One outside ``0 .. K-1`` contributes 0.
+    temperature: softens both, > 0. 2 is the published code's for ImageNet.
 
   Returns:
     ``[...]``, in nats · temperature².
@@ -382,42 +496,19 @@ def decoupled_kd(
   Raises:
     ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
 
-  Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022.
+  Source: Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang, "Rethinking Soft Labels for Knowledge
+  Distillation: A Bias-Variance Tradeoff Perspective", 2021.
 
-  Other codes: mdistiller, the published code, takes logarithms of sums of a softmax and gives −inf
-  at confident logits; this one has its values elsewhere, and stays in log space. Its warm-up over
-  epochs is the recipe's. OFAKD's copy takes nontarget_weight 2 at temperature 1.
+  Other codes: this is the published code's, whose teacher runs in training mode, which is none of
+  the formula. cls_KD's copy for CIFAR-100 has temperature 4.
 
-  >>> student, teacher = jnp.zeros(3), jnp.log(jnp.array([0.5, 0.375, 0.125]))
-  >>> round(decoupled_kd(student, teacher, jnp.array(0), temperature=1.0).item(), 4)
-  1.1054
+  >>> student, teacher = jnp.log(jnp.array([0.25, 0.75])), jnp.log(jnp.array([0.5, 0.5]))
+  >>> round(weighted_soft_labels(student, teacher, jnp.array(0), temperature=1.0).item(), 4)
+  0.7237
   """
-  _check.number("temperature", temperature, above=0)
-  check_classes(student_logits, "student_logits")
-  student, teacher = pair(student_logits, teacher_logits)
-  scale = jnp.asarray(temperature, student.dtype)
-  is_target = one_hot(labels, student)
-  # [..., 2] of (label, rest) and [..., K] of the others among themselves, from either network.
-  student_pair, log_q = _decouple(soften(student, scale), is_target)
-  teacher_pair, log_p = _decouple(soften(teacher, scale), is_target)
-  # The paper's TCKD: how sure the label is.
-  target_part = jnp.asarray(target_weight, scale.dtype) * kl(teacher_pair, student_pair)
-  # The paper's NCKD: which others are near. In plain KD its weight is 1 − p_y, next to nothing for
-  # a teacher that is sure; here it is free.
-  nontarget_part = jnp.asarray(nontarget_weight, scale.dtype) * kl(log_p, log_q)
-  return jnp.square(scale) * (target_part + nontarget_part)
-
-
-def _decouple(logits: Array, is_target: Array) -> tuple[Array, Array]:
-  """Log-probabilities of (label, rest) ``[..., 2]`` and of the others among themselves."""
-  # [...]: a label of no class leaves MASKED, a probability of 0.
-  target = jnp.max(jnp.where(is_target, logits, MASKED), axis=-1)
-  others = jnp.where(is_target, MASKED, logits)
-  rest = jax.nn.logsumexp(others, axis=-1, keepdims=True)
-  # log p_y = −softplus(−odds) and log(1 − p_y) = −softplus(odds), without the 1 − p_y that rounds
-  # to 0 at a confident label, where the published code ends.
-  odds = target - rest[..., 0]
-  return -jax.nn.softplus(jnp.stack([-odds, odds], axis=-1)), others - rest
+  log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  weight = soft_label_weight(student_logits, teacher_logits, labels)
+  return -weight * squared * jnp.sum(jnp.exp(log_p) * log_q, axis=-1)
 
 
 def logit_l2(student_logits: Logits, teacher_logits: Logits) -> PerExample:
@@ -578,6 +669,98 @@ def intra_class_correlation(
   # [K]; a single example correlates with nothing.
   cosine = _cosine(centre(jnp.exp(log_q)), centre(jnp.exp(log_p)), axis=axes)
   return jnp.where(count.reshape(1) > 1, squared * (1 - cosine), 0.0)
+
+
+def class_gram(
+  student_logits: Logits,
+  teacher_logits: Logits,
+  *,
+  temperature: Scalar = 4.0,
+  where: Shaped[AnyArray, "*batch"] | None = None,
+) -> Float[Array, " K"]:
+  """Class correlation (MLKD): which classes are likely together. One value per **class**.
+
+  Σ_j (G_kj(p) − G_kj(q))² for each class k, G(a) = Σ_i a_i a_iᵀ, a matrix over the classes, summed
+  over the examples i of the batch (all leading axes),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  Args:
+    student_logits: ``[..., K]``, q's logits; no class masked to −inf.
+    teacher_logits: ``[..., K]``, p's logits; no class masked to −inf.
+    temperature: softens both, > 0. 4 is the first of the published code's five.
+    where: ``[...]``, which examples count (not 0); the others may hold anything. None counts all.
+
+  Returns:
+    ``[K]``. It grows with the square of the batch, and depends on who is in it: under ``pmap`` or
+    gradient accumulation that is the device's share or the micro-batch.
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
+
+  Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", 2023.
+
+  Other codes: this, as the mean over the classes, is the published code's, without its mask, which
+  multiplies a mean and so picks nothing. Neither has temperature².
+
+  >>> student, teacher = jnp.zeros((1, 2)), jnp.log(jnp.array([[0.75, 0.25]]))
+  >>> [round(v, 4) for v in class_gram(student, teacher, temperature=1.0).tolist()]
+  [0.1016, 0.0391]
+  """
+  q, p = _counted_probabilities(student_logits, teacher_logits, temperature, where)
+  apart = product("ik,ij->kj", p, p) - product("ik,ij->kj", q, q)
+  return jnp.sum(jnp.square(apart), axis=-1)
+
+
+def batch_gram(
+  student_logits: Logits,
+  teacher_logits: Logits,
+  *,
+  temperature: Scalar = 4.0,
+  where: Shaped[AnyArray, "*batch"] | None = None,
+) -> PerExample:
+  """Batch correlation (MLKD): which examples are predicted alike.
+
+  Σ_j (p_i·p_j − q_i·q_j)² over the examples j of the batch (all leading axes), for each example i,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  Args:
+    student_logits: ``[..., K]``, q's logits; no class masked to −inf.
+    teacher_logits: ``[..., K]``, p's logits; no class masked to −inf.
+    temperature: softens both, > 0. 4 is the first of the published code's five.
+    where: ``[...]``, which examples count (not 0); the others may hold anything and have the value
+      0. None counts all.
+
+  Returns:
+    ``[...]``. It depends on who is in the batch: under ``pmap`` or gradient accumulation that is
+    the device's share or the micro-batch.
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
+
+  Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", 2023.
+
+  Other codes: this, as the mean over the batch, is the published code's, without its mask, which
+  multiplies a mean and so picks nothing. Neither has temperature².
+
+  >>> student, teacher = jnp.zeros((1, 2)), jnp.log(jnp.array([[0.75, 0.25]]))
+  >>> batch_gram(student, teacher, temperature=1.0).tolist()  # (5/8 − 1/2)²
+  [0.015625]
+  """
+  q, p = _counted_probabilities(student_logits, teacher_logits, temperature, where)
+  apart = product("ik,jk->ij", p, p) - product("ik,jk->ij", q, q)
+  return jnp.sum(jnp.square(apart), axis=-1).reshape(np.shape(student_logits)[:-1])
+
+
+def _counted_probabilities(
+  student_logits: Any, teacher_logits: Any, temperature: Scalar, where: Any
+) -> list[Array]:
+  """Both networks' probabilities as rows ``[N, K]``, with zeros for who does not count."""
+  student, teacher = pair(student_logits, teacher_logits)
+  valid = counted(where, student.shape[:-1])[..., None]
+  # Before the softmax as well as after it: a value that is masked only later can still leak NaN.
+  student, teacher = jnp.where(valid, student, 0.0), jnp.where(valid, teacher, 0.0)
+  log_q, log_p, _ = log_probabilities(student, teacher, temperature)
+  return [jnp.where(valid, jnp.exp(x), 0.0).reshape(-1, student.shape[-1]) for x in (log_q, log_p)]
 
 
 def one_for_all(

@@ -10,7 +10,17 @@ of their own are written so: whoever copies `kd` into a file of his has his meth
 
 from jaxdistill.recipes import parts as parts
 from jaxdistill.recipes import projectors as projectors
-from jaxdistill.recipes.basics import combine, fitnet, hint, kd, labels
+from jaxdistill.recipes.basics import (
+  combine,
+  fitnet,
+  gaussian_regression,
+  hint,
+  kd,
+  labels,
+  multi_label,
+  regression,
+  teacher_bounded,
+)
 from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.features import (
@@ -25,10 +35,13 @@ from jaxdistill.recipes.features import (
   vid,
   vkd,
 )
-from jaxdistill.recipes.logits import ctkd, dist, dkd, kd_standardized, ofa
+from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, sdd, ttm, wsl, wttm
+from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
+from jaxdistill.recipes.prototypes import norm_direction
 from jaxdistill.recipes.relations import correlation_congruence, pkt, rkd, similarity_preserving
 from jaxdistill.recipes.review import reviewkd
+from jaxdistill.recipes.self_distillation import pskd, tfkd, uskd
 from jaxdistill.recipes.simkd import simkd
 from jaxdistill.recipes.stages import activation_boundary, factor_transfer, fsp
 
@@ -46,25 +59,41 @@ __all__ = [
   "factor_transfer",  # factor transfer (FT)
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
   "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's
+  "gaussian_regression",  # numbers and their doubt: Gaussian NLL of labels, KL of the teacher's
+  "gdkd",  # generalised decoupled knowledge distillation (GDKD)
   "hint",  # matches one intermediate layer, through a projector where the widths differ
   "ickd",  # inter-channel correlation (ICKD): which channels fire together
   "kd",  # soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
   "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
+  "mlkd",  # multi-level logit distillation (MLKD), of one view
+  "multi_label",  # labels that are each on or off, and soft ones (MLD)
+  "nkd",  # normalised knowledge distillation (NKD)
+  "norm_direction",  # norm and direction (ND): KD++, and the ++ of other methods
   "nst",  # neuron selectivity transfer (NST): where each channel fires, and the labels
   "ofa",  # one-for-all distillation (OFA-KD)
   "overhaul",  # overhaul of feature distillation (OFD): partial L2 before the ReLU, and the labels
   "overhaul_margins",  # the margins of `overhaul` from the teacher's BatchNorms
   "pkt",  # probabilistic knowledge transfer (PKT): whom each example would pick as a neighbour
+  "pskd",  # progressive self-distillation (PS-KD): labels give way to the student's past
   "recipe",  # makes a recipe of a method: a function becomes one that is called with keywords
+  "regression",  # towards labels and the teacher's numbers
   "reviewkd",  # reviewKD: the student's stages, fused from the top down, match the teacher's
   "rkd",  # relational knowledge distillation (RKD): distances of pairs and angles of triples
+  "rld",  # refined logit distillation (RLD)
+  "sdd",  # scale-decoupled distillation (SDD): soft targets of an image's regions
   "similarity_preserving",  # similarity-preserving distillation (SP)
   "simkd",  # simKD: the student's last map is made the teacher's
   "srrl",  # softmax regression (SRRL): the feature as the teacher's classifier reads it
   "structure",  # pair-wise structure (SKD): which positions of an image look alike
+  "teacher_bounded",  # regression that stops where the student is better than its teacher
+  "tfkd",  # teacher-free distillation (Tf-KD): a designed teacher
+  "ttm",  # transformed teacher matching (TTM)
+  "uskd",  # universal self-knowledge distillation (USKD)
   "vid",  # variational information distillation (VID): the teacher's stages
   "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
   "with_class_maps",  # a network that also puts out the maps of `catkd`
+  "wsl",  # weighted soft labels (WSL)
+  "wttm",  # weighted transformed teacher matching (WTTM)
 ]

@@ -15,7 +15,9 @@ from jaxdistill.recipes.parts import (
   Modules,
   Running,
   both_features,
+  both_logits,
   hard_term,
+  label_numbers,
   layer_names,
   learned,
   recipe,
@@ -31,7 +33,17 @@ from jaxdistill.types import (
   as_objective,
 )
 
-__all__ = ["combine", "fitnet", "hint", "kd", "labels"]
+__all__ = [
+  "combine",
+  "fitnet",
+  "gaussian_regression",
+  "hint",
+  "kd",
+  "labels",
+  "multi_label",
+  "regression",
+  "teacher_bounded",
+]
 
 PyTree = Any
 
@@ -95,6 +107,154 @@ def kd(
     "labels": hard_term(student, batch, hard_weight),
     "soft": Term(soft, weight=soft_weight),
   }
+
+
+@recipe
+def multi_label(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  temperature: Number = 1.0,
+  soft_weight: Number = 10.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Multi-label logits distillation (MLD): labels that are each on or off, and soft ones.
+
+  ``hard_weight * binary_cross_entropy + soft_weight * binary_soft_target_kl``, both summed over an
+  example's labels. Where ``batch.labelled`` has the shape of the labels, it says of each label
+  whether it is known; the teacher teaches all of them.
+
+  Source: Yang, Xie, Zong, Feng, Niu, Sugiyama, Huang, "Multi-Label Knowledge Distillation", 2023.
+  Its code sums the labels' term over the batch as well, and divides the soft one by the batch, so
+  that their ratio is 10 to 64 at its batch size; its label-wise embeddings are not here.
+
+  Args:
+    temperature: of the soft labels; it and the weights are keywords of the objective.
+    soft_weight: of the soft labels.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
+    only. Labels must be ``[B, C]`` numbers, one for each logit.
+  """
+  ours, theirs = both_logits("multi_label", student, teacher)
+  soft = losses.binary_soft_target_kl(ours, theirs, temperature=temperature)
+  terms = {"soft": Term(soft, weight=soft_weight)}
+  if hard_weight is None:
+    return terms
+  known = jnp.asarray(batch.labelled)
+  each = known if known.ndim == ours.ndim else None
+  values = losses.binary_cross_entropy(ours, batch.labels, where=each)
+  # An example counts where any of its labels is known.
+  where = known if each is None else jnp.any(each != 0, axis=-1)
+  return {"labels": Term(values, weight=hard_weight, where=where), **terms}
+
+
+def _check_regression(loss: Any) -> None:
+  _check.function("loss", loss, "(student, target) -> [B]", arguments=2)
+
+
+@recipe(check=_check_regression)
+def regression(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  loss: Callable[[Any, Any], jax.Array] = losses.logit_l2,
+  soft_weight: Number = 0.5,
+  hard_weight: Number | None = 0.5,
+) -> dict[str, Term]:
+  """Regression towards the labels and towards the teacher's numbers.
+
+  ``hard_weight * loss(student, labels) + soft_weight * loss(student, teacher)``, where logits are
+  the networks' numbers. The weights are ours: no paper's choice is common.
+
+  Args:
+    loss: ``(student, target) -> [B]``: `losses.logit_l2`, the squared error, or `losses.huber`.
+    soft_weight: of the teacher's numbers; it and the other weight are keywords of the objective.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
+    only. Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one.
+  """
+  ours, theirs = both_logits("regression", student, teacher)
+  terms = {"soft": Term(loss(ours, theirs), weight=soft_weight)}
+  if hard_weight is None:
+    return terms
+  values = loss(ours, label_numbers(batch, ours))
+  return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
+
+
+@recipe
+def teacher_bounded(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  margin: Number = 0.0,
+  bounded_weight: Number = 0.5,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Teacher-bounded regression: the labels' error once more, where the student is no better.
+
+  ``hard_weight * huber(student, labels) + bounded_weight * teacher_bounded``, where logits are the
+  networks' numbers.
+
+  Source: Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object Detection Models with
+  Knowledge Distillation", 2017. Its numbers are boxes, in a detector.
+
+  Args:
+    margin: by how much, squared, the student has to be better; a keyword, as the weights are.
+    bounded_weight: of the bounded error; 0.5 in the paper.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``bounded``; both count labelled examples only.
+    Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one.
+  """
+  ours, theirs = both_logits("teacher_bounded", student, teacher)
+  target = label_numbers(batch, ours)
+  bounded = losses.teacher_bounded(ours, theirs, target, margin=margin)
+  terms = {"bounded": Term(bounded, weight=bounded_weight, where=batch.labelled)}
+  if hard_weight is None:
+    return terms
+  values = losses.huber(ours, target)
+  return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
+
+
+@recipe
+def gaussian_regression(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  floor: Number = 1e-6,
+  soft_weight: Number = 0.5,
+  hard_weight: Number | None = 0.5,
+) -> dict[str, Term]:
+  """Heteroscedastic regression (UDD): the student learns the teacher's numbers and its doubt.
+
+  ``hard_weight * gaussian_nll(student, labels) + soft_weight * gaussian_kl(student, teacher)``,
+  where logits ``[B, 2D]`` are D means and then D logarithms of variances. The weights are ours.
+
+  Args:
+    floor: the least variance, > 0; a keyword of the objective, as the weights are.
+    soft_weight: of the teacher's Gaussians.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
+    only. Labels must be numbers ``[B, D]``, or ``[B]`` where D is 1.
+  """
+  ours, theirs = both_logits("gaussian_regression", student, teacher)
+  soft = losses.gaussian_kl(ours, theirs, floor=floor)
+  terms = {"soft": Term(soft, weight=soft_weight)}
+  if hard_weight is None:
+    return terms
+  values = losses.gaussian_nll(ours, label_numbers(batch, ours), floor=floor)
+  return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 
 def hint(

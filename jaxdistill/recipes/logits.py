@@ -1,9 +1,8 @@
-"""Methods that compare what two networks predict: LSKD, DKD, DIST, OFA-KD and CTKD.
+"""Methods that compare what two networks predict: LSKD, TTM, WSL, DIST, MLKD, OFA-KD and CTKD.
 
 Each is complete by itself, with its published hard-label term; `basics.combine` adds more. Weights
-and temperatures are keywords of the objective. A warm-up is one too, and its default is a schedule
-of the step: who calls an objective directly, without the step, gives it a number. CTKD's
-temperature is learned, against the student.
+and temperatures are keywords of the objective. CTKD's temperature is learned, against the student.
+Methods that part the classes are in `partitions`, those without a teacher in `self_distillation`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from jaxdistill.recipes.parts import (
   Modules,
   Running,
   at_a_step,
+  both_features,
   both_logits,
   check_loss,
   feature,
@@ -32,11 +32,10 @@ from jaxdistill.recipes.parts import (
   learned,
   present,
   recipe,
-  rising,
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
 
-__all__ = ["ctkd", "dist", "dkd", "kd_standardized", "ofa"]
+__all__ = ["ctkd", "dist", "kd_standardized", "mlkd", "ofa", "sdd", "ttm", "wsl", "wttm"]
 
 
 @recipe(check=check_loss)
@@ -87,77 +86,113 @@ def kd_standardized(
   }
 
 
-@recipe(follows={"dkd_warmup": rising})
-def dkd(
+@recipe
+def ttm(
   student: Outputs,
   teacher: Outputs | None,
   batch: Batch,
   *,
-  temperature: Number = 4.0,
-  target_weight: Number = 1.0,
-  nontarget_weight: Number = 8.0,
-  soft_weight: Number = 1.0,
+  power: Number = 0.1,
+  soft_weight: Number = 45.0,
   hard_weight: Number | None = 1.0,
-  warmup_steps: int = 20 * EPOCH,
-  dkd_warmup: Number = 1.0,
-  standardize: bool = False,
 ) -> dict[str, Term]:
-  """Decoupled knowledge distillation (DKD), with its warm-up.
+  """Transformed teacher matching (TTM): a power flattens the teacher, the student stays as it is.
 
-  ``hard_weight * cross_entropy + soft_weight * dkd_warmup * decoupled_kd``, the latter weighing the
-  label's class by target_weight and the others among themselves by nontarget_weight.
+  ``hard_weight * cross_entropy + soft_weight * transformed_teacher``.
 
-  Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022, whose
-  nontarget_weight on CIFAR-100 is 2 for resnet56 to resnet20 and resnet110 to resnet32; 6 for
-  wrn40-2 to wrn16-2 or wrn40-1 and vgg13 to vgg8 or MobileNetV2; 8 for resnet32x4 to resnet8x4 or
-  either ShuffleNet, ResNet50 to MobileNetV2 and wrn40-2 to ShuffleNetV1. On ImageNet, at
-  temperature 1 with one epoch of warm-up: 0.5 for ResNet34 to ResNet18, 2 for ResNet50 to
-  MobileNetV1. Its warm-up rises by the epoch, from 1/20 in the first; this one by the step, from 0.
-  CTKD's copy has nontarget_weight 2, OFA-KD's too, at temperature 1.
+  Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024. Of its
+  numbers the published code has those for VGG-13 to VGG-8 alone, which are here.
 
   Args:
-    temperature: the published code's for CIFAR-100. It and the weights are keywords.
-    target_weight: of the (label, rest) pair; 1 in the paper.
-    nontarget_weight: of the other classes; the paper's for resnet32x4 to resnet8x4.
-    soft_weight: of both parts together; logit standardisation has 9, at temperature 2.
-    hard_weight: of the labels; 1 in the paper. None leaves that term out.
-    warmup_steps: in how many steps the keyword ``dkd_warmup`` rises from 0 to 1, in a line; 20
-      epochs of CIFAR-100 at batch size 64 by default, as published. 0 turns it off.
-    dkd_warmup: that keyword, of the objective; what ``warmup_steps`` says by default.
-    standardize: whether both networks' logits become z-scores first, as in LSKD.
+    power: of the teacher's probabilities, > 0: one over its temperature. It and the weights are
+      keywords of the objective.
+    soft_weight: of the matching, which has no temperature ** 2 in front.
+    hard_weight: of the labels; None leaves that term out.
 
   Returns:
-    An objective with the terms ``labels`` and ``dkd``; both count labelled examples only,
-    whose labels must be integers.
-
-  Raises:
-    TypeError: ``warmup_steps`` is no integer.
-    ValueError: it is negative.
-
-  >>> batch = Batch(None, jnp.array([0]), jnp.ones(1), jnp.ones(1), None, None)
-  >>> student, teacher = (Outputs(jnp.full((1, 3), value)) for value in (0.0, 1.0))
-  >>> terms = dkd.function(student, teacher, batch, dkd_warmup=0.5)
-  >>> sorted(terms), terms["dkd"].weight, terms["dkd"].values.tolist()
-  (['dkd', 'labels'], 0.5, [0.0])
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
+    only.
   """
-  del warmup_steps  # of which dkd_warmup is the schedule, and here the number of this step
-  # Logits, not probabilities: the loss stays in log space, where 1 − p_y can't round to 0.
-  ours, theirs = both_logits("dkd", student, teacher, standardize=standardize)
-  # NCKD weighs 8 where plain KD has 1 − p_y, next to nothing. Published runs rise to that over 20
-  # epochs, since at first the student's other classes are in no order at all.
-  weight = soft_weight * at_a_step("dkd_warmup", dkd_warmup)
-  values = losses.decoupled_kd(
-    ours,
-    theirs,
-    batch.labels,
-    temperature=temperature,
-    target_weight=target_weight,
-    nontarget_weight=nontarget_weight,
-  )
+  ours, theirs = both_logits("ttm", student, teacher)
+  # [B]. Only the teacher is flattened: the student is trained at the temperature it is used at.
+  soft = losses.transformed_teacher(ours, theirs, power=power)
   return {
     "labels": hard_term(student, batch, hard_weight),
-    # Without the label no class is the target.
-    "dkd": Term(values, weight=weight, where=batch.labelled),
+    "soft": Term(soft, weight=soft_weight),
+  }
+
+
+@recipe
+def wttm(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  power: Number = 0.2,
+  soft_weight: Number = 4.0,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Weighted transformed teacher matching (WTTM): more of TTM where the teacher is less sure.
+
+  ``hard_weight * cross_entropy + soft_weight * weighted_transformed_teacher``.
+
+  Source: Zheng, Yang, "Knowledge Distillation Based on Transformed Teacher Matching", 2024, whose
+  published code has these numbers for VGG-13 to VGG-8, beside CRD with a weight of 0.8:
+  ``combine(wttm(), crd(labels, crd_weight=0.8, hard_weight=None))``.
+
+  Args:
+    power: of the teacher's probabilities, > 0. It and the weights are keywords of the objective.
+    soft_weight: of the matching; less than `ttm`'s, since an example's own weight is up to
+      K ** (1 - power).
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
+    only.
+  """
+  ours, theirs = both_logits("wttm", student, teacher)
+  # [B]: the weight of an example is a function of the teacher alone.
+  soft = losses.weighted_transformed_teacher(ours, theirs, power=power)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight),
+  }
+
+
+@recipe
+def wsl(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  temperature: Number = 2.0,
+  soft_weight: Number = 2.5,
+  hard_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Weighted soft labels (WSL): the teacher's, where the student lags behind on the label.
+
+  ``hard_weight * cross_entropy + soft_weight * weighted_soft_labels``. For its weight in front of
+  another loss, `losses.soft_label_weight` is a factor of that loss's values.
+
+  Source: Zhou, Song, Chen, Zhou, Wang, Yuan, Zhang, "Rethinking Soft Labels for Knowledge
+  Distillation: A Bias-Variance Tradeoff Perspective", 2021. Its numbers are ImageNet's; cls_KD's
+  copy has temperature 4 and soft_weight 2.25 for CIFAR-100. Its teacher runs in training mode.
+
+  Args:
+    temperature: the published code's. It and the weights are keywords of the objective.
+    soft_weight: of the soft labels.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``; both count labelled examples only, whose
+    labels must be integers.
+  """
+  ours, theirs = both_logits("wsl", student, teacher)
+  soft = losses.weighted_soft_labels(ours, theirs, batch.labels, temperature=temperature)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    # Without the label nobody lags behind.
+    "soft": Term(soft, weight=soft_weight, where=batch.labelled),
   }
 
 
@@ -213,6 +248,127 @@ def dist(
     "labels": hard_term(student, batch, hard_weight),
     "inter": Term(inter, weight=inter_weight),
     "intra": Term(intra, weight=intra_weight, where=related, axis="classes"),
+  }
+
+
+def _check_temperatures(temperatures: Any) -> None:
+  if isinstance(temperatures, str) or not isinstance(temperatures, Sequence) or not temperatures:
+    raise TypeError(
+      f"temperatures={_check.show(temperatures)} must be a sequence of numbers, such as (4.0, 2.0)."
+    )
+  for temperature in temperatures:
+    _check.number("temperatures", temperature, above=0)
+
+
+@recipe(check=_check_temperatures)
+def mlkd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  temperatures: Sequence[float] = (4.0, 3.0, 5.0, 2.0, 6.0),
+  soft_weight: Number = 0.9,
+  class_weight: Number = 0.9,
+  batch_weight: Number = 0.9,
+  hard_weight: Number | None = 0.1,
+  standardize: bool = False,
+) -> dict[str, Term]:
+  """Multi-level logit distillation (MLKD), of one view: examples, classes and the batch.
+
+  ``hard_weight * cross_entropy + the sum over temperatures of (soft_weight * soft_target_kl
+  + class_weight * class_gram + batch_weight * batch_gram)``.
+
+  Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", 2023. Its networks see each image twice,
+  weakly and strongly augmented, and of the strong view it has the first term; here there is one
+  view, as in RLD's variant of it. Its masks of confident examples and classes multiply means that
+  are taken already, which halves them, and are left out. Logit standardisation's variant has
+  ``standardize=True``, the temperatures (2, 3, 5, 2, 6) and the weights 9.
+
+  Args:
+    temperatures: of each term; the published code's for CIFAR-100.
+    soft_weight: of the soft targets, with their temperature ** 2. All weights are keywords.
+    class_weight: of the correlation of classes, which depends on who is in the batch: under
+      ``pmap`` or gradient accumulation, the device's share or the micro-batch.
+    batch_weight: of the correlation of examples, likewise.
+    hard_weight: of the labels; None leaves that term out.
+    standardize: whether the soft targets' logits become z-scores first, as in LSKD.
+
+  Returns:
+    An objective with the terms ``labels``, ``soft``, ``classes`` (one value per class) and
+    ``batch``. Unlabelled examples take part in all but the first, padding (weight 0) in none.
+
+  Raises:
+    TypeError: ``temperatures`` is no sequence.
+    ValueError: one of them is not positive.
+  """
+  ours, theirs = both_logits("mlkd", student, teacher)
+  sharp = both_logits("mlkd", student, teacher, standardize=standardize)
+  counted = jnp.broadcast_to(present(batch, ours)[..., 0], ours.shape[:-1])
+  # Three levels: what an example is, which classes go together, which examples do. Several
+  # temperatures, since what is alike among the unlikely classes shows at a high one only.
+  soft, classes, examples = (
+    sum(loss(*pair, temperature=t, **where) for t in temperatures)
+    for loss, pair, where in (
+      (losses.soft_target_kl, sharp, {}),
+      (losses.class_gram, (ours, theirs), {"where": counted}),
+      (losses.batch_gram, (ours, theirs), {"where": counted}),
+    )
+  )
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight),
+    "classes": Term(classes, weight=class_weight, axis="classes"),
+    "batch": Term(examples, weight=batch_weight),
+  }
+
+
+@recipe
+def sdd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  student_layer: str = "logit_map",
+  teacher_layer: str = "logit_map",
+  scales: Sequence[int] = (1, 2),
+  temperature: Number = 4.0,
+  soft_weight: Number = 0.9,
+  hard_weight: Number | None = 0.1,
+) -> dict[str, Term]:
+  """Scale-decoupled distillation (SDD): soft targets of the whole image and of its regions.
+
+  ``hard_weight * cross_entropy + soft_weight * scale_decoupled_kd``. The layers are maps of logits
+  ``[B, H, W, K]``, which a network has that applies its linear classifier at each position, sows
+  the result and puts out its mean: the same logits as of a classifier behind the mean.
+
+  Source: Wei, Luo, Luo, "Scaled Decoupled Distillation", 2024. Its code pools features to 4 x 4
+  first, and has (1, 2, 4) for scales too. Its SD-DKD is `losses.region_weight` on DKD's values.
+
+  Args:
+    student_layer: the student's map of logits.
+    teacher_layer: the teacher's; its size may differ.
+    scales: sides of the grids of regions, 1 (the whole image) first.
+    temperature: the published code's for CIFAR-100. It and the weights are keywords of the
+      objective.
+    soft_weight: of the regions' soft targets.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``soft``; both count labelled examples only, whose
+    labels must be integers.
+
+  Raises:
+    ValueError: at the first step, there is no teacher or no such feature, or it is no map.
+  """
+  both_logits("sdd", student, teacher)
+  maps = both_features(student, teacher, (student_layer, teacher_layer))
+  # [B, N, K]: what of the image speaks for a class, and of which one, where all of it together
+  # is ambiguous. A region on which the teacher changes its mind counts twice.
+  ours, theirs = (losses.region_logits(logit_map, scales=scales) for logit_map in maps)
+  soft = losses.scale_decoupled_kd(ours, theirs, batch.labels, temperature=temperature)
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "soft": Term(soft, weight=soft_weight, where=batch.labelled),
   }
 
 

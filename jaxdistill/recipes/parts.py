@@ -51,6 +51,7 @@ __all__ = [
   "feature",
   "hard_term",
   "init_modules",
+  "label_numbers",
   "layer_names",
   "layer_pairs",
   "learned",
@@ -300,6 +301,18 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Ter
     return Term(None, weight=None)
   values = losses.cross_entropy(student.logits, batch.labels)
   return Term(values, weight=hard_weight, where=batch.labelled)
+
+
+def label_numbers(batch: Batch, outputs: Any) -> Any:
+  """Labels that are numbers, ``[B, D]`` beside outputs; one an example, ``[B]``, is ``[B, 1]``.
+
+  >>> from jaxdistill.types import make_batch
+  >>> batch = make_batch(jnp.ones((2, 1)), jnp.array([0.5, 1.5]))
+  >>> label_numbers(batch, jnp.zeros((2, 1))).tolist()
+  [[0.5], [1.5]]
+  """
+  values = jnp.asarray(batch.labels)
+  return values[..., None] if values.ndim == outputs.ndim - 1 else values
 
 
 # --- What a method looks at. ---

@@ -1,5 +1,7 @@
 """The losses at the ends: exact ties, equal rows, and numbers as large as float32 has."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,13 +45,29 @@ def test_at_a_tie_the_gradient_is_in_the_middle(name, student, teacher):
     np.testing.assert_allclose(found, symmetric(function, student, teacher), atol=1e-5)
 
 
+LABELLED = ("decoupled_kd", "refined_kd", "normalized_kd", "one_for_all", "weighted_soft_labels")
 LOGITS = {
   "cross_entropy": lambda s, t, **kw: losses.cross_entropy(s, jnp.array([0, 2, 1])),
-  "decoupled_kd": lambda s, t, **kw: losses.decoupled_kd(s, t, jnp.array([0, 2, 1]), **kw),
-  "one_for_all": lambda s, t, **kw: losses.one_for_all(s, t, jnp.array([0, 2, 1]), **kw),
+  **{
+    name: functools.partial(
+      lambda function, s, t, **kw: function(s, t, jnp.array([0, 2, 1]), **kw),
+      getattr(losses, name),
+    )
+    for name in LABELLED
+  },
+  "partition_kl": lambda s, t, **kw: losses.partition_kl(s, t, s > 0, **kw),
+  "generalized_decoupled_kd": functools.partial(losses.generalized_decoupled_kd, top=2),
+  "transformed_teacher": lambda s, t, temperature: losses.transformed_teacher(
+    s, t, power=1 / temperature
+  ),
+  "weighted_transformed_teacher": lambda s, t, temperature: losses.weighted_transformed_teacher(
+    s, t, power=1 / temperature
+  ),
   **{
     name: getattr(losses, name)
     for name in (
+      "batch_gram",
+      "class_gram",
       "generalized_jsd",
       "inter_class_correlation",
       "intra_class_correlation",
@@ -159,8 +177,9 @@ def test_a_divergence_of_nearly_equal_logits_is_small_and_not_below_zero(name, a
 def test_a_softmax_over_one_output_is_refused_by_every_loss_that_has_one():
   one, two = jnp.ones((4, 1)), jnp.ones((4, 2))
   labels = jnp.zeros(4, jnp.int32)
-  labelled = ("decoupled_kd", "one_for_all")
+  labelled = (*LABELLED, "soft_label_weight")
   correlations = ("inter_class_correlation", "intra_class_correlation", "total_variation")
+  correlations += ("class_gram", "batch_gram", "transformed_teacher", "generalized_decoupled_kd")
   for name in (*DIVERGENCES, *correlations, *labelled):
     function, rest = getattr(losses, name), (labels,) if name in labelled else ()
     assert jnp.all(jnp.isfinite(function(two, two, *rest)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 
 from jaxdistill import losses
-from jaxdistill.losses import logits
+from jaxdistill.losses import logits, partitions
 from loss_contract import TOLERANCE, assert_finite, check_derivative, with_gradients
 
 K = 5
@@ -79,6 +79,81 @@ def flat(x):
   return x.reshape(-1, x.shape[-1])
 
 
+def spread_among(z, temperature, among):
+  """A softmax over some of the classes, and 0 for the others."""
+  p = softmax(z, temperature) * among
+  total = p.sum(-1, keepdims=True)
+  return np.where(total > 0, p / np.where(total > 0, total, 1), 0)
+
+
+def in_parts(s, t, inside, temperature):
+  """KLs of (inside, outside), inside, and outside."""
+  pairs = [
+    np.stack([(softmax(z, temperature) * part).sum(-1) for part in (inside, ~inside)], -1)
+    for z in (t, s)
+  ]
+  parts = [kl(*(spread_among(z, temperature, part) for z in (t, s))) for part in (inside, ~inside)]
+  return kl(*pairs), *parts
+
+
+def positive(z):
+  """A set of classes, the same whichever others are dropped."""
+  return z > 0
+
+
+def first(z, count):
+  """The largest logits, of equal ones those with the smaller index."""
+  places = np.argsort(np.argsort(-z, axis=-1, kind="stable"), axis=-1)
+  return places < count
+
+
+def ref_partition(s, t, inside, temperature, pair_weight, inside_weight, outside_weight):
+  pairs, within, without = in_parts(s, t, inside, temperature)
+  parts = pair_weight * pairs + inside_weight * within + outside_weight * without
+  return temperature**2 * parts
+
+
+def ref_refined(s, t, y, temperature, target_temperature, target_weight, nontarget_weight):
+  y = onehot(y, s.shape[-1])
+  p = softmax(t, target_temperature).max(-1)
+  q = (softmax(s, target_temperature) * y).sum(-1)
+  pairs = kl(np.stack([p, 1 - p], -1), np.stack([q, 1 - q], -1))
+  below = t < (t * y).sum(-1, keepdims=True)
+  rest = kl(spread_among(t, temperature, below), spread_among(s, temperature, below))
+  return target_weight * target_temperature**2 * pairs + nontarget_weight * temperature**2 * rest
+
+
+def ref_normalized(s, t, y, temperature, nontarget_weight):
+  y = onehot(y, s.shape[-1])
+  p, q = (spread_among(z, temperature, 1 - y) for z in (t, s))
+  others = -(p * np.log(q + y)).sum(-1)
+  label = -(softmax(t) * y).sum(-1) * np.log((softmax(s) * y).sum(-1))
+  return label + nontarget_weight * temperature**2 * others
+
+
+def ref_transformed(s, t, power):
+  """Matching, and the sum of powers."""
+  powers = softmax(t) ** power
+  total = powers.sum(-1, keepdims=True)
+  return kl(powers / total, softmax(s)), total[..., 0]
+
+
+def ref_label_weight(s, t, y):
+  y = onehot(y, s.shape[-1])
+  ours, theirs = (-np.log((softmax(z) * y).sum(-1)) for z in (s, t))
+  return 1 - np.exp(-ours / (theirs + 1e-7))
+
+
+def ref_class_gram(s, t, temperature):
+  q, p = (flat(softmax(z, temperature)) for z in (s, t))
+  return ((p.T @ p - q.T @ q) ** 2).sum(-1)
+
+
+def ref_batch_gram(s, t, temperature):
+  q, p = (flat(softmax(z, temperature)) for z in (s, t))
+  return ((p @ p.T - q @ q.T) ** 2).sum(-1).reshape(s.shape[:-1])
+
+
 # name: (defaults, other hyper-parameters, reference); all as (student, teacher, labels, hyper).
 FORMULAS = {
   "cross_entropy": (
@@ -132,6 +207,58 @@ FORMULAS = {
     {"temperature": 1.0, "target_weight": 3.0, "nontarget_weight": 0.5},
     ref_decoupled,
   ),
+  "partition_kl": (
+    {"temperature": 4.0, "pair_weight": 1.0, "inside_weight": 1.0, "outside_weight": 8.0},
+    {"temperature": 1.5, "pair_weight": 3.0, "inside_weight": 0.5, "outside_weight": 0.25},
+    lambda s, t, y, **hyper: ref_partition(s, t, positive(s), **hyper),
+  ),
+  "generalized_decoupled_kd": (
+    {"top": 5, "temperature": 4.0, "pair_weight": 1.0, "top_weight": 2.0, "rest_weight": 8.0},
+    {"top": 2, "temperature": 1.5, "pair_weight": 3.0, "top_weight": 0.5, "rest_weight": 0.25},
+    lambda s, t, y, top, temperature, pair_weight, top_weight, rest_weight: ref_partition(
+      s, t, first(t, top), temperature, pair_weight, top_weight, rest_weight
+    ),
+  ),
+  "refined_kd": (
+    {
+      "temperature": 4.0,
+      "target_temperature": 1.0,
+      "target_weight": 1.0,
+      "nontarget_weight": 8.0,
+    },
+    {
+      "temperature": 1.5,
+      "target_temperature": 2.0,
+      "target_weight": 3.0,
+      "nontarget_weight": 0.5,
+    },
+    ref_refined,
+  ),
+  "normalized_kd": (
+    {"temperature": 1.0, "nontarget_weight": 1.5},
+    {"temperature": 3.0, "nontarget_weight": 0.5},
+    ref_normalized,
+  ),
+  "transformed_teacher": (
+    {"power": 0.1},
+    {"power": 0.7},
+    lambda s, t, y, power: ref_transformed(s, t, power)[0],
+  ),
+  "weighted_transformed_teacher": (
+    {"power": 0.2},
+    {"power": 1.5},
+    lambda s, t, y, power: np.prod(ref_transformed(s, t, power), axis=0),
+  ),
+  "soft_label_weight": ({}, {}, ref_label_weight),
+  "weighted_soft_labels": (
+    {"temperature": 2.0},
+    {"temperature": 0.8},
+    lambda s, t, y, temperature: (
+      -ref_label_weight(s, t, y)
+      * temperature**2
+      * (softmax(t, temperature) * np.log(softmax(s, temperature))).sum(-1)
+    ),
+  ),
   "logit_l2": ({}, {}, lambda s, t, y: ((s - t) ** 2).mean(-1)),
   "standardize_logits": (
     {},
@@ -148,42 +275,62 @@ FORMULAS = {
     {"temperature": 1.0},
     lambda s, t, y, temperature: ref_correlation(flat(s), flat(t), temperature, 0),
   ),
+  "class_gram": (
+    {"temperature": 4.0},
+    {"temperature": 1.0},
+    lambda s, t, y, temperature: ref_class_gram(s, t, temperature),
+  ),
+  "batch_gram": (
+    {"temperature": 4.0},
+    {"temperature": 1.0},
+    lambda s, t, y, temperature: ref_batch_gram(s, t, temperature),
+  ),
   "one_for_all": (
     {"power": 1.0, "temperature": 1.0},
     {"power": 1.7, "temperature": 2.0},
     ref_ofa,
   ),
 }
-DIVERGENCES = list(FORMULAS)[:8]
+# Which take masked classes.
+DIVERGENCES = list(FORMULAS)[: list(FORMULAS).index("logit_l2")]
 # 0 where the two networks agree.
+ELSEWHERE = ("transformed_teacher", "weighted_transformed_teacher", "refined_kd")
+CROSS_ENTROPIES = ("cross_entropy", "normalized_kd", "one_for_all", "weighted_soft_labels")
+TRANSFORMS = ("standardize_logits", "soft_label_weight")
 ZERO_AT_TEACHER = [
-  name for name in FORMULAS if name not in ("cross_entropy", "standardize_logits", "one_for_all")
+  name for name in FORMULAS if name not in (*ELSEWHERE, *CROSS_ENTROPIES, *TRANSFORMS)
 ]
+# A weight made from the student is a constant to its gradient.
+STOPPED = ("soft_label_weight", "weighted_soft_labels")
 NAMES = pytest.mark.parametrize("name", FORMULAS)
 
 
 def call(name, student, teacher, labels, **hyper):
   """Calls a loss with the arguments that it takes."""
   function = getattr(losses, name)
-  if name == "standardize_logits":
-    return function(student, **hyper)
-  if name == "cross_entropy":
-    return function(student, labels, **hyper)
-  if name in ("decoupled_kd", "one_for_all"):
-    return function(student, teacher, labels, **hyper)
-  return function(student, teacher, **hyper)
+  parameters = inspect.signature(function).parameters
+  given = {
+    "logits": student,
+    "student_logits": student,
+    "teacher_logits": teacher,
+    "labels": labels,
+    "inside": positive(student),
+  }
+  return function(*(given[n] for n in parameters if n in given), **hyper)
 
 
 @functools.cache
-def compiled(name):
+def compiled(name, **counts):
   """Values, and their gradients by student, teacher and hyper-parameters."""
-  return with_gradients(lambda s, t, hyper, labels: call(name, s, t, labels, **hyper))
+  return with_gradients(lambda s, t, hyper, labels: call(name, s, t, labels, **hyper, **counts))
 
 
 def run(name, student, teacher, labels=LABELS, **hyper):
-  """`compiled` with every hyper-parameter traced, so that a shape is compiled once."""
-  given = student, teacher, {**FORMULAS[name][0], **hyper}
-  return compiled(name)(*jax.tree.map(np.float32, given), np.asarray(labels))
+  """`compiled` with every hyper-parameter but counts traced, so that a shape is compiled once."""
+  hyper = {**FORMULAS[name][0], **hyper}
+  counts = {key: hyper.pop(key) for key in ("top",) if key in hyper}
+  given = jax.tree.map(np.float32, (student, teacher, hyper))
+  return compiled(name, **counts)(*given, np.asarray(labels))
 
 
 def value(name, student, teacher, labels=LABELS, **hyper):
@@ -194,8 +341,8 @@ def value(name, student, teacher, labels=LABELS, **hyper):
 
 
 def test_every_public_loss_is_here():
-  assert sorted(FORMULAS) == logits.__all__
-  assert set(logits.__all__) <= set(losses.__all__)
+  assert sorted(FORMULAS) == sorted(logits.__all__ + partitions.__all__)
+  assert set(FORMULAS) <= set(losses.__all__)
   assert list(losses.__all__) == sorted(set(losses.__all__))
 
 
@@ -218,19 +365,39 @@ def test_defaults_are_the_published_ones(name):
   assert keywords == FORMULAS[name][0]
 
 
-@NAMES
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name not in STOPPED])
 def test_float64_stays_and_gradient_is_the_derivative(name):
   _, hyper, reference = FORMULAS[name]
+  counts = {key: hyper[key] for key in ("top",) if key in hyper}
   check_derivative(
-    lambda s, t, h: call(name, s, t, LABELS, **h),
-    lambda s, t, h: reference(s, t, LABELS, **h),
+    lambda s, t, h: call(name, s, t, LABELS, **counts, **h),
+    lambda s, t, h: reference(s, t, LABELS, **counts, **h),
     random_logits(3),
     random_logits(4),
-    jax.tree.map(np.float64, hyper),
+    {key: np.float64(value) for key, value in hyper.items() if key not in counts},
   )
 
 
-@NAMES
+def test_a_weight_made_from_the_student_is_a_constant_to_its_gradient():
+  student, teacher = random_logits(3), random_logits(4)
+  q, p = softmax(student, 0.8), softmax(teacher, 0.8)
+  weight = ref_label_weight(student, teacher, LABELS)
+  with jax.enable_x64(True):
+    values, back = jax.vjp(
+      lambda s, t: losses.weighted_soft_labels(s, t, LABELS, temperature=0.8), student, teacher
+    )
+    by_student, by_teacher = back(np.ones_like(values))
+  assert values.dtype == np.float64
+  np.testing.assert_allclose(by_student, 0.8 * weight[..., None] * (q - p), rtol=1e-9, atol=1e-12)
+  surprise = -np.log(q)
+  expected = 0.8 * weight[..., None] * p * (surprise - (p * surprise).sum(-1, keepdims=True))
+  np.testing.assert_allclose(by_teacher, expected, rtol=1e-9, atol=1e-12)
+  _, gradients = run("soft_label_weight", random_logits(3), random_logits(4))
+  assert not np.any(gradients[0])
+  assert not np.any(gradients[1])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMULAS if name != "soft_label_weight"])
 def test_both_networks_get_gradients(name):
   _, gradients = run(name, random_logits(5), random_logits(6))
   used = gradients[:1] if name in ("cross_entropy", "standardize_logits") else gradients[:2]
@@ -268,12 +435,17 @@ def test_half_precision_batches_of_one_and_hyper_parameters_under_vmap(name, str
   teacher = jnp.asarray(random_logits(10, (2, 1, K)), jnp.float16)
   labels = np.array([[1], [3]])
   defaults, _, reference = FORMULAS[name]
-  hyper = {key: np.array([default, 0.75], np.float32) for key, default in defaults.items()}
-  mapped = jax.jit(jax.vmap(lambda s, t, y, h: call(name, s, t, y, **h)))
+  counts = {key: defaults[key] for key in ("top",) if key in defaults}
+  hyper = {
+    key: np.array([default, 0.75], np.float32)
+    for key, default in defaults.items()
+    if key not in counts
+  }
+  mapped = jax.jit(jax.vmap(lambda s, t, y, h: call(name, s, t, y, **counts, **h)))
   got = mapped(student, teacher, labels, hyper)
   assert got.dtype == jnp.float32
   for i in range(2):
-    one = {key: float(values[i]) for key, values in hyper.items()}
+    one = {key: float(values[i]) for key, values in hyper.items()} | counts
     expected = reference(np.float64(student[i]), np.float64(teacher[i]), labels[i], **one)
     if name == "intra_class_correlation":  # of one example to nothing
       expected = np.zeros(K)
@@ -307,7 +479,7 @@ def test_extremes_are_finite(name):
 def test_a_masked_class_is_a_dropped_class(name):
   hyper = FORMULAS[name][1]
   # Two classes, whose shape is compiled already; the second part of DKD needs a third.
-  kept = [0, 2, 3] if name == "decoupled_kd" else [0, 3]
+  kept = [0, 2, 3] if name in partitions.__all__ else [0, 3]
   masked = np.setdiff1d(range(K), kept)
   student, teacher = random_logits(17), random_logits(18)
   student[4:] *= 5e3
@@ -454,6 +626,126 @@ def test_decoupled_kd_is_right_where_the_published_code_is_infinite():
   np.testing.assert_allclose(got, 30 - 2 * np.log(2), rtol=1e-6)
 
 
+def test_a_partition_weighed_by_its_own_masses_is_plain_kd():
+  student, teacher = random_logits(23), random_logits(24)
+  expected = value("soft_target_kl", student, teacher, temperature=2.0)
+  mass = (softmax(teacher, 2.0) * positive(student)).sum(-1)
+  for i in range(8):
+    own = {"inside_weight": mass[i, i], "outside_weight": 1 - mass[i, i]}
+    got = value("partition_kl", student, teacher, temperature=2.0, **own)
+    np.testing.assert_allclose(got[i, i], expected[i, i], **TOLERANCE)
+
+
+def test_partitions_of_the_label_of_the_top_and_of_what_is_right_are_one():
+  student, teacher = random_logits(23), random_logits(24)
+  best = teacher.argmax(-1)
+  hyper = {"temperature": 2.0, "target_weight": 3.0, "nontarget_weight": 0.5}
+  expected = value("decoupled_kd", student, teacher, best, **hyper)
+  # The teacher's first class alone, which is one class and so has no inner part.
+  top = {"pair_weight": 3.0, "top_weight": 9.0, "rest_weight": 0.5}
+  got = value("generalized_decoupled_kd", student, teacher, top=1, temperature=2.0, **top)
+  np.testing.assert_allclose(got, expected, **TOLERANCE)
+  # A teacher that is right puts nothing above the label.
+  got = value("refined_kd", student, teacher, best, target_temperature=2.0, **hyper)
+  np.testing.assert_allclose(got, expected, **TOLERANCE)
+  # NKD's second part is DKD's and an entropy.
+  p = spread_among(teacher, 2.0, 1 - onehot(best, K))
+  entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+  got = value("normalized_kd", student, teacher, best, temperature=2.0, nontarget_weight=0.5)
+  label = -softmax(teacher).max(-1) * np.log((softmax(student) * onehot(best, K)).sum(-1))
+  only = value("decoupled_kd", student, teacher, best, **(hyper | {"target_weight": 0.0}))
+  np.testing.assert_allclose(got - label, only + 4 * 0.5 * entropy, rtol=1e-4, atol=1e-5)
+
+
+def test_all_classes_at_the_top_are_plain_kd():
+  student, teacher = random_logits(23), random_logits(24)
+  given = {"temperature": 2.0, "top_weight": 1.0}
+  expected = value("soft_target_kl", student, teacher, temperature=2.0)
+  for top in (K, K + 3):
+    got = value("generalized_decoupled_kd", student, teacher, top=top, **given)
+    np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+def test_refined_kd_teaches_nothing_beside_the_pair_where_the_teacher_is_most_wrong():
+  student, teacher = random_logits(23), random_logits(24)
+  worst, last_but_one = np.argsort(teacher, -1)[..., 0], np.argsort(teacher, -1)[..., 1]
+  for labels in (worst, last_but_one):
+    got = run("refined_kd", student, teacher, labels, target_weight=0.0, nontarget_weight=1e6)
+    assert not np.any(got[0])
+    assert not np.any(got[1][0])
+  tied = np.zeros(SHAPE)
+  assert not np.any(value("refined_kd", student, tied, target_weight=0.0))
+
+
+@pytest.mark.parametrize("label", [-1, K, -100])
+@pytest.mark.parametrize("name", ["refined_kd", "weighted_soft_labels", "soft_label_weight"])
+def test_a_label_of_no_class_counts_for_nothing(name, label):
+  values, gradients = run(name, random_logits(21), random_logits(22), np.full_like(LABELS, label))
+  assert not np.any(values)
+  assert not np.any(gradients[0])
+
+
+def test_normalized_kd_of_two_classes_is_the_labels_part():
+  student, teacher = random_logits(23, (8, 8, 2)), random_logits(24, (8, 8, 2))
+  labels = LABELS % 2
+  y = onehot(labels, 2)
+  expected = -(softmax(teacher) * y).sum(-1) * np.log((softmax(student) * y).sum(-1))
+  got = value("normalized_kd", student, teacher, labels, nontarget_weight=1e6)
+  np.testing.assert_allclose(got, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("power", [0.1, 0.5, 3.0])
+def test_a_transformed_teacher_is_a_tempered_one(power):
+  student, teacher = random_logits(23), random_logits(24)
+  expected = value("soft_target_kl", student, power * teacher, temperature=1.0)
+  got = value("transformed_teacher", student, teacher, power=power)
+  np.testing.assert_allclose(got, expected, **TOLERANCE)
+  # The sum of powers is in [1, K^(1 − power)] below a power of 1, and 1 at a power of 1.
+  weighted = value("weighted_transformed_teacher", student, teacher, power=power)
+  sums = weighted / got
+  least, most = sorted((1.0, K ** (1 - power)))
+  assert sums.min() >= least * (1 - 1e-5)
+  assert sums.max() <= most * (1 + 1e-5)
+  unsure = np.zeros(SHAPE)
+  np.testing.assert_allclose(
+    value("weighted_transformed_teacher", student, unsure, power=power),
+    K ** (1 - power) * value("transformed_teacher", student, unsure, power=power),
+    rtol=1e-5,
+  )
+
+
+def test_a_power_keeps_what_the_teachers_probabilities_lose():
+  # p = e^−100 is 4e-44, which float32 rounds; to the power 0.1 it is e^−10.
+  teacher = np.broadcast_to([0.0, -100, -200, -400, -1000], SHAPE)
+  expected = kl(softmax(0.1 * teacher), np.full(SHAPE, 1 / K))
+  got = value("transformed_teacher", np.zeros(SHAPE), teacher, power=0.1)
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_soft_labels_count_where_the_student_lags():
+  sure, lost = 9 * onehot(LABELS, K), -9 * onehot(LABELS, K)
+  assert value("soft_label_weight", sure, lost).max() < 1e-3
+  assert value("soft_label_weight", lost, sure).min() > 0.999
+  same = random_logits(23)
+  np.testing.assert_allclose(value("soft_label_weight", same, same), 1 - np.exp(-1), rtol=1e-4)
+  assert not np.any(value("soft_label_weight", 1e4 * sure, 1e4 * sure))
+
+
+def test_grams_sum_to_one_number():
+  """Both compare the same products of probabilities, of rows or of columns."""
+  student, teacher = random_logits(23), random_logits(24)
+  uniform = np.zeros(SHAPE)
+  p = flat(softmax(teacher, 4.0))
+  by_class = value("class_gram", uniform, teacher).sum()
+  by_example = value("batch_gram", uniform, teacher).sum()
+  # ‖PᵀP‖ = ‖PPᵀ‖, so that the two differ by cross terms alone, which agree as well.
+  np.testing.assert_allclose(by_class, ((p.T @ p - 64 / K**2) ** 2).sum(), rtol=1e-4)
+  np.testing.assert_allclose(by_example, ((p @ p.T - 1 / K) ** 2).sum(), rtol=1e-4)
+  swapped = value("batch_gram", teacher, student), value("class_gram", teacher, student)
+  np.testing.assert_allclose(swapped[0], value("batch_gram", student, teacher), rtol=1e-4)
+  np.testing.assert_allclose(swapped[1], value("class_gram", student, teacher), rtol=1e-4)
+
+
 def test_generalized_jsd_mirrors_and_ends():
   student, teacher = random_logits(25), random_logits(26)
   for beta in (0.5, 0.3):
@@ -551,16 +843,15 @@ def test_one_for_all_with_a_root_is_finite_where_the_teacher_is_sure():
 # --- Excluded examples. ---
 
 
-def test_an_excluded_example_is_as_if_dropped():
+@pytest.mark.parametrize("name", ["intra_class_correlation", "class_gram", "batch_gram"])
+def test_an_excluded_example_is_as_if_dropped(name):
   student, teacher = random_logits(32, (6, K)), random_logits(33, (6, K))
   where = np.array([[1, 0, 1, 1, 1, 0], [0, 0, 1, 0, 0, 0], [0] * 6], np.float32)
   kept = where[0].astype(bool)
-  expected = FORMULAS["intra_class_correlation"][2](
-    student[kept], teacher[kept], None, temperature=4.0
-  )
+  expected = FORMULAS[name][2](student[kept], teacher[kept], None, temperature=4.0)
 
   def total(s, t, where):
-    values = losses.intra_class_correlation(s, t, where=where)
+    values = getattr(losses, name)(s, t, where=where)
     return jnp.sum(values), values
 
   masked = jax.jit(
@@ -570,13 +861,20 @@ def test_an_excluded_example_is_as_if_dropped():
   student[1], teacher[5], student[5] = np.nan, np.inf, -np.inf
   dirty = masked(np.float32(student), np.float32(teacher), where)
   (_, values), gradients = dirty
-  np.testing.assert_allclose(values[0], expected, **TOLERANCE)
-  assert not np.any(values[1:])
+  got = values[0]
+  if name == "batch_gram":  # by example, 0 for who is out
+    assert not np.any(got[~kept])
+    got = got[kept]
+  np.testing.assert_allclose(got, expected, **TOLERANCE)
+  assert not np.any(values[2:])
   assert_finite(gradients)
   for gradient in gradients:
     assert np.all(np.abs(gradient[0]).max(axis=-1)[kept] > 1e-6)
     assert not np.any(gradient[0][~kept])
-    assert not np.any(gradient[1:])
+    assert not np.any(gradient[2:])
+    if name == "intra_class_correlation":  # one example alone is no relation within a class
+      assert not np.any(values[1])
+      assert not np.any(gradient[1])
   jax.tree.map(np.testing.assert_array_equal, dirty, clean)
 
 
@@ -635,6 +933,8 @@ def test_labels_that_fit_nothing_are_named(unchecked):
     losses.cross_entropy(z, jnp.zeros(2))
   with pytest.raises(ValueError, match=r"integers of shape \(2,\) beside logits .* int32 of shape"):
     losses.decoupled_kd(z, z, jnp.zeros((2, 1), jnp.int32))
+  with pytest.raises(ValueError, match=r"inside must be booleans of .* shape \(2, 3\), got int32"):
+    losses.partition_kl(z, z, jnp.zeros((2, 3), jnp.int32))
   with pytest.raises(ValueError, match=r"where must have shape \(2,\), got \(3,\)"):
     losses.intra_class_correlation(z, z, where=jnp.ones(3))
 
@@ -645,6 +945,9 @@ def test_labels_that_fit_nothing_are_named(unchecked):
     ("soft_target_kl", {"temperature": 0.0}, "temperature must be positive, got 0.0"),
     ("decoupled_kd", {"temperature": -1.0}, "temperature must be positive, got -1.0"),
     ("one_for_all", {"power": 0}, "power must be positive, got 0"),
+    ("transformed_teacher", {"power": 0.0}, "power must be positive, got 0.0"),
+    ("refined_kd", {"target_temperature": 0}, "target_temperature must be positive, got 0"),
+    ("generalized_decoupled_kd", {"top": 0}, "top=0"),
     ("generalized_jsd", {"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
     ("skew_kl", {"skew": -0.1}, r"skew must be in \[0, 1\], got -0.1"),
     ("skew_reverse_kl", {"skew": float("nan")}, r"skew must be in \[0, 1\] and finite, got nan"),

@@ -123,3 +123,110 @@ def contrastive(student, teacher, temperature):
   own = torch.arange(len(scores))
   there = functional.cross_entropy(scores / temperature, own)
   return (there + functional.cross_entropy(scores.T / temperature, own)) / 2
+
+
+def among(logits, classes, temperature):
+  """Log-probabilities within some of the classes; the others are shut out after the temperature."""
+  return functional.log_softmax((logits / temperature).masked_fill(~classes, -1e9), 1)
+
+
+def in_parts(student, teacher, inside, temperature):
+  """KL of (inside, outside), inside and outside, by example: what GDKD and DKD weigh."""
+  q, p = soften(student, temperature), soften(teacher, temperature)
+  pairs = kl_divergence(*(Bernoulli((x.probs * inside).sum(1)) for x in (p, q)))
+  within, without = (
+    functional.kl_div(
+      among(student, part, temperature),
+      among(teacher, part, temperature),
+      reduction="none",
+      log_target=True,
+    ).sum(1)
+    for part in (inside, ~inside)
+  )
+  return pairs, within, without
+
+
+def generalized_decoupled(student, teacher, top, temperature, weights):
+  places = teacher.topk(top, dim=1).indices
+  inside = torch.zeros_like(teacher, dtype=torch.bool).scatter(1, places, True)
+  parts = in_parts(student, teacher, inside, temperature)
+  return temperature**2 * sum(w * part for w, part in zip(weights, parts, strict=True)).mean()
+
+
+def refined(student, teacher, labels, temperature, target_temperature, weights):
+  own = labels[:, None]
+  p = soften(teacher, target_temperature).probs.max(1).values
+  q = soften(student, target_temperature).probs.gather(1, own)[:, 0]
+  target = target_temperature**2 * kl_divergence(Bernoulli(p), Bernoulli(q))
+  above = teacher >= teacher.gather(1, own)
+  nontarget = temperature**2 * in_parts(student, teacher, above, temperature)[2]
+  return (weights[0] * target + weights[1] * nontarget).mean()
+
+
+def normalized(student, teacher, labels, temperature, nontarget_weight):
+  own = labels[:, None]
+  label = teacher.softmax(1).gather(1, own) * student.log_softmax(1).gather(1, own)
+  size = (len(student), student.shape[1] - 1)
+  rest = torch.ones_like(student, dtype=torch.bool).scatter(1, own, False)
+  q, p = ((x / temperature)[rest].reshape(size) for x in (student, teacher))
+  others = functional.cross_entropy(q, p.softmax(1))
+  return -label.mean() + nontarget_weight * temperature**2 * others
+
+
+def transformed(student, teacher, power, weighted):
+  powers = teacher.softmax(1) ** power
+  total = powers.sum(1, keepdim=True)
+  values = functional.kl_div(student.log_softmax(1), powers / total, reduction="none").sum(1)
+  return (values * total[:, 0] if weighted else values).mean()
+
+
+def weighted_soft_labels(student, teacher, labels, temperature):
+  hard = [
+    functional.cross_entropy(x.detach(), labels, reduction="none") for x in (student, teacher)
+  ]
+  weight = 1 - torch.exp(-hard[0] / (hard[1] + 1e-7))
+  soft = functional.cross_entropy(
+    student / temperature, (teacher / temperature).softmax(1), reduction="none"
+  )
+  return (weight * temperature**2 * soft).mean()
+
+
+def grams(student, teacher, temperature, by_class):
+  q, p = ((x / temperature).softmax(1) for x in (student, teacher))
+  of_class = [x.T @ x if by_class else x @ x.T for x in (p, q)]
+  return (of_class[0] - of_class[1]).square().sum() / len(of_class[0])
+
+
+def self_target(student, labels):
+  q = student.softmax(1).gather(1, labels[:, None])
+  target = (q.square() + 1 - q.square().mean(0, keepdim=True)).detach()
+  return -(target * q.log()).mean()
+
+
+def virtual(student, labels, correct, temperature):
+  classes = student.shape[1]
+  own = functional.one_hot(labels, classes).to(student)
+  teacher = correct * own + (1 - correct) / (classes - 1) * (1 - own)
+  soft = (teacher / temperature).softmax(1)
+  return functional.kl_div(student.log_softmax(1), soft, reduction="batchmean")
+
+
+def multi_label(student, teacher):
+  q, p = Bernoulli(logits=student), Bernoulli(logits=teacher)
+  return kl_divergence(p, q).sum(1).mean()
+
+
+def affinity(a, b, c, d, student_temperature, teacher_temperature):
+  a, b, c, d = (functional.normalize(x) for x in (a, b, c, d))
+  ours, theirs = a @ b.T / student_temperature, c @ d.T / teacher_temperature
+
+  def apart(student, teacher):
+    return functional.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+
+  return (apart(ours, theirs) + apart(ours.T, theirs.T)) / 2
+
+
+def norm_and_direction(student, teacher, labels, means):
+  longest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1))
+  towards = functional.normalize(means)[labels]
+  return (1 - (student * towards).sum(1) / longest).mean()

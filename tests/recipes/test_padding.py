@@ -3,6 +3,7 @@
 Values, gradients, what a recipe learns and what it remembers, whatever the padding holds.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -73,12 +74,52 @@ def steps(objective, *batches):
     yield after.params, after.objective_params, after.objective_state, sums
 
 
+def with_labels(objective, labels):
+  """The objective with other labels, of the examples that the batch's own index names."""
+
+  def apply(params, state, student, teacher, batch, **rest):
+    batch = batch.replace(labels=jnp.asarray(labels, jnp.float32)[batch.index])
+    return objective.apply(params, state, student, teacher, batch, **rest)
+
+  return dataclasses.replace(objective, apply=apply)
+
+
+def as_maps_of_logits(objective):
+  """The objective on maps of as many channels as there are classes."""
+
+  def apply(params, state, student, teacher, *rest, **keywords):
+    narrow = [
+      outputs.replace(features={"a": outputs.features["a"][..., :3]})
+      for outputs in (student, teacher)
+    ]
+    return objective.apply(params, state, *narrow, *rest, **keywords)
+
+  return dataclasses.replace(objective, apply=apply)
+
+
 MANY = {
   "labels": recipes.labels,
   "kd": recipes.kd,
   "kd_standardized": recipes.kd_standardized,
   "dkd": functools.partial(recipes.dkd, warmup_steps=0),
   "dist": recipes.dist,
+  "gdkd": functools.partial(recipes.gdkd, top=2, warmup_steps=0),
+  "rld": functools.partial(recipes.rld, warmup_steps=0),
+  "nkd": recipes.nkd,
+  "ttm": recipes.ttm,
+  "wttm": recipes.wttm,
+  "wsl": recipes.wsl,
+  "mlkd": recipes.mlkd,
+  "sdd": lambda: as_maps_of_logits(recipes.sdd(student_layer="a", teacher_layer="a")),
+  "tfkd": recipes.tfkd,
+  "pskd": functools.partial(recipes.pskd, growth_steps=0),
+  "uskd": functools.partial(recipes.uskd, student_layer="a"),
+  "norm_direction": functools.partial(
+    recipes.norm_direction, normal(8, 3, 6), student_layer="v", warmup_steps=0
+  ),
+  "multi_label": lambda: with_labels(recipes.multi_label(), np.eye(3)[LABELS]),
+  "regression": lambda: with_labels(recipes.regression(loss=losses.huber), normal(9, SIZE, 3)),
+  "teacher_bounded": lambda: with_labels(recipes.teacher_bounded(), normal(9, SIZE, 3)),
   "ofa": functools.partial(recipes.ofa, student_layers=MAPS),
   "ctkd": functools.partial(recipes.ctkd, warmup_steps=0),
   "hint": functools.partial(recipes.hint, "v", "v"),
@@ -121,7 +162,7 @@ def test_padded_examples_count_nowhere(name):
   if name == "correlation_congruence":  # relates neighbours, so that padding may not part them
     places = np.arange(5)
   there = np.isin(np.arange(SIZE), places)
-  batch = make_batch(jnp.zeros((SIZE, 1)), LABELS)
+  batch = make_batch(jnp.zeros((SIZE, 1)), LABELS, index=np.arange(SIZE))
 
   def padded(fill):
     inputs = jax.tree.map(np.copy, WHOLE)

@@ -1,6 +1,7 @@
 """A method is a function: what the decorator makes of one, and that shipped recipes are such."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pydoc
@@ -17,7 +18,7 @@ from jaxdistill.recipes import recipe
 from jaxdistill.recipes.parts import init_modules
 from jaxdistill.search import _grid
 from jaxdistill.types import Objective, Outputs, Term, as_objective
-from test_recipes_labels import BATCH, OF_ALL, STUDENT, TEACHER
+from test_recipes_labels import BATCH, GIVEN, OF_ALL, OTHER_LABELS, STUDENT, TEACHER
 
 KEY = jax.random.key(0)
 # Those that learn nothing of their own.
@@ -32,13 +33,13 @@ def mine(student, teacher, batch, *, key, temperature=4, soft_weight=0.5, layer=
   return {"soft": Term(values, weight=soft_weight if on else 0.0), "none": Term(None, weight=layer)}
 
 
-def applied(objective, student=STUDENT, teacher=TEACHER, **hyper):
+def applied(objective, student=STUDENT, teacher=TEACHER, batch=BATCH, **hyper):
   hyper = {n: v(0) for n, v in objective.hyper.items() if callable(v)} | hyper
-  return objective.apply({}, {}, student, teacher, BATCH, key=jax.random.key(0), **hyper)[0]
+  return objective.apply({}, {}, student, teacher, batch, key=jax.random.key(0), **hyper)[0]
 
 
-def test_twelve_recipes_are_functions():
-  assert len(FUNCTIONS) == 12
+def test_recipes_that_learn_nothing_are_functions():
+  assert len(FUNCTIONS) == 26
   assert {"labels", "kd", "dkd", "attention_transfer", "pkt"} < set(FUNCTIONS)
 
 
@@ -57,12 +58,22 @@ def test_a_copied_body_is_the_method(name):
   exec(compile(ast.fix_missing_locations(tree), "own.py", "exec"), copied)
   own = copied[name]
 
-  def both(student, teacher):
-    bare = as_objective(own).apply({}, {}, student, teacher, BATCH, key=None)[0]
-    full = {"dkd_warmup": 1.0} if name == "dkd" else {}
-    return bare, applied(shipped(), student, teacher, **full)
+  given = GIVEN.get(name, {})
+  batch = BATCH.replace(labels=OTHER_LABELS.get(name, BATCH.labels))
+  defaults = {n: p.default for n, p in inspect.signature(shipped).parameters.items()}
 
-  bare, promoted = jax.jit(both)(STUDENT, TEACHER)
+  def both(student, teacher):
+    bare = as_objective(functools.partial(own, **given))
+    objective = shipped(**given)
+    # A schedule's place is taken by what the function has for it.
+    full = {n: defaults[n] for n, value in objective.hyper.items() if callable(value)}
+    terms = bare.apply({}, {}, student, teacher, batch, key=None)[0]
+    return terms, applied(objective, student, teacher, batch, **full)
+
+  pair = STUDENT, TEACHER
+  if name == "gaussian_regression":  # a mean and a variance
+    pair = [outputs.replace(logits=outputs.logits[:, :2]) for outputs in pair]
+  bare, promoted = jax.jit(both)(*pair)
   assert bare.keys() == promoted.keys()
   for got, want in zip(bare.values(), promoted.values(), strict=True):
     np.testing.assert_array_equal(got.values, want.values)

@@ -15,9 +15,18 @@ BATCH = make_batch(jnp.zeros((4, 1)), jnp.asarray(LABELS), labelled=jnp.array([1
 # What a recipe cannot be made without.
 GIVEN = {
   "crd": {"labels": LABELS, "negatives": 2, "width": 4},
+  "norm_direction": {"means": np.ones((3, 3))},
   "overhaul": {"margins": [np.zeros(3, np.float32)] * 3},
+  "sdd": {"student_layer": "stage3", "teacher_layer": "stage3"},
   "simkd": {"classifier": {"kernel": jnp.ones((3, 3))}},
   "srrl": {"classifier": {"kernel": jnp.ones((3, 3))}},
+}
+# Labels that are no classes: on or off, numbers, and one number of a mean and a variance.
+OTHER_LABELS = {
+  "multi_label": np.eye(3)[LABELS],
+  "regression": np.ones((4, 3)),
+  "teacher_bounded": np.ones((4, 3)),
+  "gaussian_regression": np.ones(4),
 }
 PARTS = ("combine", "hint", "overhaul_margins", "recipe", "with_class_maps")
 OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
@@ -35,13 +44,18 @@ def outputs(seed):
 STUDENT, TEACHER = outputs(0), outputs(1)
 
 
-def terms_of(objective, **hyper):
+def terms_of(objective, name=None, **hyper):
   """The terms' shapes, with every schedule's last value."""
   hyper |= {name: value(10**9) for name, value in objective.hyper.items() if callable(value)}
+  batch = BATCH.replace(labels=OTHER_LABELS.get(name, BATCH.labels))
+  both = [
+    outputs.replace(logits=outputs.logits[:, :2]) if name == "gaussian_regression" else outputs
+    for outputs in (STUDENT, TEACHER)
+  ]
 
   def apply(key):
-    params, state = objective.init(key, STUDENT, TEACHER)
-    return objective.apply(params, state, STUDENT, TEACHER, BATCH, key=key, **hyper)[0]
+    params, state = objective.init(key, *both)
+    return objective.apply(params, state, *both, batch, key=key, **hyper)[0]
 
   return jax.eval_shape(apply, jax.random.key(0))
 
@@ -56,8 +70,8 @@ def test_without_a_weight_there_is_no_such_term(name, strict_promotion):
   }
   assert both.hyper["hard_weight"] == inspect.signature(recipe).parameters["hard_weight"].default
   assert "hard_weight" not in alone.hyper
-  assert set(terms_of(both)) == {*terms_of(alone), "labels"}
-  assert terms_of(both)["labels"].where is not None
+  assert set(terms_of(both, name)) == {*terms_of(alone, name), "labels"}
+  assert terms_of(both, name)["labels"].where is not None
 
 
 @pytest.mark.parametrize("name", RECIPES)

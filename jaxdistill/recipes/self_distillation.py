@@ -1,0 +1,197 @@
+"""Methods without a teacher, or with the student's own past for one: Tf-KD, USKD and PS-KD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxdistill import _check, losses
+from jaxdistill.recipes import projectors
+from jaxdistill.recipes.parts import (
+  EPOCH,
+  Modules,
+  Running,
+  at_a_step,
+  both_logits,
+  feature,
+  hard_term,
+  learned,
+  present,
+  recipe,
+)
+from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
+
+__all__ = ["pskd", "tfkd", "uskd"]
+
+
+@recipe
+def tfkd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  correct: Number = 0.99,
+  temperature: Number = 20.0,
+  virtual_weight: Number = 0.1,
+  hard_weight: Number | None = 0.9,
+) -> dict[str, Term]:
+  """Teacher-free distillation (Tf-KD): a designed teacher that is right and says little.
+
+  ``hard_weight * cross_entropy + virtual_weight * virtual_teacher``. It needs no teacher. The
+  paper's other form, a network that learns from a copy of its own trained before, is `basics.kd`.
+
+  Source: Yuan, Tay, Li, Wang, Feng, "Revisiting Knowledge Distillation via Label Smoothing
+  Regularization", 2020. Its code's (virtual_weight, temperature) on CIFAR-100 are (0.1, 20) for
+  ResNet-18; (0.0095, 40), beside a hard_weight of 0.05, for MobileNetV2, whose code divides by the
+  number of classes without undoing it.
+
+  Args:
+    correct: the designed probability of the label. It, the temperature and the weights are keywords
+      of the objective.
+    temperature: of the designed teacher alone; it divides probabilities.
+    virtual_weight: of the designed teacher's term.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``labels`` and ``virtual``; both count labelled examples only, whose
+    labels must be integers.
+  """
+  del teacher
+  values = losses.virtual_teacher(
+    student.logits, batch.labels, correct=correct, temperature=temperature
+  )
+  return {
+    "labels": hard_term(student, batch, hard_weight),
+    "virtual": Term(values, weight=virtual_weight, where=batch.labelled),
+  }
+
+
+def _grown(growth_steps: Any) -> Any:
+  """PS-KD's share of the past: from 0 to 0.8 in a line, as a schedule of the step."""
+  _check.whole("growth_steps", growth_steps, least=0, instead=": 0 is the full share throughout")
+  return optax.linear_schedule(0.0, 0.8, growth_steps) if growth_steps else 0.8
+
+
+@recipe(follows={"past_share": _grown})
+def pskd(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  hard_weight: Number | None = 1.0,
+  growth_steps: int = 300 * EPOCH,
+  past_share: Number = 0.8,
+) -> dict[str, Term]:
+  """Progressive self-distillation (PS-KD): the labels give way to the student's own past.
+
+  ``hard_weight * (1 - past_share) * cross_entropy(labels) + past_share * cross_entropy(past)``,
+  past = softmax(teacher.logits), at temperature 1 throughout: the cross-entropy with the mixture of
+  both.
+
+  Source: Kim, Ji, Yoon, Hwang, "Self-Knowledge Distillation with Progressive Refinement of
+  Targets", 2021. Its past is what the student said of each example an epoch ago, of another view of
+  it; here it is the teacher's, which may be the student of an earlier run or a moving average. Its
+  share rises by the epoch, over all 300 of them.
+
+  Args:
+    hard_weight: of the labels' part; None leaves that term out.
+    growth_steps: in how many steps the keyword ``past_share`` rises from 0 to 0.8, in a line: those
+      of the run, as published; 300 epochs of CIFAR-100 at batch size 64 by default. 0 is 0.8
+      throughout.
+    past_share: that keyword, of the objective; what ``growth_steps`` says by default.
+
+  Returns:
+    An objective with the terms ``labels`` and ``past``. Unlabelled examples take part in the latter
+    only.
+
+  Raises:
+    TypeError: ``growth_steps`` is no integer.
+    ValueError: it is negative.
+  """
+  del growth_steps  # of which past_share is the schedule, and here the number of this step
+  ours, theirs = both_logits("pskd", student, teacher)
+  share = at_a_step("past_share", past_share)
+  # [B]: linear in the target, so that the mixture's cross-entropy is that of its parts.
+  past = losses.cross_entropy(ours, jax.nn.softmax(theirs.astype(compute_dtype(theirs))))
+  return {
+    "labels": hard_term(student, batch, None if hard_weight is None else hard_weight * (1 - share)),
+    "past": Term(past, weight=share),
+  }
+
+
+def uskd(
+  *,
+  student_layer: str = "stage2",
+  target_weight: float = 0.1,
+  nontarget_weight: float = 0.1,
+  weak_weight: float = 0.1,
+  hard_weight: float | None = 1.0,
+) -> Objective:
+  """Universal self-knowledge distillation (USKD): soft labels of the student's own answers.
+
+  ``hard_weight * cross_entropy + target_weight * self_target + nontarget_weight * self_nontarget
+  + weak_weight * cross_entropy(weak, smoothed labels)``, weak = a linear exit on ``student_layer``,
+  which is no part of the deployed network. It needs no teacher.
+
+  Source: Yang, Zeng, Li, Zhang, Yuan, Li, "From Knowledge Distillation to Self-Knowledge
+  Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023. Its
+  weights on ImageNet are 1, 0.1 and 0.005.
+
+  Args:
+    student_layer: the feature of the exit, averaged over positions: of the stage before the last
+      (in a ViT the class token half way).
+    target_weight: of the label's soft target; the published code's for CIFAR-100, as the two below.
+      All weights are keywords of the objective.
+    nontarget_weight: of the other classes' Zipf distribution.
+    weak_weight: of the exit's own labels, smoothed by 0.1.
+    hard_weight: of the labels; None leaves that term out.
+
+  Returns:
+    An `Objective` with the terms ``labels``, ``target``, ``nontarget`` and ``weak``. All of them
+    count labelled examples only, whose labels must be integers; the mean in the second depends on
+    who is in the batch.
+
+  Raises:
+    ValueError: when it is initialised, there is no such feature.
+
+  >>> sorted(uskd(target_weight=1.0).hyper)
+  ['hard_weight', 'nontarget_weight', 'target_weight', 'weak_weight']
+  """
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    x = feature(student, student_layer, "student_layer")
+    # [B, C]: the mean over positions, which the method takes.
+    pooled = jax.ShapeDtypeStruct((x.shape[0], x.shape[-1]), compute_dtype(x))
+    return {"weak": (projectors.Linear(student.logits.shape[-1]), pooled)}
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    target_weight: Any,
+    nontarget_weight: Any,
+    weak_weight: Any,
+  ) -> dict[str, Term]:
+    x = feature(student, student_layer, "student_layer")
+    weak = running("weak", jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x)))
+    logits, labels = student.logits, batch.labels
+    # Padding and who has no label are in no mean over the batch.
+    known = present(batch, logits)[..., 0] & (jnp.asarray(batch.labelled) > 0)
+    values = {
+      "target": (losses.self_target(logits, labels, where=known), target_weight),
+      "nontarget": (losses.self_nontarget(logits, weak, labels), nontarget_weight),
+      "weak": (losses.cross_entropy(weak, labels, label_smoothing=0.1), weak_weight),
+    }
+    return {name: Term(x, weight=w, where=batch.labelled) for name, (x, w) in values.items()}
+
+  hyper = {
+    "target_weight": target_weight,
+    "nontarget_weight": nontarget_weight,
+    "weak_weight": weak_weight,
+  }
+  return learned(modules, method, hyper, hard_weight)

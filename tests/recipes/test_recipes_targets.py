@@ -1,0 +1,351 @@
+"""Recipes on parts of the classes, on numbers and labels, and without a teacher: sums in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdistill import recipes
+from jaxdistill.types import Outputs, as_objective
+from test_losses_logits import (
+  FORMULAS,
+  kl,
+  ref_batch_gram,
+  ref_class_gram,
+  ref_label_weight,
+  ref_normalized,
+  ref_partition,
+  ref_refined,
+  ref_transformed,
+  softmax,
+)
+from test_losses_logits import first as first_classes
+from test_losses_tasks import (
+  ref_bce,
+  ref_binary_kl,
+  ref_bounded,
+  ref_direction,
+  ref_gaussian_kl,
+  ref_huber,
+  ref_nll,
+  ref_regions,
+  ref_self_nontarget,
+  ref_virtual,
+)
+from test_recipes_logits import CLASSES, KEY, draw, hard, mean, of, parameters, soft, z_scores
+
+MEANS = np.random.default_rng(4).normal(size=(CLASSES, 5))
+NUMBERS = np.random.default_rng(5).normal(size=(8, CLASSES))
+# Two numbers an example: means of them, and the logarithms of variances, are four.
+PAIRS = NUMBERS[:, :2]
+
+
+def cross(s, t, temperature=1.0):
+  """Cross-entropy with the teacher's probabilities."""
+  return -(softmax(t, temperature) * np.log(softmax(s, temperature))).sum(-1)
+
+
+def of_labels(s, y, known, weight=1.0):
+  return weight * mean(hard(s, y), known)
+
+
+def gdkd(s, t, y, weight, known):
+  parts = ref_partition(s, t, first_classes(t, 2), 4.0, 1.0, 2.0, 8.0)
+  return of_labels(s, y, known) + 0.25 * mean(parts, weight)
+
+
+def mlkd(s, t, y, weight, known, standardized=False):
+  there = weight > 0
+  found = of_labels(s, y, known, 0.1)
+  for temperature in (4.0, 3.0, 5.0, 2.0, 6.0):
+    sharp = (z_scores(s), z_scores(t)) if standardized else (s, t)
+    found += 0.9 * mean(soft(*sharp, temperature), weight)
+    found += 0.9 * ref_class_gram(s[there], t[there], temperature).mean()
+    found += 0.9 * mean(ref_batch_gram(s[there], t[there], temperature), weight[there])
+  return found
+
+
+def wsl(s, t, y, weight, known):
+  return of_labels(s, y, known) + 2.5 * 4 * mean(
+    ref_label_weight(s, t, y) * cross(s, t, 2.0), known
+  )
+
+
+def pskd(s, t, y, weight, known):
+  return of_labels(s, y, known, 0.7) + 0.3 * mean(cross(s, t), weight)
+
+
+def bounded(s, t, y, weight, known):
+  return mean(ref_huber(s, y, 1.0), known) + 0.5 * mean(ref_bounded(s, t, y, 0.0), known)
+
+
+# name: (objective, keywords, labels or None for classes, the published sum)
+PUBLISHED = {
+  "gdkd": (recipes.gdkd(top=2), {"gdkd_warmup": 0.25}, None, gdkd),
+  "rld": (
+    recipes.rld(),
+    {"rld_warmup": 0.25},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known) + 0.25 * mean(ref_refined(s, t, y, 4.0, 1.0, 1.0, 8.0), known)
+    ),
+  ),
+  "nkd": (
+    recipes.nkd(),
+    {},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known) + mean(ref_normalized(s, t, y, 3.0, 3.5), known)
+    ),
+  ),
+  "ttm": (
+    recipes.ttm(),
+    {},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known) + 45 * mean(ref_transformed(s, t, 0.1)[0], weight)
+    ),
+  ),
+  "wttm": (
+    recipes.wttm(),
+    {},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known) + 4 * mean(np.prod(ref_transformed(s, t, 0.2), axis=0), weight)
+    ),
+  ),
+  "wsl": (recipes.wsl(), {}, None, wsl),
+  "mlkd": (recipes.mlkd(), {}, None, mlkd),
+  "mlkd+ls": (
+    recipes.mlkd(standardize=True),
+    {},
+    None,
+    functools.partial(mlkd, standardized=True),
+  ),
+  "tfkd": (
+    recipes.tfkd(),
+    {},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known, 0.9) + 0.1 * mean(ref_virtual(s, y, 0.99, 20.0), known)
+    ),
+  ),
+  "pskd": (recipes.pskd(), {"past_share": 0.3}, None, pskd),
+  "multi_label": (
+    recipes.multi_label(),
+    {},
+    (NUMBERS > 0).astype(float),
+    lambda s, t, y, weight, known: (
+      mean(ref_bce(s, y), known) + 10 * mean(ref_binary_kl(s, t, 1.0), weight)
+    ),
+  ),
+  "regression": (
+    recipes.regression(),
+    {},
+    NUMBERS,
+    lambda s, t, y, weight, known: (
+      mean(((s - y) ** 2).mean(-1), known) / 2 + mean(((s - t) ** 2).mean(-1), weight) / 2
+    ),
+  ),
+  "teacher_bounded": (recipes.teacher_bounded(), {}, NUMBERS, bounded),
+  "gaussian_regression": (
+    recipes.gaussian_regression(),
+    {},
+    PAIRS,
+    lambda s, t, y, weight, known: (
+      mean(ref_nll(s, y, 1e-6), known) / 2 + mean(ref_gaussian_kl(s, t, 1e-6), weight) / 2
+    ),
+  ),
+}
+NAMES = pytest.mark.parametrize("name", PUBLISHED)
+ALONE = ("tfkd",)
+
+
+@NAMES
+def test_the_loss_is_the_published_sum(name, strict_promotion):
+  objective, keywords, labels, published = PUBLISHED[name]
+  objective = as_objective(objective)
+  with jax.enable_x64(True):
+    student, teacher, batch = draw()
+    if labels is not None:
+      batch = batch.replace(labels=jnp.asarray(labels))
+    compute = jax.jit(of(objective, **keywords))
+    loss, sums = compute({}, {}, student, teacher, batch)
+    s, t, y = (np.asarray(x) for x in (student.logits, teacher.logits, batch.labels))
+    weight = np.asarray(batch.weight)
+    want = published(s, t, y, weight, weight * np.asarray(batch.labelled))
+    # The rows that do not count hold anything.
+    wild = jnp.where(batch.weight[:, None] > 0, student.logits, 1e4)
+    again, _ = compute({}, {}, student.replace(logits=wild), teacher, batch)
+    assert float(loss) == pytest.approx(want, rel=1e-10)
+    assert float(again) == pytest.approx(float(loss), rel=1e-10)
+  # Labelled rows by their weights: 1, 1, 1 and 1 of 8.
+  assert float(sums["labels"][1]) == 4
+
+
+@NAMES
+def test_low_precision_logits_make_float32_terms(name, strict_promotion):
+  objective, keywords, labels, _ = PUBLISHED[name]
+  student, teacher, batch = draw(jnp.bfloat16)
+  if labels is not None:
+    batch = batch.replace(labels=jnp.asarray(labels, jnp.float32))
+  loss, _ = jax.eval_shape(of(objective, **keywords), {}, {}, student, teacher, batch)
+  assert loss.dtype == jnp.float32
+
+
+@NAMES
+def test_without_a_teacher_each_says_so_or_needs_none(name):
+  objective, keywords, labels, _ = PUBLISHED[name]
+  student, _, batch = draw(np.float32)
+  if labels is not None:
+    batch = batch.replace(labels=jnp.asarray(labels))
+  if name in ALONE:
+    assert np.isfinite(of(objective, **keywords)({}, {}, student, None, batch)[0])
+    return
+  with pytest.raises(ValueError, match=f"{name.split('+')[0]} compares with a teacher"):
+    objective.apply({}, {}, student, None, batch, key=KEY, **keywords)
+
+
+def test_labels_of_one_number_an_example():
+  student, teacher, batch = draw(np.float32)
+  one = [Outputs(x.logits[:, :1]) for x in (student, teacher)]
+  two = [Outputs(x.logits[:, :2]) for x in (student, teacher)]
+  flat = batch.replace(labels=jnp.asarray(NUMBERS[:, 0], jnp.float32))
+  deep = flat.replace(labels=flat.labels[:, None])
+  given = {"regression": one, "teacher_bounded": one, "gaussian_regression": two}
+  for name, both in given.items():
+    compute = of(getattr(recipes, name)())
+    np.testing.assert_array_equal(compute({}, {}, *both, flat)[0], compute({}, {}, *both, deep)[0])
+
+
+def test_labels_that_are_not_known_of_an_example_that_has_others():
+  student, teacher, batch = draw(np.float32)
+  on = (NUMBERS > 0).astype(np.float32)
+  known = np.random.default_rng(6).integers(0, 2, on.shape).astype(np.float32)
+  known[3] = 0
+  wild = np.where(known > 0, on, np.nan)
+  compute = of(recipes.multi_label(soft_weight=0.0))
+  given = batch.replace(labels=jnp.asarray(wild), labelled=jnp.asarray(known))
+  loss, sums = compute({}, {}, student, teacher, given)
+  z = np.float64(student.logits)
+  p = 1 / (1 + np.exp(-z))
+  each = -(on * np.log(p) + (1 - on) * np.log(1 - p)) * known
+  weight = np.asarray(batch.weight) * known.any(-1)
+  assert float(loss) == pytest.approx(mean(each.sum(-1), weight), rel=1e-5)
+  assert float(sums["labels"][1]) == weight.sum()
+
+
+def test_norm_and_direction_with_and_without_a_projector(strict_promotion):
+  student, teacher, batch = draw(np.float32)
+  rng = np.random.default_rng(7)
+  for width in (5, 3):
+    wide = jnp.asarray(rng.normal(size=(8, width)), jnp.float32)
+    means = MEANS[:, :width]
+    theirs = teacher.replace(features={"vector": wide})
+    objective = recipes.norm_direction(np.float32(means), student_layer="vector")
+    params = parameters(objective, student, theirs)
+    loss, _ = of(objective, nd_warmup=0.5)(params, {}, student, theirs, batch)
+    x = np.float64(student.features["vector"])
+    if width == 3:
+      dense = params["projector"]["dense"]
+      x = x @ np.float64(dense["kernel"]) + np.float64(dense["bias"])
+    else:
+      assert params == {}
+    s, t, y = np.float64(student.logits), np.float64(teacher.logits), np.asarray(batch.labels)
+    weight = np.asarray(batch.weight)
+    known = weight * np.asarray(batch.labelled)
+    want = of_labels(s, y, known) + 0.5 * 3.5 * mean(soft(s, t, 4.0), weight)
+    want += 2 * mean(ref_direction(x, np.float64(wide), y, means), known)
+    assert float(loss) == pytest.approx(want, rel=1e-4)
+  with pytest.raises(ValueError, match=r"means=.* must be \[K, D\].*class_means"):
+    recipes.norm_direction(MEANS[0])
+  with pytest.raises(ValueError, match="norm_direction compares with a teacher"):
+    recipes.norm_direction(MEANS, student_layer="vector").init(KEY, student, None)
+
+
+def test_universal_self_distillation_has_an_exit_and_a_mean_over_who_counts(strict_promotion):
+  student, _, batch = draw(np.float32)
+  objective = recipes.uskd(student_layer="map", target_weight=0.5, weak_weight=0.2)
+  params = parameters(objective, student, None)
+  loss, _ = jax.jit(of(objective))(params, {}, student, None, batch)
+  s, y = np.float64(student.logits), np.asarray(batch.labels)
+  known = np.asarray(batch.weight * batch.labelled)
+  dense = params["weak"]["dense"]
+  weak = np.float64(student.features["map"]).mean((1, 2)) @ np.float64(dense["kernel"])
+  weak = weak + np.float64(dense["bias"])
+  q = softmax(s)[np.arange(8), y]
+  # The mean of squares is over examples, whatever their weights in the mean of the term.
+  target = -(1 + q**2 - (q**2)[known > 0].mean()) * np.log(q)
+  smooth = FORMULAS["cross_entropy"][2](weak, None, y, label_smoothing=0.1)
+  want = of_labels(s, y, known) + 0.5 * mean(target, known)
+  want += 0.1 * mean(ref_self_nontarget(s, weak, y), known) + 0.2 * mean(smooth, known)
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+  with pytest.raises(ValueError, match="student_layer='stage2' is not among"):
+    recipes.uskd().init(KEY, student, None)
+
+
+def test_scale_decoupled_distillation_pools_maps_of_logits(strict_promotion):
+  student, teacher, batch = draw(np.float32)
+  rng = np.random.default_rng(8)
+  maps = [rng.normal(size=(8, size, size, CLASSES)) for size in (4, 2)]
+  both = [
+    x.replace(features={"logit_map": jnp.asarray(m, jnp.float32)})
+    for x, m in zip((student, teacher), maps, strict=True)
+  ]
+  loss, _ = of(recipes.sdd())({}, {}, *both, batch)
+  s, y = np.float64(student.logits), np.asarray(batch.labels)
+  known = np.asarray(batch.weight * batch.labelled)
+  quarters = [m.reshape(8, 2, m.shape[1] // 2, 2, -1, CLASSES).mean((2, 4)) for m in maps]
+  ours, theirs = (
+    np.concatenate([m.mean((1, 2))[:, None], q.reshape(8, 4, CLASSES)], 1)
+    for m, q in zip(maps, quarters, strict=True)
+  )
+  want = of_labels(s, y, known, 0.1) + 0.9 * mean(ref_regions(ours, theirs, y, 4.0), known)
+  assert float(loss) == pytest.approx(want, rel=1e-5)
+  with pytest.raises(ValueError, match="student_layer='logit_map' is not among"):
+    recipes.sdd().apply({}, {}, student, teacher, batch, key=KEY)
+  with pytest.raises(ValueError, match="sdd compares with a teacher"):
+    recipes.sdd().apply({}, {}, student, None, batch, key=KEY)
+
+
+def test_schedules_and_what_turns_them_off():
+  given = {
+    "gdkd": ("gdkd_warmup", {"warmup_steps": 10}, 1.0),
+    "rld": ("rld_warmup", {"warmup_steps": 10}, 1.0),
+    "pskd": ("past_share", {"growth_steps": 10}, 0.8),
+  }
+  for name, (keyword, steps, end) in given.items():
+    make = getattr(recipes, name)
+    schedule = make(**steps).hyper[keyword]
+    at = [float(schedule(step)) for step in (0, 5, 10, 99)]
+    np.testing.assert_allclose(at, [0, end / 2, end, end], atol=1e-6)
+    assert make(**dict.fromkeys(steps, 0)).hyper[keyword] == end
+    student, teacher, batch = draw(np.float32)
+    with pytest.raises(ValueError, match=f"{keyword} is a schedule of the step"):
+      make().apply({}, {}, student, teacher, batch, key=None)
+    with pytest.raises(ValueError, match=f"{next(iter(steps))}=-1"):
+      make(**dict.fromkeys(steps, -1))
+
+
+def test_what_is_no_temperature_no_count_and_no_loss_is_named():
+  for wrong in ("4", 4.0, ()):
+    with pytest.raises(TypeError, match=r"temperatures=.* must be a sequence of numbers"):
+      recipes.mlkd(temperatures=wrong)
+  with pytest.raises(ValueError, match="temperatures must be positive"):
+    recipes.mlkd(temperatures=(4.0, 0.0))
+  with pytest.raises(TypeError, match=r"top=2.5"):
+    recipes.gdkd(top=2.5)
+  with pytest.raises(TypeError, match="loss must be a function"):
+    recipes.regression(loss="squared")
+
+
+def test_the_mixture_of_labels_and_past_is_one_cross_entropy():
+  student, teacher, batch = draw(np.float32)
+  full = batch.replace(labelled=jnp.ones(8), weight=jnp.ones(8))
+  loss, _ = of(recipes.pskd(), past_share=0.3)({}, {}, student, teacher, full)
+  s, y = np.float64(student.logits), np.asarray(batch.labels)
+  mixed = 0.7 * np.eye(CLASSES)[y] + 0.3 * softmax(np.float64(teacher.logits))
+  want = np.mean(kl(mixed, softmax(s)) - (mixed * np.log(mixed)).sum(-1))
+  assert float(loss) == pytest.approx(want, rel=1e-5)
