@@ -22,6 +22,18 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
   assert re.search(r"^\[([012] ){4}[012]\]$", capsys.readouterr().out, re.M)
 
 
+def test_the_page_on_tasks_runs(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  page = (pathlib.Path(__file__).parent.parent / "docs" / "tasks.md").read_text()
+  names = {"__name__": "page"}
+  for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+    exec(compile(block, "tasks.md", "exec"), names)
+  shown = capsys.readouterr().out
+  assert "miou" in shown
+  assert "Chosen on validation: temperature" in shown
+  assert names["mine"].first == "mae"
+
+
 def test_the_first_screen_has_both_commands():
   first = README[: README.index("## What comes out")]
   assert "experiments/digits.py" in first

@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
 from jaxdistill.evaluation import cost, predictions, tasks
@@ -162,9 +163,14 @@ class _Measured:
 
 @dataclasses.dataclass(frozen=True)
 class _Asked:
-  """The program of what a task reads of a model, or of a teacher, on a batch."""
+  """The program of what a task reads of a model, or of a teacher, on a batch.
+
+  Students that lie on several devices stay there: each device computes its own. (The compiler, left
+  to share out what vmap makes of their convolutions, fails at those in groups.)
+  """
 
   task: Task
+  mesh: Mesh | None = None
   __name__ = "outputs"
 
   def __call__(self, model: Model | Teacher, batch: Batch) -> Outputs:
@@ -172,9 +178,17 @@ class _Asked:
     if isinstance(model, Teacher) or model.seeds is None:
       return self.of_one(model, batch)
     network = model.network
-    return jax.vmap(lambda variables: self.of_one(Model(network, variables), batch))(
-      model.variables
+
+    def of_all(variables: Any, batch: Batch) -> Outputs:
+      return jax.vmap(lambda mine: self.of_one(Model(network, mine), batch))(variables)
+
+    if self.mesh is None:
+      return of_all(model.variables, batch)
+    over = PartitionSpec(self.mesh.axis_names[0])
+    shared: Any = jax.shard_map(
+      of_all, mesh=self.mesh, in_specs=(over, PartitionSpec()), out_specs=over, check_vma=False
     )
+    return shared(model.variables, batch)
 
   def of_one(self, model: Model | Teacher, batch: Batch) -> Outputs:
     """Of one model."""
@@ -241,6 +255,17 @@ def _of_batch(model: Any, batch: Batch) -> Any:
   return answered(model, batch) if isinstance(model, Teacher) else model
 
 
+def _mesh_of(model: Any) -> Mesh | None:
+  """The devices over which the students of a model are shared out; None where they are not."""
+  leaves = [] if _seeds(model) is None else jax.tree.leaves(model.variables)
+  found = {getattr(leaf, "sharding", None) for leaf in leaves}
+  one = found.pop() if len(found) == 1 else None
+  mesh = one.mesh if isinstance(one, NamedSharding) else None
+  if one is None or not isinstance(mesh, Mesh) or mesh.size == 1 or len(mesh.axis_names) != 1:
+    return None
+  return mesh if tuple(one.spec)[:1] == mesh.axis_names else None
+
+
 def _task(task: Any) -> Task:
   if task is None:
     return tasks.classification()
@@ -268,7 +293,7 @@ class _Pass:
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: Kept | None = None
     first = next(batches_of(batches))
-    asks = _Asked(task)
+    asks = _Asked(task, _mesh_of(self.model))
     with _fitting(_seeds(model)):
       model = _of_batch(model, first)
       outputs = kept(asks, model, self._shown(first))
@@ -284,7 +309,7 @@ class _Pass:
       self.mute = settled((self.model, _said(mute, len(first.weight))))[1]
       said: Any = self.mute
       if teacher is not None:
-        self.asked = kept(asks, teacher, first)
+        self.asked = kept(_Asked(task), teacher, first)
         said = _said(self.asked.outputs, len(first.weight))
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import data, evaluation, networks, teachers
+from jaxdistill import data, evaluation, networks, teachers, train
 from jaxdistill.types import Model
 from small_networks import dense, untyped
 
@@ -35,6 +35,27 @@ def batches():
 def several():
   keys = jax.random.split(jax.random.key(0), 3)
   return Model(NETWORK, jax.vmap(NETWORK.init, (0, None))(keys, jnp.zeros((1, 4))), 3)
+
+
+def test_students_of_convolutions_that_lie_on_two_devices_are_each_of_them():
+  # Under vmap these are convolutions in groups, at which XLA's partitioner fails.
+  convolutions = nn.Sequential([nn.Conv(2, (3, 3)), nn.relu, nn.Conv(3, (1, 1))])
+  network = networks.linen(convolutions)
+  rng = np.random.default_rng(0)
+  images, masks = rng.normal(size=(6, 4, 4, 1)), rng.integers(0, 3, (6, 4, 4))
+  examples = data.from_arrays(images.astype(np.float32), masks)
+  batches = data.evaluation_batches(examples, batch_size=4)
+  keys = jax.random.split(jax.random.key(0), 4)
+  variables = jax.vmap(network.init, (0, None))(keys, jnp.zeros((1, 4, 4, 1)))
+  over = jax.sharding.NamedSharding(train.data_parallel(), jax.sharding.PartitionSpec(train.AXIS))
+  model = Model(network, jax.device_put(variables, over), 4)
+  task = evaluation.tasks.dense()
+  found = evaluation.evaluate(model, batches, task=task)
+  for s in range(4):
+    one = Model(network, jax.tree.map(lambda leaf, s=s: np.asarray(leaf[s]), variables))
+    alone = evaluation.evaluate(one, batches, task=task)
+    for name, value in alone.items():
+      np.testing.assert_allclose(found[name][s], value, rtol=1e-5)
 
 
 def test_several_seeds_are_each_of_them(batches, several):
