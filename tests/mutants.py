@@ -242,7 +242,7 @@ MUTANTS = [
   Mutant(
     "mask: objectives see padding of the student",
     "train/_step.py",
-    "_without_padding(outputs, at.batch),",
+    "_without_padding(outputs, batch),",
     "outputs,",
     "garbage in padding reaches projectors' gradients",
     (PADDING + "test_padded_examples_count_nowhere[hint]",),
@@ -250,7 +250,7 @@ MUTANTS = [
   Mutant(
     "mask: objectives see padding of the teacher",
     "train/_step.py",
-    "_without_padding(target, at.batch),",
+    "_without_padding(target, batch),",
     "target,",
     "garbage in padding reaches gradients",
     (PADDING + "test_padded_examples_count_nowhere[hint]",),

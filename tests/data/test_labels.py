@@ -24,6 +24,12 @@ KINDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def same_numbers(monkeypatch):
+  """Each test draws the same, in whatever order they run."""
+  monkeypatch.setitem(globals(), "RNG", np.random.default_rng(1))
+
+
 def cut(source, step=0):
   item = jax.tree.map(lambda leaf: leaf[0], source.items(step, 1))
   return jax.jit(source.cut)(source.shared, item)

@@ -241,7 +241,7 @@ def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monke
   found = search.Result(
     rows=rows,
     seeds=[(0, 0)],
-    metric="accuracy",
+    choice=settings(tmp_path)["choice"],
     best=1,
     ties=[],
     model=Model(students["width 4"], made[1]),

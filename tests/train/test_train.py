@@ -744,6 +744,15 @@ def test_a_swallowed_stop_is_heard_by_what_comes_next(tmp_path, monkeypatch, whe
       assert saved.latest() in (1, 2)
 
 
+@pytest.fixture
+def heard():
+  """Ctrl-C is heard, which a shell's background job, as the tests may be one, is not told of."""
+  former = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, former)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_saves_too_and_the_second_leaves_at_once(tmp_path):
   whole = distil(folder=tmp_path / "whole", log_every=1, validate_every=8)
   former = signal.getsignal(signal.SIGINT)
