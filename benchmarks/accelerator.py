@@ -512,7 +512,7 @@ def cifar(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
   """The published protocol, for the time that is left."""
   sys.path.insert(0, str(ROOT / "experiments"))
   import cifar100
-  from jaxdistill import train
+  from jaxdistill import _extras, train
 
   folder = pathlib.Path(settings.work) / "cifar100"
   if settings.tiny:
@@ -529,18 +529,23 @@ def cifar(settings: Settings, keys: Sequence[str], emit: Emit) -> None:
     stop_after=settings.seconds,
   )
   began = time.perf_counter()
-  done = False
+  done, left_out = False, None
   try:
     cifar100.main(config, options)
     done = True
   except train.Stopped as stopped:
     print(stopped)
+  except _extras.MissingExtraError as missing:  # the report's, once everything is trained
+    done, left_out = True, str(missing)
   found: dict[str, Any] = {"done": done, "seconds": time.perf_counter() - began, "runs": {}}
+  if left_out is not None:
+    found["left_out"] = left_out
   for name in ("teacher", "baseline", "student"):
     lines = folder / name / "metrics.jsonl"
     if lines.is_file() and lines.read_text().strip():
       last = json.loads(lines.read_text().splitlines()[-1])
       found["runs"][name] = {k: last[k] for k in ("step", "epoch", "loss", "examples_per_second")}
+  found["done"] = done and "student" in found["runs"]
   if (folder / "report.json").is_file():
     found["report"] = json.loads((folder / "report.json").read_text())
   emit("training", found)
