@@ -127,7 +127,8 @@ def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Bat
     with _fitting(None):
       asked = kept(_Asked(task), teacher, next(batches_of(batches)))
     ask = asked.compiled(len(batches.weight))
-    found = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
+    said = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
+    found = [dataclasses.replace(one, where=None) for one in said]
   return dataclasses.replace(batches, teacher=jax.tree.map(lambda *x: np.stack(x), *found))
 
 
@@ -201,7 +202,8 @@ class _Asked:
         f"the model must put out logits [B, K], and gave {_check.show(outputs)}: of a network "
         "without them the task says what it reads, evaluation.tasks.embedding('pooled')."
       )
-    return read
+    # It answers all of them; made here, so that the mask lies where the outputs do.
+    return dataclasses.replace(read, where=jnp.ones(batch.weight.shape[0], jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +312,7 @@ class _Pass:
       said: Any = self.mute
       if teacher is not None:
         self.asked = kept(_Asked(task), teacher, first)
-        said = _said(self.asked.outputs, len(first.weight))
+        said = self.asked.outputs
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
       self.program = kept(_Measure(outputs.traced, task, labels), model, said, self._shown(first))
@@ -334,7 +336,7 @@ class _Pass:
     for batch in batches_of(self.batches):
       said = self.mute
       if ask is not None:
-        said = dataclasses.replace(ask(self.teacher, batch), where=self.mute.where)
+        said = ask(self.teacher, batch)
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
         said = settled((self.model, told))[1]
