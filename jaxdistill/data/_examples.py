@@ -83,7 +83,7 @@ class Examples:
   def __len__(self) -> int:
     return len(self.labels)
 
-  def read(self, rows: np.ndarray) -> dict[str, Any]:
+  def read(self, rows: np.ndarray | slice) -> dict[str, Any]:
     """``inputs`` and ``labels`` of these rows, in this order, and their ``weight`` if they have."""
     found = {"inputs": jax.tree.map(lambda leaf: leaf[rows], self.inputs)}
     found["labels"] = self.labels[rows]
@@ -254,9 +254,8 @@ class Records:
 
   def _block(self, examples: list[Any], rows: Any) -> dict[str, Any] | None:
     """What `stack` makes of rows that want stacking and no more; None where one may want more."""
-    if not examples or self.transform is not None or not isinstance(self.inputs, str):
-      return None
-    if self.weight is not None:
+    more = self.transform is not None or self.weight is not None
+    if not examples or more or not isinstance(self.inputs, str):
       return None
     try:
       values = [example[self.inputs] for example in examples]

@@ -340,17 +340,12 @@ def shown_by(cut: Callable[[PyTree, PyTree], Batch], rows: PyTree) -> dict[str, 
 
 def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
   """All examples as batches show them: a label that may not be used is 0."""
-  return _usable({"inputs": examples.inputs, **_labels_of(examples)}, known)
+  return _usable(examples.read(slice(None)), known)
 
 
 def read_rows(examples: Examples | Records, known: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
   """These rows as batches show them."""
   return _usable(examples.read(rows), known[rows])
-
-
-def _labels_of(examples: Examples) -> dict[str, Any]:
-  weight = {} if examples.weight is None else {"weight": examples.weight}
-  return {"labels": examples.labels, **weight}
 
 
 def _usable(rows: dict[str, Any], known: np.ndarray) -> dict[str, Any]:

@@ -266,9 +266,10 @@ def load(
   else:
     asked = {"inputs": inputs, "labels": labels, "num_classes": num_classes, "ignore": repr(ignore)}
     arrays = kept(folder, part.name, {**decides, **asked}, decode)
+  counts = part.has_labels and not part.num_classes
   return Examples(
     **arrays,
-    num_classes=part.num_classes or count_classes(arrays["labels"], ignore) * part.has_labels,
+    num_classes=count_classes(arrays["labels"], ignore) if counts else part.num_classes,
     name=part.name,
     version=part.version,
     split=split,

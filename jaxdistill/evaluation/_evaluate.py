@@ -160,6 +160,8 @@ class _Measured:
   fidelity: Any
   each: Any
   answers: Any
+  # Of the teacher: what is kept of each example, and which examples it answered.
+  beside: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,18 +224,22 @@ class _Measure:
     """Measures a model beside the teacher's outputs ``[B, ...]``, where it gave any, ``[B]``."""
     task = self.task
     told = jnp.expand_dims(said.where, range(1, batch.weight.ndim))
-    beside = dataclasses.replace(batch, weight=batch.weight * told)
+    both = dataclasses.replace(batch, weight=batch.weight * told)
+
+    def each_of(outputs: Outputs) -> Any:
+      return {} if task.each is None or not self.labels else task.each(outputs, batch)
 
     def measure(outputs: Outputs) -> _Measured:
       classes = self.labels and task is tasks.classification()
       return _Measured(
         quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
-        fidelity={} if task.compared is None else task.compared(outputs, said, beside),
-        each={} if task.each is None or not self.labels else task.each(outputs, batch),
+        fidelity={} if task.compared is None else task.compared(outputs, said, both),
+        each=each_of(outputs),
         answers=predictions.answers(outputs.logits, batch.labels) if classes else {},
       )
 
-    return (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
+    found = (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
+    return dataclasses.replace(found, beside=(each_of(said), said.where))
 
 
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
@@ -332,7 +338,7 @@ class _Pass:
     calls = calls * len(self.batches.weight)
     program = self.program.compiled(calls)
     ask = None if self.asked is None else self.asked.compiled(calls)
-    self.said, found = [], []
+    found = []
     for batch in batches_of(self.batches):
       said = self.mute
       if ask is not None:
@@ -340,8 +346,6 @@ class _Pass:
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
         said = settled((self.model, told))[1]
-      if self.compared and self.task.each is not None:
-        self.said.append((said, batch))
       found.append(program(_of_batch(self.model, batch), said, self._shown(batch)))
     return found
 
@@ -355,10 +359,11 @@ class _Pass:
     sums = {**total["quality"], **(total["fidelity"] if self.compared else {})}
     seeds = _seeds(self.model)
     rows, theirs = self._all([one.each for one in found], axis=int(seeds is not None)), None
-    # Of examples that a teacher skipped nobody knows their neighbours.
-    whole = all(np.all(jax.device_get(said.where) > 0) for said, _ in self.said)
-    if rows and self.task.each is not None and self.said and whole:
-      theirs = self._all([self.task.each(said, batch) for said, batch in self.said], axis=0)
+    if rows and self.compared:
+      beside, told = zip(*(one.beside for one in found), strict=True)
+      # Of examples that a teacher skipped nobody knows their neighbours.
+      if all(np.all(where > 0) for where in jax.device_get(told)):
+        theirs = self._all(beside, axis=0)
     if seeds is None:
       return self._of_one(sums, rows, theirs)
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]

@@ -216,32 +216,23 @@ def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
 
 
 def _of_classes(outputs: Outputs, batch: Batch) -> Sums:
-  flat = _flat(outputs.logits, batch)
-  return _metrics.classification_sums(flat.logits, flat.labels, flat.where * flat.known)
+  logits, labels, where, known = _flat(outputs.logits, batch)
+  return _metrics.classification_sums(logits, labels, where * known)
 
 
 def _fidelity(student: Outputs, teacher: Outputs, batch: Batch) -> Sums:
-  flat = _flat(student.logits, batch)
-  theirs = teacher.logits.reshape(flat.logits.shape)
-  return _metrics.fidelity_sums(flat.logits, theirs, flat.labels, flat.where, flat.known)
+  logits, *rest = _flat(student.logits, batch)
+  return _metrics.fidelity_sums(logits, teacher.logits.reshape(logits.shape), *rest)
 
 
-@dataclasses.dataclass
-class _Flat:
-  logits: Any
-  labels: Any
-  where: Any
-  known: Any
-
-
-def _flat(logits: Any, batch: Batch) -> _Flat:
-  """Examples, tokens or pixels side by side: ``[N, K]``, ``[N]``, ``[N]``."""
+def _flat(logits: Any, batch: Batch) -> tuple[Any, Any, Any, Any]:
+  """Examples, tokens or pixels side by side, ``[N, K]``; labels, weights, which are known."""
   places = logits[..., 0]
   where = counted(batch, places, labelled=False)
   known = counted(dataclasses.replace(batch, weight=batch.labelled), places, labelled=False)
   labels = jnp.asarray(batch.labels)
-  one = (labels.reshape(-1), where.reshape(-1), known.reshape(-1))
-  return _Flat(logits.reshape(-1, logits.shape[-1]), *one)
+  flat = logits.reshape(-1, logits.shape[-1])
+  return flat, labels.reshape(-1), where.reshape(-1), known.reshape(-1)
 
 
 _CLASSES = {
@@ -311,12 +302,8 @@ def dense(*, boundary: int = 1) -> Task:
     }
 
   def compared(student: Outputs, teacher: Outputs, batch: Batch) -> Sums:
-    ours, theirs = (x.logits.astype(jnp.float32) for x in (student, teacher))
-    where = counted(batch, ours[..., 0], labelled=False)
-    same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
-    log_p, log_q = jax.nn.log_softmax(theirs), jax.nn.log_softmax(ours)
-    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    return {"agreement": mean(same, where), "kl": mean(kl, where)}
+    found = _fidelity(student, teacher, batch)
+    return {name: (found[name], found["fidelity_examples"]) for name in ("agreement", "kl")}
 
   def finish(sums: Sums) -> dict[str, Any]:
     confusion = np.asarray(sums["confusion"])  # [labels, predictions]
@@ -372,35 +359,6 @@ def multilabel(*, threshold: float = 0.5) -> Task:
   _check.number("threshold", threshold, above=0, most=1 - 1e-9)
   edge = float(np.log(threshold / (1 - threshold)))
 
-  def sums(outputs: Outputs, batch: Batch) -> Sums:
-    logits, labels = outputs.logits.astype(jnp.float32), jnp.asarray(batch.labels, jnp.float32)
-    where = counted(batch, logits)
-    labels = jnp.where(where > 0, labels, 0)
-    said, bad = logits >= edge, jnp.isnan(logits)
-    right = ((said == (labels > 0.5)) & ~bad).astype(jnp.float32)
-    over = tuple(range(logits.ndim - 1))
-    yes, no = labels > 0.5, labels <= 0.5
-    nll = jax.nn.softplus(logits) - labels * logits
-    # [B]: an example is right as a whole where each of its labels that counts is.
-    weights = jnp.max(where, axis=-1)
-    whole = jnp.all((right > 0) | (where == 0), axis=-1)
-    probability = jax.nn.sigmoid(logits)
-    edges = _metrics.EDGES.reshape((1,) * logits.ndim + (-1,))
-    bins = jnp.sum(probability[..., None] > edges, axis=-1)
-    gaps = where * jnp.where(where > 0, labels - probability, 0)
-    shape = (logits.shape[-1], _metrics.BINS)
-    at = jnp.broadcast_to(jnp.arange(shape[0]), logits.shape), bins
-    return {
-      "accuracy": mean(right, where),
-      "exact": mean(whole, weights),
-      "nll": mean(nll, where),
-      "hits": jnp.sum(where * (yes & said & ~bad), axis=over),
-      "false": jnp.sum(where * (no & said & ~bad), axis=over),
-      "missed": jnp.sum(where * (yes & ~(said & ~bad)), axis=over),
-      "gaps": jnp.zeros(shape, jnp.float32).at[at].add(gaps),
-      "labels": jnp.sum(where, axis=over),
-    }
-
   def compared(student: Outputs, teacher: Outputs, batch: Batch) -> Sums:
     ours, theirs = (x.logits.astype(jnp.float32) for x in (student, teacher))
     where = counted(batch, ours, labelled=False)
@@ -409,35 +367,9 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     kl += (1 - p) * (jax.nn.log_sigmoid(-theirs) - jax.nn.log_sigmoid(-ours))
     return {"agreement": mean((ours >= edge) == (theirs >= edge), where), "kl": mean(kl, where)}
 
-  def finish(sums: Sums) -> dict[str, Any]:
-    rest = ("hits", "false", "missed", "gaps", "labels")
-    found = ratios({name: pair for name, pair in sums.items() if name not in rest})
-    if "labels" not in sums:  # there are none, and what compares with a teacher is all
-      return found
-    hits, false, missed, gaps, count = (np.asarray(sums[name]) for name in rest)
-    there = 2 * hits + false + missed
-    if there.any():
-      found["f1_micro"] = 2 * hits.sum() / there.sum()
-      found["f1_macro"] = (2 * hits[there > 0] / there[there > 0]).mean()
-    if count.any():
-      found["ece"] = (np.abs(gaps).sum(axis=1)[count > 0] / count[count > 0]).mean()
-    return found
-
   def each(outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
     logits = outputs.logits.astype(jnp.float32)
     return {"scores": logits, "labels": batch.labels, "where": counted(batch, logits)}
-
-  def of_all(kept: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, Any]:
-    del teacher
-    scores, labels, where = (
-      kept[name].reshape(-1, kept[name].shape[-1]) for name in ("scores", "labels", "where")
-    )
-    each = [
-      ranking.average_precision(scores[:, k], labels[:, k] > 0.5, where[:, k])
-      for k in range(scores.shape[1])
-    ]
-    known = [one for one in each if one is not None]
-    return {"map": float(np.mean(known))} if known else {}
 
   known = {
     "map": Metric("higher", percent=True, title="mean average precision"),
@@ -447,19 +379,87 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     "nll": _CLASSES["nll"],
     "ece": _CLASSES["ece"],
   }
-  check = functools.partial(_check_alike, "multilabel")
-  return Task("multilabel", known, sums, compared, finish, _logits_alone, each, of_all, check)
+  return Task(
+    "multilabel",
+    known,
+    functools.partial(_of_labels, edge),
+    compared,
+    finish=_labels_finished,
+    each=each,
+    of_all=_mean_average_precision,
+    check=_check_labels,
+  )
 
 
-def _check_alike(task: str, batches: Batch, outputs: Outputs) -> None:
-  """Raises where labels are not of the logits' shape."""
+def _of_labels(edge: float, outputs: Outputs, batch: Batch) -> Sums:
+  """Pairs, and beside them sums of each label ``[K]``, its calibration ``[K, 15]``."""
+  logits, labels = outputs.logits.astype(jnp.float32), jnp.asarray(batch.labels, jnp.float32)
+  where = counted(batch, logits)
+  labels = jnp.where(where > 0, labels, 0)
+  yes, bad = labels > 0.5, jnp.isnan(logits)
+  said = (logits >= edge) & ~bad
+  right = (said == yes) & ~bad
+  over = tuple(range(logits.ndim - 1))
+  probability = jax.nn.sigmoid(logits)
+  edges = _metrics.EDGES.reshape((1,) * logits.ndim + (-1,))
+  bins = jnp.sum(probability[..., None] > edges, axis=-1)
+  gaps = where * jnp.where(where > 0, labels - probability, 0)
+  shape = (logits.shape[-1], _metrics.BINS)
+  at = jnp.broadcast_to(jnp.arange(shape[0]), logits.shape), bins
+  return {
+    "accuracy": mean(right, where),
+    # [B]: an example is right as a whole where each of its labels that counts is.
+    "exact": mean(jnp.all(right | (where == 0), axis=-1), jnp.max(where, axis=-1)),
+    "nll": mean(jax.nn.softplus(logits) - labels * logits, where),
+    "hits": jnp.sum(where * (yes & said), axis=over),
+    "false": jnp.sum(where * (~yes & said), axis=over),
+    "missed": jnp.sum(where * (yes & ~said), axis=over),
+    "gaps": jnp.zeros(shape, jnp.float32).at[at].add(gaps),
+    "labels": jnp.sum(where, axis=over),
+  }
+
+
+def _labels_finished(sums: Sums) -> dict[str, Any]:
+  """What `_of_labels` adds up to."""
+  rest = ("hits", "false", "missed", "gaps", "labels")
+  found = ratios({name: pair for name, pair in sums.items() if name not in rest})
+  if "labels" not in sums:  # there are none, and what compares with a teacher is all
+    return found
+  hits, false, missed, gaps, count = (np.asarray(sums[name]) for name in rest)
+  there = 2 * hits + false + missed
+  if there.any():
+    found["f1_micro"] = 2 * hits.sum() / there.sum()
+    found["f1_macro"] = (2 * hits[there > 0] / there[there > 0]).mean()
+  if count.any():
+    found["ece"] = (np.abs(gaps).sum(axis=1)[count > 0] / count[count > 0]).mean()
+  return found
+
+
+def _mean_average_precision(
+  kept: Mapping[str, Any], teacher: Mapping[str, Any] | None
+) -> dict[str, Any]:
+  """The mean over the labels that some example has."""
+  del teacher
+  scores, labels, where = (
+    kept[name].reshape(-1, kept[name].shape[-1]) for name in ("scores", "labels", "where")
+  )
+  each = [
+    ranking.average_precision(scores[:, k], labels[:, k] > 0.5, where[:, k])
+    for k in range(scores.shape[1])
+  ]
+  known = [one for one in each if one is not None]
+  return {"map": float(np.mean(known))} if known else {}
+
+
+def _check_labels(batches: Batch, outputs: Outputs) -> None:
+  """Raises where labels are not of the logits' shape, or neither on nor off."""
   labels, logits = batches.labels, outputs.logits
   if np.shape(labels)[1:] != logits.shape:
     raise TypeError(
-      f"of the task {task!r} labels have the shape of the logits, {list(logits.shape)} in a batch, "
-      f"and the batches' are {list(np.shape(labels)[1:])}."
+      "of the task 'multilabel' labels have the shape of the logits, "
+      f"{list(logits.shape)} in a batch, and the batches' are {list(np.shape(labels)[1:])}."
     )
-  if task == "multilabel" and not np.isin(np.asarray(labels), (0, 1)).all():
+  if not np.isin(np.asarray(labels), (0, 1)).all():
     raise ValueError("of the task 'multilabel' labels are 0 or 1; soft ones are a teacher's.")
 
 
