@@ -1,4 +1,4 @@
-"""Every recipe of the library on one pair of networks, by one protocol, in one table.
+"""The library's methods for labels of one class on a pair of networks: one protocol, one table.
 
 The protocol is that of Tian, Krishnan, Isola, "Contrastive Representation Distillation", 2020
 (RepDistiller): SGD with momentum, the rate falling in three steps, weight decay, and the last
@@ -53,7 +53,7 @@ from jaxdistill import (
   teachers,
   train,
 )
-from jaxdistill.types import Model, Teacher
+from jaxdistill.types import Model, Teacher, Term
 
 SCRIPT = "experiments/methods.py"
 FEATURES = ("stem", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact")), "pooled")
@@ -150,6 +150,16 @@ class Method:
   weights: tuple[str, ...]
   first: Callable[[], Any] | None = None
   """The objective of a stage before it."""
+  shows: Callable[[Any], Any] | None = None
+  """What makes both networks put out more than the others need."""
+  own_past: bool = False
+  """Whether the teacher is the student itself, as labels alone had trained it."""
+
+
+def mimic(student: Any, teacher: Any, batch: Any, *, logit_weight: float = 1.0) -> dict[str, Term]:
+  """The teacher's logits alone: Ba, Caruana, "Do Deep Nets Really Need to be Deep?", 2014."""
+  del batch
+  return {"logits": Term(losses.logit_l2(student.logits, teacher.logits), weight=logit_weight)}
 
 
 METHODS = {
@@ -217,6 +227,35 @@ METHODS = {
     lambda _: recipes.correlation_congruence(), ("correlation_weight",)
   ),
   "crd": Method(lambda known: recipes.crd(known.labels), ("crd_weight",)),
+  "sdd": Method(
+    lambda _: recipes.sdd(),
+    ("soft_weight",),
+    shows=lambda network: recipes.with_class_maps(network, name="logit_map", bias=True),
+  ),
+  "mimic": Method(lambda _: mimic, ("logit_weight",)),
+  # TTM's authors have it beside CRD (vgg13 to vgg8), Sun et al. their z-scores in front of MLKD.
+  "wttm_crd": Method(
+    lambda known: recipes.combine(
+      recipes.wttm(), recipes.crd(known.labels, crd_weight=0.8, hard_weight=None)
+    ),
+    ("soft_weight", "crd_weight"),
+  ),
+  "mlkd_standardized": Method(
+    lambda _: recipes.mlkd(
+      temperatures=(2.0, 3.0, 5.0, 2.0, 6.0),
+      **dict.fromkeys(("soft_weight", "class_weight", "batch_weight"), 9.0),
+      standardize=True,
+    ),
+    ("soft_weight", "class_weight", "batch_weight"),
+  ),
+  # One generation (Furlanello et al., 2018), at temperature 1.
+  "born_again": Method(
+    lambda _: recipes.kd(temperature=1.0, soft_weight=1.0, hard_weight=1.0),
+    ("soft_weight",),
+    own_past=True,
+  ),
+  # The past is that of a whole run and not of an epoch ago; its share is the method's schedule.
+  "pskd": Method(lambda known: recipes.pskd(growth_steps=known.steps), (), own_past=True),
 }
 
 
@@ -298,6 +337,10 @@ class Bench:
       **rest,
     )
 
+  def past(self) -> Teacher:
+    """A student of labels alone, of a seed and an order that no other student has."""
+    return teachers.frozen(self.fit("past", self.student, recipes.labels(), self.config.epochs))
+
   def means(self, teacher: Teacher) -> Any:
     """The teacher's mean pooled feature of each class, over the training split."""
     batches = data.evaluation_batches(self.examples, batch_size=256, normalize=self.normalize)
@@ -326,7 +369,12 @@ class Bench:
 
 def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
   """A method's students, with the factor that is best on validation."""
-  config, epochs = bench.config, bench.config.epochs
+  config, epochs, student = bench.config, bench.config.epochs, bench.student
+  if method.own_past:
+    teacher = bench.past()
+  if method.shows is not None:
+    student = method.shows(student)
+    teacher = teachers.frozen(Model(method.shows(bench.teacher), teacher.variables))
   known = Known(
     config,
     bench.steps(epochs),
@@ -340,10 +388,10 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     return after_a_stage(bench, name, method, objective, before, teacher)
   if method.first is not None:
     options = {"rate": 0.2 * config.rate, "teacher": teacher}  # RepDistiller's 0.01, paraphraser
-    first = bench.fit(f"{name}/first", bench.student, method.first(), before, **options)
+    first = bench.fit(f"{name}/first", student, method.first(), before, **options)
     objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
-  found = bench.sweep(name, bench.student, objective, points, epochs, teacher=teacher)
+  found = bench.sweep(name, student, objective, points, epochs, teacher=teacher)
   return trained(config, found)
 
 
@@ -373,7 +421,9 @@ def after_a_stage(
 
 
 def scaled(objective: Any, weights: tuple[str, ...], factors: tuple[float, ...]) -> list[dict]:
-  """The published weights times each factor."""
+  """The published weights times each factor; a method without weights of its own comes once."""
+  if not weights:
+    return [{}]
   published = recipes.combine(objective).hyper
   return [{name: factor * published[name] for name in weights} for factor in factors]
 

@@ -37,6 +37,7 @@ def with_class_maps(
   layer: str = "stage3",
   classifier: str = "classifier",
   name: str = "class_maps",
+  bias: bool = False,
 ) -> Network:
   """A network that also puts out where in the image the evidence for each class is.
 
@@ -51,6 +52,8 @@ def with_class_maps(
     layer: a map ``[B, H, W, C]`` among its features.
     classifier: the path of a dense layer among its parameters, ``kernel`` ``[C, K]``.
     name: the new feature's.
+    bias: whether the classifier's bias is added at each position, so that the maps' mean is the
+      logits to rounding: what `logits.sdd` takes.
 
   Returns:
     The network, with the same variables.
@@ -85,13 +88,15 @@ def with_class_maps(
       )
     dtype = compute_dtype(maps)
     made = jnp.matmul(maps.astype(dtype), jnp.asarray(kernel, dtype))
+    if bias and "bias" in head:
+      made = made + jnp.asarray(head["bias"], dtype)[None, None, None]
     features = {**outputs.features, name: made}
     return dataclasses.replace(outputs, features=features), state
 
   def at_rest(paths: Collection[str]) -> Network:
     assert network.at_rest is not None
     rested = network.at_rest(paths)
-    return with_class_maps(rested, layer=layer, classifier=classifier, name=name)
+    return with_class_maps(rested, layer=layer, classifier=classifier, name=name, bias=bias)
 
   return dataclasses.replace(
     network, apply=apply, at_rest=None if network.at_rest is None else at_rest

@@ -338,8 +338,9 @@ def sdd(
   """Scale-decoupled distillation (SDD): soft targets of the whole image and of its regions.
 
   ``hard_weight * cross_entropy + soft_weight * scale_decoupled_kd``. The layers are maps of logits
-  ``[B, H, W, K]``, which a network has that applies its linear classifier at each position, sows
-  the result and puts out its mean: the same logits as of a classifier behind the mean.
+  ``[B, H, W, K]``, of a network that applies its linear classifier at each position and puts out
+  the mean: the same logits as of a classifier behind the mean, so that any network of that kind
+  has such a map by ``recipes.with_class_maps(network, name="logit_map", bias=True)``.
 
   Source: Wei, Luo, Luo, "Scaled Decoupled Distillation", 2024. Its code pools features to 4 x 4
   first, and has (1, 2, 4) for scales too. Its SD-DKD is `losses.region_weight` on DKD's values.

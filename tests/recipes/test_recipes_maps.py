@@ -270,6 +270,16 @@ def test_class_maps_average_to_the_logits_and_train_the_classifier():
   read = np.asarray(outputs.features["class_maps"], np.float64).mean((1, 2))
   bias = np.asarray(params["bias"])[None]
   np.testing.assert_allclose(read + bias, outputs.logits, rtol=1e-5, atol=1e-5)
+  # With a bias that is not 0, as a trained one is, the whole logits: what SDD's regions are of.
+  known = {**params, "bias": params["bias"] + 1.0}
+  moved = {**variables, "params": {**variables["params"], "classifier": known}}
+  whole = recipes.with_class_maps(student, name="logit_map", bias=True)
+  outputs, _ = whole.apply(moved, inputs, train=False, key=None)
+  assert np.all(np.asarray(known["bias"]) != 0)
+  mean = np.asarray(outputs.features["logit_map"], np.float64).mean((1, 2))
+  np.testing.assert_allclose(mean, outputs.logits, rtol=1e-5, atol=1e-5)
+  apart = np.asarray(outputs.features["logit_map"]) - np.asarray(outputs.features["class_maps"])
+  np.testing.assert_allclose(apart, np.broadcast_to(known["bias"], apart.shape), atol=1e-5)
   examples = data.from_arrays(inputs, rng.integers(0, 3, 6), num_classes=CLASSES)
   taught = teachers.frozen(Model(network(3), network(3).init(jax.random.key(1), inputs)))
   fitted = small_networks.fit(
