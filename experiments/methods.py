@@ -152,6 +152,8 @@ class Method:
   """The objective of a stage before it."""
   shows: Callable[[Any], Any] | None = None
   """What makes both networks put out more than the others need."""
+  two_views: bool = False
+  """Whether batches show each image twice, as it is and strongly augmented."""
   own_past: bool = False
   """Whether the teacher is the student itself, as labels alone had trained it."""
 
@@ -248,6 +250,18 @@ METHODS = {
     ),
     ("soft_weight", "class_weight", "batch_weight"),
   ),
+  "crld": Method(
+    lambda _: recipes.crld(),
+    ("within_weight", "cross_weight"),
+    shows=recipes.with_views,
+    two_views=True,
+  ),
+  "mlkd_two_views": Method(
+    lambda _: recipes.mlkd(two_views=True),
+    ("soft_weight", "class_weight", "batch_weight"),
+    shows=recipes.with_views,
+    two_views=True,
+  ),
   # One generation (Furlanello et al., 2018), at temperature 1.
   "born_again": Method(
     lambda _: recipes.kd(temperature=1.0, soft_weight=1.0, hard_weight=1.0),
@@ -289,6 +303,8 @@ class Bench:
     self.version = splits["train"].version
     self.shifted = data.crop(config.teacher_shift) if digits else data.crop_flip(padding=4)
     self.plain = data.crop(0) if digits else self.shifted
+    largest = 16.0 if digits else 255.0
+    self.twice = data.two_views(self.plain, data.rand_augment(after=self.plain, largest=largest))
     self.teacher = self.network(config.teacher_depth, config.teacher_width, "teacher")
     self.student = self.network(config.student_depth, config.student_width, "student")
     settings = {"experiment": "methods", **dataclasses.asdict(config)}
@@ -353,12 +369,13 @@ class Bench:
     self, name: str, student: Any, objective: Any, points: Any, epochs: int, **rest: Any
   ) -> search.Result:
     """The students of some points, each from all seeds."""
+    augmentation = rest.pop("augmentation", self.plain)
     return search.sweep(
       student,
       objective,
       points=points,
       seeds=range(self.config.seeds),
-      data=self.source(self.plain),
+      data=self.source(augmentation),
       optimizer=self.optimizer(self.steps(epochs)),
       steps=self.steps(epochs),
       choice=search.Choice(self.validation),
@@ -391,7 +408,8 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     first = bench.fit(f"{name}/first", student, method.first(), before, **options)
     objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
-  found = bench.sweep(name, student, objective, points, epochs, teacher=teacher)
+  shown = bench.twice if method.two_views else bench.plain
+  found = bench.sweep(name, student, objective, points, epochs, teacher=teacher, augmentation=shown)
   return trained(config, found)
 
 

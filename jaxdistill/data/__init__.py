@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     transformed,
   )
   from jaxdistill.data._streams import iterated, record_files, streamed
+  from jaxdistill.data._strong import rand_augment
   from jaxdistill.data._tfds import Digits, load, records, splits
   from jaxdistill.data._views import (
     CIFAR,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     epoch_order,
     identity,
     normalizer,
+    two_views,
   )
 
 __all__ = [
@@ -72,6 +74,7 @@ __all__ = [
   "mixed",  # mixes unlabelled transfer data into every batch, at a fixed share of it
   "normalizer",  # the function that a ``normalize`` argument stands for
   "on_device",  # keeps all examples on the device; an item is a row of indices
+  "rand_augment",  # strong augmentation: a few of fourteen operations, and a grey square
   "record_files",  # random access to the records of ArrayRecord files, one after another
   "records",  # opens a TFDS split for random access; nothing is decoded yet
   "some_labels",  # chooses which labels may be used: a share of them, the classes in proportion
@@ -79,6 +82,7 @@ __all__ = [
   "streamed",  # reads batches through Grain; an item carries the rows themselves
   "transformed",  # a source with a transform of whole batches: mixup, label smoothing
   "transforms",  # transforms of a batch, ``(key, Batch) -> Batch``, that both networks then see
+  "two_views",  # two looks at every example in a batch: weakly augmented, and strongly
 ]
 
 __getattr__, __dir__ = lazy(__name__)

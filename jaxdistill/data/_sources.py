@@ -369,6 +369,12 @@ def cutter(
   """The ``cut`` of a source: the same for every kind, so that their bits are the same."""
   check_augmentation(augmentation)
 
+  def shown(inputs: Any, *which: Any) -> Any:
+    looks = augment(augmentation, inputs, *which)
+    if augmentation.strong is None:
+      return finish(looks)
+    return {name: finish(look) for name, look in looks.items()}
+
   def cut(shared: PyTree, item: Mapping[str, Any]) -> Batch:
     # [B]. Arrays on the device are gathered inside the program; a stream's item brings its rows.
     index, seed, view = item["index"], item["data_seed"], item["view"]
@@ -384,7 +390,7 @@ def cutter(
       *(seed, index, view),
     )
     return Batch(
-      inputs=finish(augment(augmentation, rows["inputs"], seed, index, view)),
+      inputs=shown(rows["inputs"], seed, index, view),
       **{"weight": jnp.ones(index.shape, jnp.float32), **moved},
       index=index,
       view=jnp.broadcast_to(view, index.shape),
@@ -446,7 +452,8 @@ def whole_of(
 def view_count(augmentation: Augmentation, views: int | None) -> int | None:
   """V: what was asked for; 1 where all views are the same."""
   check_augmentation(augmentation)
-  return 1 if views is None and augmentation.choices == 1 else views
+  looks = [one for one in (augmentation, augmentation.strong) if one is not None]
+  return 1 if views is None and all(one.choices == 1 for one in looks) else views
 
 
 def view_numbers(seed: int, epochs: np.ndarray, views: int | None) -> dict[str, np.ndarray]:
@@ -525,7 +532,8 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
   Raises:
     TypeError: one of the two is no `Source`.
     ValueError: one of them is a mix, one of them would have no row in a batch, or their inputs
-      differ in structure, shape or dtype once normalised.
+      differ in structure, shape or dtype once normalised; when a batch is cut, one of them alone
+      shows two views.
 
   >>> from jaxdistill.data import from_arrays
   >>> from jaxdistill.data import on_device
@@ -557,6 +565,11 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     mine = source.cut(shared[0], item["source"])
     more = transfer.cut(shared[1], item["transfer"])
     count = more.index.shape[0]
+    if jax.tree.structure(mine.inputs) != jax.tree.structure(more.inputs):
+      raise ValueError(
+        f"{source.name!r} shows {source.augmentation!r} and {transfer.name!r} shows "
+        f"{transfer.augmentation!r}, of which one has two views: give both data.two_views."
+      )
 
     def of_mine(leaf: Any, fill: float) -> Any:
       return jnp.full((count, *leaf.shape[1:]), fill, leaf.dtype)

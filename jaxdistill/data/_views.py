@@ -1,7 +1,7 @@
 """What an epoch shows: its order, the views of an example, augmentation and normalisation.
 
 Everything random here is a function of numbers: an epoch's order of ``(data_seed, epoch)``, what a
-view shows of ``(data_seed, index, view)``.
+view shows of ``(data_seed, index, view)``; what its second look shows, of the same and a word.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ __all__ = [
   "epoch_order",
   "identity",
   "normalizer",
+  "two_views",
 ]
 
 # A function of a batch of inputs; or (mean, standard deviation) by channel; or None.
 Normalize = Callable[[Any], Any] | tuple[tuple[float, ...], tuple[float, ...]] | None
 # The word of a key that a plain seed leaves 0, so that no view shares its bits with a dropout mask.
 _VIEWS = np.uint32(0x76696577)
+# That of the strong looks, which must not follow from the weak ones.
+_STRONG = np.uint32(0x7374726F)
 
 
 class Arithmetic:
@@ -196,10 +199,10 @@ def epoch_order(data_seed: int, epoch: int, size: int) -> Int32[np.ndarray, " si
   return np.argsort(bits.random_raw(size), kind="stable").astype(np.int32)
 
 
-def _view_key(data_seed: Any, index: Any) -> Array:
+def _view_key(data_seed: Any, index: Any, word: np.uint32 = _VIEWS) -> Array:
   """The key of an example's views."""
   # The implementation by name: a user's default_prng_impl would change what every view shows.
-  words = jnp.stack([_VIEWS, jnp.asarray(data_seed, jnp.uint32)])
+  words = jnp.stack([word, jnp.asarray(data_seed, jnp.uint32)])
   return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), index)
 
 
@@ -230,6 +233,10 @@ def choice(
   >>> sorted(shown.tolist())
   [0, 1, 2, 3]
   """
+  return _choice(data_seed, index, view, choices, _VIEWS)
+
+
+def _choice(data_seed: Any, index: Any, view: Any, choices: int, word: np.uint32) -> Array:
   if choices == 1:
     return jnp.zeros((), jnp.int32)
   view = jnp.asarray(view, jnp.int32)
@@ -237,7 +244,7 @@ def choice(
   candidates = jnp.arange(choices, dtype=jnp.int32)
   # One word for each view of this round, of which there are as many as choices.
   keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    _view_key(data_seed, index), view - mine + candidates
+    _view_key(data_seed, index, word), view - mine + candidates
   )
   words = jax.random.key_data(keys)[:, 0]
   # Its rank among the round's words: a permutation without a sort. Ties go by the view's number.
@@ -258,12 +265,14 @@ class Augmentation:
     on_labels: ``(labels, choice) -> labels`` for one example whose labels lie on its image,
       ``[H, W, ...]``: what moves the image moves them too, and gives 0 where nothing was. It is
       called with what says which of them count, too. None where nothing says what becomes of them.
+    strong: a second augmentation, of which a batch shows a look beside this one's: `two_views`.
   """
 
   apply: Callable[[Any, Any], Any]
   choices: int | None
   name: str = "custom"
   on_labels: Callable[[Any, Any], Any] | None = None
+  strong: Augmentation | None = None
 
   def __post_init__(self) -> None:
     if self.choices is not None and self.choices < 1:
@@ -354,6 +363,40 @@ def crop_flip(padding: int = 4) -> Augmentation:
   )
 
 
+def two_views(weak: Augmentation, strong: Augmentation) -> Augmentation:
+  """Two looks at every example in a batch: weakly augmented, and strongly.
+
+  A batch's inputs are ``{"weak": inputs, "strong": inputs}``, each normalised, and all else is the
+  example's and there once: label, mask, weight, ``index`` and ``view``. Networks see both by
+  `jaxdistill.recipes.with_views`. A view's number decides both looks, the strong one by a word of
+  its own, so that the same augmentation twice is two looks; views that are counted
+  (``views=8``) show each pair again, and a cache of a teacher that sees both is exact. `mixup` and
+  `cutmix` mix both looks of an example with those of the same other one. Evaluation and the
+  deployed network have one input, as stored.
+
+  Args:
+    weak: as published, crops and flips: `crop_flip`.
+    strong: `rand_augment` after those, say.
+
+  Returns:
+    An augmentation for any source.
+
+  Raises:
+    TypeError: one of the two is no augmentation.
+    ValueError: one of the two has two views itself.
+
+  >>> pair = two_views(crop(1), crop(1))
+  >>> made = augment(pair, jnp.arange(32.0).reshape(2, 4, 4, 1), 0, jnp.arange(2), 0)
+  >>> sorted(made), made["weak"].shape, bool(jnp.all(made["weak"] == made["strong"]))
+  (['strong', 'weak'], (2, 4, 4, 1), False)
+  """
+  for name, one in (("weak", weak), ("strong", strong)):
+    check_augmentation(one, name)
+    if one.strong is not None:
+      raise ValueError(f"{name}={one.name!r} has two views itself: give one that has one.")
+  return dataclasses.replace(weak, name=f"two_views({weak.name}, {strong.name})", strong=strong)
+
+
 def augment(
   augmentation: Augmentation,
   inputs: PyTree[Shaped[Any, "B ..."]],
@@ -371,7 +414,7 @@ def augment(
     view: which view of them, from 0.
 
   Returns:
-    Inputs of the same shape and dtype.
+    Inputs of the same shape and dtype; of `two_views`, a dict of them.
 
   Raises:
     ValueError: the augmentation changes structure, shape or dtype.
@@ -381,9 +424,20 @@ def augment(
   >>> made.shape, made.dtype.name
   ((2, 4, 4, 1), 'uint8')
   """
+  weak = _augmented(augmentation, inputs, data_seed, index, view, _VIEWS)
+  if augmentation.strong is None:
+    return weak
+  strong = _augmented(augmentation.strong, inputs, data_seed, index, view, _STRONG)
+  return {"weak": weak, "strong": strong}
+
+
+def _augmented(
+  augmentation: Augmentation, inputs: PyTree, data_seed: Any, index: Any, view: Any, word: np.uint32
+) -> PyTree:
+  """One look at each example."""
   if augmentation.apply is identity.apply:
     return inputs
-  chosen = _chosen(augmentation, data_seed, index, view)
+  chosen = _chosen(augmentation, data_seed, index, view, word)
   # Each example by its own index, seed and view, so that the batch it comes in does not matter:
   # what a cache of a teacher's outputs relies on.
   made = jax.vmap(augmentation.apply)(inputs, chosen)
@@ -396,12 +450,14 @@ def augment(
   return made
 
 
-def _chosen(augmentation: Augmentation, data_seed: Any, index: Any, view: Any) -> Array:
+def _chosen(
+  augmentation: Augmentation, data_seed: Any, index: Any, view: Any, word: np.uint32 = _VIEWS
+) -> Array:
   """What `Augmentation.apply` is told of each example, ``[B]``: a choice, or a key."""
   choices = augmentation.choices
   if choices is None:
-    return jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i), view))(index)
-  return jax.vmap(lambda i: choice(data_seed, i, view, choices))(index)
+    return jax.vmap(lambda i: jax.random.fold_in(_view_key(data_seed, i, word), view))(index)
+  return jax.vmap(lambda i: _choice(data_seed, i, view, choices, word))(index)
 
 
 def augment_labels(
@@ -428,13 +484,19 @@ def augment_labels(
     The same, moved; ``labelled`` is 0 where the view shows what is beyond the image's edge.
 
   Raises:
-    ValueError: labels lie on the image, and the augmentation does not say what becomes of them.
+    ValueError: labels lie on the image, and the augmentation does not say what becomes of them, or
+      shows two views, which move them apart.
   """
   of = labels["labels"]
   size = of.shape[1:3]
   on_image = of.ndim > 2 and any(
     leaf.ndim == 4 and leaf.shape[1:3] == size for leaf in jax.tree.leaves(inputs)
   )
+  if on_image and augmentation.strong is not None:
+    raise ValueError(
+      f"the labels {of.shape} lie on the image, of which {augmentation.name!r} shows two views "
+      "with one label: give it one view, or labels of whole images."
+    )
   if not on_image or augmentation.apply is identity.apply:
     return labels
   move = augmentation.on_labels
@@ -465,9 +527,9 @@ def check_seed(data_seed: int) -> None:
     raise ValueError(f"data_seed must lie in 0 .. 2**32 - 1, got {data_seed}.") from None
 
 
-def check_augmentation(augmentation: Any) -> None:
+def check_augmentation(augmentation: Any, argument: str = "augmentation") -> None:
   """Raises for what is no augmentation."""
   if not isinstance(augmentation, Augmentation):
     raise TypeError(
-      f"augmentation={_check.show(augmentation)} must be an Augmentation, such as crop_flip(4)."
+      f"{argument}={_check.show(augmentation)} must be an Augmentation, such as crop_flip(4)."
     )

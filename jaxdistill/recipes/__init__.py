@@ -44,6 +44,7 @@ from jaxdistill.recipes.review import reviewkd
 from jaxdistill.recipes.self_distillation import pskd, tfkd, uskd
 from jaxdistill.recipes.simkd import simkd
 from jaxdistill.recipes.stages import activation_boundary, factor_transfer, fsp
+from jaxdistill.recipes.views import crld, with_views
 
 __all__ = [
   "activation_boundary",  # activation boundaries (AB)
@@ -52,6 +53,7 @@ __all__ = [
   "combine",  # adds objectives up: the union of their terms
   "correlation_congruence",  # correlation congruence (CC)
   "crd",  # contrastive representation distillation (CRD), with banks of all training examples
+  "crld",  # cross-view consistency (CRLD): two looks, each taught by what is said of either
   "ctkd",  # curriculum temperature (CTKD): the temperature is learned against the student
   "cwd",  # channel-wise distillation (CWD): where each channel is strongest
   "dist",  # DIST: correlations of predictions
@@ -67,7 +69,7 @@ __all__ = [
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
   "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
-  "mlkd",  # multi-level logit distillation (MLKD), of one view
+  "mlkd",  # multi-level logit distillation (MLKD), of one view or two
   "multi_label",  # labels that are each on or off, and soft ones (MLD)
   "nkd",  # normalised knowledge distillation (NKD)
   "norm_direction",  # norm and direction (ND): KD++, and the ++ of other methods
@@ -94,6 +96,7 @@ __all__ = [
   "vid",  # variational information distillation (VID): the teacher's stages
   "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
   "with_class_maps",  # a network that also puts out the maps of `catkd`
+  "with_views",  # a network that is shown two looks at each example
   "wsl",  # weighted soft labels (WSL)
   "wttm",  # weighted transformed teacher matching (WTTM)
 ]

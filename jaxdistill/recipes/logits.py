@@ -32,6 +32,7 @@ from jaxdistill.recipes.parts import (
   learned,
   present,
   recipe,
+  strong_view,
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
 
@@ -272,17 +273,20 @@ def mlkd(
   batch_weight: Number = 0.9,
   hard_weight: Number | None = 0.1,
   standardize: bool = False,
+  two_views: bool = False,
 ) -> dict[str, Term]:
-  """Multi-level logit distillation (MLKD), of one view: examples, classes and the batch.
+  """Multi-level logit distillation (MLKD): examples, classes and the batch; of one view or two.
 
   ``hard_weight * cross_entropy + the sum over temperatures of (soft_weight * soft_target_kl
   + class_weight * class_gram + batch_weight * batch_gram)``.
 
   Source: Jin, Wang, Lin, "Multi-Level Logit Distillation", 2023. Its networks see each image twice,
-  weakly and strongly augmented, and of the strong view it has the first term; here there is one
-  view, as in RLD's variant of it. Its masks of confident examples and classes multiply means that
-  are taken already, which halves them, and are left out. Logit standardisation's variant has
-  ``standardize=True``, the temperatures (2, 3, 5, 2, 6) and the weights 9.
+  weakly and strongly augmented, which is ``two_views=True``: of the strong view there are the
+  labels and the soft targets. With one view it is RLD's variant of it. The published code takes two
+  of the strong view's five temperatures, 2 and 6, of the weak one, by a slip. Its masks of
+  confident examples and classes multiply means that are taken already, which halves them, and are
+  left out. Logit standardisation's variant has ``standardize=True``, the temperatures (2, 3, 5, 2,
+  6) and the weights 9.
 
   Args:
     temperatures: of each term; the published code's for CIFAR-100.
@@ -292,14 +296,17 @@ def mlkd(
     batch_weight: of the correlation of examples, likewise.
     hard_weight: of the labels; None leaves that term out.
     standardize: whether the soft targets' logits become z-scores first, as in LSKD.
+    two_views: whether batches show two looks (`jaxdistill.data.two_views`) that both networks see
+      (`views.with_views`).
 
   Returns:
     An objective with the terms ``labels``, ``soft``, ``classes`` (one value per class) and
-    ``batch``. Unlabelled examples take part in all but the first, padding (weight 0) in none.
+    ``batch``; of two views also ``strong_labels`` and ``strong``, by the weights of the first two.
+    Unlabelled examples take part in all but the labels' terms, padding (weight 0) in none.
 
   Raises:
     TypeError: ``temperatures`` is no sequence.
-    ValueError: one of them is not positive.
+    ValueError: one of them is not positive; at the first step, a network saw one look of two.
   """
   ours, theirs = both_logits("mlkd", student, teacher)
   sharp = both_logits("mlkd", student, teacher, standardize=standardize)
@@ -314,12 +321,21 @@ def mlkd(
       (losses.batch_gram, (ours, theirs), {"where": counted}),
     )
   )
-  return {
+  terms = {
     "labels": hard_term(student, batch, hard_weight),
     "soft": Term(soft, weight=soft_weight),
     "classes": Term(classes, weight=class_weight, axis="classes"),
     "batch": Term(examples, weight=batch_weight),
   }
+  if two_views:
+    looks = strong_view(student, "student"), strong_view(teacher, "teacher")
+    pair = both_logits("mlkd", *looks, standardize=standardize)
+    strong = sum(losses.soft_target_kl(*pair, temperature=t) for t in temperatures)
+    terms |= {
+      "strong_labels": hard_term(looks[0], batch, hard_weight),
+      "strong": Term(strong, weight=soft_weight),
+    }
+  return terms
 
 
 @recipe

@@ -37,6 +37,7 @@ from jaxdistill.types import (
 __all__ = [
   "EPOCH",
   "STAGES",
+  "STRONG",
   "LogitLoss",
   "Modules",
   "Recipe",
@@ -60,6 +61,7 @@ __all__ = [
   "recipe",
   "rising",
   "stage_weights_or",
+  "strong_view",
 ]
 
 PyTree = Any
@@ -75,6 +77,8 @@ Modules = Mapping[str, tuple[Any, Any]]
 EPOCH = 781
 # The three stages of a CIFAR ResNet, as `jaxdistill.networks.models` sows them.
 STAGES = ("stage1", "stage2", "stage3")
+# What the names begin with of what a network of two views (`with_views`) says of the strong one.
+STRONG = "strong"
 
 
 # --- A method is a function. ---
@@ -375,6 +379,33 @@ def feature(outputs: Outputs | None, name: str, argument: str) -> Any:
       "networks.linen(module, features=[...]), or networks.nnx."
     )
   return outputs.features[name]
+
+
+def strong_view(outputs: Outputs | None, side: str) -> Outputs:
+  """What a network of two views (`jaxdistill.recipes.with_views`) puts out for the strong one.
+
+  Args:
+    outputs: the student's or the teacher's; shapes will do.
+    side: ``"student"`` or ``"teacher"``, for the message.
+
+  Returns:
+    Logits and features by their plain names.
+
+  Raises:
+    ValueError: it saw one view alone.
+
+  >>> seen = Outputs(jnp.zeros((1, 2)), {"strong/logits": jnp.ones((1, 2)), "mid": jnp.ones(1)})
+  >>> strong_view(seen, "student").logits.tolist()
+  [[1.0, 1.0]]
+  """
+  found = {} if outputs is None else outputs.features
+  named = {n.removeprefix(f"{STRONG}/"): x for n, x in found.items() if n.startswith(f"{STRONG}/")}
+  if not named:
+    raise ValueError(
+      f"the {side} saw one view of each example: give recipes.with_views(network), and data with "
+      "augmentation=data.two_views(weak, strong)."
+    )
+  return Outputs(logits=named.pop("logits", None), features=named)
 
 
 def layer_names(student_layer: Any, teacher_layer: Any = None) -> tuple[str, str]:
