@@ -152,6 +152,10 @@ class Method:
   """The objective of a stage before it."""
   shows: Callable[[Any], Any] | None = None
   """What makes both networks put out more than the others need."""
+  grows: Callable[[Any, Config], Any] | None = None
+  """What is trained in the student's place."""
+  folds: Callable[[Model, Any], Model] | None = None
+  """What makes the student of it again."""
   two_views: bool = False
   """Whether batches show each image twice, as it is and strongly augmented."""
   own_past: bool = False
@@ -261,6 +265,12 @@ METHODS = {
     ("soft_weight", "class_weight", "batch_weight"),
     shows=recipes.with_views,
     two_views=True,
+  ),
+  "many_to_one": Method(
+    lambda known: recipes.many_to_one(run_steps=known.steps),
+    ("norm_weight",),
+    grows=lambda network, config: recipes.with_many_to_one(network, config.teacher_width[-1]),
+    folds=recipes.fold_many_to_one,
   ),
   # One generation (Furlanello et al., 2018), at temperature 1.
   "born_again": Method(
@@ -389,6 +399,8 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
   config, epochs, student = bench.config, bench.config.epochs, bench.student
   if method.own_past:
     teacher = bench.past()
+  if method.grows is not None:
+    student = method.grows(student, config)
   if method.shows is not None:
     student = method.shows(student)
     teacher = teachers.frozen(Model(method.shows(bench.teacher), teacher.variables))
@@ -410,7 +422,10 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
   points = scaled(objective, method.weights, config.factors)
   shown = bench.twice if method.two_views else bench.plain
   found = bench.sweep(name, student, objective, points, epochs, teacher=teacher, augmentation=shown)
-  return trained(config, found)
+  row = trained(config, found)
+  if method.folds is not None:
+    row = dataclasses.replace(row, model=method.folds(row.model, bench.student))
+  return row
 
 
 def after_a_stage(

@@ -62,6 +62,7 @@ DISAGREE = {
   "inter_channel_correlation": ["torchdistill"],
   "inter_class_correlation": ["torchdistill", "paper"],
   "logit_l2": ["PyTorch", "TextBrewer", "paper"],
+  "many_to_one": ["published code"],
   "neuron_selectivity": ["RepDistiller", "TextBrewer"],
   "normalized_kd": ["cls_KD", "SDD"],
   "overhaul": ["mdistiller", "BatchNorm"],

@@ -23,6 +23,7 @@ from jaxdistill.losses.features import (
   hint_l2,
   hint_normalized,
   inter_channel_correlation,
+  many_to_one,
   neuron_selectivity,
   overhaul,
   overhaul_margin,
@@ -114,6 +115,7 @@ __all__ = [
   "inter_class_correlation",  # inter-class relation (DIST)
   "intra_class_correlation",  # intra-class relation (DIST)
   "logit_l2",  # logit regression (L2): mean squared error of the logits
+  "many_to_one",  # many-to-one matching (NORM): several segments, each of them the teacher's map
   "margin_mse",  # margin MSE: by how much the relevant candidate is ahead
   "neuron_selectivity",  # neuron selectivity transfer (NST): where channels fire
   "norm_and_direction",  # norm and direction (ND, of KD++): towards the class's mean

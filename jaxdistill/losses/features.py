@@ -59,6 +59,7 @@ __all__ = [
   "hint_l2",
   "hint_normalized",
   "inter_channel_correlation",
+  "many_to_one",
   "neuron_selectivity",
   "overhaul",
   "overhaul_margin",
@@ -98,6 +99,43 @@ def hint_l2(student: Features, teacher: Features) -> Float[Array, "B ..."]:
   student, teacher = pair(student, teacher)
   # A token is a value of its own, so that a mask over padding can still reach it: [B, L].
   return _mean_square(student - teacher)
+
+
+def many_to_one(student: Maps, teacher: Maps) -> Float[Array, " B"]:
+  """Many-to-one matching (NORM): the student's map in several segments, each of them the teacher's.
+
+  Σ_n mean (student_n − teacher)², student_n the n-th of N segments of the student's channels and
+  the mean over H, W and C.
+
+  Args:
+    student: ``[B, H, W, N · C]``, expanded to a multiple of the teacher's width.
+    teacher: ``[B, H', W', C]``; of two sizes the larger is average-pooled to the smaller.
+
+  Returns:
+    ``[B]``.
+
+  Raises:
+    ValueError: either is no map, or the student's width is no multiple of the teacher's.
+
+  Source: Liu, Li, Li, Yao, "NORM: Knowledge Distillation via N-to-One Representation Matching",
+  2023.
+
+  Other codes: this, as the mean over the batch, is the published code's for maps of one size; the
+  larger of two (on CIFAR the teacher's alone) it max-pools.
+
+  >>> student = jnp.array([1.0, 2.0, 5.0, 2.0]).reshape(1, 1, 1, 4)
+  >>> many_to_one(student, jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)).tolist()
+  [12.0]
+  """
+  wide, narrow = np.shape(student), np.shape(teacher)
+  if len(wide) != 4 or len(narrow) != 4 or wide[3] % narrow[3]:
+    raise ValueError(
+      f"student {wide} must be a map [B, H, W, N * C] for the teacher's [B, H, W, C] {narrow}: "
+      "expand it to a multiple of that width (recipes.with_many_to_one)."
+    )
+  segments = wide[3] // narrow[3]
+  # The mean over all N · C channels is a Nth of the sum over segments.
+  return segments * hint_l2(student, jnp.tile(jnp.asarray(teacher), (1, 1, 1, segments)))
 
 
 def hint_cosine(student: Features, teacher: Features) -> Float[Array, "B ..."]:

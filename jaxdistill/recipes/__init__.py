@@ -36,6 +36,7 @@ from jaxdistill.recipes.features import (
   vkd,
 )
 from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, sdd, ttm, wsl, wttm
+from jaxdistill.recipes.many_to_one import fold_many_to_one, many_to_one, with_many_to_one
 from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.prototypes import norm_direction
@@ -60,6 +61,7 @@ __all__ = [
   "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
   "factor_transfer",  # factor transfer (FT)
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
+  "fold_many_to_one",  # the student alone: the block of `many_to_one` folded into its classifier
   "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's
   "gaussian_regression",  # numbers and their doubt: Gaussian NLL of labels, KL of the teacher's
   "gdkd",  # generalised decoupled knowledge distillation (GDKD)
@@ -68,6 +70,7 @@ __all__ = [
   "kd",  # soft targets and hard labels: Hinton, Vinyals, Dean, "Distilling the Knowledge", 2015
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
+  "many_to_one",  # many-to-one matching (NORM): several segments, each of them the teacher's map
   "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
   "mlkd",  # multi-level logit distillation (MLKD), of one view or two
   "multi_label",  # labels that are each on or off, and soft ones (MLD)
@@ -96,6 +99,7 @@ __all__ = [
   "vid",  # variational information distillation (VID): the teacher's stages
   "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
   "with_class_maps",  # a network that also puts out the maps of `catkd`
+  "with_many_to_one",  # the student with the block that `many_to_one` matches in
   "with_views",  # a network that is shown two looks at each example
   "wsl",  # weighted soft labels (WSL)
   "wttm",  # weighted transformed teacher matching (WTTM)

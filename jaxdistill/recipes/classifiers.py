@@ -18,6 +18,7 @@ from jaxdistill.recipes.parts import (
   Running,
   feature,
   hard_term,
+  head_of,
   init_modules,
   layer_names,
   learned,
@@ -76,18 +77,9 @@ def with_class_maps(
   ) -> tuple[Outputs, dict[str, PyTree]]:
     outputs, state = network.apply(variables, inputs, train=train, key=key)
     maps = feature(outputs, layer, "layer")
-    head: Any = variables["params"]
-    for part in classifier.split("/"):
-      head = head.get(part) if isinstance(head, Mapping) else None
-    kernel: Any = head.get("kernel") if isinstance(head, Mapping) else None
-    if np.ndim(kernel) != 2 or np.ndim(maps) != 4 or np.shape(kernel)[0] != maps.shape[-1]:
-      raise ValueError(
-        f"classifier={classifier!r} has a kernel {np.shape(kernel) or None} for the map {layer!r} "
-        f"{maps.shape} of {network.name}; name the dense layer [C, K] that reads the mean of a map "
-        f"[B, H, W, C]. The parameters are {sorted(variables['params'])}."
-      )
+    head = head_of(variables, classifier, maps, f"{layer!r} of {network.name}")
     dtype = compute_dtype(maps)
-    made = jnp.matmul(maps.astype(dtype), jnp.asarray(kernel, dtype))
+    made = jnp.matmul(maps.astype(dtype), jnp.asarray(head["kernel"], dtype))
     if bias and "bias" in head:
       made = made + jnp.asarray(head["bias"], dtype)[None, None, None]
     features = {**outputs.features, name: made}

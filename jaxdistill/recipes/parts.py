@@ -51,6 +51,7 @@ __all__ = [
   "embeddings",
   "feature",
   "hard_term",
+  "head_of",
   "init_modules",
   "label_numbers",
   "layer_names",
@@ -406,6 +407,38 @@ def strong_view(outputs: Outputs | None, side: str) -> Outputs:
       "augmentation=data.two_views(weak, strong)."
     )
   return Outputs(logits=named.pop("logits", None), features=named)
+
+
+def head_of(variables: Mapping[str, Any], classifier: str, maps: Any, whose: str) -> Any:
+  """The dense layer of a network that reads the mean of a map.
+
+  Args:
+    variables: the network's.
+    classifier: its path among the parameters, ``"classifier"`` or ``"head/dense"``.
+    maps: ``[B, H, W, C]``, or their shape.
+    whose: of which map and network they are, for the message.
+
+  Returns:
+    ``{"kernel": [C, K], ...}``.
+
+  Raises:
+    ValueError: there is no such layer, or it reads another width.
+
+  >>> params = {"head": {"kernel": jnp.ones((4, 3))}}
+  >>> sorted(head_of({"params": params}, "head", jnp.ones((1, 2, 2, 4)), "'stage3' of resnet8"))
+  ['kernel']
+  """
+  head: Any = variables["params"]
+  for part in classifier.split("/"):
+    head = head.get(part) if isinstance(head, Mapping) else None
+  kernel: Any = head.get("kernel") if isinstance(head, Mapping) else None
+  if np.ndim(kernel) != 2 or len(maps.shape) != 4 or np.shape(kernel)[0] != maps.shape[-1]:
+    raise ValueError(
+      f"classifier={classifier!r} has a kernel {np.shape(kernel) or None} for the map {whose}, "
+      f"{tuple(maps.shape)}; name the dense layer [C, K] that reads the mean of a map "
+      f"[B, H, W, C]. The parameters are {sorted(variables['params'])}."
+    )
+  return head
 
 
 def layer_names(student_layer: Any, teacher_layer: Any = None) -> tuple[str, str]:

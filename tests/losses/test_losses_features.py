@@ -156,6 +156,11 @@ def ref_normalized(s, t):
   return np.where(d < 1, 0.5 * d**2, d - 0.5).mean(-1)
 
 
+def ref_many(s, t):
+  width = t.shape[-1]
+  return sum(ref_hint_l2(s[..., i : i + width], t) for i in range(0, s.shape[-1], width))
+
+
 def ref_relation(s, t, num_heads):
   def attention(x):
     width = x.shape[-1] // num_heads
@@ -207,6 +212,11 @@ FORMULAS = {
   "class_attention": (ref_cat, {"size": 3}, [(SAME, (B, 7, 3, C)), (MORE, LESS)]),
   "pairwise_structure": (ref_structure, {"window": 2}, [(SAME, WIDER), (MORE, (B, 5, 5, 2))]),
   "hint_normalized": (ref_normalized, {}, FLAT),
+  "many_to_one": (
+    ref_many,
+    {},
+    [(SAME, SAME), ((B, H, W, 3 * C), SAME), ((B, 7, 3, 2 * C), (B, 3, 5, C))],
+  ),
   "attention_relation": (ref_relation, {"num_heads": 2}, [((B, 5, 4), (B, 5, 6))]),
 }
 NAMES = pytest.mark.parametrize("name", FORMULAS)

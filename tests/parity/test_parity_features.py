@@ -289,3 +289,14 @@ def test_hint_normalized(shape):
     return functional.smooth_l1_loss(s, functional.layer_norm(t, shape[-1:]))
 
   check(losses.hint_normalized, theirs, numbers(34, *shape), numbers(35, *shape), alone=True)
+
+
+@pytest.mark.parametrize("sizes", SAME)
+@pytest.mark.parametrize("segments", [1, 3])
+def test_many_to_one(sizes, segments):
+  def theirs(s, t):
+    tiled = first(t).repeat(1, segments, 1, 1)
+    return functional.mse_loss(first(s), tiled) * segments
+
+  arrays = maps(36, sizes, student_width=segments * C)
+  check(losses.many_to_one, theirs, *arrays, alone=True)
