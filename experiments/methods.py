@@ -150,6 +150,11 @@ class Method:
   weights: tuple[str, ...]
   first: Callable[[], Any] | None = None
   """The objective of a stage before it."""
+  teacher: Callable[[], Teacher] | None = None
+  """What teaches in place of the large network."""
+  optimizer: Callable[..., Any] = train.optimizers.sgd
+  peers: bool = False
+  """Whether two of the students teach each other; the first is what is chosen and measured."""
 
 
 METHODS = {
@@ -217,6 +222,13 @@ METHODS = {
     lambda _: recipes.correlation_congruence(), ("correlation_weight",)
   ),
   "crd": Method(lambda known: recipes.crd(known.labels), ("crd_weight",)),
+  "dml": Method(lambda _: recipes.dml(), ("mutual_weight",), peers=True),
+  "mean_teacher": Method(
+    lambda known: recipes.mean_teacher(warmup_steps=known.share(5)),
+    ("consistency_weight",),
+    teacher=teachers.moving_average,
+  ),
+  "dot": Method(lambda _: recipes.kd(), ("soft_weight",), optimizer=train.optimizers.dot),
 }
 
 
@@ -279,10 +291,12 @@ class Bench:
     """Of so many epochs."""
     return epochs * (len(self.examples) // self.config.batch_size)
 
-  def optimizer(self, steps: int, rate: float | None = None) -> Any:
-    """The same for all."""
+  def optimizer(
+    self, steps: int, rate: float | None = None, make: Callable[..., Any] = train.optimizers.sgd
+  ) -> Any:
+    """The same for all; DOT is SGD with two momenta."""
     rate = self.config.rate if rate is None else rate
-    return train.optimizers.sgd(rate, steps=steps, weight_decay=self.config.weight_decay)
+    return make(rate, steps=steps, weight_decay=self.config.weight_decay)
 
   def fit(self, name: str, network: Any, objective: Any, epochs: int, **rest: Any) -> train.Fitted:
     """A single run: the teacher, and a stage of which all students take the result."""
@@ -310,13 +324,14 @@ class Bench:
     self, name: str, student: Any, objective: Any, points: Any, epochs: int, **rest: Any
   ) -> search.Result:
     """The students of some points, each from all seeds."""
+    make = rest.pop("make", train.optimizers.sgd)
     return search.sweep(
       student,
       objective,
       points=points,
       seeds=range(self.config.seeds),
       data=self.source(self.plain),
-      optimizer=self.optimizer(self.steps(epochs)),
+      optimizer=self.optimizer(self.steps(epochs), make=make),
       steps=self.steps(epochs),
       choice=search.Choice(self.validation),
       run=self.folder / name,
@@ -343,8 +358,14 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     first = bench.fit(f"{name}/first", bench.student, method.first(), before, **options)
     objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
-  found = bench.sweep(name, bench.student, objective, points, epochs, teacher=teacher)
-  return trained(config, found)
+  student = bench.student
+  if method.peers:
+    student = networks.cohort({"first": student, "second": student}, lead="first")
+  taught: Any = {"teacher": method.teacher() if method.teacher else teacher}
+  found = bench.sweep(name, student, objective, points, epochs, make=method.optimizer, **taught)
+  row = trained(config, found)
+  one = networks.members(row.model)["first"] if method.peers else row.model
+  return dataclasses.replace(row, model=one)
 
 
 def after_a_stage(
