@@ -158,8 +158,9 @@ class Method:
   """What makes the student of it again."""
   two_views: bool = False
   """Whether batches show each image twice, as it is and strongly augmented."""
-  own_past: bool = False
-  """Whether the teacher is the student itself, as labels alone had trained it."""
+  taught_by: Callable[[Bench], Teacher] | None = None
+  """What teaches in the large network's place."""
+  optimizer: Callable[..., Any] = train.optimizers.sgd
 
 
 def mimic(student: Any, teacher: Any, batch: Any, *, logit_weight: float = 1.0) -> dict[str, Term]:
@@ -276,10 +277,25 @@ METHODS = {
   "born_again": Method(
     lambda _: recipes.kd(temperature=1.0, soft_weight=1.0, hard_weight=1.0),
     ("soft_weight",),
-    own_past=True,
+    taught_by=lambda bench: bench.past(),
   ),
   # The past is that of a whole run and not of an epoch ago; its share is the method's schedule.
-  "pskd": Method(lambda known: recipes.pskd(growth_steps=known.steps), (), own_past=True),
+  "pskd": Method(
+    lambda known: recipes.pskd(growth_steps=known.steps), (), taught_by=lambda bench: bench.past()
+  ),
+  # Two students that differ in their first weights; one of them is chosen and measured.
+  "dml": Method(
+    lambda _: recipes.dml(),
+    ("mutual_weight",),
+    grows=lambda network, _: networks.cohort({"first": network, "second": network}, lead="first"),
+    folds=lambda model, _: networks.members(model)["first"],
+  ),
+  "mean_teacher": Method(
+    lambda known: recipes.mean_teacher(warmup_steps=known.share(5)),
+    ("consistency_weight",),
+    taught_by=lambda _: teachers.moving_average(),
+  ),
+  "dot": Method(lambda _: recipes.kd(), ("soft_weight",), optimizer=train.optimizers.dot),
 }
 
 
@@ -344,10 +360,12 @@ class Bench:
     """Of so many epochs."""
     return epochs * (len(self.examples) // self.config.batch_size)
 
-  def optimizer(self, steps: int, rate: float | None = None) -> Any:
-    """The same for all."""
+  def optimizer(
+    self, steps: int, rate: float | None = None, make: Callable[..., Any] = train.optimizers.sgd
+  ) -> Any:
+    """The same for all; DOT is SGD with two momenta."""
     rate = self.config.rate if rate is None else rate
-    return train.optimizers.sgd(rate, steps=steps, weight_decay=self.config.weight_decay)
+    return make(rate, steps=steps, weight_decay=self.config.weight_decay)
 
   def fit(self, name: str, network: Any, objective: Any, epochs: int, **rest: Any) -> train.Fitted:
     """A single run: the teacher, and a stage of which all students take the result."""
@@ -380,13 +398,14 @@ class Bench:
   ) -> search.Result:
     """The students of some points, each from all seeds."""
     augmentation = rest.pop("augmentation", self.plain)
+    make = rest.pop("make", train.optimizers.sgd)
     return search.sweep(
       student,
       objective,
       points=points,
       seeds=range(self.config.seeds),
       data=self.source(augmentation),
-      optimizer=self.optimizer(self.steps(epochs)),
+      optimizer=self.optimizer(self.steps(epochs), make=make),
       steps=self.steps(epochs),
       choice=search.Choice(self.validation),
       run=self.folder / name,
@@ -397,8 +416,8 @@ class Bench:
 def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
   """A method's students, with the factor that is best on validation."""
   config, epochs, student = bench.config, bench.config.epochs, bench.student
-  if method.own_past:
-    teacher = bench.past()
+  if method.taught_by is not None:
+    teacher = method.taught_by(bench)
   if method.grows is not None:
     student = method.grows(student, config)
   if method.shows is not None:
@@ -420,8 +439,16 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     first = bench.fit(f"{name}/first", student, method.first(), before, **options)
     objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
-  shown = bench.twice if method.two_views else bench.plain
-  found = bench.sweep(name, student, objective, points, epochs, teacher=teacher, augmentation=shown)
+  found = bench.sweep(
+    name,
+    student,
+    objective,
+    points,
+    epochs,
+    teacher=teacher,
+    augmentation=bench.twice if method.two_views else bench.plain,
+    make=method.optimizer,
+  )
   row = trained(config, found)
   if method.folds is not None:
     row = dataclasses.replace(row, model=method.folds(row.model, bench.student))

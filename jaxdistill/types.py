@@ -55,6 +55,7 @@ class Outputs:
     where: ``[B]``, 0 for examples of which the network says nothing, as a teacher of another
       program may; None where it answers them all. The step leaves these out of every term that
       looks at the teacher, and counts their labels as before.
+    members: of a cohort (`jaxdistill.networks.cohort`), by name what each network of it puts out.
   """
 
   logits: Any = None
@@ -62,6 +63,7 @@ class Outputs:
   hidden: Any = None
   head: Any = None
   where: Any = None
+  members: dict[str, Outputs] = flax.struct.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -71,7 +71,12 @@ from jaxdistill.losses.relations import (
   relational_distance,
   similarity_preserving,
 )
-from jaxdistill.losses.self_distillation import self_nontarget, self_target, virtual_teacher
+from jaxdistill.losses.self_distillation import (
+  consistency,
+  self_nontarget,
+  self_target,
+  virtual_teacher,
+)
 from jaxdistill.losses.views import (
   cross_view_kd,
   region_logits,
@@ -93,6 +98,7 @@ __all__ = [
   "class_attention",  # class attention (CAT-KD): where the evidence for each class is
   "class_gram",  # class correlation (MLKD): which classes are likely together
   "class_means",  # means of features by class, for `norm_and_direction`
+  "consistency",  # consistency (mean teacher): squared error of the probabilities
   "contrastive",  # contrastive distillation within the batch (InfoNCE), both ways round
   "contrastive_bank",  # contrastive representation distillation (CRD)
   "correlation_congruence",  # correlation congruence (CC)

@@ -1,6 +1,7 @@
 """Losses that need no teacher (self-distillation) ``[..., K]``: soft labels made of less.
 
-USKD makes them of the student's own answers, Tf-KD of the label alone. No class may be masked.
+USKD makes them of the student's own answers, Tf-KD of the label alone, mean teacher of what the
+student's own average answers. No class may be masked.
 Throughout, q = softmax(student_logits) and logarithms are natural.
 """
 
@@ -26,7 +27,35 @@ from jaxdistill.losses._log_space import (
   soften,
 )
 
-__all__ = ["self_nontarget", "self_target", "virtual_teacher"]
+__all__ = ["consistency", "self_nontarget", "self_target", "virtual_teacher"]
+
+
+def consistency(student_logits: Logits, teacher_logits: Logits) -> PerExample:
+  """Consistency (mean teacher): squared error of the probabilities.
+
+  mean_k (q_k − p_k)², q = softmax(student_logits), p = softmax(teacher_logits).
+
+  Args:
+    student_logits: ``[..., K]``, q's logits; no class masked to −inf.
+    teacher_logits: ``[..., K]``, p's logits: of the student's moving average, in the paper.
+
+  Returns:
+    ``[...]``.
+
+  Raises:
+    ValueError: the shapes differ.
+
+  Source: Tarvainen, Valpola, "Mean Teachers Are Better Role Models: Weight-Averaged Consistency
+  Targets Improve Semi-Supervised Deep Learning Results", 2017.
+
+  Other codes: the published code's is this, as the mean over the batch, before its weight of 100.
+
+  >>> consistency(jnp.array([[0.0, 0.0]]), jnp.log(jnp.array([[0.75, 0.25]]))).round(4).tolist()
+  [0.0625]
+  """
+  student, teacher = pair(student_logits, teacher_logits)
+  apart = jax.nn.softmax(soften(student, 1.0)) - jax.nn.softmax(soften(teacher, 1.0))
+  return jnp.mean(jnp.square(apart), axis=-1)
 
 
 def self_target(

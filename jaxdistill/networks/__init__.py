@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks import models as models
   from jaxdistill.networks import weights as weights
   from jaxdistill.networks._capturable import capturable
+  from jaxdistill.networks._cohort import cohort, members
   from jaxdistill.networks._features import Path
   from jaxdistill.networks._linen import linen
   from jaxdistill.networks._nnx import nnx, nnx_variables
@@ -20,8 +21,10 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
 __all__ = [
   "Path",  # where a feature comes from, when a string does not say enough
   "capturable",  # what can be captured from a network, by abstract evaluation only
+  "cohort",  # several networks as one, trained side by side, each deployed by itself
   "count_products",  # counts a network's matrix products and convolutions by the dtype that they
   "linen",  # a Linen module as a `Network`
+  "members",  # the members of a trained cohort, each a model by itself
   "mixed_precision",  # a network that keeps its parameters in float32 and computes in a shorter
   "models",  # networks that sow what there is to distil from
   "nnx",  # an NNX module as a `Network`

@@ -37,6 +37,7 @@ from jaxdistill.recipes.features import (
 )
 from jaxdistill.recipes.logits import ctkd, dist, kd_standardized, mlkd, ofa, sdd, ttm, wsl, wttm
 from jaxdistill.recipes.many_to_one import fold_many_to_one, many_to_one, with_many_to_one
+from jaxdistill.recipes.online import dml, each, mean_teacher
 from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.prototypes import norm_direction
@@ -59,6 +60,8 @@ __all__ = [
   "cwd",  # channel-wise distillation (CWD): where each channel is strongest
   "dist",  # DIST: correlations of predictions
   "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
+  "dml",  # deep mutual learning (DML): the members of a cohort teach each other
+  "each",  # an objective for each member of a cohort
   "factor_transfer",  # factor transfer (FT)
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
   "fold_many_to_one",  # the student alone: the block of `many_to_one` folded into its classifier
@@ -71,6 +74,7 @@ __all__ = [
   "kd_standardized",  # logit standardisation (LSKD)
   "labels",  # cross-entropy on the labels alone: the baseline that distillation has to beat
   "many_to_one",  # many-to-one matching (NORM): several segments, each of them the teacher's map
+  "mean_teacher",  # mean teacher: the student says what its own moving average says
   "mgd",  # masked generative distillation (MGD): the teacher's map from a part of the student's
   "mlkd",  # multi-level logit distillation (MLKD), of one view or two
   "multi_label",  # labels that are each on or off, and soft ones (MLD)

@@ -262,8 +262,9 @@ def compress(
     teacher_run=teacher_run,
   )
   train.check_teacher(teacher)
-  if teacher is None:
-    raise TypeError("teacher is None, and compress needs one; give teachers.frozen(model).")
+  if teacher is None or teachers.decay_of(teacher) is not None:
+    what = "None" if teacher is None else "a moving average of the student, which is not there yet"
+    raise TypeError(f"teacher is {what}, and compress needs one; give teachers.frozen(model).")
   for network in candidates.candidates.values():
     job.student_at(network, job.points[0])  # says what is wrong before anything is claimed
   assistants = Assistants() if assistants is None else assistants

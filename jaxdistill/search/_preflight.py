@@ -158,6 +158,11 @@ class _Asked:
         f"validation must be what data.evaluation_batches makes, got {_check.show(split)}."
       )
     check_teacher(self.teacher)
+    if teachers.decay_of(self.teacher) is not None:
+      raise ValueError(
+        "teacher is a moving average of the student, of which there is nothing to check before the "
+        "run: it begins as the student."
+      )
     _ = self.ran  # what is amiss with it says so before anything is measured
     if self.baseline is not None and not (self.student and self.teacher and self.has_labels):
       raise ValueError(

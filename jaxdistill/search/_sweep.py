@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, _compile, _extras, evaluation, runs, train
+from jaxdistill import _check, _compile, _extras, evaluation, runs, teachers, train
 from jaxdistill.data import Source
 from jaxdistill.search._choice import Choice, Halving, Result, best_of, measured
 from jaxdistill.search._grid import Group, Point, Student, grouped, seed_pairs
@@ -292,7 +292,8 @@ class _Job:
       scan = by == "vmap" or jax.default_backend() != "cpu"
       dispatch = train.with_students(self.mesh, seeds_by=by, scan=scan)
       # A teacher in the step is run once for all that are side by side.
-      most = at_once(group.network, sources[0]) if teacher is None else None
+      alone = teacher is None or teachers.decay_of(teacher) is not None
+      most = at_once(group.network, sources[0]) if alone else None
       return Program(plan, dispatch, longest=length, values=values, at_once=most)
 
     every = length * math.ceil(max(1000, steps // 10) / length)

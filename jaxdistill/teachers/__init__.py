@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     restore,
     subset,
   )
+  from jaxdistill.teachers._moving import decay_of, moving_average
   from jaxdistill.teachers.cache_writer import write
 
 __all__ = [
@@ -35,12 +36,14 @@ __all__ = [
   "cached",  # a source whose batches bring the teacher's outputs along
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again
+  "decay_of",  # of a teacher that is a moving average of its student
   "ensemble",  # any number of models, of any architectures, as one teacher
   "foreign",  # a Python function of arrays on the host as a teacher, of any program
   "frozen",  # a model as a teacher: evaluated in inference mode, gradients stopped
   "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1
   "layers",  # a teacher's layers as a student's beginning
   "members_of",  # the networks that a teacher is made of, as far as they are known
+  "moving_average",  # a teacher that is a moving average of its student: mean teacher
   "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "verify_cache",  # checks every digest, count and id of a cache

@@ -22,6 +22,7 @@ from flax import traverse_util
 from jaxdistill import _check, runs
 from jaxdistill.teachers import _identity
 from jaxdistill.teachers._foreign import OnHost
+from jaxdistill.teachers._moving import decay_of
 from jaxdistill.types import Batch, Model, Network, Outputs, Teacher, compute_dtype
 
 __all__ = [
@@ -97,6 +98,11 @@ def _teacher(name: str, given: Model | Teacher) -> Teacher:
     raise TypeError(
       f"{name}={_check.show(given)} must be a Model (what fit returns, or Model(network, "
       "variables)) or a Teacher."
+    )
+  if decay_of(given) is not None:
+    raise ValueError(
+      f"{name} is teachers.moving_average(), which is made of nothing yet: it teaches by itself, "
+      "as teacher= of fit. Of one that was trained, take Model(student, fitted.state.teacher)."
     )
   return given
 

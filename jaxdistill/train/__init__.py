@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_run,
     fit,
   )
+  from jaxdistill.train._generations import born_again
   from jaxdistill.train._identity import describe, described_data, described_student, traced
   from jaxdistill.train._loop import (
     Intervals,
@@ -35,7 +36,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     with_pmap,
     with_students,
   )
-  from jaxdistill.train._optax import Transformation, is_optimizer
+  from jaxdistill.train._optax import TermsApart, Transformation, is_optimizer
   from jaxdistill.train._plan import (
     Optimizer,
     Plan,
@@ -68,10 +69,12 @@ __all__ = [
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, Ctrl-C, its time is up): it has saved
+  "TermsApart",  # in an optimiser's state: it wants some terms' gradients by themselves
   "Transformation",  # one optimiser, as optax has them
   "Values",  # what differs between the students of one program
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
   "at_once",  # how many students a CPU trains best side by side
+  "born_again",  # born-again networks (BAN): generations, each taught by the one before
   "check_hyper",  # the objective's keywords: complete, with finite numbers
   "check_run",  # a `Run`, of a folder's path too
   "check_student",  # the network, and the variables that it starts from where a model is given

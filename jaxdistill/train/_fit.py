@@ -19,6 +19,7 @@ from jaxdistill import _check, _extras, export, runs
 from jaxdistill.data import Source
 from jaxdistill.evaluation import Validator
 from jaxdistill.runs import Checkpoints
+from jaxdistill.teachers import decay_of
 from jaxdistill.train import _identity, _mesh
 from jaxdistill.train._frozen import never_moved
 from jaxdistill.train._loop import (
@@ -246,7 +247,8 @@ def fit(
     steps: how many steps the whole run has.
     seed: fixes initialisation and dropout. A sequence trains one student for each in one program.
     teacher: from `jaxdistill.teachers`; None for training without one. Its variables are never
-      changed and never checkpointed, and stay where they lie on the devices.
+      changed and never checkpointed, and stay where they lie on the devices. Or a moving average of
+      the student (`teachers.moving_average`), which is a part of the run's state.
     accumulate: into how many micro-batches each batch is cut, to need less memory; the same
       gradient for a network without state across examples and without dropout. BatchNorm, and
       losses that relate examples, see the micro-batch.
@@ -395,6 +397,9 @@ def _say_form(plan: Plan, program: Program, log: Log) -> None:
   if program.plan.teacher is not plan.teacher:
     size = program.source.size
     log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")
+  if decay_of(plan.teacher) is not None:
+    what = "the student" if plan.average is None else f"its average (average={plan.average:g})"
+    log.say(f"the teacher is a moving average of the student; {what} is deployed.")
   if source := next((one for one in plan.sources if one.skipped), None):
     log.say(
       f"the teacher skipped {source.skipped:,} of {source.size:,} examples: they count in the "

@@ -134,7 +134,8 @@ def traced(plan: Plan, program: Program) -> dict[str, runs.Traced]:
   def update(grads: Any, opt_state: Any, params: Any, value: Any, mine: Any) -> Any:
     # A loss for those that evaluate it again: the step has the real one.
     loss = lambda params: value * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))  # noqa: E731
-    return _optax.update(optimizer_of(plan, mine), grads, opt_state, params, value=value, loss=loss)
+    parts = [grads] * (len(_optax.term_groups(opt_state)) + 1)
+    return _optax.update(optimizer_of(plan, mine), parts, opt_state, params, value=value, loss=loss)
 
   # All of it: several processes have read a part each.
   batch = jax.tree.map(

@@ -7,11 +7,13 @@ to evaluate it again (line searches), or that other parameters than the trained 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,11 +23,15 @@ from jaxdistill import _check
 from jaxdistill.train._zeros import zero_outputs
 
 __all__ = [
+  "TermsApart",
   "Transformation",
   "begin",
   "evaluated",
   "evaluates_others",
+  "grouped_terms",
   "is_optimizer",
+  "masked",
+  "term_groups",
   "unmoved",
   "update",
 ]
@@ -43,6 +49,21 @@ class _Lookahead(NamedTuple):
 
   slow: PyTree
   inner: Any
+
+
+@flax.struct.dataclass
+class TermsApart:
+  """In an optimiser's state: it wants the gradients of some of the objective's terms by themselves.
+
+  Its ``update`` is then called with the keyword ``gradients``: a list of trees like the gradient,
+  which is their sum, one of each group of terms and one of all other terms. A node without leaves:
+  nothing is computed for it but what it asks for, a pass back through the network for each group.
+
+  Attributes:
+    groups: names of terms; ``"labels"`` is also the term ``"small/labels"`` of a cohort's member.
+  """
+
+  groups: tuple[tuple[str, ...], ...] = flax.struct.field(pytree_node=False)
 
 
 _EVALUATED = (_Lookahead, SAMState, ScheduleFreeState)
@@ -95,6 +116,12 @@ def begin(optimizer: Any, trained: Trained) -> Any:
       "step has that of the batch's mean; train with it in a loop of your own, around "
       "jaxdistill.losses."
     )
+  if any(term_groups(one.inner_opt_state) for one in _found(state, optax.MultiStepsState)):
+    raise ValueError(
+      "the optimizer takes the gradients of some terms apart, and optax.MultiSteps around it would "
+      "hand on those of its last batch alone; let the step add batches up, accumulate=..."
+    )
+  term_groups(state)
   try:
     jax.eval_shape(evaluated, state, trained)
   except _FAILURES as error:
@@ -106,9 +133,45 @@ def begin(optimizer: Any, trained: Trained) -> Any:
   return state
 
 
+def term_groups(state: Any) -> tuple[tuple[str, ...], ...]:
+  """The groups of terms of which an optimiser wants the gradients apart, by its state; mostly none.
+
+  Raises:
+    ValueError: parts of it want different ones.
+  """
+  found = {one.groups for one in _found(state, TermsApart)}
+  if len(found) > 1:
+    raise ValueError(f"parts of the optimizer want other terms apart, {sorted(found)}: name one.")
+  return found.pop() if found else ()
+
+
+def grouped_terms(
+  terms: Mapping[str, Any], groups: tuple[tuple[str, ...], ...]
+) -> list[dict[str, Any]]:
+  """The terms of each group, and all others; all of them together where there is no group.
+
+  Raises:
+    ValueError: a group is empty.
+
+  >>> grouped_terms({"labels": 1, "soft": 2, "hint": 3}, (("labels",),))
+  [{'labels': 1}, {'soft': 2, 'hint': 3}]
+  """
+  rest, made = dict(terms), []
+  for group in groups:
+    mine = {n: term for n, term in rest.items() if n in group or n.rpartition("/")[2] in group}
+    if not mine:
+      raise ValueError(
+        f"the optimizer wants the gradient of {list(group)} apart, and the objective has the terms "
+        f"{sorted(terms)}: name those of the labels, train.optimizers.dot(apart=[...])."
+      )
+    rest = {name: term for name, term in rest.items() if name not in mine}
+    made.append(mine)
+  return [*made, rest]
+
+
 def update(
   optimizer: Any,
-  gradient: Trained,
+  parts: Sequence[Trained],
   state: Any,
   trained: Trained,
   *,
@@ -119,7 +182,7 @@ def update(
 
   Args:
     optimizer: any object with ``init`` and ``update``.
-    gradient: of the global batch.
+    parts: gradients of the global batch, whose sum is the loss's: one, or those of `term_groups`.
     state: the optimiser's.
     trained: the parameters.
     value: the loss that the gradient is of, ``[]``.
@@ -128,20 +191,26 @@ def update(
   Raises:
     ValueError: the optimiser's update fails, or asks for what no step has.
   """
-  tree, steps = _joined(trained), _joined(gradient)
+  tree, each = _joined(trained), [_joined(part) for part in parts]
+  gradient = jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *each)
 
   def value_fn(params: PyTree, obj_fn: Any = None, grad_fn: Any = None) -> jax.Array:
     # A line search hands on what it does not know to this function: two names that others ask for.
     del obj_fn, grad_fn
     return loss(_parted(_filled(params, tree), trained))  # under a mask, all else as it is
 
-  steps, state = _called(optimizer, steps, state, tree, _offered(value, steps, value_fn))
+  offered = _offered(value, gradient, value_fn, each)
+  steps, state = _called(optimizer, gradient, state, tree, offered)
   return _parted(optax.apply_updates(tree, steps), trained), state
 
 
-def _offered(value: Any, gradient: PyTree, value_fn: Callable[..., jax.Array]) -> dict[str, Any]:
+def _offered(
+  value: Any, gradient: PyTree, value_fn: Callable[..., jax.Array], parts: Sequence[PyTree]
+) -> dict[str, Any]:
   """What optimisers ask for beside the gradient, by the names that optax has for it."""
+  apart = {"gradients": list(parts)} if len(parts) > 1 else {}
   return {
+    **apart,
     "value": value,
     "grad": gradient,
     "value_fn": value_fn,
@@ -196,12 +265,12 @@ def _evaluated(state: Any, tree: PyTree) -> PyTree:
     if isinstance(one, _Lookahead):
       tree = one.slow
     elif isinstance(one, ScheduleFreeState):
-      mine = optax.contrib.schedule_free_eval_params(one, _masked(tree, one.z))
+      mine = optax.contrib.schedule_free_eval_params(one, masked(tree, one.z))
       tree = _filled(mine, tree)
     elif isinstance(one, SAMState):
       if one.cache is not None:
         there = one.steps_since_sync == 0
-        mine = _masked(tree, one.cache)
+        mine = masked(tree, one.cache)
         mine = jax.tree.map(lambda p, c, at=there: jnp.where(at, p, c), mine, one.cache)
         tree = _filled(mine, tree)
       tree = _evaluated(one.opt_state, tree)
@@ -228,7 +297,9 @@ def unmoved(optimizer: Any, trained: Trained) -> Trained:
       parts = [jnp.sum(p).astype(value.dtype) for p in jax.tree.leaves(params)]
       return value * jnp.stack(parts).sum()
 
-    steps, after = _called(optimizer, gradient, state, params, _offered(value, gradient, some))
+    parts = [gradient] * (len(term_groups(state)) + 1)
+    offered = _offered(value, gradient, some, parts)
+    steps, after = _called(optimizer, gradient, state, params, offered)
     return after, steps
 
   first, shapes = jax.make_jaxpr(lambda t: begin(optimizer, t), return_shape=True)(trained)
@@ -275,7 +346,7 @@ def _hidden(node: Any) -> bool:
   return isinstance(node, optax.MaskedNode)
 
 
-def _masked(tree: PyTree, like: PyTree) -> PyTree:
+def masked(tree: PyTree, like: PyTree) -> PyTree:
   """A tree with holes where another one has them: what `optax.masked` hides from who is inside."""
   return jax.tree.map(lambda hole, t: hole if _hidden(hole) else t, like, tree, is_leaf=_hidden)
 

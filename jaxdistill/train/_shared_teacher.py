@@ -14,7 +14,7 @@ import numpy as np
 from jaxdistill import runs
 from jaxdistill._compile import Deferred, quarter
 from jaxdistill.data import Source
-from jaxdistill.teachers import Filler, with_outputs
+from jaxdistill.teachers import Filler, decay_of, with_outputs
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._side_by_side import example_key, forward_of
 from jaxdistill.types import Batch, Network, Objective, Outputs, Teacher
@@ -105,6 +105,8 @@ def share_teacher(
     more, or an answer depends on the other examples in the batch.
   """
   first = sources[0]
+  if decay_of(teacher) is not None:  # it changes with the student
+    return None
   if first.augmentation != "identity" or first.whole is None or first.teacher is not None:
     return None
   if first.transform is not None or any(source.read is not first.read for source in sources):

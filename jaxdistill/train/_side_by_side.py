@@ -12,6 +12,7 @@ import jax
 
 from jaxdistill import _compile
 from jaxdistill.data import Source
+from jaxdistill.teachers import decay_of
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._plan import Plan
 from jaxdistill.types import Network, Outputs, Teacher
@@ -88,7 +89,9 @@ def form_of(dispatch: Dispatch, plan: Plan, shared: PyTree, item: PyTree) -> tup
   batch = jax.eval_shape(plan.sources[0].cut, shared, item)
   ours = students_by(plan.student, batch.inputs) == "unroll"
   taught = plan.teacher
-  theirs = taught is not None and _compile.convolves(Teacher.__call__, taught, batch)
+  # A moving average of the student has the student's own convolutions.
+  other = taught is not None and decay_of(taught) is None
+  theirs = other and _compile.convolves(Teacher.__call__, taught, batch)
   if seeds_by is None:
     # Each of them adds to the compilation.
     seeds_by = "unroll" if ours and len(plan.seeds) <= UNROLLED else "vmap"

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
+from jaxdistill.teachers import decay_of, frozen
 from jaxdistill.train import _optax
 from jaxdistill.train._optax import Transformation
 from jaxdistill.types import (
   Batch,
+  Model,
   Network,
   Objective,
   ObjectiveFunction,
@@ -31,6 +33,8 @@ __all__ = [
   "from_items",
   "init_state",
   "latest_variables",
+  "student_variables",
+  "teacher_now",
   "to_items",
   "trained_variables",
 ]
@@ -40,7 +44,7 @@ PyTree = Any
 
 @flax.struct.dataclass
 class State:
-  """Everything that a training run changes; the teacher is not in it.
+  """Everything that a training run changes; a frozen teacher is not in it.
 
   Attributes:
     step: int32, how many steps were taken.
@@ -52,6 +56,8 @@ class State:
     key: the run's random key; each step folds its number into it.
     average: a moving average of the deployed variables, which are the student's unless the
       objective says otherwise; None where none is kept.
+    teacher: a moving average of the student's variables, where that is what teaches it
+      (`teachers.moving_average`); else None.
   """
 
   step: Any
@@ -62,6 +68,7 @@ class State:
   opt_state: Any
   key: Any
   average: Any = None
+  teacher: Any = None
 
   @property
   def objective(self) -> tuple[PyTree, PyTree]:
@@ -80,11 +87,31 @@ def latest_variables(state: State, objective: Objective | ObjectiveFunction) -> 
   Where the optimiser has other parameters evaluated than it trains (schedule-free, lookahead),
   these; the statistics beside them are those of the trained ones.
   """
-  params, deployed = _evaluated(state), as_objective(objective).deployed
-  student = {"params": params["student"], **state.model_state}
+  deployed, student = as_objective(objective).deployed, student_variables(state)
   if deployed is None:
     return student
-  return deployed.variables(student, params["objective"], state.objective_state)
+  return deployed.variables(student, _evaluated(state)["objective"], state.objective_state)
+
+
+def student_variables(state: State) -> dict[str, PyTree]:
+  """The student's variables as the last step left them: what a moving average that teaches is of.
+
+  Where the optimiser has other parameters evaluated than it trains, these.
+  """
+  return {"params": _evaluated(state)["student"], **state.model_state}
+
+
+def teacher_now(
+  teacher: Teacher | None, student: Network, variables: PyTree | None
+) -> Teacher | None:
+  """The teacher of a step: where that is a moving average, the one of the run's state.
+
+  Args:
+    teacher: as given.
+    student: the network.
+    variables: the state's average of its variables.
+  """
+  return teacher if variables is None else frozen(Model(student, variables))
 
 
 def _evaluated(state: State) -> dict[str, PyTree]:
@@ -126,7 +153,7 @@ def init_state(
       ``"objective"``, those that the objective trains, where it has any.
     batch: an example batch; only its shapes and dtypes are used beyond the initialisers.
     teacher: the teacher, whose outputs' shapes the objective's parameters may depend on; shapes of
-      its variables are enough.
+      its variables are enough. A moving average of the student begins as the student.
     start: values for some of the student's variables, or for all, that replace the initialiser's:
       a part of the variables' tree (see `teachers.layers`).
     average: whether the state keeps a moving average of the deployed variables.
@@ -138,7 +165,8 @@ def init_state(
   Raises:
     TypeError: the teacher or the objective does not return what it should.
     ValueError: teacher and student differ in their classes, or do not run on the data with their
-      variables; ``start`` (or ``objective.start``) has a path that is not there, or another shape.
+      variables; there are two teachers, one of them in the batches; ``start`` (or
+      ``objective.start``) has a path that is not there, or another shape.
   """
   objective = as_objective(objective)
   # Three keys, so that an objective with more parameters does not change how the student begins.
@@ -149,7 +177,13 @@ def init_state(
   model_state = {name: value for name, value in variables.items() if name != "params"}
   # Shapes, by tracing alone: the objective builds its projectors for the widths that it finds.
   seen = _seen_in_training(student, variables, batch.inputs)
-  taught = _teacher_shapes(teacher, batch)
+  online = decay_of(teacher) is not None
+  if online and batch.teacher is not None:
+    raise ValueError(
+      "teacher is a moving average of the student, and the batches bring another teacher's outputs "
+      "along, which would be taken in its place: leave one of them out."
+    )
+  taught = _teacher_shapes(teacher_now(teacher, student, variables if online else None), batch)
   if objective.deployed is None:  # else the student's own logits are not what predicts
     _check_classes(seen, taught)
     _check_labels(seen, num_classes, student.name)
@@ -171,6 +205,7 @@ def init_state(
     objective_state=objective_state,
     opt_state=_optax.begin(optimizer, trained),
     key=run_key,
+    teacher=variables if online else None,
   )
   if objective.deployed is not None:
     network = objective.deployed.network(student)
@@ -201,6 +236,8 @@ def to_items(state: State, objective: Objective) -> dict[str, PyTree]:
     items["deployed"] = deployed_variables(state, objective)
   elif state.average is not None or _optax.evaluates_others(state.opt_state):
     items["trained"] = trained_variables(state)
+  if state.teacher is not None:
+    items["teacher"] = state.teacher
   return items
 
 
@@ -226,6 +263,7 @@ def from_items(items: Mapping[str, PyTree], shapes: State, objective: Objective)
     opt_state=items["optimizer"],
     key=items["progress"]["key"],
     average=None if shapes.average is None else averaged,
+    teacher=items.get("teacher"),
   )
 
 

@@ -8,6 +8,7 @@ global batch, with masks that cannot leak.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill._check import show, whole
+from jaxdistill.teachers import decay_of
 from jaxdistill.train import _optax
 from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.train._frozen import hold, without_moving
 from jaxdistill.train._optax import Transformation
-from jaxdistill.train._state import State, latest_variables
+from jaxdistill.train._state import State, latest_variables, student_variables, teacher_now
 from jaxdistill.types import (
   Batch,
   Network,
@@ -70,7 +72,8 @@ def make_step(
     student: the network to train.
     objective: an `Objective` or a bare function.
     optimizer: an optax optimiser, as given to `train.init_state`. One that takes more than the
-      gradient gets it (``value``, ``grad``, ``value_fn``: the loss, over all devices).
+      gradient gets it (``value``, ``grad``, ``value_fn``: the loss, over all devices), and one that
+      wants some terms' gradients apart (`train.TermsApart`) gets them from the same pass forward.
     hyper: values of the objective's keywords in place of its own: numbers, arrays, or schedules of
       the step; they may be traced, as a sweep's are.
     axis_name: the axis to sum over under `pmap`.
@@ -84,7 +87,8 @@ def make_step(
       (10 + step))`` so that the first steps do not weigh on it; None for none.
 
   Returns:
-    ``step(state, teacher, batch) -> (state, sums)``. ``teacher`` is None for training without one;
+    ``step(state, teacher, batch) -> (state, sums)``. ``teacher`` is None for training without one,
+    and the one that the state was made for where that is a moving average of the student;
     when a batch brings ``batch.teacher`` along, that is used and the teacher is not run; where that
     has a mask ``where``, the examples outside of it are padding to the terms that look at the
     teacher, and count in the others. ``sums``
@@ -145,22 +149,23 @@ class _Step:
       student=student,
       trained=trained,
       states=(state.model_state, state.objective_state),
-      teacher=teacher,
+      teacher=teacher_now(teacher, self.student, state.teacher),
       batch=batch,
       keys=(student_key, objective_key),
       keywords=_resolve(self.hyper, self.objective, state.step),
+      groups=_optax.term_groups(state.opt_state),
     )
     if self.accumulate == 1:
       # Outside of what is differentiated: the teacher's activations need not be kept for a backward
       # pass that would be stopped anyway.
       target = self.target(pass_)
-      grads, states, sums = self.gradients(pass_, target)
+      parts, states, sums = self.gradients(pass_, target)
       again = lambda trained: self.loss_again(trained, pass_, target)  # noqa: E731
     else:
-      grads, states, sums = self.accumulated(pass_)
+      parts, states, sums = self.accumulated(pass_)
       again = _not_in_parts
     trained, opt_state = _optax.update(
-      self.optimizer, grads, state.opt_state, trained, value=sums["loss"][0], loss=again
+      self.optimizer, parts, state.opt_state, trained, value=sums["loss"][0], loss=again
     )
     new_state = State(
       step=state.step + 1,
@@ -171,9 +176,17 @@ class _Step:
       opt_state=opt_state,
       key=state.key,
       average=state.average,
+      teacher=state.teacher,
     )
     if self.average is not None:
-      new_state = _averaged(new_state, latest_variables(new_state, self.objective), self.average)
+      latest = latest_variables(new_state, self.objective)
+      average = _moved(state.average, latest, state.step, self.average, settled=10)
+      new_state = dataclasses.replace(new_state, average=average)
+    decay = decay_of(teacher)
+    if decay is not None:
+      decay = decay(state.step) if callable(decay) else decay
+      taught = _moved(state.teacher, student_variables(new_state), state.step, decay, settled=2)
+      new_state = dataclasses.replace(new_state, teacher=taught)
     return new_state, sums
 
   def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
@@ -207,49 +220,59 @@ class _Step:
       return at.batch.teacher
     return at.teacher(at.batch)
 
-  def loss(
+  def losses(
     self,
     trained: PyTree,
     at: _Pass,
     target: Outputs | None,
     counts: Mapping[str, jax.Array] | None = None,
-  ) -> tuple[jax.Array, Any]:
-    """This device's share of the loss; the states after it, its sums, the student's logits."""
+  ) -> tuple[list[jax.Array], Any]:
+    """This device's share of each group's loss; the states after it, sums, the student's logits."""
     terms, states, logits = self.forward(trained, at, target)
-    loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
-    return loss, (states, sums, logits)
+    reduced = [
+      reduce_terms(some, at.batch, axis_name=self.axis_name, counts=counts)
+      for some in _optax.grouped_terms(terms, at.groups)
+    ]
+    sums = {name: both for _, each in reduced for name, both in each.items()}
+    return [loss for loss, _ in reduced], (states, {name: sums[name] for name in terms}, logits)
 
   def loss_again(self, trained: PyTree, at: _Pass, target: Outputs | None) -> jax.Array:
     """The loss of the same batch, with the same dropout, at other parameters: for a line search."""
     if self.axis_name is None:
-      return self.loss(trained, at, target)[0]
+      return _added(self.losses(trained, at, target)[0])
     # Each device has a copy of the parameters, and to differentiate is its own affair: of a sum
     # over devices it would get as many times its own share. The mean over the copies, whose value
     # is the parameters to the bit, makes of those the gradient of the whole.
     mean = jax.lax.pmean(trained, self.axis_name)
     still = jax.lax.stop_gradient
     trained = jax.tree.map(lambda p, m: still(p) + (m - still(m)), trained, mean)
-    return jax.lax.psum(self.loss(trained, at, target)[0], self.axis_name)
+    return jax.lax.psum(_added(self.losses(trained, at, target)[0]), self.axis_name)
 
   def gradients(
     self, at: _Pass, target: Outputs | None, counts: Mapping[str, jax.Array] | None = None
-  ) -> tuple[PyTree, PyTree, dict[str, Any]]:
-    """The gradient of this batch's share of the loss, the states after it, and its sums."""
-    share = jax.value_and_grad(self.loss, has_aux=True)
-    (loss, (states, sums, logits)), grads = share(at.trained, at, target, counts)
+  ) -> tuple[list[PyTree], PyTree, dict[str, Any]]:
+    """The gradients of this batch's share of the loss, the states after it, and its sums.
+
+    There is one gradient, but for an optimiser that wants some terms' apart: then one of each group
+    of terms, from one pass forward and a pass back for each.
+    """
+    share = lambda trained: self.losses(trained, at, target, counts)  # noqa: E731
+    each, back, (states, sums, logits) = jax.vjp(share, at.trained, has_aux=True)
+    ones = [[jnp.full_like(x, i == j) for j, x in enumerate(each)] for i in range(len(each))]
+    parts, loss = [back(one)[0] for one in ones], _added(each)
     # Under jit the batch is one global array, and its sums are global. Under pmap each device has
     # its share of the loss, divided by the global count already: gradients are summed.
     if self.axis_name is not None:
-      grads, loss = jax.lax.psum((grads, loss), self.axis_name)
+      parts, loss = jax.lax.psum((parts, loss), self.axis_name)
       states = _mean_over(self.axis_name, states)
     sums = {"loss": (loss, jnp.ones_like(loss)), **sums}
     return (
-      grads,
+      parts,
       _keep_dtypes(states, at.states),
       _add_progress(sums, logits, at.batch, self.axis_name),
     )
 
-  def accumulated(self, at: _Pass) -> tuple[PyTree, PyTree, dict[str, Any]]:
+  def accumulated(self, at: _Pass) -> tuple[list[PyTree], PyTree, dict[str, Any]]:
     """The same as `gradients` does, from micro-batches one after another.
 
     The mean of the micro-batches' means is not the mean of the batch where their masks differ: a
@@ -271,19 +294,23 @@ class _Step:
       counts = jax.lax.psum(counts, self.axis_name)
 
     def body(carry: PyTree, item: PyTree) -> tuple[PyTree, Any]:
-      grads, states = carry
+      gradients, states = carry
       part, its_keys = item
       mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
       more, states, sums = self.gradients(mine, self.target(mine), counts)
-      return (jax.tree.map(jnp.add, grads, more), states), sums
+      return (jax.tree.map(jnp.add, gradients, more), states), sums
 
-    zeros = jax.tree.map(jnp.zeros_like, at.trained)
-    (grads, states), sums = jax.lax.scan(
+    zeros = [jax.tree.map(jnp.zeros_like, at.trained)] * (len(at.groups) + 1)
+    (gradients, states), sums = jax.lax.scan(
       body, (zeros, at.states), (parts, keys), unroll=self.accumulate if self.unroll else 1
     )
     sums = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), sums)
     known = {**counts, "loss": jnp.ones_like(sums["loss"][1])}
-    return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+    return gradients, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
+
+
+def _added(losses: list[jax.Array]) -> jax.Array:
+  return functools.reduce(jnp.add, losses)
 
 
 def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
@@ -293,8 +320,11 @@ def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
   if outputs is None:
     return None
   values = {"logits": outputs.logits, "features": outputs.features, "hidden": outputs.hidden}
+  members: dict[str, Any] = {n: _without_padding(one, batch) for n, one in outputs.members.items()}
   return dataclasses.replace(
-    outputs, **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
+    outputs,
+    **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values),
+    members=members,
   )
 
 
@@ -356,6 +386,7 @@ class _Pass:
   batch: Batch
   keys: Any
   keywords: dict[str, Any]
+  groups: tuple[tuple[str, ...], ...]
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -375,20 +406,20 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
   return jax.tree.map(cut, batch)
 
 
-def _averaged(state: State, latest: PyTree, decay: float) -> State:
-  """Moves the average towards the new variables; counters and the like are copied."""
-  # a <- a + (1 - d) (w - a), with d = min(decay, (1 + t) / (10 + t)): the first weights are random,
-  # and a decay of 0.999 would keep a third of them for a thousand steps.
-  past = (state.step - 1).astype(jnp.float32)
-  share = 1 - jnp.minimum(decay, (1 + past) / (10 + past))
+def _moved(average: PyTree, latest: PyTree, step: jax.Array, decay: Any, *, settled: int) -> PyTree:
+  """The average moved towards the new variables; counters and the like are copied."""
+  # a <- a + (1 - d) (w - a), with d = min(decay, (1 + t) / (settled + t)) at step t: the first
+  # weights are random, and a decay of 0.999 would keep a third of them for a thousand steps.
+  past = step.astype(jnp.float32)
+  share = 1 - jnp.minimum(decay, (1 + past) / (settled + past))
 
   def move(old: jax.Array, new: jax.Array) -> jax.Array:
     if not jnp.issubdtype(new.dtype, jnp.inexact):
       return new
     return old + share.astype(new.dtype) * (new - old)
 
-  average = jax.tree.map(move, state.average, latest)
-  return dataclasses.replace(state, average=average)
+  moved: PyTree = jax.tree.map(move, average, latest)
+  return moved
 
 
 def _keep_dtypes(new: PyTree, old: PyTree) -> PyTree:

@@ -154,6 +154,7 @@ FORMULAS = {
     {"correct": 0.7, "temperature": 0.5},
     ref_virtual,
   ),
+  "consistency": ((Z, T), (), {}, {}, lambda s, t: ((softmax(s) - softmax(t)) ** 2).mean(-1)),
   "self_target": ((Z,), (LABELS,), {}, {}, ref_self_target),
   "self_nontarget": ((Z, W), (LABELS,), {}, {}, ref_self_nontarget),
   "scale_decoupled_kd": (

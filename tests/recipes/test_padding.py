@@ -113,6 +113,7 @@ MANY = {
   "sdd": lambda: as_maps_of_logits(recipes.sdd(student_layer="a", teacher_layer="a")),
   "tfkd": recipes.tfkd,
   "pskd": functools.partial(recipes.pskd, growth_steps=0),
+  "mean_teacher": functools.partial(recipes.mean_teacher, warmup_steps=0),
   "uskd": functools.partial(recipes.uskd, student_layer="a"),
   "norm_direction": functools.partial(
     recipes.norm_direction, normal(8, 3, 6), student_layer="v", warmup_steps=0

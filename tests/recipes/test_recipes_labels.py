@@ -28,7 +28,8 @@ OTHER_LABELS = {
   "teacher_bounded": np.ones((4, 3)),
   "gaussian_regression": np.ones(4),
 }
-PARTS = ("combine", "hint", "overhaul_margins", "recipe", "with_class_maps")
+# Parts of recipes, and what takes a cohort (`test_online.py`).
+PARTS = ("combine", "dml", "each", "hint", "overhaul_margins", "recipe", "with_class_maps")
 OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
 RECIPES = [name for name in OF_ALL if name != "labels"]
 

@@ -133,6 +133,14 @@ PUBLISHED = {
     ),
   ),
   "pskd": (recipes.pskd(), {"past_share": 0.3}, None, pskd),
+  "mean_teacher": (
+    recipes.mean_teacher(),
+    {"consistency_warmup": 0.25},
+    None,
+    lambda s, t, y, weight, known: (
+      of_labels(s, y, known) + 25 * mean(((softmax(s) - softmax(t)) ** 2).mean(-1), weight)
+    ),
+  ),
   "multi_label": (
     recipes.multi_label(),
     {},
