@@ -50,7 +50,7 @@ def imported(program):
 THEIRS = {
   "data": {"Digits", "load", "records", "splits"},
   "export": {"KINDS", "Check", "export", "export_file", "verify_exports"},
-  "networks": {"weights"},
+  "networks": {"pretrained", "weights"},
   "runs": {"find_collections", "nested_dicts", "read_foreign_orbax"},
 }
 

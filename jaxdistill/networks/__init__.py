@@ -10,6 +10,7 @@ from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks import models as models
+  from jaxdistill.networks import pretrained as pretrained
   from jaxdistill.networks import weights as weights
   from jaxdistill.networks._capturable import capturable
   from jaxdistill.networks._cohort import cohort, members
@@ -29,6 +30,7 @@ __all__ = [
   "models",  # networks that sow what there is to distil from
   "nnx",  # an NNX module as a `Network`
   "nnx_variables",  # the variables of a module, as its network takes them
+  "pretrained",  # language models in Hugging Face's folders, read into `models.Decoder` and written
   "weights",  # weights that other programs wrote, as variables of ours: Orbax, Flax's msgpack
 ]
 

@@ -10,11 +10,12 @@ A network from PyTorch has its axes in another order, which `linear` and `convol
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.serialization
 import jax
@@ -24,7 +25,17 @@ import numpy as np
 from jaxdistill import _check, _extras, runs
 from jaxdistill.runs import CheckpointError, first_few, listing, named_leaves
 
-__all__ = ["convolution", "linear", "msgpack", "orbax", "safetensors", "save_safetensors"]
+__all__ = [
+  "Tensor",
+  "as_like",
+  "convolution",
+  "linear",
+  "msgpack",
+  "opened",
+  "orbax",
+  "safetensors",
+  "save_safetensors",
+]
 
 PyTree = Any
 Collections = Sequence[str] | Mapping[str, str]
@@ -187,27 +198,69 @@ def safetensors(
   >>> variables["params"]["Dense_0"]["kernel"].shape
   (4, 3)
   """
+  with opened(path) as there:
+    place = _check.folder("path", path)
+    result: dict[tuple[str, ...], Any] = {}
+    for target, (tensor, function) in _targets(place, there, names).items():
+      result[target] = _tensor(there[tensor], tensor, function)
+  return _finish(f"the tensors of {place}", runs.nested_dicts(result), like)
+
+
+class Tensor(NamedTuple):
+  """A tensor of a safetensors file that is open.
+
+  Attributes:
+    shape: as the file has it.
+    read: reads it into memory; only now.
+  """
+
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[dict[str, Tensor]]:
+  """Opens safetensors for reading one tensor after the other, so that never all are in memory.
+
+  Args:
+    path: a file, an index (``...safetensors.index.json``) of several, or a folder that holds them.
+
+  Yields:
+    The tensors of all files by name.
+
+  Raises:
+    FileNotFoundError: there is nothing at ``path``, or a file that the index names is missing.
+    ValueError: a tensor is in two files, or a file is a pickle.
+    CheckpointError: a file is truncated, or no safetensors, or lacks what the index says it has.
+
+  >>> import tempfile
+  >>> with tempfile.TemporaryDirectory() as folder:
+  ...   save_safetensors(f"{folder}/a.safetensors", {"fc.weight": np.zeros((3, 4), np.float32)})
+  ...   with opened(folder) as tensors:
+  ...     tensors["fc.weight"].shape, tensors["fc.weight"].read().dtype.name
+  ((3, 4), 'float32')
+  """
   _extras.need("networks.weights.safetensors", "safetensors")
   place = _existing(path)
   with contextlib.ExitStack() as stack:
     # Handles, no arrays: a tensor is read when its turn comes.
-    there: dict[str, Any] = {}
+    there: dict[str, Tensor] = {}
     files, promised = _shards(place)
     for file in files:
-      for tensor, handle in _open(file, stack):
-        if tensor in there:
-          raise ValueError(f"path={place}: {tensor!r} is in two of its files; name one file.")
-        there[tensor] = handle
+      for name, handle in _open(file, stack):
+        if name in there:
+          raise ValueError(f"path={place}: {name!r} is in two of its files; name one file.")
+        shape = tuple(handle.get_slice(name).get_shape())
+        there[name] = Tensor(shape, functools.partial(_read, place, handle, name))
     if promised - set(there):
       missing = first_few(sorted(promised - set(there)))
       raise CheckpointError(f"the index of {place} names tensors that no file has: {missing}.")
-    result: dict[tuple[str, ...], Any] = {}
-    for target, (tensor, function) in _targets(place, there, names).items():
-      result[target] = _tensor(place, there[tensor], tensor, function)
-  return _finish(f"the tensors of {place}", runs.nested_dicts(result), like)
+    yield there
 
 
-def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
+def save_safetensors(
+  path: str | os.PathLike[str], variables: PyTree, *, metadata: Mapping[str, str] | None = None
+) -> None:
   """Saves variables as one safetensors file, each leaf under its path; whole or not at all.
 
   Lists come back from `safetensors` as dictionaries, and collections without leaves not at all.
@@ -215,6 +268,7 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
   Args:
     path: the file, ``.safetensors``; one that is there is replaced.
     variables: a pytree of arrays, such as ``{"params": ..., "batch_stats": ...}``.
+    metadata: words for the file's header; ``{"format": "pt"}`` is what transformers looks for.
 
   Raises:
     TypeError: a leaf is no array of a dtype that the format has.
@@ -241,7 +295,7 @@ def save_safetensors(path: str | os.PathLike[str], variables: PyTree) -> None:
     arrays[name] = np.array(leaf, order="C")
   file.parent.mkdir(parents=True, exist_ok=True)
   with runs.replacing(file) as writing:
-    safetensors.numpy.save_file(arrays, writing)
+    safetensors.numpy.save_file(arrays, writing, metadata=dict(metadata) if metadata else None)
 
 
 def linear(weight: np.ndarray) -> np.ndarray:
@@ -410,20 +464,24 @@ def _targets(
   return targets
 
 
-def _tensor(place: pathlib.Path, handle: Any, tensor: str, function: Function | None) -> np.ndarray:
+def _read(place: pathlib.Path, handle: Any, name: str) -> np.ndarray:
   try:
-    value = handle.get_tensor(tensor)
+    return handle.get_tensor(name)
   except Exception as error:
     raise CheckpointError(
-      f"{tensor!r} of {place} cannot be read into NumPy ({error}); convert its dtype."
+      f"{name!r} of {place} cannot be read into NumPy ({error}); convert its dtype."
     ) from error
+
+
+def _tensor(there: Tensor, name: str, function: Function | None) -> np.ndarray:
+  value = there.read()
   # A user's function on a user's tensor: its error is shown with the tensor's name.
   if function is None:
     return value
   try:
     return np.asarray(function(value))
   except Exception as error:
-    raise ValueError(f"the function that names gives for {tensor!r} failed: {error}") from error
+    raise ValueError(f"the function that names gives for {name!r} failed: {error}") from error
 
 
 def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
@@ -447,7 +505,7 @@ def _finish(where: str, variables: PyTree, like: PyTree | None) -> PyTree:
       f"{where} do not fit like. Missing: {first_few(missing)}. Unexpected: "
       f"{first_few(unexpected)}. Other shapes: {first_few(shapes)}."
     )
-  leaves = [_as_like(f"{name} of {where}", there[name], leaf) for name, leaf in wanted.items()]
+  leaves = [as_like(f"{name} of {where}", there[name], leaf) for name, leaf in wanted.items()]
   return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
@@ -459,7 +517,20 @@ def _as_it_is(where: str, value: Any) -> Any:
   return jnp.array(value) if value.dtype == jax.dtypes.canonicalize_dtype(value.dtype) else value
 
 
-def _as_like(where: str, value: Any, like: Any) -> jax.Array:
+def as_like(where: str, value: Any, like: Any) -> jax.Array:
+  """An array in another's float dtype and, where that is committed to one, its sharding.
+
+  Args:
+    where: what it is, for messages.
+    value: the array.
+    like: an array, a number, or a ``jax.ShapeDtypeStruct``.
+
+  Raises:
+    ValueError: other dtypes than floats differ, or a value is too large for the dtype.
+
+  >>> as_like("a", np.ones(2), jax.ShapeDtypeStruct((2,), jnp.bfloat16)).dtype.name
+  'bfloat16'
+  """
   value, dtype = np.asarray(value), jnp.asarray(like).dtype if np.isscalar(like) else like.dtype
   floats = [jax.dtypes.issubdtype(d, np.floating) for d in (value.dtype, dtype)]
   if not all(floats) and (any(floats) or not np.can_cast(value.dtype, dtype)):

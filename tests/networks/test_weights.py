@@ -327,7 +327,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   file = tmp_path / "a.safetensors"
   weights.save_safetensors(file, VARIABLES)
 
-  def fail(_, path):
+  def fail(_, path, **_options):
     pathlib.Path(path).write_bytes(b"half")
     raise OSError("No space left on device")
 

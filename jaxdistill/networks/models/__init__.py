@@ -5,6 +5,15 @@
 20
 """
 
+from jaxdistill.networks.models.decoder import (
+  Cache,
+  Decoder,
+  DecoderBlock,
+  DecoderConfig,
+  Rope,
+  stacked,
+  unstacked,
+)
 from jaxdistill.networks.models.resnet import (
   BasicBlock,
   ResNet,
@@ -32,10 +41,15 @@ from jaxdistill.networks.models.wide_resnet import (
 __all__ = [
   "MLP",
   "BasicBlock",
+  "Cache",
   "Conv3x3",
   "ConvNet",
+  "Decoder",
+  "DecoderBlock",
+  "DecoderConfig",
   "EncoderBlock",
   "ResNet",
+  "Rope",
   "VisionTransformer",
   "WideBlock",
   "WideResNet",
@@ -49,6 +63,8 @@ __all__ = [
   "resnet44",
   "resnet56",
   "resnet110",
+  "stacked",
+  "unstacked",
   "vit_tiny",
   "wrn_16_1",
   "wrn_16_2",
