@@ -145,11 +145,21 @@ def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
   Raises:
     TypeError: it puts out no logits.
   """
+  return _read(model, batch, tasks.classification()).logits
+
+
+def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
+  """What a task reads of a model's outputs."""
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
-  if not hasattr(logits, "shape"):
-    raise TypeError(f"the model must put out logits [B, K], and gave {_check.show(outputs)}.")
-  return logits
+  if not isinstance(outputs, Outputs):
+    raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
+  read = task.reads(outputs)
+  if not jax.tree.leaves(read):
+    raise TypeError(
+      f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
+      "network without logits the task says what it reads, evaluation.tasks.embedding('pooled')."
+    )
+  return read
 
 
 @flax.struct.dataclass
@@ -195,15 +205,7 @@ class _Asked:
 
   def of_one(self, model: Model | Teacher, batch: Batch) -> Outputs:
     """Of one model."""
-    outputs = model(batch)
-    if not isinstance(outputs, Outputs):
-      raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
-    read = self.task.reads(outputs)
-    if not hasattr(read.logits, "shape"):
-      raise TypeError(
-        f"the model must put out logits [B, K], and gave {_check.show(outputs)}: of a network "
-        "without them the task says what it reads, evaluation.tasks.embedding('pooled')."
-      )
+    read = _read(model, batch, self.task)
     # It answers all of them; made here, so that the mask lies where the outputs do.
     return dataclasses.replace(read, where=jnp.ones(batch.weight.shape[0], jnp.float32))
 
@@ -243,10 +245,9 @@ class _Measure:
 
 
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
-  """What is timed: the logits, or all outputs of a network that has none."""
+  """What is timed: what the model is deployed for."""
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
-  return logits if hasattr(logits, "shape") else outputs
+  return outputs.named() if isinstance(outputs, Outputs) else outputs
 
 
 def _seeds(model: Model | Teacher) -> int | None:
@@ -428,7 +429,8 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
     return batches, True
   # Whatever stands where labels would: it is not looked at.
   weight = np.shape(batches.weight)
-  places = (weight[0], *outputs.logits.shape[: max(1, outputs.logits.ndim - 1)])
+  one = jax.tree.leaves(outputs)[0] if outputs.logits is None else outputs.logits
+  places = (weight[0], *one.shape[: max(1, one.ndim - 1)])
   none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)
   batches = dataclasses.replace(batches, labels=none[0], labelled=none[1])
   try:

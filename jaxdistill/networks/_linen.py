@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.errors
 import flax.linen as nn
@@ -36,7 +36,7 @@ def linen(
   train_flag: str | None = "auto",
   rngs: Sequence[str] = ("dropout",),
   arguments: Callable[[Any], tuple[Any, ...] | Mapping[str, Any]] | None = None,
-  logits: Callable[[Any], Any] | None = None,
+  logits: Callable[[Any], Any] | Literal[False] | None = None,
   method: str | Callable[..., Any] | None = None,
   name: str | None = None,
 ) -> Network:
@@ -63,7 +63,8 @@ def linen(
     arguments: ``inputs -> tuple`` of positional or ``dict`` of keyword arguments, for several
       inputs; by default ``inputs`` is the one positional argument.
     logits: finds the logits in what the module returns. By default that is an array, or has a key
-      or an attribute ``logits``.
+      or an attribute ``logits``. False for a network without (embeddings, two towers): what the
+      module returns is then a feature, ``"output"``, or several by the keys of a dict.
     method: the method to call instead of ``__call__``; its name, or a function of the module.
     name: for messages and reports; the module's class by default.
 

@@ -61,6 +61,9 @@ class Choice:
     test: the test split; read once, for the chosen point of a `sweep` alone.
     task: what the labels mean, see `jaxdistill.evaluation.tasks`; one class an example where left
       out.
+    baseline: the objective on labels alone by which `compress` trains what it chose once more, to
+      tell what distillation adds: ``recipes.regression(hard_weight=1.0)``, say. By default
+      ``recipes.labels()`` where labels are classes, and nothing elsewhere.
 
   Raises:
     TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
@@ -73,6 +76,7 @@ class Choice:
   retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None
   test: Batch | None = None
   task: tasks.Task | None = None
+  baseline: Any = None
 
   def __post_init__(self) -> None:
     if not isinstance(self.task, tasks.Task | None):
