@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
+from jaxdistill.data import Batches
 from jaxdistill.evaluation import predictions, tasks
 from jaxdistill.evaluation.metrics import mean_std
 from jaxdistill.reports import Markup, csv_text, figures, grid, with_std
@@ -70,11 +71,11 @@ class Choice:
     ValueError: the metric is none of these, or no example of a split has a label.
   """
 
-  validation: Batch
+  validation: Batch | Batches
   metric: str = ""
   halving: Halving | None = None
   retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None
-  test: Batch | None = None
+  test: Batch | Batches | None = None
   task: tasks.Task | None = None
   baseline: Any = None
 
@@ -87,12 +88,12 @@ class Choice:
     object.__setattr__(self, "metric", self.metric or self.of.first)
     self.of.metric(self.metric)
     for name, split in (("validation", self.validation), ("test", self.test)):
-      if not (name == "test" and split is None) and not isinstance(split, Batch):
+      if not (name == "test" and split is None) and not isinstance(split, Batch | Batches):
         raise TypeError(
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
-          "[N, B, ...]."
+          "[N, B, ...], or data.Batches."
         )
-      if split is not None and not predictions.counted(split).any():
+      if split is not None and not predictions.labelled(split):
         raise ValueError(
           f"no example of {name} has a label, and {self.metric} is of labels: nothing could be "
           "chosen by it, nor told. Give a split that has some."

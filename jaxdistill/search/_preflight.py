@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check, evaluation, runs, teachers
-from jaxdistill.data import Source
+from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import cost, logits_of, predictions, tasks
 from jaxdistill.search._checks import pair_checks, teacher_checks
 from jaxdistill.search._checks.findings import Finding, PreflightWarning
@@ -58,7 +58,7 @@ def preflight(
   teacher: Teacher | None = None,
   steps: int = 1,
   seed: int = 0,
-  validation: Batch | None = None,
+  validation: Batch | Batches | None = None,
   task: tasks.Task | None = None,
   baseline: Any = None,
   teacher_run: str | os.PathLike[str] | None = None,
@@ -168,7 +168,7 @@ class _Asked:
   steps: int
   seed: int
   start: PyTree
-  validation: Batch | None
+  validation: Batch | Batches | None
   task: tasks.Task | None
   baseline: Any
   teacher_run: Any
@@ -179,7 +179,8 @@ class _Asked:
     if self.source is not None and not isinstance(self.source, Source):
       raise TypeError(f"data must be a Source, got {_check.show(self.source)}.")
     split = self.validation
-    if split is not None and not (isinstance(split, Batch) and np.ndim(split.weight) >= 2):
+    stacked = isinstance(split, Batch) and np.ndim(split.weight) >= 2
+    if split is not None and not (stacked or isinstance(split, Batches)):
       raise TypeError(
         f"validation must be what data.evaluation_batches makes, got {_check.show(split)}."
       )
@@ -233,12 +234,18 @@ class _Asked:
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
   @functools.cached_property
+  def held_first(self) -> Batch:
+    """The first validation batch."""
+    assert self.validation is not None
+    return evaluation.first_of(self.validation)
+
+  @functools.cached_property
   def example(self) -> Batch | None:
     """A single example."""
     if self.source is not None:
       return jax.tree.map(lambda leaf: leaf[:1], self.batch)
     if self.validation is not None:
-      return jax.tree.map(lambda leaf: leaf[0, :1], self.validation)
+      return jax.tree.map(lambda leaf: leaf[:1], self.held_first)
     return None
 
   @functools.cached_property
@@ -255,9 +262,9 @@ class _Asked:
   def has_labels(self) -> bool:
     """Whether there is a validation split with labels: with classes, where nobody said."""
     split = self.validation
-    if split is None or not predictions.counted(split).any():
+    if split is None or not predictions.labelled(split):
       return False
-    return self.task is not None or bool(np.issubdtype(split.labels.dtype, np.integer))
+    return self.task is not None or bool(np.issubdtype(self.held_first.labels.dtype, np.integer))
 
   @functools.cached_property
   def held_out(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -388,16 +395,17 @@ class _Asked:
     return [found]
 
   def labels(self) -> list[Finding | None]:
-    """What the task says of labels beside the student's outputs, in training and validation."""
+    """What the task says of labels beside the student's outputs, in the first batches."""
     assert self.student is not None
     assert self.task is not None
     key, task = jax.random.key(self.seed), self.task
     found: list[Finding | None] = []
-    trained = jax.tree.map(lambda leaf: leaf[None], self.batch) if self.source is not None else None
-    for name, split in (("data", trained), ("validation", self.validation)):
-      if split is None or not predictions.counted(split).any():
+    given = {"data": self.batch} if self.source is not None else {}
+    if self.validation is not None:
+      given["validation"] = self.held_first
+    for name, first in given.items():
+      if not predictions.counted(first).any():
         continue
-      first = jax.tree.map(lambda leaf: leaf[0], split)
 
       def said(batch: Batch) -> Outputs:
         started = self.start if isinstance(self.start, Mapping) else {}
@@ -407,12 +415,12 @@ class _Asked:
       shapes = jax.eval_shape(said, first)
       try:
         if task.check is not None:
-          task.check(split, shapes)
+          task.check(jax.tree.map(lambda leaf: leaf[None], first), shapes)
       except (TypeError, ValueError) as error:
         found.append(pair_checks.unfit_labels(name, error))
         continue
       logits = shapes.logits
-      numbers = np.issubdtype(split.labels.dtype, np.floating) and logits is not None
+      numbers = np.issubdtype(first.labels.dtype, np.floating) and logits is not None
       if numbers and logits.shape == first.labels.shape and name == "data":
         where = tasks.counted(first, first.labels)
         outputs = jax.jit(said)(first).logits

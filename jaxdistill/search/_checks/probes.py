@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill import _check, losses, runs
+from jaxdistill import _check, evaluation, losses, runs
 from jaxdistill._compile import quick
-from jaxdistill.data import Source
+from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import logits_of, tasks
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.train import State, init_state, reduce_terms
@@ -114,13 +114,13 @@ def curve(run: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, int | No
 
 
 def said_of(
-  models: Sequence[Model | Teacher], batches: Batch, *, most: int = 10_000
+  models: Sequence[Model | Teacher], batches: Batch | Batches, *, most: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray]:
   """What models say of the labelled examples of a split.
 
   Args:
     models: models or teachers, one after another.
-    batches: leaves ``[N, B, ...]``, with integer labels.
+    batches: leaves ``[N, B, ...]``, or what makes them, with integer labels.
     most: examples (or tokens) after which no further batch is looked at.
 
   Returns:
@@ -133,8 +133,7 @@ def said_of(
   one = jax.jit(logits_of)  # of models of one network, jit knows the program
   logits: list[list[np.ndarray]] = [[] for _ in models]
   labels: list[np.ndarray] = []
-  for i in range(len(batches.weight)):
-    batch = jax.tree.map(lambda leaf, i=i: leaf[i], batches)
+  for batch in evaluation.batches_of(batches):
     known = np.asarray(batch.labels)
     counted = np.asarray(tasks.counted(batch, batch.labels)) > 0
     for mine, model in zip(logits, models, strict=True):
