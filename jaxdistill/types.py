@@ -140,6 +140,28 @@ def with_logits(outputs: Outputs) -> Outputs:
     return outputs
   return dataclasses.replace(outputs, logits=outputs.head(outputs.hidden))
 
+  def named(self, names: Collection[str] | None = None) -> dict[str, Any]:
+    """What a network is deployed for, by name: its logits, or all features where it has none.
+
+    Args:
+      names: ``"logits"`` and features, in place of those.
+
+    Raises:
+      ValueError: one of them is not there, or nothing is.
+
+    >>> Outputs(features={"pooled": 1.0}).named(), Outputs(2.0, {"pooled": 1.0}).named(["pooled"])
+    ({'pooled': 1.0}, {'pooled': 1.0})
+    """
+    there = dict(self.features)
+    if self.logits is not None:
+      there["logits"] = self.logits
+    if names is None:
+      names = list(there) if self.logits is None else ["logits"]
+    missing = sorted(set(names) - set(there))
+    if missing or not names:
+      raise ValueError(f"outputs={sorted(names)} must be some of what is put out, {sorted(there)}.")
+    return {name: there[name] for name in sorted(names)}
+
 
 @flax.struct.dataclass
 class Batch:

@@ -11,6 +11,7 @@ from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data import transforms as transforms
+  from jaxdistill.data._batches import Batches, evaluation_batches
   from jaxdistill.data._examples import (
     Examples,
     Fields,
@@ -23,7 +24,6 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data._sources import (
     Part,
     Source,
-    evaluation_batches,
     mixed,
     on_device,
     transformed,
@@ -51,6 +51,7 @@ __all__ = [
   "CIFAR",  # mean and standard deviation of CIFAR's channels
   "DIGITS",  # the largest value of the handwritten digits
   "Augmentation",  # what may happen to an input before it is normalised
+  "Batches",  # the batches of a split, made one by one: of more than the device holds
   "Digits",  # handwritten digits that come with scikit-learn, as a TFDS set: no download
   "Examples",  # a split in memory, as stored: not normalised, not augmented
   "Fields",  # what of a row is the input and what is the label, where rows are dicts
@@ -64,7 +65,7 @@ __all__ = [
   "crop_flip",  # random crops and their mirror images, all numbered: what CIFAR is trained with
   "divide_by",  # a normalisation that casts to float32 and divides
   "epoch_order",  # the order in which an epoch shows the examples: a permutation of ``0 .. size-1``
-  "evaluation_batches",  # all examples as stacked batches ``[N, B, ...]`` in their own order
+  "evaluation_batches",  # all examples in batches in their own order, on the device or streamed
   "from_arrays",  # makes `Examples` of a user's own arrays
   "from_dicts",  # reads rows that are dicts into memory: all of them, once
   "from_sequence",  # opens rows that can be asked for by number

@@ -3,8 +3,7 @@
 A `Source` hands out items (which rows, which view) and one pure function, ``cut``, that makes a
 `Batch` of an item inside the compiled program. Sources differ in where the rows come from and in
 nothing else, so the batches of those on the device (`on_device`) and of streamed ones
-(`jaxdistill.data.streamed`) are equal bit by bit. `evaluation_batches` is no source: all examples,
-once.
+(`jaxdistill.data.streamed`) are equal bit by bit.
 """
 
 from __future__ import annotations
@@ -19,10 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, runs
-from jaxdistill._compile import brief
 from jaxdistill.data._examples import Examples, Records, ignored, label_mask
 from jaxdistill.data._views import (
-  Arithmetic,
   Augmentation,
   Normalize,
   augment,
@@ -43,7 +40,6 @@ __all__ = [
   "contents_of",
   "counted_labels",
   "cutter",
-  "evaluation_batches",
   "example_shapes",
   "mixed",
   "on_device",
@@ -693,76 +689,3 @@ def _normalised(source: Source) -> str:
   """A source's inputs as networks see them: structure, shapes and dtypes, as text."""
   made = jax.eval_shape(source.normalize, _batch_of_one(source.stored))
   return str(jax.tree.map(lambda one: f"{one.dtype}{list(one.shape[1:])}", made))
-
-
-def evaluation_batches(
-  examples: Examples, *, batch_size: int, normalize: Normalize = None, labelled: Any = None
-) -> Batch:
-  """All examples as stacked batches ``[N, B, ...]`` in their own order, the last one padded.
-
-  A padded row repeats row 0 with label 0, ``weight`` 0 and ``labelled`` 0, so that it counts for
-  nothing and is still an input that a network can take.
-
-  Args:
-    examples: from `load`, `from_arrays` or `from_dicts`.
-    batch_size: B; may exceed the number of examples.
-    normalize: of the inputs: a function, (mean, std) by channel, or None, which scales uint8 to
-      0 .. 1.
-    labelled: ``[N]``, whether an example's label may be used, or the leading axes of the labels; by
-      default all may (none where the set has no labels).
-
-  Returns:
-    A `Batch` whose leaves have the axes ``[N, B]`` first: scan over N, or index it.
-
-  Raises:
-    ValueError: ``batch_size`` or ``labelled`` does not fit.
-    TypeError: the inputs cannot lie on a device.
-
-  >>> from jaxdistill.data import from_arrays
-  >>> examples = from_arrays(np.ones((3, 1), np.float32), [0, 1, 1])
-  >>> batches = evaluation_batches(examples, batch_size=2)
-  >>> batches.weight.tolist(), batches.labels.tolist()
-  ([[1.0, 1.0], [1.0, 0.0]], [[0, 1], [1, 0]])
-  """
-  _check.whole("batch_size", batch_size)
-  check_in_memory("evaluation_batches", examples)
-  known = label_mask(examples, labelled)
-  size = len(examples)
-  count = -(-size // batch_size)
-  rows = np.arange(count * batch_size, dtype=np.int32)
-  real = rows < size
-  # Padding repeats row 0, with weight 0: a row of zeros may be NaN behind a user's normalisation.
-  rows = np.where(real, rows, 0).astype(np.int32)
-
-  def batched(leaf: Any) -> Any:
-    return leaf.reshape(count, batch_size, *leaf.shape[1:])
-
-  def of_real(leaf: np.ndarray) -> np.ndarray:
-    return np.where(np.expand_dims(real, tuple(range(1, leaf.ndim))), leaf, leaf.dtype.type(0))
-
-  used = rows_to_use(examples, known)
-  labels, labelled = counted_labels(used["labels"], used["labelled"], examples.ignore)
-  weight = used.get("weight", np.ones(size, np.float32))
-  rest = {
-    "labels": of_real(labels[rows]),
-    "weight": of_real(weight[rows]),
-    "labelled": of_real(labelled[rows]),
-    "index": rows,
-    "view": np.zeros_like(rows),
-  }
-  finish = _finisher(normalizer(normalize))
-  shown = [
-    jax.device_get(finish(jax.tree.map(lambda leaf, some=some: leaf[some], examples.inputs)))
-    for some in batched(rows)
-  ]
-  inputs = jax.tree.map(lambda *leaves: np.stack(leaves), *shown)
-  return Batch(**jax.device_put({"inputs": inputs, **jax.tree.map(batched, rest)}))
-
-
-@functools.lru_cache(32)
-def _finisher(finish: Callable[[Any], Any]) -> Callable[[PyTree], PyTree]:
-  """A normalisation of a batch, compiled once for all splits that are shown in such batches."""
-  if isinstance(finish, Arithmetic):
-    return finish
-  made: Callable[[PyTree], PyTree] = jax.jit(finish, compiler_options=brief())
-  return made

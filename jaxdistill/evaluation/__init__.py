@@ -23,13 +23,16 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     taught,
     validator,
   )
+  from jaxdistill.evaluation._programs import batches_of, first_of
 
 __all__ = [
   "Validator",  # what `validator` makes: ``model -> {name: number}`` of its task's metrics
+  "batches_of",  # the batches of a split one by one, on the device or streamed
   "cost",  # what a network costs: parameters, bytes, floating-point operations, and time
   "costs",  # what a deployed model costs, on this machine
   "evaluate",  # evaluates a model on a whole split, padded rows excluded exactly
   "examine",  # what `evaluate` does, and in the same pass what the model said of each example
+  "first_of",  # the first batch of a split
   "logits_of",  # what a model, or a teacher, says of a batch
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example

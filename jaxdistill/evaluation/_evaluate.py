@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.errors
 import flax.struct
@@ -17,8 +17,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill.data import Batches
 from jaxdistill.evaluation import cost, predictions, tasks
-from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
+from jaxdistill.evaluation._programs import (
+  Kept,
+  batches_of,
+  count_of,
+  first_of,
+  kept,
+  settled,
+)
 from jaxdistill.evaluation.tasks import Task
 from jaxdistill.teachers import answered, asked_on_host
 from jaxdistill.types import Batch, Model, Outputs, Teacher
@@ -33,6 +41,7 @@ __all__ = [
   "validator",
 ]
 
+Split = TypeVar("Split", bound=Batch | Batches)
 # What comes of variables that belong to another network.
 _MISFITS = (
   _check.VariablesError,
@@ -45,7 +54,7 @@ _MISFITS = (
 
 def evaluate(
   model: Model | Teacher,
-  batches: Batch,
+  batches: Batch | Batches,
   *,
   teacher: Teacher | None = None,
   task: Task | None = None,
@@ -58,7 +67,8 @@ def evaluate(
   Args:
     model: what `jaxdistill.fit` returned, ``Model(network, variables)``, or a teacher (an ensemble,
       say).
-    batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+    batches: leaves ``[N, B, ...]``, or `jaxdistill.data.Batches`, from
+      `jaxdistill.data.evaluation_batches`.
     teacher: to measure agreement with; by default what the batches bring along of one (`taught`).
     task: what the labels mean, see `evaluation.tasks`; one class an example where left out.
 
@@ -77,13 +87,14 @@ def evaluate(
 
 
 def examine(
-  model: Model | Teacher, batches: Batch, *, teacher: Teacher | None = None
+  model: Model | Teacher, batches: Batch | Batches, *, teacher: Teacher | None = None
 ) -> tuple[dict[str, np.ndarray], predictions.Answers]:
   """What `evaluate` does of one class an example, and in the same pass what was said of each.
 
   Args:
     model: a model, or a teacher.
-    batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+    batches: leaves ``[N, B, ...]``, or `jaxdistill.data.Batches`, from
+      `jaxdistill.data.evaluation_batches`.
     teacher: to measure agreement with, as in `evaluate`.
 
   Returns:
@@ -92,7 +103,7 @@ def examine(
   """
   one = _Pass(model, batches, teacher, tasks.classification())
   found = one()
-  where = predictions.counted(batches)
+  where = np.concatenate([predictions.counted(said.there) for said in found])
   each = jax.device_get([said.answers for said in found])
   joined = {
     name: np.atleast_2d(np.concatenate([answers[name] for answers in each], axis=-1))[:, where]
@@ -101,12 +112,13 @@ def examine(
   return one.finished(found), predictions.Answers(**joined)
 
 
-def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Batch:
+def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Split:
   """The batches with what a teacher says of them: it is asked once, for any number of students.
 
   Args:
     teacher: the teacher.
-    batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
+    batches: leaves ``[N, B, ...]``, or `jaxdistill.data.Batches`, from
+      `jaxdistill.data.evaluation_batches`.
     task: which of its outputs are kept: those that the task reads, logits where left out.
 
   Returns:
@@ -125,8 +137,8 @@ def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Bat
   else:
     teacher = settled(teacher)
     with _fitting(None):
-      asked = kept(_Asked(task), teacher, next(batches_of(batches)))
-    ask = asked.compiled(len(batches.weight))
+      asked = kept(_Asked(task), teacher, first_of(batches))
+    ask = asked.compiled(count_of(batches))
     said = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
     found = [dataclasses.replace(one, where=None) for one in said]
   return dataclasses.replace(batches, teacher=jax.tree.map(lambda *x: np.stack(x), *found))
@@ -145,11 +157,21 @@ def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
   Raises:
     TypeError: it puts out no logits.
   """
+  return _read(model, batch, tasks.classification()).logits
+
+
+def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
+  """What a task reads of a model's outputs."""
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
-  if not hasattr(logits, "shape"):
-    raise TypeError(f"the model must put out logits [B, K], and gave {_check.show(outputs)}.")
-  return logits
+  if not isinstance(outputs, Outputs):
+    raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
+  read = task.reads(outputs)
+  if not jax.tree.leaves(read):
+    raise TypeError(
+      f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
+      "network without logits the task says what it reads, evaluation.tasks.embedding('pooled')."
+    )
+  return read
 
 
 @flax.struct.dataclass
@@ -162,6 +184,8 @@ class _Measured:
   answers: Any
   # Of the teacher: what is kept of each example, and which examples it answered.
   beside: Any = None
+  # On the host: the batch's weights and which of its labels are known.
+  there: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,15 +219,7 @@ class _Asked:
 
   def of_one(self, model: Model | Teacher, batch: Batch) -> Outputs:
     """Of one model."""
-    outputs = model(batch)
-    if not isinstance(outputs, Outputs):
-      raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
-    read = self.task.reads(outputs)
-    if not hasattr(read.logits, "shape"):
-      raise TypeError(
-        f"the model must put out logits [B, K], and gave {_check.show(outputs)}: of a network "
-        "without them the task says what it reads, evaluation.tasks.embedding('pooled')."
-      )
+    read = _read(model, batch, self.task)
     # It answers all of them; made here, so that the mask lies where the outputs do.
     return dataclasses.replace(read, where=jnp.ones(batch.weight.shape[0], jnp.float32))
 
@@ -243,10 +259,9 @@ class _Measure:
 
 
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
-  """What is timed: the logits, or all outputs of a network that has none."""
+  """What is timed: what the model is deployed for."""
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
-  return logits if hasattr(logits, "shape") else outputs
+  return outputs.named() if isinstance(outputs, Outputs) else outputs
 
 
 def _seeds(model: Model | Teacher) -> int | None:
@@ -287,7 +302,7 @@ def _task(task: Any) -> Task:
 class _Pass:
   """A model, and a teacher, on the batches of a split: checked, and compiled at the first call."""
 
-  def __init__(self, model: Any, batches: Batch, teacher: Any, task: Task) -> None:
+  def __init__(self, model: Any, batches: Batch | Batches, teacher: Any, task: Task) -> None:
     """Checks whether the arguments go together; they may be shapes."""
     _check_batches(batches)
     _check_model(model)
@@ -300,7 +315,7 @@ class _Pass:
     self.model, self.teacher = settled((model, teacher))
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: Kept | None = None
-    first = next(batches_of(batches))
+    first = first_of(batches)
     asks = _Asked(task, _mesh_of(self.model))
     with _fitting(_seeds(model)):
       model = _of_batch(model, first)
@@ -308,8 +323,12 @@ class _Pass:
     of_one = outputs.outputs
     if _seeds(model) is not None:
       of_one = jax.tree.map(lambda leaf: leaf.update(shape=leaf.shape[1:]), of_one)
-    self.batches, labels = _with_labels(batches, of_one, task)
-    first = next(batches_of(self.batches))
+    self.batches, self.of_one = batches, of_one
+    if isinstance(batches, Batch):
+      self.batches, self.labels = _with_labels(batches, of_one, task)
+      first = first_of(self.batches)
+    else:
+      first, self.labels = _with_labels_of_one(first, of_one, task, batches.has_labels)
     with _fitting(_seeds(model)):
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
@@ -321,7 +340,9 @@ class _Pass:
         said = self.asked.outputs
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
-      self.program = kept(_Measure(outputs.traced, task, labels), model, said, self._shown(first))
+      self.first = self._shown(first)
+      measures = _Measure(outputs.traced, task, self.labels)
+      self.program = kept(measures, model, said, self.first)
 
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch: a network sees no teacher's outputs."""
@@ -329,24 +350,35 @@ class _Pass:
 
   def compile(self, calls: float) -> None:
     """Begins to compile in the background, for so many passes without a teacher."""
-    count = len(self.batches.weight)
-    first = self._shown(next(batches_of(self.batches)))
-    self.program.compiled(calls * count).compile(self.model, self.mute, first)
+    count = count_of(self.batches)
+    self.program.compiled(calls * count).compile(self.model, self.mute, self.first)
+
+  def _each(self) -> Iterator[Batch]:
+    """The batches; those that are streamed are checked when they come."""
+    for batch in batches_of(self.batches):
+      if isinstance(self.batches, Batches):
+        batch, _ = _with_labels_of_one(batch, self.of_one, self.task, self.labels)
+      yield batch
 
   def __call__(self, calls: float = 1) -> list[_Measured]:
-    """Goes through the batches, once of so many times; waits for nothing."""
-    calls = calls * len(self.batches.weight)
+    """Goes through the batches, once of so many times; waits for nothing but a stream's."""
+    calls = calls * count_of(self.batches)
     program = self.program.compiled(calls)
     ask = None if self.asked is None else self.asked.compiled(calls)
-    found = []
-    for batch in batches_of(self.batches):
+    found: list[_Measured] = []
+    for batch in self._each():
       said = self.mute
       if ask is not None:
         said = ask(self.teacher, batch)
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
         said = settled((self.model, told))[1]
-      found.append(program(_of_batch(self.model, batch), said, self._shown(batch)))
+      made = program(_of_batch(self.model, batch), said, self._shown(batch))
+      weight, labelled = np.asarray(batch.weight), np.asarray(batch.labelled)
+      there = Batch(None, None, weight, labelled, index=None, view=None)
+      found.append(dataclasses.replace(made, there=there))
+      if isinstance(self.batches, Batches) and len(found) > 2:
+        jax.block_until_ready(found[-3].quality)  # no more of a stream lies on the device
     return found
 
   def finished(self, found: list[_Measured] | None = None) -> dict[str, np.ndarray]:
@@ -358,12 +390,13 @@ class _Pass:
     total = functools.reduce(functools.partial(jax.tree.map, np.add), sums)
     sums = {**total["quality"], **(total["fidelity"] if self.compared else {})}
     seeds = _seeds(self.model)
-    rows, theirs = self._all([one.each for one in found], axis=int(seeds is not None)), None
+    there = [one.there.weight for one in found]
+    rows, theirs = _all([one.each for one in found], there, axis=int(seeds is not None)), None
     if rows and self.compared:
       beside, told = zip(*(one.beside for one in found), strict=True)
       # Of examples that a teacher skipped nobody knows their neighbours.
       if all(np.all(where > 0) for where in jax.device_get(told)):
-        theirs = self._all(beside, axis=0)
+        theirs = _all(beside, there, axis=0)
     if seeds is None:
       return self._of_one(sums, rows, theirs)
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
@@ -378,17 +411,17 @@ class _Pass:
       found |= self.task.of_all(rows, theirs)
     return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
-  def _all(self, each: Sequence[Any], axis: int) -> dict[str, np.ndarray]:
-    """What was kept of the examples of all batches, which lie on this axis, without padding."""
-    if not each or not each[0]:
-      return {}
-    weight = np.asarray(self.batches.weight)
-    there = (weight.reshape(*weight.shape[:2], -1) > 0).any(axis=-1).reshape(-1)
-    parts = jax.device_get(list(each))
-    return {
-      name: np.compress(there, np.concatenate([part[name] for part in parts], axis), axis)
-      for name in parts[0]
-    }
+
+def _all(each: Sequence[Any], weights: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
+  """What was kept of the examples of all batches, which lie on this axis, without padding."""
+  if not each or not each[0]:
+    return {}
+  there = np.concatenate([(w.reshape(len(w), -1) > 0).any(axis=-1) for w in weights])
+  parts = jax.device_get(list(each))
+  return {
+    name: np.compress(there, np.concatenate([part[name] for part in parts], axis), axis)
+    for name in parts[0]
+  }
 
 
 @contextlib.contextmanager
@@ -428,7 +461,8 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
     return batches, True
   # Whatever stands where labels would: it is not looked at.
   weight = np.shape(batches.weight)
-  places = (weight[0], *outputs.logits.shape[: max(1, outputs.logits.ndim - 1)])
+  one = jax.tree.leaves(outputs)[0] if outputs.logits is None else outputs.logits
+  places = (weight[0], *one.shape[: max(1, one.ndim - 1)])
   none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)
   batches = dataclasses.replace(batches, labels=none[0], labelled=none[1])
   try:
@@ -439,7 +473,19 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
   return batches, True
 
 
+def _with_labels_of_one(
+  batch: Batch, outputs: Outputs, task: Task, may: bool
+) -> tuple[Batch, bool]:
+  """`_with_labels` of one batch of a stream, of which some may have a label, or none has."""
+  if may and not predictions.counted(batch).any():
+    return batch, True
+  found, labels = _with_labels(jax.tree.map(lambda leaf: leaf[None], batch), outputs, task)
+  return jax.tree.map(lambda leaf: leaf[0], found), labels
+
+
 def _check_batches(batches: Any) -> None:
+  if isinstance(batches, Batches):
+    return
   if not isinstance(batches, Batch) or np.ndim(batches.weight) < 2:
     raise TypeError(
       f"batches must be what data.evaluation_batches makes, leaves [N, B, ...], got "
@@ -447,7 +493,7 @@ def _check_batches(batches: Any) -> None:
     )
 
 
-def validator(batches: Batch, *, task: Task | None = None) -> Validator:
+def validator(batches: Batch | Batches, *, task: Task | None = None) -> Validator:
   """What a run measures on its way (`train.Watch`): compiled once, called often.
 
   Args:
@@ -472,7 +518,7 @@ class Validator:
     task: what the labels mean.
   """
 
-  def __init__(self, batches: Batch, task: Task | None = None) -> None:
+  def __init__(self, batches: Batch | Batches, task: Task | None = None) -> None:
     """Compiles nothing yet.
 
     Args:
@@ -480,7 +526,7 @@ class Validator:
       task: what the labels mean; one class an example where left out.
     """
     _check_batches(batches)
-    if not predictions.counted(batches).any():
+    if not predictions.labelled(batches):
       raise ValueError(
         "no example of batches has a label, and all that a validator measures is of labels: give a "
         "split that has some, or a function of your own."
@@ -506,7 +552,9 @@ class Validator:
     return {name: numbers[name] for name in self.task.metrics if name in numbers}
 
 
-def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> dict[str, Any]:
+def costs(
+  model: Model | Teacher, batches: Batch | Batches, *, seconds: float = 1.0
+) -> dict[str, Any]:
   """What a deployed model costs, on this machine.
 
   Args:
@@ -526,7 +574,7 @@ def costs(model: Model | Teacher, batches: Batch, *, seconds: float = 1.0) -> di
   _check.number("seconds", seconds, above=0)
   _check_batches(batches)
   model = settled(model.instance(0) if isinstance(model, Model) else model)
-  batch = jax.device_get(next(batches_of(dataclasses.replace(batches, teacher=None))))
+  batch = jax.device_get(first_of(dataclasses.replace(batches, teacher=None)))
   one = jax.tree.map(lambda leaf: leaf[:1], batch)
   size = len(batch.weight)
   if isinstance(model, Teacher) and asked_on_host(model):

@@ -16,9 +16,10 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from jaxdistill._compile import BackgroundCompiled, activations, for_work, host_view
+from jaxdistill.data import Batches
 from jaxdistill.types import Batch
 
-__all__ = ["Kept", "batches_of", "kept", "settled"]
+__all__ = ["Kept", "batches_of", "count_of", "first_of", "kept", "settled"]
 
 PyTree = Any
 # How many programs are kept. Each holds its network and what was compiled of it, and a search may
@@ -138,15 +139,18 @@ def settled(tree: PyTree) -> PyTree:
   )
 
 
-def batches_of(batches: Batch) -> Iterator[Batch]:
+def batches_of(batches: Batch | Batches) -> Iterator[Batch]:
   """The batches of a split one by one, so that no program knows how many there are.
 
   Args:
-    batches: leaves ``[N, B, ...]``.
+    batches: leaves ``[N, B, ...]``, or what makes them.
 
   Yields:
     N batches, leaves ``[B, ...]``: views of the host's memory where they lie there.
   """
+  if isinstance(batches, Batches):
+    yield from batches
+    return
   leaves, structure = jax.tree.flatten(batches)
   views = [host_view(leaf) for leaf in leaves]
   for i in range(len(batches.weight)):
@@ -154,6 +158,24 @@ def batches_of(batches: Batch) -> Iterator[Batch]:
       yield _cut(batches, i)
     else:
       yield jax.tree.unflatten(structure, [view[i] for view in views if view is not None])
+
+
+def first_of(batches: Batch | Batches) -> Batch:
+  """The first batch of a split.
+
+  Args:
+    batches: leaves ``[N, B, ...]``, or what makes them.
+  """
+  return batches[0] if isinstance(batches, Batches) else next(batches_of(batches))
+
+
+def count_of(batches: Batch | Batches) -> int:
+  """How many batches a split has.
+
+  Args:
+    batches: leaves ``[N, B, ...]``, or what makes them.
+  """
+  return len(batches) if isinstance(batches, Batches) else len(batches.weight)
 
 
 @jax.jit

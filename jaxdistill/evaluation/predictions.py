@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxdistill import _check, runs
+from jaxdistill.data import Batches
 from jaxdistill.types import Batch
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
   "answers",
   "column",
   "counted",
+  "labelled",
   "load",
   "read_columns",
   "save",
@@ -154,6 +156,11 @@ def answers(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> dict[str, 
     "confidence": jnp.where(bad, jnp.nan, jnp.max(probabilities, axis=1)),
     "probability": jnp.where(known & ~bad, probability, jnp.nan),
   }
+
+
+def labelled(batches: Batch | Batches) -> bool:
+  """Whether any place of a split counts and has a label; of what is streamed, whether it may."""
+  return batches.has_labels if isinstance(batches, Batches) else bool(counted(batches).any())
 
 
 def counted(batches: Batch) -> np.ndarray:

@@ -110,6 +110,8 @@ class Task:
       the host, those of weight 0 left out. What ``each`` gives goes in.
     check: ``(batches, outputs)``: raises where labels and outputs do not fit, before anything is
       computed; outputs are shapes.
+    classes: whether logits ``[B, ..., K]`` are of classes and labels ``[B, ...]`` one of them each:
+      what is asked of probabilities and of chance (`search.preflight`) is asked then.
   """
 
   name: str
@@ -121,6 +123,7 @@ class Task:
   each: Callable[[Outputs, Batch], Mapping[str, Any]] | None = None
   of_all: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Mapping[str, Any]] | None = None
   check: Callable[[Batch, Outputs], None] | None = None
+  classes: bool = False
 
   def __post_init__(self) -> None:
     if self.sums is None and self.each is None:
@@ -252,7 +255,13 @@ def classification() -> Task:
   """
   check = functools.partial(_check_classes, "[N, B]")
   return Task(
-    "classification", _CLASSES, _of_classes, _fidelity, finish=_metrics.finish, check=check
+    "classification",
+    _CLASSES,
+    _of_classes,
+    _fidelity,
+    finish=_metrics.finish,
+    check=check,
+    classes=True,
   )
 
 
@@ -269,7 +278,7 @@ def tokens() -> Task:
 
   known = {"nll": _CLASSES["nll"], "perplexity": Metric("lower"), **_CLASSES}
   check = functools.partial(_check_classes, "[N, B, L]")
-  return Task("tokens", known, _of_classes, _fidelity, finish=finish, check=check)
+  return Task("tokens", known, _of_classes, _fidelity, finish=finish, check=check, classes=True)
 
 
 @functools.cache
@@ -324,7 +333,7 @@ def dense(*, boundary: int = 1) -> Task:
     "nll": _CLASSES["nll"],
   }
   check = functools.partial(_check_classes, "[N, B, H, W]")
-  return Task("dense", known, sums, compared, finish=finish, check=check)
+  return Task("dense", known, sums, compared, finish=finish, check=check, classes=True)
 
 
 def _near_boundary(labels: Any, there: Any, pixels: int) -> Any:

@@ -4,12 +4,12 @@
 loaded in a process of its own by its own runtime, before it gets its name, and compared with the
 student on held-out examples: one that fails is not kept.
 
-**The tolerance** is a share of the largest logit that the student puts out on the held-out
-examples. One float32 operation rounds by 6e-8 of its result, and another order of the sums in a
-hundred layers comes to less than 1e-4 of the logits: that is the tolerance of float32. Networks
-that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64 1e-9. Where the
-student's margin is larger, the top-1 must be the same. Files in int8 are judged by their accuracy
-instead.
+**The tolerance** is a share of the largest logit (or value of another output) that the student puts
+out on the held-out examples. One float32 operation rounds by 6e-8 of its result, and another order
+of the sums in a hundred layers comes to less than 1e-4 of the logits: that is the tolerance of
+float32. Networks that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64
+1e-9. Where the student's margin is larger, the top-1 must be the same. Files in int8 are judged by
+their accuracy instead; where there is none, by how far they agree with the student.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ import numpy as np
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill.data import Examples
-from jaxdistill.export import _folding, _int8, _onnx, _program, _student
-from jaxdistill.export._process import ExportError, Ran, compare_logits, run_file, top1
+from jaxdistill.export import _folding, _inputs, _int8, _onnx, _program, _student
+from jaxdistill.export._process import ExportError, Ran, compare, run_file, top1
 from jaxdistill.export._program import Program
-from jaxdistill.networks import weights
+from jaxdistill.networks import weights as safetensors
 from jaxdistill.runs import write_json, writes
 from jaxdistill.types import Model, Network
 
@@ -75,10 +75,11 @@ class Check:
   """How an exported file is checked and timed before it is kept.
 
   Attributes:
-    tolerance: by how much a logit may differ from the student's, in its units. By default a share
+    tolerance: by how much an output may differ from the student's, in its units. By default a share
       of the student's largest: 1e-4 in float32, 0.05 in bfloat16 and float16, 1e-9 in float64.
     accuracy_loss: by how much the accuracy of a file in int8 may be below the student's; by default
-      one point. Without labels, the share of examples whose top-1 may be another.
+      one point. Without labels, the share of examples whose top-1 may be another; of an output that
+      has none (an embedding, one number), the share of its variance that may be lost.
     batch_size: with which a call is timed, from NumPy arrays to a NumPy array in every runtime.
     seconds: how long to time.
     time_limit: seconds after which the process is ended.
@@ -118,7 +119,8 @@ def export(
   Args:
     run: the run's folder.
     held_out: examples as stored, of a split that training did not see, or ``(inputs, labels)``;
-      every file is compared with the student on all of them.
+      every file is compared with the student on all of them. The files put out what the saved
+      student does, and take the inputs that it takes.
     kinds: which of `KINDS`, one or several; by default all that can be made of what is given.
     network: the student's network, for ONNX, folding and int8 activations; without it, its saved
       program is all there is.
@@ -150,7 +152,11 @@ def export(
   student = _reference(saved, inputs)
   if network is not None:
     model = Model(network, saved.variables)
-    exact = _program.as_program(model, stored=saved.inputs, normalize=normalize)
+    stored = saved.inputs
+    if saved.ignored:  # what fed the network in training, and the program does not take
+      given = jax.tree.map(lambda leaf: _inputs.stored_shape(np.asarray(leaf)[0]), dict(inputs))
+      stored = {**given, **stored}
+    exact = _program.as_program(model, stored=stored, normalize=normalize, outputs=saved.outputs)
     _same(exact, inputs, student)
   folder = pathlib.Path(run).absolute() / FOLDER
   folder.mkdir(exist_ok=True)
@@ -160,12 +166,12 @@ def export(
     "student": digest,
     "instance": instance,
     "batch_size": check.batch_size,
-    "examples": len(student),
+    "examples": _length(student),
     "split": split,
-    "student_accuracy": top1(student, labels),
+    "student_accuracy": top1(student.get("logits"), labels),
     "files": _earlier(folder, digest),
   }
-  runs.write_npz(folder / EXAMPLE, {**_by_name(saved, inputs, 16), "logits": student[:16]})
+  runs.write_npz(folder / EXAMPLE, {**_by_name(saved, inputs, 16), **_some(student, 16)})
   makers = _makers(exact, fold, calibration, skip)
   for kind in chosen:
     name, which = KINDS[kind]
@@ -207,7 +213,8 @@ def verify_exports(
   listed = _read(folder)
   try:
     example = runs.read_npz(folder / EXAMPLE)
-    student = example.pop("logits")
+    outputs = [name for name in example if name.partition("/")[0] != "inputs"]
+    student = {name: example.pop(name) for name in outputs}
   except (OSError, ValueError, KeyError) as error:
     raise ExportError(f"{folder / EXAMPLE} cannot be read ({error}); export again.") from error
   return {
@@ -263,10 +270,10 @@ def _makers(
   }
 
 
-def _same(exact: Program, inputs: PyTree, student: np.ndarray) -> None:
+def _same(exact: Program, inputs: PyTree, student: dict[str, np.ndarray]) -> None:
   """Raises where the network is not the student's, or is fed in another way."""
-  logits = _reference(exact, jax.tree.map(lambda leaf: leaf[:64], inputs))
-  found = compare_logits(student[:64], logits, default_tolerance(exact, student))
+  made = _reference(exact, jax.tree.map(lambda leaf: leaf[:64], inputs))
+  found = compare(_some(student, 64), made, default_tolerance(exact, student))
   if found["problem"]:
     raise ValueError(
       f"network={exact.name} with its normalize is not what the run saved: {found['problem']}. "
@@ -274,8 +281,17 @@ def _same(exact: Program, inputs: PyTree, student: np.ndarray) -> None:
     )
 
 
-def _reference(program: Program, inputs: PyTree) -> np.ndarray:
-  """The logits of N examples, ``[N, ..., K]``, on the CPU where this process has it.
+def _length(outputs: Mapping[str, np.ndarray]) -> int:
+  """Of how many examples these outputs are."""
+  return len(next(iter(outputs.values())))
+
+
+def _some(outputs: Mapping[str, np.ndarray], first: int) -> dict[str, np.ndarray]:
+  return {name: array[:first] for name, array in outputs.items()}
+
+
+def _reference(program: Program, inputs: PyTree) -> dict[str, np.ndarray]:
+  """What N examples make of it, by name, ``[N, ..., K]``, on the CPU where this process has it.
 
   So they can be compared with those of another process to rounding: a GPU multiplies with fewer
   bits than float32 has.
@@ -285,11 +301,13 @@ def _reference(program: Program, inputs: PyTree) -> np.ndarray:
   except RuntimeError:  # JAX_PLATFORMS leaves it out
     cpu = None
   with jax.default_device(cpu):
-    return program.changed(leaves=_program.host(program.leaves)).predict(inputs)
+    return program.named(program.changed(leaves=_program.host(program.leaves)).predict(inputs))
 
 
 def _by_name(program: Program, inputs: PyTree, first: int | None = None) -> dict[str, np.ndarray]:
   """The inputs by the names that a file has for them; the first few, or all."""
+  if isinstance(inputs, Mapping):
+    inputs = {key: value for key, value in inputs.items() if key not in program.ignored}
   arrays = [np.asarray(leaf)[:first] for leaf in jax.tree.leaves(inputs)]
   return dict(zip(_onnx.input_names(program), arrays, strict=True))
 
@@ -349,7 +367,7 @@ def export_file(
   program: Program,
   held_out: Examples | tuple[PyTree, Any],
   *,
-  student: np.ndarray | None = None,
+  student: np.ndarray | Mapping[str, np.ndarray] | None = None,
   rounded: bool = False,
   check: Check = Check(),
 ) -> dict[str, Any]:
@@ -361,7 +379,8 @@ def export_file(
       is read).
     program: from `load_student` or `as_program`, folded or quantised or not.
     held_out: examples as stored, or ``(inputs, labels)``; labels may be None.
-    student: the logits ``[N, ..., K]`` that the file is compared with; the program's by default.
+    student: the logits ``[N, ..., K]`` that the file is compared with, or a dict of outputs; the
+      program's by default.
     rounded: whether it is judged by its accuracy (int8) instead of its logits.
     check: how it is checked and timed.
 
@@ -389,9 +408,11 @@ def export_file(
     raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
   _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))
   inputs, labels, split = _given(held_out, check)
-  student = _reference(program, inputs) if student is None else student
+  wanted = _reference(program, inputs) if student is None else program.named(student)
   if check.tolerance is None:
-    check = dataclasses.replace(check, tolerance=default_tolerance(program, student))
+    tolerance = default_tolerance(program, wanted)
+  else:
+    tolerance = dict.fromkeys(wanted, check.tolerance)
   with writes(target):
     target.parent.mkdir(parents=True, exist_ok=True)
   try:
@@ -400,7 +421,7 @@ def export_file(
       with writes(target):
         about = _write(made, program)
       ran = _run(made, program, _by_name(program, inputs), check)
-      result = _judged(ran.logits, student, labels, rounded, check)
+      result = _judged(ran.outputs, wanted, labels, None if rounded else tolerance, check)
       if result["problem"]:
         raise ExportError(f"{target.name} is not kept: {result['problem']}.")
       if about:
@@ -416,7 +437,7 @@ def export_file(
     "platform": ran.platform,
     "passed": True,
     "batch_size": check.batch_size,
-    "examples": len(student),
+    "examples": _length(wanted),
     "split": split,
     **result,
     "latency_ms": ran.latency_ms,
@@ -427,29 +448,34 @@ def export_file(
 
 
 def _judged(
-  logits: np.ndarray, student: np.ndarray, labels: Any, rounded: bool, check: Check
+  outputs: Mapping[str, np.ndarray],
+  student: Mapping[str, np.ndarray],
+  labels: Any,
+  tolerance: Mapping[str, float] | None,
+  check: Check,
 ) -> dict[str, Any]:
-  """A file's logits beside the student's: by the logits themselves, or in int8 by the accuracy."""
-  tolerance, loss = check.tolerance or 0.0, check.accuracy_loss
-  result = compare_logits(student, logits, tolerance, within=not rounded)
-  accuracy, before = top1(logits, labels), top1(student, labels)
+  """A file's outputs beside the student's: by themselves, or in int8 by the accuracy."""
+  rounded, loss = tolerance is None, check.accuracy_loss
+  result = compare(student, outputs, tolerance or dict.fromkeys(student, 0.0), within=not rounded)
+  accuracy, before = top1(outputs.get("logits"), labels), top1(student.get("logits"), labels)
   if rounded and result["problem"] is None:
     if accuracy is None and result["agreement"] < 1 - loss:
-      same = f"its top-1 is the student's on {result['agreement']:.2%}"
+      same = f"it agrees with the student on {result['agreement']:.2%}"
       result["problem"] = f"{same}, and {1 - loss:.2%} is asked for"
     if accuracy is not None and before is not None and accuracy < before - loss:
       result["problem"] = (
         f"its accuracy is {accuracy:.2%} and the student's {before:.2%}; {loss:.2%} less is allowed"
       )
   told = {"student_accuracy": before, "accuracy": accuracy}
-  return {**told, **result, "tolerance": None if rounded else tolerance}
+  allowed = tolerance if tolerance is None or len(tolerance) > 1 else next(iter(tolerance.values()))
+  return {**told, **result, "tolerance": allowed}
 
 
 def problem_of(
   path: pathlib.Path,
   entry: Mapping[str, Any],
   example: Mapping[str, np.ndarray],
-  student: np.ndarray,
+  student: Mapping[str, np.ndarray],
   time_limit: float,
 ) -> str | None:
   """What is wrong with a file that was good: another size or digest, other logits; or None.
@@ -458,7 +484,7 @@ def problem_of(
     path: the file.
     entry: what `export_file` said of it.
     example: inputs ``[N, ...]`` by name.
-    student: its logits of them, ``[N, ..., K]``.
+    student: its outputs of them, ``[N, ..., K]`` by name.
     time_limit: seconds after which the process is ended.
   """
   problem = runs.altered(path, entry)
@@ -466,13 +492,14 @@ def problem_of(
     return f"it {problem}"
   if path.suffix == ".safetensors":
     return None
-  wide = any(array.dtype.itemsize == 8 for array in (*example.values(), student))
+  wide = any(array.dtype.itemsize == 8 for array in (*example.values(), *student.values()))
   try:
     ran = run_file(path, example, calls=0, time_limit=time_limit, wide=wide)
   except ExportError as error:
     return str(error)
-  within = entry["tolerance"] is not None
-  return compare_logits(student, ran.logits, entry["tolerance"] or 0.0, within=within)["problem"]
+  allowed = entry["tolerance"]
+  each = allowed if isinstance(allowed, dict) else dict.fromkeys(student, allowed or 0.0)
+  return compare(student, ran.outputs, each, within=allowed is not None)["problem"]
 
 
 def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
@@ -481,9 +508,14 @@ def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
     path.write_bytes(_onnx.onnx_bytes(program))
     return {}
   if path.suffix == ".safetensors":
-    weights.save_safetensors(path, program.leaves)
+    safetensors.save_safetensors(path, program.leaves)
     return {}
-  serialized, about = _program.stablehlo(program)
+  return _write_stablehlo(path, program, weights=True)
+
+
+def _write_stablehlo(path: pathlib.Path, program: Program, *, weights: bool) -> dict[str, Any]:
+  """Writes a program, and beside it what it takes and puts out."""
+  serialized, about = _program.stablehlo(program, weights=weights)
   path.write_bytes(serialized)
   shapes = jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs)
   write_json(_beside(path), {**about, "inputs": shapes})
@@ -501,9 +533,8 @@ def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], check: Ch
   }
   if path.suffix != ".safetensors":
     return run_file(path, inputs, **options)
-  serialized, _ = _program.stablehlo(program, weights=False)
   runner = path.with_name("runner.stablehlo")
-  runner.write_bytes(serialized)
+  _write_stablehlo(runner, program, weights=False)
   return run_file(runner, inputs, weights=path, **options)
 
 
@@ -515,11 +546,12 @@ def _given(held_out: Any, check: Any) -> tuple[PyTree, np.ndarray | None, str]:
 
 
 def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
-  """Inputs, labels and the split's name."""
+  """Inputs, labels (below 0 where they do not count) and the split's name."""
   if isinstance(held_out, Examples):
-    classes = held_out.has_labels and held_out.labels.ndim == 1 and held_out.num_classes > 0
-    labels = held_out.labels if classes else None
     inputs, split = held_out.inputs, held_out.split
+    labels = held_out.labels if held_out.has_labels and held_out.num_classes > 0 else None
+    if labels is not None and labels.dtype.kind in "iu" and held_out.ignore is not None:
+      labels = np.where(labels == held_out.ignore, -1, labels.astype(np.int64))
   elif isinstance(held_out, tuple) and len(held_out) == 2:
     (inputs, labels), split = held_out, ""
   else:
@@ -535,9 +567,9 @@ def split_examples(held_out: Any) -> tuple[PyTree, np.ndarray | None, str]:
   return inputs, labels, split
 
 
-def default_tolerance(program: Program, student: np.ndarray) -> float:
-  """How far apart two logits may be: a share of the largest, by the narrowest float in between."""
+def default_tolerance(program: Program, student: Mapping[str, np.ndarray]) -> dict[str, float]:
+  """How far apart values may be: a share of an output's largest, by the narrowest float between."""
   floats = {v.aval.dtype for e in _program.traced(program).equations for v in e.outvars}
   floats = {d for d in floats if jnp.issubdtype(d, jnp.floating)}
-  least = min((np.dtype(d).itemsize for d in floats), default=4)
-  return _SHARES.get(least, 0.05) * float(np.max(np.abs(student), initial=0.0))
+  share = _SHARES.get(min((np.dtype(d).itemsize for d in floats), default=4), 0.05)
+  return {name: share * float(np.max(np.abs(x), initial=0.0)) for name, x in student.items()}

@@ -33,8 +33,9 @@ def input_names(program: Program) -> list[str]:
 def onnx_bytes(program: Program) -> bytes:
   """A program as an ONNX model with its weights inside and a symbolic batch size.
 
-  Its inputs are named by `input_names`, its output ``logits``. The operations are converted, not
-  the modules, so that what was folded or is somebody's own module is converted alike.
+  Its inputs are named by `input_names`, its outputs as the program's: ``logits``. The operations
+  are converted, not the modules, so that what was folded or is somebody's own module is converted
+  alike.
 
   Args:
     program: from `as_program`, folded or not.
@@ -61,10 +62,14 @@ def onnx_bytes(program: Program) -> bytes:
     if hasattr(aval, "dtype")
   )
   structure = jax.tree.structure(program.inputs)
+
+  def flat(made: Any) -> Any:
+    return tuple(jax.tree.leaves(made)) if len(program.outputs) > 1 else made
+
   ways: list[Callable[..., Any]] = [
-    lambda *inputs: found.run(leaves, inputs, _paddings(found)),
+    lambda *inputs: flat(found.run(leaves, inputs, _paddings(found))),
     # The converter knows some of NumPy's functions better than the operations they consist of.
-    lambda *inputs: program.call(leaves, jax.tree.unflatten(structure, inputs)),
+    lambda *inputs: flat(program.call(leaves, jax.tree.unflatten(structure, inputs))),
   ]
   problems = []
   for way in ways:
@@ -77,7 +82,7 @@ def onnx_bytes(program: Program) -> bytes:
           opset=OPSET,
           enable_double_precision=wide,
           input_names=input_names(program),
-          output_names=["logits"],
+          output_names=list(program.outputs),
         )
       return model.SerializeToString()
     except Exception as error:  # A converter may fail on anything that nobody has tried.

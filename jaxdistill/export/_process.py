@@ -1,4 +1,4 @@
-"""An exported file run in a process of its own, and its logits compared with the student's."""
+"""An exported file run in a process of its own, and its outputs compared with the student's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdistill import _check
 
-__all__ = ["ExportError", "Ran", "compare_logits", "run_file", "top1"]
+__all__ = ["ExportError", "Ran", "compare", "compare_outputs", "run_file", "top1"]
 
 _SCRIPTS = pathlib.Path(__file__).parent / "runtimes"
 _PROGRAMS = {".onnx": "run_onnx.py", ".stablehlo": "run_stablehlo.py"}
@@ -31,7 +31,7 @@ class Ran(NamedTuple):
   """What a process made of an exported file.
 
   Attributes:
-    logits: ``[N, ..., K]``.
+    outputs: what it put out, by name: ``logits`` ``[N, ..., K]``, say.
     runtime: what ran it, with its version.
     platform: on what.
     latency_ms: ``{"median", "p95", "calls"}`` of one call, from NumPy arrays to a NumPy array in
@@ -39,7 +39,7 @@ class Ran(NamedTuple):
       timed.
   """
 
-  logits: np.ndarray
+  outputs: dict[str, np.ndarray]
   runtime: str
   platform: str
   latency_ms: dict[str, float] | None
@@ -105,7 +105,8 @@ def run_file(
     command += ["--weights", str(pathlib.Path(weights).absolute())] if weights else []
     _wait(command, environment, time_limit, file)
     about = json.loads(out.with_name("out.json").read_text())
-    logits = np.load(out.with_name("out.npy"), allow_pickle=False)
+    with np.load(out.with_name("out.npz"), allow_pickle=False) as arrays_out:
+      outputs = {name: arrays_out[name] for name in arrays_out.files}
   if about["loaded"]:
     raise ExportError(f"{file} was run in a process that imported {about['loaded']}.")
   times = about["times"]
@@ -113,7 +114,7 @@ def run_file(
   if times:
     median, p95 = np.percentile(times, [50, 95])
     latency = {"median": float(median), "p95": float(p95), "calls": float(len(times))}
-  return Ran(logits, about["runtime"], about["platform"], latency)
+  return Ran(outputs, about["runtime"], about["platform"], latency)
 
 
 def _wait(command: list[str], environment: dict[str, str], limit: float, file: Any) -> None:
@@ -136,56 +137,110 @@ def _wait(command: list[str], environment: dict[str, str], limit: float, file: A
     raise ExportError(f"the process that ran {file} failed: {lines[-1][:600]}")
 
 
-def top1(logits: np.ndarray, labels: np.ndarray | None) -> float | None:
-  """The share of right answers; None without labels.
+def top1(logits: np.ndarray | None, labels: np.ndarray | None) -> float | None:
+  """The share of right answers; None without logits, or where labels are not their classes.
+
+  Args:
+    logits: ``[N, ..., K]``.
+    labels: ``[N, ...]`` integers; one below 0 does not count.
 
   >>> top1(np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 1]))
   0.5
   """
-  return None if labels is None else float(np.mean(logits.argmax(-1) == labels))
+  if logits is None or labels is None or labels.dtype.kind not in "iu":
+    return None
+  if labels.shape != logits.shape[:-1] or logits.shape[-1] < 2 or not np.any(labels >= 0):
+    return None
+  return float(np.mean((logits.argmax(-1) == labels)[labels >= 0]))
 
 
-def compare_logits(
-  student: np.ndarray, logits: np.ndarray, tolerance: float, *, within: bool = True
+def compare(
+  student: Mapping[str, np.ndarray],
+  outputs: Mapping[str, np.ndarray],
+  tolerance: Mapping[str, float],
+  *,
+  within: bool = True,
 ) -> dict[str, Any]:
-  """Compares logits with the student's.
+  """Compares all outputs with the student's, by `compare_outputs`.
+
+  Args:
+    student: what the student puts out, by name.
+    outputs: the same of the exported file.
+    tolerance: of each.
+    within: see there.
+
+  Returns:
+    The same of all together: the least agreement, the largest difference, the first problem.
+  """
+  if set(outputs) != set(student):
+    return _result(0.0, float("nan"), 0, f"it puts out {sorted(outputs)}, not {sorted(student)}")
+  found = [
+    compare_outputs(student[name], outputs[name], tolerance[name], within=within, name=name)
+    for name in student
+  ]
+  return {
+    "agreement": min(one["agreement"] for one in found),
+    "largest_difference": max(one["largest_difference"] for one in found),
+    "decided": sum(one["decided"] for one in found),
+    "problem": next((one["problem"] for one in found if one["problem"]), None),
+  }
+
+
+def compare_outputs(
+  student: np.ndarray,
+  outputs: np.ndarray,
+  tolerance: float,
+  *,
+  within: bool = True,
+  name: str = "logits",
+) -> dict[str, Any]:
+  """Compares an output with the student's.
 
   Args:
     student: ``[N, ..., K]``.
-    logits: the same of the exported file.
-    tolerance: how far apart two logits may be, and above which margin (largest less second largest
+    outputs: the same of the exported file.
+    tolerance: how far apart two values may be, and above which margin (largest less second largest
       of the student's logits) the top-1 must be the same.
-    within: whether that is asked; else only that the logits are finite.
+    within: whether that is asked; else only that they are finite.
+    name: of the output; of what is no logits, or of one alone, there is no top-1.
 
   Returns:
-    ``agreement`` (share of the same top-1), ``largest_difference``, ``decided`` (how many have a
-    margin above the tolerance), and ``problem``, None where all is well.
+    ``agreement`` (the share of the same top-1; without one, the share of the student's variance
+    over the examples that its difference leaves), ``largest_difference``, ``decided`` (how many
+    have a margin above the tolerance), and ``problem``, None where all is well.
 
   >>> student = np.array([[0.0, 1.0], [0.5, 0.5001]])
-  >>> compare_logits(student, student[:, ::-1], 1e-3)["problem"]
+  >>> compare_outputs(student, student[:, ::-1], 1e-3)["problem"]
   'its logits differ from the student by up to 1, and 0.001 is the tolerance'
   """
-  if logits.shape != student.shape:
-    shapes = f"{logits.shape}, and the student's {student.shape}"
-    return _result(0.0, float("nan"), 0, f"its logits have the shape {shapes}")
-  if not np.all(np.isfinite(logits[np.isfinite(student)])):
-    return _result(0.0, float("nan"), 0, "its logits are not finite where the student's are")
+  if outputs.shape != student.shape:
+    shapes = f"{outputs.shape}, and the student's {student.shape}"
+    return _result(0.0, float("nan"), 0, f"its {name} have the shape {shapes}")
+  if not np.all(np.isfinite(outputs[np.isfinite(student)])):
+    return _result(0.0, float("nan"), 0, f"its {name} are not finite where the student's are")
   wide = student.astype(np.float64)
-  difference = float(np.nanmax(np.abs(logits.astype(np.float64) - wide), initial=0.0))
-  ordered = np.sort(wide, axis=-1)
-  margin = ordered[..., -1] - ordered[..., -2] if wide.shape[-1] > 1 else np.zeros(wide.shape[:-1])
-  same = logits.argmax(-1) == student.argmax(-1)
-  decided = margin > tolerance
-  wrong = int(np.sum(decided & ~same))
+  apart = outputs.astype(np.float64) - wide
+  difference = float(np.nanmax(np.abs(apart), initial=0.0))
+  wrong = 0
+  decided: np.ndarray = np.zeros(0, bool)
+  if name == "logits" and wide.shape[-1] > 1:
+    ordered = np.sort(wide, axis=-1)
+    decided = ordered[..., -1] - ordered[..., -2] > tolerance
+    same = outputs.argmax(-1) == student.argmax(-1)
+    wrong, agreement = int(np.sum(decided & ~same)), float(same.mean())
+  else:
+    spread = np.nansum(np.square(wide - np.nanmean(wide, axis=0)))
+    left = np.nansum(np.square(apart))
+    agreement = float(1 - left / spread) if spread > 0 else float(left == 0)
   problem = None
   if within and difference > tolerance:
     problem = (
-      f"its logits differ from the student by up to {difference:.3g}, and {tolerance:.3g} is the "
+      f"its {name} differ from the student by up to {difference:.3g}, and {tolerance:.3g} is the "
       "tolerance"
     )
   elif within and wrong:
     problem = f"its top-1 is another than the student's on {wrong} examples with a clear margin"
-  return _result(float(same.mean()), difference, int(decided.sum()), problem)
+  return _result(agreement, difference, int(decided.sum()), problem)
 
 
 def _result(

@@ -1,6 +1,7 @@
 """The deployed network as one function of named weights: saved, exported, folded, quantised.
 
-A `Program` takes inputs as the data set stores them. `as_program` makes one from a model and
+A `Program` takes inputs as the data set stores them, those that its network reads, and puts out
+logits, or features by name. `as_program` makes one from a model and
 `jaxdistill.export.load_student` from a run's folder; `jaxdistill.export.fold` and
 `jaxdistill.export.quantize_weights` turn one into another; `export_program` lowers one to StableHLO
 that any process with JAX can run.
@@ -15,7 +16,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -25,9 +26,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxdistill import _check
+from jaxdistill._reach import narrowed
 from jaxdistill.export import _inputs
 from jaxdistill.runs import is_key, named_leaves
-from jaxdistill.types import Model, Network
+from jaxdistill.types import Model, Network, Outputs
 
 __all__ = [
   "PLATFORMS",
@@ -59,8 +61,12 @@ class Program:
   Attributes:
     name: the network's.
     leaves: the weights by path, ``params/Dense_0/kernel``.
-    call: ``(leaves, inputs [B, ...]) -> logits [B, ..., K]``, for any B.
-    inputs: shapes and dtypes of the inputs of one example, as the data set stores them.
+    call: ``(leaves, inputs [B, ...]) -> logits [B, ..., K]``, for any B; a feature in their place,
+      or ``{name: [B, ...]}`` of several outputs.
+    inputs: shapes and dtypes of the inputs of one example, as the data set stores them: those that
+      the network reads.
+    outputs: the names of what it puts out, sorted: ``"logits"``, or features.
+    ignored: entries of the inputs that it may be given and does not read.
     platforms: where the exported program is to run.
     folded: the BatchNorms that are part of a kernel now, by path.
     unfolded: those that `jaxdistill.export.fold` had to leave.
@@ -70,6 +76,8 @@ class Program:
   leaves: dict[str, Any] = dataclasses.field(repr=False)
   call: Callable[[Mapping[str, Any], PyTree], Any] = dataclasses.field(repr=False)
   inputs: PyTree
+  outputs: tuple[str, ...] = ("logits",)
+  ignored: tuple[str, ...] = ()
   platforms: tuple[str, ...] = PLATFORMS
   folded: tuple[str, ...] = ()
   unfolded: tuple[str, ...] = ()
@@ -84,8 +92,8 @@ class Program:
     own = {field.name: getattr(self, field.name) for field in dataclasses.fields(Program)}
     return Program(**own | fields)
 
-  def __call__(self, inputs: PyTree) -> jax.Array:
-    """The logits of a batch; under ``jit`` too.
+  def __call__(self, inputs: PyTree) -> Any:
+    """The logits of a batch, or what else it is deployed for; under ``jit`` too.
 
     A dtype is converted where that is safe: between floating-point types; between integer types,
     if the values fit; Python's own numbers, in lists, to either. Nothing else is: images in 0 ..
@@ -96,7 +104,7 @@ class Program:
         the stored inputs.
 
     Returns:
-      ``[B, K]``, or ``[B, L, K]`` for tokens.
+      ``[B, K]``, or ``[B, L, K]`` for tokens; of several outputs a dict.
 
     Raises:
       TypeError: another structure, or a dtype that is not converted.
@@ -104,8 +112,8 @@ class Program:
     """
     return self.compiled(self.leaves, self.accepted(inputs)[0])
 
-  def predict(self, inputs: PyTree, batch_size: int = 256) -> np.ndarray:
-    """The logits of N examples, ``batch_size`` at once, as a NumPy array ``[N, ..., K]``.
+  def predict(self, inputs: PyTree, batch_size: int = 256) -> Any:
+    """The outputs of N examples, ``batch_size`` at once, as NumPy arrays: logits ``[N, ..., K]``.
 
     The last batch is padded, so that one program is compiled.
 
@@ -119,10 +127,17 @@ class Program:
     """
     accepted, size = self.accepted(inputs)
     batches = _inputs.padded_batches(accepted, size, batch_size)
-    return np.concatenate([np.asarray(self.compiled(self.leaves, b)) for b in batches])[:size]
+    found = [jax.device_get(self.compiled(self.leaves, batch)) for batch in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:size], *found)
+
+  def named(self, made: Any) -> dict[str, Any]:
+    """What a call returned, by the names of the outputs."""
+    return dict(made) if isinstance(made, Mapping) else {self.outputs[0]: made}
 
   def accepted(self, inputs: PyTree) -> tuple[PyTree, int]:
     """The inputs as arrays of the stored shapes and dtypes, and how many examples they are."""
+    if isinstance(inputs, Mapping):
+      inputs = {key: value for key, value in inputs.items() if key not in self.ignored}
     return _inputs.as_batch(inputs, batched(self.inputs, 1), self.name)
 
 
@@ -132,22 +147,27 @@ def as_program(
   stored: PyTree,
   normalize: Callable[[Any], Any] | None = None,
   name: str | None = None,
+  outputs: Collection[str] | None = None,
 ) -> Program:
   """A model as a program.
 
   Args:
     model: a network with its variables, of one seed.
     stored: shapes and dtypes of the inputs of one example, without the batch axis, as the data set
-      stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them.
+      stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them. Entries of a dict
+      that the network does not read (a teacher's or a loss's) are no inputs of the program.
     normalize: what is done to stored inputs before the network sees them; None for nothing.
     name: the network's own by default.
+    outputs: what it puts out: ``"logits"`` and features by name; by default the logits, or all
+      features of a network that has none.
 
   Returns:
     The program. Where Python has to know the batch size, it computes every example alone.
 
   Raises:
     TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind described.
-    ValueError: it cannot be traced, its variables do not fit, or they are those of several seeds.
+    ValueError: it cannot be traced, its variables do not fit, they are those of several seeds, or
+      it puts out nothing of a name in ``outputs``.
 
   >>> import jax.numpy as jnp
   >>> from jaxdistill.types import Outputs
@@ -158,7 +178,7 @@ def as_program(
   >>> program([[1.0, 2.0]]).tolist()
   [[2.0, 4.0]]
   """
-  program = untraced(model, stored=stored, normalize=normalize, name=name)
+  program = untraced(model, stored=stored, normalize=normalize, name=name, outputs=outputs)
   try:
     traced(program)
     return program
@@ -181,6 +201,7 @@ def untraced(
   stored: PyTree,
   normalize: Callable[[Any], Any] | None,
   name: str | None,
+  outputs: Collection[str] | None,
 ) -> Program:
   """What `as_program` gives, not traced yet: for an exporter that tries the ways itself.
 
@@ -188,7 +209,7 @@ def untraced(
 
   Raises:
     TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind that `as_program` takes.
-    ValueError: the variables are those of several seeds.
+    ValueError: the variables are those of several seeds, or ``outputs`` are not put out.
   """
   if not isinstance(model, Model) or not isinstance(model.network, Network):
     given = model.network if isinstance(model, Model) else model
@@ -210,12 +231,34 @@ def untraced(
   # the network's own.
   names, structure = list(leaves), jax.tree.structure(model.variables)
 
-  def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
+  def put_out(given: Mapping[str, Any], inputs: PyTree) -> Outputs:
     tree = jax.tree.unflatten(structure, [given[name] for name in names])
-    seen = inputs if normalize is None else normalize(inputs)
-    return Model(model.network, tree)(seen).logits
+    return Model(model.network, tree)(inputs if normalize is None else normalize(inputs))
 
-  return Program(name or model.network.name, leaves, call, shapes)
+  fixed, one = shapes_of(leaves), batched(shapes, 1)
+  try:
+    found = jax.eval_shape(put_out, fixed, one)
+  except Exception:  # It cannot be traced: whoever exports it finds out why.
+    found = None
+  asked = (outputs,) if isinstance(outputs, str) else outputs
+  # So it does, too, of a network that puts out nothing.
+  lacks = found is None or (asked is None and found.logits is None and not found.features)
+  wanted = tuple(sorted(asked or ("logits",))) if lacks else tuple(found.named(asked))
+
+  def whole(inputs: PyTree, given: Mapping[str, Any]) -> Any:
+    made = put_out(given, inputs).named(wanted)
+    return made if len(wanted) > 1 else made[wanted[0]]
+
+  narrow, left, idle = (whole, one, ()) if lacks else narrowed(whole, one, fixed)
+  read = {key: shapes[key] for key in left} if idle else shapes
+  return Program(
+    name or model.network.name,
+    leaves,
+    lambda given, inputs: narrow(inputs, given),
+    read,
+    wanted,
+    idle,
+  )
 
 
 def traced(program: Program, to_be: str = "") -> Operations:
@@ -231,9 +274,10 @@ def traced(program: Program, to_be: str = "") -> Operations:
   """
   (batch,) = jax.export.symbolic_shape("batch")
   found = trace_operations(program.call, program.leaves, batched(program.inputs, batch))
-  shape: tuple[Any, ...] = getattr(found.output.aval, "shape", ())
-  if len(shape) < 2 or shape[0] != batch:
-    raise ValueError(f"the logits of {program.name} have the shape {shape}, not [batch, ..., K].")
+  for name, output in zip(program.outputs, found.outputs, strict=True):
+    shape: tuple[Any, ...] = getattr(output.aval, "shape", ())
+    if len(shape) < 2 or shape[0] != batch:
+      raise ValueError(f"the {name} of {program.name} have the shape {shape}, not [batch, ..., K].")
   if to_be and any(equation.primitive.name == "call_exported" for equation in found.equations):
     raise ValueError(
       f"{program.name} is a compiled program, which cannot be {to_be}: give the network itself, "
@@ -277,7 +321,11 @@ def each_alone(
   """A program that sees one example at a time, ``[1, ...]``, mapped over the batch."""
 
   def mapped(leaves: Mapping[str, Any], inputs: PyTree) -> Any:
-    return mapper(lambda x: call(leaves, jax.tree.map(lambda leaf: leaf[None], x))[0], inputs)
+    def one(x: PyTree) -> Any:
+      made = call(leaves, jax.tree.map(lambda leaf: leaf[None], x))
+      return jax.tree.map(lambda leaf: leaf[0], made)
+
+    return mapper(one, inputs)
 
   return mapped
 
@@ -296,9 +344,9 @@ def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str,
 
   Returns:
     The bytes, empty where there is no way; and what is known of them: ``batch`` (the way, None
-    where there is none), ``platforms``, ``classes`` (K), ``problem`` (why it is not symbolic for
-    all platforms, else None), ``jax`` (the version that made it), ``stablehlo`` (its version),
-    ``calling_convention`` (JAX's number for the form).
+    where there is none), ``platforms``, ``classes`` (K of the logits, else None), ``problem`` (why
+    it is not symbolic for all platforms, else None), ``jax`` (the version that made it),
+    ``stablehlo`` (its version), ``calling_convention`` (JAX's number for the form).
   """
   (batch,) = jax.export.symbolic_shape("batch")
   here = jax.export.default_export_platform()
@@ -319,8 +367,10 @@ def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str,
           exporter = jax.export.export(jax.jit(called), platforms=platforms)
           exported = exporter(*args, batched(program.inputs, size))
         out = [aval.shape for aval in exported.out_avals]
-        if len(out) != 1 or len(out[0]) < 2 or out[0][0] != size:
-          raise ValueError(f"the logits have the shapes {out}, not [{size}, ..., K]")
+        if not all(len(shape) > 1 and shape[0] == size for shape in out):
+          raise ValueError(
+            f"{', '.join(program.outputs)} have the shapes {out}, not [{size}, ..., K]"
+          )
         if exported.nr_devices != 1:
           raise ValueError(f"it is a program for {exported.nr_devices} devices")
         serialized = bytes(exported.serialize())
@@ -331,7 +381,7 @@ def export_program(program: Program, *, weights: bool) -> tuple[bytes, dict[str,
       return serialized, {
         "batch": way,
         "platforms": list(platforms),
-        "classes": out[0][-1],
+        "classes": dict(zip(program.outputs, out, strict=True)).get("logits", (None,))[-1],
         "problem": problems.get("symbolic"),
         "jax": jax.__version__,
         "stablehlo": version[1].decode() if version else None,
@@ -358,7 +408,7 @@ def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[st
     ``least_jax`` (the least that is sure to load it: a program loads in the version that made it
     and, for six months, in later ones; JAX promises nothing for earlier ones, and one made by 0.12
     does not load in 0.10), ``stablehlo`` (its version), ``calling_convention`` (JAX's number for
-    the form), ``platforms``.
+    the form), ``platforms``, ``outputs`` (their names).
 
   Raises:
     ValueError: the program cannot be exported: it calls Python at run time, for example.
@@ -370,7 +420,8 @@ def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[st
       "calls Python at run time (jax.debug, jax.pure_callback) and what fixes the devices."
     )
   told = ("jax", "stablehlo", "calling_convention", "platforms")
-  return serialized, {"least_jax": about["jax"], **{name: about[name] for name in told}}
+  told_too = {"least_jax": about["jax"], "outputs": list(program.outputs)}
+  return serialized, {**told_too, **{name: about[name] for name in told}}
 
 
 def _one_device() -> AbstractContextManager[Any]:
@@ -423,18 +474,20 @@ class Operations:
     leaves: the name of each weight by its variable.
     inputs: the variables of the inputs.
     constants: the value of each other variable that is no operation's output.
-    output: the variable, or literal, of the one output.
+    outputs: the variables, or literals, of the outputs.
+    structure: of what the function returns: one output, or a dict of several.
   """
 
   equations: list[Any]
   leaves: dict[Any, str]
   inputs: list[Any]
   constants: dict[Any, Any]
-  output: Any
+  outputs: list[Any]
+  structure: Any
 
   def uses(self) -> collections.Counter[Any]:
-    """How often each variable is used, as the output too."""
-    atoms = [atom for equation in self.equations for atom in equation.invars] + [self.output]
+    """How often each variable is used, as an output too."""
+    atoms = [atom for equation in self.equations for atom in equation.invars] + self.outputs
     return collections.Counter(atom for atom in atoms if not is_literal(atom))
 
   def sources(self) -> dict[Any, set[str]]:
@@ -449,12 +502,12 @@ class Operations:
     return found
 
   def needed(self, rules: Mapping[Any, Rule] | None = None, until: Any = None) -> list[int]:
-    """The places of the operations that the output (or ``until``) needs, in order."""
-    return self._demand(rules or {}, self.output if until is None else until)[0]
+    """The places of the operations that the outputs (or ``until``) need, in order."""
+    return self._demand(rules or {}, self.outputs if until is None else [until])[0]
 
   def weights(self, rules: Mapping[Any, Rule] | None = None) -> set[str]:
-    """The names of the weights that the output needs, but for those that a rule brings itself."""
-    wanted = self._demand(rules or {}, self.output)[1]
+    """The names of the weights that the outputs need, but for those that a rule brings itself."""
+    wanted = self._demand(rules or {}, self.outputs)[1]
     return {name for variable, name in self.leaves.items() if variable in wanted}
 
   def run(
@@ -464,25 +517,25 @@ class Operations:
     rules: Mapping[Any, Rule] | None = None,
     until: Any = None,
   ) -> Any:
-    """Computes the output, or ``until``, and what they need.
+    """Computes the outputs, or ``until``, and what they need.
 
     Args:
       leaves: weights by name; only those that are needed must be there.
       inputs: the leaves of the inputs, in order.
       rules: how a variable is computed instead of by its operation.
-      until: a variable to compute instead of the output.
+      until: a variable to compute instead of the outputs.
 
     Returns:
-      Its value.
+      Its value; or what the function returns.
     """
-    rules, target = rules or {}, self.output if until is None else until
+    rules = rules or {}
     values = {variable: leaves[n] for variable, n in self.leaves.items() if n in leaves}
     values |= self.constants | dict(zip(self.inputs, inputs, strict=True))
 
     def read(atom: Any) -> Any:
       return atom.val if is_literal(atom) else values[atom]
 
-    for place in self.needed(rules, target):
+    for place in self.needed(rules, until):
       equation = self.equations[place]
       rule = next((rules[v] for v in equation.outvars if v in rules), None)
       if rule is None:
@@ -490,10 +543,12 @@ class Operations:
       else:
         out = [rule.compute(*(read(atom) for atom in rule.reads))]
       values |= dict(zip(equation.outvars, out, strict=True))
-    return read(target)
+    if until is not None:
+      return read(until)
+    return jax.tree.unflatten(self.structure, [read(atom) for atom in self.outputs])
 
-  def _demand(self, rules: Mapping[Any, Rule], target: Any) -> tuple[list[int], set[Any]]:
-    wanted, places = {target} if not is_literal(target) else set(), []
+  def _demand(self, rules: Mapping[Any, Rule], targets: list[Any]) -> tuple[list[int], set[Any]]:
+    wanted, places = {target for target in targets if not is_literal(target)}, []
     for place in reversed(range(len(self.equations))):
       equation = self.equations[place]
       if wanted.intersection(equation.outvars):
@@ -510,7 +565,7 @@ def trace_operations(
   """Traces a network.
 
   Args:
-    call: ``(weights by name, inputs) -> logits``.
+    call: ``(weights by name, inputs) -> logits``, or a dict of outputs.
     leaves: the weights by name, or their shapes.
     inputs: arrays, tracers or shapes, batch axis first; it may be symbolic.
 
@@ -531,19 +586,17 @@ def trace_operations(
   def listed(values: Sequence[Any], given: Sequence[Any]) -> Any:
     return call(dict(zip(names, values, strict=True)), jax.tree.unflatten(structure, given))
 
-  first = jax.make_jaxpr(listed)(list(shapes.values()), given)
+  first, out = jax.make_jaxpr(listed, return_shape=True)(list(shapes.values()), given)
   flat = jax.make_jaxpr(lambda *args: _inlined(first, args))(*list(shapes.values()), *given)
   jaxpr = flat.jaxpr
-  if len(jaxpr.outvars) != 1:
-    raise ValueError(f"a network must have one output, its logits; this one has {jaxpr.outvars}.")
-  (output,) = jaxpr.outvars
   variables = list(jaxpr.invars)
   return Operations(
-    equations=list(_live(jaxpr.eqns, output)),
+    equations=list(_live(jaxpr.eqns, jaxpr.outvars)),
     leaves=dict(zip(variables[: len(names)], names, strict=True)),
     inputs=variables[len(names) :],
     constants=dict(zip(jaxpr.constvars, flat.consts, strict=True)),
-    output=output,
+    outputs=list(jaxpr.outvars),
+    structure=jax.tree.structure(out),
   )
 
 
@@ -568,9 +621,9 @@ def _inlined(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _live(equations: Sequence[Any], output: Any) -> Iterator[Any]:
+def _live(equations: Sequence[Any], outputs: Sequence[Any]) -> Iterator[Any]:
   """Without what no output depends on, such as features that nobody asked for."""
-  wanted, live = {output} if not is_literal(output) else set(), []
+  wanted, live = {output for output in outputs if not is_literal(output)}, []
   for equation in reversed(equations):
     if equation.effects or wanted.intersection(equation.outvars):
       live.append(equation)

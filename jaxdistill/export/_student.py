@@ -14,7 +14,7 @@ import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -46,23 +46,27 @@ def save_student(
   stored: PyTree,
   normalize: Callable[[Any], Any] | None = None,
   name: str | None = None,
+  outputs: Collection[str] | None = None,
 ) -> pathlib.Path:
   """Saves a network, ready to call, in the folder ``student`` of a run; one there is replaced.
 
   The program is ``(variables, inputs [B, ...]) -> logits`` in inference mode, for any B, for CPU,
-  CUDA and TPU at once. Where a module does not allow that, the program is of one example, mapped
-  over the batch, or for the present platform alone; where it allows none at all (it calls Python at
-  run time, say), the weights are saved without one.
+  CUDA and TPU at once; of several outputs, a dict of them. Where a module does not allow that, the
+  program is of one example, mapped over the batch, or for the present platform alone; where it
+  allows none at all (it calls Python at run time, say), the weights are saved without one.
 
   Args:
     folder: the run's folder, made if it is not there.
     model: the trained network, a `jaxdistill.types.Model`; its variables are arrays of any
       sharding. Of one over S seeds, the program is of one of them, and the weights hold all.
     stored: shapes and dtypes of the inputs of one example, without the batch axis, as the data set
-      stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them.
+      stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them. Entries of a dict
+      that the network does not read (a teacher's or a loss's) are no inputs of the program.
     normalize: what is done to stored inputs ``[B, ...]`` before the network sees them, such as
       ``data.normalizer((mean, std))``; None for nothing.
     name: the student's name; the network's by default.
+    outputs: what the program puts out: ``"logits"`` and features by name; by default the logits, or
+      all features of a network that has none.
 
   Returns:
     The folder ``student``.
@@ -71,7 +75,8 @@ def save_student(
     FileExistsError: the run holds something else of that name.
     TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind described, or a leaf is no
       array.
-    ValueError: the model's ``seeds`` do not fit its variables.
+    ValueError: the model's ``seeds`` do not fit its variables, or it puts out nothing of a name in
+      ``outputs``.
 
   Warns:
     DeployedWarning: the program could not be made as meant.
@@ -93,13 +98,15 @@ def save_student(
   if target.is_file() or (runs.listing(target) and not (target / runs.MANIFEST).is_file()):
     raise FileExistsError(f"{target} is no student of ours; move it, or take another folder.")
   one = _of_one_seed(model) if isinstance(model, Model) else model  # else `untraced` says it
-  program = _program.untraced(one, stored=stored, normalize=normalize, name=name)
+  program = _program.untraced(one, stored=stored, normalize=normalize, name=name, outputs=outputs)
   serialized, about = _program.export_program(program, weights=False)
   if about["problem"]:
     _warn_lesser(program.name, about)
   info = {
     "name": program.name,
     "inputs": jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs),
+    "outputs": list(program.outputs),
+    "ignored": list(program.ignored),
     "instances": model.seeds or 1,
     "stacked": model.seeds is not None,
     "parameters": cost.parameters(one.variables),
@@ -133,8 +140,8 @@ class Student(Program):
   variables: PyTree = dataclasses.field(repr=False)
 
   @property
-  def classes(self) -> int:
-    """K, the size of the logits' last axis."""
+  def classes(self) -> int | None:
+    """K, the size of the logits' last axis; None of a student without logits."""
     return self.info["classes"]
 
   @property
@@ -154,7 +161,7 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
     instance: which of the networks of a run over several seeds, from 0 on.
 
   Returns:
-    The student: ``student(inputs) -> logits``.
+    The student: ``student(inputs) -> logits``, or what else it was saved for (``outputs``).
 
   Raises:
     FileNotFoundError: there is no such folder, it is no run's, or the run is not finished.
@@ -205,6 +212,8 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
     leaves,
     _program.each_alone(call, jax.lax.map) if looped else call,
     jax.tree.map(lambda aval: jax.ShapeDtypeStruct(aval.shape[1:], aval.dtype), expected),
+    tuple(info["outputs"]),
+    tuple(info["ignored"]),
     tuple(info["platforms"]),
     info=info,
     variables=jax.tree.unflatten(jax.tree.structure(one), leaves.values()),
@@ -214,6 +223,7 @@ def load_student(run: str | os.PathLike[str], *, instance: int = 0) -> Student:
 # What `save_student` has put down since the first version.
 _SAID: dict[str, Any] = {
   **{"name": str, "instances": int, "stacked": bool, "platforms": list, "jax": str},
+  **{"outputs": list, "ignored": list},
   **{"batch": (str, type(None)), "classes": (int, type(None)), "parameters": int},
 }
 

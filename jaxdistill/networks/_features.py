@@ -3,7 +3,7 @@
 Which of the values that a network sowed or captured is meant: Flax keeps them in a nested dict, by
 submodule and name, as tuples with one entry for each call; a submodule's output is kept under the
 name of its method. `jaxdistill.networks.linen` and `jaxdistill.networks.nnx` find features there,
-bind a module's arguments and find its logits with these functions.
+bind a module's arguments and find its logits, if it has any, with these functions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -33,10 +33,10 @@ __all__ = [
   "inside",
   "is_array",
   "listed",
-  "logits",
   "names",
   "parse",
   "pick",
+  "put_out",
   "signature",
   "statistics",
   "untouched",
@@ -281,27 +281,38 @@ def bind(
   return args, keywords
 
 
-def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
-  """Finds the logits in what a module returned.
+def put_out(
+  out: Any, finder: Callable[[Any], Any] | Literal[False] | None, label: str
+) -> tuple[Any, dict[str, Any]]:
+  """Finds the logits in what a module returned, or of one without them what it returns, by name.
 
   Args:
     out: what the module returned.
-    finder: ``out -> array``; None takes an array, or the key or attribute ``logits``.
+    finder: ``out -> array``; None takes an array, or the key or attribute ``logits``; False says
+      that there are none.
     label: what to call the module in messages.
 
   Returns:
-    An array.
+    ``(logits, features)``: an array and nothing else; without logits None, and the arrays of a dict
+    by their keys, or one array as ``"output"``.
 
   Raises:
     ValueError: there is none.
 
-  >>> logits({"logits": np.zeros(2), "aux": None}, None, "Net").tolist()
+  >>> put_out({"logits": np.zeros(2), "aux": None}, None, "Net")[0].tolist()
   [0.0, 0.0]
+  >>> sorted(put_out({"image": np.zeros(2), "text": np.ones(2)}, False, "Net")[1])
+  ['image', 'text']
   """
+  if finder is False:
+    named = {"output": out} if is_array(out) else out if isinstance(out, Mapping) else {}
+    return None, {str(name): value for name, value in named.items() if is_array(value)}
   # What most modules return is understood; anything else is asked for, never guessed.
   if finder is not None:
     if not callable(finder):
-      raise TypeError(f"{label}: logits={finder!r} must be a function of what the module returns.")
+      raise TypeError(
+        f"{label}: logits={finder!r} must be a function of what the module returns, or False."
+      )
     found = finder(out)
   elif is_array(out):
     found = out
@@ -311,9 +322,10 @@ def logits(out: Any, finder: Callable[[Any], Any] | None, label: str) -> Any:
     how = "no logits were recognised in it" if finder is None else "logits= found no array"
     raise ValueError(
       f"{label} puts out a {type(out).__name__} of {shapes(out)}, and {how}; say "
-      "where its logits are with logits=lambda out: ..., which must return an array."
+      "where its logits are with logits=lambda out: ..., which must return an array, or by "
+      "logits=False that it has none: what it puts out are then features."
     )
-  return found
+  return found, {}
 
 
 def find(sown: Any, path: Path) -> Any:
@@ -420,7 +432,7 @@ class Adapter:
     wanted: the features, by the names that they get.
     signature: of the method that is called.
     arguments: ``inputs -> tuple`` or ``dict``, or None.
-    logits: finds them in what the module returns, or None.
+    logits: finds them in what the module returns, or None; False where it has none.
     method: the method to call, or None for ``__call__``.
     name: what to call the module in messages.
     told: whether it is to be told that it trains: not where ``train_flag`` is None.
@@ -430,7 +442,7 @@ class Adapter:
   wanted: dict[str, Path]
   signature: inspect.Signature
   arguments: Callable[[Any], Any] | None
-  logits: Callable[[Any], Any] | None
+  logits: Callable[[Any], Any] | Literal[False] | None
   method: str | Callable[..., Any] | None
   name: str
   told: bool = True
@@ -470,13 +482,19 @@ class Adapter:
     features = {
       name: pick(sown, path, f"{self.name}: feature {name!r}") for name, path in there.items()
     }
-    if not isinstance(out, Outputs):
-      return Outputs(logits=logits(out, self.logits, self.name), features=features)
-    # A module that speaks our words: what it said stays, such as a language model's hidden states
-    # and head, which stand for the logits.
-    stands = self.logits is None and out.hidden is not None and out.head is not None
-    found = out.logits if stands else logits(out, self.logits, self.name)
-    return dataclasses.replace(out, logits=found, features={**out.features, **features})
+    base = out if isinstance(out, Outputs) else Outputs()
+    if self.logits is None and base.hidden is not None and base.head is not None:
+      # A module that speaks our words: a language model's hidden states and head stand for logits.
+      found, returned = base.logits, {}
+    else:
+      found, returned = put_out(out, self.logits, self.name)
+    features = {**base.features, **returned, **features}
+    if found is None and base.head is None and not features:
+      raise ValueError(
+        f"{self.name} has no logits (logits=False), and neither features= nor a dict that it "
+        "returns names anything else that it puts out."
+      )
+    return dataclasses.replace(base, logits=found, features=features)
 
   def trained_alone(self, missing: Sequence[str], call: Call) -> set[str]:
     """Those of the features that evaluation lacks and that a call in training has."""

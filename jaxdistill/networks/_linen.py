@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.errors
 import flax.linen as nn
@@ -36,7 +36,7 @@ def linen(
   train_flag: str | None = "auto",
   rngs: Sequence[str] = ("dropout",),
   arguments: Callable[[Any], tuple[Any, ...] | Mapping[str, Any]] | None = None,
-  logits: Callable[[Any], Any] | None = None,
+  logits: Callable[[Any], Any] | Literal[False] | None = None,
   method: str | Callable[..., Any] | None = None,
   name: str | None = None,
 ) -> Network:
@@ -64,7 +64,9 @@ def linen(
       inputs; by default ``inputs`` is the one positional argument.
     logits: finds the logits in what the module returns. By default that is an array, or has a key
       or an attribute ``logits``, or is an `Outputs`, which is passed on with all that it has:
-      ``hidden`` and ``head`` may stand for the logits.
+      ``hidden`` and ``head`` may stand for the logits. False for a network without (embeddings, two
+      towers): what the module returns is then a feature, ``"output"``, or several by the keys of a
+      dict.
     method: the method to call instead of ``__call__``; its name, or a function of the module.
     name: for messages and reports; the module's class by default.
 

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def nnx(
   features: Sequence[str] | Mapping[str, str | Path] = (),
   train_flag: str | None = "auto",
   arguments: Callable[[Any], tuple[Any, ...] | Mapping[str, Any]] | None = None,
-  logits: Callable[[Any], Any] | None = None,
+  logits: Callable[[Any], Any] | Literal[False] | None = None,
   method: str | Callable[..., Any] | None = None,
   name: str | None = None,
 ) -> Network:
@@ -70,7 +70,9 @@ def nnx(
     arguments: ``inputs -> tuple`` of positional or ``dict`` of keyword arguments, for several
       inputs; by default ``inputs`` is the one positional argument.
     logits: finds the logits in what the module returns. By default that is an array, or has a key
-      or an attribute ``logits``, or is an `Outputs`, which is passed on with all that it has.
+      or an attribute ``logits``, or is an `Outputs`, which is passed on with all that it has. False
+      for a network without (embeddings, two towers): what the module returns is then a feature,
+      ``"output"``, or several by the keys of a dict.
     method: the method to call instead of ``__call__``; its name, or a function of the module.
     name: for messages and reports; the module's class by default.
 

@@ -1,6 +1,7 @@
 """What a student may cost, what networks do cost where they run, and whether one is inside.
 
-Costs are those of the deployed call: stored inputs in, NumPy logits out, normalisation included.
+Costs are those of the deployed call: stored inputs in, NumPy logits (or other outputs) out,
+normalisation included.
 ``jaxdistill budget RUN --latency-ms 0.2`` measures a finished run's student in a process
 of its own and fails where it costs more, in a build's pipeline for example.
 """
@@ -14,14 +15,15 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxdistill import _check, _compile, export
-from jaxdistill.evaluation import cost, logits_of
+from jaxdistill._reach import narrowed
+from jaxdistill.evaluation import cost
 from jaxdistill.reports import plain
 from jaxdistill.types import Model, Network, Teacher, make_batch
 
@@ -146,6 +148,7 @@ def measure_network(
   normalize: Callable[[Any], Any] | None = None,
   batch_size: int = 1,
   seconds: float = 0.3,
+  outputs: Collection[str] | None = None,
 ) -> dict[str, Any]:
   """What a network costs as it would be deployed, trained or not.
 
@@ -155,6 +158,7 @@ def measure_network(
     normalize: what is done to stored inputs before the network sees them.
     batch_size: of the timed call.
     seconds: of each of three rounds of timing, the slowest of which counts.
+    outputs: what it puts out, by name; see `jaxdistill.export.as_program`.
 
   Returns:
     ``latency_ms`` (the median of a round's calls), ``bytes``, ``flops`` of one example (None where
@@ -172,8 +176,8 @@ def measure_network(
   def seen(inputs: PyTree) -> PyTree:
     return inputs if normalize is None else normalize(inputs)
 
-  def infer(model: Model | Teacher, inputs: PyTree) -> Any:
-    return logits_of(model, make_batch(seen(inputs)))
+  def whole(inputs: PyTree, model: Model | Teacher) -> Any:
+    return model(make_batch(seen(inputs))).named(outputs)
 
   def example(size: int) -> PyTree:
     return jax.tree.map(lambda leaf: np.zeros((size, *leaf.shape), leaf.dtype), stored)
@@ -185,17 +189,20 @@ def measure_network(
     model: Model | Teacher = Model(network, init(example(1)))
   else:
     model = network.instance(0) if isinstance(network, Model) else network
+  infer, left, _ = narrowed(whole, example(1), model)
   inputs, compiled = example(batch_size), jax.jit(infer)
+  if isinstance(left, Mapping):  # what is deployed takes what it reads
+    inputs = {key: inputs[key] for key in left}
   expected = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
   model = jax.device_put(model)
 
-  def call() -> np.ndarray:
-    return np.asarray(compiled(model, export.as_batch(inputs, expected, "network")[0]))
+  def call() -> Any:
+    return jax.device_get(compiled(export.as_batch(inputs, expected, "network")[0], model))
 
   return {
     "latency_ms": _slowest(call, seconds),
     "bytes": cost.size_bytes(model.variables),
-    "flops": cost.flops_or_none(infer, model, example(1)),
+    "flops": cost.flops_or_none(infer, left, model),
     "parameters": cost.parameters(model.variables),
   }
 
@@ -217,7 +224,7 @@ def measure_run(
   student = export.load_student(run, instance=instance)
   some = jax.tree.map(lambda leaf: np.zeros((batch_size, *leaf.shape), leaf.dtype), student.inputs)
   return {
-    "latency_ms": _slowest(lambda: np.asarray(student(some)), seconds),
+    "latency_ms": _slowest(lambda: jax.device_get(student(some)), seconds),
     "bytes": cost.size_bytes(student.variables),
     "flops": student.info.get("flops"),  # a program that is loaded cannot be counted
     "parameters": student.info["parameters"],

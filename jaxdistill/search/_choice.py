@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, runs
+from jaxdistill.data import Batches
 from jaxdistill.evaluation import predictions, tasks
 from jaxdistill.evaluation.metrics import mean_std
 from jaxdistill.reports import Markup, csv_text, figures, grid, with_std
@@ -61,18 +62,22 @@ class Choice:
     test: the test split; read once, for the chosen point of a `sweep` alone.
     task: what the labels mean, see `jaxdistill.evaluation.tasks`; one class an example where left
       out.
+    baseline: the objective on labels alone by which `compress` trains what it chose once more, to
+      tell what distillation adds: ``recipes.regression(hard_weight=1.0)``, say. By default
+      ``recipes.labels()`` where labels are classes, and nothing elsewhere.
 
   Raises:
     TypeError: a split is not what `jaxdistill.data.evaluation_batches` makes.
     ValueError: the metric is none of these, or no example of a split has a label.
   """
 
-  validation: Batch
+  validation: Batch | Batches
   metric: str = ""
   halving: Halving | None = None
   retrain: Sequence[int] | Sequence[tuple[int, int]] | None = None
-  test: Batch | None = None
+  test: Batch | Batches | None = None
   task: tasks.Task | None = None
+  baseline: Any = None
 
   def __post_init__(self) -> None:
     if not isinstance(self.task, tasks.Task | None):
@@ -83,12 +88,12 @@ class Choice:
     object.__setattr__(self, "metric", self.metric or self.of.first)
     self.of.metric(self.metric)
     for name, split in (("validation", self.validation), ("test", self.test)):
-      if not (name == "test" and split is None) and not isinstance(split, Batch):
+      if not (name == "test" and split is None) and not isinstance(split, Batch | Batches):
         raise TypeError(
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
-          "[N, B, ...]."
+          "[N, B, ...], or data.Batches."
         )
-      if split is not None and not predictions.counted(split).any():
+      if split is not None and not predictions.labelled(split):
         raise ValueError(
           f"no example of {name} has a label, and {self.metric} is of labels: nothing could be "
           "chosen by it, nor told. Give a split that has some."

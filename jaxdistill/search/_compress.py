@@ -50,8 +50,6 @@ __all__ = [
 ]
 
 PyTree = Any
-# What its candidates are measured by.
-METRICS = tasks.classification().metrics
 # Hinton et al. 2015 have 1 to 20, and most papers one of these.
 _POINTS = tuple(
   {"temperature": temperature, "soft_weight": soft, "hard_weight": round(1 - soft, 3)}
@@ -160,8 +158,9 @@ class Assistants:
 
   Attributes:
     networks: by name; the candidates over the budget by default.
-    gap: how far behind the teacher, as a share of the validation examples, a student has to be
-      before an assistant is tried; and by more than two standard errors over its seeds.
+    gap: how far behind the teacher a student has to be before an assistant is tried: in a metric
+      that is a share (accuracy) by so much of 1, in another (an error) by so much of the teacher's
+      own; and by more than two standard errors over its seeds. The metric is the task's first.
 
   Raises:
     ValueError: ``gap`` is negative.
@@ -212,7 +211,8 @@ def compress(
   """Chooses, trains and saves the student that does best within a budget.
 
   The folder gets ``search/`` (the sweep), ``student/`` and ``baseline/`` (the chosen network,
-  distilled and on labels alone: runs with checkpoints and a deployed student each),
+  distilled and, where the choice has a baseline, on labels alone: runs with checkpoints and a
+  deployed student each),
   ``candidates.md``, ``candidates.csv``, ``frontier.png``, ``budget.json``, ``preflight.json`` (what
   `jaxdistill.search.preflight` found, which is warned of as well), and ``assistant/`` where one was
   tried. What was stopped goes on there.
@@ -223,8 +223,8 @@ def compress(
     data: where batches come from.
     optimizer: an optax optimiser, or a function of keywords that ``points`` may vary.
     steps: of every training that goes to its end.
-    choice: the split to choose on and by which metric; its ``retrain`` are the seeds of the chosen
-      student and of its baseline.
+    choice: the split to choose on, what its labels mean, by which metric, and the objective of the
+      baseline; its ``retrain`` are the seeds of the chosen student and of its baseline.
     run: where all of it is kept, see `jaxdistill.train.Run`; a path is the folder.
     objective: an objective, or a recipe: a function of keywords that returns one.
     points: what is searched for each candidate, see `search.product`.
@@ -282,11 +282,6 @@ def _checked(candidates: Any, choice: Any) -> Choice:
     )
   if not isinstance(choice, Choice):
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
-  if choice.of is not tasks.classification():
-    raise ValueError(
-      f"choice has the task {choice.of.name!r}, and compress is of one class an example: sweep "
-      "each candidate, search.sweep(..., choice=Choice(validation, task=task)), and compare them."
-    )
   if choice.test is not None:
     raise ValueError("choice has a test split, which compress does not read: report on it after.")
   return dataclasses.replace(
@@ -312,7 +307,7 @@ def _compressed(
     between = {one: network for one, network in candidates.items() if one not in fit}
   tried = job.assist(student, best, between, assistants.gap, path)
   models = job.final(student, best, tried, path)
-  job.preflight(student, best.values, path, models["baseline"], known=warned)
+  job.preflight(student, best.values, path, models.get("baseline"), known=warned)
   values = best.values
   if tried is not None and tried.row is not None and tried.helps:
     values = tried.row.values
@@ -326,6 +321,7 @@ def _compressed(
     chosen=name,
     values=_without_student(values),
     assistant=tried,
+    task=job.choice.of,
     metric=job.choice.metric,
     model=models["student"],
     validation={kind: job.validated(model) for kind, model in models.items()},
@@ -345,7 +341,13 @@ def _first_inside(
     if name not in checked:
       folder = path / "checked"
       model = found.students(_best_row(found, name)).instance(0)
-      export.save_student(folder, model, stored=job.data.stored, normalize=job.data.normalize)
+      export.save_student(
+        folder,
+        model,
+        stored=job.data.stored,
+        normalize=job.data.normalize,
+        outputs=job.run.outputs,
+      )
       checked[name] = _budget.measure_in_process(folder, within)
       runs.write_json(file, checked)
     if within.inside(checked[name]):
@@ -438,7 +440,13 @@ class Job:
     """Where a stage is kept; it shows itself where the search does."""
     progress = None if self.run.label("compress") is None else folder.name
     every = self.run.checkpoint_every
-    return train.Run(folder, config=config, checkpoint_every=every, progress=progress)
+    return train.Run(
+      folder,
+      config=config,
+      checkpoint_every=every,
+      progress=progress,
+      outputs=self.run.outputs,
+    )
 
   def student_at(self, network: Network, point: Point, objective: Any = None) -> OneStudent:
     """A point as `train.fit` takes it."""
@@ -459,17 +467,18 @@ class Job:
     )
     runs.write_json(file, costs)
     quality = self.teacher_quality
-    return {**costs, **{name: float(quality[name]) for name in METRICS}}
+    return {**costs, **{name: float(value) for name, value in quality.items()}}
 
   @functools.cached_property
   def teacher_quality(self) -> dict[str, np.ndarray]:
     """The teacher on validation."""
-    return evaluation.evaluate(self.teacher, self.choice.validation)
+    return self.validated(self.teacher)
 
-  def validated(self, model: Model) -> dict[str, np.ndarray]:
-    """Some students on validation, ``[S]`` each."""
-    found = evaluation.evaluate(model, self.choice.validation)
-    return {name: found[name] for name in METRICS}
+  def validated(self, model: Model | Teacher) -> dict[str, np.ndarray]:
+    """Some students on validation, ``[S]`` each, or the teacher: what could be measured."""
+    task = self.choice.of
+    found = evaluation.evaluate(model, self.choice.validation, task=task)
+    return {name: found[name] for name in task.metrics if name in found}
 
   def preflight(
     self,
@@ -488,6 +497,7 @@ class Job:
       teacher=self.teacher,
       teacher_run=self.teacher_run,
       validation=self.choice.validation,
+      task=self.choice.of,
       baseline=baseline,
       folder=folder,
       warn=False,
@@ -518,7 +528,7 @@ class Job:
       steps=self.steps,
       seeds=self.seeds,
       teacher=teacher,
-      choice=Choice(self.choice.validation, metric=self.choice.metric, halving=halving),
+      choice=dataclasses.replace(self.choice, halving=halving, retrain=None),
       run=self.stage(folder),
     )
 
@@ -549,7 +559,7 @@ class Job:
       seed=[seed for seed, _ in seeds],
       teacher=teacher,
       watch=train.Watch(
-        evaluation.validator(self.choice.validation),
+        evaluation.validator(self.choice.validation, task=self.choice.of),
         validate_every=max(self.data.steps_per_epoch, self.steps // 10),
       ),
       run=self.stage(folder, {"optimizer": one.rates}),
@@ -565,16 +575,25 @@ class Job:
     path: pathlib.Path,
   ) -> Assistant | None:
     """Tries a teaching assistant where the student is too far behind its teacher."""
-    behind = float(self.teacher_quality["accuracy"]) - direct.metrics["accuracy"]
-    error = standard_error(behind)
-    if float(np.mean(behind)) <= max(gap, 2 * error):
+    name, metric = self.choice.of.first, self.choice.of.metric(self.choice.of.first)
+    taught = self.teacher_quality.get(name)
+    if taught is None or name not in direct.metrics:  # what was not measured says nothing
       return None
+    behind = metric.sign * (float(taught) - direct.metrics[name])
+    error, least = standard_error(behind), gap if metric.percent else gap * abs(float(taught))
+    if float(np.mean(behind)) <= max(least, 2 * error):
+      return None
+    told: dict[str, Any] = {
+      "behind": float(np.mean(behind)),
+      "metric": name,
+      "percent": metric.percent,
+    }
     small, large = (cost.parameters(v) for v in (self.shapes(student), self.teacher.variables))
     sizes = {name: cost.parameters(self.shapes(network)) for name, network in between.items()}
     middle = math.sqrt(small * large)
     usable = [name for name, size in sizes.items() if small < size < large]
     if not usable:
-      return Assistant(None, round(middle), float(np.mean(behind)), None, np.zeros(0), False)
+      return Assistant(None, round(middle), row=None, gain=np.zeros(0), helps=False, **told)
     name = min(usable, key=lambda n: abs(math.log(sizes[n] / middle)))
     network, values, objective = between[name], _without_student(direct.values), self.objective
     if direct.status == "dropped":  # the others were passed over for what they cost
@@ -582,12 +601,13 @@ class Job:
       direct = found.rows[0]
     one, seeds = self.student_at(network, values), self.seeds[:1]
     learned = self.fit(network, one, path / "assistant", seeds, teacher=self.teacher).instance(0)
-    taught = teachers.frozen(learned)
-    found = self.swept(student, objective, self.points, path / "assisted", teacher=taught)
+    found = self.swept(
+      student, objective, self.points, path / "assisted", teacher=teachers.frozen(learned)
+    )
     row = found.rows[found.best]
     gain = self.choice.score(row) - self.choice.score(direct)
     helps = len(gain) > 1 and float(np.mean(gain)) > max(0.0, standard_error(gain))
-    return Assistant(name, sizes[name], float(np.mean(behind)), row, gain, helps, learned)
+    return Assistant(name, sizes[name], row=row, gain=gain, helps=helps, model=learned, **told)
 
   def shapes(self, network: Network) -> PyTree:
     """A network's variables, as shapes."""
@@ -596,7 +616,10 @@ class Job:
   def final(
     self, network: Network, best: Row, tried: Assistant | None, path: pathlib.Path
   ) -> dict[str, Model]:
-    """The chosen network distilled, and on labels alone at the rate that suits it there."""
+    """The chosen network distilled, and on labels alone at the rate that suits it there.
+
+    Without an objective on labels alone it is distilled, and that is all.
+    """
     teacher, values, seeds = self.teacher, best.values, self.choice.retrain or ()
     if tried is not None and tried.helps:
       assert tried.model is not None
@@ -604,13 +627,18 @@ class Job:
       teacher, values = teachers.frozen(tried.model), tried.row.values
     one = self.student_at(network, _without_student(values))
     distilled = self.fit(network, one, path / "student", seeds, teacher=teacher)
+    baseline = self.choice.baseline
+    if baseline is None and self.choice.of.classes:
+      baseline = labels()
+    if baseline is None:
+      return {"student": distilled}
     rates = {
       repr(one.rates): one.rates for one in (self.student_at(network, p) for p in self.points)
     }
     alone = list(rates.values())
     if len(alone) > 1:
-      alone = [self.swept(network, labels(), alone, path / "labels", teacher=None).chosen]
-    one = self.student_at(network, alone[0], labels())
+      alone = [self.swept(network, baseline, alone, path / "labels", teacher=None).chosen]
+    one = self.student_at(network, alone[0], baseline)
     return {"student": distilled, "baseline": self.fit(network, one, path / "baseline", seeds)}
 
 
@@ -656,12 +684,14 @@ class Assistant:
   Attributes:
     name: the network's; None where none between student and teacher was given.
     parameters: how many it has, or should have.
-    behind: how far the student was behind the teacher, as a share of the validation examples.
+    behind: how far the student was behind the teacher in the task's first metric.
     row: the best point of the student that it taught.
     gain: of that student over the one taught directly, ``[S]`` over the search's seeds, positive
       for better.
     helps: whether the mean gain is above its standard error (with one seed it has none, and the
       answer is no); the chosen student then learns from the assistant.
+    metric: that metric's name.
+    percent: whether it is a share.
     model: the assistant's.
   """
 
@@ -671,11 +701,15 @@ class Assistant:
   row: Row | None
   gain: np.ndarray
   helps: bool
+  metric: str = "accuracy"
+  percent: bool = True
   model: Model | None = dataclasses.field(default=None, repr=False)
 
   def sentence(self) -> str:
     """What came of it."""
-    behind = f"The student is {100 * self.behind:.1f} points behind its teacher on validation"
+    far = f"{100 * self.behind:.1f} points" if self.percent else f"{self.behind:.4g}"
+    of = "" if self.metric == "accuracy" else f" in {self.metric}"
+    behind = f"The student is {far} behind its teacher{of} on validation"
     if self.name is None:
       return (
         f"{behind}, and no network between them was given: a teaching assistant of about "
@@ -702,7 +736,9 @@ class Compressed:
     assistant: what came of a teaching assistant; None where none was wanted.
     metric: what was chosen by.
     model: the chosen network and its variables, over the final seeds.
-    validation: the metrics of ``student`` and ``baseline`` on validation, ``[S]`` each.
+    validation: the metrics of ``student`` and, where there is one, ``baseline`` on validation,
+      ``[S]`` each.
+    task: what the labels mean.
   """
 
   budget: Budget
@@ -714,11 +750,13 @@ class Compressed:
   metric: str
   model: Model = dataclasses.field(repr=False)
   validation: dict[str, dict[str, np.ndarray]]
+  task: tasks.Task = dataclasses.field(default_factory=tasks.classification)
 
   @property
   def instance(self) -> int:
     """Which of the final students is best on validation."""
-    return int(np.argmax(METRICS[self.metric].sign * self.validation["student"][self.metric]))
+    sign = self.task.metric(self.metric).sign
+    return int(np.argmax(sign * self.validation["student"][self.metric]))
 
   @property
   def costs(self) -> dict[str, Any]:
@@ -735,21 +773,25 @@ class Compressed:
       f"{plain(self.costs[name])} of {plain(limit)} {UNITS[name]}"
       for name, limit in self.budget.limits().items()
     )
+    alone = self.validation.get("baseline")
+    beside = {
+      name: "" if alone is None else f"{_of(alone, name)} on labels alone and "
+      for name in self._shown()
+    }
     quality = "; ".join(
-      f"{name} {_spread(self.validation['student'][name])} against "
-      f"{_spread(self.validation['baseline'][name])} on labels alone and "
-      f"{self.teacher[name]:.4f} of the teacher"
+      f"{name} {_of(self.validation['student'], name)} against {beside[name]}"
+      f"{_of(self.teacher, name)} of the teacher"
       for name in self._shown()
     )
     text = (
       f"Chosen: {self.chosen} ({values}), of {len(self.candidates)} candidates, {trained} of them "
       f"inside the budget. It uses {used}, measured in a process of its own. On validation, "
-      f"{quality} (mean ± std over {len(self.validation['student']['accuracy'])} seeds)."
+      f"{quality} (mean ± std over {len(self.validation['student'][self.metric])} seeds)."
     )
     return text if self.assistant is None else f"{text} {self.assistant.sentence()}"
 
   def front(self, over: str = "latency_ms") -> list[str]:
-    """The candidates trained to the end that no other beats in both a cost and accuracy.
+    """The candidates trained to the end that no other beats in both a cost and the first metric.
 
     Args:
       over: the cost.
@@ -757,10 +799,12 @@ class Compressed:
     Returns:
       Their names, by increasing cost.
     """
+    first = self.task.first
+    sign = self.task.metric(first).sign
     trained = {
-      c.name: (c.costs[over], float(np.mean(c.row.metrics["accuracy"])))
+      c.name: (c.costs[over], sign * float(np.mean(c.row.metrics[first])))
       for c in self.candidates
-      if c.row is not None and c.row.status == "finished"
+      if c.row is not None and c.row.status == "finished" and first in c.row.metrics
     }
     finite = {name: found for name, found in trained.items() if np.isfinite(found[1])}
 
@@ -782,12 +826,12 @@ class Compressed:
     shown, timed = self._shown(), f"ms at batch {self.budget.batch_size}"
     lines = [["", "parameters", "bytes", "FLOPs", timed, *shown, ""]]
     costs = [plain(self.teacher[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
-    values = [f"{self.teacher[name]:.4f}" for name in shown]
+    values = [_of(self.teacher, name) for name in shown]
     lines.append(["teacher", *costs, *values, ""])
     for candidate in self.candidates:
       costs = [plain(candidate.costs[n]) for n in ("parameters", "bytes", "flops", "latency_ms")]
       row = candidate.row
-      values = ["" if row is None else _spread(row.metrics[name]) for name in shown]
+      values = ["" if row is None else _of(row.metrics, name) for name in shown]
       lines.append([candidate.name, *costs, *values, self._fate(candidate)])
     return "\n".join([grid(lines), "", self.sentence()])
 
@@ -820,7 +864,7 @@ class Compressed:
       self.picture(folder / f"frontier-{name}.png", name)
 
   def picture(self, path: pathlib.Path | None, over: str = "latency_ms") -> Any:
-    """Draws accuracy over a cost: candidates, the front of the trained ones, the budget.
+    """Draws the first metric over a cost: candidates, the front of the trained ones, the budget.
 
     Args:
       path: of the PNG; None writes none.
@@ -829,11 +873,13 @@ class Compressed:
     Returns:
       The figure, Matplotlib's.
     """
+    first = self.task.first
+    scale = 100 if self.task.metric(first).percent else 1
     points: dict[str, tuple[float, float, float | None]]
-    points = {"teacher": (self.teacher[over], 100 * self.teacher["accuracy"], None)}
+    points = {"teacher": (self.teacher[over], scale * self.teacher.get(first, math.nan), None)}
     for candidate in self.candidates:
       if candidate.row is not None:
-        values = 100 * candidate.row.metrics["accuracy"]
+        values = scale * candidate.row.metrics.get(first, np.array([math.nan]))
         whole = np.all(np.isfinite(values))
         mean, std = metrics.mean_std(values) if whole else (math.nan, None)
         points[candidate.name] = (candidate.costs[over], mean, std)
@@ -845,7 +891,7 @@ class Compressed:
       hollow=[c.name for c in self.candidates if c.row is not None and c.row.status == "dropped"],
       limit=self.budget.limits().get(over),
       xlabel=over.replace("_ms", f" of a batch of {self.budget.batch_size} (ms)"),
-      ylabel="validation accuracy (%)",
+      ylabel=f"validation {first}{' (%)' if scale == 100 else ''}",
       title=f"Candidates within {self.budget.describe()}",
     )
 
@@ -853,8 +899,8 @@ class Compressed:
     return next(candidate for candidate in self.candidates if candidate.name == name)
 
   def _shown(self) -> list[str]:
-    """The metric that was chosen by, and accuracy."""
-    return list(dict.fromkeys([self.metric, "accuracy"]))
+    """The metric that was chosen by, and the task's first."""
+    return list(dict.fromkeys([self.metric, self.task.first]))
 
   def _fate(self, candidate: Candidate) -> str:
     if candidate.name == self.chosen:
@@ -866,16 +912,17 @@ class Compressed:
     return f"{candidate.row.status}, step {candidate.row.step}"
 
   def _csv(self) -> str:
-    lines: list[list[Any]] = [["candidate", *UNITS, "seed", *METRICS, "step", "fate"]]
+    known = list(self.task.metrics)
+    lines: list[list[Any]] = [["candidate", *UNITS, "seed", *known, "step", "fate"]]
     for candidate in self.candidates:
       costs = [candidate.costs[name] for name in UNITS]
       fate = self._fate(candidate).strip("*")
       row = candidate.row
       if row is None:
-        lines.append([candidate.name, *costs, *[""] * (len(METRICS) + 2), fate])
+        lines.append([candidate.name, *costs, *[""] * (len(known) + 2), fate])
         continue
-      for s in range(len(row.metrics["accuracy"])):
-        values = [float(row.metrics[name][s]) for name in METRICS]
+      for s in range(len(row.metrics[self.metric])):
+        values = [float(row.metrics[name][s]) if name in row.metrics else "" for name in known]
         lines.append([candidate.name, *costs, s, *values, row.step, fate])
     return csv_text(lines)
 
@@ -883,6 +930,13 @@ class Compressed:
 def _over(budget: Budget, costs: dict[str, Any]) -> str:
   over = {name: share for name, share in budget.shares(costs).items() if share > 1}
   return ", ".join(f"{name.removesuffix('_ms')} {share:.3g} times" for name, share in over.items())
+
+
+def _of(found: Mapping[str, Any], name: str) -> str:
+  """A metric of some students, or of the teacher; that it was not measured, where it was not."""
+  if name not in found:
+    return "not measured"
+  return _spread(found[name]) if np.ndim(found[name]) else f"{found[name]:.4f}"
 
 
 def _spread(values: np.ndarray) -> str:

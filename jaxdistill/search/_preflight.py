@@ -17,20 +17,29 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, runs, teachers
-from jaxdistill.data import Source
-from jaxdistill.evaluation import cost, logits_of
+from jaxdistill import _check, evaluation, runs, teachers
+from jaxdistill.data import Batches, Source
+from jaxdistill.evaluation import cost, logits_of, predictions, tasks
 from jaxdistill.search._checks import pair_checks, teacher_checks
 from jaxdistill.search._checks.findings import Finding, PreflightWarning
 from jaxdistill.search._checks.probes import (
   batches_of,
   curve,
-  predictions,
   probe_terms,
+  said_of,
   taught_further,
 )
 from jaxdistill.train import check_hyper, check_student, check_teacher
-from jaxdistill.types import Batch, Model, Network, Objective, Teacher, as_objective
+from jaxdistill.types import (
+  Batch,
+  Model,
+  Network,
+  Objective,
+  Outputs,
+  Teacher,
+  as_objective,
+  present,
+)
 
 __all__ = ["FILE", "preflight"]
 
@@ -49,7 +58,8 @@ def preflight(
   teacher: Teacher | None = None,
   steps: int = 1,
   seed: int = 0,
-  validation: Batch | None = None,
+  validation: Batch | Batches | None = None,
+  task: tasks.Task | None = None,
   baseline: Any = None,
   teacher_run: str | os.PathLike[str] | None = None,
   folder: str | os.PathLike[str] | None = None,
@@ -61,14 +71,21 @@ def preflight(
   check              needs
   =================  ===============================================================
   hardly_better      ``teacher``, ``validation``, ``baseline``
-  not_trained        ``teacher_run``; or ``teacher``, of networks that are known, and
-                     ``data``; or ``teacher`` and ``validation``
+  not_trained        ``teacher_run``; or, of classes, ``teacher``, of networks that
+                     are known, and ``data``; or ``teacher`` and ``validation``
   capacity_gap       ``student``, ``teacher``, ``data`` or ``validation``
+  labels             ``student``, ``data`` or ``validation``: what the task says of
+                     them; and where they are numbers, their size
   no_labels          ``student``, ``objective``, ``data``
-  uniform_targets    ``objective`` with a ``temperature``, ``teacher``, ``data``
+  collapsed          ``teacher``, ``data``: it says the same of every example
+  uniform_targets    ``objective`` with a ``temperature``, ``teacher``, ``data``; of
+                     classes
   unequal_gradients  ``student``, ``objective``, ``data``
-  calibration        ``teacher``, ``validation``
+  calibration        ``teacher``, ``validation``; of classes
   =================  ===============================================================
+
+  What asks for probabilities is left out where the task has no classes (`evaluation.tasks.Task`);
+  there a teacher is compared with the baseline by the task's first metric, in its direction.
 
   Nothing that is given is changed. What is measured takes seconds: a few batches, at most 10,000
   held-out examples, and 20 steps on a copy of the teacher.
@@ -82,8 +99,10 @@ def preflight(
     steps: how many the run will have: schedules are looked at in its first, middle and last step.
     seed: of the initialisation and of the random keys.
     validation: held-out batches, from `data.evaluation_batches`; never the test split.
-    baseline: students trained on labels alone: their accuracies on ``validation``, ``[S]``, or
-      their model, which gives a sharper comparison.
+    task: what the labels mean, see `jaxdistill.evaluation.tasks`; one class an example, or a token,
+      where left out.
+    baseline: students trained on labels alone: their accuracies on ``validation`` (the task's first
+      metric), ``[S]``, or their model, which gives a sharper comparison.
     teacher_run: the teacher's run folder: its curve then stands in for probe steps, unless it is
       too short or too noisy to tell.
     folder: a run's folder, made if need be, into which ``preflight.json`` goes: a list of
@@ -109,6 +128,7 @@ def preflight(
     seed=seed,
     start=start,
     validation=validation,
+    task=task,
     baseline=baseline,
     teacher_run=teacher_run,
   )
@@ -132,6 +152,11 @@ def _made(folder: str | os.PathLike[str]) -> pathlib.Path:
   return place
 
 
+def _deployed(model: Model | Teacher, batch: Batch) -> dict[str, Any]:
+  """What a model is deployed for, of a batch."""
+  return model(batch).named()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Asked:
   """What `preflight` was given; what several checks need is measured once."""
@@ -143,7 +168,8 @@ class _Asked:
   steps: int
   seed: int
   start: PyTree
-  validation: Batch | None
+  validation: Batch | Batches | None
+  task: tasks.Task | None
   baseline: Any
   teacher_run: Any
 
@@ -153,9 +179,15 @@ class _Asked:
     if self.source is not None and not isinstance(self.source, Source):
       raise TypeError(f"data must be a Source, got {_check.show(self.source)}.")
     split = self.validation
-    if split is not None and not (isinstance(split, Batch) and np.ndim(split.weight) >= 2):
+    stacked = isinstance(split, Batch) and np.ndim(split.weight) >= 2
+    if split is not None and not (stacked or isinstance(split, Batches)):
       raise TypeError(
         f"validation must be what data.evaluation_batches makes, got {_check.show(split)}."
+      )
+    if not isinstance(self.task, tasks.Task | None):
+      raise TypeError(
+        f"task={_check.show(self.task)} must be an evaluation.tasks.Task, such as "
+        "tasks.regression()."
       )
     check_teacher(self.teacher)
     if teachers.decay_of(self.teacher) is not None:
@@ -176,8 +208,13 @@ class _Asked:
       (self.baseline is not None, self.hardly_better),
       (self.teacher_run or self.held_out or self.can_probe, self.not_trained),
       (self.student and self.size_of_teacher and self.example is not None, self.capacity_gap),
+      (self.student and self.task and self.example is not None, self.labels),
       (self.student and self.objective and self.source, self.terms),
-      (self.temperatures and self.source and self.taught, self.uniform_targets),
+      (self.source and self.taught, self.collapsed),
+      (
+        self.classes and self.temperatures and self.source and self.taught,
+        self.uniform_targets,
+      ),
       (self.held_out, self.calibration),
     ]
     if not any(able for able, _ in asked):
@@ -202,12 +239,18 @@ class _Asked:
     return jax.tree.map(lambda leaf: leaf[0], stacked)
 
   @functools.cached_property
+  def held_first(self) -> Batch:
+    """The first validation batch."""
+    assert self.validation is not None
+    return evaluation.first_of(self.validation)
+
+  @functools.cached_property
   def example(self) -> Batch | None:
     """A single example."""
     if self.source is not None:
       return jax.tree.map(lambda leaf: leaf[:1], self.batch)
     if self.validation is not None:
-      return jax.tree.map(lambda leaf: leaf[0, :1], self.validation)
+      return jax.tree.map(lambda leaf: leaf[:1], self.held_first)
     return None
 
   @functools.cached_property
@@ -215,23 +258,26 @@ class _Asked:
     """The curve of the teacher's own run."""
     return None if self.teacher_run is None else curve(self.teacher_run)
 
+  @property
+  def classes(self) -> bool:
+    """Whether labels are classes; where nobody said, the labels' dtype does."""
+    return self.task is None or self.task.classes
+
   @functools.cached_property
   def has_labels(self) -> bool:
-    """Whether there is a validation split with classes."""
+    """Whether there is a validation split with labels: with classes, where nobody said."""
     split = self.validation
-    return (
-      split is not None
-      and np.issubdtype(split.labels.dtype, np.integer)
-      and bool(np.any(np.asarray(split.weight) != 0) and np.any(np.asarray(split.labelled) != 0))
-    )
+    if split is None or not predictions.labelled(split):
+      return False
+    return self.task is not None or bool(np.issubdtype(self.held_first.labels.dtype, np.integer))
 
   @functools.cached_property
   def held_out(self) -> tuple[np.ndarray, np.ndarray] | None:
     """The teacher's logits and the labels on validation, where both are there."""
-    if self.teacher is None or not self.has_labels:
+    if self.teacher is None or not self.has_labels or not self.classes:
       return None
     assert self.validation is not None
-    logits, labels = predictions([self.teacher], self.validation)
+    logits, labels = said_of([self.teacher], self.validation)
     return logits[0], labels
 
   @functools.cached_property
@@ -269,16 +315,19 @@ class _Asked:
 
   @functools.cached_property
   def can_probe(self) -> bool:
-    return bool(self.members) and self.source is not None and self.source.num_classes > 0
+    of_classes = self.classes and self.source is not None and self.source.num_classes > 0
+    return bool(self.members) and of_classes
 
   def hardly_better(self) -> list[Finding | None]:
-    assert self.held_out is not None
     assert self.student is not None
     assert self.validation is not None
+    if not self.classes:
+      return [self.hardly_better_by_metric()]
+    assert self.held_out is not None
     given, labels = self.baseline, self.held_out[1]
     if not isinstance(given, Model):
       return [teacher_checks.hardly_better(float(self.right.mean()), given, examples=len(labels))]
-    logits, _ = predictions(given.unstack(), self.validation)
+    logits, _ = said_of(given.unstack(), self.validation)
     right = np.argmax(logits, axis=-1) == labels
     _, error = teacher_checks.mean_and_error(self.right.astype(np.float64) - right.mean(axis=0))
     accuracies = right.mean(axis=1)
@@ -286,6 +335,23 @@ class _Asked:
       float(self.right.mean()), accuracies, examples=len(labels), paired_error=error
     )
     return [found]
+
+  def hardly_better_by_metric(self) -> Finding | None:
+    """Of what has no classes: by the task's first metric."""
+    task, split = self.task, self.validation
+    assert task is not None
+    assert split is not None
+    name = task.first
+
+    def measured(model: Any) -> Any:
+      found = evaluation.evaluate(model, split, task=task)
+      if name not in found:
+        raise ValueError(f"{name} of the task {task.name!r} cannot be measured on validation.")
+      return found[name]
+
+    given = measured(self.baseline) if isinstance(self.baseline, Model) else self.baseline
+    teacher = float(measured(self.teacher))
+    return teacher_checks.hardly_better_by(name, task.metric(name), teacher, given)
 
   def not_trained(self) -> list[Finding | None]:
     found, told = None, False
@@ -328,10 +394,53 @@ class _Asked:
     found = pair_checks.capacity_gap(
       self.size_of_teacher,
       cost.parameters(variables),
-      teacher_flops=cost.flops_or_none(logits_of, self.taught, self.example),
-      student_flops=cost.flops_or_none(logits_of, student, self.example),
+      teacher_flops=cost.flops_or_none(_deployed, self.taught, self.example),
+      student_flops=cost.flops_or_none(_deployed, student, self.example),
     )
     return [found]
+
+  def labels(self) -> list[Finding | None]:
+    """What the task says of labels beside the student's outputs, in the first batches."""
+    assert self.student is not None
+    assert self.task is not None
+    key, task = jax.random.key(self.seed), self.task
+    found: list[Finding | None] = []
+    given = {"data": self.batch} if self.source is not None else {}
+    if self.validation is not None:
+      given["validation"] = self.held_first
+    for name, first in given.items():
+      if not predictions.counted(first).any():
+        continue
+
+      def said(batch: Batch) -> Outputs:
+        started = self.start if isinstance(self.start, Mapping) else {}
+        variables = {**self.student.init(key, batch.inputs), **started}  # type: ignore[union-attr]
+        return task.reads(Model(self.student, variables)(batch.inputs))  # type: ignore[arg-type]
+
+      shapes = jax.eval_shape(said, first)
+      try:
+        if task.check is not None:
+          task.check(jax.tree.map(lambda leaf: leaf[None], first), shapes)
+      except (TypeError, ValueError) as error:
+        found.append(pair_checks.unfit_labels(name, error))
+        continue
+      logits = shapes.logits
+      numbers = np.issubdtype(first.labels.dtype, np.floating) and logits is not None
+      if numbers and logits.shape == first.labels.shape and name == "data":
+        where = tasks.counted(first, first.labels)
+        outputs = jax.jit(said)(first).logits
+        found.append(pair_checks.labels_scale(outputs, first.labels, where))
+    return found
+
+  def collapsed(self) -> list[Finding | None]:
+    """Whether the teacher says the same of every example of the first batch."""
+    outputs = jax.jit(lambda teacher, batch: (teacher(batch), present(batch)))
+    said, there = jax.device_get(outputs(self.taught, self.batch))
+    if said.where is not None:
+      there = there & (said.where > 0)
+    alone = {"hidden": said.hidden} if said.hidden is not None else said.features
+    found = alone if said.logits is None else {"logits": said.logits}
+    return [pair_checks.collapsed({name: x[there] for name, x in found.items()})]
 
   def terms(self) -> list[Finding | None]:
     """What is asked about the objective's terms."""

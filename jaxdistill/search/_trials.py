@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, _compile, evaluation, runs
+from jaxdistill.data import Batches
 from jaxdistill.runs import Checkpoints, is_key
 from jaxdistill.search._choice import Row
 from jaxdistill.search._grid import Group, stacked_values
@@ -79,7 +80,7 @@ class Search:
   length: int
   save_every: int
   build: Callable[[Group, Values, int], Program]
-  validation: Batch
+  validation: Batch | Batches
   task: evaluation.tasks.Task
   memory: int
   devices: int

@@ -7,19 +7,18 @@ that computes it, so that every objective is right, a user's own too, without a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxdistill._reach import depend_on
 from jaxdistill.types import Batch, Outputs, Term
 
-__all__ = ["depend_on", "terms_where_answered"]
+__all__ = ["terms_where_answered"]
 
 PyTree = Any
-# What runs its inside more than once, or only some of it: what goes in may come out anywhere.
-_LOOPS = ("scan", "while")
 
 
 def terms_where_answered(
@@ -67,37 +66,3 @@ def terms_where_answered(
 def _masked(mask: jax.Array, answers: jax.Array) -> jax.Array:
   """A mask ``[B, ...]`` that is 0 where the teacher said nothing."""
   return mask * jnp.expand_dims(answers, range(1, mask.ndim)).astype(mask.dtype)
-
-
-def depend_on(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
-  """Whether each of a function's outputs has anything to do with its argument.
-
-  Args:
-    function: of arrays; it is traced.
-    argument: a pytree of arrays, or of their shapes.
-
-  Returns:
-    One answer for each leaf of the output. Where that is hard to tell, in a loop, it is yes.
-
-  >>> depend_on(lambda x: {"a": x["y"] + 1, "b": jnp.ones(2)}, {"y": 1.0})
-  [True, False]
-  """
-  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  return _reached(jaxpr, [True] * len(jaxpr.invars))
-
-
-def _reached(jaxpr: Any, inputs: Sequence[bool]) -> list[bool]:
-  """Which of a program's outputs its marked inputs reach, from the start to the end."""
-  marked = {id(v) for v, is_marked in zip(jaxpr.invars, inputs, strict=True) if is_marked}
-  for equation in jaxpr.eqns:
-    given = [id(v) in marked for v in equation.invars]
-    if not any(given):
-      continue
-    inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-    inner = getattr(inner, "jaxpr", inner)  # some are wrapped together with their constants
-    out = [True] * len(equation.outvars)
-    once = inner is not None and equation.primitive.name not in _LOOPS
-    if once and (len(inner.invars), len(inner.outvars)) == (len(given), len(out)):
-      out = _reached(inner, given)  # what is called once, with what the operation is given
-    marked |= {id(v) for v, does in zip(equation.outvars, out, strict=True) if does}
-  return [id(v) in marked for v in jaxpr.outvars]

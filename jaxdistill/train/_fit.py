@@ -8,7 +8,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.struct
@@ -88,6 +88,8 @@ class Run:
     longer: whether `fit` may go on with a run of fewer steps that the folder holds, with its
       optimiser's state and in its order of the data. The optimiser may follow another schedule from
       there on; everything else has to be the same.
+    outputs: what the deployed network that is saved puts out: ``"logits"`` and features by name; by
+      default the logits, or all features of a network that has none.
 
   Raises:
     TypeError: an attribute is of another kind than it must be.
@@ -100,6 +102,7 @@ class Run:
   stop_after: float | None = None
   progress: str | bool | None = True
   longer: bool = False
+  outputs: Collection[str] | None = None
 
   def __post_init__(self) -> None:
     if self.folder is not None:
@@ -341,7 +344,7 @@ def _trained(
     fitted = Fitted(made.network, made.variables, made.seeds, final, _History(log.history))
     if path is not None and saved is not None:
       saved.wait()
-      _save_deployed(path, program.source, fitted)
+      _save_deployed(path, program.source, fitted, run.outputs)
   if path is not None:
     runs.say_saved(run.label("train") if jax.process_index() == 0 else None, path)
   return fitted
@@ -420,10 +423,13 @@ def _drop_deployed(path: pathlib.Path) -> None:
     shutil.rmtree(path / "student", ignore_errors=True)
 
 
-def _save_deployed(path: pathlib.Path, source: Source, fitted: Fitted) -> None:
+def _save_deployed(
+  path: pathlib.Path, source: Source, fitted: Fitted, outputs: Collection[str] | None
+) -> None:
   """Leaves the deployed network in the folder, once."""
   if jax.process_index() == 0 and not (path / "student").is_dir():
-    export.save_student(path, fitted, stored=source.stored, normalize=source.normalize)
+    stored, normalize = source.stored, source.normalize
+    export.save_student(path, fitted, stored=stored, normalize=normalize, outputs=outputs)
   _mesh.barrier("deployed")
 
 

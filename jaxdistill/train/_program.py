@@ -43,6 +43,9 @@ __all__ = [
 ]
 
 PyTree = Any
+# Of the items of one dispatch, which are in memory a few times at once: as they are read, stacked,
+# on their way and on the device. A hundred batches of photographs would be gigabytes.
+_MOST_BYTES = 2**28
 # Numbers that differ between the students of one program, an axis over students in front:
 # ``{"hyper": {keyword of the objective: [S]}, "optimizer": {keyword: [S]}}``.
 Values = dict[str, dict[str, Any]]
@@ -215,8 +218,11 @@ class Program:
 
   @property
   def _length(self) -> int:
-    """Steps that the compiled program has room for."""
-    return self.longest if self.scan else 1
+    """Steps that the compiled program has room for: of a stream, as many as `_MOST_BYTES` hold."""
+    if not self.scan:
+      return 1
+    step = sum(leaf.nbytes for leaf in jax.tree.leaves(self._head))
+    return max(1, min(self.longest, _MOST_BYTES // max(1, step)))
 
   def _of_length(self, steps: int) -> CompiledOnce:
     """What computes so many steps: whole chunks have a program of their own on a GPU."""

@@ -197,7 +197,7 @@ def test_it_runs_where_the_libraries_that_made_it_are_absent(
   )
   assert done.returncode == 0, done.stderr
   assert "largest difference from the student's logits" in done.stdout
-  found = np.load(tmp_path / "out.npy", allow_pickle=False)
+  found = np.load(tmp_path / "out.npz", allow_pickle=False)["logits"]
   ordered = np.sort(logits, axis=1)
   clear = ordered[:, -1] - ordered[:, -2] > made["tolerance"]
   assert clear.mean() > 0.9
@@ -353,19 +353,18 @@ def test_a_process_that_hangs_or_dies_says_so(small, program, tmp_path, monkeypa
 def test_the_rule_of_the_top_1():
   student = np.array([[0.0, 1.0, 0.5], [0.5, 0.5001, 0.0]])
   close = student + np.array([[0, -1e-3, 0], [1e-3, 0, 0]])
-  found = _process.compare_logits(student, close, 2e-3)
+  found = _process.compare_outputs(student, close, 2e-3)
   assert found["problem"] is None
   assert found["decided"] == 1
   assert found["agreement"] == 0.5
-  assert "differ" in _process.compare_logits(student, close, 5e-4)["problem"]
+  assert "differ" in _process.compare_outputs(student, close, 5e-4)["problem"]
   apart = np.array([[0.0, 1.0, 0.999], [0.0, 2.0, 0.0]])
   swapped = apart + np.array([[0, -6e-4, 6e-4], [0, 0, 0]])
   # Within 6e-4 of every logit, and the other class: the margin was above that.
-  assert "top-1" in _process.compare_logits(apart, swapped, 6.1e-4)["problem"]
-  assert (
-    "not finite" in _process.compare_logits(student, student * np.nan, 1.0, within=False)["problem"]
-  )
-  assert "shape" in _process.compare_logits(student, student[:1], 1.0)["problem"]
+  assert "top-1" in _process.compare_outputs(apart, swapped, 6.1e-4)["problem"]
+  found = _process.compare_outputs(student, student * np.nan, 1.0, within=False)
+  assert "not finite" in found["problem"]
+  assert "shape" in _process.compare_outputs(student, student[:1], 1.0)["problem"]
 
 
 class Tower(nnx.Module):

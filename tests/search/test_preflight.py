@@ -190,7 +190,7 @@ def test_a_teacher_that_is_only_unsure_does_not_seem_to_learn(taught):
   batches = probes.batches_of(source(), 0, 4)
   before, after = probes.taught_further(softer, batches, batches)
   assert teacher_checks.still_learning(before, after) is None
-  logits, labels = probes.predictions([softer], batches)
+  logits, labels = probes.said_of([softer], batches)
   assert calibration.losses_at(logits[0], labels).mean() > before.mean() + 0.05
 
 

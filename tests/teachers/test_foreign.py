@@ -22,10 +22,11 @@ import sklearn.datasets
 import sklearn.ensemble
 
 from jaxdistill import data, evaluation, losses, networks, recipes, reports, runs, teachers, train
+from jaxdistill._reach import depend_on
 from jaxdistill.networks.models import MLP
 from jaxdistill.teachers import _cache, _cache_files, cache_writer, command
 from jaxdistill.train import reduce_terms
-from jaxdistill.train._answered import depend_on, terms_where_answered
+from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.types import Model, Outputs, Term, as_objective, make_batch
 from small_networks import untyped
 

@@ -1,10 +1,10 @@
 """Runs an exported ONNX file with ONNX Runtime, without JAX: ``run_onnx.py FILE INPUTS OUTPUT``.
 
-INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the model's inputs, by name; with
-``logits`` too, as in ``example.npz``, the difference from them is printed. OUTPUT.npy receives the
-logits ``[N, ...]``, OUTPUT.json what ran them and how many ms a call lasts, from NumPy arrays to a
-NumPy array. This file needs NumPy and onnxruntime alone; copy it, or its `run`, to where the model
-is deployed.
+INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the model's inputs, by name; with its
+outputs too (``logits``), as in ``example.npz``, the difference from them is printed. OUTPUT.npz
+receives the outputs ``[N, ...]`` by name, OUTPUT.json what ran them and how many ms a call lasts,
+from NumPy arrays to NumPy arrays. This file needs NumPy and onnxruntime alone; copy it, or its
+`run`, to where the model is deployed.
 """
 
 import argparse
@@ -19,8 +19,8 @@ import numpy as np
 __all__ = ["main", "run"]
 
 
-def run(session: Any, inputs: Mapping[str, np.ndarray], batch_size: int) -> np.ndarray:
-  """The logits of N examples, ``batch_size`` at once; the last batch is padded.
+def run(session: Any, inputs: Mapping[str, np.ndarray], batch_size: int) -> dict[str, np.ndarray]:
+  """The outputs of N examples by name, ``batch_size`` at once; the last batch is padded.
 
   Args:
     session: an ``onnxruntime.InferenceSession``.
@@ -28,15 +28,19 @@ def run(session: Any, inputs: Mapping[str, np.ndarray], batch_size: int) -> np.n
     batch_size: how many at once.
 
   Returns:
-    ``[N, ..., K]``.
+    ``{"logits": [N, ..., K]}``, or whatever it puts out.
   """
   size = len(next(iter(inputs.values())))
   found = []
   for begin in range(0, size, batch_size):
     rows = np.arange(begin, begin + batch_size)
     rows = np.where(rows < size, rows, 0)
-    found.append(session.run(None, {name: array[rows] for name, array in inputs.items()})[0])
-  return np.concatenate(found)[:size]
+    found.append(session.run(None, {name: array[rows] for name, array in inputs.items()}))
+  names = [one.name for one in session.get_outputs()]
+  return {
+    name: np.concatenate(parts)[:size]
+    for name, parts in zip(names, zip(*found, strict=True), strict=True)
+  }
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -64,12 +68,13 @@ def main(args: Sequence[str] | None = None) -> None:
     )
   with np.load(options.inputs, allow_pickle=False) as arrays:
     inputs = {name: arrays[name] for name in arrays.files}
-  student = inputs.pop("logits", None)
+  named = [one.name for one in session.get_outputs()]
+  student = {name: inputs.pop(name) for name in named if name in inputs}
   expected = [one.name for one in session.get_inputs()]
   if sorted(expected) != sorted(inputs):
     sys.exit(f"{options.file} takes {expected}, and {options.inputs} has {sorted(inputs)}")
   size = len(next(iter(inputs.values())))
-  logits = run(session, inputs, min(options.batch_size, size))
+  outputs: Any = run(session, inputs, min(options.batch_size, size))
   some = {name: array[np.arange(options.latency_batch) % size] for name, array in inputs.items()}
   times = []
   begin = time.perf_counter()
@@ -80,9 +85,11 @@ def main(args: Sequence[str] | None = None) -> None:
       times.append(1000 * (time.perf_counter() - start))
     if times and time.perf_counter() - begin > options.seconds:
       break
-  if student is not None:
-    print(f"largest difference from the student's logits: {np.max(np.abs(logits - student)):.3g}")
-  np.save(options.output + ".npy", logits)
+  for name, array in student.items():
+    print(
+      f"largest difference from the student's {name}: {np.abs(outputs[name] - array).max():.3g}"
+    )
+  np.savez(options.output + ".npz", **outputs)
   with open(options.output + ".json", "w") as file:
     loaded = [name for name in ("jax", "flax", "jaxdistill") if name in sys.modules]
     json.dump(

@@ -1,12 +1,13 @@
 """Runs an exported StableHLO program with JAX alone: ``run_stablehlo.py FILE INPUTS OUTPUT``.
 
-INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the program's inputs, in order; with
-``logits`` too, as in ``example.npz``, the difference from them is printed. OUTPUT.npy receives the
-logits ``[N, ...]``, OUTPUT.json what ran them and how many ms a call lasts, from NumPy arrays to a
-NumPy array: what goes to the device and comes back is part of it, weights are there before. With
-``--weights FILE.safetensors`` the program takes these as its first argument, by name. This file
-needs JAX, NumPy and flatbuffers (and safetensors for weights); copy it, or its `load`, to where the
-program is deployed.
+INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the program's inputs, in order; with its
+outputs too (``logits``), as in ``example.npz``, the difference from them is printed. OUTPUT.npz
+receives the outputs ``[N, ...]`` by name, OUTPUT.json what ran them and how many ms a call lasts,
+from NumPy arrays to NumPy arrays: what goes to the device and comes back is part of it, weights are
+there before. What the outputs are called, ``FILE.json`` beside the file says. With ``--weights
+FILE.safetensors`` the program takes these as its first argument, by name. This file needs JAX,
+NumPy and flatbuffers (and safetensors for weights); copy it, or its `load`, to where the program is
+deployed.
 """
 
 import argparse
@@ -19,7 +20,16 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["load", "main", "run"]
+__all__ = ["about", "load", "main", "run"]
+
+
+def about(path: str) -> dict[str, Any]:
+  """What ``path + ".json"`` beside a file says of it; empty where it is not there."""
+  if not os.path.isfile(path + ".json"):
+    return {}
+  with open(path + ".json") as file:
+    said: dict[str, Any] = json.load(file)
+  return said
 
 
 def load(path: str) -> Any:
@@ -37,10 +47,7 @@ def load(path: str) -> Any:
   import jax
   import jax.export
 
-  about = {}
-  if os.path.isfile(path + ".json"):
-    with open(path + ".json") as file:
-      about = json.load(file)
+  said = about(path)
   try:
     with open(path, "rb") as file:
       exported = jax.export.deserialize(bytearray(file.read()))
@@ -54,31 +61,36 @@ def load(path: str) -> Any:
     sys.exit(f"to read {path}: pip install flatbuffers ({error})")
   except Exception as error:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    made = about.get("jax")
-    by = f"it was made by jax {made} and needs at least {about.get('least_jax')}" if made else ""
+    made = said.get("jax")
+    by = f"it was made by jax {made} and needs at least {said.get('least_jax')}" if made else ""
     sys.exit(
       f"{path} cannot be read by jax {jax.__version__}: "
       f"{by or 'nothing beside it says which jax made it'}, or it is damaged ({reason})"
     )
 
 
-def run(call: Callable[..., Any], inputs: Sequence[np.ndarray], batch_size: int) -> np.ndarray:
-  """The logits of N examples, ``batch_size`` at once; the last batch is padded.
+def run(
+  call: Callable[..., Any], inputs: Sequence[np.ndarray], batch_size: int
+) -> list[np.ndarray]:
+  """The outputs of N examples, ``batch_size`` at once; the last batch is padded.
 
   Args:
-    call: ``(*inputs of a batch) -> logits``.
+    call: ``(*inputs of a batch) -> logits``, or a list or a dict of outputs.
     inputs: arrays ``[N, ...]``.
     batch_size: how many at once.
 
   Returns:
-    ``[N, ..., K]``.
+    ``[N, ..., K]`` each; of a dict, in the order of its sorted keys.
   """
+  import jax
+
   size, found = len(inputs[0]), []
   for begin in range(0, size, batch_size):
     rows = np.arange(begin, begin + batch_size)
     rows = np.where(rows < size, rows, 0)
-    found.append(np.asarray(call(*(array[rows] for array in inputs))))
-  return np.concatenate(found)[:size]
+    made = call(*(array[rows] for array in inputs))
+    found.append([np.asarray(leaf) for leaf in jax.tree.leaves(made)])
+  return [np.concatenate(parts)[:size] for parts in zip(*found, strict=True)]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -100,8 +112,9 @@ def main(args: Sequence[str] | None = None) -> None:
   if here not in exported.platforms:
     sys.exit(f"{options.file} is for {', '.join(exported.platforms)}, and this is {here}")
   with np.load(options.inputs, allow_pickle=False) as arrays:
-    inputs = [arrays[name] for name in arrays.files if name != "logits"]
-    student = arrays["logits"] if "logits" in arrays.files else None
+    names = about(options.file).get("outputs", ["logits"])
+    inputs = [arrays[name] for name in arrays.files if name not in names]
+    student = {name: arrays[name] for name in names if name in arrays.files}
   before = []
   if options.weights:
     from safetensors.numpy import load_file
@@ -120,20 +133,22 @@ def main(args: Sequence[str] | None = None) -> None:
 
   call = jax.jit(program)
   size = len(inputs[0])
-  logits = run(call, inputs, min(options.batch_size, size))
+  outputs = dict(zip(names, run(call, inputs, min(options.batch_size, size)), strict=True))
   some = [array[np.arange(options.latency_batch) % size] for array in inputs]
   times = []
   begin = time.perf_counter()
   for index in range(options.calls + 3 if options.calls else 0):  # three to compile and warm up
     start = time.perf_counter()
-    np.asarray(call(*some))  # to NumPy and from it, as ONNX Runtime is timed
+    jax.device_get(call(*some))  # to NumPy and from it, as ONNX Runtime is timed
     if index >= 3:
       times.append(1000 * (time.perf_counter() - start))
     if times and time.perf_counter() - begin > options.seconds:
       break
-  if student is not None:
-    print(f"largest difference from the student's logits: {np.max(np.abs(logits - student)):.3g}")
-  np.save(options.output + ".npy", logits)
+  for name, array in student.items():
+    print(
+      f"largest difference from the student's {name}: {np.abs(outputs[name] - array).max():.3g}"
+    )
+  np.savez(options.output + ".npz", **outputs)
   with open(options.output + ".json", "w") as file:
     loaded = [name for name in ("flax", "jaxdistill") if name in sys.modules]
     json.dump(

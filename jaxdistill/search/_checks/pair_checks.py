@@ -18,7 +18,15 @@ from jaxdistill import _check
 from jaxdistill.search._checks.findings import Finding, quoted
 from jaxdistill.search._checks.probes import ProbedTerm
 
-__all__ = ["capacity_gap", "no_labels", "unequal_gradients", "uniform_targets"]
+__all__ = [
+  "capacity_gap",
+  "collapsed",
+  "labels_scale",
+  "no_labels",
+  "unequal_gradients",
+  "unfit_labels",
+  "uniform_targets",
+]
 
 # A change of labels changes a gradient by rounding at least; what reads them, by far more.
 _READS = 1e-4
@@ -114,6 +122,100 @@ def no_labels(terms: Mapping[str, ProbedTerm], *, labelled: bool = True) -> Find
     "unlabelled transfer data, a stage that matches features, a recipe that takes the teacher's "
     "classifier over (SimKD).",
     {"reading": reading, "weights": {n: terms[n].weight for n in reading}, "labelled": labelled},
+  )
+
+
+def unfit_labels(where: str, error: Exception) -> Finding:
+  """That the task refuses the labels: another shape, a class beyond K, a tag of 0.5.
+
+  A loss may take them without a word: a class beyond K (255, which stands for none) is a row of
+  zeros to it.
+
+  Args:
+    where: in which split.
+    error: what the task's check raised.
+  """
+  return Finding(
+    "labels",
+    f"The labels of {where} are not what the task takes: {error}",
+    "A number that stands for no label is told by ignore= where the examples are made "
+    "(data.from_arrays(..., ignore=255)).",
+    {"where": where},
+  )
+
+
+def labels_scale(outputs: Any, labels: Any, where: Any, *, factor: float = 100.0) -> Finding | None:
+  """Whether numbers that are to be predicted are of another size than what the student puts out.
+
+  A network starts with outputs of about one. Towards targets of a thousand its first gradients are
+  a thousand times those that learning rates are meant for; towards targets of a thousandth the
+  loss of a network that always says 0 looks small.
+
+  Args:
+    outputs: the student's at initialisation, ``[B, D]``.
+    labels: of the same shape.
+    where: how much each counts, of the same shape.
+    factor: how many times larger, or smaller, is let pass.
+
+  Returns:
+    A finding, also for labels that are not finite, or None.
+  """
+  _check.number("factor", factor, above=1)
+  there = np.asarray(where) > 0
+  said, wanted = (np.asarray(x, np.float64)[there] for x in (outputs, labels))
+  if not there.any():
+    return None
+  bad = int(np.sum(~np.isfinite(wanted)))
+  if bad:
+    return Finding(
+      "labels",
+      f"{bad} of {wanted.size} labels of a training batch are not finite.",
+      "Leave such examples out, or say by ignore=float('nan') that NaN stands for no label.",
+      {"not_finite": bad},
+    )
+  ours, theirs = (float(np.sqrt(np.mean(np.square(x)))) for x in (said, wanted))
+  ratio = theirs / ours if ours > 0 else math.inf
+  if theirs == 0 or ours == 0 or 1 / factor <= ratio <= factor:
+    return None
+  return Finding(
+    "labels",
+    f"The labels are of another size than the student's outputs at initialisation: their root mean "
+    f"square is {theirs:.3g}, and that of the outputs {ours:.3g}.",
+    "Standardise them (subtract their mean over the training examples, divide by their standard "
+    "deviation), and turn predictions back by the same numbers.",
+    {"labels": theirs, "outputs": ours, "ratio": ratio},
+  )
+
+
+def collapsed(said: Mapping[str, Any], *, least: float = 1e-4) -> Finding | None:
+  """Whether a teacher says the same of every example, so that there is nothing to learn from it.
+
+  Args:
+    said: its outputs by name, ``[B, ...]``.
+    least: how far examples have to be apart: the root mean square of the deviation from their mean,
+      as a share of that of the outputs.
+
+  Returns:
+    A finding, or None; of a single example nobody knows.
+  """
+  found = {}
+  for name, given in said.items():
+    x = np.asarray(given, np.float64)
+    x = np.where(np.isfinite(x), x, 0)
+    size = float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+    if len(x) > 1:
+      apart = float(np.sqrt(np.mean(np.square(x - x.mean(axis=0)))))
+      found[name] = apart / size if size > 0 else 0.0
+  same = [name for name, share in found.items() if share < least]
+  if not same:
+    return None
+  return Finding(
+    "collapsed",
+    f"The teacher says the same of every example: its {quoted(same)} differ by "
+    f"{max(found[name] for name in same):.2g} of their size.",
+    "Look whether these are the trained variables, and whether its inputs are normalised as they "
+    "were in its training. An embedding that was trained without negatives may have collapsed.",
+    {"spread": found},
   )
 
 

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxdistill import _check, losses, runs
+from jaxdistill import _check, evaluation, losses, runs
 from jaxdistill._compile import quick
-from jaxdistill.data import Source
-from jaxdistill.evaluation import logits_of
+from jaxdistill.data import Batches, Source
+from jaxdistill.evaluation import logits_of, tasks
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.train import State, init_state, reduce_terms
 from jaxdistill.types import Batch, Model, Network, Objective, Outputs, Teacher, as_objective
@@ -27,8 +27,8 @@ __all__ = [
   "ProbedTerm",
   "batches_of",
   "curve",
-  "predictions",
   "probe_terms",
+  "said_of",
   "taught_further",
 ]
 
@@ -113,14 +113,14 @@ def curve(run: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, int | No
   return np.array(steps), np.array(values), planned if isinstance(planned, int) else None
 
 
-def predictions(
-  models: Sequence[Model | Teacher], batches: Batch, *, most: int = 10_000
+def said_of(
+  models: Sequence[Model | Teacher], batches: Batch | Batches, *, most: int = 10_000
 ) -> tuple[np.ndarray, np.ndarray]:
   """What models say of the labelled examples of a split.
 
   Args:
     models: models or teachers, one after another.
-    batches: leaves ``[N, B, ...]``, with integer labels.
+    batches: leaves ``[N, B, ...]``, or what makes them, with integer labels.
     most: examples (or tokens) after which no further batch is looked at.
 
   Returns:
@@ -133,10 +133,9 @@ def predictions(
   one = jax.jit(logits_of)  # of models of one network, jit knows the program
   logits: list[list[np.ndarray]] = [[] for _ in models]
   labels: list[np.ndarray] = []
-  for i in range(len(batches.weight)):
-    batch = jax.tree.map(lambda leaf, i=i: leaf[i], batches)
+  for batch in evaluation.batches_of(batches):
     known = np.asarray(batch.labels)
-    counted = _counted(batch, known.shape)
+    counted = np.asarray(tasks.counted(batch, batch.labels)) > 0
     for mine, model in zip(logits, models, strict=True):
       found = np.asarray(one(model, batch))
       found = found.astype(np.float32) if found.dtype.itemsize < 4 else found
@@ -150,14 +149,6 @@ def predictions(
     if sum(map(len, labels)) >= most:
       break
   return np.stack([np.concatenate(mine) for mine in logits]), np.concatenate(labels)
-
-
-def _counted(batch: Batch, shape: tuple[int, ...]) -> np.ndarray:
-  """Which labels count, over examples or tokens."""
-  mask = np.ones(shape, bool)
-  for factor in (np.asarray(batch.weight), np.asarray(batch.labelled)):
-    mask &= (factor != 0).reshape(factor.shape + (1,) * (len(shape) - factor.ndim))
-  return mask
 
 
 def taught_further(
@@ -187,10 +178,8 @@ def taught_further(
   def loss(params: PyTree, rest: PyTree, batch: Batch) -> Any:
     now = Model(network, {"params": params, **rest})
     values = losses.cross_entropy(logits_of(now, batch), batch.labels)
-    where = batch.weight * jnp.expand_dims(batch.labelled, range(1, batch.weight.ndim))
-    where = jnp.expand_dims(where, range(where.ndim, values.ndim))
-    where = jnp.broadcast_to(where, values.shape)
-    return jnp.sum(jnp.where(where == 0, 0, values) * where) / jnp.maximum(jnp.sum(where), 1)
+    total, count = tasks.mean(values, tasks.counted(batch, values))
+    return total / jnp.maximum(count, 1)
 
   def step(params: PyTree, moments: Any, rest: PyTree, batches: Batch, i: Any, rate: Any) -> Any:
     batch = jax.tree.map(lambda leaf: leaf[i], batches)
@@ -211,7 +200,7 @@ def taught_further(
       now, moments = compiled(now, moments, rest, batches, i % len(batches.weight), rate)
     return Model(network, {"params": now, **rest})
 
-  logits, labels = predictions([model, *map(taught, rates)], held_out)
+  logits, labels = said_of([model, *map(taught, rates)], held_out)
   before, *after = [losses_at(z, labels, calibrating_temperature(z, labels)) for z in logits]
   return before, min(after, key=lambda values: np.nan_to_num(values.mean(), nan=np.inf))
 

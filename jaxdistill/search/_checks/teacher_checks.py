@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill._compile import quick
-from jaxdistill.evaluation import metrics
+from jaxdistill.evaluation import metrics, tasks
 from jaxdistill.search._checks.calibration import (
   RANGE,
   calibrating_temperature,
@@ -28,6 +28,7 @@ __all__ = [
   "LINES",
   "curve_tells",
   "hardly_better",
+  "hardly_better_by",
   "mean_and_error",
   "misleading",
   "near_chance",
@@ -115,6 +116,48 @@ def hardly_better(
       "hardly_better", f"The teacher is hardly better: it {compared}", f"{better}.", values
     )
   return None
+
+
+def hardly_better_by(
+  name: str,
+  metric: tasks.Metric,
+  teacher: float,
+  baseline: metrics.Values,
+  *,
+  least: float = 0.05,
+  errors: float = 1.0,
+) -> Finding | None:
+  """`hardly_better` by any metric: the gap beyond the noise of the seeds, and worth teaching.
+
+  Of a metric that is no share of right answers nobody knows the noise of the examples; the seeds'
+  is all there is, and of one seed none.
+
+  Args:
+    name: the metric's.
+    metric: how it is read.
+    teacher: the teacher's value on held-out examples.
+    baseline: ``[S]``, those of students trained on labels alone.
+    least: by which share of the baseline's value (of a share that is better when higher, of what it
+      lacks of 1) the teacher has to be better.
+    errors: how many standard errors are noise.
+
+  Returns:
+    A finding, or None.
+  """
+  mean, std = metrics.mean_std(baseline)
+  gap = metric.sign * (teacher - mean)
+  error = 0.0 if std is None else std / math.sqrt(np.size(baseline))
+  lacks = 1 - mean if metric.percent and metric.sign > 0 else abs(mean)
+  if gap > max(errors * error, least * lacks):
+    return None
+  return Finding(
+    "hardly_better",
+    f"The teacher is hardly better: its {name} is {teacher:.4g} on held-out examples, and that of "
+    f"the student trained on labels alone {mean:.4g} ({np.size(baseline)} seeds, with a standard "
+    f"error of {error:.2g}), where {metric.better} is better.",
+    "Take a better teacher (larger, longer trained, more data or augmentation, an ensemble).",
+    {"metric": name, "teacher": teacher, "baseline": mean, "gap": gap, "standard_error": error},
+  )
 
 
 def near_chance(
