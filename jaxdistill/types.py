@@ -21,6 +21,7 @@ from jaxdistill._compile import host_view
 __all__ = [
   "Batch",
   "Deployed",
+  "Head",
   "Model",
   "Network",
   "Number",
@@ -34,6 +35,7 @@ __all__ = [
   "compute_dtype",
   "make_batch",
   "present",
+  "with_logits",
 ]
 
 # A pytree of arrays: parameters, statistics, an objective's state.
@@ -43,15 +45,74 @@ Number = Any
 
 
 @flax.struct.dataclass
+class Head:
+  """The last linear map of a language model, which makes logits of ``hidden``.
+
+  ``softcap · tanh(z / softcap)``, z = scale · (hidden · kernel + bias); without a softcap z itself.
+
+  Attributes:
+    kernel: ``[D, V]``; ``[V, D]`` where ``transposed``.
+    bias: ``[V]``, or None.
+    softcap: bounds the logits to ±softcap, as in Gemma 2; None for no bound. Static.
+    scale: multiplies them, as in Cohere's models; static.
+    transposed: whether the kernel lies as an embedding does, which a tied head shares without a
+      copy; static.
+
+  >>> head = Head(jnp.array([[1.0, 2.0]]), bias=jnp.array([0.0, 1.0]), scale=2.0)
+  >>> head(jnp.array([[[3.0]]])).tolist()
+  [[[6.0, 14.0]]]
+  """
+
+  kernel: Any
+  bias: Any = None
+  softcap: float | None = flax.struct.field(pytree_node=False, default=None)
+  scale: float = flax.struct.field(pytree_node=False, default=1.0)
+  transposed: bool = flax.struct.field(pytree_node=False, default=False)
+
+  def __call__(self, hidden: Any) -> jax.Array:
+    """The logits ``[..., V]`` of ``hidden`` ``[..., D]``, in float32 (float64 stays)."""
+    return self.finish(self.product(hidden), self.bias)
+
+  def product(self, hidden: Any) -> jax.Array:
+    """``hidden · kernel``: multiplied in the dtype of ``hidden``, as Flax's layers do it.
+
+    It is summed in float32: logits of a vocabulary in bfloat16 are three digits each.
+    """
+    hidden = jnp.asarray(hidden)
+    # As it is under Flax's own Dense, whose parameters are float32 and whose products need not be.
+    kernel = jnp.asarray(self.kernel).astype(hidden.dtype)
+    over = ((hidden.ndim - 1,), (int(self.transposed),))
+    return jax.lax.dot_general(
+      hidden, kernel, (over, ((), ())), preferred_element_type=compute_dtype(hidden)
+    )
+
+  def finish(self, product: jax.Array, bias: Any) -> jax.Array:
+    """Logits of `product`'s result, which has their shape.
+
+    Args:
+      product: ``[..., V]``.
+      bias: ``[V]``, or None; an argument, so that it can be had a gradient of in float32.
+    """
+    if bias is not None:
+      added = jnp.asarray(bias).astype(product.dtype)
+      product = product + jnp.expand_dims(added, range(product.ndim - 1))
+    if self.scale != 1:
+      product = product * self.scale
+    return product if self.softcap is None else self.softcap * jnp.tanh(product / self.softcap)
+
+
+@flax.struct.dataclass
 class Outputs:
   """What a network puts out for a batch.
 
   Attributes:
     logits: ``[B, K]``, or ``[B, L, K]`` for tokens; None when ``hidden`` and ``head``
-      stand for them.
+      stand for them (`with_logits` makes them of these).
     features: intermediates by name, each with the batch axis first.
-    hidden: ``[B, L, D]``, the input of the last linear map, for language models.
-    head: the last linear map's parameters, so that nobody has to build ``[tokens, vocabulary]``.
+    hidden: ``[B, L, D]``, the input of the last linear map, for language models; a pytree of such
+      arrays where the head takes one.
+    head: a `Head`, the last linear map, so that nobody has to build ``[tokens, vocabulary]``; of a
+      teacher any pytree that is a function ``hidden -> logits``, as that of an ensemble is.
     where: ``[B]``, 0 for examples of which the network says nothing, as a teacher of another
       program may; None where it answers them all. The step leaves these out of every term that
       looks at the teacher, and counts their labels as before.
@@ -62,6 +123,20 @@ class Outputs:
   hidden: Any = None
   head: Any = None
   where: Any = None
+
+
+def with_logits(outputs: Outputs) -> Outputs:
+  """Outputs whose logits are there: of ``hidden`` by ``head``, where a network gave these alone.
+
+  Args:
+    outputs: a network's, whole or of some positions.
+
+  >>> with_logits(Outputs(hidden=jnp.ones((1, 2, 3)), head=Head(jnp.ones((3, 4))))).logits.shape
+  (1, 2, 4)
+  """
+  if outputs.logits is not None or outputs.head is None:
+    return outputs
+  return dataclasses.replace(outputs, logits=outputs.head(outputs.hidden))
 
 
 @flax.struct.dataclass
