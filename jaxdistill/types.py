@@ -28,8 +28,10 @@ __all__ = [
   "Objective",
   "ObjectiveFunction",
   "Outputs",
+  "Summed",
   "Teacher",
   "Term",
+  "Terms",
   "Transform",
   "as_objective",
   "compute_dtype",
@@ -153,6 +155,8 @@ class Batch:
     index: ``[B]``, which example of the data set this is.
     view: ``[B]``, which augmentation of it.
     teacher: the teacher's outputs, when a stream brings them along.
+    counts: ``{term: Σ of its mask}`` over the batch that this is a part of, a micro-batch or a
+      device's share; None where it is a whole one. The step's own.
   """
 
   inputs: Any
@@ -162,6 +166,7 @@ class Batch:
   index: Any
   view: Any
   teacher: Outputs | None = None
+  counts: Mapping[str, Any] | None = None
 
 
 @flax.struct.dataclass
@@ -189,6 +194,23 @@ class Term:
   axis: str = flax.struct.field(pytree_node=False, default="batch")
 
 
+@flax.struct.dataclass
+class Summed:
+  """A term that was summed already, as one in chunks of tokens is: ``weight * total / count``.
+
+  Attributes:
+    total: Σ where · values over the batch (this device's share of it, under `pmap`).
+    count: Σ where, likewise; of the batch alone, as a `Term`'s mask is.
+    weight: as a `Term`'s.
+  """
+
+  total: Any
+  count: Any
+  weight: Any = 1.0
+
+
+# Terms by name, each a `Term` or a `Summed`.
+Terms = dict[str, Any]
 # A bare objective: ``(student, teacher, batch, *, <hyper>) -> {name: Term}``.
 ObjectiveFunction = Callable[..., dict[str, Term]]
 
@@ -226,7 +248,7 @@ class Objective:
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
-  apply: Callable[..., tuple[dict[str, Term], PyTree]]
+  apply: Callable[..., tuple[Terms, PyTree]]
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   deployed: Deployed | None = None
   start: tuple[PyTree, PyTree] | None = None
@@ -271,7 +293,7 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
   # and not through ``hyper`` alone: what nobody gives, each part of a sum keeps as its own.
   constants = {name: value for name, value in hyper.items() if not callable(value)}
 
-  def apply(*args: Any, **given: Any) -> tuple[dict[str, Term], PyTree]:
+  def apply(*args: Any, **given: Any) -> tuple[Terms, PyTree]:
     return made.apply(*args, **{**constants, **given})
 
   return dataclasses.replace(made, apply=apply, hyper={**made.hyper, **hyper})

@@ -21,7 +21,7 @@ from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import Kept, batches_of, kept, settled
 from jaxdistill.evaluation.tasks import Task
 from jaxdistill.teachers import answered, asked_on_host
-from jaxdistill.types import Batch, Model, Outputs, Teacher
+from jaxdistill.types import Batch, Model, Outputs, Teacher, with_logits
 
 __all__ = [
   "Validator",
@@ -146,7 +146,7 @@ def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
     TypeError: it puts out no logits.
   """
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
+  logits = with_logits(outputs).logits if isinstance(outputs, Outputs) else None
   if not hasattr(logits, "shape"):
     raise TypeError(f"the model must put out logits [B, K], and gave {_check.show(outputs)}.")
   return logits
@@ -245,7 +245,7 @@ class _Measure:
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
   """What is timed: the logits, or all outputs of a network that has none."""
   outputs = model(batch)
-  logits = outputs.logits if isinstance(outputs, Outputs) else None
+  logits = with_logits(outputs).logits if isinstance(outputs, Outputs) else None
   return logits if hasattr(logits, "shape") else outputs
 
 

@@ -27,7 +27,7 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxdistill import _check
 from jaxdistill.export import _inputs
 from jaxdistill.runs import is_key, named_leaves
-from jaxdistill.types import Model, Network
+from jaxdistill.types import Model, Network, with_logits
 
 __all__ = [
   "PLATFORMS",
@@ -213,7 +213,7 @@ def untraced(
   def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
     tree = jax.tree.unflatten(structure, [given[name] for name in names])
     seen = inputs if normalize is None else normalize(inputs)
-    return Model(model.network, tree)(seen).logits
+    return with_logits(Model(model.network, tree)(seen)).logits
 
   return Program(name or model.network.name, leaves, call, shapes)
 

@@ -470,7 +470,13 @@ class Adapter:
     features = {
       name: pick(sown, path, f"{self.name}: feature {name!r}") for name, path in there.items()
     }
-    return Outputs(logits=logits(out, self.logits, self.name), features=features)
+    if not isinstance(out, Outputs):
+      return Outputs(logits=logits(out, self.logits, self.name), features=features)
+    # A module that speaks our words: what it said stays, such as a language model's hidden states
+    # and head, which stand for the logits.
+    stands = self.logits is None and out.hidden is not None and out.head is not None
+    found = out.logits if stands else logits(out, self.logits, self.name)
+    return dataclasses.replace(out, logits=found, features={**out.features, **features})
 
   def trained_alone(self, missing: Sequence[str], call: Call) -> set[str]:
     """Those of the features that evaluation lacks and that a call in training has."""

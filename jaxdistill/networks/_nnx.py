@@ -70,7 +70,7 @@ def nnx(
     arguments: ``inputs -> tuple`` of positional or ``dict`` of keyword arguments, for several
       inputs; by default ``inputs`` is the one positional argument.
     logits: finds the logits in what the module returns. By default that is an array, or has a key
-      or an attribute ``logits``.
+      or an attribute ``logits``, or is an `Outputs`, which is passed on with all that it has.
     method: the method to call instead of ``__call__``; its name, or a function of the module.
     name: for messages and reports; the module's class by default.
 

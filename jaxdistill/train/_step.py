@@ -26,15 +26,18 @@ from jaxdistill.types import (
   Objective,
   ObjectiveFunction,
   Outputs,
+  Summed,
   Teacher,
   Term,
+  Terms,
   Transform,
   as_objective,
   compute_dtype,
   present,
+  with_logits,
 )
 
-__all__ = ["make_step", "reduce_terms"]
+__all__ = ["make_step", "reduce_terms", "summed"]
 
 PyTree = Any
 # What a line of the log says beside the terms.
@@ -154,6 +157,7 @@ class _Step:
       # Outside of what is differentiated: the teacher's activations need not be kept for a backward
       # pass that would be stopped anyway.
       target = self.target(pass_)
+      pass_ = self.counted(pass_, target)
       grads, states, sums = self.gradients(pass_, target)
       again = lambda trained: self.loss_again(trained, pass_, target)  # noqa: E731
     else:
@@ -183,7 +187,7 @@ class _Step:
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
     )
 
-    def made(target: Outputs | None, batch: Batch) -> tuple[dict[str, Term], PyTree]:
+    def made(target: Outputs | None, batch: Batch) -> tuple[Terms, PyTree]:
       found = self.objective.apply(
         trained["objective"],
         objective_state,
@@ -199,6 +203,8 @@ class _Step:
       terms, remembered = made(target, at.batch)
     else:
       terms, remembered = terms_where_answered(made, target, at.batch)
+    if not any(isinstance(term, Summed) for term in terms.values()):
+      outputs = with_logits(outputs)  # those in chunks are never there as a whole
     logits = outputs.logits if self.objective.deployed is None else None
     return terms, ({**model_state, **updated}, remembered), logits
 
@@ -207,16 +213,26 @@ class _Step:
       return at.batch.teacher
     return at.teacher(at.batch)
 
-  def loss(
-    self,
-    trained: PyTree,
-    at: _Pass,
-    target: Outputs | None,
-    counts: Mapping[str, jax.Array] | None = None,
-  ) -> tuple[jax.Array, Any]:
+  def counted(self, at: _Pass, target: Outputs | None) -> _Pass:
+    """The same, told the counts of all devices, where terms are summed already under `pmap`.
+
+    Those are divided where their gradients are made.
+    """
+
+    def terms() -> dict[str, Any]:
+      return self.forward(at.trained, at, target)[0]
+
+    if self.axis_name is None:
+      return at
+    if not any(isinstance(term, Summed) for term in jax.eval_shape(terms).values()):
+      return at
+    counts = _counts(reduce_terms(terms(), at.batch, axis_name=self.axis_name)[1])
+    return dataclasses.replace(at, batch=dataclasses.replace(at.batch, counts=counts))
+
+  def loss(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[jax.Array, Any]:
     """This device's share of the loss; the states after it, its sums, the student's logits."""
     terms, states, logits = self.forward(trained, at, target)
-    loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name, counts=counts)
+    loss, sums = reduce_terms(terms, at.batch, axis_name=self.axis_name)
     return loss, (states, sums, logits)
 
   def loss_again(self, trained: PyTree, at: _Pass, target: Outputs | None) -> jax.Array:
@@ -231,12 +247,10 @@ class _Step:
     trained = jax.tree.map(lambda p, m: still(p) + (m - still(m)), trained, mean)
     return jax.lax.psum(self.loss(trained, at, target)[0], self.axis_name)
 
-  def gradients(
-    self, at: _Pass, target: Outputs | None, counts: Mapping[str, jax.Array] | None = None
-  ) -> tuple[PyTree, PyTree, dict[str, Any]]:
+  def gradients(self, at: _Pass, target: Outputs | None) -> tuple[PyTree, PyTree, dict[str, Any]]:
     """The gradient of this batch's share of the loss, the states after it, and its sums."""
     share = jax.value_and_grad(self.loss, has_aux=True)
-    (loss, (states, sums, logits)), grads = share(at.trained, at, target, counts)
+    (loss, (states, sums, logits)), grads = share(at.trained, at, target)
     # Under jit the batch is one global array, and its sums are global. Under pmap each device has
     # its share of the loss, divided by the global count already: gradients are summed.
     if self.axis_name is not None:
@@ -264,7 +278,7 @@ class _Step:
       # Masks depend on the batch alone, so the compiler drops both networks from this program.
       mine = dataclasses.replace(at, batch=part)
       terms, _, _ = self.forward(at.trained, mine, self.target(mine))
-      return {name: count for name, (_, count) in reduce_terms(terms, part)[1].items()}
+      return _counts(reduce_terms(terms, part)[1])
 
     counts = jax.tree.map(lambda c: jnp.sum(c, axis=0), jax.lax.map(count, parts))
     if self.axis_name is not None:
@@ -273,8 +287,9 @@ class _Step:
     def body(carry: PyTree, item: PyTree) -> tuple[PyTree, Any]:
       grads, states = carry
       part, its_keys = item
+      part = dataclasses.replace(part, counts=counts)
       mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
-      more, states, sums = self.gradients(mine, self.target(mine), counts)
+      more, states, sums = self.gradients(mine, self.target(mine))
       return (jax.tree.map(jnp.add, grads, more), states), sums
 
     zeros = jax.tree.map(jnp.zeros_like, at.trained)
@@ -286,16 +301,22 @@ class _Step:
     return grads, states, {**sums, **{name: (sums[name][0], c) for name, c in known.items()}}
 
 
+def _counts(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+  return {name: count for name, (_, count) in sums.items()}
+
+
 def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
-  """Outputs that are 0 wherever padding is, before a loss or a projector sees them."""
+  """Outputs that are 0 wherever padding is, before a loss or a projector sees them.
+
+  Their logits are there in any case: where nobody looks at them, the compiler leaves them out.
+  """
   # Masking a term's values comes too late: behind a square or a product, the gradient of what was
   # left out is 0 times whatever padding held, and 0 * NaN is NaN.
   if outputs is None:
     return None
   values = {"logits": outputs.logits, "features": outputs.features, "hidden": outputs.hidden}
-  return dataclasses.replace(
-    outputs, **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
-  )
+  there = jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
+  return with_logits(dataclasses.replace(outputs, **there))
 
 
 def _not_in_parts(trained: PyTree) -> jax.Array:
@@ -318,7 +339,7 @@ def _transformed(new: Any, old: Batch) -> Batch:
   return new
 
 
-def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
+def _checked(made: Any, state: PyTree) -> tuple[Terms, PyTree]:
   """What an objective returned, if it is what an objective returns."""
   if not (isinstance(made, tuple) and len(made) == 2):
     raise TypeError(f"the objective's apply must return (terms, state), got {show(made)}.")
@@ -328,7 +349,7 @@ def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
       f"the objective must return {{name: Term}} with a term in it, got {show(terms)}."
     )
   for name, term in terms.items():
-    if not isinstance(name, str) or not isinstance(term, Term):
+    if not isinstance(name, str) or not isinstance(term, Term | Summed):
       raise TypeError(
         f"the objective's term {name!r} is {show(term)}; it must be a Term under a name of text: "
         "Term(values), with values [B] that the step averages."
@@ -413,18 +434,15 @@ def _add_progress(
   labels = batch.labels
   if logits is None or not jnp.issubdtype(labels.dtype, jnp.integer):
     return sums
-  if labels.shape != logits.shape[:-1] or batch.labelled.shape != labels.shape:
+  known = batch.labelled  # [B], of sentences too
+  if labels.shape != logits.shape[:-1] or known.shape != labels.shape[: known.ndim]:
     return sums
-  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=batch.labelled)
+  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=known)
   return {**sums, **reduce_terms({"accuracy": hits}, batch, axis_name=axis_name)[1]}
 
 
 def reduce_terms(
-  terms: Mapping[str, Term],
-  batch: Batch,
-  *,
-  axis_name: str | None = None,
-  counts: Mapping[str, jax.Array] | None = None,
+  terms: Mapping[str, Term | Summed], batch: Batch, *, axis_name: str | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
   """Reduces an objective's terms to the loss, and to sums for the log.
 
@@ -434,11 +452,10 @@ def reduce_terms(
 
   Args:
     terms: the objective's terms.
-    batch: the batch that they were computed on; gives the example weights.
+    batch: the batch that they were computed on; gives the example weights. Where it is a part of
+      another one, whose ``counts`` it has, the loss is its share of that one's.
     axis_name: the axis to sum over under `pmap`; the loss is then this device's share, whose
       gradients have to be summed over the axis too.
-    counts: each term's ``sum(where)`` over a batch of which this one is a part; the loss is then
-      this part's share of that batch's.
 
   Returns:
     ``(loss, {name: (sum, count)})``: the weighted scalar loss, and for each term the global sum
@@ -456,24 +473,43 @@ def reduce_terms(
   loss = jnp.zeros((), jnp.float32)
   sums = {}
   for name, term in terms.items():
-    _check(name, term)
-    values = jnp.asarray(term.values)
-    values = values.astype(compute_dtype(values))
-    mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
-    # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
-    total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
-    if counts is not None:
-      count = counts[name]
-    else:
-      count = jnp.sum(mask)
-      if axis_name is not None:
-        count = jax.lax.psum(count, axis_name)
+    one = term if isinstance(term, Summed) else summed(name, term, batch)
+    total, count = one.total, one.count
+    if batch.counts is not None and name in batch.counts:
+      count = batch.counts[name]
+    elif axis_name is not None:
+      count = jax.lax.psum(count, axis_name)
     mean = total / jnp.where(count == 0, 1, count)  # nothing in the mask: 0, not 0/0
-    loss = loss.astype(mean.dtype) + jnp.asarray(term.weight, mean.dtype) * mean
+    loss = loss.astype(mean.dtype) + jnp.asarray(one.weight, mean.dtype) * mean
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     sums[name] = (total, count)
   return loss, sums
+
+
+def summed(name: str, term: Term, batch: Batch) -> Summed:
+  """A term's sums over a batch, or over a part of one.
+
+  Args:
+    name: its name, for messages.
+    term: the term.
+    batch: gives the example weights.
+
+  Raises:
+    TypeError, ValueError: as `reduce_terms` does.
+
+  >>> batch = Batch(None, None, jnp.array([1.0, 0.0]), None, None, None)
+  >>> one = summed("soft", Term(jnp.array([3.0, jnp.nan])), batch)
+  >>> one.total.item(), one.count.item()
+  (3.0, 1.0)
+  """
+  _check(name, term)
+  values = jnp.asarray(term.values)
+  values = values.astype(compute_dtype(values))
+  mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
+  # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
+  total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
+  return Summed(total, jnp.sum(mask), term.weight)
 
 
 def _check(name: str, term: Term) -> None:
