@@ -28,8 +28,10 @@ __all__ = [
   "Objective",
   "ObjectiveFunction",
   "Outputs",
+  "Summed",
   "Teacher",
   "Term",
+  "Terms",
   "Transform",
   "as_objective",
   "compute_dtype",
@@ -126,20 +128,6 @@ class Outputs:
   where: Any = None
   members: dict[str, Outputs] = flax.struct.field(default_factory=dict)
 
-
-def with_logits(outputs: Outputs) -> Outputs:
-  """Outputs whose logits are there: of ``hidden`` by ``head``, where a network gave these alone.
-
-  Args:
-    outputs: a network's, whole or of some positions.
-
-  >>> with_logits(Outputs(hidden=jnp.ones((1, 2, 3)), head=Head(jnp.ones((3, 4))))).logits.shape
-  (1, 2, 4)
-  """
-  if outputs.logits is not None or outputs.head is None:
-    return outputs
-  return dataclasses.replace(outputs, logits=outputs.head(outputs.hidden))
-
   def named(self, names: Collection[str] | None = None) -> dict[str, Any]:
     """What a network is deployed for, by name: its logits, or all features where it has none.
 
@@ -163,6 +151,20 @@ def with_logits(outputs: Outputs) -> Outputs:
     return {name: there[name] for name in sorted(names)}
 
 
+def with_logits(outputs: Outputs) -> Outputs:
+  """Outputs whose logits are there: of ``hidden`` by ``head``, where a network gave these alone.
+
+  Args:
+    outputs: a network's, whole or of some positions.
+
+  >>> with_logits(Outputs(hidden=jnp.ones((1, 2, 3)), head=Head(jnp.ones((3, 4))))).logits.shape
+  (1, 2, 4)
+  """
+  if outputs.logits is not None or outputs.head is None:
+    return outputs
+  return dataclasses.replace(outputs, logits=outputs.head(outputs.hidden))
+
+
 @flax.struct.dataclass
 class Batch:
   """Examples side by side; every leaf has the batch axis ``[B]`` first.
@@ -177,6 +179,8 @@ class Batch:
     index: ``[B]``, which example of the data set this is.
     view: ``[B]``, which augmentation of it.
     teacher: the teacher's outputs, when a stream brings them along.
+    counts: ``{term: Σ of its mask}`` over the batch that this is a part of, a micro-batch or a
+      device's share; None where it is a whole one. The step's own.
   """
 
   inputs: Any
@@ -186,6 +190,7 @@ class Batch:
   index: Any
   view: Any
   teacher: Outputs | None = None
+  counts: Mapping[str, Any] | None = None
 
 
 @flax.struct.dataclass
@@ -213,6 +218,23 @@ class Term:
   axis: str = flax.struct.field(pytree_node=False, default="batch")
 
 
+@flax.struct.dataclass
+class Summed:
+  """A term that was summed already, as one in chunks of tokens is: ``weight * total / count``.
+
+  Attributes:
+    total: Σ where · values over the batch (this device's share of it, under `pmap`).
+    count: Σ where, likewise; of the batch alone, as a `Term`'s mask is.
+    weight: as a `Term`'s.
+  """
+
+  total: Any
+  count: Any
+  weight: Any = 1.0
+
+
+# Terms by name, each a `Term` or a `Summed`.
+Terms = dict[str, Any]
 # A bare objective: ``(student, teacher, batch, *, <hyper>) -> {name: Term}``.
 ObjectiveFunction = Callable[..., dict[str, Term]]
 
@@ -250,7 +272,7 @@ class Objective:
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
-  apply: Callable[..., tuple[dict[str, Term], PyTree]]
+  apply: Callable[..., tuple[Terms, PyTree]]
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   deployed: Deployed | None = None
   start: tuple[PyTree, PyTree] | None = None
@@ -295,7 +317,7 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
   # and not through ``hyper`` alone: what nobody gives, each part of a sum keeps as its own.
   constants = {name: value for name, value in hyper.items() if not callable(value)}
 
-  def apply(*args: Any, **given: Any) -> tuple[dict[str, Term], PyTree]:
+  def apply(*args: Any, **given: Any) -> tuple[Terms, PyTree]:
     return made.apply(*args, **{**constants, **given})
 
   return dataclasses.replace(made, apply=apply, hyper={**made.hyper, **hyper})

@@ -29,7 +29,7 @@ from jaxdistill.evaluation._programs import (
 )
 from jaxdistill.evaluation.tasks import Task
 from jaxdistill.teachers import answered, asked_on_host
-from jaxdistill.types import Batch, Model, Outputs, Teacher
+from jaxdistill.types import Batch, Model, Outputs, Teacher, with_logits
 
 __all__ = [
   "Validator",
@@ -165,7 +165,7 @@ def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
   outputs = model(batch)
   if not isinstance(outputs, Outputs):
     raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
-  read = task.reads(outputs)
+  read = task.reads(with_logits(outputs))
   if not jax.tree.leaves(read):
     raise TypeError(
       f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
@@ -261,7 +261,7 @@ class _Measure:
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
   """What is timed: what the model is deployed for."""
   outputs = model(batch)
-  return outputs.named() if isinstance(outputs, Outputs) else outputs
+  return with_logits(outputs).named() if isinstance(outputs, Outputs) else outputs
 
 
 def _seeds(model: Model | Teacher) -> int | None:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill.evaluation import metrics as _metrics
 from jaxdistill.evaluation import ranking
-from jaxdistill.types import Batch, Outputs
+from jaxdistill.types import Batch, Outputs, with_logits
 
 __all__ = [
   "Metric",
@@ -75,7 +75,7 @@ class Metric:
 
 def _logits_alone(outputs: Outputs) -> Outputs:
   """What most tasks read."""
-  return Outputs(logits=outputs.logits)
+  return Outputs(logits=with_logits(outputs).logits)
 
 
 def ratios(sums: Sums) -> dict[str, Any]:

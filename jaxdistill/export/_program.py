@@ -29,7 +29,7 @@ from jaxdistill import _check
 from jaxdistill._reach import narrowed
 from jaxdistill.export import _inputs
 from jaxdistill.runs import is_key, named_leaves
-from jaxdistill.types import Model, Network, Outputs
+from jaxdistill.types import Model, Network, Outputs, with_logits
 
 __all__ = [
   "PLATFORMS",
@@ -233,7 +233,8 @@ def untraced(
 
   def put_out(given: Mapping[str, Any], inputs: PyTree) -> Outputs:
     tree = jax.tree.unflatten(structure, [given[name] for name in names])
-    return Model(model.network, tree)(inputs if normalize is None else normalize(inputs))
+    seen = inputs if normalize is None else normalize(inputs)
+    return with_logits(Model(model.network, tree)(seen))
 
   fixed, one = shapes_of(leaves), batched(shapes, 1)
   try:

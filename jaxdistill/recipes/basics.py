@@ -30,6 +30,7 @@ from jaxdistill.types import (
   ObjectiveFunction,
   Outputs,
   Term,
+  Terms,
   as_objective,
 )
 
@@ -419,8 +420,8 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
 
   def apply(
     params: PyTree, state: PyTree, *seen: Any, key: Any, **hyper: Any
-  ) -> tuple[dict[str, Term], PyTree]:
-    terms: dict[str, Term] = {}
+  ) -> tuple[Terms, PyTree]:
+    terms: Terms = {}
     states = {}
     for i, part in enumerate(parts):
       own = {name: value for name, value in hyper.items() if name in part.hyper}

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +24,7 @@ from jaxdistill import _check, runs
 from jaxdistill.teachers import _identity
 from jaxdistill.teachers._foreign import OnHost
 from jaxdistill.teachers._moving import decay_of
-from jaxdistill.types import Batch, Model, Network, Outputs, Teacher, compute_dtype
+from jaxdistill.types import Batch, Model, Network, Outputs, Teacher, compute_dtype, with_logits
 
 __all__ = [
   "RULES",
@@ -214,6 +215,48 @@ def _shares(weights: Any, members: int) -> np.ndarray:
   return share / share.sum()
 
 
+@flax.struct.dataclass
+class _Heads:
+  """The heads of several networks as one, which combines their logits wherever they are made.
+
+  Attributes:
+    each: of every member; None for one that has put out logits, which then are its ``hidden``.
+    rule: how they are combined.
+    shares: one for each.
+  """
+
+  each: tuple[Any, ...]
+  rule: str = flax.struct.field(pytree_node=False)
+  shares: tuple[float, ...] = flax.struct.field(pytree_node=False)
+
+  def __call__(self, hidden: Sequence[Any]) -> jax.Array:
+    """The combined logits, of each member's hidden states."""
+    made = [h if head is None else head(h) for head, h in zip(self.each, hidden, strict=True)]
+    return combine_logits(made, rule=self.rule, weights=self.shares)
+
+
+@flax.struct.dataclass
+class _Narrowed:
+  """A head, and what is made of its logits."""
+
+  head: Any
+  then: Any = flax.struct.field(pytree_node=False)
+
+  def __call__(self, hidden: Any) -> jax.Array:
+    """Logits of hidden states."""
+    narrowed: jax.Array = self.then.of_logits(self.head(hidden))
+    return narrowed
+
+
+def _narrowed(outputs: Outputs, then: Any) -> Outputs:
+  """The outputs with other logits, made of theirs now, or wherever a head makes those."""
+  if outputs.logits is None and outputs.head is not None:
+    head, hidden = _Narrowed(outputs.head, then), outputs.hidden
+    return Outputs(features=outputs.features, hidden=hidden, head=head, where=outputs.where)
+  logits = then.of_logits(outputs.logits)
+  return Outputs(logits=logits, features=outputs.features, where=outputs.where)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ensemble:
   members: tuple[Callable[[PyTree, Batch], Outputs], ...]
@@ -225,20 +268,25 @@ class _Ensemble:
     for m, one in enumerate(outputs):
       if not isinstance(one, Outputs):
         raise TypeError(f"members[{m}] must return Outputs, got {_check.show(one)}.")
-    lacking = [m for m, one in enumerate(outputs) if one.logits is None]
+    lacking = [m for m, one in enumerate(outputs) if one.logits is None and one.head is None]
     if lacking:
       raise ValueError(f"members {lacking} put out no logits, which an ensemble combines.")
-    classes = [one.logits.shape[-1] for one in outputs]
+    classes = [jax.eval_shape(with_logits, one).logits.shape[-1] for one in outputs]
     if len(set(classes)) > 1:
       raise ValueError(f"the members put out different class counts: {classes}.")
     features = {
       f"{m}/{name}": value for m, one in enumerate(outputs) for name, value in one.features.items()
     }
-    combined = combine_logits([o.logits for o in outputs], rule=self.rule, weights=self.shares)
     # Of an example that one of them skipped, nobody knows what all of them would say.
     masks = [o.where for o in outputs if o.where is not None]
     where = jnp.prod(jnp.stack(masks), axis=0) if masks else None
-    return Outputs(logits=combined, features=features, where=where)
+    combined = _Heads(tuple(o.head for o in outputs), self.rule, self.shares)
+    hidden = [o.logits if o.head is None else o.hidden for o in outputs]
+    # As soon as there is a vocabulary, logits are made where somebody looks, of some tokens maybe.
+    if any(o.logits is None for o in outputs):
+      return Outputs(features=features, hidden=hidden, head=combined, where=where)
+    logits = combine_logits([o.logits for o in outputs], rule=self.rule, weights=self.shares)
+    return Outputs(logits=logits, features=features, where=where)
 
 
 def ensemble(
@@ -279,10 +327,12 @@ class _Subset:
   classes: tuple[int, ...]
 
   def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
-    outputs, chosen = self.of(variables, batch), np.array(self.classes)
-    check_classes("classes", chosen, outputs.logits)
-    logits = jnp.take(outputs.logits, chosen, axis=-1)
-    return Outputs(logits=logits, features=outputs.features, where=outputs.where)
+    return _narrowed(self.of(variables, batch), self)
+
+  def of_logits(self, logits: Any) -> jax.Array:
+    chosen = np.array(self.classes)
+    check_classes("classes", chosen, logits)
+    return jnp.take(logits, chosen, axis=-1)
 
 
 def subset(teacher: Model | Teacher, classes: Sequence[int] | np.ndarray) -> Teacher:
@@ -326,8 +376,9 @@ class _Grouped:
   every: int | None
 
   def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
-    outputs = self.of(variables, batch)
-    logits = outputs.logits
+    return _narrowed(self.of(variables, batch), self)
+
+  def of_logits(self, logits: Any) -> jax.Array:
     count = check_classes("groups", np.concatenate([*map(np.array, self.groups)]), logits)
     if self.every not in (None, count):
       raise ValueError(
@@ -340,8 +391,7 @@ class _Grouped:
     logits = logits.astype(compute_dtype(logits))
     never = jnp.full((*logits.shape[:-1], 1), -jnp.inf, logits.dtype)
     gathered = jnp.take(jnp.concatenate([logits, never], axis=-1), index, axis=-1)
-    combined = jax.nn.logsumexp(gathered, axis=-1)
-    return Outputs(logits=combined, features=outputs.features, where=outputs.where)
+    return jax.nn.logsumexp(gathered, axis=-1)
 
 
 def grouped(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.train._generations import born_again
   from jaxdistill.train._identity import describe, described_data, described_student, traced
+  from jaxdistill.train._in_chunks import in_chunks
   from jaxdistill.train._loop import (
     Intervals,
     Log,
@@ -87,6 +88,7 @@ __all__ = [
   "described_student",  # the student, as ``config.json`` holds it
   "example_key",  # a random key's shape, to trace with
   "fit",  # trains a student, or the same student from several seeds as one compiled program
+  "in_chunks",  # an objective in chunks of tokens, without arrays [tokens, vocabulary]
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
   "inputs_of",  # the shapes of a batch's inputs, as the networks see them
   "is_optimizer",  # whether it has ``init`` and ``update``, as optax's have

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill._reach import depend_on
-from jaxdistill.types import Batch, Outputs, Term
+from jaxdistill.types import Batch, Outputs, Summed, Terms
 
 __all__ = ["terms_where_answered"]
 
@@ -22,8 +22,8 @@ PyTree = Any
 
 
 def terms_where_answered(
-  made: Callable[[Outputs, Batch], tuple[dict[str, Term], PyTree]], target: Outputs, batch: Batch
-) -> tuple[dict[str, Term], PyTree]:
+  made: Callable[[Outputs, Batch], tuple[Terms, PyTree]], target: Outputs, batch: Batch
+) -> tuple[Terms, PyTree]:
   """The terms where the teacher skipped examples, which count in those that ask it nothing.
 
   To a term that looks at the teacher a skipped example is padding: relations between examples, a
@@ -45,12 +45,18 @@ def terms_where_answered(
   compared, remembered = made(target, fewer)
   alone, _ = made(target, batch)
 
+  # What is summed already was so by whoever knew of the mask: in chunks of tokens, this function.
+  done = {name: term for name, term in alone.items() if isinstance(term, Summed)}
+
   def values(outputs: Outputs) -> dict[str, Any]:
-    return {name: jnp.asarray(term.values) for name, term in made(outputs, batch)[0].items()}
+    found = made(outputs, batch)[0]
+    return {name: jnp.asarray(term.values) for name, term in found.items() if name not in done}
 
   # A dict's leaves come in the order of its sorted keys.
   looks = depend_on(values, dataclasses.replace(target, where=None))
-  looking = {name for name, does in zip(sorted(compared), looks, strict=True) if does}
+  looking = {
+    name for name, does in zip(sorted(set(compared) - set(done)), looks, strict=True) if does
+  }
   chosen = {}
   for name, term in compared.items():
     if name not in looking:

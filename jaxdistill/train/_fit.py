@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import flax.struct
 import jax
@@ -22,6 +22,7 @@ from jaxdistill.runs import Checkpoints
 from jaxdistill.teachers import decay_of
 from jaxdistill.train import _identity, _mesh
 from jaxdistill.train._frozen import never_moved
+from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._loop import (
   Intervals,
   Log,
@@ -209,6 +210,12 @@ def check_run(run: Any) -> Run:
   return Run(run)
 
 
+class LessMemory(TypedDict, total=False):
+  """What `fit` takes besides, for batches that need more memory than there is."""
+
+  tokens_at_once: int | None
+
+
 @together()
 def fit(
   student: Network | Model,
@@ -224,6 +231,7 @@ def fit(
   dispatch: Dispatch | None = None,
   watch: Watch | None = None,
   run: Run | str | os.PathLike[str] | None = None,
+  **less_memory: Unpack[LessMemory],
 ) -> Fitted:
   """Trains a student, or the same student from several seeds as one compiled program.
 
@@ -260,6 +268,9 @@ def fit(
     dispatch: `train.with_jit` (the default, over all devices) or `train.with_pmap`.
     watch: what is looked at on the way: validation, log, callback; see `Watch`.
     run: where it is saved; see `Run`. A path is the run's folder; None saves nothing.
+    **less_memory: ``tokens_at_once``: how many tokens' logits there are at any time, of networks
+      that put out ``hidden`` and ``head``; the same loss and gradient, see `train.in_chunks`. The
+      log has no accuracy then. None, the default, for those of the whole batch.
 
   Returns:
     `Fitted`, a model with the variables after the last step.
@@ -279,6 +290,7 @@ def fit(
   run, watch = check_run(run), Watch() if watch is None else watch
   dispatch = _mesh.with_jit() if dispatch is None else dispatch
   _check_machinery(optimizer, dispatch, watch)
+  objective = _cut(objective, **less_memory)
   plan = Plan.of(
     student,
     objective,
@@ -297,6 +309,13 @@ def fit(
   program.trace()  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
   return _trained(plan, program, every, watch, run, seed, left)
+
+
+def _cut(objective: Any, *, tokens_at_once: int | None = None) -> Any:
+  """The objective, in chunks where these have a size."""
+  return (
+    objective if tokens_at_once is None else in_chunks(objective, tokens_at_once=tokens_at_once)
+  )
 
 
 def _trained(

@@ -25,6 +25,7 @@ from jaxdistill.types import (
   Outputs,
   Teacher,
   as_objective,
+  with_logits,
 )
 
 __all__ = [
@@ -271,7 +272,7 @@ def _seen_in_training(network: Network, variables: PyTree, inputs: Any) -> Outpu
   """The shapes of what the objective sees, heads that exist in training alone among them."""
   try:
     return jax.eval_shape(
-      lambda v, x, key: network.apply(v, x, train=True, key=key)[0],
+      lambda v, x, key: with_logits(network.apply(v, x, train=True, key=key)[0]),
       variables,
       inputs,
       jax.random.key(0),
@@ -284,7 +285,7 @@ def _seen_in_training(network: Network, variables: PyTree, inputs: Any) -> Outpu
 def _predicted(network: Network, variables: PyTree, inputs: Any) -> Outputs:
   """The shapes of what a network puts out in inference."""
   return jax.eval_shape(
-    lambda v, x: network.apply(v, x, train=False, key=None)[0], variables, inputs
+    lambda v, x: with_logits(network.apply(v, x, train=False, key=None)[0]), variables, inputs
   )
 
 
@@ -324,7 +325,7 @@ def _outline(tree: PyTree) -> str:
 
 def _teacher_shapes(teacher: Teacher | None, batch: Batch) -> Outputs | None:
   if batch.teacher is not None:
-    return jax.eval_shape(lambda: batch.teacher)
+    return jax.eval_shape(with_logits, batch.teacher)
   if teacher is None:
     return None
   try:
@@ -348,7 +349,7 @@ def _teacher_shapes(teacher: Teacher | None, batch: Batch) -> Outputs | None:
       f"the teacher must return Outputs, got {_check.show(outputs)}; give teachers.frozen(model), "
       "or a function that returns Outputs(logits=...)."
     )
-  return outputs
+  return jax.eval_shape(with_logits, outputs)
 
 
 def _first(variables: PyTree) -> str:

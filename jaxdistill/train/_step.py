@@ -28,15 +28,18 @@ from jaxdistill.types import (
   Objective,
   ObjectiveFunction,
   Outputs,
+  Summed,
   Teacher,
   Term,
+  Terms,
   Transform,
   as_objective,
   compute_dtype,
   present,
+  with_logits,
 )
 
-__all__ = ["make_step", "reduce_terms"]
+__all__ = ["make_step", "reduce_terms", "summed"]
 
 PyTree = Any
 # What a line of the log says beside the terms.
@@ -159,6 +162,7 @@ class _Step:
       # Outside of what is differentiated: the teacher's activations need not be kept for a backward
       # pass that would be stopped anyway.
       target = self.target(pass_)
+      pass_ = self.counted(pass_, target)
       parts, states, sums = self.gradients(pass_, target)
       again = lambda trained: self.loss_again(trained, pass_, target)  # noqa: E731
     else:
@@ -196,7 +200,7 @@ class _Step:
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
     )
 
-    def made(target: Outputs | None, batch: Batch) -> tuple[dict[str, Term], PyTree]:
+    def made(target: Outputs | None, batch: Batch) -> tuple[Terms, PyTree]:
       found = self.objective.apply(
         trained["objective"],
         objective_state,
@@ -212,6 +216,8 @@ class _Step:
       terms, remembered = made(target, at.batch)
     else:
       terms, remembered = terms_where_answered(made, target, at.batch)
+    if not any(isinstance(term, Summed) for term in terms.values()):
+      outputs = with_logits(outputs)  # those in chunks are never there as a whole
     logits = outputs.logits if self.objective.deployed is None else None
     return terms, ({**model_state, **updated}, remembered), logits
 
@@ -220,17 +226,29 @@ class _Step:
       return at.batch.teacher
     return at.teacher(at.batch)
 
+  def counted(self, at: _Pass, target: Outputs | None) -> _Pass:
+    """The same, told the counts of all devices, where terms are summed already under `pmap`.
+
+    Those are divided where their gradients are made.
+    """
+
+    def terms() -> dict[str, Any]:
+      return self.forward(at.trained, at, target)[0]
+
+    if self.axis_name is None:
+      return at
+    if not any(isinstance(term, Summed) for term in jax.eval_shape(terms).values()):
+      return at
+    counts = _counts(reduce_terms(terms(), at.batch, axis_name=self.axis_name)[1])
+    return dataclasses.replace(at, batch=dataclasses.replace(at.batch, counts=counts))
+
   def losses(
-    self,
-    trained: PyTree,
-    at: _Pass,
-    target: Outputs | None,
-    counts: Mapping[str, jax.Array] | None = None,
+    self, trained: PyTree, at: _Pass, target: Outputs | None
   ) -> tuple[list[jax.Array], Any]:
     """This device's share of each group's loss; the states after it, sums, the student's logits."""
     terms, states, logits = self.forward(trained, at, target)
     reduced = [
-      reduce_terms(some, at.batch, axis_name=self.axis_name, counts=counts)
+      reduce_terms(some, at.batch, axis_name=self.axis_name)
       for some in _optax.grouped_terms(terms, at.groups)
     ]
     sums = {name: both for _, each in reduced for name, both in each.items()}
@@ -249,14 +267,14 @@ class _Step:
     return jax.lax.psum(_added(self.losses(trained, at, target)[0]), self.axis_name)
 
   def gradients(
-    self, at: _Pass, target: Outputs | None, counts: Mapping[str, jax.Array] | None = None
+    self, at: _Pass, target: Outputs | None
   ) -> tuple[list[PyTree], PyTree, dict[str, Any]]:
     """The gradients of this batch's share of the loss, the states after it, and its sums.
 
     There is one gradient, but for an optimiser that wants some terms' apart: then one of each group
     of terms, from one pass forward and a pass back for each.
     """
-    share = lambda trained: self.losses(trained, at, target, counts)  # noqa: E731
+    share = lambda trained: self.losses(trained, at, target)  # noqa: E731
     each, back, (states, sums, logits) = jax.vjp(share, at.trained, has_aux=True)
     ones = [[jnp.full_like(x, i == j) for j, x in enumerate(each)] for i in range(len(each))]
     parts, loss = [back(one)[0] for one in ones], _added(each)
@@ -287,7 +305,7 @@ class _Step:
       # Masks depend on the batch alone, so the compiler drops both networks from this program.
       mine = dataclasses.replace(at, batch=part)
       terms, _, _ = self.forward(at.trained, mine, self.target(mine))
-      return {name: count for name, (_, count) in reduce_terms(terms, part)[1].items()}
+      return _counts(reduce_terms(terms, part)[1])
 
     counts = jax.tree.map(lambda c: jnp.sum(c, axis=0), jax.lax.map(count, parts))
     if self.axis_name is not None:
@@ -296,8 +314,9 @@ class _Step:
     def body(carry: PyTree, item: PyTree) -> tuple[PyTree, Any]:
       gradients, states = carry
       part, its_keys = item
+      part = dataclasses.replace(part, counts=counts)
       mine = dataclasses.replace(at, states=states, batch=part, keys=its_keys)
-      more, states, sums = self.gradients(mine, self.target(mine), counts)
+      more, states, sums = self.gradients(mine, self.target(mine))
       return (jax.tree.map(jnp.add, gradients, more), states), sums
 
     zeros = [jax.tree.map(jnp.zeros_like, at.trained)] * (len(at.groups) + 1)
@@ -313,19 +332,23 @@ def _added(losses: list[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, losses)
 
 
+def _counts(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+  return {name: count for name, (_, count) in sums.items()}
+
+
 def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
-  """Outputs that are 0 wherever padding is, before a loss or a projector sees them."""
+  """Outputs that are 0 wherever padding is, before a loss or a projector sees them.
+
+  Their logits are there in any case: where nobody looks at them, the compiler leaves them out.
+  """
   # Masking a term's values comes too late: behind a square or a product, the gradient of what was
   # left out is 0 times whatever padding held, and 0 * NaN is NaN.
   if outputs is None:
     return None
   values = {"logits": outputs.logits, "features": outputs.features, "hidden": outputs.hidden}
+  there = jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values)
   members: dict[str, Any] = {n: _without_padding(one, batch) for n, one in outputs.members.items()}
-  return dataclasses.replace(
-    outputs,
-    **jax.tree.map(lambda x: jnp.where(present(batch, x), x, jnp.zeros_like(x)), values),
-    members=members,
-  )
+  return with_logits(dataclasses.replace(outputs, **there, members=members))
 
 
 def _not_in_parts(trained: PyTree) -> jax.Array:
@@ -348,7 +371,7 @@ def _transformed(new: Any, old: Batch) -> Batch:
   return new
 
 
-def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
+def _checked(made: Any, state: PyTree) -> tuple[Terms, PyTree]:
   """What an objective returned, if it is what an objective returns."""
   if not (isinstance(made, tuple) and len(made) == 2):
     raise TypeError(f"the objective's apply must return (terms, state), got {show(made)}.")
@@ -358,7 +381,7 @@ def _checked(made: Any, state: PyTree) -> tuple[dict[str, Term], PyTree]:
       f"the objective must return {{name: Term}} with a term in it, got {show(terms)}."
     )
   for name, term in terms.items():
-    if not isinstance(name, str) or not isinstance(term, Term):
+    if not isinstance(name, str) or not isinstance(term, Term | Summed):
       raise TypeError(
         f"the objective's term {name!r} is {show(term)}; it must be a Term under a name of text: "
         "Term(values), with values [B] that the step averages."
@@ -444,18 +467,15 @@ def _add_progress(
   labels = batch.labels
   if logits is None or not jnp.issubdtype(labels.dtype, jnp.integer):
     return sums
-  if labels.shape != logits.shape[:-1] or batch.labelled.shape != labels.shape:
+  known = batch.labelled  # [B], of sentences too
+  if labels.shape != logits.shape[:-1] or known.shape != labels.shape[: known.ndim]:
     return sums
-  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=batch.labelled)
+  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=known)
   return {**sums, **reduce_terms({"accuracy": hits}, batch, axis_name=axis_name)[1]}
 
 
 def reduce_terms(
-  terms: Mapping[str, Term],
-  batch: Batch,
-  *,
-  axis_name: str | None = None,
-  counts: Mapping[str, jax.Array] | None = None,
+  terms: Mapping[str, Term | Summed], batch: Batch, *, axis_name: str | None = None
 ) -> tuple[jax.Array, dict[str, tuple[jax.Array, jax.Array]]]:
   """Reduces an objective's terms to the loss, and to sums for the log.
 
@@ -465,11 +485,10 @@ def reduce_terms(
 
   Args:
     terms: the objective's terms.
-    batch: the batch that they were computed on; gives the example weights.
+    batch: the batch that they were computed on; gives the example weights. Where it is a part of
+      another one, whose ``counts`` it has, the loss is its share of that one's.
     axis_name: the axis to sum over under `pmap`; the loss is then this device's share, whose
       gradients have to be summed over the axis too.
-    counts: each term's ``sum(where)`` over a batch of which this one is a part; the loss is then
-      this part's share of that batch's.
 
   Returns:
     ``(loss, {name: (sum, count)})``: the weighted scalar loss, and for each term the global sum
@@ -487,24 +506,43 @@ def reduce_terms(
   loss = jnp.zeros((), jnp.float32)
   sums = {}
   for name, term in terms.items():
-    _check(name, term)
-    values = jnp.asarray(term.values)
-    values = values.astype(compute_dtype(values))
-    mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
-    # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
-    total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
-    if counts is not None:
-      count = counts[name]
-    else:
-      count = jnp.sum(mask)
-      if axis_name is not None:
-        count = jax.lax.psum(count, axis_name)
+    one = term if isinstance(term, Summed) else summed(name, term, batch)
+    total, count = one.total, one.count
+    if batch.counts is not None and name in batch.counts:
+      count = batch.counts[name]
+    elif axis_name is not None:
+      count = jax.lax.psum(count, axis_name)
     mean = total / jnp.where(count == 0, 1, count)  # nothing in the mask: 0, not 0/0
-    loss = loss.astype(mean.dtype) + jnp.asarray(term.weight, mean.dtype) * mean
+    loss = loss.astype(mean.dtype) + jnp.asarray(one.weight, mean.dtype) * mean
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     sums[name] = (total, count)
   return loss, sums
+
+
+def summed(name: str, term: Term, batch: Batch) -> Summed:
+  """A term's sums over a batch, or over a part of one.
+
+  Args:
+    name: its name, for messages.
+    term: the term.
+    batch: gives the example weights.
+
+  Raises:
+    TypeError, ValueError: as `reduce_terms` does.
+
+  >>> batch = Batch(None, None, jnp.array([1.0, 0.0]), None, None, None)
+  >>> one = summed("soft", Term(jnp.array([3.0, jnp.nan])), batch)
+  >>> one.total.item(), one.count.item()
+  (3.0, 1.0)
+  """
+  _check(name, term)
+  values = jnp.asarray(term.values)
+  values = values.astype(compute_dtype(values))
+  mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
+  # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
+  total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
+  return Summed(total, jnp.sum(mask), term.weight)
 
 
 def _check(name: str, term: Term) -> None:
