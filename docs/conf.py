@@ -15,7 +15,7 @@ from sphinx.util.docutils import SphinxDirective
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import jaxdistill
+import jaxdistill  # noqa: E402
 
 project, release = "jaxdistill", jaxdistill.__version__
 copyright = "the authors of jaxdistill, Apache-2.0"
