@@ -206,7 +206,7 @@ def finish(sums: Mapping[str, Any]) -> dict[str, NDArray[np.float64]]:
 
   Returns:
     Arrays of the leading axes' shape, ``()`` without any: fractions ``accuracy`` and ``top5``,
-    ``nll``, ``brier``, ``ece`` (Σ_bins |correct − confidence| / examples), and ``agreement``,
+    ``nll``, ``brier``, ``ece`` (``Σ_bins |correct − confidence| / examples``), and ``agreement``,
     ``kl``, ``accuracy_where_teacher_wrong``, as far as there are sums for them. What counted
     nothing was not measured, and is absent: all that needs labels where there are none, the last
     beside a teacher without errors. NaN is a number that was measured and is none: a logit was.

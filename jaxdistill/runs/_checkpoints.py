@@ -358,8 +358,8 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
 
   Args:
     path: the folder.
-    like: a pytree of arrays or `jax.ShapeDtypeStruct`s that what is read must have the structure,
-      shapes and dtypes of; None reads what is there.
+    like: a pytree of arrays, or of `jax.ShapeDtypeStruct`, that what is read must have the
+      structure, shapes and dtypes of; None reads what is there.
 
   Returns:
     The variables.

@@ -1,0 +1,83 @@
+"""How the documentation site is built: `python -m sphinx -W docs build/site`.
+
+Pages are Markdown, the reference is read from the library's own docstrings, and the theme is that
+of NumPy and JAX. Nothing is fetched when a page is opened: no font, no script, no search index.
+"""
+
+import pathlib
+import re
+import sys
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jaxdistill  # noqa: E402
+
+project, release = "jaxdistill", jaxdistill.__version__
+copyright = "the authors of jaxdistill, Apache-2.0"
+extensions = [
+  "myst_parser",
+  "sphinx.ext.autodoc",
+  "sphinx.ext.napoleon",
+  "sphinx.ext.viewcode",
+  "sphinx_copybutton",
+]
+exclude_patterns = ["how/_setting.md"]
+# Names in single backticks are the library's own, where there is one of that name.
+default_role = "py:obj"
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3  # `losses.md#soft_target_kl`, as on GitHub
+autodoc_member_order = "alphabetical"
+autodoc_preserve_defaults = True
+autodoc_typehints_format = "short"
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+
+html_theme = "pydata_sphinx_theme"
+html_title = "jaxdistill"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_theme_options = {
+  "logo": {"text": "jaxdistill"},
+  "icon_links": [
+    {
+      "name": "Source",
+      "url": "https://github.com/jaxdistill/jaxdistill",
+      "icon": "fa-brands fa-github",
+    }
+  ],
+  "footer_start": ["copyright"],
+  "footer_end": [],
+  "secondary_sidebar_items": ["page-toc"],
+  "show_toc_level": 2,
+}
+
+
+class Door(SphinxDirective):
+  """`.. door:: jaxdistill.data`: a room's names, each with the line that its door has for it."""
+
+  required_arguments = 1
+
+  def run(self) -> list[nodes.Node]:
+    """The table, as it would be written by hand."""
+    (room,) = self.arguments
+    path = ROOT.joinpath(*room.split("."), "__init__.py")
+    self.env.note_dependency(str(path))
+    rows = [".. list-table::", "   :widths: 30 70", ""]
+    for name, line in re.findall(r'^  "(\w+)",  # (.*)$', path.read_text("utf-8"), re.M):
+      rows += [f"   * - :py:obj:`{name} <{room}.{name}>`", f"     - {line[0].upper()}{line[1:]}."]
+    return self.parse_text_to_nodes("\n".join(rows))
+
+
+def setup(app: Sphinx) -> None:
+  """What these pages need beyond the extensions."""
+  app.add_directive("door", Door)
