@@ -485,7 +485,7 @@ class Adapter:
     base = out if isinstance(out, Outputs) else Outputs()
     if self.logits is None and base.hidden is not None and base.head is not None:
       # A module that speaks our words: a language model's hidden states and head stand for logits.
-      found, returned = base.logits, {}
+      found, returned = base.logits, base.features
     else:
       found, returned = put_out(out, self.logits, self.name)
     features = {**base.features, **returned, **features}
