@@ -561,7 +561,8 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     mine = source.cut(shared[0], item["source"])
     more = transfer.cut(shared[1], item["transfer"])
     count = more.index.shape[0]
-    if jax.tree.structure(mine.inputs) != jax.tree.structure(more.inputs):
+    structures: list[Any] = [jax.tree.structure(one.inputs) for one in (mine, more)]
+    if structures[0] != structures[1]:
       raise ValueError(
         f"{source.name!r} shows {source.augmentation!r} and {transfer.name!r} shows "
         f"{transfer.augmentation!r}, of which one has two views: give both data.two_views."

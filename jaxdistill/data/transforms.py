@@ -5,8 +5,10 @@ for the very inputs that the student gets. They are drawn anew at every step and
 teacher's outputs that were computed beforehand do not belong to them, and a batch that brings
 ``batch.teacher`` along can't be mixed.
 
-Labels become ``[B, K]`` distributions in float32, which `losses.cross_entropy` takes. A row without
-a label (``labelled`` 0) is all 0, whatever its label was, and stays masked by ``labelled``.
+Labels become ``[B, K]`` distributions in float32, which `losses.cross_entropy` takes, and masks
+``[B, H, W]`` that lie on the images ``[B, H, W, K]``; but `cutmix` moves what lies on the images,
+and leaves it what it was. A row (a pixel) without a label (``labelled`` 0) is all 0, whatever its
+label was, and stays masked by ``labelled``.
 
 Under `pmap` a device mixes the examples of its share, under ``jit`` those of the global batch.
 """
@@ -48,7 +50,9 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
   Returns:
     ``(key, batch) -> batch``. ``batch.inputs`` is a floating array ``[B, ...]`` or a tree of them,
     mixed in float32 (or float64) and of the dtype it was; ``batch.labels`` is ``[B]`` integers or
-    ``[B, K]`` floats.
+    ``[B, K]`` floats, or on images ``[B, H, W]`` integers or ``[B, H, W, K]`` floats, of which a
+    mixed pixel is labelled if both of its parts are. Masks take K times their memory: `cutmix`
+    leaves them integers.
 
   Raises:
     ValueError: ``num_classes`` or ``concentration`` is out of range; and when traced: the inputs
@@ -62,7 +66,7 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
   ((2, 4), [1.0, 1.0])
   """
 
-  def mixed(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array]:
+  def mixed(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array, None]:
     share = _beta(key, concentration)
 
     def mix(path: Any, x: Any) -> jax.Array:
@@ -75,7 +79,7 @@ def mixup(num_classes: int, *, concentration: float = 0.2) -> Transform:
       dtype = compute_dtype(x)
       return _blend(share, x.astype(dtype), x[partner].astype(dtype)).astype(x.dtype)
 
-    return jax.tree_util.tree_map_with_path(mix, inputs), share
+    return jax.tree_util.tree_map_with_path(mix, inputs), share, None
 
   return _mixer("mixup", num_classes, concentration, mixed)
 
@@ -89,14 +93,19 @@ def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
   that came from j. Partners are a permutation of the batch; ``labelled`` and ``weight`` are the
   products of both parts', ``index`` and ``view`` those of i, as `mixup` has them.
 
+  Labels that lie on the images (masks, depths: ``[B, H, W, ...]``) are pasted as the images are,
+  with which of their pixels are labelled, and weigh if they have weights: exactly, of the dtype
+  that they were. A weight ``[B]`` is the product of both parts' there too.
+
   Args:
-    num_classes: K.
+    num_classes: K; of no account where the labels lie on the images.
     concentration: > 0. 1, the paper's, makes λ uniform. The authors' code leaves half of CIFAR's
       batches as they are; this one mixes every batch, as theirs does for ImageNet.
 
   Returns:
     ``(key, batch) -> batch``. ``batch.inputs`` is images ``[B, H, W, C]`` of any dtype, or a tree
-    of them with one H and W; ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats.
+    of them with one H and W; ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats, or
+    anything ``[B, H, W, ...]``.
 
   Raises:
     ValueError: ``num_classes`` or ``concentration`` is out of range; and when traced: the inputs
@@ -112,15 +121,9 @@ def cutmix(num_classes: int, *, concentration: float = 1.0) -> Transform:
   True
   """
 
-  def pasted(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array]:
+  def pasted(key: Any, inputs: PyTree, partner: jax.Array) -> tuple[PyTree, jax.Array, jax.Array]:
     inside, share = _box(key, *_image_size(inputs), concentration)
-
-    def paste(x: Any) -> jax.Array:
-      x = jnp.asarray(x)
-      # [H, W], one box for all of the batch, against [B, H, W, C].
-      return jnp.where(inside[None, :, :, None], x[partner], x)
-
-    return jax.tree.map(paste, inputs), share
+    return jax.tree.map(lambda x: _paste(jnp.asarray(x), partner, inside), inputs), share, inside
 
   return _mixer("cutmix", num_classes, concentration, pasted)
 
@@ -136,8 +139,8 @@ def smooth_labels(num_classes: int, *, amount: float = 0.1) -> Transform:
     amount: in [0, 1]; 0.1 is the paper's.
 
   Returns:
-    ``(key, batch) -> batch``. ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats; the key is
-    not used.
+    ``(key, batch) -> batch``. ``batch.labels`` is ``[B]`` integers or ``[B, K]`` floats, or on
+    images ``[B, H, W]`` integers or ``[B, H, W, K]`` floats; the key is not used.
 
   Raises:
     ValueError: ``num_classes`` or ``amount`` is out of range; when traced: the labels are neither.
@@ -238,13 +241,21 @@ def _image_size(inputs: PyTree) -> tuple[int, int]:
   return sizes.pop()
 
 
+def _paste(x: jax.Array, partner: jax.Array, inside: jax.Array) -> jax.Array:
+  """``[B, H, W, ...]`` with one box ``[H, W]`` of all of the batch taken from the partners."""
+  return jnp.where(jnp.expand_dims(inside, (0, *range(3, x.ndim))), x[partner], x)
+
+
 def _mixer(
   by: str,
   num_classes: int,
   concentration: float,
-  mix: Callable[[Any, PyTree, jax.Array], tuple[PyTree, jax.Array]],
+  mix: Callable[[Any, PyTree, jax.Array], tuple[PyTree, jax.Array, jax.Array | None]],
 ) -> Transform:
-  """A transform: ``mix(key, inputs, partner) -> (inputs, share)`` mixes each with its partner."""
+  """A transform: ``mix(key, inputs, partner) -> (inputs, share, box)`` mixes each with its partner.
+
+  ``box`` is which pixels came from it, where that can be said.
+  """
   _check_classes(num_classes)
   _check_concentration(concentration)
 
@@ -253,7 +264,9 @@ def _mixer(
     # One share and one permutation for the whole batch, as published: [] and [B].
     share_key, partner_key = jax.random.split(key)
     partner = jax.random.permutation(partner_key, batch.labels.shape[0])
-    inputs, share = mix(share_key, batch.inputs, partner)
+    inputs, share, inside = mix(share_key, batch.inputs, partner)
+    if inside is not None and _lie_on_images(batch):
+      return _with_pasted_labels(dataclasses.replace(batch, inputs=inputs), partner, inside)
     labels = _distributions(by, batch, num_classes)
     weight, labelled = (jnp.asarray(v) for v in (batch.weight, batch.labelled))
     batch = dataclasses.replace(
@@ -266,24 +279,55 @@ def _mixer(
   return transform
 
 
+def _lie_on_images(batch: Batch) -> bool:
+  """Whether labels are ``[B, H, W, ...]`` beside images ``[B, H, W, C]``."""
+  size = jnp.shape(batch.labels)[1:3]
+  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch.inputs)]
+  return len(size) == 2 and any(len(shape) == 4 and shape[1:3] == size for shape in shapes)
+
+
+def _with_pasted_labels(batch: Batch, partner: jax.Array, inside: jax.Array) -> Batch:
+  """A batch whose labels, and what says which of them count, moved with the boxes."""
+  labels, labelled, weight = (jnp.asarray(v) for v in (batch.labels, batch.labelled, batch.weight))
+
+  def by_pixel(x: jax.Array) -> jax.Array:
+    of_each = jnp.expand_dims(x, tuple(range(x.ndim, 3)))
+    return jnp.broadcast_to(of_each, (*labels.shape[:3], *x.shape[3:]))
+
+  return dataclasses.replace(
+    batch,
+    labels=_paste(labels, partner, inside),
+    # A box of an image without labels has none; the pixels around it keep theirs.
+    labelled=_paste(by_pixel(labelled), partner, inside),
+    weight=weight * weight[partner]
+    if weight.ndim == 1
+    else _paste(by_pixel(weight), partner, inside),
+  )
+
+
 def _distributions(by: str, batch: Batch, num_classes: int) -> jax.Array:
-  """Labels as ``[B, K]``; all 0 where there is none."""
+  """Labels as ``[B, K]``, or ``[B, H, W, K]`` on images; all 0 where there is none."""
   labels = jnp.asarray(batch.labels)
   whole = jnp.issubdtype(labels.dtype, jnp.integer)
-  if whole and labels.ndim == 1:
+  # Without the axis of classes: of each example, or of each of its pixels.
+  axes = labels.ndim if whole else labels.ndim - 1
+  known = axes == 1 or (axes == 3 and _lie_on_images(batch))
+  if whole and known:
     # In int32, since one_hot counts the classes in the labels' dtype and a uint8 would wrap.
     labels = jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=jnp.float32)
-  elif whole or labels.ndim != 2 or labels.shape[1] != num_classes:
+  elif not known or labels.shape[-1] != num_classes:
     raise ValueError(
-      f"{by}({num_classes}) needs labels [B] of integers or [B, {num_classes}] of floats, got "
-      f"{labels.dtype} of shape {labels.shape}; give num_classes of the data, or jax.nn.one_hot."
+      f"{by}({num_classes}) needs labels [B] of integers or [B, {num_classes}] of floats (or "
+      f"[B, H, W] and [B, H, W, {num_classes}] on images of that size), got {labels.dtype} of "
+      f"shape {labels.shape}; give num_classes of the data, or jax.nn.one_hot."
     )
   return _where_labelled(batch, labels.astype(compute_dtype(labels)))
 
 
 def _where_labelled(batch: Batch, labels: jax.Array) -> jax.Array:
   # Replaced, not multiplied: what stands for an unknown label may be NaN.
-  return jnp.where(jnp.asarray(batch.labelled)[:, None] != 0, labels, 0)
+  known = jnp.asarray(batch.labelled)
+  return jnp.where(jnp.expand_dims(known, tuple(range(known.ndim, labels.ndim))) != 0, labels, 0)
 
 
 def _check_mixable(by: str, batch: Batch) -> None:

@@ -44,7 +44,7 @@ class _Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
     # A 1 x 1 convolution is a dense layer at each position.
-    options = {"use_bias": False, "kernel_init": kaiming_init}
+    options: Any = {"use_bias": False, "kernel_init": kaiming_init}
     wide = nn.Dense(self.width, name="conv1", **options)(x)
     wide = batch_norm(self, train, "norm1")(wide)
     back = nn.Dense(x.shape[-1], name="conv2", **options)(wide)

@@ -330,3 +330,88 @@ def test_batches_that_do_not_fit_say_so():
   for labels in (jnp.zeros((SIZE, 3)), jnp.zeros((SIZE, CLASSES), jnp.int32), jnp.zeros(SIZE)):
     with pytest.raises(ValueError, match=r"needs labels \[B\] of integers or \[B, 4\] of floats"):
       transforms.smooth_labels(CLASSES)(key, dataclasses.replace(flat(), labels=labels))
+
+
+# --- Labels that lie on the images. ---
+
+
+def masks(**options):
+  """Row i is i everywhere, and its mask the number of the pixel, with i in front."""
+  batch = images(4, 5)
+  numbers = jnp.arange(20, dtype=jnp.int32).reshape(1, 4, 5)
+  of_rows = 100 * jnp.arange(SIZE, dtype=jnp.int32).reshape(-1, 1, 1)
+  return dataclasses.replace(batch, labels=numbers + of_rows, **options)
+
+
+def test_cutmix_moves_masks_with_their_images_and_what_says_which_pixels_count():
+  labelled = jnp.ones((SIZE, 4, 5)).at[2].set(0.0).at[:, 0, 0].set(0.0)
+  batch = masks(labelled=labelled, weight=jnp.array([1.0, 1, 1, 1, 0, 1]))
+  mix = jax.jit(jax.vmap(transforms.cutmix(3), (0, None)))
+  mixed = mix(jax.random.split(jax.random.key(0), 50), batch)
+  assert mixed.labels.dtype == jnp.int32
+  source = np.asarray(mixed.inputs)[..., 0].astype(int)  # whose pixel it is
+  assert np.any(source != np.arange(SIZE).reshape(1, -1, 1, 1))
+  pixels = np.arange(20).reshape(4, 5)
+  np.testing.assert_array_equal(mixed.labels, 100 * source + pixels)
+  known = np.asarray(labelled)[source, *np.indices((4, 5))[:, None, None]]
+  np.testing.assert_array_equal(mixed.labelled, known)
+  # A weight of each example is the product of both parts', as without masks.
+  plain = mix(
+    jax.random.split(jax.random.key(0), 50),
+    dataclasses.replace(
+      batch, labels=jnp.zeros(SIZE, jnp.int32)[:, None, None] + jnp.zeros((1, 4, 5), jnp.int32)
+    ),
+  )
+  np.testing.assert_array_equal(mixed.weight, plain.weight)
+  assert np.all(np.asarray(mixed.weight)[:, 4] == 0)
+  assert mixed.weight.shape == (50, SIZE)
+  # Of one label an image, or a weight of each pixel, they are of pixels afterwards.
+  each = mix(
+    jax.random.split(jax.random.key(0), 50),
+    masks(labelled=jnp.array([1.0, 0, 1, 1, 1, 1]), weight=labelled),
+  )
+  np.testing.assert_array_equal(each.labelled, (source != 1).astype(float))
+  np.testing.assert_array_equal(each.weight, known)
+  # Depths, or what else lies there, as they are.
+  depths = masks().labels[..., None].astype(jnp.float32)
+  moved = mix(jax.random.split(jax.random.key(0), 50), dataclasses.replace(masks(), labels=depths))
+  np.testing.assert_array_equal(moved.labels[..., 0], 100 * source + pixels)
+
+
+def test_mixup_of_masks_mixes_each_pixels_distribution():
+  classes = jnp.asarray(np.random.default_rng(1).integers(0, 3, (SIZE, 4, 5)), jnp.int32)
+  labelled = jnp.ones((SIZE, 4, 5)).at[3, 1].set(0.0)
+  batch = dataclasses.replace(masks(), labels=classes, labelled=labelled)
+  mixed = jax.jit(transforms.mixup(3, concentration=1.0))(jax.random.key(2), batch)
+  # Row i is i everywhere: what came of the first pixel says the share and the partner's number.
+  rows = np.asarray(mixed.inputs, np.float64)[:, 0, 0, 0]
+  hot, labels = np.eye(3)[np.asarray(classes)], np.asarray(mixed.labels, np.float64)
+  assert labels.shape == (SIZE, 4, 5, 3)
+  shares = {}
+  for i in range(SIZE):
+    # Of the partners that fit, the one whose pixels do, too: s i + (1 - s) j.
+    fits = []
+    for j in set(range(SIZE)) - {i}:
+      share = (rows[i] - j) / (i - j)
+      known = np.asarray(labelled[i] * labelled[j])[..., None]
+      if -1e-6 <= share <= 1 + 1e-6:
+        want = known * (share * hot[i] + (1 - share) * hot[j])
+        if np.allclose(labels[i], want, atol=1e-4):
+          fits.append((j, share))
+          np.testing.assert_array_equal(mixed.labelled[i], known[..., 0])
+    if abs(rows[i] - i) > 1e-5:
+      assert len(fits) == 1
+      shares[i] = fits[0][1]
+  assert len(shares) > 1
+  assert np.ptp(list(shares.values())) < 1e-4
+
+
+def test_smoothed_masks_and_labels_that_lie_on_nothing():
+  batch = dataclasses.replace(masks(), labels=masks().labels % 3)
+  smooth = transforms.smooth_labels(3, amount=0.3)(jax.random.key(0), batch)
+  want = 0.7 * np.eye(3)[np.asarray(batch.labels)] + 0.1
+  np.testing.assert_allclose(smooth.labels, want, rtol=1e-6)
+  small = dataclasses.replace(batch, labels=batch.labels[:, ::2, ::2])
+  for transform in (transforms.mixup(3), transforms.cutmix(3), transforms.smooth_labels(3)):
+    with pytest.raises(ValueError, match=r"got int32 of shape \(6, 2, 3\)"):
+      transform(jax.random.key(0), small)

@@ -19,6 +19,7 @@ from jaxdistill.recipes import (
   similarity_preserving,
 )
 from jaxdistill.train import reduce_terms
+from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.types import Outputs, as_objective, make_batch
 from test_losses_relations import n, ref_angle, ref_cc, ref_distance, ref_pkt, ref_sp
 from test_train import assert_close, differ, distil, examples, source
@@ -314,3 +315,43 @@ def test_what_is_missing_or_wrong_is_named():
     crd(LABELS, crd_temperature=0)
   with pytest.raises(ValueError, match="negatives=0 must be at least 1"):
     crd(LABELS, negatives=0)
+
+
+@pytest.mark.parametrize("answered", [(1, 1, 1, 0, 1, 1, 1), (1, 0, 1, 0, 1, 0, 1), (0,) * 7])
+def test_correlation_congruence_leaves_pairs_with_a_skipped_example_out(answered):
+  """Of seven neighbours, and of one padded: the pairs of which the teacher knows both."""
+  features = [normal(seed, 7, 5) for seed in (0, 1)]
+  skipped = np.array(answered) == 0
+  theirs = np.where(skipped[:, None], np.nan, features[1])
+  weight = np.array([1, 1, 1, 1, 1, 1, 0.0])
+  batch = make_batch(jnp.ones((7, 1)), jnp.zeros(7, jnp.int32), weight=jnp.asarray(weight))
+  objective = correlation_congruence(width=4, hard_weight=None)
+  teacher = Outputs(None, {"pooled": jnp.asarray(theirs, jnp.float32)}, where=jnp.array(answered))
+  shapes = jax.eval_shape(lambda: Outputs(None, {"pooled": jnp.ones((7, 5))}))
+  params, state = objective.init(jax.random.key(0), shapes, shapes)
+
+  def loss(params, ours):
+    def made(target, given):
+      student = Outputs(None, {"pooled": ours})
+      key = jax.random.key(1)
+      return objective.apply(params, state, student, target, given, key=key, **objective.hyper)
+
+    return train.reduce_terms(terms_where_answered(made, teacher, batch)[0], batch)
+
+  ours = jnp.asarray(features[0], jnp.float32)
+  (found, sums), grads = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, ours)
+
+  def embedded(side, x):
+    dense = params[side]["dense"]
+    return x @ np.asarray(dense["kernel"], np.float64) + np.asarray(dense["bias"], np.float64)
+
+  apart = np.abs(embedded("student", features[0]) - embedded("teacher", features[1]))
+  there = ~skipped & (weight > 0)
+  pairs = [i for i in range(6) if there[i] and there[i + 1]]
+  want = sum(apart[i] @ apart[i + 1] for i in pairs)
+  np.testing.assert_allclose(sums["correlation"][0], want, **TOLERANCE)
+  assert float(sums["correlation"][1]) == len(pairs)
+  np.testing.assert_allclose(found, 0.02 * want / max(len(pairs), 1), **TOLERANCE)
+  moved = np.any(np.asarray(grads[1]) != 0, axis=1)
+  assert sorted(np.flatnonzero(moved)) == sorted({j for i in pairs for j in (i, i + 1)})
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
