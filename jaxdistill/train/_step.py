@@ -310,7 +310,8 @@ class _Step:
 
 
 def _added(losses: list[jax.Array]) -> jax.Array:
-  return functools.reduce(jnp.add, losses)
+  dtype = compute_dtype(*losses)
+  return functools.reduce(jnp.add, [loss.astype(dtype) for loss in losses])
 
 
 def _without_padding(outputs: Outputs | None, batch: Batch) -> Outputs | None:
