@@ -55,6 +55,8 @@ RELATIONS = "losses/test_losses_relations.py::"
 PADDING = "recipes/test_padding.py::"
 STEP = "train/test_step.py::"
 TRAIN = "train/test_train.py::"
+ONLINE = "train/test_online.py::"
+DOT = "train/test_dot.py::"
 SWEEP = "search/test_sweep.py::"
 METRICS = "evaluation/test_metrics.py::"
 CHECKPOINTS = "runs/test_checkpoints.py::"
@@ -436,8 +438,8 @@ MUTANTS = [
   Mutant(
     "step: gradients of devices are averaged",
     "train/_step.py",
-    "grads, loss = jax.lax.psum((grads, loss), self.axis_name)",
-    "grads, loss = jax.lax.pmean((grads, loss), self.axis_name)",
+    "parts, loss = jax.lax.psum((parts, loss), self.axis_name)",
+    "parts, loss = jax.lax.pmean((parts, loss), self.axis_name)",
     "under pmap the learning rate is divided by the number of devices",
     (TRAIN + "test_pmap_is_jit_without_state_across_examples",),
   ),
@@ -484,10 +486,42 @@ MUTANTS = [
   Mutant(
     "step: the average starts a step late",
     "train/_step.py",
-    "past = (state.step - 1).astype(jnp.float32)",
-    "past = state.step.astype(jnp.float32)",
+    "past = step.astype(jnp.float32)",
+    "past = (step + 1).astype(jnp.float32)",
     "another decay than the one that is told",
     (TRAIN + "test_the_moving_average_is_by_hand",),
+  ),
+  Mutant(
+    "step: a member's padding is not blanked",
+    "train/_step.py",
+    "members=members,",
+    "members=outputs.members,",
+    "one NaN in padding is in every member's gradient",
+    (ONLINE + "test_padding_of_a_member_leaks_nowhere",),
+  ),
+  Mutant(
+    "online: peers are not stopped",
+    "recipes/online.py",
+    "mine.logits, jax.lax.stop_gradient(peer.logits), temperature=temperature",
+    "mine.logits, peer.logits, temperature=temperature",
+    "each member is also moved towards what its pupils say",
+    (ONLINE + "test_dml_by_hand_and_no_gradient_passes_a_peer",),
+  ),
+  Mutant(
+    "online: a moving teacher is not saved",
+    "train/_state.py",
+    'teacher=items.get("teacher"),',
+    'teacher=shapes.teacher and jax.tree.map(lambda leaf: leaf.copy(), items["student"]),',
+    "a resumed student is taught by itself",
+    (ONLINE + "test_a_run_with_a_moving_teacher_goes_on_with_the_same_bits",),
+  ),
+  Mutant(
+    "dot: both momenta are the labels'",
+    "train/optimizers.py",
+    "second = jax.tree.map(moved(1), state.distilled, distilled, met)",
+    "second = jax.tree.map(moved(-1), state.distilled, distilled, met)",
+    "nothing is distillation-oriented",
+    (DOT + "test_dot_by_hand",),
   ),
   # --- Data and resume. ---
   Mutant(

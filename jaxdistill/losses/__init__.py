@@ -98,7 +98,7 @@ __all__ = [
   "class_attention",  # class attention (CAT-KD): where the evidence for each class is
   "class_gram",  # class correlation (MLKD): which classes are likely together
   "class_means",  # means of features by class, for `norm_and_direction`
-  "consistency",  # consistency (mean teacher): squared error of the probabilities
+  "consistency",  # consistency (MT, mean teacher): squared error of the probabilities
   "contrastive",  # contrastive distillation within the batch (InfoNCE), both ways round
   "contrastive_bank",  # contrastive representation distillation (CRD)
   "correlation_congruence",  # correlation congruence (CC)

@@ -31,7 +31,7 @@ __all__ = ["consistency", "self_nontarget", "self_target", "virtual_teacher"]
 
 
 def consistency(student_logits: Logits, teacher_logits: Logits) -> PerExample:
-  """Consistency (mean teacher): squared error of the probabilities.
+  """Consistency (MT, mean teacher): squared error of the probabilities.
 
   mean_k (q_k − p_k)², q = softmax(student_logits), p = softmax(teacher_logits).
 

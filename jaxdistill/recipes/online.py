@@ -1,4 +1,16 @@
-"""Teachers that learn meanwhile: students that teach each other (DML), a student's own average."""
+"""Teachers that learn meanwhile: students that teach each other (DML), a student's own average.
+
+Students that teach each other are a cohort, one network to all that trains, sweeps and saves, whose
+members are taken apart again at the end::
+
+    both = networks.cohort({"small": network, "smaller": another})
+    fitted = fit(both, recipes.dml(), data=source, optimizer=optimizer, steps=steps, seed=range(3))
+    alone = networks.members(fitted)["smaller"]  # a model, over three seeds
+
+A student's own average is a teacher like another, which the run keeps in its state::
+
+    fit(network, recipes.mean_teacher(), teacher=teachers.moving_average(0.999), ...)
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -21,8 +22,6 @@ from jaxdistill.types import Network, Objective, ObjectiveFunction
 
 __all__ = ["born_again"]
 
-PyTree = Any
-
 
 def born_again(
   student: Network,
@@ -37,7 +36,7 @@ def born_again(
   average: float | None = None,
   dispatch: Dispatch | None = None,
   watch: Watch | None = None,
-  run: Run | str | Any = None,
+  run: Run | str | os.PathLike[str] | None = None,
 ) -> list[Fitted]:
   """Born-again networks (BAN): generations of one network, each taught by the one before.
 

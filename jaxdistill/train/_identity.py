@@ -21,10 +21,11 @@ import optax
 from jaxdistill import runs
 from jaxdistill.data import Source
 from jaxdistill.runs import fingerprint
+from jaxdistill.teachers import decay_of
 from jaxdistill.train import _optax
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._program import Program, optimizer_of, step_of
-from jaxdistill.types import Batch
+from jaxdistill.types import Batch, Teacher
 
 __all__ = ["describe", "described_data", "described_student", "traced", "until"]
 
@@ -46,9 +47,16 @@ def describe(plan: Plan, params: PyTree) -> dict[str, Any]:
     "student": described_student(plan.student.name, params),
     "accumulate": plan.accumulate,
     "average": plan.average,
-    "teacher": None if plan.teacher is None else fingerprint(plan.teacher.variables),
+    "teacher": _described_teacher(plan.teacher),
     "start": None if starts == (None, None) else fingerprint(starts),
   }
+
+
+def _described_teacher(teacher: Teacher | None) -> str | None:
+  if teacher is None:
+    return None
+  # A moving average has no variables yet: what it is asked for has its decay.
+  return fingerprint(teacher.variables) if decay_of(teacher) is None else teacher.asked
 
 
 def until(plan: Plan, steps: int) -> dict[str, Any]:

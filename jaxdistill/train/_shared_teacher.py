@@ -64,12 +64,12 @@ def used_features(
 def _kept(
   learners: Sequence[tuple[Network, Objective]], teacher: Teacher, source: Source
 ) -> tuple[tuple[str, ...], int] | None:
-  """The features to be kept, and the bytes of an example; None for a teacher without logits."""
+  """The features to be kept, and the bytes of an example; None where logits are not all of it."""
   whole: Any = source.whole
   item = next(iter(whole.every(source.data_seed, source.batch_size, 0)))
   batch = jax.eval_shape(source.cut, source.shared, item)
   theirs = jax.eval_shape(Teacher.__call__, teacher, batch)
-  if theirs.logits is None:
+  if theirs.logits is None or theirs.members:  # what a cohort's members say apart is not kept
     return None
 
   def used(student: Network, objective: Objective) -> list[str]:

@@ -329,7 +329,8 @@ class _Step:
 
 
 def _added(losses: list[jax.Array]) -> jax.Array:
-  return functools.reduce(jnp.add, losses)
+  dtype = compute_dtype(*losses)
+  return functools.reduce(jnp.add, [loss.astype(dtype) for loss in losses])
 
 
 def _counts(sums: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

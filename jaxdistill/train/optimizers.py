@@ -190,12 +190,13 @@ def dot(
   """
   _check_run(learning_rate, steps, weight_decay, None, decayed)
   _check("momentum", momentum, _below_one, "in [0, 1), such as 0.9")
-  most = None if isinstance(momentum, jax.Array) else min(momentum, 1 - momentum)
+  # A momentum that is traced is not looked at, nor what depends on it.
+  room = 1.0 if isinstance(momentum, jax.Array) else min(momentum, 1 - momentum)
   _check(
     "delta",
     delta,
-    lambda d: d >= 0 and (most is None or d < most or d == 0),
-    f"at least 0 and below {most}: both momenta, momentum ± delta, lie in [0, 1)",
+    lambda d: d == 0 or 0 < d < room,
+    "at least 0 and below momentum and 1 - momentum: both momenta, momentum ± delta, lie in [0, 1)",
   )
   names = tuple(apart) if not isinstance(apart, str) else ()
   named = bool(names) and all(isinstance(name, str) for name in names)

@@ -265,7 +265,7 @@ def test_what_cannot_be_taken_apart_says_so():
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"delta": 0.1}, r"delta=0.1 must be at least 0 and below 0.1\d*: both momenta"),
+    ({"delta": 0.1}, "delta=0.1 must be at least 0 and below momentum and 1 - momentum"),
     ({"delta": -0.1}, "delta=-0.1 must be"),
     ({"momentum": 1.0}, "momentum=1.0 must be"),
     ({"apart": "labels"}, "apart="),

@@ -12,6 +12,7 @@ import small_networks
 from jaxdistill import data, evaluation, export, networks, recipes, search, teachers, train
 from jaxdistill.networks import models
 from jaxdistill.train import init_state, make_step
+from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.types import Model, Network, Outputs, make_batch
 
 STEPS = 6
@@ -228,6 +229,17 @@ def test_padding_of_a_member_leaks_nowhere():
   assert_close(padded.params, alone.params)
 
 
+def test_a_member_that_is_frozen_keeps_its_statistics():
+  student, label = twins(norm=True), lambda params: {name: name for name in params}
+  parts = {"wide": optax.set_to_zero(), "narrow": optax.sgd(0.1)}
+  state, step = begun(student, recipes.dml(), optimizer=optax.multi_transform(parts, label))
+  after = steps_of(state, step, None, count=1)[-1]
+  for tree, moved in ((state.params, after.params), (state.model_state, after.model_state)):
+    pick = lambda tree, name: tree.get("batch_stats", tree)[name]  # noqa: E731
+    assert_same_bits(pick(moved, "wide"), pick(tree, "wide"))
+    assert not np.allclose(*(jax.tree.leaves(pick(t, "narrow"))[0] for t in (tree, moved)))
+
+
 def begun(student, objective, teacher=None, optimizer=None, **options):
   """A state, and the compiled step."""
   optimizer = optax.sgd(0.1) if optimizer is None else optimizer
@@ -337,6 +349,23 @@ def test_mutual_learning_beside_a_frozen_teacher():
   assert shapes["wide"] != shapes["narrow"]
 
 
+def test_a_cohort_that_teaches_is_asked_in_the_step():
+  """Its outputs for every example could be kept beforehand, but for what its members say apart."""
+  student = twins()
+  teacher = teachers.frozen(small_networks.model(student, 1, 4, 4, 1, key=jax.random.key(9)))
+  plan = train.Plan.of(
+    student,
+    recipes.each(recipes.kd(hard_weight=None)),
+    data=source(),
+    optimizer=optax.sgd(0.1),
+    steps=STEPS,
+    teacher=teacher,
+  )
+  assert with_answers(plan, None) is plan
+  moving = dataclasses.replace(plan, teacher=teachers.moving_average())
+  assert with_answers(moving, None) is moving
+
+
 # --- A moving average. ---
 
 
@@ -400,6 +429,9 @@ def test_a_run_with_a_moving_teacher_goes_on_with_the_same_bits(tmp_path, averag
   deployed = whole.state.params if average is None else whole.state.average["params"]
   assert_same_bits(whole.variables["params"], deployed)
   assert_same_bits(teachers.restore(tmp_path, options["student"]).variables, whole.variables)
+  # Another decay is another run.
+  with pytest.raises(ValueError, match=r'teacher: .*"decay": 0.9.* there, .*"decay": 0.8'):
+    fit(**options | {"teacher": teachers.moving_average(0.8)}, folder=tmp_path)
 
 
 def test_the_average_of_a_decay_is_one_however_it_is_used():
