@@ -31,7 +31,7 @@ class Tokenizer:
     encode: ``text -> [T]`` int32; adds no tokens of its own.
     decode: ``[T] -> text``.
     vocabulary: V; tokens are 0 .. V-1.
-    bytes: ``[V]`` float32, UTF-8 bytes of text that each stands for, 0 for special ones: bits a
+    bytes: ``[V]`` int32, UTF-8 bytes of text that each stands for, 0 for special ones: bits a
       byte are Σ nll / (ln 2 · Σ bytes). None where the tokenizer's kind does not tell.
     digest: of all that decides what it does.
     definition: the content of its ``tokenizer.json``, which belongs beside a saved network; None
@@ -57,7 +57,7 @@ def utf8() -> Tokenizer:
     encode=lambda text: np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32),
     decode=lambda tokens: bytes(np.asarray(tokens, np.uint8)).decode("utf-8", "replace"),
     vocabulary=256,
-    bytes=np.ones(256, np.float32),
+    bytes=np.ones(256, np.int32),
     digest=runs.short_digest({"kind": "utf8"}),
   )
 
@@ -96,7 +96,7 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
     encode=encode,
     decode=lambda tokens: "".join(alphabet[i] for i in np.asarray(tokens).tolist()),
     vocabulary=len(alphabet),
-    bytes=np.array([len(character.encode()) for character in alphabet], np.float32),
+    bytes=np.array([len(character.encode()) for character in alphabet], np.int32),
     digest=runs.short_digest({"kind": "characters", "alphabet": alphabet}),
   )
 
@@ -188,7 +188,7 @@ def _bytes(told: Any, numbers: dict[str, int], vocabulary: int) -> np.ndarray | 
   special = {entry["content"]: entry["special"] for entry in told.get("added_tokens", ())}
   if not there & {"ByteLevel", "ByteFallback", "Metaspace"}:
     return None
-  found = np.zeros(vocabulary, np.float32)
+  found = np.zeros(vocabulary, np.int32)
   for text, number in numbers.items():
     if text in special:
       found[number] = 0 if special[text] else len(text.encode())
