@@ -23,6 +23,7 @@ EXTRAS = {
   "tensorboardX": "tensorboard",
   "tensorflow": "prepare",
   "tensorflow_datasets": "data",
+  "tokenizers": "text",
   "tqdm": "experiments",
   "tyro": "experiments",
 }

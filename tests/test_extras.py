@@ -166,6 +166,7 @@ def compare(folder):
   )
 
 
+DECODER = networks.models.DecoderConfig(8, 4, layers=1, heads=1, kv_heads=1, head_dim=4, hidden=4)
 NEEDS = [
   ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
@@ -189,11 +190,14 @@ NEEDS = [
   ("safetensors", export_kinds("safetensors")),
   ("safetensors", lambda f: networks.weights.safetensors(f)),
   ("safetensors", lambda f: networks.weights.save_safetensors(f / "a.safetensors", {})),
+  ("safetensors", lambda f: networks.pretrained.save(f, {}, DECODER)),
   ("scipy", lambda f: reports.compare_runs(f, f)),
   ("scipy", lambda f: reports.render_report(f)),
   ("sklearn", lambda f: data.load("digits", data_dir=f)),
   ("tensorboardX", fit),
   ("tensorflow_datasets", lambda f: data.load("digits", data_dir=f)),
+  ("tokenizers", lambda f: data.tokenizers.load(f)),
+  ("tokenizers", lambda f: data.tokenizers.trained(["a text"], 300)),
 ]
 
 

@@ -18,6 +18,7 @@ HEAVY = (
   "sklearn",
   "tensorboardX",
   "tensorflow_datasets",
+  "tokenizers",
   "tqdm",
 )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
+  from jaxdistill.data import tokenizers as tokenizers
   from jaxdistill.data import transforms as transforms
   from jaxdistill.data._batches import Batches, evaluation_batches
   from jaxdistill.data._examples import (
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data._streams import iterated, record_files, streamed
   from jaxdistill.data._strong import rand_augment
   from jaxdistill.data._tfds import Digits, load, records, splits
+  from jaxdistill.data._tokens import Packed, from_text, pack, shifted
   from jaxdistill.data._views import (
     CIFAR,
     DIGITS,
@@ -56,6 +58,7 @@ __all__ = [
   "Examples",  # a split in memory, as stored: not normalised, not augmented
   "Fields",  # what of a row is the input and what is the label, where rows are dicts
   "Normalize",  # what `normalize` may be: a function, (mean, std), or None
+  "Packed",  # documents side by side in rows of one length
   "Part",  # which share of a batch a process reads: (its number, of how many)
   "Records",  # random access to dicts of features
   "Source",  # where training batches come from, from the first step to the last
@@ -69,6 +72,7 @@ __all__ = [
   "from_arrays",  # makes `Examples` of a user's own arrays
   "from_dicts",  # reads rows that are dicts into memory: all of them, once
   "from_sequence",  # opens rows that can be asked for by number
+  "from_text",  # text as examples of packed tokens
   "identity",  # the augmentation that shows every example as it is
   "iterated",  # batches of a stream that can only be iterated, in the stream's own order
   "load",  # reads a whole TFDS split into memory, without TensorFlow
@@ -76,11 +80,14 @@ __all__ = [
   "normalizer",  # the function that a ``normalize`` argument stands for
   "on_device",  # keeps all examples on the device; an item is a row of indices
   "rand_augment",  # strong augmentation: a few of fourteen operations, and a grey square
+  "pack",  # lays documents side by side into rows, each prediction exactly once
   "record_files",  # random access to the records of ArrayRecord files, one after another
   "records",  # opens a TFDS split for random access; nothing is decoded yet
+  "shifted",  # windows of a text as what is read, what is predicted, and what of it counts
   "some_labels",  # chooses which labels may be used: a share of them, the classes in proportion
   "splits",  # which parts of a TFDS set are train, validation and test: split strings for `load`
   "streamed",  # reads batches through Grain; an item carries the rows themselves
+  "tokenizers",  # bytes, characters, byte-pair encodings; how many bytes each token stands for
   "transformed",  # a source with a transform of whole batches: mixup, label smoothing
   "transforms",  # transforms of a batch, ``(key, Batch) -> Batch``, that both networks then see
   "two_views",  # two looks at every example in a batch: weakly augmented, and strongly
