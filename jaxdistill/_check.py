@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 
+class LabelsError(ValueError):
+  """Labels are taken for what they are not."""
+
+
 class VariablesError(ValueError):
   """Variables do not fit the network that they are given to, or the inputs do not."""
 

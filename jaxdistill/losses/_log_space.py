@@ -118,13 +118,35 @@ def pair(student_logits: Any, teacher_logits: Any) -> list[Array]:
 def distribution(labels: Any, logits: Array) -> Array:
   """Labels as ``[..., K]`` distributions in the dtype of the logits.
 
+  Numbers that are no distribution would give a loss all the same, and a gradient towards nothing.
+  Inside of a program nobody can look at them; outside, and so before a run (`train.fit`), they are
+  looked at. Several labels at once, 0 or 1 each, are let pass, and rows of zeros.
+
   >>> distribution(jnp.array([1]), jnp.zeros((1, 2))).tolist()
   [[0.0, 1.0]]
   """
   labels = jnp.asarray(labels)
   if labels.shape == logits.shape:
+    if not isinstance(labels, jax.core.Tracer) and labels.is_fully_addressable:
+      _check_distributions(np.asarray(labels, np.float64))
     return labels.astype(logits.dtype)
   return one_hot(labels, logits, f" or distributions of shape {logits.shape}").astype(logits.dtype)
+
+
+def _check_distributions(labels: np.ndarray) -> None:
+  """Raises where not one row ``[..., K]`` is a distribution; those that do not count may be any."""
+  rows = labels.reshape(-1, labels.shape[-1])
+  rows = rows[np.isfinite(rows).all(axis=1) & rows.any(axis=1)]
+  # To the digits of bfloat16, in which labels may be.
+  shares = (rows >= 0).all(axis=1) & (np.abs(rows.sum(axis=1) - 1) < 0.02)
+  if len(rows) and not (shares | np.isin(rows, (0, 1)).all(axis=1)).any():
+    first = ", ".join(f"{value:.3g}" for value in rows[0][:5])
+    raise _check.LabelsError(
+      f"labels are no distributions over the {rows.shape[1]} classes: a row is [{first}"
+      f"{', ...' if rows.shape[1] > 5 else ''}], whose sum is {rows[0].sum():.3g}. Towards numbers "
+      "there are losses.huber and recipes.regression; several labels at once are recipes."
+      "multi_label."
+    )
 
 
 def one_hot(labels: Any, logits: Array, alternative: str = "") -> Array:

@@ -90,8 +90,8 @@ def cross_entropy(
     ``[...]``, in nats.
 
   Raises:
-    ValueError: ``labels`` are neither of the two, there is but one output, or ``label_smoothing``
-      is outside [0, 1].
+    ValueError: ``labels`` are neither of the two (their values are looked at outside of a compiled
+      program alone), there is but one output, or ``label_smoothing`` is outside [0, 1].
 
   Source: Szegedy, Vanhoucke, Ioffe, Shlens, Wojna, "Rethinking the Inception Architecture for
   Computer Vision", 2016 (for label smoothing).

@@ -63,7 +63,7 @@ class Choice:
     task: what the labels mean, see `jaxdistill.evaluation.tasks`; one class an example where left
       out.
     baseline: the objective on labels alone by which `compress` trains what it chose once more, to
-      tell what distillation adds: ``recipes.regression(hard_weight=1.0)``, say. By default
+      tell what distillation adds: a method that asks no teacher anything. By default
       ``recipes.labels()`` where labels are classes, and nothing elsewhere.
 
   Raises:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill._check import LabelsError
 from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
 from jaxdistill.train._mesh import Dispatch, check_divides
@@ -117,6 +118,7 @@ class Program:
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
     self._begin = CompiledOnce(initial)
     self._begin_with = lambda values: (seeds, values, starts, *example)
+    self._example = example
     self._head = head
     if plan.stacked:
       groups = len(self.sources)
@@ -263,6 +265,45 @@ class Program:
   def trace(self) -> None:
     """Traces what is compiled, so that what does not fit says so."""
     self._whole.trace(*self._arguments())
+    self._check_labels()
+
+  def _check_labels(self) -> None:
+    """Raises where the objective takes labels for distributions, and they are none.
+
+    The value of a label is nobody's in a compiled step. So where labels are floats of the logits'
+    shape, the objective is run once outside of it: on the first batch's labels, and on zeros in the
+    place of what networks put out.
+    """
+    objective, source, student = self.plan.objective, self.source, self.plan.student
+    batch = jax.eval_shape(source.cut, *self._example)
+    if not jnp.issubdtype(batch.labels.dtype, jnp.floating) or jax.process_count() > 1:
+      return
+    shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[self.stacked :], leaf.dtype),
+      (self.shapes.params, self.shapes.model_state),
+    )
+
+    def said(params: PyTree, rest: PyTree, inputs: PyTree) -> Any:
+      return student.apply({"params": params, **rest}, inputs, train=False, key=None)[0]
+
+    outputs = jax.eval_shape(said, *shapes, batch.inputs)
+    if outputs.logits is None or outputs.logits.shape != batch.labels.shape:
+      return
+    teacher = None if self.plan.teacher is None else _shapes_where_they_lie(self.plan.teacher)
+    asked = batch.teacher is None and teacher is not None
+    target = jax.eval_shape(Teacher.__call__, teacher, batch) if asked else batch.teacher
+    outputs, target = jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (outputs, target)
+    )
+    hyper = {n: value(0) if callable(value) else value for n, value in objective.hyper.items()}
+    try:
+      params, state = objective.init(jax.random.key(0), outputs, target)
+      real = jax.jit(source.cut, compiler_options=quick())(*computed(self._example))
+      objective.apply(params, state, outputs, target, real, key=jax.random.key(0), **hyper)
+    except LabelsError:
+      raise
+    except Exception:  # Whatever else is wrong is wrong in the step too, and said there.
+      return
 
   def compile(self, times: int = 1, *, begin: bool = False, count: int | None = None) -> None:
     """Begins to compile what `run` calls, which is then at work in the background.

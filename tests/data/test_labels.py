@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jaxdistill import data
+from jaxdistill import data, losses, networks, recipes, train
+from jaxdistill.types import Term
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 255, (6, 4, 4, 3)).astype(np.uint8)
@@ -167,3 +170,43 @@ def test_what_labels_hold_is_part_of_what_a_run_is():
   assert one != contents(ignore=255, labels=other)
   assert one != contents(ignore=255, weight=np.arange(6.0))
   assert one != contents(ignore=2, num_classes=256)
+
+
+def test_numbers_are_not_taken_for_distributions():
+  """The loss of a regression's targets under a softmax is a number like any other: said before."""
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(32, 4)).astype(np.float32)
+  student = networks.linen(nn.Dense(3))
+  soft = rng.dirichlet(np.ones(3), 32).astype(np.float32)
+  few = np.where(np.arange(32)[:, None] % 4 == 0, soft, 0)
+
+  def squared(student, teacher, batch):
+    return {"labels": Term(jnp.square(student.logits - batch.labels).mean(1))}
+
+  def fitted(labels, objective, **options):
+    source = data.on_device(data.from_arrays(x, labels), batch_size=16, data_seed=0)
+    return train.fit(
+      student,
+      objective,
+      data=source,
+      optimizer=optax.sgd(0.1),
+      steps=1,
+      run=train.Run(progress=None),
+      **options,
+    )
+
+  numbers = rng.normal(size=(32, 3))
+  for seed in (0, [0, 1]):
+    with pytest.raises(ValueError, match=r"no distributions over the 3 classes: a row is \["):
+      fitted(numbers, recipes.labels(), seed=seed)
+  with pytest.raises(ValueError, match="recipes.regression"):
+    losses.cross_entropy(jnp.zeros((32, 3)), jnp.asarray(10 * soft))
+  # What is one, some of which is hidden; several at once; numbers to whom they are numbers.
+  several = rng.random((32, 3)) < 0.5
+  for labels, objective in (
+    (soft, recipes.labels()),
+    (few, recipes.labels()),
+    (several, recipes.labels()),
+    (numbers, squared),
+  ):
+    assert np.isfinite(fitted(labels, objective).history[-1]["loss"])

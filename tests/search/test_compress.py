@@ -14,10 +14,10 @@ import optax
 import pytest
 
 from jaxdistill import data, export, networks, recipes, runs, search, teachers, train
-from jaxdistill.evaluation import cost
+from jaxdistill.evaluation import cost, tasks
 from jaxdistill.networks import models
 from jaxdistill.search import _budget, _compress, command
-from jaxdistill.types import Model
+from jaxdistill.types import Model, Term
 from small_networks import untyped
 
 # The teachers here are not trained, and the checks say so.
@@ -423,3 +423,53 @@ def test_a_process_that_fails_is_told(tmp_path):
 def test_importing_the_command_is_no_work():
   script = "import sys, jaxdistill.search; assert 'matplotlib' not in sys.modules"
   subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.slow
+def test_numbers_are_compressed_by_their_own_metric(tmp_path):
+  """No accuracy anywhere: a task of the user's own, lower is better; with a baseline, and none."""
+
+  def errors(outputs, batch):
+    apart = jnp.abs(outputs.logits - batch.labels).mean(1)
+    return {"off": tasks.mean(apart, tasks.counted(batch, apart))}
+
+  task = tasks.Task("mine", {"off": tasks.Metric("lower")}, errors)
+  random = np.random.RandomState(0)
+  inputs = random.normal(size=(SIZE, 6)).astype(np.float32)
+  numbers = data.from_arrays(inputs, inputs[:, :2] * 2 - 1)
+  source = data.on_device(numbers, batch_size=16, data_seed=0)
+  validation = data.evaluation_batches(numbers, batch_size=20)
+  large = networks.linen(models.MLP((32,), 2))
+  teacher = teachers.frozen(Model(large, large.init(jax.random.key(7), jnp.zeros((1, 6)))))
+  built = search.family(lambda width: models.MLP((width,), 2), width=[2, 12])
+  candidates = search.affordable(built, search.Budget(parameters=60), source)
+
+  def method(student, teacher, batch, *, share=0.1):
+    return {
+      "labels": Term(jnp.square(student.logits - batch.labels).mean(1)),
+      "teacher": Term(jnp.square(student.logits - teacher.logits).mean(1), weight=share),
+    }
+
+  def alone(student, teacher, batch):
+    return {"labels": Term(jnp.square(student.logits - batch.labels).mean(1))}
+
+  for baseline in (None, alone):
+    choice = search.Choice(
+      validation, halving=search.Halving(rungs=1), retrain=[0], task=task, baseline=baseline
+    )
+    folder = tmp_path / str(baseline is None)
+    given = settings(folder, data=source, teacher=teacher, choice=choice, objective=method)
+    given |= {"points": search.product(share=[0.0, 10.0]), "optimizer": optax.adam(0.05)}
+    found = search.compress(candidates, **given)
+    assert found.metric == "off"
+    # The teacher is not trained: whoever listens to it less is nearer to the numbers.
+    assert found.values == {"share": 0.0}
+    said = np.asarray(export.load_student(folder / "student").predict(inputs))
+    wanted = np.abs(np.float64(said) - numbers.labels).mean()
+    np.testing.assert_allclose(found.validation["student"]["off"], [wanted], rtol=1e-5)
+    assert set(found.validation) == {"student"} | ({"baseline"} if baseline else set())
+    assert (folder / "baseline").is_dir() == (baseline is not None)
+    assert "accuracy" not in found.table()
+    assert ("on labels alone" in found.sentence()) == (baseline is not None)
+    assert search.read_choice(folder)["metric"] == "off"
+    assert (folder / "candidates.csv").read_text().splitlines()[0].split(",")[6] == "off"

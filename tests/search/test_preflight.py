@@ -575,3 +575,95 @@ def test_the_digits_pair_gives_no_false_alarm(digits):
     "baseline": baseline,
   }
   assert quiet(student, objective, steps=1000, **given) == []
+
+
+def numbers(size=64, scale=1.0, seed=0):
+  random = np.random.default_rng(seed)
+  inputs = random.normal(size=(size, 4)).astype(np.float32)
+  return data.from_arrays(inputs, scale * (inputs @ random.normal(size=(4, 2)) + 3))
+
+
+def of_numbers(scale=1.0, **options):
+  task = evaluation.tasks.regression()
+  student = small_networks.dense(4, classes=2)
+  source = data.on_device(numbers(scale=scale), batch_size=32, data_seed=0)
+  held_out = data.evaluation_batches(numbers(seed=1, scale=scale), batch_size=24)
+  return quiet(student, data=source, validation=held_out, task=task, **options)
+
+
+def test_numbers_of_another_size_than_the_outputs_are_said():
+  assert "labels" not in names(of_numbers())
+  (found,) = of_numbers(scale=1e4)
+  assert found.check == "labels"
+  assert found.values["ratio"] > 1e3
+  # What does not count is not looked at, and what is not finite is.
+  outputs, labels = np.ones((3, 2)), np.array([[1e9, 1.0], [1.0, 2.0], [0.5, 1.0]])
+  where = np.array([[0, 1], [1, 1], [1, 1]])
+  assert pair_checks.labels_scale(outputs, labels, where) is None
+  labels[1, 0] = np.nan
+  assert pair_checks.labels_scale(outputs, labels, where).values == {"not_finite": 1}
+  ratio = pair_checks.labels_scale(outputs, 200 * outputs, where).values["ratio"]
+  assert ratio == pytest.approx(200)
+
+
+def test_a_teacher_of_numbers_is_compared_by_the_metric_and_its_direction():
+  task = evaluation.tasks.regression()
+  metric = task.metric("rmse")
+  better = teacher_checks.hardly_better_by
+  assert better("rmse", metric, 0.5, [1.0, 1.1]) is None
+  assert better("rmse", metric, 1.5, [1.0, 1.1]).values["gap"] == pytest.approx(-0.45)
+  assert better("rmse", metric, 0.98, [0.9, 1.1]) is not None  # within the seeds' noise
+  assert better("r2", task.metric("r2"), 1.5, [1.0, 1.1]) is None
+  # A share that is better when higher lacks something of 1: 0.96 leaves two fifths of 0.9's errors.
+  map_ = evaluation.tasks.multilabel().metric("map")
+  assert better("map", map_, 0.96, [0.9]) is None
+  assert better("map", map_, 0.904, [0.9]) is not None
+  network = small_networks.dense(8, classes=2)
+  model = small_networks.model(network, 1, 4, key=jax.random.key(0))
+  worse = of_numbers(teacher=teachers.frozen(model), baseline=[1e-3])
+  (found,) = (one for one in worse if one.check == "hardly_better")
+  batches = data.evaluation_batches(numbers(seed=1), batch_size=24)
+  assert found.values["teacher"] == pytest.approx(
+    float(evaluation.evaluate(model, batches, task=task)["rmse"])
+  )
+  # Nothing of what asks for probabilities.
+  assert not {"calibration", "uniform_targets"} & set(names(worse))
+
+
+def test_what_a_task_refuses_of_labels_is_a_finding():
+  x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+  student = small_networks.dense(4, classes=3)
+  for labels, task, said in (
+    (np.full((40, 3), 0.5), evaluation.tasks.multilabel(), "labels are 0 or 1"),
+    (np.full(40, 255), evaluation.tasks.classification(), "the label 255"),
+    (np.zeros((40, 2)), evaluation.tasks.regression(), "the shape"),
+  ):
+    source = data.on_device(data.from_arrays(x, labels), batch_size=20, data_seed=0)
+    found = [one for one in quiet(student, data=source, task=task) if one.check == "labels"]
+    assert len(found) == 1
+    assert said in found[0].message
+  right = data.from_arrays(x, np.random.default_rng(1).random((40, 3)) < 0.5)
+  source = data.on_device(right, batch_size=20, data_seed=0)
+  assert quiet(student, data=source, task=evaluation.tasks.multilabel()) == []
+  with (
+    pytest.raises(TypeError, match=r"task='regression' must be an evaluation\.tasks\.Task"),
+    small_networks.untyped(),
+  ):
+    quiet(student, data=source, task="regression")
+
+
+def test_a_teacher_that_says_the_same_of_all_is_said():
+  vectors = np.random.default_rng(0).normal(size=(16, 8))
+  assert pair_checks.collapsed({"pooled": vectors}) is None
+  same = np.ones((16, 8)) + 1e-6 * vectors
+  found = pair_checks.collapsed({"pooled": same})
+  assert found.check == "collapsed"
+  deviation = np.sqrt(np.mean((same - same.mean(0)) ** 2)) / np.sqrt(np.mean(same**2))
+  assert found.values["spread"]["pooled"] == pytest.approx(deviation)
+  assert pair_checks.collapsed({"logits": np.zeros((16, 3))}) is not None
+  assert pair_checks.collapsed({"logits": np.ones((1, 3))}) is None
+  network = small_networks.dense(8)
+  model = small_networks.model(network, 1, 4, key=jax.random.key(0))
+  dead = Model(network, jax.tree.map(jnp.zeros_like, model.variables))
+  found = quiet(data=source(), teacher=teachers.frozen(dead))
+  assert "collapsed" in names(found)
