@@ -199,7 +199,7 @@ class _Asked:
     if not isinstance(outputs, Outputs):
       raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
     read = self.task.reads(outputs)
-    if not hasattr(read.logits, "shape"):
+    if not hasattr(read.logits, "shape") and read.head is None:
       raise TypeError(
         f"the model must put out logits [B, K], and gave {_check.show(outputs)}: of a network "
         "without them the task says what it reads, evaluation.tasks.embedding('pooled')."
@@ -428,7 +428,8 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
     return batches, True
   # Whatever stands where labels would: it is not looked at.
   weight = np.shape(batches.weight)
-  places = (weight[0], *outputs.logits.shape[: max(1, outputs.logits.ndim - 1)])
+  logits = tasks.shown(outputs).logits
+  places = (weight[0], *logits.shape[: max(1, logits.ndim - 1)])
   none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)
   batches = dataclasses.replace(batches, labels=none[0], labelled=none[1])
   try:
