@@ -733,8 +733,8 @@ MUTANTS = [
   Mutant(
     "chunks: the last one's positions count twice",
     "train/_in_chunks.py",
-    "where=where * fresh[None]",
-    "where=where",
+    "jnp.where(fresh[None], where, jnp.zeros_like(where))",
+    "jnp.broadcast_to(where, shape)",
     "positions that were in the chunk before weigh double",
     (CHUNKS + "test_examples_that_a_teacher_skipped_count_for_the_labels_alone",),
   ),
