@@ -54,6 +54,7 @@ FEATURES = "losses/test_losses_features.py::"
 RELATIONS = "losses/test_losses_relations.py::"
 PADDING = "recipes/test_padding.py::"
 STEP = "train/test_step.py::"
+CHUNKS = "train/test_in_chunks.py::"
 TRAIN = "train/test_train.py::"
 ONLINE = "train/test_online.py::"
 DOT = "train/test_dot.py::"
@@ -284,7 +285,7 @@ MUTANTS = [
   Mutant(
     "mask: training accuracy of unknown labels",
     "train/_step.py",
-    "where=batch.labelled)\n  return {**sums",
+    "where=known)\n  return {**sums",
     "where=None)\n  return {**sums",
     "accuracy over examples that have no label",
     (STEP + "test_training_accuracy_is_of_what_is_labelled",),
@@ -470,8 +471,8 @@ MUTANTS = [
   Mutant(
     "step: the mean of the micro-batches' means",
     "train/_step.py",
-    "more, states, sums = self.gradients(mine, self.target(mine), counts)",
-    "more, states, sums = self.gradients(mine, self.target(mine))",
+    "      part = dataclasses.replace(part, counts=counts)\n",
+    "",
     "a micro-batch with few labels weighs as much as one with many",
     (TRAIN + "test_accumulated_is_whole_in_float64",),
   ),
@@ -764,10 +765,26 @@ MUTANTS = [
     ("teachers/test_teachers.py::test_rules_are_their_formulas",),
   ),
   Mutant(
+    "chunks: the last one's positions count twice",
+    "train/_in_chunks.py",
+    "jnp.where(fresh[None], where, jnp.zeros_like(where))",
+    "jnp.broadcast_to(where, shape)",
+    "positions that were in the chunk before weigh double",
+    (CHUNKS + "test_examples_that_a_teacher_skipped_count_for_the_labels_alone",),
+  ),
+  Mutant(
+    "chunks: gradients overwrite each other",
+    "_chunks.py",
+    "there + part",
+    "part",
+    "positions that two chunks share keep the gradient of the later one, which is 0",
+    (CHUNKS + "test_the_loss_in_chunks_and_all_its_gradients",),
+  ),
+  Mutant(
     "teacher: classes in their own order",
     "teachers/_frozen.py",
-    "jnp.take(outputs.logits, chosen, axis=-1)",
-    "jnp.take(outputs.logits, np.sort(chosen), axis=-1)",
+    "jnp.take(logits, chosen, axis=-1)",
+    "jnp.take(logits, np.sort(chosen), axis=-1)",
     "a narrowed teacher's classes are not the student's",
     ("teachers/test_teachers.py::test_a_subset_keeps_the_order_that_it_was_given",),
   ),

@@ -165,7 +165,7 @@ def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
   outputs = model(batch)
   if not isinstance(outputs, Outputs):
     raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
-  read = task.reads(with_logits(outputs))
+  read = task.reads(outputs)
   if not jax.tree.leaves(read):
     raise TypeError(
       f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
@@ -461,7 +461,8 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
     return batches, True
   # Whatever stands where labels would: it is not looked at.
   weight = np.shape(batches.weight)
-  one = jax.tree.leaves(outputs)[0] if outputs.logits is None else outputs.logits
+  logits = tasks.shown(outputs).logits
+  one = jax.tree.leaves(outputs)[0] if logits is None else logits
   places = (weight[0], *one.shape[: max(1, one.ndim - 1)])
   none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)
   batches = dataclasses.replace(batches, labels=none[0], labelled=none[1])

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
+from jaxdistill._chunks import Chunks
 from jaxdistill.evaluation import metrics as _metrics
 from jaxdistill.evaluation import ranking
 from jaxdistill.types import Batch, Outputs, with_logits
@@ -42,6 +44,7 @@ __all__ = [
   "multilabel",
   "ratios",
   "regression",
+  "shown",
   "tokens",
 ]
 
@@ -265,20 +268,190 @@ def classification() -> Task:
   )
 
 
-@functools.cache
-def tokens() -> Task:
+def tokens(
+  *,
+  token_bytes: Sequence[int] | np.ndarray | None = None,
+  top_mass: Sequence[int] = (1, 8, 64),
+  by_position: int = 0,
+  tokens_at_once: int = 1024,
+) -> Task:
   """One class a token: logits ``[B, L, K]``, labels and weights ``[B, L]``.
 
   What `classification` measures, over all tokens that count, and ``perplexity``, exp of the nll.
+  Beside a teacher also ``reverse_kl`` (nats, student to teacher), ``acceptance`` (Σ_k of
+  min(p_k, q_k), how often speculative decoding keeps what the student drafts), and
+  ``top_mass_<k>``, how probable the student's k first classes are to the teacher.
+
+  Of a network that puts out ``hidden`` and ``head`` the logits are made of some positions at a
+  time, and never of all tokens.
+
+  Args:
+    token_bytes: ``[K]``, how many bytes of text each token is, 0 for special ones. With it
+      ``bits_per_byte`` is measured, and chosen by: Σ nll / (log 2 · Σ bytes), which compares
+      networks of different tokenizers.
+    top_mass: the k's; those above K are left out.
+    by_position: into how many parts of a window, from its first position to its last, some metrics
+      are split beside: ``nll_by_position``, ``accuracy_by_position``, ``kl_by_position`` and
+      ``acceptance_by_position``, arrays of that length. It shows a network that is asked for more
+      positions than it was trained for. 0 for none.
+    tokens_at_once: how many tokens' logits there are at any time, see `jaxdistill.train.in_chunks`.
+
+  Raises:
+    TypeError, ValueError: an argument is no number, or out of range.
   """
+  for name, value, least in (
+    ("by_position", by_position, 0),
+    ("tokens_at_once", tokens_at_once, 1),
+  ):
+    _check.whole(name, value, least=least)
+  lengths = None
+  if token_bytes is not None:
+    lengths = tuple(_check.whole("token_bytes", n, least=0) for n in token_bytes)
+  first = tuple(_check.whole("top_mass", k) for k in top_mass)
+  return _tokens(_Tokens(lengths, first, by_position, tokens_at_once))
 
-  def finish(sums: Sums) -> dict[str, Any]:
-    found = dict(_metrics.finish(sums))
-    return found | ({"perplexity": np.exp(found["nll"])} if "nll" in found else {})
 
+@functools.cache
+def _tokens(measured: _Tokens) -> Task:
   known = {"nll": _CLASSES["nll"], "perplexity": Metric("lower"), **_CLASSES}
-  check = functools.partial(_check_classes, "[N, B, L]")
-  return Task("tokens", known, _of_classes, _fidelity, finish=finish, check=check, classes=True)
+  if measured.token_bytes is not None:
+    known = {"bits_per_byte": Metric("lower", title="bits a byte"), **known}
+  return Task(
+    "tokens",
+    known,
+    measured.sums,
+    measured.compared,
+    finish=measured.finish,
+    reads=_tokens_read,
+    check=lambda batches, outputs: _check_classes("[N, B, L]", batches, shown(outputs)),
+    classes=True,
+  )
+
+
+def _tokens_read(outputs: Outputs) -> Outputs:
+  """Logits, or what they are made of."""
+  if outputs.logits is not None or outputs.head is None:
+    return Outputs(logits=outputs.logits)
+  return Outputs(hidden=outputs.hidden, head=outputs.head)
+
+
+def shown(outputs: Outputs) -> Outputs:
+  """The shapes of outputs, with those of logits that are not made yet.
+
+  >>> shown(Outputs(logits=jnp.ones((2, 3)))).logits.shape
+  (2, 3)
+  """
+  made: Outputs = jax.eval_shape(with_logits, outputs)
+  return made
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+  """What is measured of tokens; arguments as `tokens` takes them."""
+
+  token_bytes: tuple[int, ...] | None
+  top_mass: tuple[int, ...]
+  by_position: int
+  at_once: int
+
+  def sums(self, outputs: Outputs, batch: Batch) -> Sums:
+    """Of a batch."""
+    return self._over(self._of_labels, batch, outputs)
+
+  def compared(self, student: Outputs, teacher: Outputs, batch: Batch) -> Sums:
+    """Of a batch, beside a teacher."""
+    return self._over(self._beside, batch, student, teacher)
+
+  def finish(self, sums: Sums) -> dict[str, Any]:
+    """What the sums come to."""
+    found = dict(_metrics.finish(sums))
+    if "nll" in found:
+      found["perplexity"] = np.exp(found["nll"])
+    if np.any(sums.get("bytes", 0)):
+      found["bits_per_byte"] = sums["nll"] / (np.log(2) * sums["bytes"])
+    for name, total in sums.items():
+      kind, _, measured = name.partition(":")
+      counts = sums.get("fidelity_examples" if kind == "beside" else f"{kind}:counted")
+      if measured and measured != "counted" and np.any(counts):
+        with np.errstate(divide="ignore", invalid="ignore"):  # a part of no token: NaN
+          found[measured] = total / counts
+    return found
+
+  def _over(self, function: Callable[..., Sums], batch: Batch, *outputs: Outputs) -> Sums:
+    """Adds up ``(batch, parts of the window, *outputs) -> sums`` over chunks of positions."""
+    shape = jax.tree.leaves((outputs[0].logits, outputs[0].hidden))[0].shape[:2]
+    whole = all(one.logits is not None for one in outputs)
+    most = math.prod(shape) if whole else max(self.at_once, shape[0])
+    chunks = Chunks.of(shape, tokens=most)
+    weight = counted(batch, jnp.zeros(shape), labelled=False)
+    batch = dataclasses.replace(batch, weight=weight, teacher=None)
+    seen = [(one.logits, one.hidden) for one in outputs]
+
+    def of_chunk(i: Any) -> Sums:
+      own, cut = chunks.cut((batch, seen), i)
+      own = dataclasses.replace(own, weight=own.weight * chunks.fresh(i)[None])
+      made = [
+        with_logits(dataclasses.replace(one, logits=logits, hidden=hidden))
+        for one, (logits, hidden) in zip(outputs, cut, strict=True)
+      ]
+      places = chunks.start(i) + jnp.arange(chunks.size)
+      parts = jnp.broadcast_to(places * self.by_position // chunks.length, own.weight.shape)
+      return function(own, parts.reshape(-1), *made)
+
+    if chunks.count == 1:
+      return of_chunk(0)
+
+    def body(total: Any, i: Any) -> tuple[Any, None]:
+      return jax.tree.map(jnp.add, total, of_chunk(i)), None
+
+    zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(of_chunk, 0))
+    total: Sums = jax.lax.scan(body, zeros, jnp.arange(chunks.count))[0]
+    return total
+
+  def _of_labels(self, batch: Batch, parts: Any, outputs: Outputs) -> Sums:
+    logits, labels, where, known = _flat(outputs.logits, batch)
+    where = where * known
+    found = dict(_metrics.classification_sums(logits, labels, where))
+    labels = jnp.where(where > 0, labels, 0)
+    if self.token_bytes is not None:
+      lengths = jnp.asarray(self.token_bytes, jnp.float32)
+      found["bytes"] = jnp.sum(where * lengths[labels])
+    if self.by_position:
+      log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
+      nll = -jnp.take_along_axis(log_q, labels[:, None], axis=-1)[:, 0]
+      each = {"nll": nll, "accuracy": jnp.argmax(log_q, axis=-1) == labels}
+      found |= self._by_part("labels", each, where, parts)
+    return found
+
+  def _beside(self, batch: Batch, parts: Any, student: Outputs, teacher: Outputs) -> Sums:
+    found = dict(_fidelity(student, teacher, batch))
+    ours, _, where, _ = _flat(student.logits, batch)
+    theirs = teacher.logits.reshape(ours.shape)
+    both = (jnp.where(where[:, None] > 0, x.astype(jnp.float32), 0) for x in (ours, theirs))
+    log_q, log_p = (jax.nn.log_softmax(x, axis=-1) for x in both)
+    q, p = jnp.exp(log_q), jnp.exp(log_p)
+    each = {
+      "reverse_kl": jnp.sum(jnp.where(q == 0, 0, q * (log_q - log_p)), axis=-1),
+      "acceptance": jnp.sum(jnp.minimum(p, q), axis=-1),
+    }
+    for k in (k for k in self.top_mass if k <= ours.shape[-1]):
+      best = jax.lax.top_k(log_q, k)[1]
+      each[f"top_mass_{k}"] = jnp.sum(jnp.take_along_axis(p, best, axis=-1), axis=-1)
+    found |= {f"beside:{name}": mean(value, where)[0] for name, value in each.items()}
+    if self.by_position:
+      kl = jnp.sum(jnp.where(p == 0, 0, p * (log_p - log_q)), axis=-1)
+      each = {"kl": kl, "acceptance": each["acceptance"]}
+      found |= self._by_part("teacher", each, where, parts)
+    return found
+
+  def _by_part(self, kind: str, each: Mapping[str, Any], where: Any, parts: Any) -> dict[str, Any]:
+    """Sums of values of tokens by the parts of a window that they are in."""
+    zeros = jnp.zeros(self.by_position, jnp.float32)
+    found = {f"{kind}:counted": zeros.at[parts].add(where)}
+    for name, values in each.items():
+      counts = where * jnp.where(where > 0, values.astype(jnp.float32), 0)
+      found[f"{kind}:{name}_by_position"] = zeros.at[parts].add(counts)
+    return found
 
 
 @functools.cache

@@ -31,6 +31,8 @@ from jaxdistill.losses.features import (
   variational_information,
 )
 from jaxdistill.losses.logits import (
+  adaptive_kl,
+  alpha_beta,
   batch_gram,
   class_gram,
   cross_entropy,
@@ -38,6 +40,7 @@ from jaxdistill.losses.logits import (
   inter_class_correlation,
   intra_class_correlation,
   logit_l2,
+  negative_log_acceptance,
   one_for_all,
   reverse_kl,
   skew_kl,
@@ -49,6 +52,7 @@ from jaxdistill.losses.logits import (
   transformed_teacher,
   weighted_soft_labels,
   weighted_transformed_teacher,
+  z_loss,
 )
 from jaxdistill.losses.partitions import (
   decoupled_kd,
@@ -87,7 +91,9 @@ from jaxdistill.losses.views import (
 __all__ = [
   "Banks",  # memory banks (CRD): an embedding of every training example by each network
   "activation_boundary",  # activation boundaries (AB): which units are on
+  "adaptive_kl",  # adaptive KL (AKL): KL on the likely classes, reverse KL on the others
   "affinity",  # affinity of two towers (CLIP-KD's CRD, TinyCLIP): which image goes with which text
+  "alpha_beta",  # α-β-divergence (ABKD): between KL, reverse KL and squared error
   "attention_relation",  # self-attention relations (MiniLMv2): how positions attend to each other
   "attention_transfer",  # attention transfer (AT)
   "batch_gram",  # batch correlation (MLKD): which examples are predicted alike
@@ -123,6 +129,7 @@ __all__ = [
   "logit_l2",  # logit regression (L2): mean squared error of the logits
   "many_to_one",  # many-to-one matching (NORM): several segments, each of them the teacher's map
   "margin_mse",  # margin MSE: by how much the relevant candidate is ahead
+  "negative_log_acceptance",  # negative log-acceptance (LK), of drafts in speculative decoding
   "neuron_selectivity",  # neuron selectivity transfer (NST): where channels fire
   "norm_and_direction",  # norm and direction (ND, of KD++): towards the class's mean
   "normalized_kd",  # normalised knowledge distillation (NKD)
@@ -154,4 +161,5 @@ __all__ = [
   "virtual_teacher",  # Tf-KD: a designed teacher that is right and says little
   "weighted_soft_labels",  # weighted soft labels (WSL)
   "weighted_transformed_teacher",  # weighted TTM (WTTM): more where the teacher is less sure
+  "z_loss",  # z-loss: keeps the logits' normaliser near 1
 ]

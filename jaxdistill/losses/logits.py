@@ -8,7 +8,7 @@ The divergences, from `cross_entropy` to `weighted_soft_labels`, take classes ma
 below −1e30) in both networks: such a class has no part in any sum, mean or gradient. A class that
 only one network masks has probability 0 there; where the other's probability makes the divergence
 infinite, it comes out finite and absurdly large (around 1e30) instead, and so does `cross_entropy`
-of a label that is masked. The other functions take no masked classes.
+of a label that is masked. `z_loss` leaves masked classes out too; the other functions take none.
 
 Throughout, p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature)
 and logarithms are natural.
@@ -46,6 +46,8 @@ from jaxdistill.losses._log_space import (
 from jaxdistill.losses._maps import norm, product, tame
 
 __all__ = [
+  "adaptive_kl",
+  "alpha_beta",
   "batch_gram",
   "class_gram",
   "cross_entropy",
@@ -53,6 +55,7 @@ __all__ = [
   "inter_class_correlation",
   "intra_class_correlation",
   "logit_l2",
+  "negative_log_acceptance",
   "one_for_all",
   "reverse_kl",
   "skew_kl",
@@ -64,6 +67,7 @@ __all__ = [
   "transformed_teacher",
   "weighted_soft_labels",
   "weighted_transformed_teacher",
+  "z_loss",
 ]
 
 
@@ -354,6 +358,164 @@ def skew_reverse_kl(
   return squared * kl(log_q, log_mixture(log_q, log_p, skew))
 
 
+def alpha_beta(
+  student_logits: Logits,
+  teacher_logits: Logits,
+  *,
+  alpha: Scalar = 0.2,
+  beta: Scalar = 0.7,
+  temperature: Scalar = 1.0,
+) -> PerExample:
+  """α-β-divergence (ABKD): between KL(p ‖ q), reverse KL and squared error, by two numbers.
+
+  temperature² · Σ_k [α/(α+β) · p_k^(α+β) + β/(α+β) · q_k^(α+β) − p_k^α · q_k^β] / (α · β),
+  α = alpha, β = beta, and its limit where one of them is 0,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  (1, 0) is `soft_target_kl`, (0, 1) is `reverse_kl`, (1, 1) half the squared distance of p and q,
+  (½, ½) four times 1 − Σ_k √(p_k · q_k). A smaller alpha cares less about where the error is
+  largest, a smaller beta less about where the student is sure.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``, p's logits.
+    alpha: at least 0. 0.2 and 0.7 are the paper's for instruction following.
+    beta: at least 0, and not 0 together with alpha.
+    temperature: softens both, > 0. 1 is the paper's.
+
+  Returns:
+    ``[...]``, times temperature².
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, ``temperature`` is not positive, or
+      ``alpha`` or ``beta`` is below 0, or both are 0.
+
+  Source: Wang, Yang, Wang, Jiang, Xu, Huang, "ABKD: Pursuing a Proper Allocation of the Probability
+  Mass in Knowledge Distillation via α-β-Divergence", 2025.
+
+  Other codes: this is the paper's divergence, in log space; temperature² is ours.
+
+  >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
+  >>> alpha_beta(student, teacher, alpha=1.0, beta=1.0).item()  # (¼² + ¼²) / 2
+  0.0625
+  """
+  for name, value in (("alpha", alpha), ("beta", beta)):
+    _check.number(name, value, least=0)
+  if not isinstance(alpha, jax.core.Tracer) and not isinstance(beta, jax.core.Tracer):
+    _check.number("alpha + beta", float(alpha) + float(beta), above=0)
+  log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  alpha, beta = jnp.asarray(alpha, log_q.dtype), jnp.asarray(beta, log_q.dtype)
+  # D(α, β) of (p, q) is D(β, α) of (q, p): so that the larger of the two is what is divided by.
+  swap = beta > alpha
+  large, small = jnp.where(swap, beta, alpha), jnp.where(swap, alpha, beta)
+  base, other = jnp.where(swap, log_q, log_p), jnp.where(swap, log_p, log_q)
+  total = large + small
+
+  def moved(power: Any) -> Array:
+    """base^(total) · ((other / base)^power − 1) / power, which at 0 is a logarithm."""
+    by = power * (other - base)
+    near = jnp.abs(by) < 1
+    # Both forms are finite wherever they are not taken, or their gradients would be NaN times 0.
+    step = jnp.where(near, by, 0.0)
+    tiny = jnp.abs(step) < 1e-4
+    series = 1 + step / 2 * (1 + step / 3 * (1 + step / 4))
+    ratio = jnp.where(tiny, series, jnp.expm1(step) / jnp.where(tiny, 1.0, step))
+    apart = jnp.where(near | (power == 0), other - base, 0.0)
+    far = jnp.exp((total - power) * base + power * other) - jnp.exp(total * base)
+    return jnp.where(
+      near, jnp.exp(total * base) * apart * ratio, far / jnp.where(power == 0, 1.0, power)
+    )
+
+  # [..., K]: each summand is at least 0, since what is subtracted grows with its power.
+  each = (moved(total) - moved(small)) / large
+  each = each + jax.lax.stop_gradient(jnp.maximum(-each, 0))
+  return squared * jnp.sum(each, axis=-1)
+
+
+def adaptive_kl(
+  student_logits: Logits, teacher_logits: Logits, *, head: Scalar = 0.5, temperature: Scalar = 1.0
+) -> PerExample:
+  """Adaptive KL (AKL): KL where the student errs on the likely classes, reverse KL on the others.
+
+  temperature² · [h · KL(p ‖ q) + (1 − h) · KL(q ‖ p)], KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
+  h = Σ_{k in H} |p_k − q_k| / Σ_k |p_k − q_k|, H the teacher's most likely classes whose
+  probabilities sum up to head at most, and the first in any case,
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  No gradient passes through h.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``, p's logits.
+    head: the share of the teacher's mass that H has, in [0, 1]. 0.5 is the paper's.
+    temperature: softens both, > 0. 1 is the paper's.
+
+  Returns:
+    ``[...]``, in nats · temperature².
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, ``temperature`` is not positive, or
+      ``head`` outside [0, 1].
+
+  Source: Wu, Tao, Wang, Yang, Zhao, Wong, "Rethinking Kullback-Leibler Divergence in Knowledge
+  Distillation for Large Language Models", 2024.
+
+  Other codes: this is the paper's, in whose code the most likely class is in H too; temperature² is
+  ours.
+
+  >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
+  >>> round(adaptive_kl(student, teacher).item(), 4)  # (0.1308 + 0.1438) / 2
+  0.1373
+  """
+  _check.number("head", head, least=0, most=1)
+  log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  p, q = jax.lax.stop_gradient((jnp.exp(log_p), jnp.exp(log_q)))
+  order = jnp.argsort(-p, axis=-1)
+  ranked, errors = (jnp.take_along_axis(x, order, axis=-1) for x in (p, jnp.abs(p - q)))
+  first = jax.lax.broadcasted_iota(jnp.int32, p.shape, p.ndim - 1) == 0
+  likely = (jnp.cumsum(ranked, axis=-1) <= jnp.asarray(head, p.dtype)) | first
+  total = jnp.sum(errors, axis=-1)
+  share = jnp.sum(jnp.where(likely, errors, 0.0), axis=-1) / jnp.where(total == 0, 1.0, total)
+  return squared * (share * kl(log_p, log_q) + (1 - share) * kl(log_q, log_p))
+
+
+def negative_log_acceptance(
+  student_logits: Logits, teacher_logits: Logits, *, temperature: Scalar = 1.0
+) -> PerExample:
+  """Negative log-acceptance (LK): how often speculative decoding keeps what the student drafts.
+
+  −temperature² · log Σ_k min(p_k, q_k),
+  p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
+
+  The sum is the probability that a draft of q's is accepted, 1 − `total_variation` (at temperature
+  1). At a teacher that is sure it is the cross-entropy.
+
+  Args:
+    student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
+    teacher_logits: ``[..., K]``, p's logits.
+    temperature: softens both, > 0. 1 is the paper's.
+
+  Returns:
+    ``[...]``, in nats · temperature²; finite where p and q have nothing in common.
+
+  Raises:
+    ValueError: the shapes differ, there is but one output, or ``temperature`` is not positive.
+
+  Source: Samarin, Krutikov, Shevtsov, Skvortsov, Fisin, Golubev, "LK Losses: Direct Acceptance Rate
+  Optimization for Speculative Decoding", 2026.
+
+  Other codes: speculators bounds the sum from below, where its gradient is 0; in log space none is
+  needed.
+
+  >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
+  >>> round(negative_log_acceptance(student, teacher).item(), 4)  # -log(½ + ¼)
+  0.2877
+  """
+  log_q, log_p, squared = log_probabilities(student_logits, teacher_logits, temperature)
+  # Not the logarithm of a sum of minima: where they are below 1e-38 it would be −inf, its slope 0.
+  return -squared * jax.nn.logsumexp(jnp.minimum(log_p, log_q), axis=-1)
+
+
 def transformed_teacher(
   student_logits: Logits, teacher_logits: Logits, *, power: Scalar = 0.1
 ) -> PerExample:
@@ -536,6 +698,33 @@ def logit_l2(student_logits: Logits, teacher_logits: Logits) -> PerExample:
   """
   student, teacher = pair(student_logits, teacher_logits)
   return jnp.mean(jnp.square(student - teacher), axis=-1)
+
+
+def z_loss(logits: Logits) -> PerExample:
+  """Z-loss: keeps the logits' normaliser near 1, so that they do not drift in low precision.
+
+  (log Σ_k exp(z_k))², z = logits.
+
+  Args:
+    logits: ``[..., K]``; classes masked to −inf are left out.
+
+  Returns:
+    ``[...]``, in nats².
+
+  Raises:
+    ValueError: there is but one output.
+
+  Source: Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022.
+
+  Other codes: T5X and Levanter have this as well, and a weight of 1e-4 for it; here the weight is
+  the term's.
+
+  >>> round(z_loss(jnp.zeros(2)).item(), 4)  # log(2)²
+  0.4805
+  """
+  check_classes(logits, "logits")
+  (z,) = float_arrays(logits)
+  return jnp.square(jax.nn.logsumexp(soften(z, 1.0), axis=-1))
 
 
 def standardize_logits(logits: Logits) -> Float[Array, "*batch K"]:

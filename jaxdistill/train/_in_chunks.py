@@ -240,7 +240,7 @@ class _Terms:
     if jax.tree.leaves(state):
       raise ValueError("the objective's state has become one with arrays, in chunks of tokens.")
     beside = {name: term for name, term in terms.items() if _looks_at_no_token(term)}
-    fresh = self.chunks.fresh(i).astype(jnp.float32)
+    fresh = self.chunks.fresh(i)
     return {
       name: summed(name, self._counted(name, term, fresh), own)
       for name, term in terms.items()
@@ -264,8 +264,8 @@ class _Terms:
         "recipes.combine(train.in_chunks(...), it)."
       )
     where = jnp.ones(shape[:1]) if term.where is None else jnp.asarray(term.where)
-    where = jnp.expand_dims(where, range(where.ndim, 2)).astype(jnp.float32)
-    return dataclasses.replace(term, where=where * fresh[None])
+    where = jnp.expand_dims(where, range(where.ndim, 2))
+    return dataclasses.replace(term, where=jnp.where(fresh[None], where, jnp.zeros_like(where)))
 
   def of_no_logits(
     self, learnt: Any, given: Any, raw: Any

@@ -13,7 +13,7 @@ from sklearn import neighbors
 
 from jaxdistill import data, evaluation, losses, networks, search, teachers, train
 from jaxdistill.evaluation import tasks
-from jaxdistill.types import Model, Outputs, Teacher, Term
+from jaxdistill.types import Head, Model, Outputs, Teacher, Term
 
 RNG = np.random.default_rng(0)
 SIZE = 37
@@ -187,6 +187,78 @@ def test_tokens():
   assert found["accuracy"] == pytest.approx(accuracy, rel=1e-6)
 
 
+def speaks(hidden, head):
+  """A model that has hidden states of example i, and a head, in place of logits."""
+
+  def apply(variables, batch):
+    return Outputs(hidden=variables[0][batch.index], head=variables[1])
+
+  return Teacher((jnp.asarray(hidden, jnp.float32), head), apply)
+
+
+@pytest.mark.parametrize("at_once", [8, 16, 1000])
+def test_tokens_are_measured_without_their_logits(at_once):
+  length, classes, lengths = 7, 11, np.arange(11) % 4
+  labels = RNG.integers(0, classes, (SIZE, length))
+  weight = (np.arange(length) < RNG.integers(0, length + 1, (SIZE, 1))).astype(float)
+  both, logits = [], []
+  for width in (3, 5):
+    hidden, kernel = RNG.normal(size=(SIZE, length, width)), RNG.normal(size=(width, classes))
+    both.append(speaks(hidden, Head(jnp.asarray(kernel, jnp.float32), softcap=2.0)))
+    logits.append(2 * np.tanh(hidden @ kernel / 2))
+  task = tasks.tokens(
+    token_bytes=lengths, top_mass=(1, 3, 99), by_position=3, tokens_at_once=at_once
+  )
+  examples = data.from_arrays(np.zeros((SIZE, 1), np.float32), labels, weight=weight)
+  batches = data.evaluation_batches(examples, batch_size=8)
+  found = evaluation.evaluate(both[0], batches, teacher=both[1], task=task)
+  there = weight > 0
+  q, p = (softmax(z) for z in logits)
+  nll = -np.log(np.take_along_axis(q, labels[..., None], -1))[..., 0]
+  kl = (p * np.log(p / q)).sum(-1)
+  accepted = np.minimum(p, q).sum(-1)
+  right = logits[0].argmax(-1) == labels
+  best = np.take_along_axis(p, np.argsort(-q, axis=-1), -1)
+  expected = {
+    "nll": nll[there].mean(),
+    "perplexity": np.exp(nll[there].mean()),
+    "bits_per_byte": nll[there].sum() / np.log(2) / lengths[labels][there].sum(),
+    "accuracy": right[there].mean(),
+    "agreement": (logits[0].argmax(-1) == logits[1].argmax(-1))[there].mean(),
+    "kl": kl[there].mean(),
+    "reverse_kl": (q * np.log(q / p)).sum(-1)[there].mean(),
+    "acceptance": accepted[there].mean(),
+    "top_mass_1": best[..., 0][there].mean(),
+    "top_mass_3": best[..., :3].sum(-1)[there].mean(),
+  }
+  for name, value in expected.items():
+    assert float(found[name]) == pytest.approx(value, rel=2e-5), name
+  assert "top_mass_99" not in found
+  part = np.broadcast_to(np.arange(length) * 3 // length, there.shape)
+  each = {"nll": nll, "accuracy": right, "kl": kl, "acceptance": accepted}
+  for name, values in each.items():
+    wanted = [values[there & (part == i)].mean() for i in range(3)]
+    np.testing.assert_allclose(found[f"{name}_by_position"], wanted, rtol=2e-5)
+  # The same of networks that put out logits, and by any other task.
+  rows = says(logits[0]), says(logits[1])
+  whole = evaluation.evaluate(rows[0], batches, teacher=rows[1], task=task)
+  assert set(whole) == set(found)
+  for name in found:
+    np.testing.assert_allclose(found[name], whole[name], rtol=2e-5)
+
+
+def test_eight_bits_a_byte_of_who_knows_nothing_of_bytes():
+  labels = RNG.integers(0, 256, (SIZE, 4))
+  task = tasks.tokens(token_bytes=np.ones(256, int))
+  found = measured(task, np.zeros((SIZE, 4, 256)), labels)
+  assert found["bits_per_byte"] == pytest.approx(8, rel=1e-6)
+  assert task is tasks.tokens(token_bytes=[1] * 256)
+  assert task.first == "bits_per_byte"
+  for wrong in ({"token_bytes": [-1]}, {"top_mass": [0]}, {"by_position": -1}):
+    with pytest.raises(ValueError, match="must be at least"):
+      tasks.tokens(**wrong)
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_embedding(batch_size):
   labels = RNG.integers(0, 4, SIZE)
@@ -240,7 +312,11 @@ def test_labels_of_another_task_are_refused(task, outputs, labels):
     (tasks.multilabel(), (5,), {"agreement", "kl"}),
     (tasks.regression(), (2,), {"rmse_to_teacher"}),
     (tasks.dense(), (3, 3, 5), {"agreement", "kl"}),
-    (tasks.tokens(), (3, 5), {"agreement", "kl"}),
+    (
+      tasks.tokens(),
+      (3, 5),
+      {"agreement", "kl", "reverse_kl", "acceptance", "top_mass_1"},
+    ),
     (tasks.embedding(), (5,), {"uniformity", "neighbour_agreement"}),
   ],
 )

@@ -154,6 +154,24 @@ def ref_batch_gram(s, t, temperature):
   return ((p @ p.T - q @ q.T) ** 2).sum(-1).reshape(s.shape[:-1])
 
 
+def ref_alpha_beta(s, t, alpha, beta, temperature):
+  p, q, both = softmax(t, temperature), softmax(s, temperature), alpha + beta
+  sums = alpha / both * p**both + beta / both * q**both - p**alpha * q**beta
+  return temperature**2 / (alpha * beta) * sums.sum(-1)
+
+
+def ref_adaptive(s, t, head, temperature):
+  p, q = flat(softmax(t, temperature)), flat(softmax(s, temperature))
+  shares = []
+  for one, other in zip(p, q, strict=True):
+    ranked = np.argsort(-one)
+    likely = [k for i, k in enumerate(ranked) if not i or one[ranked[: i + 1]].sum() <= head]
+    shares.append(np.abs(one - other)[likely].sum() / np.abs(one - other).sum())
+  share = np.reshape(shares, s.shape[:-1])
+  both = softmax(t, temperature), softmax(s, temperature)
+  return temperature**2 * (share * kl(*both) + (1 - share) * kl(*both[::-1]))
+
+
 # name: (defaults, other hyper-parameters, reference); all as (student, teacher, labels, hyper).
 FORMULAS = {
   "cross_entropy": (
@@ -201,6 +219,24 @@ FORMULAS = {
     {"skew": 0.1, "temperature": 1.0},
     {"skew": 0.6, "temperature": 2.0},
     lambda s, t, y, skew, temperature: ref_skew(s, t, skew, temperature),
+  ),
+  "alpha_beta": (
+    {"alpha": 0.2, "beta": 0.7, "temperature": 1.0},
+    {"alpha": 0.9, "beta": 0.3, "temperature": 2.0},
+    lambda s, t, y, **hyper: ref_alpha_beta(s, t, **hyper),
+  ),
+  "adaptive_kl": (
+    {"head": 0.5, "temperature": 1.0},
+    {"head": 0.7, "temperature": 2.0},
+    lambda s, t, y, **hyper: ref_adaptive(s, t, **hyper),
+  ),
+  "negative_log_acceptance": (
+    {"temperature": 1.0},
+    {"temperature": 2.0},
+    lambda s, t, y, temperature: (
+      -(temperature**2)
+      * np.log(np.minimum(softmax(t, temperature), softmax(s, temperature)).sum(-1))
+    ),
   ),
   "decoupled_kd": (
     {"temperature": 4.0, "target_weight": 1.0, "nontarget_weight": 8.0},
@@ -260,6 +296,7 @@ FORMULAS = {
     ),
   ),
   "logit_l2": ({}, {}, lambda s, t, y: ((s - t) ** 2).mean(-1)),
+  "z_loss": ({}, {}, lambda s, t, y: np.log(np.exp(s).sum(-1)) ** 2),
   "standardize_logits": (
     {},
     {},
@@ -295,13 +332,19 @@ FORMULAS = {
 DIVERGENCES = list(FORMULAS)[: list(FORMULAS).index("logit_l2")]
 # 0 where the two networks agree.
 ELSEWHERE = ("transformed_teacher", "weighted_transformed_teacher", "refined_kd")
-CROSS_ENTROPIES = ("cross_entropy", "normalized_kd", "one_for_all", "weighted_soft_labels")
+CROSS_ENTROPIES = (
+  "z_loss",
+  "cross_entropy",
+  "normalized_kd",
+  "one_for_all",
+  "weighted_soft_labels",
+)
 TRANSFORMS = ("standardize_logits", "soft_label_weight")
 ZERO_AT_TEACHER = [
   name for name in FORMULAS if name not in (*ELSEWHERE, *CROSS_ENTROPIES, *TRANSFORMS)
 ]
 # A weight made from the student is a constant to its gradient.
-STOPPED = ("soft_label_weight", "weighted_soft_labels")
+STOPPED = ("soft_label_weight", "weighted_soft_labels", "adaptive_kl")
 NAMES = pytest.mark.parametrize("name", FORMULAS)
 
 
@@ -400,7 +443,8 @@ def test_a_weight_made_from_the_student_is_a_constant_to_its_gradient():
 @pytest.mark.parametrize("name", [name for name in FORMULAS if name != "soft_label_weight"])
 def test_both_networks_get_gradients(name):
   _, gradients = run(name, random_logits(5), random_logits(6))
-  used = gradients[:1] if name in ("cross_entropy", "standardize_logits") else gradients[:2]
+  alone = ("cross_entropy", "standardize_logits", "z_loss")
+  used = gradients[:1] if name in alone else gradients[:2]
   for gradient in used:
     assert (np.abs(gradient).max(axis=-1) > 1e-6).all()
 
@@ -746,6 +790,56 @@ def test_grams_sum_to_one_number():
   np.testing.assert_allclose(swapped[1], value("class_gram", student, teacher), rtol=1e-4)
 
 
+def test_alpha_and_beta_at_their_ends_are_the_divergences_of_the_paper():
+  student, teacher = random_logits(25), random_logits(26)
+  p, q = softmax(teacher), softmax(student)
+  ends = {
+    (1.0, 0.0): kl(p, q),
+    (0.0, 1.0): kl(q, p),
+    (1.0, 1.0): ((p - q) ** 2).sum(-1) / 2,
+    (0.5, 0.5): 4 * (1 - np.sqrt(p * q).sum(-1)),
+    (1.0, 1e-5): kl(p, q),
+    (1e-5, 1.0): kl(q, p),
+  }
+  for (alpha, beta), expected in ends.items():
+    given = {"alpha": alpha, "beta": beta}
+    got, gradients = run("alpha_beta", student, teacher, **given)
+    np.testing.assert_allclose(got, expected, rtol=3e-4, atol=3e-6)
+    swapped = value("alpha_beta", teacher, student, alpha=beta, beta=alpha)
+    np.testing.assert_allclose(got, swapped, **TOLERANCE)
+    assert_finite(gradients)
+    far = run("alpha_beta", *extreme_rows(K), **given)
+    assert_finite(far)
+  for alpha, beta in ((-0.1, 1.0), (0.0, 0.0)):
+    with pytest.raises(ValueError, match="must be"):
+      losses.alpha_beta(student, teacher, alpha=alpha, beta=beta)
+
+
+def test_acceptance_is_what_total_variation_leaves():
+  student, teacher = random_logits(25), random_logits(26)
+  got = value("negative_log_acceptance", student, teacher)
+  left = 1 - value("total_variation", student, teacher)
+  np.testing.assert_allclose(got, -np.log(left), rtol=1e-4)
+  np.testing.assert_allclose(got, value("negative_log_acceptance", teacher, student), rtol=1e-5)
+  sure = 1e4 * onehot(LABELS, K)
+  got, gradients = run("negative_log_acceptance", student, sure)
+  wanted, known = run("cross_entropy", student, student)
+  np.testing.assert_allclose(got, wanted, rtol=1e-5)
+  np.testing.assert_allclose(gradients[0], known[0], atol=1e-6)
+
+
+def test_an_adaptive_weight_is_a_constant_to_the_gradient():
+  student, teacher = random_logits(25), random_logits(26)
+  _, forward = run("soft_target_kl", student, teacher, temperature=1.0)
+  _, reverse = run("reverse_kl", student, teacher)
+  _, (got, _, by_hyper) = run("adaptive_kl", student, teacher)
+  p, q = softmax(teacher), softmax(student)
+  share = (ref_adaptive(student, teacher, 0.5, 1.0) - kl(q, p)) / (kl(p, q) - kl(q, p))
+  expected = share[..., None] * forward[0] + (1 - share)[..., None] * reverse[0]
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+  assert not np.any(by_hyper["head"])
+
+
 def test_generalized_jsd_mirrors_and_ends():
   student, teacher = random_logits(25), random_logits(26)
   for beta in (0.5, 0.3):
@@ -918,7 +1012,7 @@ def unchecked():
 
 
 @pytest.mark.parametrize(
-  "name", [n for n in FORMULAS if n not in ("cross_entropy", "standardize_logits")]
+  "name", [n for n in FORMULAS if n not in ("cross_entropy", "standardize_logits", "z_loss")]
 )
 def test_shapes_that_differ_are_named(name, unchecked):
   with pytest.raises(ValueError, match=r"student_logits \(2, 3\) and teacher_logits \(2, 4\)"):

@@ -21,7 +21,16 @@ from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import logits_of, tasks
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
 from jaxdistill.train import State, init_state, reduce_terms
-from jaxdistill.types import Batch, Model, Network, Objective, Outputs, Teacher, as_objective
+from jaxdistill.types import (
+  Batch,
+  Model,
+  Network,
+  Objective,
+  Outputs,
+  Teacher,
+  as_objective,
+  with_logits,
+)
 
 __all__ = [
   "ProbedTerm",
@@ -293,13 +302,14 @@ def _gradients(
   def run(state: State, teacher: Teacher | None, batch: Batch, given: Mapping[str, Any]) -> Any:
     target: Outputs | None = batch.teacher
     if target is None and teacher is not None:
-      target = teacher(batch)
+      target = with_logits(teacher(batch))
     keys = jax.random.split(state.key)
 
     def values_of(params: PyTree, learned: PyTree) -> Any:
       outputs, _ = student.apply(
         {"params": params, **state.model_state}, batch.inputs, train=True, key=keys[0]
       )
+      outputs = with_logits(outputs)
       terms, _ = objective.apply(
         learned, state.objective_state, outputs, target, batch, key=keys[1], **fixed, **given
       )
