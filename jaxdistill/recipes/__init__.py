@@ -23,6 +23,7 @@ from jaxdistill.recipes.basics import (
 )
 from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
+from jaxdistill.recipes.data_free import dafl, with_generator
 from jaxdistill.recipes.features import (
   attention_transfer,
   cwd,
@@ -58,6 +59,7 @@ __all__ = [
   "crld",  # cross-view consistency (CRLD): two looks, each taught by what is said of either
   "ctkd",  # curriculum temperature (CTKD): the temperature is learned against the student
   "cwd",  # channel-wise distillation (CWD): where each channel is strongest
+  "dafl",  # data-free learning (DAFL): a generator makes what the teacher is sure of
   "dist",  # DIST: correlations of predictions
   "dkd",  # decoupled knowledge distillation (DKD), with its warm-up
   "dml",  # deep mutual learning (DML): the members of a cohort teach each other
@@ -103,6 +105,7 @@ __all__ = [
   "vid",  # variational information distillation (VID): the teacher's stages
   "vkd",  # VkD: an orthogonal projector to the teacher's normalised feature
   "with_class_maps",  # a network that also puts out the maps of `catkd`
+  "with_generator",  # a student that sees what a generator makes of noise
   "with_many_to_one",  # the student with the block that `many_to_one` matches in
   "with_views",  # a network that is shown two looks at each example
   "wsl",  # weighted soft labels (WSL)
