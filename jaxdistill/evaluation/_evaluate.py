@@ -77,28 +77,40 @@ def evaluate(
 
 
 def examine(
-  model: Model | Teacher, batches: Batch, *, teacher: Teacher | None = None
-) -> tuple[dict[str, np.ndarray], predictions.Answers]:
-  """What `evaluate` does of one class an example, and in the same pass what was said of each.
+  model: Model | Teacher,
+  batches: Batch,
+  *,
+  teacher: Teacher | None = None,
+  task: Task | None = None,
+) -> tuple[dict[str, np.ndarray], predictions.Answers | dict[str, np.ndarray]]:
+  """What `evaluate` does, and in the same pass what was said of each example.
 
   Args:
     model: a model, or a teacher.
     batches: leaves ``[N, B, ...]``, from `jaxdistill.data.evaluation_batches`.
     teacher: to measure agreement with, as in `evaluate`.
+    task: what the labels mean; one class an example where left out.
 
   Returns:
     ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that
-    `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed.
+    `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed. Of a
+    task that is not of one class an example, what it keeps of those that
+    `evaluation.predictions.present` picks, ``{name: [S, N, ...]}``.
   """
-  one = _Pass(model, batches, teacher, tasks.classification())
+  one = _Pass(model, batches, teacher, _task(task), examined=True)
   found = one()
-  where = predictions.counted(batches)
-  each = jax.device_get([said.answers for said in found])
+  if one.task.shown.classes:
+    where, parts = predictions.counted(batches), [said.answers for said in found]
+  else:
+    where, parts = predictions.present(batches), [{**x.each, **x.answers} for x in found]
+  each, axis = jax.device_get(parts), int(_seeds(one.model) is not None)
   joined = {
-    name: np.atleast_2d(np.concatenate([answers[name] for answers in each], axis=-1))[:, where]
+    name: np.compress(where, np.concatenate([said[name] for said in each], axis=axis), axis)
     for name in each[0]
   }
-  return one.finished(found), predictions.Answers(**joined)
+  joined = {name: values if axis else values[None] for name, values in joined.items()}
+  of_classes = one.task.shown.classes
+  return one.finished(found), predictions.Answers(**joined) if of_classes else joined
 
 
 def taught(teacher: Teacher, batches: Batch, *, task: Task | None = None) -> Batch:
@@ -218,6 +230,7 @@ class _Measure:
   outputs: Callable[[Model | Teacher, Batch], Outputs]
   task: Task
   labels: bool
+  examined: bool
   __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
   def __call__(self, model: Model | Teacher, said: Outputs, batch: Batch) -> _Measured:
@@ -230,12 +243,13 @@ class _Measure:
       return {} if task.each is None or not self.labels else task.each(outputs, batch)
 
     def measure(outputs: Outputs) -> _Measured:
-      classes = self.labels and task is tasks.classification()
+      # Of classes three numbers an example, which cost less than a program without them.
+      asked = self.labels and (self.examined or task.shown.classes)
       return _Measured(
         quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
         fidelity={} if task.compared is None else task.compared(outputs, said, both),
         each=each_of(outputs),
-        answers=predictions.answers(outputs.logits, batch.labels) if classes else {},
+        answers=task.kept(outputs, batch) if asked else {},
       )
 
     found = (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
@@ -287,7 +301,9 @@ def _task(task: Any) -> Task:
 class _Pass:
   """A model, and a teacher, on the batches of a split: checked, and compiled at the first call."""
 
-  def __init__(self, model: Any, batches: Batch, teacher: Any, task: Task) -> None:
+  def __init__(
+    self, model: Any, batches: Batch, teacher: Any, task: Task, *, examined: bool = False
+  ) -> None:
     """Checks whether the arguments go together; they may be shapes."""
     _check_batches(batches)
     _check_model(model)
@@ -321,7 +337,9 @@ class _Pass:
         said = self.asked.outputs
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
-      self.program = kept(_Measure(outputs.traced, task, labels), model, said, self._shown(first))
+      self.program = kept(
+        _Measure(outputs.traced, task, labels, examined), model, said, self._shown(first)
+      )
 
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch: a network sees no teacher's outputs."""
