@@ -611,8 +611,12 @@ def multilabel(*, threshold: float = 0.5) -> Task:
 
   def tells(kept: Kept, i: int) -> tuple[Any, Any]:
     there = kept["where"][i] > 0
-    said = np.flatnonzero(there & (kept["scores"][i] >= edge))
-    return tuple(np.flatnonzero(there & (kept["labels"][i] > 0.5)).tolist()), tuple(said.tolist())
+    label, said = (
+      # Of several places, those that some place has.
+      np.flatnonzero((there & on).reshape(-1, there.shape[-1]).any(axis=0)).tolist()
+      for on in (kept["labels"][i] > 0.5, kept["scores"][i] >= edge)
+    )
+    return tuple(label), tuple(said)
 
   return Task(
     "multilabel",

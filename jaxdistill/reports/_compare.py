@@ -65,12 +65,17 @@ def compare_students(
 
   Raises:
     FileNotFoundError: a run has no usable checkpoint.
+    TypeError: the task, or the models, are of another kind.
     ValueError: a run is not finished, or a column of metadata does not fit.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
+  if not isinstance(task, Task):
+    raise TypeError(
+      f"task={_check.show(task)} must be an evaluation.tasks.Task, such as tasks.regression()."
+    )
   columns = _columns(metadata, batches, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
   costs = {"teacher": evaluation.costs(teacher, batches)}

@@ -124,6 +124,11 @@ def build_report(
 
   Returns:
     A dictionary that satisfies `report_schema`.
+
+  Raises:
+    TypeError: a model is not from `measure_model`.
+    ValueError: the models are of different tasks, of another number of seeds, or lack what compares
+      with the teacher; a share is none; or a metric has the name of a cost.
   """
   parts = {"teacher": teacher, "student": student}
   if baseline is not None:

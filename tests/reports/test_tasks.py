@@ -14,8 +14,9 @@ from sklearn import metrics as known
 from sklearn import neighbors
 
 import fabricated
+import small_networks
 from jaxdistill import data, evaluation, reports, teachers
-from jaxdistill.evaluation import predictions, tasks
+from jaxdistill.evaluation import metrics, predictions, tasks
 from jaxdistill.reports import command
 from jaxdistill.reports._pages import analysis, document, evidence
 from jaxdistill.types import Model, Network, Outputs
@@ -491,6 +492,31 @@ def test_details_are_kept_as_they_were_and_damage_is_said(tmp_path):
   predictions.save(path, found)
   with pytest.raises(ValueError, match="is damaged"):
     predictions.load(path)
+
+
+def test_a_gap_may_be_closed_downwards():
+  sides = ([1.0], [4.0, 5.0], [2.0, 2.5])
+  down = metrics.gap_closed(*sides, better="lower")
+  up = metrics.gap_closed(*(-np.array(side) for side in sides))
+  assert down["value"] == up["value"] == pytest.approx(2.25 / 3.5)
+  assert (down["low"], down["high"]) == (up["low"], up["high"])
+  none = metrics.gap_closed([5.0], [4.0, 4.1], [2.0, 2.5], better="lower")
+  assert "not below the baseline beyond noise" in none["note"]
+  with pytest.raises(ValueError, match="better='less' must be"):
+    metrics.gap_closed(*sides, better="less")
+
+
+def test_what_is_no_task_or_no_model_is_said(tmp_path):
+  examples = data.from_arrays(np.zeros((4, 1), np.float32), np.zeros(4))
+  batches = data.evaluation_batches(examples, batch_size=4)
+  rest = {"teacher": teachers.frozen(says(np.zeros((4, 1)))), "batches": batches, "examples": 4}
+  network = {"student": says(np.zeros((4, 1)))}
+  with small_networks.untyped():
+    with pytest.raises(TypeError, match="task='regression' must be an evaluation.tasks.Task"):
+      reports.compare_students(tmp_path, network=network, task="regression", **rest)
+    for wrong in ({"baseline": network["student"]}, network["student"]):
+      with pytest.raises(TypeError, match="must be the Network of both runs, or the models"):
+        reports.compare_students(tmp_path, network=wrong, **rest)
 
 
 def test_all_models_are_measured_by_one_task():

@@ -35,6 +35,7 @@ __all__ = [
 SURE = 0.8
 _MOST = 100  # pairs of classes that are kept of all that are confused
 _RESAMPLES = 2_000  # of each of the paired tests, which are several
+_DRAWN = 200_000_000  # examples in all draws of one of them, which takes seconds
 _WORST, _GAINED, _OTHERS = 8, 4, 4  # examples to look at, of a task without classes
 
 
@@ -296,7 +297,8 @@ def paired(found: Predictions, readings: Mapping[str, Reading]) -> list[dict[str
         continue
       sign = readings[metric].gain(1.0) if metric in readings else 1.0
       sides = (sign * side[:, there] for side in (ours, theirs))
-      tested = significance.bootstrap(*sides, resamples=_RESAMPLES)
+      draws = int(np.clip(_DRAWN // there.sum(), 200, _RESAMPLES))
+      tested = significance.bootstrap(*sides, resamples=draws)
       about = {"metric": metric, "reference": reference, "examples": int(there.sum())}
       rows.append({**about, "gain": tested.pop("change"), **tested})
   return rows

@@ -443,6 +443,8 @@ def _paired(report: Mapping[str, Any]) -> Section:
     "seeds, with the same seeds for both where there are as many; a difference is the student less "
     "what it is held against, of the mean over examples."
   )
+  if len(report["seeds"]) == 1:
+    note += " Of one seed it is over examples alone: what another would say is unknown."
   made = summary.paired(report)
   kinds = {"better": "good-text", "worse": "bad-text"}
   body = [[*row[:-1], Told(str(row[-1]), kinds.get(str(row[-1]), ""))] for row in made.rows]
