@@ -32,6 +32,8 @@ def test_the_page_on_tasks_runs(tmp_path, monkeypatch, capsys):
   assert "miou" in shown
   assert "Chosen on validation: temperature" in shown
   assert names["mine"].first == "mae"
+  assert names["report"]["task"]["name"] == "dense"
+  assert (tmp_path / "runs" / "masks" / "report.html").is_file()
 
 
 def test_the_first_screen_has_both_commands():

@@ -79,8 +79,8 @@ __all__ = [
   "mixed",  # mixes unlabelled transfer data into every batch, at a fixed share of it
   "normalizer",  # the function that a ``normalize`` argument stands for
   "on_device",  # keeps all examples on the device; an item is a row of indices
-  "rand_augment",  # strong augmentation: a few of fourteen operations, and a grey square
   "pack",  # lays documents side by side into rows, each prediction exactly once
+  "rand_augment",  # strong augmentation: a few of fourteen operations, and a grey square
   "record_files",  # random access to the records of ArrayRecord files, one after another
   "records",  # opens a TFDS split for random access; nothing is decoded yet
   "shifted",  # windows of a text as what is read, what is predicted, and what of it counts

@@ -87,29 +87,40 @@ def evaluate(
 
 
 def examine(
-  model: Model | Teacher, batches: Batch | Batches, *, teacher: Teacher | None = None
-) -> tuple[dict[str, np.ndarray], predictions.Answers]:
-  """What `evaluate` does of one class an example, and in the same pass what was said of each.
+  model: Model | Teacher,
+  batches: Batch | Batches,
+  *,
+  teacher: Teacher | None = None,
+  task: Task | None = None,
+) -> tuple[dict[str, np.ndarray], predictions.Answers | dict[str, np.ndarray]]:
+  """What `evaluate` does, and in the same pass what was said of each example.
 
   Args:
     model: a model, or a teacher.
     batches: leaves ``[N, B, ...]``, or `jaxdistill.data.Batches`, from
       `jaxdistill.data.evaluation_batches`.
     teacher: to measure agreement with, as in `evaluate`.
+    task: what the labels mean; one class an example where left out.
 
   Returns:
     ``(metrics, answers)``: the answers ``[S, N]`` are of the N examples that
-    `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed.
+    `evaluation.predictions.counted` picks, in their order; S is 1 for a model of one seed. Of a
+    task that is not of one class an example, what it keeps of those that
+    `evaluation.predictions.present` picks, ``{name: [S, N, ...]}``.
   """
-  one = _Pass(model, batches, teacher, tasks.classification())
+  one = _Pass(model, batches, teacher, _task(task), examined=True)
   found = one()
-  where = np.concatenate([predictions.counted(said.there) for said in found])
-  each = jax.device_get([said.answers for said in found])
+  of_classes = one.task.shown.classes
+  pick = predictions.counted if of_classes else predictions.present
+  where = np.concatenate([pick(said.there) for said in found])
+  parts = [x.answers if of_classes else {**x.each, **x.answers} for x in found]
+  each, axis = jax.device_get(parts), int(_seeds(one.model) is not None)
   joined = {
-    name: np.atleast_2d(np.concatenate([answers[name] for answers in each], axis=-1))[:, where]
+    name: np.compress(where, np.concatenate([said[name] for said in each], axis=axis), axis)
     for name in each[0]
   }
-  return one.finished(found), predictions.Answers(**joined)
+  joined = {name: values if axis else values[None] for name, values in joined.items()}
+  return one.finished(found), predictions.Answers(**joined) if of_classes else joined
 
 
 def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Split:
@@ -234,6 +245,7 @@ class _Measure:
   outputs: Callable[[Model | Teacher, Batch], Outputs]
   task: Task
   labels: bool
+  examined: bool
   __name__ = "evaluation"  # the program's, where a log of the compiler names it
 
   def __call__(self, model: Model | Teacher, said: Outputs, batch: Batch) -> _Measured:
@@ -246,12 +258,13 @@ class _Measure:
       return {} if task.each is None or not self.labels else task.each(outputs, batch)
 
     def measure(outputs: Outputs) -> _Measured:
-      classes = self.labels and task is tasks.classification()
+      # Of classes three numbers an example, which cost less than a program without them.
+      asked = self.labels and (self.examined or task.shown.classes)
       return _Measured(
         quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
         fidelity={} if task.compared is None else task.compared(outputs, said, both),
         each=each_of(outputs),
-        answers=predictions.answers(outputs.logits, batch.labels) if classes else {},
+        answers=task.kept(outputs, batch) if asked else {},
       )
 
     found = (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
@@ -302,7 +315,15 @@ def _task(task: Any) -> Task:
 class _Pass:
   """A model, and a teacher, on the batches of a split: checked, and compiled at the first call."""
 
-  def __init__(self, model: Any, batches: Batch | Batches, teacher: Any, task: Task) -> None:
+  def __init__(
+    self,
+    model: Any,
+    batches: Batch | Batches,
+    teacher: Any,
+    task: Task,
+    *,
+    examined: bool = False,
+  ) -> None:
     """Checks whether the arguments go together; they may be shapes."""
     _check_batches(batches)
     _check_model(model)
@@ -341,7 +362,7 @@ class _Pass:
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
       self.first = self._shown(first)
-      measures = _Measure(outputs.traced, task, self.labels)
+      measures = _Measure(outputs.traced, task, self.labels, examined)
       self.program = kept(measures, model, said, self.first)
 
   def _shown(self, batch: Batch) -> Batch:
@@ -461,7 +482,7 @@ def _with_labels(batches: Batch, outputs: Outputs, task: Task) -> tuple[Batch, b
     return batches, True
   # Whatever stands where labels would: it is not looked at.
   weight = np.shape(batches.weight)
-  logits = tasks.shown(outputs).logits
+  logits = tasks.of_shapes(outputs).logits
   one = jax.tree.leaves(outputs)[0] if logits is None else logits
   places = (weight[0], *one.shape[: max(1, one.ndim - 1)])
   none = np.zeros(places, np.int32), np.zeros(weight[:2], np.float32)

@@ -10,7 +10,7 @@ the metric over the examples, calibration included. For tokens, flatten ``[B, L,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,13 @@ _RATIOS = {
   "accuracy": ("correct", "examples"),
   "top5": ("top5", "examples"),
   "nll": ("nll", "examples"),
-  "brier": ("brier", "examples"),
   "ece": ("gaps", "examples"),
+  "brier": ("brier", "examples"),
   "agreement": ("agreement", "fidelity_examples"),
   "kl": ("kl", "fidelity_examples"),
   "accuracy_where_teacher_wrong": ("correct_where_teacher_wrong", "teacher_wrong"),
 }
+_WORDS = {"higher": "above", "lower": "below"}
 # One number per run, or that of a single run.
 Values = Sequence[Any] | np.ndarray | float | int
 
@@ -280,6 +281,7 @@ def gap_closed(
   baseline: Values,
   student: Values,
   *,
+  better: Literal["higher", "lower"] = "higher",
   examples: int | None = None,
   resamples: int = 10_000,
   confidence: float = 0.95,
@@ -287,20 +289,21 @@ def gap_closed(
 ) -> dict[str, Any]:
   """Share of the way from the baseline to the teacher that the student went, with an interval.
 
-  ``(mean(student) − mean(baseline)) / (mean(teacher) − mean(baseline))``; higher values must be
-  better. It is given only where the teacher is above the baseline by more than 2 standard errors
-  of their difference: ``var / S`` for a side of several runs, the binomial error on the test set
-  for a single run when ``examples`` is given, and otherwise 0, which ``note`` then says.
+  ``(mean(student) − mean(baseline)) / (mean(teacher) − mean(baseline))``. It is given only where
+  the teacher is better than the baseline by more than 2 standard errors of their difference:
+  ``var / S`` for a side of several runs, the binomial error on the test set for a single run when
+  ``examples`` is given, and otherwise 0, which ``note`` then says.
 
   The interval is a percentile bootstrap over runs. Student and baseline of equal length are drawn
   in pairs: run i of both shares its seed, hence initialisation and order, and what they share
   cancels. Else they are drawn independently, and so is a teacher of several runs; a single teacher
-  is held fixed. A draw whose teacher is not above its baseline lies outside on both sides.
+  is held fixed. A draw whose teacher is no better than its baseline lies outside on both sides.
 
   Args:
     teacher: one value, or ``[S_t]``.
     baseline: ``[S_b]``: the student's network trained without a teacher.
     student: ``[S]``.
+    better: which values are: ``"higher"`` or ``"lower"``.
     examples: the number of test examples, when values are fractions of them.
     resamples: number of bootstrap draws.
     confidence: of the interval, in (0, 1).
@@ -326,14 +329,19 @@ def gap_closed(
   gap = float(runs["teacher"].mean() - runs["baseline"].mean())
   notes: list[str] = []
   error = _gap_error(runs, examples, notes)
+  if better not in _WORDS:
+    raise ValueError(f"better={better!r} must be 'higher' or 'lower'.")
+  if better == "lower":  # whose negatives are higher, and as far from one another
+    gap, runs = -gap, {name: -side for name, side in runs.items()}
+  word = _WORDS[better]
   if gap <= 2 * error:
     note = (
-      f"The teacher is not above the baseline beyond noise: the gap is {gap:.4g} with a standard "
+      f"The teacher is not {word} the baseline beyond noise: the gap is {gap:.4g} with a standard "
       f"error of {error:.2g}, so the share of it means nothing."
     )
     return {"value": None, "low": None, "high": None, "note": " ".join([note, *notes])}
   value = float(runs["student"].mean() - runs["baseline"].mean()) / gap
-  low, high = _gap_interval(runs, resamples, confidence, seed, notes)
+  low, high = _gap_interval(runs, resamples, confidence, seed, notes, word)
   return {"value": value, "low": low, "high": high, "note": " ".join(notes)}
 
 
@@ -369,6 +377,7 @@ def _gap_interval(
   confidence: float,
   seed: int,
   notes: list[str],
+  word: str,
 ) -> tuple[float | None, float | None]:
   """Percentile bootstrap of the share; ``(None, None)`` and a note where there is none."""
   teacher, baseline, student = runs["teacher"], runs["baseline"], runs["student"]
@@ -394,7 +403,9 @@ def _gap_interval(
   high = float(np.quantile(np.where(usable, share, np.inf), 1 - tail, method="higher"))
   if not np.isfinite([low, high]).all():
     lost = f"{1 - usable.mean():.1%}"
-    notes.append(f"There is no interval: the teacher is not above the baseline in {lost} of draws.")
+    notes.append(
+      f"There is no interval: the teacher is not {word} the baseline in {lost} of draws."
+    )
     return None, None
   if fewest < 5:
     notes.append(f"With {fewest} runs the interval is likely too narrow.")

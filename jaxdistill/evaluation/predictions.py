@@ -2,7 +2,8 @@
 
 `answers` turns logits into three numbers an example; `jaxdistill.evaluation.examine` gathers them
 over a split; `Predictions` holds them for all models with the labels, and `save` and `load` keep it
-as ``predictions.npz``. Comparisons, slices and the page of a report are made of nothing else.
+as ``predictions.npz``. Comparisons, slices and the page of a report are made of nothing else. Of a
+task that is not of one class an example, `Details` are in the answers' place.
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ from jaxdistill.types import Batch
 __all__ = [
   "Answers",
   "Column",
+  "Details",
   "Predictions",
   "answers",
   "column",
   "counted",
   "labelled",
   "load",
+  "present",
   "read_columns",
   "save",
 ]
 
-FORMAT = 1
+FORMAT = 2  # of a task that has no classes; of classes it is 1, which earlier versions read
 FEW = 20  # as many different numbers, and each is a slice of its own; else quartiles
 CLASSES = 1_000_000  # more than any task has; a file's number of them is a size to be taken
 MANY = 200  # slices of a column; the rarest are put together
@@ -75,13 +78,33 @@ class Column:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Details:
+  """What one model did, whatever the labels mean; what its task does not give is empty.
+
+  Attributes:
+    values: ``[S, N]`` by metric, of each example; NaN where it has none.
+    parts: ``[S, R]`` by metric, apart by ``rows[metric]``; NaN where a row has none.
+    rows: what the R parts are called.
+    points: ``[2, M]`` by target: labels, and what the first instance put out.
+    said: of some examples, by ``index``, what its first instance said: a text, or a picture
+      ``[H, W]`` of classes, below 0 for none.
+  """
+
+  values: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  parts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  rows: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+  points: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  said: dict[int, np.ndarray | str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
   """The answers of several models on the labelled examples of a split.
 
   Attributes:
     index: ``[N]``, which example of the split each is; pairs two runs.
-    labels: ``[N]`` int32.
-    models: answers by the model's name (``teacher``, ``baseline``, ``student``).
+    labels: ``[N]`` int32; empty where the labels are no classes.
+    models: answers by the model's name (``teacher``, ``baseline``, ``student``); empty likewise.
     dataset: the data set's name and version.
     split: which split was read.
     seeds: those of baseline and student, in the order of S.
@@ -90,6 +113,9 @@ class Predictions:
     columns: metadata by name, see `column`.
     shown: some examples to look at, by ``index``: a picture ``[H, W]`` or ``[H, W, 3]`` uint8, or a
       text.
+    details: by the model's name, of any other task.
+    truth: of some examples, by ``index``, what their label is, as `Details.said` has it.
+    task: what the metrics are called and how they are read, as a report has it; empty for classes.
   """
 
   index: np.ndarray
@@ -102,9 +128,18 @@ class Predictions:
   num_classes: int = 0
   columns: dict[str, Column] = dataclasses.field(default_factory=dict)
   shown: dict[int, np.ndarray | str] = dataclasses.field(default_factory=dict)
+  details: dict[str, Details] = dataclasses.field(default_factory=dict)
+  truth: dict[int, np.ndarray | str] = dataclasses.field(default_factory=dict)
+  task: dict[str, Any] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
-    return len(self.labels)
+    return len(self.index)
+
+  def values(self, model: str) -> dict[str, np.ndarray]:
+    """Metrics of each example, ``[S, N]`` by name: of classes whether it is right."""
+    if model in self.models:
+      return {"accuracy": self.correct(model).astype(np.float64)}
+    return self.details[model].values if model in self.details else {}
 
   def correct(self, model: str) -> np.ndarray:
     """Whether each instance of a model is right on each example, ``[S, N]``."""
@@ -122,9 +157,18 @@ class Predictions:
       name: Answers(**{f: getattr(one, f)[:, rows] for f in _FIELDS})
       for name, one in self.models.items()
     }
+    details = {
+      name: dataclasses.replace(one, values={n: x[:, rows] for n, x in one.values.items()})
+      for name, one in self.details.items()
+    }
     columns = {name: Column(one.codes[rows], one.names) for name, one in self.columns.items()}
     return dataclasses.replace(
-      self, index=self.index[rows], labels=self.labels[rows], models=models, columns=columns
+      self,
+      index=self.index[rows],
+      labels=self.labels[rows] if len(self.labels) else self.labels,
+      models=models,
+      columns=columns,
+      details=details,
     )
 
 
@@ -169,6 +213,12 @@ def counted(batches: Batch) -> np.ndarray:
   rank = max(mask.ndim for mask in masks)
   first, second = (np.expand_dims(mask, tuple(range(mask.ndim, rank))) for mask in masks)
   return (first * second).reshape(-1) > 0
+
+
+def present(batches: Batch) -> np.ndarray:
+  """Which examples of stacked batches are no padding, ``[N · B]``: some place of theirs counts."""
+  weight = np.asarray(batches.weight)
+  return (weight.reshape(*weight.shape[:2], -1) > 0).any(axis=-1).reshape(-1)
 
 
 def column(name: str, values: Any, index: np.ndarray, size: int | None = None) -> Column:
@@ -313,14 +363,9 @@ def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
       arrays[f"model/{name}/{field}"] = np.asarray(getattr(one, field), kind)
   for i, sliced in enumerate(found.columns.values()):
     arrays[f"column/{i}"] = np.asarray(sliced.codes, np.int32)
-  texts = {}
-  for index, shown in found.shown.items():
-    if isinstance(shown, str):
-      texts[str(index)] = shown
-    else:
-      arrays[f"shown/{index}"] = np.asarray(shown, np.uint8)
+  texts = _told(found.shown, "shown", np.uint8, arrays)
   about = {
-    "format": FORMAT,
+    "format": FORMAT if found.task else 1,
     "dataset": found.dataset,
     "split": found.split,
     "seeds": [int(seed) for seed in found.seeds],
@@ -330,10 +375,48 @@ def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
     "columns": [[name, list(one.names)] for name, one in found.columns.items()],
     "texts": texts,
   }
+  if found.task:
+    about |= {
+      "task": found.task,
+      "truth": _told(found.truth, "truth", np.int32, arrays),
+      "details": {name: _details(name, one, arrays) for name, one in found.details.items()},
+    }
   # As bytes: an array of text would lose a zero at its end.
   arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
   runs.write_npz(path, arrays)
   return path
+
+
+def _told(
+  given: Mapping[int, Any], name: str, kind: Any, arrays: dict[str, np.ndarray]
+) -> dict[str, str]:
+  """Texts by index; what is none of them is put beside."""
+  arrays |= {f"{name}/{i}": np.asarray(x, kind) for i, x in given.items() if not isinstance(x, str)}
+  return {str(index): one for index, one in given.items() if isinstance(one, str)}
+
+
+def _heard(
+  texts: Mapping[str, str], name: str, parts: Mapping[str, np.ndarray]
+) -> dict[int, np.ndarray | str]:
+  """What `_told` told."""
+  found: dict[int, np.ndarray | str] = {int(index): str(text) for index, text in texts.items()}
+  begin = f"{name}/"
+  return found | {int(n.removeprefix(begin)): x for n, x in parts.items() if n.startswith(begin)}
+
+
+_ARRAYS = ("values", "parts", "points")  # of `Details`
+
+
+def _details(name: str, one: Details, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+  """The names of what a model has; its numbers are put into the arrays."""
+  about: dict[str, Any] = {"rows": {metric: list(rows) for metric, rows in one.rows.items()}}
+  for field in _ARRAYS:
+    given = getattr(one, field)
+    about[field] = list(given)
+    for i, values in enumerate(given.values()):  # a name may be anything, and is none of a file's
+      arrays[f"details/{name}/{field}/{i}"] = np.asarray(values, np.float64)
+  about["said"] = _told(one.said, f"said/{name}", np.int32, arrays)
+  return about
 
 
 def load(path: str | os.PathLike[str]) -> Predictions:
@@ -356,7 +439,7 @@ def load(path: str | os.PathLike[str]) -> Predictions:
     parts = runs.read_npz(path)
     about = runs.parse_json(parts["about"].tobytes())
     version = about["format"]
-    found = _assembled(about, parts) if version == FORMAT else None
+    found = _assembled(about, parts) if version in (1, FORMAT) else None
   except _DAMAGE as error:
     raise ValueError(
       f"{path} is damaged ({_check.short(error)}): measure the run again."
@@ -374,17 +457,22 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     name: Answers(**{field: parts[f"model/{name}/{field}"] for field in _FIELDS})
     for name in about["models"]
   }
-  size = len(parts["labels"])
+  details = {
+    name: _read_details(name, one, parts) for name, one in about.get("details", {}).items()
+  }
+  size = len(parts["index"])
   columns = {
     name: Column(parts[f"column/{i}"], tuple(names))
     for i, (name, names) in enumerate(about["columns"])
   }
-  lengths = [len(parts["index"]), *(len(one.codes) for one in columns.values())]
+  lengths = [len(one.codes) for one in columns.values()]
+  lengths += [] if about.get("task") else [len(parts["labels"])]
+  lengths += [x.shape[1] for one in details.values() for x in one.values.values()]
   for one in models.values():
     if one.predicted.ndim != 2 or one.predicted.shape != one.confidence.shape:
       raise ValueError("a model's answers are not [S, N]")
     lengths += [one.predicted.shape[1], one.probability.shape[1]]
-  if set(lengths) != {size}:
+  if set(lengths) - {size}:
     raise ValueError(f"its parts are of {sorted(set(lengths) | {size})} examples")
   said = [one.predicted for one in models.values()]
   largest = max(int(one.max(initial=0)) for one in (parts["labels"], *said))
@@ -394,8 +482,6 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     raise ValueError("a label is below 0, or an example is there twice")
   if any(one.codes.max(initial=-1) >= len(one.names) for one in columns.values()):
     raise ValueError("a slice has no name")
-  shown: dict[int, np.ndarray | str] = {int(k): str(v) for k, v in about["texts"].items()}
-  shown |= {int(n.split("/")[1]): v for n, v in parts.items() if n.startswith("shown/")}
   return Predictions(
     index=parts["index"],
     labels=parts["labels"],
@@ -406,5 +492,23 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     label_names=tuple(map(str, about["label_names"])),
     num_classes=int(about["num_classes"]),
     columns=columns,
-    shown=shown,
+    shown=_heard(about["texts"], "shown", parts),
+    details=details,
+    truth=_heard(about.get("truth", {}), "truth", parts),
+    task=dict(about.get("task", {})),
   )
+
+
+def _read_details(name: str, about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Details:
+  found = {
+    field: {str(n): parts[f"details/{name}/{field}/{i}"] for i, n in enumerate(about[field])}
+    for field in _ARRAYS
+  }
+  rows = {str(metric): tuple(map(str, names)) for metric, names in about["rows"].items()}
+  if {n: x.shape[1:] for n, x in found["parts"].items()} != {n: (len(r),) for n, r in rows.items()}:
+    raise ValueError("a part has no name")
+  if any(x.shape[:1] != (2,) or x.ndim != 2 for x in found["points"].values()):
+    raise ValueError("points are not [2, M]")
+  if any(x.ndim != 2 for x in found["values"].values()):
+    raise ValueError("a model's values are not [S, N]")
+  return Details(**found, rows=rows, said=_heard(about["said"], f"said/{name}", parts))

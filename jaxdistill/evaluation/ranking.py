@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["average_precision", "errors", "neighbourhoods", "normal_errors"]
+__all__ = [
+  "average_precision",
+  "errors",
+  "hits",
+  "nearest",
+  "neighbourhoods",
+  "normal_errors",
+]
 
 # Rows of similarities that are there at once.
 _BLOCK = 1024
@@ -126,7 +133,6 @@ def neighbourhoods(
   units = _units(vectors)
   theirs = None if teacher is None else _units(teacher)
   same, sums = [], np.zeros(4)  # squared distances within a class, their pairs; potentials, pairs
-  hits: list[np.ndarray] = []
   for first in range(0, count, _BLOCK):
     rows = np.arange(first, min(first + _BLOCK, count))
     near, similar = _nearest(units, rows, k, np.ones(count, bool))
@@ -142,19 +148,60 @@ def neighbourhoods(
     if theirs is not None:
       beside = _nearest(theirs, rows, k, np.ones(count, bool))[0]
       same.append((near[:, :, None] == beside[:, None, :]).any(axis=2).mean(axis=1))
-    if known.sum() > 1:
-      mine = rows[known[rows]]
-      nearest = _nearest(units, mine, min(k, int(known.sum()) - 1), known)[0]
-      hits.append(_hits(labels[nearest], labels[mine]))
   found = {"uniformity": float(np.log(sums[2] / sums[3]))}
   if sums[1]:
     found["alignment"] = float(sums[0] / sums[1])
   if same:
     found["neighbour_agreement"] = float(np.concatenate(same).mean())
-  if hits:
-    voted, first_one, any_one = np.concatenate(hits).mean(axis=0)
+  if known.sum() > 1:
+    voted, first_one, any_one = hits(vectors, labels, known, neighbours)[known].mean(axis=0)
     found |= {"knn_accuracy": voted, "recall_at_1": first_one, "recall_at_k": any_one}
   return {name: float(value) for name, value in found.items()}
+
+
+def hits(vectors: np.ndarray, labels: np.ndarray, known: np.ndarray, neighbours: int) -> np.ndarray:
+  """Of each example whether its neighbours have its label.
+
+  Args:
+    vectors: ``[N, D]``.
+    labels: ``[N]``.
+    known: ``[N]``, which of them have a label; only those are neighbours.
+    neighbours: k.
+
+  Returns:
+    ``[N, 3]`` of 0 and 1: whether most of the k nearest, the nearest, and any of them have its
+    label; NaN of an example without one, or without a neighbour.
+
+  >>> vectors, labels = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), np.array([0, 0, 1])
+  >>> hits(vectors, labels, np.array([True, True, True]), 1)[:, 0].tolist()
+  [1.0, 1.0, 0.0]
+  """
+  found = np.full((len(vectors), 3), np.nan)
+  k = min(neighbours, int(known.sum()) - 1)
+  if k < 1:
+    return found
+  units, every = _units(vectors), np.flatnonzero(known)
+  for first in range(0, len(every), _BLOCK):
+    mine = every[first : first + _BLOCK]
+    near = _nearest(units, mine, k, known)[0]
+    found[mine] = _hits(labels[near], labels[mine])
+  return found
+
+
+def nearest(vectors: np.ndarray, row: int, neighbours: int, among: np.ndarray) -> np.ndarray:
+  """The k nearest of one example among some others, the nearest first.
+
+  Args:
+    vectors: ``[N, D]``.
+    row: the example's.
+    neighbours: k.
+    among: ``[N]``, which may be neighbours.
+
+  Returns:
+    Up to k rows.
+  """
+  k = min(neighbours, int(among.sum()) - int(among[row]))
+  return _nearest(_units(vectors), np.array([row]), max(k, 0), among)[0][0]
 
 
 def _units(vectors: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -30,11 +31,13 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill._chunks import Chunks
 from jaxdistill.evaluation import metrics as _metrics
+from jaxdistill.evaluation import predictions as _predictions
 from jaxdistill.evaluation import ranking
 from jaxdistill.types import Batch, Outputs, with_logits
 
 __all__ = [
   "Metric",
+  "Shows",
   "Task",
   "classification",
   "counted",
@@ -42,9 +45,9 @@ __all__ = [
   "embedding",
   "mean",
   "multilabel",
+  "of_shapes",
   "ratios",
   "regression",
-  "shown",
   "tokens",
 ]
 
@@ -60,11 +63,14 @@ class Metric:
     better: ``"higher"`` or ``"lower"``.
     percent: whether it is a share, which is shown in percent.
     title: what it is called where it is shown; its name where left out.
+    of_examples: whether it is a share of examples, each right or wrong: the error of a single run
+      is then binomial.
   """
 
   better: Literal["higher", "lower"]
   percent: bool = False
   title: str = ""
+  of_examples: bool = False
 
   def __post_init__(self) -> None:
     if self.better not in ("higher", "lower"):
@@ -93,6 +99,43 @@ def ratios(sums: Sums) -> dict[str, Any]:
   return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
 
+# What was kept of all examples, ``{name: [N, ...]}``, on the host.
+Kept = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shows:
+  """What a report shows of a model beside its metrics: functions of what was kept, on the host.
+
+  Each is of one instance of a model and takes what `Task.each` and `Task.keeps` gave of all
+  examples, ``{name: [N, ...]}``; what is left out is not shown. Names are of metrics: of the task's
+  `metrics`, or its `others`, which say how they are read.
+
+  Attributes:
+    classes: whether what is kept are answers of one class an example (`predictions.answers`): shown
+      are then classes, confusions, calibration, examples that were lost and gained, and two runs
+      are held against each other by McNemar's test. The others are not asked.
+    values: ``kept -> {name: [N]}``: of each example, NaN where it has none. Paired tests and slices
+      are made of them; by the first a gain is judged.
+    parts: ``kept -> {name: {row: number}}``: a metric apart, by class, label, target or position.
+      A row is a text, or a class's number.
+    points: ``kept -> {target: (labels [M], outputs [M])}``, which are drawn against each other.
+    tells: ``(kept, i) -> (label, said)`` of an example to look at: each a text, a class's number, a
+      tuple of such, or a picture ``[H, W]`` of classes (below 0 is none).
+  """
+
+  classes: bool = False
+  values: Callable[[Kept], Mapping[str, Any]] | None = None
+  parts: Callable[[Kept], Mapping[str, Mapping[Any, float]]] | None = None
+  points: Callable[[Kept], Mapping[str, tuple[Any, Any]]] | None = None
+  tells: Callable[[Kept, int], tuple[Any, Any]] | None = None
+
+  @property
+  def forms(self) -> list[str]:
+    """The names of those that are there."""
+    return [one.name for one in dataclasses.fields(self) if getattr(self, one.name)]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
   """What labels mean, as pure functions.
@@ -115,6 +158,13 @@ class Task:
       computed; outputs are shapes.
     classes: whether logits ``[B, ..., K]`` are of classes and labels ``[B, ...]`` one of them each:
       what is asked of probabilities and of chance (`search.preflight`) is asked then.
+    others: how those are read by which nothing is chosen. What is in neither was measured all the
+      same, and is shown without a direction.
+    fidelity: how those are read that compare with a teacher.
+    keeps: ``(outputs, batch) -> {name: [B, ...]}``, traced: what a report keeps of every example
+      beside what ``each`` gives, asked by `evaluation.examine` alone.
+    shows: what a report makes of what is kept. Where both are left out and ``finish`` is `ratios`,
+      the metrics are means, and a report has them of each example: ``sums`` of it alone.
   """
 
   name: str
@@ -127,6 +177,10 @@ class Task:
   of_all: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Mapping[str, Any]] | None = None
   check: Callable[[Batch, Outputs], None] | None = None
   classes: bool = False
+  others: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+  fidelity: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+  keeps: Callable[[Outputs, Batch], Mapping[str, Any]] | None = None
+  shows: Shows | None = None
 
   def __post_init__(self) -> None:
     if self.sums is None and self.each is None:
@@ -154,6 +208,52 @@ class Task:
         f"metric={name!r} is not among {sorted(self.metrics)}, those of the task {self.name!r}."
       )
     return self.metrics[name]
+
+  @property
+  def _of_means(self) -> bool:
+    """Whether each metric is a mean of what `sums` says of an example alone."""
+    nobody_said = self.keeps is None and self.shows is None
+    return nobody_said and self.sums is not None and self.finish is ratios
+
+  def kept(self, outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
+    """What a report keeps of every example beside `each`, ``{name: [B, ...]}``; traced."""
+    if self.keeps is not None:
+      return self.keeps(outputs, batch)
+    return _alone(self.sums, outputs, batch) if self.sums and self._of_means else {}
+
+  @property
+  def shown(self) -> Shows:
+    """What a report makes of what is kept."""
+    return self.shows or (Shows(values=_means) if self._of_means else Shows())
+
+
+def _alone(sums: Callable[[Outputs, Batch], Sums], outputs: Outputs, batch: Batch) -> Any:
+  """The sums of each example, as if it were a batch of its own."""
+
+  def of_one(outputs: Outputs, batch: Batch) -> Any:
+    return sums(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
+
+  outputs, batch = (
+    dataclasses.replace(outputs, where=None),
+    dataclasses.replace(batch, teacher=None),
+  )
+  return {
+    f"{part}/{name}": pair[i]
+    for name, pair in jax.vmap(of_one)(outputs, batch).items()
+    for i, part in enumerate(("sum", "count"))
+  }
+
+
+def _means(kept: Kept) -> dict[str, np.ndarray]:
+  """What `_alone` kept, as means."""
+  names = [name.removeprefix("sum/") for name in kept if name.startswith("sum/")]
+  return {name: _quotient(kept[f"sum/{name}"], kept[f"count/{name}"]) for name in names}
+
+
+def _quotient(total: Any, count: Any) -> np.ndarray:
+  """NaN where nothing counts: there the mean is unknown."""
+  total, count = (np.asarray(x, np.float64) for x in (total, count))
+  return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
 def counted(batch: Batch, values: Any, *, labelled: bool = True) -> jax.Array:
@@ -242,9 +342,20 @@ def _flat(logits: Any, batch: Batch) -> tuple[Any, Any, Any, Any]:
 
 
 _CLASSES = {
-  "accuracy": Metric("higher", percent=True),
+  "accuracy": Metric("higher", percent=True, of_examples=True),
   "nll": Metric("lower", title="negative log-likelihood"),
   "ece": Metric("lower", percent=True, title="calibration error"),
+}
+_OTHERS = {
+  "top5": Metric("higher", percent=True, title="top-5"),
+  "brier": Metric("lower", title="Brier score"),
+}
+_FIDELITY = {
+  "agreement": Metric("higher", percent=True, title="agrees with teacher"),
+  "kl": Metric("lower", title="KL to the teacher, nats"),
+  "accuracy_where_teacher_wrong": Metric(
+    "higher", percent=True, title="accuracy where the teacher is wrong"
+  ),
 }
 
 
@@ -256,15 +367,22 @@ def classification() -> Task:
   teacher ``agreement``, ``kl`` (nats, teacher to student) and ``accuracy_where_teacher_wrong``. See
   `evaluation.metrics`.
   """
-  check = functools.partial(_check_classes, "[N, B]")
+
+  def keeps(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    return _predictions.answers(outputs.logits, jnp.asarray(batch.labels))
+
   return Task(
     "classification",
     _CLASSES,
     _of_classes,
     _fidelity,
     finish=_metrics.finish,
-    check=check,
+    check=functools.partial(_check_classes, "[N, B]"),
     classes=True,
+    others=_OTHERS,
+    fidelity=_FIDELITY,
+    keeps=keeps,
+    shows=Shows(classes=True),
   )
 
 
@@ -316,6 +434,14 @@ def _tokens(measured: _Tokens) -> Task:
   known = {"nll": _CLASSES["nll"], "perplexity": Metric("lower"), **_CLASSES}
   if measured.token_bytes is not None:
     known = {"bits_per_byte": Metric("lower", title="bits a byte"), **known}
+  # Its tokens are no independent draws.
+  known["accuracy"] = dataclasses.replace(known["accuracy"], of_examples=False)
+  beside = {
+    "reverse_kl": Metric("lower", title="reverse KL"),
+    "acceptance": Metric("higher", percent=True, title="acceptance of drafts"),
+  }
+  for k in measured.top_mass:
+    beside[f"top_mass_{k}"] = Metric("higher", percent=True, title=f"teacher's mass in top {k}")
   return Task(
     "tokens",
     known,
@@ -323,8 +449,12 @@ def _tokens(measured: _Tokens) -> Task:
     measured.compared,
     finish=measured.finish,
     reads=_tokens_read,
-    check=lambda batches, outputs: _check_classes("[N, B, L]", batches, shown(outputs)),
+    check=lambda batches, outputs: _check_classes("[N, B, L]", batches, of_shapes(outputs)),
     classes=True,
+    others=_OTHERS | {"position_nll": Metric("lower", title="negative log-likelihood by position")},
+    fidelity=_FIDELITY | beside,
+    keeps=measured.keeps,
+    shows=Shows(values=_of_sequences, parts=_by_position),
   )
 
 
@@ -335,10 +465,10 @@ def _tokens_read(outputs: Outputs) -> Outputs:
   return Outputs(hidden=outputs.hidden, head=outputs.head)
 
 
-def shown(outputs: Outputs) -> Outputs:
+def of_shapes(outputs: Outputs) -> Outputs:
   """The shapes of outputs, with those of logits that are not made yet.
 
-  >>> shown(Outputs(logits=jnp.ones((2, 3)))).logits.shape
+  >>> of_shapes(Outputs(logits=jnp.ones((2, 3)))).logits.shape
   (2, 3)
   """
   made: Outputs = jax.eval_shape(with_logits, outputs)
@@ -377,8 +507,8 @@ class _Tokens:
           found[measured] = total / counts
     return found
 
-  def _over(self, function: Callable[..., Sums], batch: Batch, *outputs: Outputs) -> Sums:
-    """Adds up ``(batch, parts of the window, *outputs) -> sums`` over chunks of positions."""
+  def _chunks(self, batch: Batch, *outputs: Outputs) -> tuple[Chunks, Callable[[Any], Any]]:
+    """Chunks of positions, and ``i -> (batch, parts of the window, *outputs)`` of one."""
     shape = jax.tree.leaves((outputs[0].logits, outputs[0].hidden))[0].shape[:2]
     whole = all(one.logits is not None for one in outputs)
     most = math.prod(shape) if whole else max(self.at_once, shape[0])
@@ -387,7 +517,7 @@ class _Tokens:
     batch = dataclasses.replace(batch, weight=weight, teacher=None)
     seen = [(one.logits, one.hidden) for one in outputs]
 
-    def of_chunk(i: Any) -> Sums:
+    def of_chunk(i: Any) -> Any:
       own, cut = chunks.cut((batch, seen), i)
       own = dataclasses.replace(own, weight=own.weight * chunks.fresh(i)[None])
       made = [
@@ -396,17 +526,37 @@ class _Tokens:
       ]
       places = chunks.start(i) + jnp.arange(chunks.size)
       parts = jnp.broadcast_to(places * self.by_position // chunks.length, own.weight.shape)
-      return function(own, parts.reshape(-1), *made)
+      return own, parts.reshape(-1), *made
 
+    return chunks, of_chunk
+
+  def _over(self, function: Callable[..., Sums], batch: Batch, *outputs: Outputs) -> Sums:
+    """Adds up ``(batch, parts of the window, *outputs) -> sums`` over chunks of positions."""
+    chunks, of_chunk = self._chunks(batch, *outputs)
     if chunks.count == 1:
-      return of_chunk(0)
+      return function(*of_chunk(0))
 
     def body(total: Any, i: Any) -> tuple[Any, None]:
-      return jax.tree.map(jnp.add, total, of_chunk(i)), None
+      return jax.tree.map(jnp.add, total, function(*of_chunk(i))), None
 
-    zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(of_chunk, 0))
+    shapes = jax.eval_shape(lambda: function(*of_chunk(0)))
+    zeros = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), shapes)
     total: Sums = jax.lax.scan(body, zeros, jnp.arange(chunks.count))[0]
     return total
+
+  def keeps(self, outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+    """Of each token what it cost, whether it was right, and how much it counts, ``[B, L]``."""
+    chunks, of_chunk = self._chunks(batch, outputs)
+
+    def body(total: Any, i: Any) -> tuple[Any, None]:
+      own, _, made = of_chunk(i)
+      fresh = chunks.fresh(i)[None]
+      each = {n: jnp.where(fresh, x, 0) for n, x in _of_tokens(made, own).items()}
+      return {n: chunks.add(total[n], x, i) for n, x in each.items()}, None
+
+    zeros = dict.fromkeys(("nll", "accuracy", "where"), jnp.zeros((chunks.batch, chunks.length)))
+    kept: dict[str, jax.Array] = jax.lax.scan(body, zeros, jnp.arange(chunks.count))[0]
+    return kept
 
   def _of_labels(self, batch: Batch, parts: Any, outputs: Outputs) -> Sums:
     logits, labels, where, known = _flat(outputs.logits, batch)
@@ -452,6 +602,39 @@ class _Tokens:
       counts = where * jnp.where(where > 0, values.astype(jnp.float32), 0)
       found[f"{kind}:{name}_by_position"] = zeros.at[parts].add(counts)
     return found
+
+
+def _of_tokens(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  """Of each token what it cost, whether it was right, and how much it counts."""
+  logits = outputs.logits.astype(jnp.float32)
+  where = counted(batch, logits[..., 0])
+  labels = jnp.where(where > 0, jnp.asarray(batch.labels), 0)
+  nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+  right = (jnp.argmax(logits, axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
+  return {"nll": nll, "accuracy": right.astype(jnp.float32), "where": where}
+
+
+def _of_sequences(kept: Kept) -> dict[str, np.ndarray]:
+  """A sequence's means over its tokens: what lies in one is no independent draw."""
+  where = np.asarray(kept["where"], np.float64)
+  return {
+    name: _quotient(np.where(where > 0, where * kept[name], 0).sum(axis=1), where.sum(axis=1))
+    for name in ("nll", "accuracy")
+  }
+
+
+def _by_position(kept: Kept) -> dict[str, dict[str, float]]:
+  """The mean over the positions from 0, 1, 2, 4, 8 ... on."""
+  where = np.asarray(kept["where"], np.float64)
+  length = where.shape[1]
+  edges = [0, *(2**i for i in range(length.bit_length()) if 2**i < length), length]
+  rows = {}
+  for first, end in itertools.pairwise(edges):
+    here = where[:, first:end]
+    total = np.where(here > 0, here * kept["nll"][:, first:end], 0).sum()
+    if here.sum() > 0:
+      rows[f"{first}" if end == first + 1 else f"{first} to {end - 1}"] = total / here.sum()
+  return {"position_nll": rows}
 
 
 @functools.cache
@@ -505,8 +688,70 @@ def dense(*, boundary: int = 1) -> Task:
     },
     "nll": _CLASSES["nll"],
   }
-  check = functools.partial(_check_classes, "[N, B, H, W]")
-  return Task("dense", known, sums, compared, finish=finish, check=check, classes=True)
+  others = {
+    "image_iou": Metric("higher", percent=True, title="mean IoU of an image"),
+    "class_iou": Metric("higher", percent=True, title="IoU by class"),
+  }
+  return Task(
+    "dense",
+    known,
+    sums,
+    compared,
+    finish=finish,
+    check=functools.partial(_check_classes, "[N, B, H, W]"),
+    others=others,
+    fidelity={
+      "agreement": Metric("higher", percent=True, title="pixels as the teacher has them"),
+      "kl": _FIDELITY["kl"],
+    },
+    classes=True,
+    keeps=_of_images,
+    shows=Shows(values=_each_image, parts=_each_class, tells=_masks),
+  )
+
+
+_SIDE = 96  # pixels of a mask that is kept to be looked at
+
+
+def _of_images(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
+  """Each image's confusion ``[B, K, K]``; masks as small as they are shown, −1 for no label."""
+  classes, where = outputs.logits.shape[-1], counted(batch, batch.labels)
+  said = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
+  labels = jnp.where(where > 0, batch.labels, 0).astype(jnp.int32)
+  image = jnp.arange(len(said))[:, None, None]
+  confusion = jnp.zeros((len(said), classes, classes), jnp.float32)
+  step = -(-max(said.shape[1:]) // _SIDE)
+  return {
+    "confusion": confusion.at[image, labels, said].add(where),
+    "said": said[:, ::step, ::step],
+    "labels": jnp.where(where > 0, labels, -1)[:, ::step, ::step],
+  }
+
+
+def _ious(confusion: Any) -> np.ndarray:
+  """Intersection over union by class, ``[..., K]``; NaN of one that is neither there nor said."""
+  confusion = np.asarray(confusion, np.float64)
+  right = np.diagonal(confusion, axis1=-2, axis2=-1)
+  return _quotient(right, confusion.sum(axis=-1) + confusion.sum(axis=-2) - right)
+
+
+def _each_image(kept: Kept) -> dict[str, np.ndarray]:
+  confusion = np.asarray(kept["confusion"], np.float64)
+  each, there = _ious(confusion), confusion.sum(axis=(1, 2))
+  known = ~np.isnan(each)
+  return {
+    "image_iou": _quotient(np.where(known, each, 0).sum(axis=1), known.sum(axis=1)),
+    "pixel_accuracy": _quotient(np.trace(confusion, axis1=1, axis2=2), there),
+  }
+
+
+def _each_class(kept: Kept) -> dict[str, dict[int, float]]:
+  found = _ious(np.asarray(kept["confusion"], np.float64).sum(axis=0))
+  return {"class_iou": {k: float(iou) for k, iou in enumerate(found) if not np.isnan(iou)}}
+
+
+def _masks(kept: Kept, i: int) -> tuple[Any, Any]:
+  return kept["labels"][i], kept["said"][i]
 
 
 def _near_boundary(labels: Any, there: Any, pixels: int) -> Any:
@@ -561,6 +806,16 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     "nll": _CLASSES["nll"],
     "ece": _CLASSES["ece"],
   }
+
+  def tells(kept: Kept, i: int) -> tuple[Any, Any]:
+    there = kept["where"][i] > 0
+    label, said = (
+      # Of several places, those that some place has.
+      np.flatnonzero((there & on).reshape(-1, there.shape[-1]).any(axis=0)).tolist()
+      for on in (kept["labels"][i] > 0.5, kept["scores"][i] >= edge)
+    )
+    return tuple(label), tuple(said)
+
   return Task(
     "multilabel",
     known,
@@ -570,7 +825,48 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     each=each,
     of_all=_mean_average_precision,
     check=_check_labels,
+    others={
+      "example_ap": Metric("higher", percent=True, title="average precision of an example"),
+      "label_ap": Metric("higher", percent=True, title="average precision by label"),
+    },
+    fidelity={
+      "agreement": Metric("higher", percent=True, title="labels as the teacher has them"),
+      "kl": Metric("lower", title="KL to the teacher, nats a label"),
+    },
+    shows=Shows(
+      values=functools.partial(_each_example, edge), parts=_precision_by_label, tells=tells
+    ),
   )
+
+
+def _each_example(edge: float, kept: Kept) -> dict[str, np.ndarray]:
+  """How well an example's labels are ranked, and the share of them that is right."""
+  scores, labels, where = _rows(kept, len(kept["scores"]))
+  ranked = [
+    ranking.average_precision(s, y > 0.5, w) for s, y, w in zip(scores, labels, where, strict=True)
+  ]
+  right = ((scores >= edge) == (labels > 0.5)) & ~np.isnan(scores)
+  return {
+    "example_ap": np.array([np.nan if one is None else one for one in ranked], np.float64),
+    "accuracy": _quotient((where * right).sum(axis=1), where.sum(axis=1)),
+  }
+
+
+def _rows(kept: Kept, count: int) -> list[np.ndarray]:
+  """Scores, labels and weights, all of an example in a row."""
+  return [np.asarray(kept[n], np.float64).reshape(count, -1) for n in ("scores", "labels", "where")]
+
+
+def _precision_by_label(kept: Kept) -> dict[str, dict[int, float]]:
+  """The average precision of each label that some example has."""
+  scores, labels, where = (
+    kept[name].reshape(-1, kept[name].shape[-1]) for name in ("scores", "labels", "where")
+  )
+  each = {
+    k: ranking.average_precision(scores[:, k], labels[:, k] > 0.5, where[:, k])
+    for k in range(scores.shape[1])
+  }
+  return {"label_ap": {k: one for k, one in each.items() if one is not None}}
 
 
 def _of_labels(edge: float, outputs: Outputs, batch: Batch) -> Sums:
@@ -622,14 +918,7 @@ def _mean_average_precision(
 ) -> dict[str, Any]:
   """The mean over the labels that some example has."""
   del teacher
-  scores, labels, where = (
-    kept[name].reshape(-1, kept[name].shape[-1]) for name in ("scores", "labels", "where")
-  )
-  each = [
-    ranking.average_precision(scores[:, k], labels[:, k] > 0.5, where[:, k])
-    for k in range(scores.shape[1])
-  ]
-  known = [one for one in each if one is not None]
+  known = list(_precision_by_label(kept)["label_ap"].values())
   return {"map": float(np.mean(known))} if known else {}
 
 
@@ -693,6 +982,42 @@ def regression(*, variance: bool = False) -> Task:
       found |= ranking.normal_errors(said, log_variance, flat["labels"], flat["where"])
     return found
 
+  def values(kept: Kept) -> dict[str, np.ndarray]:
+    where = np.asarray(kept["where"], np.float64)
+    error = np.where(
+      where > 0,
+      parts(np.asarray(kept["outputs"], np.float64))[0] - np.asarray(kept["labels"], np.float64),
+      0,
+    )
+    of_one = len(error), -1  # an example's targets, wherever they are
+    counts = where.reshape(of_one).sum(axis=1)
+    return {
+      "squared_error": _quotient((where * error**2).reshape(of_one).sum(axis=1), counts),
+      "mae": _quotient((where * np.abs(error)).reshape(of_one).sum(axis=1), counts),
+    }
+
+  def points(kept: Kept) -> dict[str, tuple[Any, Any]]:
+    flat = {name: np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for name, x in kept.items()}
+    said, labels, there = parts(flat["outputs"])[0], flat["labels"], flat["where"] > 0
+    each = range(labels.shape[1])
+    return {f"target {d}": (labels[there[:, d], d], said[there[:, d], d]) for d in each}
+
+  def by_target(kept: Kept) -> dict[str, dict[str, float]]:
+    drawn = points(kept)
+    errors = {name: said - labels for name, (labels, said) in drawn.items() if len(labels)}
+    if len(drawn) < 2:
+      return {}
+    return {"target_rmse": {n: float(np.sqrt(np.mean(e**2))) for n, e in errors.items()}}
+
+  def tells(kept: Kept, i: int) -> tuple[str, str]:
+    pair = kept["labels"][i], parts(kept["outputs"][i])[0]
+    there = np.asarray(kept["where"][i]) > 0
+    told = (np.where(there, one, np.nan).reshape(-1)[:8].tolist() for one in pair)
+    label, said = (
+      ", ".join("–" if np.isnan(one) else f"{one:.4g}" for one in each) for each in told
+    )
+    return label, said
+
   def check(batches: Batch, outputs: Outputs) -> None:
     logits, labels = outputs.logits, np.shape(batches.labels)[1:]
     wanted = (*logits.shape[:-1], logits.shape[-1] // 2 if variance else logits.shape[-1])
@@ -712,10 +1037,28 @@ def regression(*, variance: bool = False) -> Task:
   }
   if variance:
     known |= {"nll": _CLASSES["nll"], "interval_error": Metric("lower", percent=True)}
-  return Task("regression", known, None, compared, finish, _logits_alone, each, of_all, check)
+  return Task(
+    "regression",
+    known,
+    compared=compared,
+    finish=finish,
+    each=each,
+    of_all=of_all,
+    check=check,
+    others={
+      "squared_error": Metric("lower", title="squared error"),
+      "target_rmse": Metric("lower", title="root mean squared error by target"),
+    },
+    fidelity={
+      "rmse_to_teacher": Metric("lower", title="root mean squared distance to the teacher")
+    },
+    shows=Shows(values=values, parts=by_target, points=points, tells=tells),
+  )
 
 
 # Vectors.
+
+_MANY = 1000  # classes, of which each would have too few examples to be told alone
 
 
 @functools.cache
@@ -745,7 +1088,10 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
       raise ValueError(
         f"feature={feature!r} is not among the network's, {sorted(outputs.features)}."
       )
-    return Outputs(logits=outputs.features[feature])
+    # None marks what was read before, and is the logits now.
+    vectors = outputs.features[feature]
+    vectors = outputs.logits if vectors is None else vectors
+    return Outputs(logits=vectors, features={feature: None})
 
   def each(outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
     vectors = outputs.logits.astype(jnp.float32)
@@ -766,8 +1112,45 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
     if np.ndim(batches.labels) != 2 or np.asarray(batches.labels).dtype.kind not in "iu":
       raise TypeError("of the task 'embedding' a label is one whole number an example.")
 
+  def hits(kept: Kept) -> np.ndarray:
+    vectors = np.asarray(kept["vectors"], np.float64)
+    return ranking.hits(vectors, kept["labels"], kept["known"] > 0, neighbours)
+
+  def values(kept: Kept) -> dict[str, np.ndarray]:
+    return dict(zip(("knn_accuracy", "recall_at_1", "recall_at_k"), hits(kept).T, strict=True))
+
+  def by_class(kept: Kept) -> dict[str, dict[int, float]]:
+    voted, labels = hits(kept)[:, 0], np.asarray(kept["labels"])
+    there = ~np.isnan(voted)
+    classes = np.unique(labels[there])
+    if len(classes) > _MANY:
+      return {}
+    return {"class_knn": {int(k): float(voted[there & (labels == k)].mean()) for k in classes}}
+
+  def tells(kept: Kept, i: int) -> tuple[Any, Any]:
+    known, labels = kept["known"] > 0, kept["labels"]
+    near = ranking.nearest(np.asarray(kept["vectors"], np.float64), i, neighbours, known)
+    return int(labels[i]) if known[i] else "no label", tuple(labels[near].tolist())
+
   known = {
-    name: Metric("higher", percent=True) for name in ("knn_accuracy", "recall_at_1", "recall_at_k")
+    "knn_accuracy": Metric("higher", percent=True, title="k-NN accuracy", of_examples=True),
+    "recall_at_1": Metric("higher", percent=True, title="recall at 1", of_examples=True),
+    "recall_at_k": Metric(
+      "higher", percent=True, title=f"recall at {neighbours}", of_examples=True
+    ),
+    "alignment": Metric("lower"),
+    "uniformity": Metric("lower"),
   }
-  known |= {"alignment": Metric("lower"), "uniformity": Metric("lower")}
-  return Task("embedding", known, reads=reads, each=each, of_all=of_all, check=check)
+  return Task(
+    "embedding",
+    known,
+    reads=reads,
+    each=each,
+    of_all=of_all,
+    check=check,
+    others={"class_knn": Metric("higher", percent=True, title="k-NN accuracy by class")},
+    fidelity={
+      "neighbour_agreement": Metric("higher", percent=True, title="neighbours as the teacher has")
+    },
+    shows=Shows(values=values, parts=by_class, tells=tells),
+  )

@@ -28,21 +28,21 @@ __all__ = [
   "Measured",  # one model as `evaluation.examine` measured it
   "build_report",  # assembles a report from the measured models
   "compare_runs",  # compares the students of two runs on the examples that both were measured on
-  "compare_students",  # compares the runs ``baseline`` and ``student`` of an experiment's folder
+  "compare_students",  # baseline and student, runs of a folder or models, beside their teacher
   "csv_text",  # rows as CSV; the first is its head
   "figures",  # pictures of results: models side by side, curves over a setting, methods in rows
   "gather_predictions",  # what all models said of each example, with some to look at
   "grid",  # rows as a Markdown table that is aligned as plain text too
   "markdown",  # ``report.md``: verdict, tables, how to repeat it; what is broken in the numbers
   "measure_model",  # evaluates a model and what it costs
-  "picture",  # accuracy of the models: every seed a dot, the mean with its standard deviation
+  "picture",  # the metric of the models: every seed a dot, the mean with its standard deviation
   "plain",  # a number in full, a cost for example
   "render_report",  # makes the pages of a report again from a run's folder alone; runs no network
   "report_schema",  # the JSON schema that every ``report.json`` satisfies
   "table",  # the one table: quality, agreement with the teacher, and cost of the models
   "with_std",  # a mean and its standard deviation, which one run has not
   "write_comparison",  # writes the page, and beside it the same as ``.md`` and ``.json``
-  "write_report",  # writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``
+  "write_report",  # writes ``report.json``, ``report.md``, ``report.html`` and a picture
 ]
 
 __getattr__, __dir__ = lazy(__name__)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ __all__ = [
   "WORDS",
   "Cell",
   "Markup",
+  "Reading",
   "Table",
   "Told",
   "change",
@@ -161,11 +163,19 @@ def percent(spread: Mapping[str, Any] | None) -> str:
 def number(spread: Mapping[str, Any] | None) -> str:
   """A number to four places, with its standard deviation where it has one.
 
-  >>> number({"mean": 0.5, "std": None})
-  '0.5000'
+  >>> number({"mean": 0.5, "std": None}), number({"mean": 2e-6, "std": 1e-7})
+  ('0.5000', '0.000002000 ± 0.000000100')
   """
   mean, std = ((spread or {}).get(name) for name in ("mean", "std"))
-  return with_std(mean, std, 4)
+  return with_std(mean, std, _places(mean))
+
+
+def _places(value: float | None) -> int:
+  """Of a number: four, and of one that is very small or large as many as show four digits."""
+  size = abs(value or 1.0)
+  if 1e-3 <= size < 1e3 or not math.isfinite(size):
+    return 4
+  return min(12, max(0, 3 - math.floor(math.log10(size))))
 
 
 def count(value: float | None) -> str:
@@ -211,6 +221,107 @@ def change(points: float | None, error: float | None, places: int = 2) -> str:
   small = abs(100 * points) < 0.5 * 10**-places
   text = f"{0:.{places}f}" if small else signed(100 * points, places)
   return text if error is None else f"{text} ± {100 * error:.{places}f}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a metric is told, by its name, direction and unit: a share in percent, or a number.
+
+  Attributes:
+    name: the metric's.
+    title: what it is called.
+    better: ``"higher"``, ``"lower"``, or None where nobody said.
+    percent: whether it is a share.
+    of_examples: whether it is a share of examples.
+
+  >>> error = Reading("rmse", "error", "lower")
+  >>> error.label, error.value(0.25), error.change(-0.5, 0.25), error.gain(-0.5)
+  ('error', '0.2500', '−0.5000 ± 0.2500', 0.5)
+  >>> share = Reading("accuracy", "accuracy", "higher", percent=True)
+  >>> share.label, share.value(0.25), share.change(-0.5, 0.25), share.amount(-0.5)
+  ('accuracy, %', '25.00%', '−50.00 ± 25.00', '50.00 points')
+  """
+
+  name: str
+  title: str
+  better: str | None = None
+  percent: bool = False
+  of_examples: bool = False
+
+  @property
+  def label(self) -> str:
+    """The title with its unit."""
+    return f"{self.title}, %" if self.percent else self.title
+
+  @property
+  def points(self) -> str:
+    """The unit of a difference, after it."""
+    return " points" if self.percent else ""
+
+  @property
+  def called(self) -> str:
+    """The title before a value, where a percentage alone would not say it."""
+    return "" if self.title == "accuracy" else f"{self.title} "
+
+  @property
+  def inside(self) -> str:
+    """The title after a difference, likewise."""
+    return "" if self.title == "accuracy" else f" in {self.title}"
+
+  @property
+  def more(self) -> str:
+    """What a model is that has a better value."""
+    return "more accurate" if self.title == "accuracy" else f"better in {self.title}"
+
+  @property
+  def less(self) -> str:
+    """What a model is that has a worse value: of accuracies there is less."""
+    return "less accuracy" if self.title == "accuracy" else f"worse {self.title}"
+
+  def gain(self, difference: float) -> float:
+    """A difference as what was gained: positive where it is for the better."""
+    return -difference if self.better == "lower" else difference
+
+  def spread(self, spread: Mapping[str, Any] | None) -> str:
+    """A mean with its standard deviation, in a table whose row has the `label`."""
+    return percent(spread) if self.percent else number(spread)
+
+  def told(self, mean: float, std: float | None) -> str:
+    """The same of a picture, in whose units the mean is."""
+    return with_std(mean, std, 2 if self.percent else _places(mean))
+
+  def scaled(self, value: float) -> float:
+    """In the unit of the `label`."""
+    return 100 * value if self.percent else value
+
+  def value(self, value: float) -> str:
+    """A value in a sentence."""
+    return f"{100 * value:.2f}%" if self.percent else f"{value:.{_places(value)}f}"
+
+  def amount(self, difference: float, error: float | None = None) -> str:
+    """How large a difference is, whatever its sign, with its standard error."""
+    error = None if error is None else self.scaled(error)
+    size = abs(self.scaled(difference))
+    return with_std(size, error, 2 if self.percent else _places(size)) + self.points
+
+  def bare(self, size: float) -> str:
+    """A difference's size or its error without a unit."""
+    return f"{self.scaled(size):.{2 if self.percent else _places(size)}f}"
+
+  def change(self, difference: float | None, error: float | None, places: int = 2) -> str:
+    """A difference with its sign, and its standard error where it has one."""
+    if self.percent or difference is None:
+      return change(difference, error, places)
+    digits = _places(max(abs(difference), abs(error or 0)) or 1.0)
+    text = signed(difference, digits)
+    return text if error is None else f"{text} ± {error:.{digits}f}"
+
+  def interval(self, low: float | None, high: float | None) -> str:
+    """The ends of a difference's interval; empty where they are unknown."""
+    if self.percent or low is None or high is None:
+      return interval(low, high)
+    digits = _places(max(abs(low), abs(high)) or 1.0)
+    return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def interval(low: float | None, high: float | None, places: int = 2) -> str:

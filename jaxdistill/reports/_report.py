@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, _extras, evaluation, runs
-from jaxdistill.evaluation import metrics
+from jaxdistill.evaluation import metrics, tasks
 from jaxdistill.evaluation.predictions import Answers, Predictions, column
 from jaxdistill.evaluation.predictions import save as save_predictions
+from jaxdistill.evaluation.tasks import Task
+from jaxdistill.reports._format import Reading
 from jaxdistill.reports._pages import analysis, document, evidence, page, summary
 from jaxdistill.reports._pages.decision import decide
 from jaxdistill.runs import environment
@@ -45,12 +47,14 @@ class Measured:
     costs: from `evaluation.costs`.
     description: what it is, in a few words.
     answers: what it said of each example, from `evaluation.examine`; None where nobody asked.
+    task: what the labels mean; one class an example where left out.
   """
 
   quality: Mapping[str, np.ndarray]
   costs: Mapping[str, Any]
   description: str = ""
-  answers: Answers | None = None
+  answers: Answers | Mapping[str, np.ndarray] | None = None
+  task: Task = dataclasses.field(default_factory=tasks.classification)
 
 
 def measure_model(
@@ -60,6 +64,7 @@ def measure_model(
   teacher: Teacher | None = None,
   costs: Mapping[str, Any] | None = None,
   description: str = "",
+  task: Task | None = None,
 ) -> Measured:
   """Evaluates a model and what it costs.
 
@@ -70,16 +75,19 @@ def measure_model(
     costs: from `evaluation.costs`, where another model of the same network was measured already:
       timing it twice would show the clock's noise as a difference.
     description: what it is, in a few words.
+    task: what the labels mean, as in `evaluation.evaluate`.
 
   Returns:
     The model's quality, its answers and its costs.
   """
-  quality, answers = evaluation.examine(model, batches, teacher=teacher)
+  task = tasks.classification() if task is None else task
+  quality, answers = evaluation.examine(model, batches, teacher=teacher, task=task)
   return Measured(
     quality=quality,
     costs=evaluation.costs(model, batches) if costs is None else costs,
     description=description,
     answers=answers,
+    task=task,
   )
 
 
@@ -116,28 +124,37 @@ def build_report(
 
   Returns:
     A dictionary that satisfies `report_schema`.
+
+  Raises:
+    TypeError: a model is not from `measure_model`.
+    ValueError: the models are of different tasks, of another number of seeds, or lack what compares
+      with the teacher; a share is none; or a metric has the name of a cost.
   """
   parts = {"teacher": teacher, "student": student}
   if baseline is not None:
     parts = {"teacher": teacher, "baseline": baseline, "student": student}
-  _check_parts(parts, len(seeds))
+  task = _check_parts(parts, len(seeds))
   _check.whole("examples", examples)
-  accuracy = {
-    name: np.atleast_1d(part.quality["accuracy"])
+  about = {"task": document.about(task, list(student.quality) + list(teacher.quality))}
+  first, faithful = document.first(about), document.fidelity(about)
+  values = {
+    name: np.atleast_1d(part.quality[first.name])
     for name, part in parts.items()
-    if "accuracy" in part.quality
+    if first.name in part.quality
   }
-  gap, gain = _gap(parts, accuracy, examples)
-  fidelity = {name: _spreads(part, document.FIDELITY) for name, part in parts.items()}
+  gap, gain = _gap(parts, values, first, examples)
+  fidelity = {name: _spreads(part, list(task.fidelity)) for name, part in parts.items()}
+  agreement = None if faithful is None else fidelity["student"].get(faithful.name)
   report = {
     "version": document.VERSION,
+    **about,
     "dataset": dataset,
     "split": split,
     "examples": examples,
     "seeds": list(seeds),
     "varied": varied,
-    "verdict": summary.verdict(accuracy, gain, fidelity["student"]["agreement"]),
-    "models": {name: _model(part) for name, part in parts.items()},
+    "verdict": summary.verdict(values, gain, first, (faithful, agreement)),
+    "models": {name: _model(part, list(about["task"]["metrics"])) for name, part in parts.items()},
     "fidelity": fidelity["student"],
     "baseline_fidelity": fidelity.get("baseline"),
     "gain": gain,
@@ -149,45 +166,67 @@ def build_report(
 
 
 def _gap(
-  parts: Mapping[str, Measured], accuracy: Mapping[str, np.ndarray], examples: int
+  parts: Mapping[str, Measured],
+  values: Mapping[str, np.ndarray],
+  first: Reading,
+  examples: int,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
   """Share of the gap and gain, of what is finite; an unknown share says why."""
   if "baseline" not in parts:
     return {"note": "There is no baseline, the same network trained on labels alone."}, None
-  finite = {name: values[np.isfinite(values)] for name, values in accuracy.items()}
+  finite = {name: each[np.isfinite(each)] for name, each in values.items()}
   empty = [name for name in parts if not finite.get(name, np.zeros(0)).size]
   gain = None
   if not {"student", "baseline"} & set(empty):
     gain = metrics.difference(finite["student"], finite["baseline"])
+    gain["mean"] = first.gain(float(gain["mean"] or 0.0))
   if empty:
-    why = "is not a number" if set(empty) & set(accuracy) else "was not measured"
-    return {"note": f"The accuracy of {' and '.join(empty)} {why}."}, gain
+    why = "is not a number" if set(empty) & set(values) else "was not measured"
+    return {"note": f"The {first.title} of {' and '.join(empty)} {why}."}, gain
   gap = metrics.gap_closed(
-    finite["teacher"], finite["baseline"], finite["student"], examples=examples
+    finite["teacher"],
+    finite["baseline"],
+    finite["student"],
+    better="lower" if first.better == "lower" else "higher",
+    examples=examples if first.of_examples else None,
   )
   return gap, gain
 
 
-def _check_parts(parts: Mapping[str, Any], seeds: int) -> None:
+def _check_parts(parts: Mapping[str, Any], seeds: int) -> Task:
+  """The task that all models were measured by."""
   for name, part in parts.items():
     if not isinstance(part, Measured):
       raise TypeError(f"{name} must be from reports.measure_model, got {_check.show(part)}.")
-    missing = [] if name == "teacher" else sorted({"agreement", "kl"} - set(part.quality))
-    if missing:
+    task = part.task
+    if task is not parts["student"].task:
+      raise ValueError(
+        f"{name} was measured by the task {task.name!r} and the student by another "
+        f"({parts['student'].task.name!r}): measure all models by one."
+      )
+    missing = sorted(task.fidelity) if task.compared is not None else []
+    if name != "teacher" and missing and not set(missing) & set(part.quality):
       raise ValueError(f"{name} lacks {missing}; measure it with teacher=.")
-    values = np.atleast_1d(part.quality.get("accuracy", np.nan))
-    if np.any((values < 0) | (values > 1)):
-      raise ValueError(f"{name} has the accuracy {values}; it is a share of labelled examples.")
+    for metric, one in {**task.metrics, **task.others, **task.fidelity}.items():
+      values = np.atleast_1d(part.quality.get(metric, np.nan))
+      if one.percent and np.any((values < 0) | (values > 1)):
+        raise ValueError(
+          f"{name} has the {metric} {values}; it is a share of labelled examples, in 0 .. 1."
+        )
     if name != "teacher" and _instances(part) != seeds:
       raise ValueError(
         f"seeds has {seeds} and {name} {_instances(part)} instances; give each one's seed."
       )
+  found: Task = parts["student"].task
+  return found
 
 
 def _instances(part: Measured) -> int:
   """How many seeds a model is of, of whatever was measured."""
-  said = () if part.answers is None else (part.answers.predicted,)
-  return len(np.atleast_1d(next(iter((*part.quality.values(), *said)), 0)))
+  said = part.answers.predicted if isinstance(part.answers, Answers) else None
+  kept = part.answers.values() if isinstance(part.answers, Mapping) else ()
+  there = (*part.quality.values(), *(() if said is None else (said,)), *kept)
+  return len(np.atleast_1d(next(iter(there), 0)))
 
 
 def _spreads(part: Measured, names: Sequence[str]) -> dict[str, Any]:
@@ -199,17 +238,18 @@ def _spreads(part: Measured, names: Sequence[str]) -> dict[str, Any]:
   }
 
 
-def _model(part: Measured) -> dict[str, Any]:
+def _model(part: Measured, names: Sequence[str]) -> dict[str, Any]:
+  first, *_ = names
   model = {
     "description": part.description,
     "instances": _instances(part),
-    **_spreads(part, document.QUALITIES),
+    **_spreads(part, names),
     **part.costs,
+    "per_seed": {n: np.atleast_1d(part.quality[n]) for n in names if n in part.quality} or None,
   }
-  if "accuracy" in part.quality:
-    # Seeds without an accuracy are left out of it, as they are of the gain; the page says so.
-    values = np.atleast_1d(part.quality["accuracy"])
-    model |= {"accuracy": document.spread(values), "accuracy_per_seed": values}
+  if first in part.quality:
+    # Seeds without one are left out of it, as they are of the gain; the page says so.
+    model[first] = document.spread(np.atleast_1d(part.quality[first]))
   return model
 
 
@@ -219,9 +259,10 @@ def write_report(
   *,
   predictions: Predictions | None = None,
 ) -> pathlib.Path:
-  """Writes ``report.json``, ``report.md``, ``report.html``, ``accuracy.png``, ``predictions.npz``.
+  """Writes ``report.json``, ``report.md``, ``report.html``, ``predictions.npz``, and a picture.
 
-  A report on another split than ``test`` gets the split's name: ``report-validation.json``. Numbers
+  The picture is called by the metric, ``accuracy.png``. A report on another split than ``test``
+  gets the split's name: ``report-validation.json``. Numbers
   are written first: whatever should go wrong with a page, they are there.
 
   Args:
@@ -285,9 +326,9 @@ def render_report(
   report = {**found.report, **anew}
   if found.whole is not None:
     runs.write_json(found.folder / f"report{end}.json", document.known({**found.whole, **anew}))
-  summary.picture(report, found.folder / f"accuracy{end}.png")
-  text = summary.text(report).replace("(accuracy.png)", f"(accuracy{end}.png)")
-  runs.write_text(found.folder / f"report{end}.md", text)
+  named = summary.picture_name(report, end)
+  summary.picture(report, found.folder / named)
+  runs.write_text(found.folder / f"report{end}.md", summary.text(report, named))
   path = found.folder / f"report{end}.html"
   runs.write_text(path, page.build(found, derived))
   return path
@@ -314,8 +355,10 @@ def _derived(found: evidence.Evidence) -> dict[str, Any]:
   """What follows from the answers on each example, and the decision."""
   answers = found.predictions
   known = answers is not None and len(answers) > 0 and "student" in answers.models
+  measured = answers is not None and len(answers) > 0
+  readings = document.readings(found.report)
   classes = analysis.classes(answers) if answers is not None and known else []
-  slices = analysis.slices(answers) if answers is not None and known else {}
+  slices = analysis.slices(answers, readings) if answers is not None and measured else {}
   lost = None
   if answers is not None and known and "teacher" in answers.models:
     lost = analysis.lost(answers)
@@ -327,6 +370,8 @@ def _derived(found: evidence.Evidence) -> dict[str, Any]:
     "confusions": confused,
     "slices": slices,
     "lost": lost,
+    "parts": analysis.parts(answers) if answers is not None else {},
+    "paired": analysis.paired(answers, readings) if answers is not None and measured else [],
   }
 
 

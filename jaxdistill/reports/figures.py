@@ -23,6 +23,8 @@ from jaxdistill.reports._svg import BASELINE, RULE, STUDENT, TEACHER, hover
 
 __all__ = [
   "against",
+  "classes",
+  "colours",
   "curves",
   "frontier",
   "gap",
@@ -31,6 +33,7 @@ __all__ = [
   "models",
   "png",
   "reliability",
+  "scatter",
   "training",
 ]
 
@@ -42,6 +45,7 @@ _LINES = ("--", ":", "-.")
 _KINDS = (TEACHER, BASELINE, STUDENT)
 _LOOKS = dict(zip(MODELS, zip(_KINDS, "s^o", strict=True), strict=True))
 _PALE = "#8a8a8a"
+_DOTS = 300  # of a scatter; more hide one another, and a page grows with each
 _WIDE = 340  # points of a picture in a page: its text keeps its size on a phone
 
 
@@ -51,6 +55,7 @@ def models(
   *,
   ylabel: str,
   title: str = "",
+  show: Callable[[float], str] = "{:.2f}".format,
 ) -> Any:
   """Models side by side: every seed a dot, the mean with its standard deviation.
 
@@ -59,6 +64,7 @@ def models(
     values: for each model, by the text below it, its values ``[S]`` over seeds.
     ylabel: what the values are.
     title: above the picture.
+    show: a mean as the text beside it.
 
   Returns:
     The figure, Matplotlib's.
@@ -79,7 +85,7 @@ def models(
     beside = np.linspace(-0.12, 0.12, len(each)) if len(each) > 1 else np.zeros(1)
     axes.scatter(i + beside, each, s=22, color=colour, alpha=0.45, linewidths=0)
     axes.errorbar(i, mean, yerr=std, fmt="D", color=colour, capsize=5, ms=7, label=_text(name))
-    axes.annotate(f"{mean:.2f}", (i, mean), (30, 0), textcoords="offset points", va="center")
+    axes.annotate(show(mean), (i, mean), (30, 0), textcoords="offset points", va="center")
   axes.set_xticks(range(len(values)), [_text(name) for name in values])
   axes.set_xlim(-0.5, len(values) - 0.2)
   axes.grid(axis="y", alpha=0.25)
@@ -282,16 +288,20 @@ def against(
   *,
   xlabel: str,
   show: Callable[[float], str],
+  ylabel: str = "accuracy, %",
+  tell: Callable[[float, float | None], str] = with_std,
   words: Mapping[str, str] = WORDS,
 ) -> Any:
-  """Accuracy against what it costs: one mark a model with its name, its std as a bar.
+  """A metric against what it costs: one mark a model with its name, its std as a bar.
 
   Args:
     path: where the PNG goes; None writes none.
-    points: by model (``teacher``, ``baseline``, ``student``) ``(cost, accuracy in %, standard
-      deviation or None)``.
+    points: by model (``teacher``, ``baseline``, ``student``) ``(cost, value, standard deviation or
+      None)``.
     xlabel: what the cost is; its axis is logarithmic.
     show: a cost as a tick's text.
+    ylabel: what the values are, with their unit.
+    tell: a value and its standard deviation as a text.
     words: what the models are called.
 
   Returns:
@@ -303,14 +313,15 @@ def against(
   ['teacher 97.00', 'student 93.00 ± 0.40']
   """
   _check_entries("points", points)
-  figure, axes = _small(220, xlabel=xlabel, above="accuracy, %", top=28)
+  figure, axes = _small(220, xlabel=xlabel, above=ylabel, left=46, top=28)
   costs = [cost for cost, _, _ in points.values()]
   room = max(1.5, (max(costs) / min(costs)) ** 0.14)
   ends = (min(costs) / room, max(costs) * room)
   axes.set(xscale="log", xlim=ends)
   for name, (cost, value, std) in points.items():
     axes.errorbar(cost, value, yerr=std, fmt="none", color=_LOOKS[name][0], elinewidth=1.4)
-    _marks(axes, name, [cost], [value], [f"{words[name]}: {show(cost)}, {with_std(value, std)}%"])
+    told = f"{words[name]}: {show(cost)}, {tell(value, std)}{'%' * ylabel.endswith('%')}"
+    _marks(axes, name, [cost], [value], [told])
   axes.margins(y=0.18)
   axes.autoscale(axis="y")
   ticks = _log_ticks(*ends)
@@ -323,7 +334,7 @@ def against(
     while any(abs(y + shift - other) < 13 and abs(x - beside) < 110 for beside, other in placed):
       shift -= 3
     placed.append((x, y + shift))
-    told, at = _text(f"{words[name]} {with_std(value, std)}"), (-10 if left else 10, shift)
+    told, at = _text(f"{words[name]} {tell(value, std)}"), (-10 if left else 10, shift)
     axes.annotate(told, (cost, value), at, textcoords="offset points", va="center", fontsize=11,
                   ha="right" if left else "left", color=_LOOKS[name][0])  # fmt: skip
   return _saved(figure, path)
@@ -417,6 +428,7 @@ def groups(
   rows: Sequence[tuple[str, Mapping[str, float | None]]],
   *,
   xlabel: str,
+  tell: Callable[[float], str] = "{:.1f}".format,
   words: Mapping[str, str] = WORDS,
 ) -> Any:
   """A row for each class or slice with a mark for each model.
@@ -425,6 +437,7 @@ def groups(
     path: where the PNG goes; None writes none.
     rows: ``(name, {model: accuracy in %, or None})``, from top to bottom.
     xlabel: what the values are.
+    tell: a value as a text.
     words: what the models are called.
 
   Returns:
@@ -448,7 +461,7 @@ def groups(
   for lane, model in zip(np.linspace(-0.48, 0.48, len(drawn) + 2)[1:-1], drawn, strict=True):
     known = [(i, name, value) for i, (name, marks) in enumerate(rows)
              if (value := marks.get(model)) is not None]  # fmt: skip
-    told = [f"{name}, {words[model]}: {value:.1f}" for _, name, value in known]
+    told = [f"{name}, {words[model]}: {tell(value)}" for _, name, value in known]
     at = [i + lane for i, *_ in known]
     _marks(axes, model, [value for *_, value in known], at, told, size=8)
   short = [name if len(name) <= 18 else name[:17] + "…" for name in names]
@@ -520,6 +533,110 @@ def training(
       _marks(axes, name, x[some], mean[some], told, size=9, alpha=0)
   axes.set_xlim(left=0)
   return _saved(figure, path)
+
+
+def scatter(
+  path: str | os.PathLike[str] | None,
+  name: str,
+  points: np.ndarray,
+  *,
+  ends: tuple[float, float],
+  reach: float,
+  words: Mapping[str, str] = WORDS,
+) -> Any:
+  """What a model put out against the labels: on the diagonal, it is right; below, its residuals.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    name: the model's, ``teacher``, ``baseline`` or ``student``: whose colour it has.
+    points: ``[2, M]``, labels and outputs; of many some are drawn.
+    ends: of both axes, the same for all models that are compared.
+    reach: how far residuals are drawn, likewise.
+    words: what the models are called.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  >>> figure = scatter(None, "student", np.array([[1.0, 2.0], [1.5, 2.0]]), ends=(0, 3), reach=1)
+  >>> [axes.get_xlabel() for axes in figure.axes]
+  ['', 'label; below, output − label']
+  """
+  labels, said = points[:, np.isfinite(points).all(axis=0)]
+  figure, axes = _small(300, above="output", left=48, right=18, top=28, bottom=106)
+  below = figure.add_axes((48 / _WIDE, 38 / 300, (_WIDE - 66) / _WIDE, 56 / 300))
+  some = np.unique(np.linspace(0, len(labels) - 1, _DOTS).round().astype(int))
+  some = some if len(labels) else np.zeros(0, int)
+  colour, _ = _LOOKS[name]
+  rest = {"ls": "none", "marker": "o", "ms": 4, "color": colour, "mec": "none", "alpha": 0.5}
+  axes.plot(ends, ends, color="black", linestyle=(0, (3, 3)), linewidth=1)
+  axes.plot(labels[some], said[some], **rest)
+  below.axhline(0, color="black", linewidth=1)
+  below.plot(labels[some], (said - labels)[some], **rest)
+  axes.set(xlim=ends, ylim=ends)
+  axes.set_xticklabels([])
+  below.set_xlim(ends)
+  below.set_ylim(-reach, reach)
+  below.spines[["top", "left", "right"]].set_visible(False)
+  below.tick_params(labelsize=11, length=3)
+  below.tick_params(axis="y", length=0)
+  for one in (axes, below):
+    one.locator_params(axis="x", nbins=5)
+  below.locator_params(axis="y", nbins=3)
+  below.set_xlabel("label; below, output − label", fontsize=11)
+  hover(axes.get_lines()[1], f"{words[name]}: {len(labels):,} examples")
+  return _saved(figure, path)
+
+
+def colours(path: str | os.PathLike[str] | None, names: Sequence[str]) -> Any:
+  """What the colours of `classes` mean.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    names: of the classes, in the order of their numbers.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  >>> [text.get_text() for text in colours(None, ["road", "sky"]).axes[0].texts]
+  ['road', 'sky']
+  """
+  columns = 3
+  lines = -(-len(names) // columns)
+  figure = _figure(_WIDE / 72, 20 * lines / 72)
+  axes = figure.add_axes((0, 0, 1, 1))
+  axes.axis("off")
+  axes.set(xlim=(0, columns), ylim=(lines, 0))
+  for k, name in enumerate(names):
+    at = k % columns, k // columns + 0.5
+    colour = "#{:02x}{:02x}{:02x}".format(*_palette(len(names))[k].tolist())
+    axes.plot([at[0] + 0.08], [at[1]], marker="s", ms=10, color=colour, ls="none")
+    short = name if len(name) <= 15 else name[:14] + "…"
+    axes.text(at[0] + 0.18, at[1], _text(short), fontsize=11, va="center")
+  return _saved(figure, path)
+
+
+def classes(numbers: np.ndarray, count: int) -> np.ndarray:
+  """A map of classes as a picture; what is below 0 is grey.
+
+  Args:
+    numbers: ``[H, W]`` whole numbers.
+    count: how many classes there are.
+
+  Returns:
+    uint8 ``[H, W, 3]``.
+
+  >>> classes(np.array([[0, -1]]), 2).tolist()
+  [[[0, 114, 178], [200, 200, 200]]]
+  """
+  table = np.concatenate([_palette(max(count, int(numbers.max(initial=0)) + 1)), [[200] * 3]])
+  return table[np.where(numbers < 0, len(table) - 1, numbers)].astype(np.uint8)
+
+
+def _palette(count: int) -> np.ndarray:
+  """A colour for each of so many classes, ``[count, 3]``: those of the series, then shades."""
+  base = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in _COLOURS])
+  shade = 1 / (1 + np.arange(count) // len(base))
+  return (base[np.arange(count) % len(base)] * shade[:, None]).round().astype(int)
 
 
 def png(picture: np.ndarray) -> bytes:

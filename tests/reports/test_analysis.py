@@ -216,7 +216,7 @@ def labelled(path, label):
     (lambda p: about(p, models=["teacher", "nobody"]), "is damaged"),
     (lambda p: about(p, num_classes=2**40), "is damaged .*more than 1,000,000 classes"),
     (lambda p: labelled(p, 2**31 - 1), "is damaged .*more than 1,000,000 classes"),
-    (lambda p: about(p, format=9), "is of format 9 and this version reads 1"),
+    (lambda p: about(p, format=9), "is of format 9 and this version reads 2"),
   ],
 )
 def test_a_damaged_file_is_an_error_that_says_so(tmp_path, damage, message):

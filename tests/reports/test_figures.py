@@ -101,3 +101,26 @@ def test_a_figure_in_a_page_has_the_pages_colours_and_tells_its_marks():
   assert "var(--student)" in drawn
   # White is the page's ground, black the ink, and both change with the reader's scheme.
   assert not re.search("#(000000|ffffff)", drawn)
+
+
+def test_outputs_lie_where_they_are_and_their_residuals_below():
+  points = np.array([[1.0, 2.0, np.nan], [1.5, 1.75, 3.0]])
+  above, below = figures.scatter(None, "student", points, ends=(0, 3), reach=1).axes
+  diagonal, dots = above.get_lines()
+  assert diagonal.get_xydata().tolist() == [[0, 0], [3, 3]]
+  assert dots.get_xydata().tolist() == [[1, 1.5], [2, 1.75]]
+  assert below.get_lines()[1].get_xydata().tolist() == [[1, 0.5], [2, -0.25]]
+  assert (above.get_xlim(), above.get_ylim(), below.get_ylim()) == ((0, 3), (0, 3), (-1, 1))
+  assert figures.scatter(None, "student", np.zeros((2, 0)), ends=(0, 1), reach=1)
+
+
+def test_a_class_has_its_colour_and_its_name():
+  numbers = np.arange(-1, 11).reshape(3, 4)
+  picture = figures.classes(numbers, 11)
+  assert (picture.shape, picture.dtype) == ((3, 4, 3), np.uint8)
+  assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 12
+  names = [f"class {k}" for k in range(11)]
+  axes = figures.colours(None, names).axes[0]
+  assert [text.get_text() for text in axes.texts] == names
+  shown = [line.get_color() for line in axes.get_lines()]
+  assert shown == ["#{:02x}{:02x}{:02x}".format(*rgb) for rgb in picture.reshape(-1, 3)[1:]]

@@ -110,8 +110,8 @@ def copied(made, tmp_path):
 def test_a_page_has_all_that_was_promised(made):
   shown = page(made)
   assert shown.sections == [
-    "cost", "gap", "calibration", "classes", "confusions", "lost", "gained", "slices", "training",
-    "exports", "preflight", "repeat",
+    "cost", "gap", "paired", "calibration", "classes", "confusions", "lost", "gained", "slices",
+    "training", "exports", "preflight", "repeat",
   ]  # fmt: skip
   numbers = json.loads((made / "report.json").read_text())
   assert numbers["verdict"] in shown.text
@@ -452,6 +452,7 @@ def test_no_number_stops_the_words(made, junk):
     assert "How to repeat it" in text
     assert all(escaped(one.partition(": ")[2]) in text for one in wrong), path
     shown = {"decision": decided, "classes": [], "confusions": [], "slices": {}, "lost": None}
+    shown |= {"parts": {}, "paired": []}
     # A page is slow to make; what is refused is left out, whatever it was, and models are alike.
     once = junk == {"mean": []} if wrong else True
     if once and path[:2] not in (("models", "teacher"), ("models", "baseline")):
@@ -486,7 +487,7 @@ def test_accuracies_that_are_no_numbers_are_left_out_and_said(tmp_path):
   assert "Ship it with care." in shown.text
   numbers = json.loads((folder / "report.json").read_text())
   assert numbers["models"]["student"]["accuracy"]["mean"] == pytest.approx(0.925)
-  assert numbers["models"]["student"]["accuracy_per_seed"][1] is None
+  assert numbers["models"]["student"]["per_seed"]["accuracy"][1] is None
   jsonschema.validate(numbers, reports.report_schema())
   none = {**student.quality, "accuracy": np.full(3, np.nan)}
   folder = fabricated.run(
@@ -536,7 +537,7 @@ def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
   numbers = fabricated.built(found, **parts)
   jsonschema.validate(numbers, reports.report_schema())
   for name, one in numbers["models"].items():
-    assert not {"accuracy", "nll", "ece", "top5", "brier", "accuracy_per_seed"} & set(one)
+    assert not {"accuracy", "nll", "ece", "top5", "brier", "per_seed"} & set(one)
     assert one["instances"] == (1 if name == "teacher" else 3)
   assert "gain" not in numbers
   assert set(numbers["gap_closed"]) == {"note"}
@@ -947,8 +948,9 @@ def test_two_runs_are_compared_on_their_pairs(made, tmp_path, capsys):
   numbers = json.loads(out.with_suffix(".json").read_text())
   a, b = (predictions.load(f / "predictions.npz") for f in (made, folder))
   right = [one.correct("student") for one in (a, b)]
-  assert numbers["accuracy"]["change"] == pytest.approx(right[0].mean() - right[1].mean())
-  assert numbers["accuracy"]["low"] > 0
+  tested = numbers["paired"]["accuracy"]
+  assert tested["gain"] == pytest.approx(right[0].mean() - right[1].mean())
+  assert tested["low"] > 0
   assert len(numbers["mcnemar"]) == 3
   for s, test in enumerate(numbers["mcnemar"]):
     only = int(np.sum(right[0][s] & ~right[1][s])), int(np.sum(right[1][s] & ~right[0][s]))
@@ -972,8 +974,8 @@ def test_two_runs_are_compared_on_their_pairs(made, tmp_path, capsys):
 
 def test_a_run_against_itself_is_no_difference(made, tmp_path):
   compared = reports.compare_runs(made, copied(made, tmp_path))
-  assert compared.numbers["accuracy"]["change"] == 0
-  assert compared.numbers["accuracy"]["p_value"] == 1
+  assert compared.numbers["paired"]["accuracy"]["gain"] == 0
+  assert compared.numbers["paired"]["accuracy"]["p_value"] == 1
   assert all(test["p_value"] == 1 for test in compared.numbers["mcnemar"])
   assert "No difference beyond noise" in compared.numbers["verdict"]
 
@@ -989,7 +991,7 @@ def test_overlap_is_compared_and_said(made, tmp_path):
   assert not compared.numbers["paired_seeds"]
   a, b = (predictions.load(f / "predictions.npz") for f in (made, folder))
   change = a.correct("student")[:, 100:].mean() - b.correct("student").mean()
-  assert compared.numbers["accuracy"]["change"] == pytest.approx(change)
+  assert compared.numbers["paired"]["accuracy"]["gain"] == pytest.approx(change)
 
 
 @pytest.mark.parametrize(

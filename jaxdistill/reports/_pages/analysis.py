@@ -7,14 +7,15 @@ real only beyond the noise of examples and of seeds, corrected for how many grou
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxdistill.evaluation import metrics
 from jaxdistill.evaluation.predictions import Column, Predictions
-from jaxdistill.reports._pages import significance
+from jaxdistill.reports._format import Reading
+from jaxdistill.reports._pages import document, significance
 
 __all__ = [
   "Lost",
@@ -23,6 +24,9 @@ __all__ = [
   "confusions",
   "groups",
   "lost",
+  "outstanding",
+  "paired",
+  "parts",
   "quality",
   "reliability",
   "slices",
@@ -30,6 +34,9 @@ __all__ = [
 
 SURE = 0.8
 _MOST = 100  # pairs of classes that are kept of all that are confused
+_RESAMPLES = 2_000  # of each of the paired tests, which are several
+_DRAWN = 200_000_000  # examples in all draws of one of them, which takes seconds
+_WORST, _GAINED, _OTHERS = 8, 4, 4  # examples to look at, of a task without classes
 
 
 def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
@@ -80,39 +87,64 @@ def reliability(found: Predictions, model: str) -> dict[str, np.ndarray]:
   return sums
 
 
-def groups(found: Predictions, column: Column) -> list[dict[str, Any]]:
+def groups(
+  found: Predictions, column: Column, readings: Mapping[str, Reading] | None = None
+) -> list[dict[str, Any]]:
   """Accuracy of every model on each group of examples, and how the student's differs.
 
   Args:
     found: the answers.
     column: which group each example is in.
+    readings: how the metrics are read of a task that has no classes. The first that an example has
+      is in the accuracy's place then.
 
   Returns:
     One dict per group, in the order of the names, and one for the missing where there are such:
     ``name``, ``examples``; ``accuracy`` ``{model: {"mean", "low", "high"}}``, Wilson intervals with
-    95% for the mean over seeds (how it would vary with other examples);
-    ``changes`` ``{reference: {"change", "error", "p_value", "beyond_noise"}}``, the student less
-    the baseline and less the teacher, as `significance.change` has them, p-values corrected (Holm)
-    for the number of groups. Of a group without examples both are empty.
+    95% for the mean over seeds (how it would vary with other examples), or ``values`` with the
+    normal law's; ``changes`` ``{reference: {"change", "error", "p_value", "beyond_noise"}}``, how
+    much better the student is than the baseline and than the teacher, as `significance.change` has
+    it, p-values corrected (Holm) for the number of groups. Of a group without examples both are
+    empty.
   """
   numbers, names = list(range(len(column.names))), list(column.names)
   if np.any(column.codes < 0):
     numbers, names = [*numbers, -1], [*names, "missing"]
-  right = {name: found.correct(name) for name in found.models}
+  sign = 1.0
+  if found.models:
+    right: dict[str, np.ndarray] = {name: found.correct(name) for name in found.models}
+    there = np.ones(len(found), bool)
+  else:
+    right, there, sign = _first_values(found, readings or {})
+  called = "accuracy" if found.models else "values"
   rows: list[dict[str, Any]] = []
   for number, name in zip(numbers, names, strict=True):
-    here = column.codes == number
-    accuracy = {model: _share(hits[:, here]) for model, hits in right.items() if here.any()}
-    rows.append({"name": name, "examples": int(here.sum()), "accuracy": accuracy, "changes": {}})
-  there = [i for i, row in enumerate(rows) if row["examples"]]
+    here = (column.codes == number) & there
+    shares = {model: _share(hits[:, here]) for model, hits in right.items() if here.any()}
+    rows.append({"name": name, "examples": int(here.sum()), called: shares, "changes": {}})
+  known = [i for i, row in enumerate(rows) if row["examples"]]
   for reference in ("baseline", "teacher"):
     if reference not in right or "student" not in right:
       continue
-    sides = right["student"], right[reference]
-    pairs = [tuple(side[:, column.codes == numbers[i]] for side in sides) for i in there]
-    for i, one in zip(there, _changes(pairs), strict=True):
+    sides = sign * right["student"], sign * right[reference]
+    pairs = [tuple(side[:, (column.codes == numbers[i]) & there] for side in sides) for i in known]
+    for i, one in zip(known, _changes(pairs), strict=True):
       rows[i]["changes"][reference] = {**one, "beyond_noise": one["p_value"] < significance.LEVEL}
   return rows
+
+
+def _first_values(
+  found: Predictions, readings: Mapping[str, Reading]
+) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+  """The first metric of each example by model, which examples have it of all, and its sign."""
+  values = {name: found.values(name) for name in found.details}
+  name = next(iter(values.get("student", {})), None)
+  right = {model: one[name] for model, one in values.items() if name is not None and name in one}
+  there = np.ones(len(found), bool)
+  for one in right.values():
+    there &= np.isfinite(one).all(axis=0)
+  reading = readings.get(name or "")
+  return right, there, reading.gain(1.0) if reading is not None else 1.0
 
 
 def _changes(pairs: Sequence[tuple[np.ndarray, ...]]) -> list[dict[str, Any]]:
@@ -134,6 +166,10 @@ def _changes(pairs: Sequence[tuple[np.ndarray, ...]]) -> list[dict[str, Any]]:
 def _share(right: np.ndarray) -> dict[str, float]:
   """Mean over seeds with the interval over examples."""
   mean = float(right.mean())
+  if right.dtype != bool:
+    examples = right.mean(axis=0)
+    error = 1.96 * examples.std(ddof=1) / np.sqrt(len(examples)) if len(examples) > 1 else 0.0
+    return {"mean": mean, "low": float(mean - error), "high": float(mean + error)}
   low, high = significance.wilson(mean * right.shape[1], right.shape[1])
   return {"mean": mean, "low": float(low), "high": float(high)}
 
@@ -205,9 +241,94 @@ def confusions(found: Predictions) -> list[dict[str, Any]]:
   ]
 
 
-def slices(found: Predictions) -> dict[str, list[dict[str, Any]]]:
+def slices(
+  found: Predictions, readings: Mapping[str, Reading] | None = None
+) -> dict[str, list[dict[str, Any]]]:
   """`groups` by every column of metadata."""
-  return {name: groups(found, column) for name, column in found.columns.items()}
+  if not found.models and not _first_values(found, readings or {})[0]:
+    return {}
+  return {name: groups(found, column, readings) for name, column in found.columns.items()}
+
+
+def parts(found: Predictions) -> dict[str, list[dict[str, Any]]]:
+  """A metric apart, by class, label, target or position, of every model.
+
+  Args:
+    found: with `Details`.
+
+  Returns:
+    By metric its rows, ``{"name", "values": {model: {"mean", "std"}}}``, over seeds; a model that
+    has nothing of a row is not in it.
+  """
+  made: dict[str, list[dict[str, Any]]] = {}
+  for metric in dict.fromkeys(name for one in found.details.values() for name in one.parts):
+    rows: dict[str, dict[str, Any]] = {}
+    for model, one in found.details.items():
+      values = one.parts.get(metric, np.zeros((0, 0)))
+      for r, row in enumerate(one.rows.get(metric, ())):
+        mean = document.spread(values[:, r])
+        if mean["mean"] is not None:
+          rows.setdefault(row, {})[model] = mean
+    if rows:
+      made[metric] = [{"name": name, "values": values} for name, values in rows.items()]
+  return made
+
+
+def paired(found: Predictions, readings: Mapping[str, Reading]) -> list[dict[str, Any]]:
+  """How much better the student is on the same examples, by each metric that an example has.
+
+  Args:
+    found: the answers.
+    readings: how the metrics are read.
+
+  Returns:
+    A row for each metric and reference: ``metric``, ``reference``, ``examples`` (those on which
+    both have it), and of `significance.bootstrap` ``gain``, ``low``, ``high`` and ``p_value``.
+  """
+  values = {name: found.values(name) for name in (*found.models, *found.details)}
+  rows = []
+  for metric, ours in values.get("student", {}).items():
+    for reference in ("baseline", "teacher"):
+      theirs = values.get(reference, {}).get(metric)
+      if theirs is None:
+        continue
+      there = np.isfinite(ours).all(axis=0) & np.isfinite(theirs).all(axis=0)
+      if not there.any():
+        continue
+      sign = readings[metric].gain(1.0) if metric in readings else 1.0
+      sides = (sign * side[:, there] for side in (ours, theirs))
+      draws = int(np.clip(_DRAWN // there.sum(), 200, _RESAMPLES))
+      tested = significance.bootstrap(*sides, resamples=draws)
+      about = {"metric": metric, "reference": reference, "examples": int(there.sum())}
+      rows.append({**about, "gain": tested.pop("change"), **tested})
+  return rows
+
+
+def outstanding(found: Predictions, readings: Mapping[str, Reading]) -> dict[str, np.ndarray]:
+  """Examples to look at, of a task without classes, by their place in the answers.
+
+  Args:
+    found: with `Details`.
+    readings: how the metrics are read.
+
+  Returns:
+    ``worst``: those on which the student is furthest behind its teacher by the first metric that
+    an example has; ``gained``: those on which it is furthest ahead of labels alone; ``others``:
+    some as they come, of those that are in neither.
+  """
+  values, there, sign = _first_values(found, readings)
+  means = {name: sign * one.mean(axis=0) for name, one in values.items()}
+  rows = np.flatnonzero(there)
+  chosen = {"worst": np.zeros(0, int), "gained": np.zeros(0, int)}
+  if {"student", "teacher"} <= means.keys():
+    behind = (means["teacher"] - means["student"])[rows]
+    chosen["worst"] = rows[np.argsort(-behind, kind="stable")[: min(_WORST, sum(behind > 0))]]
+  if {"student", "baseline"} <= means.keys():
+    ahead = (means["student"] - means["baseline"])[rows]
+    chosen["gained"] = rows[np.argsort(-ahead, kind="stable")[: min(_GAINED, sum(ahead > 0))]]
+  rest = np.setdiff1d(np.arange(len(found)), np.concatenate(list(chosen.values())))
+  some = np.unique(np.linspace(0, len(rest) - 1, _OTHERS).round().astype(int))
+  return {**chosen, "others": rest[some] if len(rest) else rest}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ The rules are few and stand here. A reason *stops* (labels alone are better; a b
 exported file passed its check), asks for *care* (a class or a slice fell beyond noise against
 labels alone, or against the teacher by more than all examples did; confidence is worse, a check
 warned, a file failed, a gain over these seeds is within the noise of examples), or is a *note*.
-A gain is beyond noise where Welch's test over seeds says so and, with answers on each
-example, the interval over examples and seeds excludes 0; a class or a slice where
+A gain is by the first of the task's metrics, whichever way that gets better. It is beyond noise
+where Welch's test over seeds says so and, with answers on each example, the interval over examples
+and seeds (of the first metric that an example has) excludes 0; a class or a slice where
 `jaxdistill.reports._pages.analysis.groups` says so, and a calibration error beyond two standard
 errors.
 """
@@ -18,26 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.evaluation.predictions import Predictions
-from jaxdistill.reports._format import change as change_text
-from jaxdistill.reports._format import interval, listed, plain, signed, times, with_std
+from jaxdistill.reports._format import Reading, listed, plain, times
 from jaxdistill.reports._pages import significance
-from jaxdistill.reports._pages.document import model
+from jaxdistill.reports._pages.document import first, model, readings
 from jaxdistill.reports._pages.evidence import Evidence
 
 __all__ = ["decide", "fell", "nothing_found", "ratio"]
 
-# What a limit in budget.json is held against; more is better for those of the second.
+# What a limit in budget.json is held against beside the task's metrics; more is better for those of
+# the second.
 _AT_MOST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
   "parameters": lambda m: m["parameters"],
   "bytes": lambda m: m["bytes"],
   "flops": lambda m: m["flops"],
   "latency_ms": lambda m: m["latency_ms"]["median"],
   "latency_ms_p95": lambda m: m["latency_ms"]["p95"],
-  "ece": lambda m: m["ece"]["mean"],
 }
 _AT_LEAST: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-  "accuracy": lambda m: m["accuracy"]["mean"],
   "throughput": lambda m: m["throughput"],
 }
 _FEW = 10  # examples of a class, of which nothing short of a collapse would be seen
@@ -45,7 +43,6 @@ _CALLED = {
   "latency_ms": "latency",
   "latency_ms_p95": "95th percentile of the latency",
   "flops": "FLOPs",
-  "ece": "calibration error",
   "throughput": "examples a second",
 }
 
@@ -78,14 +75,21 @@ def decide(
   _accuracy(report, teacher, student, add)
   _cost(student, teacher, add)
   _calibration(report["models"], add)
-  fallen = _groups(classes, slices or {}, add)
+  if "classes" in report["task"]["shows"] and not classes:
+    add("unknown", "Whether some classes lost more than others is unknown.")
+  answers, told = found.predictions, readings(report)
+  names = [] if answers is None else [n for n in answers.values("student") if n in told]
+  fallen = _groups(classes, slices or {}, add, told[names[0]] if names else first(report))
   _exported((found.exports or {}).get("files", []), add)
-  _budget(found.budget, student, add)
+  _budget(found.budget, student, told, add)
   _checks(found, add)
   for doubt in found.doubts:
     add("against", doubt, "care")
-  known = student["accuracy"]["mean"] is not None
-  return {**_verdict(reasons, known, beats, fallen), "reasons": reasons}
+  judged = first(report)
+  unknown = f"The student's {judged.title} is unknown."
+  if student[judged.name]["mean"] is not None:
+    unknown = ""
+  return {**_verdict(reasons, unknown, beats, fallen), "reasons": reasons}
 
 
 _Add = Callable[..., None]
@@ -97,34 +101,33 @@ def _gain(found: Evidence, add: _Add) -> str:
     add("unknown", "What distillation gained over labels alone was not measured.", "care")
     return ""
   change, error = found.report["gain"]["mean"], found.report["gain"]["standard_error"]
+  judged = first(found.report)
+  told = f"{judged.change(judged.gain(change), error)}{judged.points}{judged.inside}"
   if error is None:
-    text = f"One seed: {signed(100 * change)} points over labels alone may be noise."
-    add("unknown", text, "care")
+    add("unknown", f"One seed: {told} over labels alone may be noise.", "care")
     return ""
-  points = with_std(100 * abs(change), 100 * error)
-  if not _beyond_seeds(found.report, change, error):
-    shown = change_text(change, error)
-    text = f"Its gain over labels alone ({shown} points, standard error over seeds) is noise."
+  amount = judged.amount(change, error)
+  if not _beyond_seeds(found.report, judged, change, error):
+    text = f"Its gain over labels alone ({told}, standard error over seeds) is noise."
     add("against", text, "draw")
     return ""
-  tested = _over_examples(found.predictions, change > 0)
-  within = ""
-  if tested is not None and not tested[0]:
-    size = len(found.predictions or ())
-    within = f"on {size:,} examples a difference of that size is within their noise ({tested[1]})"
+  tested = _over_examples(found, judged, change > 0)
+  within = "" if tested is None or tested[0] else tested[1]
   if change < 0:
-    text = f"The same network on labels alone is {points} points better: ship that."
+    better = f"{amount} better{judged.inside}"
+    text = f"The same network on labels alone is {better}: ship that."
     if within:
-      text = f"The same network on labels alone is {points} points better over these seeds"
+      text = f"The same network on labels alone is {better} over these seeds"
       text += f" (though {within}): ship that."
     add("against", text, "stop")
     return ""
   if within:
-    text = f"Over these seeds it is better than labels alone ({points} points), but {within}."
+    text = f"Over these seeds it is better than labels alone ({amount}{judged.inside}), but"
+    text = f"{text} {within}."
     add("against", text, "care")
     return text
   ends = "" if tested is None else f"; {tested[1]} over examples and seeds"
-  text = f"It is {points} points more accurate than the same network trained on labels alone"
+  text = f"It is {amount} {judged.more} than the same network trained on labels alone"
   add("for", f"{text} (standard error over seeds{ends}).")
   if tested is None:
     text = "whether other examples would say the same is unknown, without answers on each"
@@ -133,9 +136,9 @@ def _gain(found: Evidence, add: _Add) -> str:
   return "It beats labels alone beyond the noise of seeds and of examples."
 
 
-def _beyond_seeds(report: Mapping[str, Any], change: float, error: float) -> bool:
+def _beyond_seeds(report: Mapping[str, Any], judged: Reading, change: float, error: float) -> bool:
   each = [
-    [value for value in model(report, name)["accuracy_per_seed"] if value is not None]
+    [value for value in model(report, name)["per_seed"].get(judged.name, []) if value is not None]
     for name in ("student", "baseline")
   ]
   if min(map(len, each)) < 2:  # an older file: all that is left is the rule of thumb
@@ -143,26 +146,44 @@ def _beyond_seeds(report: Mapping[str, Any], change: float, error: float) -> boo
   return significance.welch(*each) < significance.LEVEL
 
 
-def _over_examples(found: Predictions | None, more: bool) -> tuple[bool, str] | None:
-  """Whether a gain (a loss, if not `more`) is beyond the noise of examples and seeds; in words."""
-  if found is None or not len(found) or not {"student", "baseline"} <= found.models.keys():
+def _over_examples(found: Evidence, judged: Reading, more: bool) -> tuple[bool, str] | None:
+  """Whether a gain (a loss, if not `more`) is beyond the noise of examples and seeds; in words.
+
+  By the first metric that an example has; in words its interval, or that it is within the noise.
+  """
+  answers = found.predictions
+  if answers is None or not len(answers):
     return None
-  tested = significance.change(found.correct("student"), found.correct("baseline"))
+  ours, theirs = (answers.values(name) for name in ("student", "baseline"))
+  name = next((name for name in ours if name in theirs), None)
+  if name is None:
+    return None
+  one = readings(found.report).get(name, judged)
+  there = np.isfinite(ours[name]).all(axis=0) & np.isfinite(theirs[name]).all(axis=0)
+  if not there.any():
+    return None
+  sign = one.gain(1.0)
+  tested = significance.change(*(sign * side[name][:, there] for side in (ours, theirs)))
   change, error, p_value = (tested[key] for key in ("change", "error", "p_value"))
   low, high = change - 1.96 * error, change + 1.96 * error
-  shown = f"95% interval {interval(low, high)}"
-  if not (low > 0 if more else high < 0):
-    return False, shown
+  ends = sorted(one.gain(end) for end in (low, high))
+  other = "" if one.name == judged.name else one.inside
+  shown = f"95% interval {one.interval(*ends)}{other}"
+  beyond = low > 0 if more else high < 0
   # So few examples may differ that the normal law's interval is too short.
-  if p_value >= significance.LEVEL:
-    return False, f"p = {p_value:.2g}"
-  return True, shown
+  if beyond and p_value < significance.LEVEL:
+    return True, shown
+  if beyond:
+    shown = f"p = {p_value:.2g}"
+  what = "a difference of that size" if not other else f"the difference{other}"
+  return False, f"on {there.sum():,} examples {what} is within their noise ({shown})"
 
 
 def _accuracy(
   report: Mapping[str, Any], teacher: Mapping[str, Any], student: Mapping[str, Any], add: _Add
 ) -> None:
-  ours, theirs = student["accuracy"]["mean"], teacher["accuracy"]["mean"]
+  judged = first(report)
+  ours, theirs = student[judged.name]["mean"], teacher[judged.name]["mean"]
   gap = report["gap_closed"]
   if gap["value"] is not None:
     ends = ""
@@ -173,11 +194,13 @@ def _accuracy(
   elif report["gain"] is not None and gap["note"]:
     add("unknown", gap["note"])
   if ours is not None and theirs is not None:
-    less = 100 * (theirs - ours)
-    if less > 0:
-      add("against", f"The price: {less:.2f} points less accuracy than the teacher.")
+    if judged.gain(ours - theirs) < 0:
+      price = f"{judged.amount(theirs - ours)} {judged.less}"
+      add("against", f"The price: {price} than the teacher.")
     else:
-      add("for", f"It is as accurate as the teacher ({signed(-less)} points).")
+      as_good = "accurate" if not judged.inside else "good"
+      text = f"{judged.change(ours - theirs, None)}{judged.points}{judged.inside}"
+      add("for", f"It is as {as_good} as the teacher ({text}).")
 
 
 def ratio(more: float | None, less: float | None) -> float | None:
@@ -213,8 +236,14 @@ def _cost(student: Mapping[str, Any], teacher: Mapping[str, Any], add: _Add) -> 
     add("against", "It is no smaller than the teacher.", "care")
 
 
+def _mean(model: Mapping[str, Any], name: str) -> float | None:
+  """A metric's, which a task may not have."""
+  mean: float | None = model.get(name, {}).get("mean")
+  return mean
+
+
 def _calibration(models: Mapping[str, Any], add: _Add) -> None:
-  spreads = {name: one["ece"] for name, one in models.items() if one["ece"]["mean"] is not None}
+  spreads = {name: one["ece"] for name, one in models.items() if _mean(one, "ece") is not None}
   means = {name: one["mean"] for name, one in spreads.items()}
   if "student" not in means:
     return
@@ -246,10 +275,9 @@ def _groups(
   classes: Sequence[Mapping[str, Any]],
   slices: Mapping[str, Sequence[Mapping[str, Any]]],
   add: _Add,
+  reading: Reading,
 ) -> bool:
   """Which classes and slices lost beyond noise; returns whether any did, however little."""
-  if not classes:
-    add("unknown", "Whether some classes lost more than others is unknown.")
   looked = [("Classes", classes), *((f"Slices of {name!r}", rows) for name, rows in slices.items())]
   fallen = False
   for what, rows in looked:
@@ -263,8 +291,11 @@ def _groups(
       (more, "teacher", "care", "the teacher, more than all examples did"),
       ([row for row in price if row not in more], "teacher", "note", "the teacher"),
     ):
-      lost = sorted((100 * row["changes"][reference]["change"], row["name"]) for row in those)
-      told = [f"{name} ({signed(change, 1)} points)" for change, name in lost]
+      lost = sorted((row["changes"][reference]["change"], row["name"]) for row in those)
+      told = [
+        f"{name} ({reading.change(reading.gain(change), None, 1)}{reading.points})"
+        for change, name in lost
+      ]
       if told:
         text = f"{what} that lost beyond noise against {called}: {listed(told, 5)}."
         add("against", text, weight)
@@ -356,18 +387,25 @@ def _plain(limit: float, value: float) -> tuple[str, str]:
   return texts if texts[0] != texts[1] or limit == value else (plain(limit, 12), plain(value, 12))
 
 
-def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) -> None:
+def _budget(
+  budget: Mapping[str, Any],
+  student: Mapping[str, Any],
+  told: Mapping[str, Reading],
+  add: _Add,
+) -> None:
   limits, costs = budget.get("limits", {}), budget.get("costs", {})
   batch = limits.get("batch_size", 1)
   for name, limit in limits.items():
-    least = name in _AT_LEAST
-    get = (_AT_LEAST if least else _AT_MOST).get(name)
-    if get is None:
+    get, least = (_AT_LEAST if name in _AT_LEAST else _AT_MOST).get(name), name in _AT_LEAST
+    if get is not None:
+      # The report's own latency is of one example.
+      own, called = get(student), _CALLED.get(name, name)
+      own = None if name.startswith("latency") and batch != 1 else own
+    elif name in told and told[name].better is not None:
+      own, called, least = _mean(student, name), told[name].title, told[name].better == "higher"
+    else:
       continue
-    # The report's own latency is of one example.
-    own = None if name.startswith("latency") and batch != 1 else get(student)
     value = costs.get(name, own)
-    called = _CALLED.get(name, name)
     texts = _plain(limit, limit if value is None else value)
     unit = f" ms at batch {batch:g}" if name.startswith("latency") else ""
     words = f"{called} at {'least' if least else 'most'} {texts[0]}{unit}"
@@ -380,7 +418,7 @@ def _budget(budget: Mapping[str, Any], student: Mapping[str, Any], add: _Add) ->
 
 
 def _verdict(
-  reasons: Sequence[Mapping[str, str]], known: bool, beats: str, fallen: bool
+  reasons: Sequence[Mapping[str, str]], unmeasured: str, beats: str, fallen: bool
 ) -> dict[str, str]:
   def of(side: str, weight: str) -> list[str]:
     return [r["text"] for r in reasons if r["side"] == side and r["weight"] == weight]
@@ -388,8 +426,8 @@ def _verdict(
   stops, cares, unknown = of("against", "stop"), of("against", "care"), of("unknown", "care")
   if stops:
     return {"word": "Do not ship it", "sentence": stops[0]}
-  if not known:
-    return {"word": "Undecided", "sentence": "The student's accuracy is unknown."}
+  if unmeasured:
+    return {"word": "Undecided", "sentence": unmeasured}
   if unknown:
     return {"word": "Undecided", "sentence": unknown[0]}
   if of("against", "draw"):

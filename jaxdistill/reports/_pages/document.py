@@ -9,33 +9,38 @@ from typing import Any
 
 import numpy as np
 
-from jaxdistill.evaluation import metrics
-from jaxdistill.reports._format import MODELS
+from jaxdistill.evaluation import metrics, tasks
+from jaxdistill.evaluation.tasks import Task
+from jaxdistill.reports._format import MODELS, Reading
 from jaxdistill.reports._pages.validation import sound
 
 __all__ = [
-  "FIDELITY",
-  "QUALITIES",
+  "COSTS",
   "VERSION",
+  "about",
+  "classes",
   "complete",
+  "fidelity",
+  "first",
   "known",
   "model",
+  "readings",
   "schema",
   "sound_report",
   "spread",
 ]
 
-# Of report.json; 2 had null for what is unknown, 1 neither this number nor answers on each example.
-VERSION = 3
-QUALITIES = ("accuracy", "top5", "nll", "ece", "brier")
-FIDELITY = ("agreement", "kl", "accuracy_where_teacher_wrong")
+# Of report.json; 3 knew classes alone, 2 had null for what is unknown, 1 neither this number nor
+# answers on each example.
+VERSION = 4
+COSTS = ("parameters", "bytes", "flops", "xla_flops", "throughput", "throughput_batch")
 _SPREAD: dict[str, Any] = {"mean": None, "std": None}
+# What a model has beside its metrics.
 _MODEL: dict[str, Any] = {
   "description": "",
   "instances": None,
-  **dict.fromkeys(QUALITIES, _SPREAD),
-  "accuracy_per_seed": [],
-  **dict.fromkeys(("parameters", "bytes", "flops", "xla_flops", "throughput", "throughput_batch")),
+  "per_seed": {},
+  **dict.fromkeys(COSTS),
   "latency_ms": {"median": None, "p95": None},
 }
 _GAP = {"value": None, "low": None, "high": None, "note": None}
@@ -50,8 +55,69 @@ _REPORT: dict[str, Any] = {
   "classes": [],
   "confusions": [],
   "slices": {},
+  "parts": {},
+  "paired": [],
   "problems": [],
 }
+
+
+def about(task: Task, measured: Sequence[str]) -> dict[str, Any]:
+  """What a report says of its task, so that its pages can be made without it.
+
+  Args:
+    task: the task.
+    measured: the metrics that were, in the order in which they are shown after the first; those
+      of single examples, and of parts, are told beside them.
+
+  Raises:
+    ValueError: a metric has the name of something else that a model has.
+  """
+  taken = sorted(_MODEL.keys() & (task.metrics.keys() | set(measured)))
+  if taken:
+    raise ValueError(
+      f"the metric {taken[0]!r} of the task {task.name!r} has the name of what every model of a "
+      "report has beside its metrics: call it something else."
+    )
+  read = {**task.metrics, **task.others}
+  names = [task.first, *(n for n in measured if n not in task.fidelity), *read]
+  return {
+    "name": task.name,
+    "metrics": {name: _read(name, read.get(name)) for name in dict.fromkeys(names)},
+    "fidelity": {name: _read(name, one) for name, one in task.fidelity.items()},
+    "shows": task.shown.forms,
+  }
+
+
+def _read(name: str, one: tasks.Metric | None) -> dict[str, Any]:
+  title = name.replace("_", " ")
+  if one is None:
+    return {"title": title}
+  return {
+    "title": one.title or title,
+    "better": one.better,
+    "percent": one.percent,
+    "of_examples": one.of_examples,
+  }
+
+
+def classes() -> dict[str, Any]:
+  """The task of a report that names none, as those of earlier versions."""
+  return about(tasks.classification(), ("accuracy", "top5", "nll", "ece", "brier"))
+
+
+def readings(report: Mapping[str, Any], part: str = "metrics") -> dict[str, Reading]:
+  """How the metrics of a complete report (or its ``fidelity``) are told."""
+  return {name: Reading(name, **one) for name, one in report["task"][part].items()}
+
+
+def first(report: Mapping[str, Any]) -> Reading:
+  """How the metric is told by which the student is judged."""
+  return next(iter(readings(report).values()))
+
+
+def fidelity(report: Mapping[str, Any]) -> Reading | None:
+  """How it is told how far a student does what its teacher does; None where nobody said."""
+  return next(iter(readings(report, "fidelity").values()), None)
 
 
 def schema(name: str = "report") -> dict[str, Any]:
@@ -100,30 +166,38 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   {'mean': None, 'std': None}
   """
   there = report.get("models", {})
-  made = {name: {**_MODEL, **_spreads(there[name], QUALITIES)} for name in MODELS if name in there}
+  task = {"fidelity": {}, "shows": [], **(report.get("task") or classes())}
+  names = task["metrics"]
+  made = {
+    name: {**_MODEL, **dict.fromkeys(names, _SPREAD), **_spreads(there[name])}
+    for name in MODELS
+    if name in there
+  }
   every = {
     **_REPORT,
     **report,
+    "task": task,
     "models": made,
     "gap_closed": {**_GAP, **report.get("gap_closed", {})},
   }
   for name in ("fidelity", "baseline_fidelity"):
     every[name] = every[name] and {
-      **dict.fromkeys(FIDELITY, _SPREAD),
-      **_spreads(every[name], FIDELITY),
+      **dict.fromkeys(task["fidelity"], _SPREAD),
+      **_spreads(every[name]),
     }
   every["gain"] = every["gain"] and {"standard_error": None, **every["gain"]}
   return every
 
 
-def _spreads(numbers: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _spreads(numbers: Mapping[str, Any]) -> dict[str, Any]:
   """Numbers with a place for the spread of each that is one."""
-  return {key: {**_SPREAD, **one} if key in names else one for key, one in numbers.items()}
+  return {key: one if key in _MODEL else {**_SPREAD, **one} for key, one in numbers.items()}
 
 
 def model(report: Mapping[str, Any], name: str) -> dict[str, Any]:
   """A model of a complete report; one of which nothing is known where there is none."""
-  return report["models"].get(name, _MODEL)
+  nothing = {**_MODEL, **dict.fromkeys(report["task"]["metrics"], _SPREAD)}
+  return report["models"].get(name, nothing)
 
 
 def spread(values: Any) -> dict[str, float | None]:

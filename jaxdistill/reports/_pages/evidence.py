@@ -21,8 +21,10 @@ from jaxdistill.reports._format import MODELS, listed
 from jaxdistill.reports._pages import analysis
 from jaxdistill.reports._pages.document import (
   VERSION,
+  classes,
   complete,
   known,
+  readings,
   schema,
   sound_report,
   spread,
@@ -33,14 +35,10 @@ __all__ = ["Evidence", "read", "suffix", "values"]
 
 _EXPORTS = 1  # the version of exports.json that is known
 # What follows from the rest, and is made anew.
-_DERIVED = ("decision", "classes", "confusions", "slices", "lost", "problems")
+_DERIVED = (
+  "decision", "classes", "confusions", "slices", "lost", "parts", "paired", "problems",
+)  # fmt: skip
 _ENTRY = ("runtime", "bytes", "sha256", "accuracy", "agreement", "largest_difference", "least_jax")
-_QUALITIES = {
-  "accuracy": "accuracy",
-  "nll": "negative log-likelihood",
-  "ece": "calibration error",
-  "brier": "Brier score",
-}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,14 +128,15 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
   read_report, intact = _report(report, numbers, found, problems)
   numbers = _rebuilt(found, split) if read_report is None else read_report
   made = complete(numbers)
-  doubts = _not_numbers(numbers["models"], "student")
+  doubts = _not_numbers(made, numbers["models"], "student")
   if found is not None:
-    problems += _classes_missing(found)
+    problems += _classes_missing(found) if found.models else []
+    problems += _slices_missing(found)
     doubts += _nan_logits(found)
     if read_report is not None:
       doubts += _other_measurement(made["models"], found)
   for name in ("teacher", "baseline"):
-    problems += _not_numbers(numbers["models"], name)
+    problems += _not_numbers(made, numbers["models"], name)
   curves = _curves(folder, made, problems, doubts)
   return Evidence(
     folder=folder,
@@ -165,8 +164,20 @@ def _of_this_version(numbers: dict[str, Any]) -> dict[str, Any]:
   version = numbers.get("version", 1)
   if not isinstance(version, int) or version >= VERSION:
     return numbers
+  models = numbers.get("models")
+  if version < 4 and isinstance(models, dict):
+    models = {name: _per_seed(one) for name, one in models.items()}
+    numbers = {"task": classes(), **numbers, "models": models}
   # The first version knew no answers, and some may lie beside it.
   return known({**({} if version > 1 else {"predictions": "unknown"}), **numbers})
+
+
+def _per_seed(model: Any) -> Any:
+  """A model of version 3, which knew the accuracy of each seed alone."""
+  if not isinstance(model, dict) or "accuracy_per_seed" not in model:
+    return model
+  rest = {name: value for name, value in model.items() if name != "accuracy_per_seed"}
+  return {**rest, "per_seed": {"accuracy": model["accuracy_per_seed"]}}
 
 
 def _predictions(path: pathlib.Path, problems: list[str]) -> Predictions | None:
@@ -189,7 +200,6 @@ def _report(
   path: pathlib.Path, report: Any, found: Predictions | None, problems: list[str]
 ) -> tuple[dict[str, Any] | None, bool]:
   """The report as far as it has its form, and whether that is all of it."""
-  missing = "calibration diagrams, classes, lost examples and slices are missing"
   if report is None:
     if not path.is_file():
       problems.append(f"{path.name} is missing: what the models cost is unknown.")
@@ -201,6 +211,10 @@ def _report(
   if report is None:
     problems += wrong
     return None, False
+  shows = report.get("task", classes()).get("shows", [])
+  missing = "tests over examples, slices and examples to look at are missing"
+  if "classes" in shows:
+    missing = "calibration diagrams, classes, lost examples and slices are missing"
   # What a newer version has more is no fault of the file.
   newer = not isinstance(version, int) or version > VERSION
   problems += [] if newer else wrong
@@ -215,7 +229,7 @@ def _report(
       f"{path.name} was made by an older version, which kept no answers on each example: "
       f"{missing}. Measure the run again to have them."
     )
-  elif found is None and not any("answers on each example" in one for one in problems):
+  elif shows and found is None and not any("answers on each example" in one for one in problems):
     problems.append(f"There are no answers on each example (predictions.npz): {missing}.")
   if "baseline" not in report["models"]:
     problems.append(
@@ -228,7 +242,7 @@ def _report(
 def _other_measurement(models: Mapping[str, Any], found: Predictions) -> list[str]:
   """Whether the answers give another accuracy than the report: they are not of one making."""
   for name in sorted(models.keys() & found.models.keys()):
-    there = models[name]["accuracy_per_seed"]
+    there = models[name]["per_seed"].get("accuracy", [])
     ours = found.correct(name).mean(axis=1) if len(found) else np.zeros(0)
     if not there or None in there:
       continue
@@ -247,28 +261,39 @@ def _rebuilt(found: Predictions | None, split: str) -> dict[str, Any]:
     return {"split": split, "models": {}}
   models = {}
   for name in MODELS:
-    if name in found.models:
-      numbers = analysis.quality(found, name)
+    if name in found.models or name in found.details:
+      numbers = analysis.quality(found, name) if name in found.models else _means(found, name)
       models[name] = {
         **{key: spread(each) for key, each in numbers.items()},
-        "accuracy_per_seed": numbers.get("accuracy", np.zeros(0)).tolist(),
-        "instances": len(found.models[name].predicted),
+        "per_seed": {key: each.tolist() for key, each in numbers.items()},
+        "instances": len(next(iter(found.values(name).values()), ())) or None,
       }
   about = {"dataset": found.dataset, "split": found.split, "seeds": list(found.seeds)}
-  return {**about, "examples": len(found), "models": models}
+  task = {"task": found.task} if found.task else {}
+  return {**about, **task, "examples": len(found), "models": models}
 
 
-def _not_numbers(models: Mapping[str, Any], name: str) -> list[str]:
+def _means(found: Predictions, name: str) -> dict[str, np.ndarray]:
+  """The means over the examples that have them: no metric of the whole split, but all that is."""
+  return {
+    metric: np.nanmean(values, axis=1)
+    for metric, values in found.values(name).items()
+    if np.isfinite(values).any(axis=1).all()
+  }
+
+
+def _not_numbers(report: Mapping[str, Any], models: Mapping[str, Any], name: str) -> list[str]:
   """Which of a model's numbers are none."""
-  one = models.get(name, {})
-  bad = [label for key, label in _QUALITIES.items() if one.get(key, {}).get("mean", 0) is None]
+  one, told = models.get(name, {}), readings(report)
+  bad = [r.title for key, r in told.items() if one.get(key, {}).get("mean", 0) is None]
   if bad:
     return [f"The {name}'s {listed(bad)} is not a finite number (NaN or infinite)."]
-  each = one.get("accuracy_per_seed", [])
+  judged = next(iter(told.values()))
+  each = one.get("per_seed", {}).get(judged.name, [])
   undefined = sum(value is None for value in each)
   if undefined:
     seeds = f"{undefined} of {len(each)} seeds"
-    return [f"The {name}'s accuracy is not a number in {seeds}, which are left out."]
+    return [f"The {name}'s {judged.title} is not a number in {seeds}, which are left out."]
   return []
 
 
@@ -296,6 +321,11 @@ def _classes_missing(found: Predictions) -> list[str]:
     never = [every[k] for k in np.flatnonzero(counts) if not np.any(predicted == k)]
     if never:
       problems.append(f"The student never predicts the classes {listed(never)}, in any seed.")
+  return problems
+
+
+def _slices_missing(found: Predictions) -> list[str]:
+  problems = []
   for name, column in found.columns.items():
     there = np.bincount(column.codes[column.codes >= 0], minlength=len(column.names))
     empty = [column.names[k] for k in np.flatnonzero(there == 0)]
@@ -313,7 +343,8 @@ def _curves(
     try:
       lines, torn = runs.read_metrics(place)
     except OSError:
-      if name in report["models"] and name != "teacher":  # which may be somebody else's
+      # A teacher may be somebody else's, and models may have been given without a run.
+      if name in report["models"] and name != "teacher" and (folder / name).is_dir():
         problems.append(f"{name}/metrics.jsonl is missing: there are no training curves of it.")
       continue
     if torn:

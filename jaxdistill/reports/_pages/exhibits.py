@@ -16,7 +16,7 @@ from jaxdistill import _check
 from jaxdistill.data import Examples, Records
 from jaxdistill.evaluation.predictions import Predictions, counted
 from jaxdistill.reports import figures
-from jaxdistill.reports._format import WORDS, Cell, Table
+from jaxdistill.reports._format import WORDS, Cell, Table, Told
 from jaxdistill.reports._pages.rendering import named
 from jaxdistill.types import Batch
 
@@ -161,8 +161,9 @@ def shown(
 
   Returns:
     One dictionary an example: ``label``, ``index`` (its number in the split), ``text`` or
-    ``picture`` (a PNG file's bytes in base 64), ``small`` (whether its pixels should be seen), and
-    ``said``, pairs of a model's name and its answers.
+    ``picture`` (a PNG file's bytes in base 64), ``small`` (whether its pixels should be seen),
+    ``said``, pairs of a model's name and its answers, and ``maps``, pairs of a name and a picture
+    where labels and answers are pictures.
   """
   pictures = [one for one in answers.shown.values() if not isinstance(one, str)]
   largest = max((int(one.max(initial=0)) for one in pictures), default=255)
@@ -172,17 +173,45 @@ def shown(
     one = answers.shown.get(index)
     if one is None:
       continue
-    item = {"label": answers.name(int(answers.labels[row])), "index": index, "text": one}
+    item: dict[str, Any] = {"index": index, "text": one, "label": "", "said": [], "maps": []}
     if not isinstance(one, str):
       # Pictures of a small range (digits count to 16) are stretched alike, so that one sees them.
       if 0 < largest < 64:
         one = (one.astype(np.float32) * (255 / largest)).clip(0, 255).astype(np.uint8)
-      picture = base64.b64encode(figures.png(one)).decode()
-      item |= {"text": "", "picture": picture, "small": max(one.shape[:2]) <= 64}
-    models = [name for name in words if name in answers.models]
-    item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
+      item |= {"text": "", "picture": _encoded(one), "small": max(one.shape[:2]) <= 64}
+    if answers.models:
+      item["label"] = answers.name(int(answers.labels[row]))
+      models = [name for name in words if name in answers.models]
+      item["said"] = [(named(name, words), _said(answers, name, row)) for name in models]
+    else:
+      item |= _told(answers, index, words)
     items.append(item)
   return items
+
+
+def _encoded(picture: np.ndarray) -> str:
+  return base64.b64encode(figures.png(picture)).decode()
+
+
+def _told(answers: Predictions, index: int, words: Mapping[str, str]) -> dict[str, Any]:
+  """What an example's label is, and what each model said, as texts and as pictures."""
+  label = answers.truth.get(index, "")
+  there = {n: answers.details[n].said.get(index) for n in words if n in answers.details}
+  pairs = [(named(name, words), one) for name, one in there.items() if one is not None]
+  maps = [(Told("label", ""), label), *pairs]
+  sizes = [
+    len(answers.label_names),
+    *(int(m.max(initial=0)) + 1 for _, m in maps if not isinstance(m, str)),
+  ]
+  return {
+    "label": label if isinstance(label, str) else "",
+    "said": [(name, one) for name, one in pairs if isinstance(one, str)],
+    "maps": [
+      (name, _encoded(figures.classes(one, max(sizes))))
+      for name, one in maps
+      if not isinstance(one, str)
+    ],
+  }
 
 
 def table(

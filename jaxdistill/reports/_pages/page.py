@@ -7,6 +7,7 @@ what is missing there has no section, and is told above.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,14 +20,13 @@ from jaxdistill.reports._format import (
   MODELS,
   WORDS,
   Cell,
+  Reading,
   Table,
   Told,
-  change,
   count,
   listed,
   percent,
   plain,
-  signed,
   size,
   tenths,
   times,
@@ -34,7 +34,7 @@ from jaxdistill.reports._format import (
 from jaxdistill.reports._pages import analysis, exhibits, summary
 from jaxdistill.reports._pages.analysis import Lost
 from jaxdistill.reports._pages.decision import fell, nothing_found, ratio
-from jaxdistill.reports._pages.document import model
+from jaxdistill.reports._pages.document import first, model, readings
 from jaxdistill.reports._pages.evidence import Evidence, values
 from jaxdistill.reports._pages.rendering import (
   Figure,
@@ -46,13 +46,15 @@ from jaxdistill.reports._pages.rendering import (
   render,
 )
 
-__all__ = ["build", "change_cell", "marks"]
+__all__ = ["SHARE", "build", "change_cell", "marks"]
 
+SHARE = Reading("accuracy", "accuracy", "higher", percent=True)  # what classes are told by
 _COLOURS = {"Ship it": "good", "Do not ship it": "bad"}
 _CALLED = {"teacher": "the teacher", "baseline": "labels alone"}
 _MANY = 14  # rows of a figure or a table that are shown at once
 _MOST = 60  # rows of a slice's table
 _SQUARE = 20  # classes of a confusion matrix; of more only those that are confused are told
+_TARGETS = 4  # of a regression, whose outputs are drawn
 _AT_ONCE = 24  # examples that are seen without a click
 
 
@@ -61,21 +63,26 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
 
   Args:
     found: what the run's folder holds.
-    derived: ``decision``, ``classes``, ``confusions``, ``slices`` and ``lost`` (an `analysis.Lost`
-      or None).
+    derived: ``decision``, ``classes``, ``confusions``, ``slices``, ``parts``, ``paired`` and
+      ``lost`` (an `analysis.Lost` or None).
 
   Returns:
     HTML.
   """
-  report, decision = found.report, derived["decision"]
+  decision = derived["decision"]
+  report = {**found.report, "parts": derived["parts"], "paired": derived["paired"]}
   sections = (
     _costs(report),
     _gap(report),
+    _paired(report),
     _calibration(found),
     _classes(derived["classes"]),
     _confusions(found, derived["confusions"]),
     *_changed(found, derived["lost"]),
-    _slices(derived["slices"]),
+    *_parts(report),
+    _points(found),
+    _examples(found),
+    _slices(derived["slices"], summary.of_example(report)),
     _training(found),
     _exports(found.exports),
     _findings(found),
@@ -83,7 +90,7 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
   )
   heading = f"{report['dataset'] or found.folder.name}, {found.split} split"
   made = (
-    _tile_accuracy(report),
+    _tile_metric(report),
     _tile_size(report),
     _tile_latency(found),
     _tile_calibration(report),
@@ -127,18 +134,23 @@ def _sides(reasons: Sequence[Mapping[str, str]]) -> list[list[tuple[str, list[An
   return columns
 
 
-def _tile_accuracy(report: Mapping[str, Any]) -> Tile | None:
-  mean = model(report, "student")["accuracy"]["mean"]
+def _tile_metric(report: Mapping[str, Any]) -> Tile | None:
+  judged = first(report)
+  mean = model(report, "student")[judged.name]["mean"]
   if mean is None:
     return None
   beside = []
   if report["gain"] is not None:
-    gain = change(report["gain"]["mean"], report["gain"]["standard_error"])
-    beside.append(f"{gain} points to labels alone")
-  teacher = model(report, "teacher")["accuracy"]["mean"]
+    gain = judged.change(judged.gain(report["gain"]["mean"]), report["gain"]["standard_error"])
+    beside.append(f"{gain}{judged.points} to labels alone")
+  teacher = model(report, "teacher")[judged.name]["mean"]
   if teacher is not None:
-    beside.append(f"{signed(100 * (mean - teacher))} to the teacher")
-  return Tile("Accuracy", f"{100 * mean:.2f}%", "; ".join(beside))
+    beside.append(f"{judged.change(mean - teacher, None)} to the teacher")
+  return Tile(_capital(judged.title), judged.value(mean), "; ".join(beside))
+
+
+def _capital(text: str) -> str:
+  return text[:1].upper() + text[1:]
 
 
 def _times(value: float | None, more: str, less: str) -> str:
@@ -177,7 +189,7 @@ def _tile_latency(found: Evidence) -> Tile | None:
 
 
 def _tile_calibration(report: Mapping[str, Any]) -> Tile | None:
-  means = {name: one["ece"]["mean"] for name, one in report["models"].items()}
+  means = {name: one.get("ece", {}).get("mean") for name, one in report["models"].items()}
   shown = {name: f"{100 * mean:.2f}%" for name, mean in means.items() if mean is not None}
   if "student" not in shown:
     return None
@@ -193,15 +205,15 @@ def _tile_class(rows: Sequence[Mapping[str, Any]]) -> Tile | None:
   reference = "teacher" if "teacher" in worst["changes"] else "baseline"
   lost = worst["changes"][reference]
   noise = "beyond noise" if lost["beyond_noise"] else "within noise"
-  points = f"{change(lost['change'], None, 1)} points to {_CALLED[reference]}, {noise}"
+  points = f"{SHARE.change(lost['change'], None, 1)} points to {_CALLED[reference]}, {noise}"
   beside = f"{points}; {100 * worst['accuracy']['student']['mean']:.1f}% right"
   name = worst["name"]
   return Tile("Class that lost most", f"class {name}" if name.isdigit() else name, beside)
 
 
 def _costs(report: Mapping[str, Any]) -> Section:
-  models = report["models"]
-  drawn = []
+  models, judged, drawn = report["models"], first(report), []
+  title = _capital(judged.title)
   for what, xlabel, costs, show in (
     ("size", "parameters", {n: m["parameters"] for n, m in models.items()}, count),
     (
@@ -213,12 +225,15 @@ def _costs(report: Mapping[str, Any]) -> Section:
   ):
     points = {}
     for name, one in models.items():
-      mean, std = one["accuracy"]["mean"], one["accuracy"]["std"]
+      mean, std = one[judged.name]["mean"], one[judged.name]["std"]
       if costs[name] and mean is not None:
-        points[name] = (float(costs[name]), 100 * mean, None if std is None else 100 * std)
+        spread = None if std is None else judged.scaled(std)
+        points[name] = (float(costs[name]), judged.scaled(mean), spread)
     if points:
-      picture = figures.against(None, points, xlabel=xlabel, show=show)
-      drawn.append(Figure(picture, f"Accuracy against {what}"))
+      picture = figures.against(
+        None, points, xlabel=xlabel, show=show, ylabel=judged.label, tell=judged.told
+      )
+      drawn.append(Figure(picture, f"{title} against {what}"))
   where = {**dict.fromkeys(("processor", "cores", "device")), **report["environment"]}
   measured = (
     f"Latency is for one example, on {where['processor']} ({where['cores']} cores), JAX "
@@ -227,7 +242,7 @@ def _costs(report: Mapping[str, Any]) -> Section:
   described = [(named(name), m["description"]) for name, m in models.items() if m["description"]]
   return Section(
     "cost",
-    "Accuracy against what it costs",
+    f"{title} against what it costs",
     figures=drawn,
     tables=[_of_models(summary.measured(report))] if models else [],
     after=measured if report["environment"] else "",
@@ -243,7 +258,7 @@ def _of_models(table: Table) -> Table:
 
 def _gap(report: Mapping[str, Any]) -> Section:
   shares = report["gap_closed"]
-  means = [model(report, name)["accuracy"]["mean"] for name in MODELS]
+  means = [model(report, name)[first(report).name]["mean"] for name in MODELS]
   drawn = []
   if shares["value"] is not None and None not in means:
     ends = None if shares["low"] is None else (shares["low"], shares["high"])
@@ -289,17 +304,20 @@ def _by_change(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def change_cell(
-  found: Mapping[str, Any] | None, words: tuple[str, str] = ("lost", "gained")
+  found: Mapping[str, Any] | None,
+  words: tuple[str, str] = ("lost", "gained"),
+  reading: Reading = SHARE,
 ) -> Cell:
   """A change in points with its standard error, marked where it is beyond noise.
 
   Args:
     found: from `analysis.groups`, or None.
-    words: what a change down, and a change up, is called.
+    words: what a change for the worse, and one for the better, is called.
+    reading: how the metric is told.
   """
   if found is None:
     return DASH
-  text = change(found["change"], found["error"], 1)
+  text = reading.change(reading.gain(found["change"]), found["error"], 1)
   if not found["beyond_noise"]:
     return text
   worse = found["change"] < 0
@@ -307,9 +325,14 @@ def change_cell(
 
 
 def _group_table(
-  rows: Sequence[Mapping[str, Any]], what: str, caption: str, *, interval: bool = False
+  rows: Sequence[Mapping[str, Any]],
+  what: str,
+  caption: str,
+  *,
+  interval: bool = False,
+  reading: Reading = SHARE,
 ) -> Table:
-  models = [name for name in MODELS if any(name in row["accuracy"] for row in rows)]
+  models = [name for name in MODELS if any(name in summary.shares(row) for row in rows)]
   references = [name for name in ("teacher", "baseline") if any(name in r["changes"] for r in rows)]
   taken = any("taken_for" in row for row in rows)
   head: list[Cell] = [what, "examples", *map(named, models)]
@@ -317,15 +340,23 @@ def _group_table(
   body = []
   for row in rows:
     cells: list[Cell] = [row["name"], f"{row['examples']:,}" if row["examples"] else "none"]
-    for share in (row["accuracy"].get(name) for name in models):
-      ends = f" ({100 * share['low']:.1f}–{100 * share['high']:.1f})" if share and interval else ""
-      cells.append(f"{100 * share['mean']:.1f}{ends}" if share else DASH)
-    cells += [change_cell(row["changes"].get(name)) for name in references]
+    cells += [_share(summary.shares(row).get(name), reading, interval) for name in models]
+    cells += [change_cell(row["changes"].get(name), reading=reading) for name in references]
     if taken:
       others = [f"{name} ({tenths(often)})" for name, often in row.get("taken_for", [])]
       cells.append(", ".join(others) or DASH)
     body.append(cells)
   return Table(head, body, caption, prose=taken)
+
+
+def _share(share: Mapping[str, Any] | None, reading: Reading, interval: bool) -> str:
+  """A group's mean, with the interval over its examples."""
+  if not share:
+    return DASH
+  mean, low, high = (reading.scaled(share[key]) for key in ("mean", "low", "high"))
+  if reading.percent:
+    return f"{mean:.1f}" + (f" ({low:.1f}–{high:.1f})" if interval else "")
+  return f"{mean:.4g}" + (f" ({low:.4g}–{high:.4g})" if interval else "")
 
 
 def marks(
@@ -386,17 +417,138 @@ def _classes(rows: Sequence[Mapping[str, Any]]) -> Section:
   )
 
 
-def _slices(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Section:
+def _slices(found: Mapping[str, Sequence[Mapping[str, Any]]], reading: Reading) -> Section:
   """A table for each column of metadata."""
   tables = []
   for name, rows in found.items():
     caption = f"By {name}: accuracy in % with its 95% interval (Wilson), changes in points"
+    if any("values" in row for row in rows):
+      caption = f"By {name}: {reading.label} of an example, a mean with its 95% interval"
     shown = list(rows)
     if len(shown) > _MOST:
       shown = _by_change(rows)[:_MOST]
       caption += f"; the {_MOST} of {len(rows)} slices that lost most"
-    tables.append(_group_table(shown, name, caption, interval=True))
+    tables.append(_group_table(shown, name, caption, interval=True, reading=reading))
   return Section("slices", "Slices", tables=tables)
+
+
+def _paired(report: Mapping[str, Any]) -> Section:
+  """How much better the student is on the same examples."""
+  title = "On the same examples"
+  if not report["paired"]:
+    return Section("paired", title)
+  size = max(row["examples"] for row in report["paired"])
+  note = (
+    f"Each of {size:,} examples is its own control. The interval is a bootstrap over examples and "
+    "seeds, with the same seeds for both where there are as many; a difference is the student less "
+    "what it is held against, of the mean over examples."
+  )
+  if len(report["seeds"]) == 1:
+    note += " Of one seed it is over examples alone: what another would say is unknown."
+  made = summary.paired(report)
+  kinds = {"better": "good-text", "worse": "bad-text"}
+  body = [[*row[:-1], Told(str(row[-1]), kinds.get(str(row[-1]), ""))] for row in made.rows]
+  table = dataclasses.replace(made, rows=body, sortable=False)
+  return Section("paired", title, note=note, tables=[table])
+
+
+def _parts(report: Mapping[str, Any]) -> list[Section]:
+  """Metrics apart: a figure of what the student is furthest behind in, and a table of all."""
+  made = []
+  for i, (reading, table) in enumerate(summary.apart(report)):
+    rows = report["parts"][reading.name]
+    models = [name for name in MODELS if any(name in row["values"] for row in rows)]
+    ordered = sorted(rows, key=functools.partial(_behind, reading=reading))
+    shown = rows if len(rows) <= _MANY else ordered[:_MANY]
+    drawn = [
+      (
+        row["name"],
+        {name: reading.scaled(one["mean"]) for name, one in row["values"].items()},
+      )
+      for row in shown
+    ]
+    tell = functools.partial(reading.told, std=None)
+    picture = figures.groups(None, drawn, xlabel=reading.label, tell=tell)
+    few = "" if len(shown) == len(rows) else f"; {len(shown)} of {len(rows)}, the furthest behind"
+    every = _of_models(table)
+    many = len(rows) > _MANY
+    section = Section(
+      f"part{i}",
+      _capital(reading.title),
+      legend=legend(models),
+      figures=[Figure(picture, f"{_capital(reading.title)}{few}")],
+      tables=[] if many else [every],
+      folded=[(f"All {len(rows)}", every)] if many else [],
+    )
+    made.append(section)
+  return made
+
+
+def _behind(row: Mapping[str, Any], reading: Reading) -> float:
+  """How much better the student is than its teacher, or how good it is where there is none."""
+  values = row["values"]
+  ours, theirs = (values.get(name, {}).get("mean") for name in ("student", "teacher"))
+  return reading.gain((ours or 0.0) - (theirs or 0.0))
+
+
+def _points(found: Evidence) -> Section:
+  """What was put out against the labels, by target and model."""
+  answers, drawn = found.predictions, []
+  details = {} if answers is None else answers.details
+  targets = list(dict.fromkeys(name for one in details.values() for name in one.points))
+  for target in targets[:_TARGETS]:
+    there = {m: details[m].points[target] for m in MODELS if target in _points_of(details, m)}
+    every = np.concatenate([points[np.isfinite(points)] for points in there.values()])
+    if not every.size:
+      continue
+    errors = np.concatenate([np.abs(said - labels) for labels, said in there.values()])
+    reach = 1.1 * float(np.nanmax(np.where(np.isfinite(errors), errors, 0))) or 1.0
+    room = 0.05 * float(np.ptp(every)) or 1.0
+    ends = (float(every.min()) - room, float(every.max()) + room)
+    for name, points in there.items():
+      caption: list[Cell] = [named(name)]
+      caption += [f", {target}"] if len(targets) > 1 else []
+      picture = figures.scatter(None, name, points, ends=ends, reach=reach)
+      drawn.append(Figure(picture, f"Outputs of the {WORDS[name]} against labels", caption))
+  note = (
+    "Each dot is an example: on the dashed line the output is its label. Below, what is wrong with "
+    "it. Of several seeds the first is shown."
+  )
+  if len(targets) > _TARGETS:
+    note += f" The first {_TARGETS} of {len(targets)} targets."
+  return Section("points", "Outputs against labels", note=note, figures=drawn)
+
+
+def _points_of(details: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  return details[name].points if name in details else {}
+
+
+def _examples(found: Evidence) -> Section:
+  """Some examples with what each model says of them."""
+  title, answers = "Examples", found.predictions
+  if answers is None or not answers.truth:
+    return Section("examples", title)
+  rows = analysis.outstanding(answers, readings(found.report))
+  titles = {
+    "worst": "Where the student is furthest behind its teacher",
+    "gained": "Where it is furthest ahead of labels alone",
+    "others": "Others, as they come",
+  }
+  galleries = [
+    Gallery(exhibits.shown(answers, rows[name]), text)
+    for name, text in titles.items()
+    if len(rows[name])
+  ]
+  maps = [one for one in answers.truth.values() if not isinstance(one, str)]
+  drawn = []
+  if maps:
+    said = [x for one in answers.details.values() for x in one.said.values()]
+    size = 1 + max(int(x.max(initial=0)) for x in (*maps, *said) if not isinstance(x, str))
+    size = max(size, len(answers.label_names))
+    names = [answers.name(k) for k in range(size)]
+    drawn = [Figure(figures.colours(None, names), "Colours of the classes", ["Grey is no label."])]
+  note = "Of several seeds the first is shown." if len(answers.seeds) > 1 else ""
+  return Section("examples", title, note=note, figures=drawn, galleries=galleries)
 
 
 def _confusions(found: Evidence, rows: Sequence[Mapping[str, Any]]) -> Section:

@@ -69,9 +69,11 @@ class Gallery:
   more: Sequence[Mapping[str, Any]] = ()
 
   @property
-  def texts(self) -> bool:
-    """Whether there are texts among them, which need more room than pictures."""
-    return any(item["text"] for item in self.items)
+  def kind(self) -> str:
+    """What it is for a style sheet: texts need more room than a picture, and several pictures."""
+    if any(item["maps"] for item in self.items):
+      return "wide"
+    return "texts" if any(item["text"] for item in self.items) else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ What is unknown or undefined is a dash, and a model that was not measured has no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,29 +16,40 @@ from jaxdistill.reports import figures
 from jaxdistill.reports._format import (
   DASH,
   MODELS,
+  Reading,
   Table,
-  change,
   count,
   escaped,
   exact,
   fenced,
   grid,
-  number,
   percent,
   tenths,
   whole,
 )
 from jaxdistill.reports._pages import significance
-from jaxdistill.reports._pages.document import complete, model, sound_report
+from jaxdistill.reports._pages.document import (
+  complete,
+  fidelity,
+  first,
+  model,
+  readings,
+  sound_report,
+)
 
 __all__ = [
-  "QUANTITIES",
+  "COSTS",
   "agreement",
+  "apart",
   "confused",
   "gap_sentence",
   "markdown",
   "measured",
+  "of_example",
+  "paired",
   "picture",
+  "picture_name",
+  "shares",
   "side_by_side",
   "table",
   "text",
@@ -45,14 +57,8 @@ __all__ = [
 ]
 
 
-# A row of the one table: how a model's number is told.
-QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-  "accuracy, %": lambda model: percent(model["accuracy"]),
-  "top-5, %": lambda model: percent(model["top5"]),
-  "negative log-likelihood": lambda model: number(model["nll"]),
-  "calibration error, %": lambda model: percent(model["ece"]),
-  "Brier score": lambda model: number(model["brier"]),
-  "agrees with teacher, %": lambda model: percent(model["agreement"]),
+# A row of the one table: how a model's cost is told.
+COSTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
   "instances": lambda model: whole(model["instances"]),
   "parameters": lambda model: whole(model["parameters"]),
   "bytes": lambda model: whole(model["bytes"]),
@@ -65,9 +71,10 @@ QUANTITIES: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def verdict(
-  accuracy: Mapping[str, np.ndarray],
+  values: Mapping[str, np.ndarray],
   gain: Mapping[str, Any] | None,
-  agreement: Mapping[str, Any] | None = None,
+  reading: Reading,
+  agreement: tuple[Reading | None, Mapping[str, Any] | None] = (None, None),
 ) -> str:
   """Whether distillation helped, in one sentence; its error is that over seeds alone.
 
@@ -75,57 +82,66 @@ def verdict(
   error. Whether other examples would say the same is the decision's question.
 
   Args:
-    accuracy: ``[S]`` by model, of those where it was measured; values that are not finite are no
-      part of it.
-    gain: from `evaluation.metrics.difference` of student and baseline; None where there is no
-      baseline.
-    agreement: of the student with its teacher, the one thing that needs no labels.
+    values: ``[S]`` by model, of those where the metric was measured; what is not finite is no part
+      of it.
+    gain: from `evaluation.metrics.difference` of student and baseline, positive for the better;
+      None where there is no baseline.
+    reading: how the metric is told.
+    agreement: how it is told how far the student does what its teacher does, and how far: the one
+      thing that needs no labels.
 
   Returns:
     The sentence.
   """
-  if "student" not in accuracy:
-    agree = "" if agreement is None else f" It agrees with its teacher on {percent(agreement)}%."
-    return f"The student's accuracy was not measured: no example has a label.{agree}"
-  values = {name: found[np.isfinite(found)] for name, found in accuracy.items()}
-  if not values["student"].size:
-    return "Nothing is known of the student: its accuracy is not a number in any seed."
-  student = values["student"].mean()
-  if gain is None or not values.get("baseline", np.zeros(0)).size:
-    why = "no usable baseline" if "baseline" in values else "no baseline (labels alone)"
-    teacher = values.get("teacher", np.zeros(0))
-    beside = f", the teacher's {100 * teacher.mean():.2f}%" if teacher.size else ""
+  if "student" not in values:
+    agree, how_far = "", agreement[0]
+    if how_far is not None and how_far.name == "agreement" and agreement[1] is not None:
+      agree = f" It agrees with its teacher on {percent(agreement[1])}%."
+    return f"The student's {reading.title} was not measured: no example has a label.{agree}"
+  finite = {name: found[np.isfinite(found)] for name, found in values.items()}
+  if not finite["student"].size:
+    return f"Nothing is known of the student: its {reading.title} is not a number in any seed."
+  student = float(finite["student"].mean())
+  if gain is None or not finite.get("baseline", np.zeros(0)).size:
+    why = "no usable baseline" if "baseline" in finite else "no baseline (labels alone)"
+    teacher = finite.get("teacher", np.zeros(0))
+    beside = f", the teacher's {reading.value(teacher.mean())}" if teacher.size else ""
     return (
-      f"What distillation gained is unknown: there is {why}. The student's accuracy is "
-      f"{100 * student:.2f}%{beside}."
+      f"What distillation gained is unknown: there is {why}. The student's {reading.title} is "
+      f"{reading.value(student)}{beside}."
     )
-  baseline = values["baseline"].mean()
-  error = gain["standard_error"]
-  change = f"{100 * abs(student - baseline):.2f} points"
-  where = f"({100 * student:.2f}% against {100 * baseline:.2f}%)"
+  baseline, error = float(finite["baseline"].mean()), gain["standard_error"]
+  change = reading.amount(student - baseline)
+  where = f"({reading.called}{reading.value(student)} against {reading.value(baseline)})"
   if error is None:
     word = "higher" if student > baseline else "lower or equal"
-    return f"One seed: the distilled student's accuracy is {change} {word} {where}; no error known."
-  margin = f"standard error of the difference over seeds {100 * error:.2f}"
+    name = f"the distilled student's {reading.title}"
+    return f"One seed: {name} is {change} {word} {where}; no error known."
+  margin = f"standard error of the difference over seeds {reading.bare(error)}"
   beyond = abs(student - baseline) / error if error else float("inf")
   if beyond > 1 and student != baseline:
-    sure = significance.welch(values["student"], values["baseline"]) < 0.05
-    if student > baseline:
+    sure = significance.welch(finite["student"], finite["baseline"]) < 0.05
+    over = "over" if student > baseline else "under"
+    if reading.gain(student - baseline) > 0:
       word = "helps" if sure else "seems to help"
-      return f"Distillation {word}: {change} over labels alone {where}, {margin}."
-    word = "hurts" if sure else "seems to hurt"
-    return f"Distillation {word}: {change} under labels alone {where}, {margin}."
+    else:
+      word = "hurts" if sure else "seems to hurt"
+    return f"Distillation {word}: {change} {over} labels alone {where}, {margin}."
   return f"No difference beyond noise between distillation and labels alone {where}, {margin}."
 
 
-def side_by_side(models: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> Table:
+def side_by_side(
+  models: Mapping[str, Mapping[str, Any]], read: Sequence[Reading], costs: Sequence[str]
+) -> Table:
   """What was measured of several models, a column each; no row of what was measured of none.
 
   Args:
     models: by name, with all that their rows are made of.
-    labels: of the rows.
+    read: how the metrics are told that come first.
+    costs: labels of the rows below.
   """
-  rows = [[label, *map(QUANTITIES[label], models.values())] for label in labels]
+  rows = [[one.label, *(one.spread(m.get(one.name)) for m in models.values())] for one in read]
+  rows += [[label, *map(COSTS[label], models.values())] for label in costs]
   caption = "Mean ± standard deviation over the seeds; no ± where there is one instance"
   return Table(["", *models], _known(rows), caption, sortable=False)
 
@@ -137,11 +153,20 @@ def _known(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 def measured(report: Mapping[str, Any]) -> Table:
   """The one table of a complete report: quality, agreement with the teacher, and cost."""
-  fidelity = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
-  agree = {name: one["agreement"] for name, one in fidelity.items() if one}
-  models = report["models"].items()
-  told = {name: {**one, "agreement": agree.get(name)} for name, one in models}
-  return side_by_side(told, [label for label in QUANTITIES if label != "instances"])
+  read, faithful = list(readings(report).values()), fidelity(report)
+  told = {name: dict(one) for name, one in report["models"].items()}
+  if faithful is not None:
+    read.append(faithful)
+    for name, one in _followers(report).items():
+      if name in told:
+        told[name][faithful.name] = one[faithful.name]
+  return side_by_side(told, read, [label for label in COSTS if label != "instances"])
+
+
+def _followers(report: Mapping[str, Any]) -> dict[str, Any]:
+  """How far baseline and student do what the teacher does, where it was measured."""
+  both = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
+  return {name: one for name, one in both.items() if one}
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -151,17 +176,14 @@ def table(report: Mapping[str, Any]) -> str:
 
 def agreement(report: Mapping[str, Any]) -> Table:
   """How far baseline and student of a complete report agree with the teacher."""
-  both = {"baseline": report["baseline_fidelity"], "student": report["fidelity"]}
-  there = {name: one for name, one in both.items() if one}
+  there = _followers(report)
   rows = [
-    [label, *(show(one[key]) for one in there.values())]
-    for key, label, show in (
-      ("agreement", "same answer as the teacher, %", percent),
-      ("kl", "KL to the teacher, nats", number),
-      ("accuracy_where_teacher_wrong", "accuracy where the teacher is wrong, %", percent),
-    )
+    [one.label, *(one.spread(found[one.name]) for found in there.values())]
+    for one in readings(report, "fidelity").values()
   ]
-  return Table(["", *there], _known(rows), "How far they agree with the teacher", sortable=False)
+  known = _known(rows)
+  head = ["", *there] if known else [""]
+  return Table(head, known, "How far they agree with the teacher", sortable=False)
 
 
 def gap_sentence(gap: Mapping[str, Any]) -> str:
@@ -186,11 +208,12 @@ def markdown(report: Mapping[str, Any]) -> str:
   """
   kept, wrong = sound_report(dict(report), "The report")
   told = complete({} if kept is None else kept)
-  return text({**told, "problems": [*wrong, *told["problems"]]})
+  told = {**told, "problems": [*wrong, *told["problems"]]}
+  return text(told, picture_name(told))
 
 
-def text(told: Mapping[str, Any]) -> str:
-  """The Markdown of a complete report."""
+def text(told: Mapping[str, Any], pictured: str) -> str:
+  """The Markdown of a complete report, with the name of the picture beside it."""
   title = f"# {escaped(told['dataset'] or DASH)}, {escaped(told['split'] or DASH)} split"
   lines = [title, "", escaped(told["verdict"] or "There is no verdict."), ""]
   lines += [gap_sentence(told["gap_closed"]), "", *_decided(told), *_numbers(told)]
@@ -202,8 +225,9 @@ def text(told: Mapping[str, Any]) -> str:
     f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
   ]
   lines += ["## What they are", "", *described, ""] if described else []
-  if any(one["accuracy_per_seed"] for one in told["models"].values()):
-    lines += ["![accuracy](accuracy.png)", ""]
+  judged = first(told)
+  if any(one["per_seed"].get(judged.name) for one in told["models"].values()):
+    lines += [f"![{escaped(judged.title)}]({pictured})", ""]
   where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
   lines += ["## How to repeat it", "", *fenced(told["commands"]), ""]
   python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
@@ -247,26 +271,73 @@ def _decided(report: Mapping[str, Any]) -> list[str]:
 
 
 def _by_groups(report: Mapping[str, Any]) -> list[str]:
-  """Classes and slices, where the report has them: classes that lost most come first."""
+  """Classes, slices and parts, where the report has them: classes that lost most come first."""
   counted = [row for row in report["classes"] if row["changes"].get("teacher")]
   counted.sort(key=lambda row: row["changes"]["teacher"]["change"])
   parts = [("class", "Classes that lost most", counted[:10] if report["classes"] else [])]
   parts += [(name, f"By {name}", rows) for name, rows in report["slices"].items()]
   lines: list[str] = []
+  reading = of_example(report)
   for name, title, rows in parts:
     if not rows:
       continue
-    models = [m for m in MODELS if any(m in row["accuracy"] for row in rows)]
+    models = [m for m in MODELS if any(m in shares(row) for row in rows)]
     shown = [[name, "examples", *models, "student − teacher"]]
     for row in rows:
       told = row["changes"].get("teacher") or {"change": None}
       mark = " (beyond noise)" if told.get("beyond_noise") else ""
-      cells = [percent(row["accuracy"].get(m)) for m in models]
-      shown.append([row["name"], str(row["examples"]), *cells, change(told["change"], None) + mark])
+      cells = [reading.spread(shares(row).get(m)) for m in models]
+      lost = None if told["change"] is None else reading.gain(told["change"])
+      shown.append([row["name"], str(row["examples"]), *cells, reading.change(lost, None) + mark])
     lines += [f"## {escaped(title)}", "", grid(shown), ""]
+  for reading, made in apart(report):
+    lines += [f"## {escaped(reading.label)}", "", made.markdown(), ""]
+  if report["paired"]:
+    lines += ["## On the same examples", "", paired(report).markdown(), ""]
   if report["confusions"]:
     lines += ["## Most frequent confusions", "", confused(report["confusions"][:10]).markdown(), ""]
   return lines
+
+
+def shares(row: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A group's means by model: of accuracies, or of another task's values."""
+  found: Mapping[str, Any] = row["accuracy"] if "accuracy" in row else row["values"]
+  return found
+
+
+def of_example(report: Mapping[str, Any]) -> Reading:
+  """How that is told which slices are made of: the first metric that an example has."""
+  there = readings(report)
+  return next((there[r["metric"]] for r in report["paired"] if r["metric"] in there), first(report))
+
+
+def apart(report: Mapping[str, Any]) -> list[tuple[Reading, Table]]:
+  """Metrics by class, label, target or position."""
+  there, made = readings(report), []
+  for metric, rows in report["parts"].items():
+    reading = there.get(metric, Reading(metric, metric))
+    models = [name for name in MODELS if any(name in row["values"] for row in rows)]
+    body = [[row["name"], *(reading.spread(row["values"].get(m)) for m in models)] for row in rows]
+    caption = f"{reading.label}: mean ± standard deviation over the seeds"
+    made.append((reading, Table(["", *models], body, caption)))
+  return made
+
+
+def paired(report: Mapping[str, Any]) -> Table:
+  """How much better the student is on the same examples."""
+  there = readings(report)
+  against = {"teacher": "the teacher", "baseline": "labels alone"}
+  body = []
+  for row in report["paired"]:
+    one = there.get(row["metric"], Reading(row["metric"], row["metric"]))
+    change, low, high = (one.gain(row[key]) for key in ("gain", "low", "high"))
+    sure = row["p_value"] < significance.LEVEL
+    word = ("better" if row["gain"] > 0 else "worse") if sure else "within noise"
+    cells = [against[row["reference"]], one.change(change, None)]
+    ends = one.interval(min(low, high), max(low, high))
+    body.append([one.label, *cells, ends, f"{row['p_value']:.2g}", word])
+  head = ["metric", "against", "difference", "95% interval", "p", "the student is"]
+  return Table(head, body, "The student less what it is held against, on the same examples")
 
 
 def confused(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -289,29 +360,41 @@ def confused(rows: Sequence[Mapping[str, Any]]) -> Table:
   return Table(["class", "taken for", *models, "of"], body, caption)
 
 
+def picture_name(report: Mapping[str, Any], end: str = "") -> str:
+  """What the picture's file is called: by the metric, as far as its name is one of a file.
+
+  >>> picture_name(complete({}))
+  'accuracy.png'
+  """
+  return (re.sub(r"[^a-zA-Z0-9_-]", "", first(report).name) or "metric") + f"{end}.png"
+
+
 def picture(report: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> Any:
-  """Accuracy of the models: every seed a dot, the mean with its standard deviation.
+  """The metric of the models: every seed a dot, the mean with its standard deviation.
 
   Args:
     report: from `reports.build_report`.
     path: where the PNG goes; None writes none.
 
   Returns:
-    The figure, Matplotlib's, which a notebook shows; None where no accuracy is known.
+    The figure, Matplotlib's, which a notebook shows; None where no value is known.
   """
   told = complete(report)
+  judged = first(told)
   labels = {"teacher": "teacher", "baseline": "labels alone", "student": "distilled"}
   values = {}
   for name, one in told["models"].items():
-    each = [value for value in one["accuracy_per_seed"] if value is not None]
+    each = [value for value in one["per_seed"].get(judged.name, []) if value is not None]
     if each:
       below = "" if one["parameters"] is None else f"\n{one['parameters']:,} parameters"
-      values[labels[name] + below] = 100 * np.asarray(each, np.float64)
+      values[labels[name] + below] = judged.scaled(1.0) * np.asarray(each, np.float64)
   if not values:
     return None
+  unit = ", %" if judged.percent else ""
   return figures.models(
     path,
     values,
-    ylabel=f"accuracy on the {told['split'] or DASH} split, %",
+    ylabel=f"{judged.title} on the {told['split'] or DASH} split{unit}",
     title=f"{told['dataset'] or DASH}: {len(told['seeds'])} seeds, mean ± std",
+    show=lambda mean: judged.told(mean, None),
   )
