@@ -59,6 +59,7 @@ html_theme_options = {
   "footer_end": [],
   "secondary_sidebar_items": ["page-toc"],
   "show_toc_level": 2,
+  "header_links_before_dropdown": 7,
 }
 
 
