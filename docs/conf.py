@@ -61,6 +61,7 @@ html_theme_options = {
   "secondary_sidebar_items": ["page-toc"],
   "show_toc_level": 2,
   "header_links_before_dropdown": 7,
+  "navbar_persistent": ["search-button"],
 }
 
 
