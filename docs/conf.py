@@ -1,7 +1,7 @@
 """How the documentation site is built: `python -m sphinx -W docs build/site`.
 
-Pages are Markdown, the reference is read from the library's own docstrings, and the theme is that
-of NumPy and JAX. Nothing is fetched when a page is opened: no font, no script, no search index.
+Pages are Markdown, the reference is read from the library's own docstrings, and the theme is
+NumPy's. Nothing is fetched when a page is opened: no font, no script, no search index.
 """
 
 import pathlib
@@ -44,6 +44,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = "jaxdistill"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_sidebars = {"start": [], "methods": []}  # pages without others below them
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {
@@ -59,6 +60,8 @@ html_theme_options = {
   "footer_end": [],
   "secondary_sidebar_items": ["page-toc"],
   "show_toc_level": 2,
+  "header_links_before_dropdown": 7,
+  "navbar_persistent": ["search-button"],
 }
 
 
