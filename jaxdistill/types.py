@@ -226,11 +226,13 @@ class Summed:
     total: Σ where · values over the batch (this device's share of it, under `pmap`).
     count: Σ where, likewise; of the batch alone, as a `Term`'s mask is.
     weight: as a `Term`'s.
+    together: whether its gradient is made with the other terms', as the loss's: alone it has none.
   """
 
   total: Any
   count: Any
   weight: Any = 1.0
+  together: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 # Terms by name, each a `Term` or a `Summed`.

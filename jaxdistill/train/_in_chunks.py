@@ -176,7 +176,8 @@ class _InChunks:
     sums = _Sums(terms, head, self.backward)
     totals = sums(learnt, hidden, None if head is None else head.kernel, given, share)
     found: Terms = {
-      name: Summed(total, counts[name], weights[name]) for name, total in totals.items()
+      name: Summed(total, counts[name], weights[name], together=self.backward == "kept")
+      for name, total in totals.items()
     }
     return {**found, **beside}, state
 

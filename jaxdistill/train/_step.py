@@ -247,6 +247,12 @@ class _Step:
   ) -> tuple[list[jax.Array], Any]:
     """This device's share of each group's loss; the states after it, sums, the student's logits."""
     terms, states, logits = self.forward(trained, at, target)
+    together = [n for n, term in terms.items() if isinstance(term, Summed) and term.together]
+    if at.groups and together:
+      raise ValueError(
+        f"the optimizer wants some terms' gradients apart, and those of {together} are made as one, "
+        'in chunks of tokens: give it train.in_chunks(objective, backward="again").'
+      )
     reduced = [
       reduce_terms(some, at.batch, axis_name=self.axis_name)
       for some in _optax.grouped_terms(terms, at.groups)

@@ -489,3 +489,13 @@ def test_memory_does_not_grow_with_tokens_times_words(backward):
   # 1,536 tokens more: of the whole 4 x 4,096 x 4 bytes each, here a copy of the hidden states.
   assert (large - small) / 1536 < 2 * 4 * (64 + 128)
   assert memory(recipes.kd(), 512, 4096) > 6 * large
+
+
+def test_an_optimiser_that_takes_terms_apart_gets_them_in_chunks_that_can():
+  apart = {"optimizer": train.optimizers.dot(0.1, steps=3, apart=["labels"])}
+  with pytest.raises(ValueError, match='made as one.*backward="again"'):
+    fitted(recipes.kd(), tokens_at_once=AT_ONCE, **apart)
+  again = in_chunks(recipes.kd(), tokens_at_once=2 * AT_ONCE, backward="again")
+  found, whole = fitted(again, **apart)[0], fitted(recipes.kd(), **apart)[0]
+  for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # sums in another order
