@@ -301,8 +301,8 @@ def mlkd(
 
   Returns:
     An objective with the terms ``labels``, ``soft``, ``classes`` (one value per class) and
-    ``batch``; of two views also ``strong_labels`` and ``strong``, by the weights of the first two.
-    Unlabelled examples take part in all but the labels' terms, padding (weight 0) in none.
+    ``batch``; of two views also ``strong``, by the weight of ``soft``, and ``labels`` are of both.
+    Unlabelled examples take part in all but the first, padding (weight 0) in none.
 
   Raises:
     TypeError: ``temperatures`` is no sequence.
@@ -321,20 +321,17 @@ def mlkd(
       (losses.batch_gram, (ours, theirs), {"where": counted}),
     )
   )
+  looks = (strong_view(student, "student"),) if two_views else ()
   terms = {
-    "labels": hard_term(student, batch, hard_weight),
+    "labels": hard_term(student, batch, hard_weight, *looks),
     "soft": Term(soft, weight=soft_weight),
     "classes": Term(classes, weight=class_weight, axis="classes"),
     "batch": Term(examples, weight=batch_weight),
   }
-  if two_views:
-    looks = strong_view(student, "student"), strong_view(teacher, "teacher")
-    pair = both_logits("mlkd", *looks, standardize=standardize)
+  for look in looks:
+    pair = both_logits("mlkd", look, strong_view(teacher, "teacher"), standardize=standardize)
     strong = sum(losses.soft_target_kl(*pair, temperature=t) for t in temperatures)
-    terms |= {
-      "strong_labels": hard_term(looks[0], batch, hard_weight),
-      "strong": Term(strong, weight=soft_weight),
-    }
+    terms["strong"] = Term(strong, weight=soft_weight)
   return terms
 
 

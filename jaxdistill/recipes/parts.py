@@ -292,8 +292,10 @@ def check_loss(loss: Any) -> None:
   _check.function("loss", loss, takes, arguments=2, keywords_may_lack=True)
 
 
-def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Term:
+def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None, *looks: Outputs) -> Term:
   """Cross-entropy on the labels that are known; with the weight None nothing is computed.
+
+  That of what the student says of further looks at the examples is added.
 
   >>> from jaxdistill.types import make_batch
   >>> batch = make_batch(jnp.ones((1, 1)), jnp.array([0]))
@@ -305,6 +307,8 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None) -> Ter
   if hard_weight is None:
     return Term(None, weight=None)
   values = losses.cross_entropy(student.logits, batch.labels)
+  for look in looks:
+    values = values + losses.cross_entropy(look.logits, batch.labels)
   return Term(values, weight=hard_weight, where=batch.labelled)
 
 

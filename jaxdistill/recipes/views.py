@@ -110,11 +110,11 @@ def crld(
     strong_threshold: how sure of the strong one, for what goes across.
     within_weight: of each look's own soft targets.
     cross_weight: of the other look's.
-    hard_weight: of the labels, with both looks; None leaves those terms out.
+    hard_weight: of the labels, with both looks; None leaves that term out.
 
   Returns:
-    An objective with the terms ``labels``, ``strong_labels`` and ``views``; unlabelled examples
-    take part in the last only. An example of which the teacher is not sure counts there as 0.
+    An objective with the terms ``labels``, of both looks, and ``views``; unlabelled examples take
+    part in the latter only. An example of which the teacher is not sure counts there as 0.
 
   Raises:
     ValueError: at the first step, there is no teacher, or a network saw one look alone.
@@ -137,7 +137,6 @@ def crld(
     cross_weight=cross_weight,
   )
   return {
-    "labels": hard_term(student, batch, hard_weight),
-    "strong_labels": hard_term(strong, batch, hard_weight),
+    "labels": hard_term(student, batch, hard_weight, strong),
     "views": Term(values),
   }

@@ -28,8 +28,10 @@ OTHER_LABELS = {
   "teacher_bounded": np.ones((4, 3)),
   "gaussian_regression": np.ones(4),
 }
-# Parts of recipes, and what takes a cohort (`test_online.py`).
-PARTS = ("combine", "dml", "each", "hint", "overhaul_margins", "recipe", "with_class_maps")
+PARTS = ("combine", "fold_many_to_one", "hint", "overhaul_margins", "recipe")
+PARTS += ("with_class_maps", "with_generator", "with_many_to_one", "with_views")
+PARTS += ("dafl",)  # without data there are no labels either
+PARTS += ("dml", "each")  # what takes a cohort (`test_online.py`)
 OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
 RECIPES = [name for name in OF_ALL if name != "labels"]
 
@@ -38,8 +40,9 @@ def outputs(seed):
   rng = np.random.default_rng(seed)
   maps = jnp.asarray(rng.normal(size=(4, 2, 2, 3)), jnp.float32)
   stages = ["stem", "class_maps", *(f"stage{i}{end}" for i in (1, 2, 3) for end in ("", "_preact"))]
-  features = dict.fromkeys(stages, maps) | {"pooled": maps.mean((1, 2))}
-  return Outputs(jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), features)
+  features = dict.fromkeys([*stages, "many_to_one"], maps) | {"pooled": maps.mean((1, 2))}
+  weak, strong = (jnp.asarray(rng.normal(size=(4, 3)), jnp.float32) for _ in range(2))
+  return Outputs(weak, {**features, "strong/logits": strong})
 
 
 STUDENT, TEACHER = outputs(0), outputs(1)

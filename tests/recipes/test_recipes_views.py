@@ -51,22 +51,22 @@ def test_crld(thresholds):
   assert all(np.sum(one) > 0 for one in sure)
   assert not all(np.all(one) for one in sure)
   np.testing.assert_allclose(terms["views"].values, want, rtol=1e-5, atol=1e-5)
-  for name, look in (("labels", "weak"), ("strong_labels", "strong")):
-    np.testing.assert_allclose(terms[name].values, ce(look), rtol=1e-5)
-    np.testing.assert_array_equal(terms[name].where, BATCH.labelled)
-    assert terms[name].weight == 1.0
+  np.testing.assert_allclose(terms["labels"].values, ce("weak") + ce("strong"), rtol=1e-5)
+  np.testing.assert_array_equal(terms["labels"].where, BATCH.labelled)
+  assert terms["labels"].weight == 1.0
   assert set(run(recipes.crld(hard_weight=None))) == {"views"}
 
 
 def test_mlkd_of_two_views_has_the_strong_ones_labels_and_soft_targets():
   both, one = run(recipes.mlkd(two_views=True)), run(recipes.mlkd())
-  assert set(both) - set(one) == {"strong", "strong_labels"}
-  for name, term in one.items():
-    np.testing.assert_array_equal(term.values, both[name].values)
+  assert set(both) - set(one) == {"strong"}
+  for name in set(one) - {"labels"}:
+    np.testing.assert_array_equal(one[name].values, both[name].values)
   want = sum(kl(("s", "strong"), ("t", "strong"), t) for t in (4.0, 3.0, 5.0, 2.0, 6.0))
   np.testing.assert_allclose(both["strong"].values, want, rtol=1e-5)
-  np.testing.assert_allclose(both["strong_labels"].values, ce("strong"), rtol=1e-5)
-  assert (both["strong"].weight, both["strong_labels"].weight) == (0.9, 0.1)
+  np.testing.assert_allclose(both["labels"].values, ce("weak") + ce("strong"), rtol=1e-5)
+  np.testing.assert_allclose(one["labels"].values, ce("weak"), rtol=1e-5)
+  assert (both["strong"].weight, both["labels"].weight) == (0.9, 0.1)
   sharp = run(recipes.mlkd(two_views=True, standardize=True))
   assert not np.allclose(sharp["strong"].values, want)
 
