@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 __all__ = [
+  "LabelsError",
   "VariablesError",
   "folder",
   "function",
