@@ -210,7 +210,7 @@ def check_run(run: Any) -> Run:
   return Run(run)
 
 
-class LessMemory(TypedDict, total=False):
+class _LessMemory(TypedDict, total=False):
   """What `fit` takes besides, for batches that need more memory than there is."""
 
   tokens_at_once: int | None
@@ -231,7 +231,7 @@ def fit(
   dispatch: Dispatch | None = None,
   watch: Watch | None = None,
   run: Run | str | os.PathLike[str] | None = None,
-  **less_memory: Unpack[LessMemory],
+  **less_memory: Unpack[_LessMemory],
 ) -> Fitted:
   """Trains a student, or the same student from several seeds as one compiled program.
 
