@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -178,14 +179,36 @@ def regression(
 
   Returns:
     An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
-    only. Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one.
+    only. Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one; of a table with
+    holes (``batch.labelled`` ``[B, D]``) each number counts by itself.
   """
   ours, theirs = both_logits("regression", student, teacher)
-  terms = {"soft": Term(loss(ours, theirs), weight=soft_weight)}
+  terms = {"soft": Term(_of_numbers(loss, batch, (ours, theirs)), weight=soft_weight)}
   if hard_weight is None:
     return terms
-  values = loss(ours, label_numbers(batch, ours))
+  values = _of_numbers(loss, batch, (ours, label_numbers(batch, ours)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
+
+
+def _each_counts(batch: Batch) -> bool:
+  """Whether each of an example's numbers has a weight, or may be known or not, by itself."""
+  axes = max(jnp.ndim(batch.weight), jnp.ndim(batch.labelled))
+  return 1 < axes == jnp.ndim(batch.labels)
+
+
+def _of_numbers(
+  loss: Callable[..., jax.Array], batch: Batch, pair: Sequence[jax.Array]
+) -> jax.Array:
+  """A loss of numbers ``[B, D]``, ``[B]``; or ``[B, D]``, of each number alone, where each counts.
+
+  The mean over an example's numbers is the same, and where all of them count, so is the step's.
+  """
+  if not _each_counts(batch):
+    return loss(*pair)
+  # Means and variances, [B, 2D], are [B, D, 2] of D numbers alone.
+  numbers = jnp.shape(batch.labels)[-1]
+  apart = (jnp.stack(jnp.split(x, x.shape[-1] // numbers, axis=-1), axis=-1) for x in pair)
+  return loss(*apart)
 
 
 @recipe
@@ -216,13 +239,17 @@ def teacher_bounded(
     Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one.
   """
   ours, theirs = both_logits("teacher_bounded", student, teacher)
-  target = label_numbers(batch, ours)
-  bounded = losses.teacher_bounded(ours, theirs, target, margin=margin)
-  terms = {"bounded": Term(bounded, weight=bounded_weight, where=batch.labelled)}
+  target, known = label_numbers(batch, ours), jnp.asarray(batch.labelled)
+  # Who is nearer to the target is asked of an example's numbers together: those that are known.
+  there = known[..., None] if known.ndim < target.ndim else known
+  seen = (jnp.where(there > 0, x, jnp.zeros_like(x)) for x in (ours, theirs, target))
+  bounded = losses.teacher_bounded(*seen, margin=margin)
+  where = jnp.max(there, axis=-1)
+  terms = {"bounded": Term(bounded, weight=bounded_weight, where=where)}
   if hard_weight is None:
     return terms
-  values = losses.huber(ours, target)
-  return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
+  values = _of_numbers(losses.huber, batch, (ours, target))
+  return {"labels": Term(values, weight=hard_weight, where=known), **terms}
 
 
 @recipe
@@ -247,14 +274,16 @@ def gaussian_regression(
 
   Returns:
     An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
-    only. Labels must be numbers ``[B, D]``, or ``[B]`` where D is 1.
+    only. Labels must be numbers ``[B, D]``, or ``[B]`` where D is 1; of a table with holes
+    (``batch.labelled`` ``[B, D]``) each number counts by itself.
   """
   ours, theirs = both_logits("gaussian_regression", student, teacher)
-  soft = losses.gaussian_kl(ours, theirs, floor=floor)
+  soft = _of_numbers(functools.partial(losses.gaussian_kl, floor=floor), batch, (ours, theirs))
   terms = {"soft": Term(soft, weight=soft_weight)}
   if hard_weight is None:
     return terms
-  values = losses.gaussian_nll(ours, label_numbers(batch, ours), floor=floor)
+  loss = functools.partial(losses.gaussian_nll, floor=floor)
+  values = _of_numbers(loss, batch, (ours, label_numbers(batch, ours)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 

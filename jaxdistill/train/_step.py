@@ -250,7 +250,7 @@ class _Step:
     together = [n for n, term in terms.items() if isinstance(term, Summed) and term.together]
     if at.groups and together:
       raise ValueError(
-        f"the optimizer wants some terms' gradients apart, and those of {together} are made as one, "
+        f"the optimizer wants some terms' gradients apart, and those of {together} are made as one "
         'in chunks of tokens: give it train.in_chunks(objective, backward="again").'
       )
     reduced = [

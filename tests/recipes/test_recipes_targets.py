@@ -228,6 +228,40 @@ def test_labels_of_one_number_an_example():
     np.testing.assert_array_equal(compute({}, {}, *both, flat)[0], compute({}, {}, *both, deep)[0])
 
 
+def test_numbers_that_are_not_known_of_an_example_that_has_others():
+  """Of a table with holes each number counts by itself; without one nothing changes."""
+  student, teacher, batch = draw(np.float32)
+  known = np.random.default_rng(6).integers(0, 2, NUMBERS.shape).astype(np.float32)
+  known[3] = 0
+  count = np.asarray(batch.weight)[:, None] * known
+  numbers = np.where(known > 0, NUMBERS, 0).astype(np.float32)
+  s, t = np.float64(student.logits), np.float64(teacher.logits)
+  D = NUMBERS.shape[1]
+  wide = [Outputs(jnp.concatenate([x.logits, 0.1 * x.logits], axis=-1)) for x in (student, teacher)]
+  both = [student, teacher]
+  huber = np.where(np.abs(s - numbers) < 1, (s - numbers) ** 2 / 2, np.abs(s - numbers) - 0.5)
+  ours, theirs = (((x - numbers) ** 2 * known).sum(-1) for x in (s, t))
+  bound = np.where(ours > theirs, ours, 0.0), np.asarray(batch.weight) * known.any(-1)
+  nll = 0.5 * ((s - numbers) ** 2 / (1e-6 + np.exp(0.1 * s)) + np.log(1e-6 + np.exp(0.1 * s)))
+  want = {
+    "regression": mean((s - numbers) ** 2, count),
+    "teacher_bounded": mean(huber, count) + mean(*bound),
+    "gaussian_regression": mean(nll, count),
+  }
+  for name, value in want.items():
+    hyper = {"bounded_weight": 1.0} if name == "teacher_bounded" else {"soft_weight": 0.0}
+    compute = of(getattr(recipes, name)(hard_weight=1.0, **hyper))
+    given = wide if name == "gaussian_regression" else both
+    holes = batch.replace(labels=jnp.asarray(numbers), labelled=jnp.asarray(known))
+    loss, sums = compute({}, {}, *given, holes)
+    assert float(loss) == pytest.approx(value, rel=1e-5)
+    assert float(sums["labels"][1]) == count.sum()
+    flat = batch.replace(labels=jnp.asarray(numbers))
+    full = flat.replace(labelled=jnp.repeat(flat.labelled[:, None], D, axis=1))
+    whole, apart = (float(compute({}, {}, *given, one)[0]) for one in (flat, full))
+    assert apart == pytest.approx(whole, rel=1e-5)
+
+
 def test_labels_that_are_not_known_of_an_example_that_has_others():
   student, teacher, batch = draw(np.float32)
   on = (NUMBERS > 0).astype(np.float32)
