@@ -502,7 +502,7 @@ def test_a_gap_may_be_closed_downwards():
   assert (down["low"], down["high"]) == (up["low"], up["high"])
   none = metrics.gap_closed([5.0], [4.0, 4.1], [2.0, 2.5], better="lower")
   assert "not below the baseline beyond noise" in none["note"]
-  with pytest.raises(ValueError, match="better='less' must be"):
+  with small_networks.untyped(), pytest.raises(ValueError, match="better='less' must be"):
     metrics.gap_closed(*sides, better="less")
 
 
