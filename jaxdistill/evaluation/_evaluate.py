@@ -395,8 +395,7 @@ class _Pass:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
         said = settled((self.model, told))[1]
       made = program(_of_batch(self.model, batch), said, self._shown(batch))
-      weight, labelled = np.asarray(batch.weight), np.asarray(batch.labelled)
-      there = Batch(None, None, weight, labelled, index=None, view=None)
+      there = tasks.on_host(batch)
       found.append(dataclasses.replace(made, there=there))
       if isinstance(self.batches, Batches) and len(found) > 2:
         jax.block_until_ready(found[-3].quality)  # no more of a stream lies on the device

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxdistill import _check, runs
 from jaxdistill.data import Batches
+from jaxdistill.evaluation import tasks
 from jaxdistill.types import Batch
 
 __all__ = [
@@ -209,10 +210,9 @@ def labelled(batches: Batch | Batches) -> bool:
 
 def counted(batches: Batch) -> np.ndarray:
   """Which places of stacked batches count and have a label: ``[N · B]`` for one an example."""
-  masks = np.asarray(batches.weight), np.asarray(batches.labelled)
-  rank = max(mask.ndim for mask in masks)
-  first, second = (np.expand_dims(mask, tuple(range(mask.ndim, rank))) for mask in masks)
-  return (first * second).reshape(-1) > 0
+  host = tasks.on_host(batches)
+  finer = max(host.weight, host.labelled, key=np.ndim)
+  return tasks.counted(host, finer).reshape(-1) > 0
 
 
 def present(batches: Batch) -> np.ndarray:

@@ -46,6 +46,7 @@ __all__ = [
   "mean",
   "multilabel",
   "of_shapes",
+  "on_host",
   "ratios",
   "regression",
   "tokens",
@@ -256,8 +257,10 @@ def _quotient(total: Any, count: Any) -> np.ndarray:
   return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
-def counted(batch: Batch, values: Any, *, labelled: bool = True) -> jax.Array:
+def counted(batch: Batch, values: Any, *, labelled: bool = True) -> Any:
   """How much each value counts: the batch's weights, of the shape of the values.
+
+  Of weights that are NumPy's it is NumPy's, and stays on the host.
 
   Args:
     batch: leaves ``[B, ...]``; its weights and masks may have any of the values' leading axes. A
@@ -270,13 +273,19 @@ def counted(batch: Batch, values: Any, *, labelled: bool = True) -> jax.Array:
   >>> counted(batch, jnp.ones((2, 2))).tolist(), counted(batch, jnp.ones(2)).tolist()
   ([[1.0, 0.0], [0.0, 0.0]], [1.0, 0.0])
   """
-  made = jnp.ones(values.shape, jnp.float32)
+  xp: Any = np if isinstance(batch.weight, np.ndarray) else jnp
+  made = xp.ones(values.shape, np.float32)
   for mask in (batch.weight, batch.labelled) if labelled else (batch.weight,):
-    mask = jnp.asarray(mask, jnp.float32)
+    mask = xp.asarray(mask, np.float32)
     if mask.ndim > values.ndim:
-      mask = jnp.max(mask, axis=tuple(range(values.ndim, mask.ndim)))
-    made = made * jnp.expand_dims(mask, range(mask.ndim, values.ndim))
+      mask = xp.max(mask, axis=tuple(range(values.ndim, mask.ndim)))
+    made = made * xp.expand_dims(mask, tuple(range(mask.ndim, values.ndim)))
   return made
+
+
+def on_host(batch: Batch) -> Batch:
+  """The weights and masks of a batch as NumPy's arrays; nothing else of it."""
+  return Batch(None, None, np.asarray(batch.weight), np.asarray(batch.labelled), None, None)
 
 
 def mean(values: Any, where: Any) -> tuple[jax.Array, jax.Array]:
@@ -307,11 +316,7 @@ def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
       "accuracy. Agreement with a teacher needs none (say by labelled=0 throughout that there are "
       "none); other tasks are evaluation.tasks.regression(), multilabel(), dense(), tokens()."
     )
-  where = np.asarray(batches.weight), np.asarray(batches.labelled)
-  mask = np.ones(labels.shape, bool)
-  for one in where:
-    mask = mask & np.expand_dims(one > 0, tuple(range(one.ndim, labels.ndim)))
-  found, classes = labels[mask], logits.shape[-1]
+  found, classes = labels[counted(on_host(batches), labels) > 0], logits.shape[-1]
   least, largest = found.min(initial=0), found.max(initial=0)
   if least < 0 or largest >= classes:
     raise ValueError(
