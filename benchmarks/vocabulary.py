@@ -48,7 +48,7 @@ class Options:
   memory_vocabulary: int = 128_256
   memory_width: int = 2048
   memory_teacher_width: int = 4096
-  memory_tokens_at_once: int = 1024
+  memory_tokens_at_once: int = 512
   memory: bool = True
 
 

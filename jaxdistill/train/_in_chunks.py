@@ -43,7 +43,7 @@ Scalars = dict[str, jax.Array]
 def in_chunks(
   objective: Objective | ObjectiveFunction,
   *,
-  tokens_at_once: int = 1024,
+  tokens_at_once: int = 512,
   backward: Literal["kept", "again"] = "kept",
 ) -> Objective:
   """The same objective, computed of some tokens at a time: no array ``[tokens, vocabulary]``.
@@ -65,8 +65,8 @@ def in_chunks(
   Args:
     objective: an `Objective` or a bare function of logits.
     tokens_at_once: how many tokens a chunk has, of all examples together; with B examples it is
-      rounded up to a multiple of B. 1,024 keeps a processor's matrix units busy; at 128,256 words
-      a chunk's logits then take 0.5 GB.
+      rounded up to a multiple of B. 512 keeps matrix units busy, and at 128,256 words a chunk's
+      logits take 0.26 GB; 1,024 may be faster on an accelerator with the memory for it.
     backward: ``"kept"``: gradients are made in the forward pass, where the logits are, which is
       least work: four products with a head's kernel. They are those of the loss; of its terms one
       by one there are none (NaN). ``"again"``: logits are made again in the backward pass: six
