@@ -182,6 +182,31 @@ def test_few_labels_fills_its_table(digits, tmp_path):
   assert steps == [30, 30]
 
 
+SHAKESPEARE = ["--short", "--length", "16", "--few", "2000", "--characters", "6000"]
+SHAKESPEARE += ["--teacher-steps", "20", "--steps", "20", "--teacher-layers", "1"]
+
+
+def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
+  if not (tfds_dir / "tiny_shakespeare").is_dir():
+    pytest.skip("no tiny_shakespeare beside CIFAR-100")
+  run("shakespeare", [*SHAKESPEARE, "--out", tmp_path, "--data-dir", tfds_dir])
+  with (tmp_path / "shakespeare.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert [(row["text"], row["name"]) for row in rows] == [
+    ("full", "teacher"),
+    *((text, name) for text in ("few", "full") for name in ("labels", "longer", "distilled")),
+  ]
+  by = {(row["text"], row["name"]): row for row in rows}
+  assert all(1 < float(row["bits"]) < 8 for row in rows)
+  few = by["few", "labels"]
+  assert float(few["gain"]) == pytest.approx(
+    float(few["bits"]) - float(by["few", "distilled"]["bits"]), abs=1e-6
+  )
+  # A student without a teacher trains for longer, where operations are to be equal.
+  assert int(by["few", "longer"]["steps"]) > int(few["steps"]) == 20
+  assert "python experiments/shakespeare.py --evaluate" in (tmp_path / "shakespeare.md").read_text()
+
+
 def test_few_labels_uses_no_other_label():
   script = importlib.import_module("few_labels")
   labels = np.arange(40) % 4 + 1
