@@ -34,6 +34,7 @@ def features(shapes, seed):
 
 # What two networks put out: logits, maps, vectors and tokens, of other widths.
 OURS = {"logits": (3,), "a": (4, 4, 3), "b": (2, 2, 4), "v": (5,), "h": (LENGTH, 3)}
+OURS["strong/logits"] = (3,)  # of a second look
 THEIRS = {
   "logits": (3,),
   "a": (4, 4, 4),
@@ -41,6 +42,7 @@ THEIRS = {
   "v": (6,),
   "h": (LENGTH, 5),
   "d": (2, 2, 3),
+  "strong/logits": (3,),
 }
 WHOLE = {"ours": features(OURS, 0), "theirs": features(THEIRS, 10)}
 
@@ -110,6 +112,11 @@ MANY = {
   "wttm": recipes.wttm,
   "wsl": recipes.wsl,
   "mlkd": recipes.mlkd,
+  "mlkd of two views": functools.partial(recipes.mlkd, two_views=True),
+  "crld": functools.partial(recipes.crld, weak_threshold=0.5),
+  "many_to_one": functools.partial(
+    recipes.many_to_one, student_layer="a", teacher_layer="d", run_steps=0
+  ),
   "sdd": lambda: as_maps_of_logits(recipes.sdd(student_layer="a", teacher_layer="a")),
   "tfkd": recipes.tfkd,
   "pskd": functools.partial(recipes.pskd, growth_steps=0),
