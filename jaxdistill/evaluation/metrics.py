@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 __all__ = [
   "add_sums",
+  "answers",
   "classification_sums",
   "difference",
   "fidelity_sums",
@@ -172,6 +173,34 @@ def _masked_sum(values: Any, where: Any) -> Any:
   """Float32 sum over the batch axis of what counts, as much as it counts."""
   where = where.reshape(where.shape + (1,) * (values.ndim - 1))
   return jnp.sum(where * jnp.where(where > 0, values.astype(jnp.float32), 0), axis=0)
+
+
+def answers(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> dict[str, Array]:
+  """A batch's answers, on the device.
+
+  Args:
+    logits: ``[B, K]``; computed in float32 whatever their dtype.
+    labels: ``[B]``; one out of range gets the probability NaN.
+
+  Returns:
+    ``predicted`` int32, ``confidence`` and ``probability`` float32, each ``[B]``, as in
+    `predictions.Answers`.
+
+  >>> found = answers(jnp.array([[0.0, 0.0], [jnp.nan, 0.0]]), jnp.array([1, 1]))
+  >>> found["predicted"].tolist(), found["probability"].tolist()
+  ([0, -1], [0.5, nan])
+  """
+  logits = logits.astype(jnp.float32)
+  probabilities = jax.nn.softmax(logits, axis=1)
+  known = (labels >= 0) & (labels < logits.shape[1])
+  truth = jnp.where(known, labels, 0).astype(jnp.int32)
+  probability = jnp.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
+  bad = jnp.isnan(logits).any(axis=1)
+  return {
+    "predicted": jnp.where(bad, -1, jnp.argmax(logits, axis=1)).astype(jnp.int32),
+    "confidence": jnp.where(bad, jnp.nan, jnp.max(probabilities, axis=1)),
+    "probability": jnp.where(known & ~bad, probability, jnp.nan),
+  }
 
 
 def add_sums(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from jaxdistill import _check, runs
 from jaxdistill.data import Batches
@@ -32,7 +29,6 @@ __all__ = [
   "Column",
   "Details",
   "Predictions",
-  "answers",
   "column",
   "counted",
   "labelled",
@@ -174,33 +170,6 @@ class Predictions:
 
 
 _FIELDS = ("predicted", "confidence", "probability")
-
-
-def answers(logits: Float[Array, "B K"], labels: Int[Array, " B"]) -> dict[str, Array]:
-  """A batch's answers, on the device.
-
-  Args:
-    logits: ``[B, K]``; computed in float32 whatever their dtype.
-    labels: ``[B]``; one out of range gets the probability NaN.
-
-  Returns:
-    ``predicted`` int32, ``confidence`` and ``probability`` float32, each ``[B]``, as in `Answers`.
-
-  >>> found = answers(jnp.array([[0.0, 0.0], [jnp.nan, 0.0]]), jnp.array([1, 1]))
-  >>> found["predicted"].tolist(), found["probability"].tolist()
-  ([0, -1], [0.5, nan])
-  """
-  logits = logits.astype(jnp.float32)
-  probabilities = jax.nn.softmax(logits, axis=1)
-  known = (labels >= 0) & (labels < logits.shape[1])
-  truth = jnp.where(known, labels, 0).astype(jnp.int32)
-  probability = jnp.take_along_axis(probabilities, truth[:, None], axis=1)[:, 0]
-  bad = jnp.isnan(logits).any(axis=1)
-  return {
-    "predicted": jnp.where(bad, -1, jnp.argmax(logits, axis=1)).astype(jnp.int32),
-    "confidence": jnp.where(bad, jnp.nan, jnp.max(probabilities, axis=1)),
-    "probability": jnp.where(known & ~bad, probability, jnp.nan),
-  }
 
 
 def labelled(batches: Batch | Batches) -> bool:

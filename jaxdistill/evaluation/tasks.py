@@ -31,7 +31,6 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill._chunks import Chunks
 from jaxdistill.evaluation import metrics as _metrics
-from jaxdistill.evaluation import predictions as _predictions
 from jaxdistill.evaluation import ranking
 from jaxdistill.types import Batch, Outputs, with_logits
 
@@ -113,7 +112,7 @@ class Shows:
   `metrics`, or its `others`, which say how they are read.
 
   Attributes:
-    classes: whether what is kept are answers of one class an example (`predictions.answers`): shown
+    classes: whether what is kept are answers of one class an example (`metrics.answers`): shown
       are then classes, confusions, calibration, examples that were lost and gained, and two runs
       are held against each other by McNemar's test. The others are not asked.
     values: ``kept -> {name: [N]}``: of each example, NaN where it has none. Paired tests and slices
@@ -374,7 +373,7 @@ def classification() -> Task:
   """
 
   def keeps(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
-    return _predictions.answers(outputs.logits, jnp.asarray(batch.labels))
+    return _metrics.answers(outputs.logits, jnp.asarray(batch.labels))
 
   return Task(
     "classification",
