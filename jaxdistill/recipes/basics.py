@@ -118,7 +118,7 @@ def multi_label(
   batch: Batch,
   *,
   temperature: Number = 1.0,
-  soft_weight: Number = 10.0,
+  soft_weight: Number | None = 10.0,
   hard_weight: Number | None = 1.0,
 ) -> dict[str, Term]:
   """Multi-label logits distillation (MLD): labels that are each on or off, and soft ones.
@@ -133,19 +133,21 @@ def multi_label(
 
   Args:
     temperature: of the soft labels; it and the weights are keywords of the objective.
-    soft_weight: of the soft labels.
+    soft_weight: of the soft labels; None leaves that term out, and the teacher.
     hard_weight: of the labels; None leaves that term out.
 
   Returns:
     An objective with the terms ``labels`` and ``soft``. Unlabelled examples take part in the latter
     only. Labels must be ``[B, C]`` numbers, one for each logit.
   """
-  ours, theirs = both_logits("multi_label", student, teacher)
-  soft = losses.binary_soft_target_kl(ours, theirs, temperature=temperature)
-  terms = {"soft": Term(soft, weight=soft_weight)}
+  terms: dict[str, Term] = {}
+  if soft_weight is not None:
+    pair = both_logits("multi_label", student, teacher)
+    soft = losses.binary_soft_target_kl(*pair, temperature=temperature)
+    terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
-  known = jnp.asarray(batch.labelled)
+  ours, known = student.logits, jnp.asarray(batch.labelled)
   each = known if known.ndim == ours.ndim else None
   values = losses.binary_cross_entropy(ours, batch.labels, where=each)
   # An example counts where any of its labels is known.
@@ -164,7 +166,7 @@ def regression(
   batch: Batch,
   *,
   loss: Callable[[Any, Any], jax.Array] = losses.logit_l2,
-  soft_weight: Number = 0.5,
+  soft_weight: Number | None = 0.5,
   hard_weight: Number | None = 0.5,
 ) -> dict[str, Term]:
   """Regression towards the labels and towards the teacher's numbers.
@@ -174,7 +176,8 @@ def regression(
 
   Args:
     loss: ``(student, target) -> [B]``: `losses.logit_l2`, the squared error, or `losses.huber`.
-    soft_weight: of the teacher's numbers; it and the other weight are keywords of the objective.
+    soft_weight: of the teacher's numbers; None leaves that term out, and the teacher: the baseline,
+      or how a teacher is trained. It and the other weight are keywords of the objective.
     hard_weight: of the labels; None leaves that term out.
 
   Returns:
@@ -182,11 +185,13 @@ def regression(
     only. Labels must be numbers ``[B, D]`` of as many outputs, or ``[B]`` of one; of a table with
     holes (``batch.labelled`` ``[B, D]``) each number counts by itself.
   """
-  ours, theirs = both_logits("regression", student, teacher)
-  terms = {"soft": Term(_of_numbers(loss, batch, (ours, theirs)), weight=soft_weight)}
+  terms: dict[str, Term] = {}
+  if soft_weight is not None:
+    soft = _of_numbers(loss, batch, both_logits("regression", student, teacher))
+    terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
-  values = _of_numbers(loss, batch, (ours, label_numbers(batch, ours)))
+  values = _of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 
@@ -259,7 +264,7 @@ def gaussian_regression(
   batch: Batch,
   *,
   floor: Number = 1e-6,
-  soft_weight: Number = 0.5,
+  soft_weight: Number | None = 0.5,
   hard_weight: Number | None = 0.5,
 ) -> dict[str, Term]:
   """Heteroscedastic regression (UDD): the student learns the teacher's numbers and its doubt.
@@ -269,7 +274,7 @@ def gaussian_regression(
 
   Args:
     floor: the least variance, > 0; a keyword of the objective, as the weights are.
-    soft_weight: of the teacher's Gaussians.
+    soft_weight: of the teacher's Gaussians; None leaves that term out, and the teacher.
     hard_weight: of the labels; None leaves that term out.
 
   Returns:
@@ -277,13 +282,15 @@ def gaussian_regression(
     only. Labels must be numbers ``[B, D]``, or ``[B]`` where D is 1; of a table with holes
     (``batch.labelled`` ``[B, D]``) each number counts by itself.
   """
-  ours, theirs = both_logits("gaussian_regression", student, teacher)
-  soft = _of_numbers(functools.partial(losses.gaussian_kl, floor=floor), batch, (ours, theirs))
-  terms = {"soft": Term(soft, weight=soft_weight)}
+  terms: dict[str, Term] = {}
+  if soft_weight is not None:
+    pair = both_logits("gaussian_regression", student, teacher)
+    soft = _of_numbers(functools.partial(losses.gaussian_kl, floor=floor), batch, pair)
+    terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
   loss = functools.partial(losses.gaussian_nll, floor=floor)
-  values = _of_numbers(loss, batch, (ours, label_numbers(batch, ours)))
+  values = _of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 

@@ -228,6 +228,20 @@ def test_labels_of_one_number_an_example():
     np.testing.assert_array_equal(compute({}, {}, *both, flat)[0], compute({}, {}, *both, deep)[0])
 
 
+def test_without_the_soft_term_no_teacher_is_asked():
+  student, teacher, batch = draw(np.float32)
+  given = {"multi_label": (NUMBERS > 0), "regression": NUMBERS, "gaussian_regression": PAIRS}
+  for name, labels in given.items():
+    made = getattr(recipes, name)
+    known = batch.replace(labels=jnp.asarray(labels, jnp.float32))
+    both = of(made(hard_weight=0.5))({}, {}, student, teacher, known)[1]
+    loss, sums = of(made(soft_weight=None, hard_weight=0.5))({}, {}, student, None, known)
+    assert sums.keys() == {"labels"}
+    total, count = (float(x) for x in sums["labels"])
+    assert [total, count] == [float(x) for x in both["labels"]]
+    assert float(loss) == pytest.approx(0.5 * total / count, rel=1e-6)
+
+
 def test_numbers_that_are_not_known_of_an_example_that_has_others():
   """Of a table with holes each number counts by itself; without one nothing changes."""
   student, teacher, batch = draw(np.float32)
