@@ -311,8 +311,10 @@ def fit(
   return _trained(plan, program, every, watch, run, seed, left)
 
 
-def _cut(objective: Any, *, tokens_at_once: int | None = None) -> Any:
+def _cut(objective: Any, *, tokens_at_once: int | None = None, **unknown: Any) -> Any:
   """The objective, in chunks where these have a size."""
+  if unknown:
+    raise TypeError(f"fit has no keywords {sorted(unknown)}; see help(jaxdistill.fit) for its own.")
   return (
     objective if tokens_at_once is None else in_chunks(objective, tokens_at_once=tokens_at_once)
   )
