@@ -150,9 +150,17 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
     with _fitting(None):
       asked = kept(_Asked(task), teacher, first_of(batches))
     ask = asked.compiled(count_of(batches))
-    said = [jax.device_get(ask(teacher, batch)) for batch in batches_of(batches)]
-    found = [dataclasses.replace(one, where=None) for one in said]
-  return dataclasses.replace(batches, teacher=jax.tree.map(lambda *x: np.stack(x), *found))
+    asking = (ask(teacher, batch) for batch in batches_of(batches))
+    found = [jax.device_get(dataclasses.replace(one, where=None)) for one in asking]
+  return dataclasses.replace(batches, teacher=_stacked(found))
+
+
+def _stacked(found: Sequence[Outputs]) -> Outputs:
+  """Outputs of batches side by side, ``[N, B, ...]``; their one head is there once."""
+  told = [dataclasses.replace(one, head=None) for one in found]
+  one: Outputs = jax.tree.map(lambda *x: np.stack(x), *told)
+  head = jax.tree.map(lambda x: np.broadcast_to(x, (len(found), *np.shape(x))), found[0].head)
+  return dataclasses.replace(one, head=head)
 
 
 def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:

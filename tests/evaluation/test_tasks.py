@@ -239,6 +239,15 @@ def test_tokens_are_measured_without_their_logits(at_once):
   for name, values in each.items():
     wanted = [values[there & (part == i)].mean() for i in range(3)]
     np.testing.assert_allclose(found[f"{name}_by_position"], wanted, rtol=2e-5)
+  # The same of a teacher that was asked before, whose head is not kept once for each batch.
+  told = evaluation.taught(both[1], batches, task=task)
+  kernel = told.teacher.head.kernel
+  assert len(kernel) > 1
+  assert np.shares_memory(kernel[0], kernel[1])
+  again = evaluation.evaluate(both[0], told, task=task)
+  assert set(again) == set(found)
+  for name in found:
+    np.testing.assert_array_equal(again[name], found[name])
   # The same of networks that put out logits, and by any other task.
   rows = says(logits[0]), says(logits[1])
   whole = evaluation.evaluate(rows[0], batches, teacher=rows[1], task=task)
