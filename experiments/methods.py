@@ -141,6 +141,14 @@ class Known:
       self.teacher, [f"stage{i}_block{last}/norm2" for i in (1, 2, 3)]
     )
 
+  def tails(self) -> dict[str, Any]:
+    """The teacher from its first and from its second stage on."""
+    whole = resnet(self.config, self.config.teacher_depth, self.config.teacher_width)
+    later = {"stage1": ["stage2", "stage3"], "stage2": ["stage3"]}
+    return {
+      name: networks.linen(whole.clone(after=name), features=names) for name, names in later.items()
+    }
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -161,6 +169,13 @@ class Method:
   taught_by: Callable[[Bench], Teacher] | None = None
   """What teaches in the large network's place."""
   optimizer: Callable[..., Any] = train.optimizers.sgd
+
+
+def resnet(config: Config, depth: int, width: tuple[int, ...]) -> networks.models.ResNet:
+  """As matrix products on a CPU, which are fast for many students at once."""
+  classes = 10 if config.dataset == "digits" else 100
+  conv = "patches" if jax.default_backend() == "cpu" else "lax"
+  return networks.models.ResNet(depth, classes, width=width, conv=conv)
 
 
 def mimic(student: Any, teacher: Any, batch: Any, *, logit_weight: float = 1.0) -> dict[str, Term]:
@@ -208,6 +223,10 @@ METHODS = {
   ),
   "reviewkd": Method(
     lambda known: recipes.reviewkd(warmup_steps=known.share(20)), ("review_weight",)
+  ),
+  "fcfd": Method(
+    lambda known: recipes.fcfd(known.tails(), known.teacher, warmup_steps=known.share(20)),
+    ("map_weight", "soft_weight", "mixed_weight"),
   ),
   "simkd": Method(
     lambda known: recipes.simkd(known.teacher["params"]["classifier"]), ("simkd_weight",)
@@ -337,12 +356,8 @@ class Bench:
     self.folder = runs.claim(options.out, settings)
 
   def network(self, depth: int, width: tuple[int, ...], name: str) -> Any:
-    """A ResNet, as matrix products on a CPU, which are fast for many students at once."""
-    classes = 10 if self.config.dataset == "digits" else 100
-    conv = "patches" if jax.default_backend() == "cpu" else "lax"
-    network = networks.linen(
-      networks.models.ResNet(depth, classes, width=width, conv=conv), features=FEATURES, name=name
-    )
+    """A ResNet that says what the methods compare."""
+    network = networks.linen(resnet(self.config, depth, width), features=FEATURES, name=name)
     # What CAT-KD compares; of the other methods' programs the compiler leaves it out.
     return recipes.with_class_maps(network)
 

@@ -24,6 +24,7 @@ from jaxdistill.recipes.basics import (
 from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.data_free import dafl, with_generator
+from jaxdistill.recipes.fcfd import fcfd
 from jaxdistill.recipes.features import (
   attention_transfer,
   cwd,
@@ -65,6 +66,7 @@ __all__ = [
   "dml",  # deep mutual learning (DML): the members of a cohort teach each other
   "each",  # an objective for each member of a cohort
   "factor_transfer",  # factor transfer (FT)
+  "fcfd",  # function consistency (FCFD): the teacher goes on from the student's maps
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
   "fold_many_to_one",  # the student alone: the block of `many_to_one` folded into its classifier
   "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's

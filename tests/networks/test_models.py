@@ -474,6 +474,7 @@ def test_conv_choices_share_parameters_and_numbers():
     (lambda: models.ResNet(18, 10), ("depth", "18", "6n + 2", "use 8, 14, 20")),
     (lambda: models.ResNet(2, 10), ("depth", "got 2", "use 8")),
     (lambda: models.ResNet(8, 10, width=(16, 32, 64)), ("width", "(16, 32, 64)", "use")),
+    (lambda: models.ResNet(8, 10, after="stage4"), ("after", "stem, stage1", "got 'stage4'")),
     (lambda: models.WideResNet(20, 2, 10), ("depth", "20", "6n + 4", "use 10, 16")),
     (lambda: models.WideResNet(16, 0, 10), ("widen_factor", "got 0", "use")),
     (lambda: models.vit_tiny(num_heads=5), ("num_heads", "192", "got 5", "use")),

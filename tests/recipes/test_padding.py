@@ -99,6 +99,13 @@ def as_maps_of_logits(objective):
   return dataclasses.replace(objective, apply=apply)
 
 
+def rest(variables, maps, **unused):
+  """A teacher from its map "a" on, [B, 4, 4, 4]: the map "b", [B, 2, 2, 6], and logits."""
+  del unused
+  b = jnp.tanh(maps[:, ::2, ::2] @ variables["b"])
+  return Outputs(b.mean((1, 2)) @ variables["logits"], {"b": b}), {}
+
+
 MANY = {
   "labels": recipes.labels,
   "kd": recipes.kd,
@@ -147,6 +154,13 @@ MANY = {
   "ickd": functools.partial(recipes.ickd, student_layer="a"),
   "mgd": functools.partial(recipes.mgd, student_layer="a", masked_share=0.5),
   "structure": functools.partial(recipes.structure, student_layer="a"),
+  "fcfd": functools.partial(
+    recipes.fcfd,
+    {"a": Network(init=lambda key, inputs: {}, apply=rest)},
+    {"b": normal(7, 4, 6), "logits": normal(6, 6, 3)},
+    student_layers=MAPS,
+    warmup_steps=0,
+  ),
   "srrl": functools.partial(recipes.srrl, {"kernel": normal(7, 6, 3)}, student_layer="b"),
   "catkd": functools.partial(recipes.catkd, student_layer="a", teacher_layer="d"),
   "vkd": functools.partial(recipes.vkd, student_layer="v"),

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 
 from jaxdistill import recipes
-from jaxdistill.types import Outputs, as_objective, make_batch
+from jaxdistill.types import Network, Outputs, as_objective, make_batch
 
 LABELS = np.array([0, 1, 2, 0])
 BATCH = make_batch(jnp.zeros((4, 1)), jnp.asarray(LABELS), labelled=jnp.array([1.0, 1, 0, 1]))
+# The rest of a network whose stages change nothing and whose logits are the mean of its map.
+REST = Network(
+  init=lambda key, x: {},
+  apply=lambda variables, x, **_: (
+    Outputs(x.mean((1, 2)), dict.fromkeys(("stage2", "stage3"), x)),
+    {},
+  ),
+)
 # What a recipe cannot be made without.
 GIVEN = {
   "crd": {"labels": LABELS, "negatives": 2, "width": 4},
+  "fcfd": {"tails": {"stage1": REST, "stage2": REST}, "variables": {}},
   "norm_direction": {"means": np.ones((3, 3))},
   "overhaul": {"margins": [np.zeros(3, np.float32)] * 3},
   "sdd": {"student_layer": "stage3", "teacher_layer": "stage3"},

@@ -47,6 +47,8 @@ def _patches(x: Array, kernel: Array, strides: Sequence[int], padding: Any, **un
 
 
 _CONVOLUTIONS = {"lax": None, "patches": _patches}
+# Where `ResNet` can go on from.
+_MAPS = ("stem", "stage1", "stage2", "stage3")
 
 
 class BasicBlock(nn.Module):
@@ -124,9 +126,12 @@ class ResNet(nn.Module):
     axis_name: the mapped axis over which BatchNorm averages its statistics, under ``pmap``.
     conv: how convolutions are computed, from the same parameters: ``"lax"``, or ``"patches"``,
       faster on a CPU inside a loop and for several seeds at once (`patches_convolution`).
+    after: None, or one of ``stem``, ``stage1``, ``stage2``, ``stage3``: the network is then what
+      follows, which takes that map for its images and reads the same parameters.
 
   Raises:
-    ValueError: ``depth`` is not 6n + 2, or ``width`` has not four entries.
+    ValueError: ``depth`` is not 6n + 2, ``width`` has not four entries, or there is no map of the
+      name ``after``.
 
   Source: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016.
 
@@ -143,9 +148,10 @@ class ResNet(nn.Module):
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
   conv: Literal["lax", "patches"] = "lax"
+  after: str | None = None
 
   def __post_init__(self) -> None:
-    """Checks the depth and the widths before anything is built."""
+    """Checks the depth, the widths and where it starts before anything is built."""
     if self.depth < 8 or (self.depth - 2) % 6:
       raise ValueError(
         f"depth must be 6n + 2 with n >= 1 blocks in each of the three stages, got {self.depth}: "
@@ -156,6 +162,8 @@ class ResNet(nn.Module):
         f"width must have four entries (stem and three stages), got {tuple(self.width)}: "
         "use e.g. (16, 16, 32, 64)."
       )
+    if self.after not in (None, *_MAPS):
+      raise ValueError(f"after must be None or one of {', '.join(_MAPS)}, got {self.after!r}.")
     super().__post_init__()
 
   @nn.compact
@@ -163,17 +171,24 @@ class ResNet(nn.Module):
     """Classifies images.
 
     Args:
-      x: normalised images ``[B, H, W, C]``.
+      x: normalised images ``[B, H, W, C]``; with ``after``, the map of that name.
       train: use and update the batch's own statistics.
 
     Returns:
       Logits ``[B, K]`` in float32 (float64 where the network computes in it).
     """
-    conv = convolution(self, conv_general_dilated=_CONVOLUTIONS[self.conv])
-    x = conv(self.width[0], (3, 3), padding=1, name="stem_conv")(x)
-    x = nn.relu(batch_norm(self, train, "stem_norm")(x))
-    self.sow("intermediates", "stem", x)
+    # Which of the maps is there already: a stage behind it keeps its name, and so its parameters.
+    done = 0 if self.after is None else _MAPS.index(self.after)
+    if self.after is None:
+      conv = convolution(self, conv_general_dilated=_CONVOLUTIONS[self.conv])
+      x = conv(self.width[0], (3, 3), padding=1, name="stem_conv")(x)
+      x = nn.relu(batch_norm(self, train, "stem_norm")(x))
+      self.sow("intermediates", "stem", x)
+    else:
+      x = jnp.asarray(x)
     for stage, channels in enumerate(self.width[1:], start=1):
+      if stage <= done:
+        continue
       for block in range((self.depth - 2) // 6):
         x, preact = BasicBlock(
           channels,
