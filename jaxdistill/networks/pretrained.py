@@ -6,9 +6,8 @@ reads the first, `variables` the others, tensor by tensor; `save` writes both, s
 configuration is guessed: an architecture, an activation or a kind of rotation that is not known is
 refused by its name, since a network that is almost the right one puts out almost the right text.
 
->>> from jaxdistill.networks.models import Decoder
 >>> import tempfile
->>> small = models.DecoderConfig(32, 8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=16)
+>>> small = DecoderConfig(32, 8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=16)
 >>> made = Decoder(small).init(jax.random.key(0), np.zeros((1, 4), np.int32))
 >>> with tempfile.TemporaryDirectory() as folder:
 ...   save(folder, made, small)
