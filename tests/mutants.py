@@ -503,8 +503,8 @@ MUTANTS = [
   Mutant(
     "step: a member's padding is not blanked",
     "train/_step.py",
-    "members=members,",
-    "members=outputs.members,",
+    "**there, members=members))",
+    "**there, members=outputs.members))",
     "one NaN in padding is in every member's gradient",
     (ONLINE + "test_padding_of_a_member_leaks_nowhere",),
   ),

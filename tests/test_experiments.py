@@ -186,6 +186,7 @@ SHAKESPEARE = ["--short", "--length", "16", "--few", "2000", "--characters", "60
 SHAKESPEARE += ["--teacher-steps", "20", "--steps", "20", "--teacher-layers", "1"]
 
 
+@pytest.mark.slow
 def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
   if not (tfds_dir / "tiny_shakespeare").is_dir():
     pytest.skip("no tiny_shakespeare beside CIFAR-100")

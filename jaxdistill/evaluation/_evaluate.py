@@ -267,7 +267,7 @@ class _Measure:
 
     def measure(outputs: Outputs) -> _Measured:
       # Of classes three numbers an example, which cost less than a program without them.
-      asked = self.labels and (self.examined or task.shown.classes)
+      asked = self.labels and self.examined
       return _Measured(
         quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
         fidelity={} if task.compared is None else task.compared(outputs, said, both),
@@ -370,7 +370,8 @@ class _Pass:
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
       self.first = self._shown(first)
-      measures = _Measure(outputs.traced, task, self.labels, examined)
+      # Of classes what is said of each example costs little, and one program serves both.
+      measures = _Measure(outputs.traced, task, self.labels, examined or task.shown.classes)
       self.program = kept(measures, model, said, self.first)
 
   def _shown(self, batch: Batch) -> Batch:

@@ -381,8 +381,8 @@ def alpha_beta(
   Args:
     student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.
     teacher_logits: ``[..., K]``, p's logits.
-    alpha: at least 0. 0.2 and 0.7 are the paper's for instruction following.
-    beta: at least 0, and not 0 together with alpha.
+    alpha: at least 0. 0.2 is the paper's, for instruction following.
+    beta: at least 0, and not 0 together with alpha. 0.7 is the paper's, likewise.
     temperature: softens both, > 0. 1 is the paper's.
 
   Returns:
@@ -506,8 +506,8 @@ def negative_log_acceptance(
   Source: Samarin, Krutikov, Shevtsov, Skvortsov, Fisin, Golubev, "LK Losses: Direct Acceptance Rate
   Optimization for Speculative Decoding", 2026.
 
-  Other codes: speculators bounds the sum from below, where its gradient is 0; in log space none is
-  needed.
+  Other codes: speculators bounds the sum from below, where its gradient is 0; this is in log space
+  and needs no bound.
 
   >>> student, teacher = jnp.zeros(2), jnp.log(jnp.array([0.75, 0.25]))
   >>> round(negative_log_acceptance(student, teacher).item(), 4)  # -log(½ + ¼)
@@ -703,7 +703,7 @@ def logit_l2(student_logits: Logits, teacher_logits: Logits) -> PerExample:
 
 
 def z_loss(logits: Logits) -> PerExample:
-  """Z-loss: keeps the logits' normaliser near 1, so that they do not drift in low precision.
+  """Z-loss (Z): keeps the logits' normaliser near 1, so that they do not drift in low precision.
 
   (log Σ_k exp(z_k))², z = logits.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from jaxdistill.recipes.parts import (
   label_numbers,
   layer_names,
   learned,
+  loss_of_numbers,
   recipe,
 )
 from jaxdistill.types import (
@@ -187,33 +188,12 @@ def regression(
   """
   terms: dict[str, Term] = {}
   if soft_weight is not None:
-    soft = _of_numbers(loss, batch, both_logits("regression", student, teacher))
+    soft = loss_of_numbers(loss, batch, both_logits("regression", student, teacher))
     terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
-  values = _of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
+  values = loss_of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
-
-
-def _each_counts(batch: Batch) -> bool:
-  """Whether each of an example's numbers has a weight, or may be known or not, by itself."""
-  axes = max(jnp.ndim(batch.weight), jnp.ndim(batch.labelled))
-  return 1 < axes == jnp.ndim(batch.labels)
-
-
-def _of_numbers(
-  loss: Callable[..., jax.Array], batch: Batch, pair: Sequence[jax.Array]
-) -> jax.Array:
-  """A loss of numbers ``[B, D]``, ``[B]``; or ``[B, D]``, of each number alone, where each counts.
-
-  The mean over an example's numbers is the same, and where all of them count, so is the step's.
-  """
-  if not _each_counts(batch):
-    return loss(*pair)
-  # Means and variances, [B, 2D], are [B, D, 2] of D numbers alone.
-  numbers = jnp.shape(batch.labels)[-1]
-  apart = (jnp.stack(jnp.split(x, x.shape[-1] // numbers, axis=-1), axis=-1) for x in pair)
-  return loss(*apart)
 
 
 @recipe
@@ -253,7 +233,7 @@ def teacher_bounded(
   terms = {"bounded": Term(bounded, weight=bounded_weight, where=where)}
   if hard_weight is None:
     return terms
-  values = _of_numbers(losses.huber, batch, (ours, target))
+  values = loss_of_numbers(losses.huber, batch, (ours, target))
   return {"labels": Term(values, weight=hard_weight, where=known), **terms}
 
 
@@ -285,12 +265,12 @@ def gaussian_regression(
   terms: dict[str, Term] = {}
   if soft_weight is not None:
     pair = both_logits("gaussian_regression", student, teacher)
-    soft = _of_numbers(functools.partial(losses.gaussian_kl, floor=floor), batch, pair)
+    soft = loss_of_numbers(functools.partial(losses.gaussian_kl, floor=floor), batch, pair)
     terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
   loss = functools.partial(losses.gaussian_nll, floor=floor)
-  values = _of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
+  values = loss_of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 

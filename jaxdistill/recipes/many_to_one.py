@@ -28,7 +28,7 @@ from jaxdistill.recipes.parts import (
 )
 from jaxdistill.types import Batch, Model, Network, Number, Outputs, Term, compute_dtype
 
-__all__ = ["fold_many_to_one", "many_to_one", "with_many_to_one"]
+__all__ = ["fold_many_to_one", "many_to_one", "sharpened", "with_many_to_one"]
 
 PyTree = Any
 # Of BatchNorm, as `batch_norm` has it.
@@ -280,20 +280,28 @@ def many_to_one(
   # [B]. Each of the segments is a guess of its own at the teacher's map: more room than one
   # projection has, and none of it is left in the deployed network.
   values = losses.many_to_one(ours, theirs)
-  seen = student if sharpness is None else _sharp(student, sharpness)
+  seen = student if sharpness is None else sharpened(student, sharpness)
   terms = {
     "labels": hard_term(seen, batch, hard_weight),
     "norm": Term(values, weight=at_a_step("norm_share", norm_share) * norm_weight),
   }
   if soft_weight is not None and teacher is not None:
-    taught = teacher if sharpness is None else _sharp(teacher, sharpness)
+    taught = teacher if sharpness is None else sharpened(teacher, sharpness)
     soft = losses.soft_target_kl(seen.logits, taught.logits, temperature=temperature)
     terms["soft"] = Term(soft, weight=soft_weight)
   return terms
 
 
-def _sharp(outputs: Outputs, sharpness: Any) -> Outputs:
-  """Logits of mean 0 and, but for the floor under it, of this standard deviation."""
+def sharpened(outputs: Outputs, sharpness: Any) -> Outputs:
+  """Logits of mean 0 and, but for the floor under it, of this standard deviation.
+
+  Args:
+    outputs: a network's.
+    sharpness: the standard deviation.
+
+  >>> sharpened(Outputs(jnp.array([[1.0, 3.0]])), 2.0).logits.round(3).tolist()
+  [[-2.0, 2.0]]
+  """
   logits = jnp.asarray(outputs.logits).astype(compute_dtype(outputs.logits))
   centred = logits - jnp.mean(logits, axis=-1, keepdims=True)
   # The biased variance with 1e-7 inside of the root: a LayerNorm, where LSKD has neither.

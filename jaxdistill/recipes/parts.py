@@ -57,6 +57,7 @@ __all__ = [
   "layer_names",
   "layer_pairs",
   "learned",
+  "loss_of_numbers",
   "map_pairs",
   "present",
   "recipe",
@@ -322,6 +323,41 @@ def label_numbers(batch: Batch, outputs: Any) -> Any:
   """
   values = jnp.asarray(batch.labels)
   return values[..., None] if values.ndim == outputs.ndim - 1 else values
+
+
+def _each_counts(batch: Batch) -> bool:
+  """Whether each of an example's numbers has a weight, or may be known or not, by itself."""
+  axes = max(jnp.ndim(batch.weight), jnp.ndim(batch.labelled))
+  return 1 < axes == jnp.ndim(batch.labels)
+
+
+def loss_of_numbers(
+  loss: Callable[..., jax.Array], batch: Batch, pair: Sequence[jax.Array]
+) -> jax.Array:
+  """A loss that is a mean over an example's numbers; that of each number, where each counts alone.
+
+  Where all of them count, the step's average is the same.
+
+  Args:
+    loss: ``(student, target) -> [B]``, of ``[B, D]`` numbers, or ``[B, 2D]`` means and variances.
+    batch: whose weights or masks ``[B, D]`` say that each counts by itself.
+    pair: what the loss is of.
+
+  Returns:
+    ``[B]``, or ``[B, D]``.
+
+  >>> from jaxdistill.types import make_batch
+  >>> two = jnp.ones((1, 2))
+  >>> batch = make_batch(two, two).replace(labelled=jnp.array([[1.0, 0.0]]))
+  >>> loss_of_numbers(losses.logit_l2, batch, (two, jnp.array([[0.0, 9.0]]))).tolist()
+  [[1.0, 64.0]]
+  """
+  if not _each_counts(batch):
+    return loss(*pair)
+  # Means and variances, [B, 2D], are [B, D, 2] of D numbers alone.
+  numbers = jnp.shape(batch.labels)[-1]
+  apart = (jnp.stack(jnp.split(x, x.shape[-1] // numbers, axis=-1), axis=-1) for x in pair)
+  return loss(*apart)
 
 
 # --- What a method looks at. ---

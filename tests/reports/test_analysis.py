@@ -21,7 +21,7 @@ def test_answers_give_the_metrics_of_the_same_logits():
   logits = random.normal(0, 2, (500, 6)).astype(np.float32)
   logits[7, 2] = np.nan
   labels = random.integers(0, 6, 500).astype(np.int32)
-  made = predictions.answers(jnp.asarray(logits), jnp.asarray(labels))
+  made = metrics.answers(jnp.asarray(logits), jnp.asarray(labels))
   one = Answers(**{name: np.asarray(values)[None] for name, values in made.items()})
   assert one.predicted[0, 7] == -1
   found = Predictions(np.arange(500), labels, {"student": one}, "made up", "test")
