@@ -112,7 +112,7 @@ def examine(
   found = one()
   of_classes = one.task.shown.classes
   pick = predictions.counted if of_classes else predictions.present
-  where = np.concatenate([pick(said.there) for said in found])
+  where = np.concatenate([pick(jax.tree.map(lambda x: x[None], said.there)) for said in found])
   parts = [x.answers if of_classes else {**x.each, **x.answers} for x in found]
   each, axis = jax.device_get(parts), int(_seeds(one.model) is not None)
   joined = {
