@@ -438,6 +438,8 @@ def test_what_chunks_cannot_do_says_so():
     in_chunks(recipes.kd(), tokens_at_once=0)
   with pytest.raises(TypeError, match="objective"):
     in_chunks(3)
+  with pytest.raises(TypeError, match=r"fit has no keywords \['tokens'\]"):
+    fitted(recipes.kd(), tokens=64)
 
 
 def test_terms_one_by_one_have_no_gradient_where_the_losss_was_kept():
