@@ -111,14 +111,10 @@ def examine(
   one = _Pass(model, batches, teacher, _task(task), examined=True)
   found = one()
   of_classes = one.task.shown.classes
-  pick = predictions.counted if of_classes else predictions.present
-  where = np.concatenate([pick(jax.tree.map(lambda x: x[None], said.there)) for said in found])
+  where = [(predictions.counted if of_classes else _present)(said.there) for said in found]
   parts = [x.answers if of_classes else {**x.each, **x.answers} for x in found]
-  each, axis = jax.device_get(parts), int(_seeds(one.model) is not None)
-  joined = {
-    name: np.compress(where, np.concatenate([said[name] for said in each], axis=axis), axis)
-    for name in each[0]
-  }
+  axis = int(_seeds(one.model) is not None)
+  joined = _joined(parts, where, axis)
   joined = {name: values if axis else values[None] for name, values in joined.items()}
   return one.finished(found), predictions.Answers(**joined) if of_classes else joined
 
@@ -419,13 +415,13 @@ class _Pass:
     total = functools.reduce(functools.partial(jax.tree.map, np.add), sums)
     sums = {**total["quality"], **(total["fidelity"] if self.compared else {})}
     seeds = _seeds(self.model)
-    there = [one.there.weight for one in found]
-    rows, theirs = _all([one.each for one in found], there, axis=int(seeds is not None)), None
+    there = [_present(one.there) for one in found]
+    rows, theirs = _joined([one.each for one in found], there, axis=int(seeds is not None)), None
     if rows and self.compared:
       beside, told = zip(*(one.beside for one in found), strict=True)
       # Of examples that a teacher skipped nobody knows their neighbours.
       if all(np.all(where > 0) for where in jax.device_get(told)):
-        theirs = _all(beside, there, axis=0)
+        theirs = _joined(beside, there, axis=0)
     if seeds is None:
       return self._of_one(sums, rows, theirs)
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
@@ -441,14 +437,19 @@ class _Pass:
     return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
-def _all(each: Sequence[Any], weights: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
-  """What was kept of the examples of all batches, which lie on this axis, without padding."""
+def _present(host: Batch) -> np.ndarray:
+  """Which examples of a batch ``[B]`` are no padding."""
+  present: np.ndarray = tasks.counted(host, np.zeros(len(host.weight)), labelled=False) > 0
+  return present
+
+
+def _joined(each: Sequence[Any], where: Sequence[np.ndarray], axis: int) -> dict[str, np.ndarray]:
+  """What was kept of the examples of all batches, which lie on this axis: those of the masks."""
   if not each or not each[0]:
     return {}
-  there = np.concatenate([(w.reshape(len(w), -1) > 0).any(axis=-1) for w in weights])
-  parts = jax.device_get(list(each))
+  picked, parts = np.concatenate(where), jax.device_get(list(each))
   return {
-    name: np.compress(there, np.concatenate([part[name] for part in parts], axis), axis)
+    name: np.compress(picked, np.concatenate([part[name] for part in parts], axis), axis)
     for name in parts[0]
   }
 

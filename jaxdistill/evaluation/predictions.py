@@ -186,8 +186,8 @@ def counted(batches: Batch) -> np.ndarray:
 
 def present(batches: Batch) -> np.ndarray:
   """Which examples of stacked batches are no padding, ``[N · B]``: some place of theirs counts."""
-  weight = np.asarray(batches.weight)
-  return (weight.reshape(*weight.shape[:2], -1) > 0).any(axis=-1).reshape(-1)
+  host = tasks.on_host(batches)
+  return tasks.counted(host, np.zeros(host.weight.shape[:2]), labelled=False).reshape(-1) > 0
 
 
 def column(name: str, values: Any, index: np.ndarray, size: int | None = None) -> Column:

@@ -233,10 +233,8 @@ def _alone(sums: Callable[[Outputs, Batch], Sums], outputs: Outputs, batch: Batc
   def of_one(outputs: Outputs, batch: Batch) -> Any:
     return sums(*jax.tree.map(lambda leaf: leaf[None], (outputs, batch)))
 
-  outputs, batch = (
-    dataclasses.replace(outputs, where=None),
-    dataclasses.replace(batch, teacher=None),
-  )
+  outputs = dataclasses.replace(outputs, where=None)
+  batch = dataclasses.replace(batch, teacher=None)
   return {
     f"{part}/{name}": pair[i]
     for name, pair in jax.vmap(of_one)(outputs, batch).items()
@@ -328,6 +326,14 @@ def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
 def _of_classes(outputs: Outputs, batch: Batch) -> Sums:
   logits, labels, where, known = _flat(outputs.logits, batch)
   return _metrics.classification_sums(logits, labels, where * known)
+
+
+def _each_place(logits: Any, labels: Any) -> dict[str, jax.Array]:
+  """Of each example, token or pixel what its label cost, and whether it was said; NaN never is."""
+  logits = logits.astype(jnp.float32)
+  nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+  right = (jnp.argmax(logits, axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
+  return {"nll": nll, "accuracy": right.astype(jnp.float32)}
 
 
 def _fidelity(student: Outputs, teacher: Outputs, batch: Batch) -> Sums:
@@ -571,10 +577,7 @@ class _Tokens:
       lengths = jnp.asarray(self.token_bytes, jnp.float32)
       found["bytes"] = jnp.sum(where * lengths[labels])
     if self.by_position:
-      log_q = jax.nn.log_softmax(logits.astype(jnp.float32))
-      nll = -jnp.take_along_axis(log_q, labels[:, None], axis=-1)[:, 0]
-      each = {"nll": nll, "accuracy": jnp.argmax(log_q, axis=-1) == labels}
-      found |= self._by_part("labels", each, where, parts)
+      found |= self._by_part("labels", _each_place(logits, labels), where, parts)
     return found
 
   def _beside(self, batch: Batch, parts: Any, student: Outputs, teacher: Outputs) -> Sums:
@@ -610,12 +613,9 @@ class _Tokens:
 
 def _of_tokens(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   """Of each token what it cost, whether it was right, and how much it counts."""
-  logits = outputs.logits.astype(jnp.float32)
-  where = counted(batch, logits[..., 0])
+  where = counted(batch, outputs.logits[..., 0])
   labels = jnp.where(where > 0, jnp.asarray(batch.labels), 0)
-  nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
-  right = (jnp.argmax(logits, axis=-1) == labels) & ~jnp.isnan(logits).any(axis=-1)
-  return {"nll": nll, "accuracy": right.astype(jnp.float32), "where": where}
+  return {**_each_place(outputs.logits, labels), "where": where}
 
 
 def _of_sequences(kept: Kept) -> dict[str, np.ndarray]:
@@ -659,14 +659,13 @@ def dense(*, boundary: int = 1) -> Task:
     logits, classes = outputs.logits.astype(jnp.float32), outputs.logits.shape[-1]
     said, where = jnp.argmax(logits, axis=-1), counted(batch, batch.labels)
     labels = jnp.where(where > 0, batch.labels, 0)
-    right = (said == labels) & ~jnp.isnan(logits).any(axis=-1)
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)[..., 0]
+    each = _each_place(logits, labels)
     confusion = jnp.zeros((classes, classes), jnp.float32).at[labels, said].add(where)
     near = _near_boundary(labels, where > 0, boundary)
     return {
-      "pixel_accuracy": mean(right, where),
-      "boundary_accuracy": mean(right, where * near),
-      "nll": mean(nll, where),
+      "pixel_accuracy": mean(each["accuracy"], where),
+      "boundary_accuracy": mean(each["accuracy"], where * near),
+      "nll": mean(each["nll"], where),
       "confusion": confusion,
     }
 
@@ -677,10 +676,9 @@ def dense(*, boundary: int = 1) -> Task:
   def finish(sums: Sums) -> dict[str, Any]:
     confusion = np.asarray(sums["confusion"])  # [labels, predictions]
     right, there = np.diag(confusion), confusion.sum(axis=1)
-    union = there + confusion.sum(axis=0) - right
     found = ratios({name: pair for name, pair in sums.items() if name != "confusion"})
-    if union.any():
-      found["miou"] = (right[union > 0] / union[union > 0]).mean()
+    if confusion.any():
+      found["miou"] = np.nanmean(_ious(confusion))
       found["class_accuracy"] = (right[there > 0] / there[there > 0]).mean()
     return found
 
@@ -979,11 +977,11 @@ def regression(*, variance: bool = False) -> Task:
 
   def of_all(kept: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, Any]:
     del teacher
-    flat = {name: np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for name, x in kept.items()}
-    said, log_variance = parts(flat["outputs"])
-    found = ranking.errors(said, flat["labels"], flat["where"])
+    outputs, labels, where = _targets(kept)
+    said, log_variance = parts(outputs)
+    found = ranking.errors(said, labels, where)
     if variance:
-      found |= ranking.normal_errors(said, log_variance, flat["labels"], flat["where"])
+      found |= ranking.normal_errors(said, log_variance, labels, where)
     return found
 
   def values(kept: Kept) -> dict[str, np.ndarray]:
@@ -1001,8 +999,8 @@ def regression(*, variance: bool = False) -> Task:
     }
 
   def points(kept: Kept) -> dict[str, tuple[Any, Any]]:
-    flat = {name: np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for name, x in kept.items()}
-    said, labels, there = parts(flat["outputs"])[0], flat["labels"], flat["where"] > 0
+    outputs, labels, where = _targets(kept)
+    said, there = parts(outputs)[0], where > 0
     each = range(labels.shape[1])
     return {f"target {d}": (labels[there[:, d], d], said[there[:, d], d]) for d in each}
 
@@ -1058,6 +1056,12 @@ def regression(*, variance: bool = False) -> Task:
     },
     shows=Shows(values=values, parts=by_target, points=points, tells=tells),
   )
+
+
+def _targets(kept: Kept) -> list[np.ndarray]:
+  """Outputs, labels and weights, those of a target in a column."""
+  flat = (np.asarray(kept[name], np.float64) for name in ("outputs", "labels", "where"))
+  return [x.reshape(-1, x.shape[-1]) for x in flat]
 
 
 # Vectors.
