@@ -6,24 +6,30 @@ heart, and soft targets tell it what else could have stood there.
 
 Command:   python experiments/shakespeare.py --out runs/shakespeare
 Short:     python experiments/shakespeare.py --short --out runs/shakespeare-short
+Large:     python experiments/shakespeare.py --large --text TEXT --out runs/text
 Hardware:  two cores, no accelerator
 Expected:  with few text a student that is distilled gains a quarter of a bit a character or more
            over one of as many steps on the text alone; with all of it a few hundredths
 
-Two comparisons, since distilling costs more a step: the same steps, and the same floating-point
-operations, where the student without a teacher trains for as many more steps as a teacher costs
-that answers at every one. (Here it answers once for each example, since nothing is augmented, so
-that comparison favours the text alone.) The teacher's own training is in neither; its seconds are
-in the table. The teacher read all of the text, so with few text it stands for one that was trained
-on much more than the students are given. Rates and sizes were fixed before anything was measured.
+Two comparisons, since distilling costs more: the same steps, and the same floating-point
+operations, where the student without a teacher trains for as many more steps as the teacher's
+answers cost. Nothing is augmented, so `fit` asks it once for each window of the text. Students of
+several seeds share that pass; here each bears all of it, as one that is trained alone would. The
+teacher's own training is in neither; its seconds are in the table. The teacher read all of the
+text, so with few text it stands for one that was trained on much more than the students are given.
+Rates and sizes were fixed before the test split was read.
+
+``--large`` is for an accelerator and a text of your own, some hundred megabytes: a byte-pair
+encoding is trained on it, twelve layers teach four, in bfloat16, and the logits of 8,192 words are
+made of some tokens at a time. It has not been run by us.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import pathlib
+import shlex
 import sys
 import time
 from typing import Any, Literal
@@ -34,7 +40,7 @@ import numpy as np
 import optax
 
 import command_line
-from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train
+from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train, types
 
 SCRIPT = "experiments/shakespeare.py"
 
@@ -44,20 +50,28 @@ class Config:
   """What defines a run; saved as config.json."""
 
   length: int = 64
-  """Characters that a network sees at once."""
+  """Tokens that a network sees at once."""
+  vocabulary: int | None = None
+  """Tokens of a byte-pair encoding, trained on the training text; left out, its characters."""
   few: int = 100_000
   """Characters of the training text that students with few text have."""
   seeds: int = 5
-  heads: int = 4
   teacher_layers: int = 3
   teacher_width: int = 96
-  teacher_steps: int = 1800
+  teacher_heads: int = 4
+  teacher_steps: int = 1200
+  teacher_batch_size: int = 32
   teacher_dropout: float = 0.1
   student_layers: int = 2
   student_width: int = 48
-  steps: int = 1200
-  batch_size: int = 32
+  student_heads: int = 2
+  steps: int = 600
+  batch_size: int = 16
   rate: float = 3e-3
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  """Of the computation; parameters are float32."""
+  tokens_at_once: int | None = None
+  """How many tokens' logits are made at a time; left out, all of a batch's."""
   soft_weight: float = 0.9
   hard_weight: float = 0.1
   characters: int | None = None
@@ -78,6 +92,27 @@ SHORT = Config(
 )
 
 
+LARGE = Config(
+  length=512,
+  vocabulary=8192,
+  few=5_000_000,
+  seeds=3,
+  teacher_layers=12,
+  teacher_width=768,
+  teacher_heads=12,
+  teacher_steps=20_000,
+  teacher_batch_size=64,
+  student_layers=4,
+  student_width=384,
+  student_heads=6,
+  steps=20_000,
+  batch_size=32,
+  rate=6e-4,
+  dtype="bfloat16",
+  tokens_at_once=4096,
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
   """How a run is carried out; changes no number beyond rounding."""
@@ -86,6 +121,10 @@ class Options:
   """Folder of the run; a run that was stopped goes on there."""
   short: bool = False
   """Start from the short setting, which shows that the script runs and no more."""
+  large: bool = False
+  """Start from the setting for an accelerator."""
+  text: pathlib.Path | None = None
+  """A file of UTF-8 in place of tiny Shakespeare; its last tenth is validation and test."""
   evaluate: pathlib.Path | None = None
   """Evaluate the run in this folder again instead of training."""
   split: Literal["train", "validation", "test"] = "test"
@@ -97,75 +136,94 @@ class Options:
 
 
 def read(options: Options, split: str) -> str:
-  where = {"data_dir": options.data_dir, "inputs": "text", "labels": None}
-  return data.load("tiny_shakespeare", split, **where).inputs[0].decode()
+  """The text of a split."""
+  if options.text is None:
+    where = {"data_dir": options.data_dir, "inputs": "text", "labels": None}
+    return data.load("tiny_shakespeare", split, **where).inputs[0].decode()
+  text = options.text.read_text(encoding="utf-8")
+  first, second = len(text) * 18 // 20, len(text) * 19 // 20
+  return {"train": text[:first], "validation": text[first:second], "test": text[second:]}[split]
 
 
-def tokenizer_of(options: Options) -> data.tokenizers.Tokenizer:
-  """The characters that occur in any split."""
-  return data.tokenizers.characters(
-    read(options, split) for split in ("train", "validation", "test")
-  )
+def tokenizer_of(config: Config, options: Options) -> data.tokenizers.Tokenizer:
+  """The characters that occur in any split, or an encoding trained on the training text."""
+  if config.vocabulary is None:
+    splits = ("train", "validation", "test")
+    return data.tokenizers.characters(read(options, split) for split in splits)
+  return data.tokenizers.trained([read(options, "train")], config.vocabulary)
 
 
-def examples_of(config: Config, text: str, tokenizer: Any) -> data.Examples:
-  return data.from_text(text, tokenizer, length=config.length, name="tiny_shakespeare")
+def examples_of(config: Config, options: Options, text: str, tokenizer: Any) -> data.Examples:
+  name = "tiny_shakespeare" if options.text is None else options.text.stem
+  return data.from_text(text, tokenizer, length=config.length, name=name)
 
 
 def build_networks(config: Config, vocabulary: int):
   """The teacher and the student: Llama's decoder at the size of a few characters."""
 
-  def build(name: str, layers: int, width: int, dropout: float = 0.0):
+  def build(name: str, layers: int, width: int, heads: int, dropout: float = 0.0):
     decoder = networks.models.DecoderConfig(
       vocabulary,
       width,
       layers=layers,
-      heads=config.heads,
-      kv_heads=config.heads,
-      head_dim=width // config.heads,
+      heads=heads,
+      kv_heads=heads,
+      head_dim=width // heads,
       hidden=8 * width // 3,
       tied=True,
       dropout=dropout,
     )
+    module = networks.models.Decoder(decoder, dtype=jnp.dtype(config.dtype))
+    if config.tokens_at_once is not None:
+      return networks.linen(module, name=name)  # hidden states and a head
     # 65 logits a character are few: they are made whole.
-    return networks.linen(
-      networks.models.Decoder(decoder), logits=lambda out: out.head(out.hidden), name=name
-    )
+    return networks.linen(module, logits=lambda out: out.head(out.hidden), name=name)
 
   return (
-    build("teacher", config.teacher_layers, config.teacher_width, config.teacher_dropout),
-    build("student", config.student_layers, config.student_width),
+    build(
+      "teacher",
+      config.teacher_layers,
+      config.teacher_width,
+      config.teacher_heads,
+      config.teacher_dropout,
+    ),
+    build("student", config.student_layers, config.student_width, config.student_heads),
   )
 
 
-def longer(config: Config, teacher: Any, student: Any) -> int:
-  """Steps on the text alone that cost what ``config.steps`` with the teacher's answers cost."""
+def longer(config: Config, teacher: Any, student: Any, windows: int) -> int:
+  """Steps on a text alone that cost what ``config.steps`` with the teacher's answers cost."""
   tokens = jnp.zeros((1, config.length), jnp.int32)
 
   def forward(network: Any) -> int:
     variables = jax.eval_shape(network.init, jax.random.key(0), tokens)
-    call = lambda v, x: network.apply(v, x, train=False, key=None)[0].logits  # noqa: E731
-    return evaluation.cost.flops(call, variables, tokens)
 
+    def logits(variables: Any, tokens: Any) -> Any:
+      return types.with_logits(network.apply(variables, tokens, train=False, key=None)[0]).logits
+
+    return evaluation.cost.flops(logits, variables, tokens)
+
+  answered = min(config.steps, windows / config.batch_size)  # batches; each window once
   # Forward and backward are three times the forward pass; the teacher has no backward.
-  return round(config.steps * (1 + forward(teacher) / (3 * forward(student))))
+  return round(config.steps + answered * forward(teacher) / (3 * forward(student)))
 
 
 def train_all(config: Config, options: Options) -> None:
   text = read(options, "train")[: config.characters]
-  tokenizer = tokenizer_of(options)
+  tokenizer = tokenizer_of(config, options)
   teacher, student = build_networks(config, tokenizer.vocabulary)
   folder = runs.claim(options.out, {"experiment": "shakespeare", **dataclasses.asdict(config)})
   texts = {"few": text[: config.few], "full": text}
+  windows = {name: examples_of(config, options, part, tokenizer) for name, part in texts.items()}
   sources = {
-    name: data.on_device(
-      examples_of(config, part, tokenizer), batch_size=config.batch_size, data_seed=0
-    )
-    for name, part in texts.items()
+    name: data.on_device(examples, batch_size=config.batch_size, data_seed=0)
+    for name, examples in windows.items()
   }
 
   def fit(name, network, objective, source, seeds, steps, teacher=None):
     began = time.perf_counter()
+    if config.tokens_at_once is not None:
+      objective = train.in_chunks(objective, tokens=config.tokens_at_once)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 20, steps)
     fitted = train.fit(
       network,
@@ -178,56 +236,73 @@ def train_all(config: Config, options: Options) -> None:
       run=train.Run(folder / name, config={"experiment": f"shakespeare/{name}"}),
     )
     # A run that is found finished says nothing of how long it took.
-    if not (folder / name / "seconds.json").exists():
-      runs.write_json(folder / name / "seconds.json", time.perf_counter() - began)
+    if not (folder / name / "cost.json").exists():
+      cost = {"steps": steps, "seconds": time.perf_counter() - began}
+      runs.write_json(folder / name / "cost.json", cost)
     return fitted
 
   # A seed of its own, so that no student shares its data order with the teacher.
   objective = recipes.labels()
-  (taught,) = fit(
-    "teacher", teacher, objective, sources["full"], [100], config.teacher_steps
-  ).unstack()
+  source = dataclasses.replace(sources["full"], batch_size=config.teacher_batch_size)
+  (taught,) = fit("teacher", teacher, objective, source, [100], config.teacher_steps).unstack()
   seeds = list(range(config.seeds))
   soft = recipes.kd(temperature=1.0, soft_weight=config.soft_weight, hard_weight=config.hard_weight)
-  more = longer(config, teacher, student)
   for name, source in sources.items():
+    more = longer(config, teacher, student, len(windows[name].labels))
     fit(f"{name}-labels", student, objective, source, seeds, config.steps)
     fit(f"{name}-longer", student, objective, source, seeds, more)
     fit(f"{name}-distilled", student, soft, source, seeds, config.steps, teachers.frozen(taught))
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
-  tokenizer = tokenizer_of(options)
+  tokenizer = tokenizer_of(config, options)
   text = read(options, options.split)[: config.characters]
-  batches = data.evaluation_batches(examples_of(config, text, tokenizer), batch_size=64)
+  examples = examples_of(config, options, text, tokenizer)
+  batches = data.evaluation_batches(examples, batch_size=64)
   teacher, student = build_networks(config, tokenizer.vocabulary)
   (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
-  task = evaluation.tasks.tokens()
-  # Every character of these plays is one byte: bits a character are bits a byte.
-  bits = {"teacher": np.atleast_1d(evaluation.evaluate(taught, batches, task=task)["nll"])}
-  rows = [{"name": "teacher", "text": "full", "steps": config.teacher_steps}]
-  beside = {"teacher": {}}
+  task = evaluation.tasks.tokens(token_bytes=tokenizer.bytes)
+  found = {"teacher": evaluation.examine(taught, batches, task=task)}
+  rows = [{"name": "teacher", "text": "full"}]
   for part in ("few", "full"):
     for kind in ("labels", "longer", "distilled"):
       name = f"{part}-{kind}"
       model = teachers.restore(folder / name, student)
-      found = evaluation.evaluate(model, batches, task=task, teacher=teachers.frozen(taught))
-      bits[name] = np.asarray(found["nll"], np.float64)
-      beside[name] = {one: np.mean(found[one]) for one in ("agreement", "kl", "ece")}
-      steps = longer(config, teacher, student) if kind == "longer" else config.steps
-      rows.append({"name": kind, "text": part, "steps": steps})
-  for row, name in zip(rows, bits, strict=True):
-    nats = bits[name] / np.log(2)
-    row["bits"], row["std"] = evaluation.metrics.mean_std(nats)
-    row["seconds"] = json.loads((folder / name / "seconds.json").read_text())
-    row |= beside[name]
+      found[name] = evaluation.examine(model, batches, task=task, teacher=teachers.frozen(taught))
+      rows.append({"name": kind, "text": part})
+  for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
+    bits = np.atleast_1d(metrics["bits_per_byte"])
+    row["bits"], row["std"] = evaluation.metrics.mean_std(bits)
+    row |= runs.read_json(folder / name / "cost.json")
+    row |= {one: np.mean(metrics[one]) for one in BESIDE if one in metrics}
     if row["name"] in ("labels", "longer"):
-      distilled = bits[f"{row['text']}-distilled"] / np.log(2)
-      gain = evaluation.metrics.difference(nats, distilled)
+      distilled, theirs = found[f"{row['text']}-distilled"]
+      gain = evaluation.metrics.difference(bits, distilled["bits_per_byte"])
       row |= {"gain": gain["mean"], "gain_error": gain["standard_error"]}
+      row["text_error"] = over_passages(kept, theirs, examples, tokenizer.bytes)
   return write(config, options, folder, rows, len(text))
 
 
+def over_passages(ours: Any, theirs: Any, examples: data.Examples, lengths: np.ndarray) -> float:
+  """Standard error over passages of the text of the bits a byte between two kinds of students.
+
+  The next character's loss depends on the last one's, so no character is an independent draw. A
+  passage is about a thousand bytes of windows that follow one another, the seeds' mean of each.
+  """
+  nats = np.mean(ours["nll"] - theirs["nll"], axis=0)  # [N, L]
+  where = ours["where"][0]
+  size = where * lengths[np.where(where > 0, examples.labels, 0)]
+  windows = max(1, round(1000 / size.sum(axis=1).mean()))
+  starts = np.arange(0, len(where), windows)
+  total = np.add.reduceat((nats * where).sum(axis=1), starts)
+  weight = np.add.reduceat(size.sum(axis=1), starts)
+  # A ratio of sums: the linearised error of Σ total / Σ weight.
+  residual = total - weight * total.sum() / weight.sum()
+  n = len(starts)
+  return float(np.sqrt(n / (n - 1) * np.sum(residual**2)) / weight.sum() / np.log(2))
+
+
+BESIDE = ("agreement", "kl", "ece", "acceptance")
 WORDS = {
   "teacher": "teacher",
   "labels": "text alone, as many steps",
@@ -243,12 +318,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "–" if row.get(name) is None else f"{row[name]:.{digits}f}"
 
   lines = [
-    "| text | student | steps | bits a character | distilling gains | agreement | ECE | seconds |",
+    "| text | student | steps | bits a byte | distilling gains | agreement | ECE | seconds |",
     "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
   ]
   for row in rows:
     spread = "" if row["std"] is None else f" ± {row['std']:.3f}"
-    error = "" if row.get("gain_error") is None else f" (standard error {row['gain_error']:.3f})"
+    error = "" if row.get("gain_error") is None else f" ({row['gain_error']:.3f})"
+    if row.get("text_error") is not None:
+      error += f" ({row['text_error']:.3f})"
     cells = (
       row["text"],
       WORDS[row["name"]],
@@ -274,12 +351,15 @@ def write(
     writer.writeheader()
     writer.writerows(rows)
   commands = runs.commands(SCRIPT, config, folder, options.split, options.data_dir)
+  if options.text is not None:
+    commands = [f"{command} --text {shlex.quote(str(options.text))}" for command in commands]
   lines = [
-    f"# Shakespeare by characters, {options.split} split",
+    f"# {'Shakespeare' if options.text is None else options.text.name}, {options.split} split",
     "",
     f"{length:,} characters. Mean ± standard deviation over {config.seeds} seeds, with "
-    "initialisation and data order both varied; one teacher. The last step of every run. Seconds "
-    "are of all seeds together, compilation included.",
+    "initialisation and data order both varied; one teacher. Behind a gain its standard error "
+    "over the seeds, and then over passages of the text. The last step of every run. Seconds are "
+    "of all seeds together, compilation included.",
     "",
     table(rows),
     "",
@@ -306,7 +386,9 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  return command_line.parse(args, SHORT if "--short" in args else Config(), Options(), __doc__)
+  settings = {"--short": SHORT, "--large": LARGE}
+  config = next((settings[one] for one in args if one in settings), Config())
+  return command_line.parse(args, config, Options(), __doc__)
 
 
 if __name__ == "__main__":
