@@ -242,6 +242,9 @@ def intervals(
 ) -> Any:
   """One row for each method: its mean as a dot, its standard deviation to either side.
 
+  A row that lies far away from all others, such as a training that diverged, is a triangle at the
+  edge: drawn to scale, it would leave the others no room to differ.
+
   Args:
     path: where the PNG goes; None writes none.
     rows: by name a mean, or ``(mean, std)``; from top to bottom. NaN leaves a row empty.
@@ -266,9 +269,13 @@ def intervals(
     axes.axvline(mean, color=colour, linestyle=_LINES[i % 3], linewidth=1.4, label=_text(shown))
     if std is not None:
       axes.axvspan(mean - std, mean + std, color=colour, alpha=0.1, linewidth=0)
+  least, most = _fences([_mean_std(value)[0] for value in rows.values()])
   for i, value in enumerate(rows.values()):
     mean, std = _mean_std(value)
-    if np.isfinite(mean):
+    if not least <= mean <= most and np.isfinite(mean):
+      mark = {"color": _KINDS[2], "clip_on": False, "transform": axes.get_yaxis_transform()}
+      axes.plot(float(mean > most), i, "<" if mean < least else ">", ms=6, **mark)
+    elif np.isfinite(mean):
       axes.errorbar(mean, i, xerr=std, fmt="o", color=_KINDS[2], capsize=3, ms=5)
     # At the right end, in a column: a text beside each dot would hide its neighbours'.
     where = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
@@ -785,6 +792,22 @@ def _mean_std(value: Value) -> tuple[float, float | None]:
 
 def _shown(mean: float, std: float | None) -> str:
   return with_std(mean if np.isfinite(mean) else None, std)
+
+
+def _fences(values: Sequence[float]) -> tuple[float, float]:
+  """Outside of them a value lies far away from the others: six times the quartiles' distance.
+
+  Tukey's fences for what is far out are at three times; a method that is only bad stays in sight.
+
+  >>> _fences([97.0, 98.0, 97.5, 96.0, 10.0])
+  (87.0, 106.5)
+  """
+  there = np.asarray(values, float)[np.isfinite(values)]
+  if there.size < 4:
+    return -np.inf, np.inf
+  low, high = np.quantile(there, [0.25, 0.75])
+  reach = 6 * (high - low)
+  return (float(low - reach), float(high + reach)) if reach else (-np.inf, np.inf)
 
 
 def _spread_by_factors(at: np.ndarray) -> bool:
