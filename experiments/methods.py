@@ -24,10 +24,10 @@ Got:       teacher 99.00, labels alone 97.39 ± 0.47 % on the 697 test images. A
            100, for which that weight was found. The rest is within the noise: all are in
            experiments/README.md.
 
-Two things to know before this is read as an order of methods. The factor is chosen on 110 images, one
-of which is 0.9 points: KD's tenth was better there by one image and is worse on the test split by
-half a point, where an earlier run, with other rounding, chose the published weight and had 98.25.
-And 24 epochs on 990 images are not 240 on 50,000.
+Two things to know before this is read as an order of methods. The factor is chosen on 110 images,
+one of which is 0.9 points: KD's tenth was better there by one image and is worse on the test split
+by half a point, where an earlier run, with other rounding, chose the published weight and had
+98.25. And 24 epochs on 990 images are not 240 on 50,000.
 
 The same with ``--dataset cifar100`` is the field's pair of resnet32x4 and resnet8x4 (RepDistiller's
 README, trained on all of train: teacher 79.42, labels 72.50, KD 73.33, CRD 75.51 %). Here a tenth
