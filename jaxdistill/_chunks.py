@@ -54,7 +54,7 @@ class Chunks:
     if tokens < batch:
       raise ValueError(
         f"{name}={tokens} is below the {batch} examples of a batch, each of which has a position "
-        f"in every chunk: give at least {batch}, or smaller batches (accumulate=...)."
+        f"in every chunk: give at least {batch}, or micro-batches (train.with_jit(accumulate=...))."
       )
     return cls(batch, length, min(-(-tokens // batch), length))
 
