@@ -50,6 +50,8 @@ class Options:
   memory_teacher_width: int = 4096
   memory_tokens_at_once: int = 512
   memory: bool = True
+  # Whether anything is timed: without, nothing is run.
+  seconds: bool = True
 
 
 KD = {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5}
@@ -241,7 +243,7 @@ def main(options: Options) -> None:
 
   from jaxdistill import runs
 
-  best = timed(options)
+  best = timed(options) if options.seconds else {}
   print(f"{options.tokens:,} tokens, {options.vocabulary:,} words, {jax.default_backend()}")
   for side, seconds in best.items():
     print(f"  {side:16} {seconds:8.3f} s   {seconds / best['naive']:.2f} of naive")

@@ -20,6 +20,9 @@ class Chunks:
   The last chunk is as long as the others and goes back for it: where L does not divide, it has
   positions that were in the one before, and `fresh` tells them apart. Nothing is padded or copied.
 
+  Positions may be taken in another order, each row in its own: ``order`` ``[B, L]`` of `packed`,
+  which has those that count in front. No row leaves its device for it.
+
   Attributes:
     batch: B.
     length: L.
@@ -51,7 +54,7 @@ class Chunks:
     if tokens < batch:
       raise ValueError(
         f"{name}={tokens} is below the {batch} examples of a batch, each of which has a position "
-        f"in every chunk: give at least {batch}, or smaller batches (accumulate=...)."
+        f"in every chunk: give at least {batch}, or micro-batches (train.with_jit(accumulate=...))."
       )
     return cls(batch, length, min(-(-tokens // batch), length))
 
@@ -68,17 +71,58 @@ class Chunks:
     """Which positions of a chunk ``[size]`` no chunk before it had."""
     return self.start(i) + jnp.arange(self.size) >= jnp.asarray(i, jnp.int32) * self.size
 
-  def cut(self, tree: PyTree, i: Any) -> PyTree:
+  def cut(self, tree: PyTree, i: Any, order: Any = None) -> PyTree:
     """A chunk of the leaves ``[B, L, ...]``; others as they are."""
+
+    def sliced(leaf: Any) -> jax.Array:
+      return jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), self.start(i), self.size, axis=1)
 
     def part(leaf: Any) -> Any:
       if jnp.shape(leaf)[:2] != (self.batch, self.length):
         return leaf
-      return jax.lax.dynamic_slice_in_dim(jnp.asarray(leaf), self.start(i), self.size, axis=1)
+      if order is None:
+        return sliced(leaf)
+      picked = jax.vmap(lambda row, at: row.at[at].get(mode="promise_in_bounds"))
+      return picked(jnp.asarray(leaf), sliced(order))
 
     return jax.tree.map(part, tree)
 
-  def add(self, whole: jax.Array, part: jax.Array, i: Any) -> jax.Array:
+  def add(self, whole: jax.Array, part: jax.Array, i: Any, order: Any = None) -> jax.Array:
     """An array ``[B, L, ...]`` with what a chunk of it ``[B, size, ...]`` adds."""
+    if order is not None:
+      known = {"unique_indices": True, "mode": "promise_in_bounds"}
+      added = jax.vmap(lambda row, at, more: row.at[at].add(more, **known))
+      return added(whole, self.cut(order, i), part)
     there = jax.lax.dynamic_slice_in_dim(whole, self.start(i), self.size, axis=1)
     return jax.lax.dynamic_update_slice_in_dim(whole, there + part, self.start(i), axis=1)
+
+  def joined(self, parts: jax.Array) -> jax.Array:
+    """The whole ``[B, L]`` of all chunks' parts ``[chunks, B, size]``.
+
+    >>> chunks = Chunks.of((2, 5), tokens=4)
+    >>> x = jnp.arange(10).reshape(2, 5)
+    >>> parts = jnp.stack([chunks.cut(x, i) for i in range(chunks.count)])
+    >>> chunks.joined(parts).tolist() == x.tolist()
+    True
+    """
+    before, last = (self.count - 1) * self.size, self.length - (self.count - 1) * self.size
+    flat = jnp.moveaxis(parts, 0, 1).reshape(self.batch, -1)
+    return jnp.concatenate([flat[:, :before], flat[:, -last:]], axis=1)
+
+  def packed(self, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions with those that count in front, and how many chunks hold all of these.
+
+    Args:
+      counts: which positions count, booleans ``[B, L]``.
+
+    Returns:
+      ``(order, chunks)``: ``[B, L]``, each row by itself and otherwise in its order; and a number,
+      0 where nothing counts.
+
+    >>> order, count = Chunks.of((1, 4), tokens=2).packed(jnp.array([[False, True, False, True]]))
+    >>> order.tolist(), count.item()
+    ([[1, 3, 0, 2]], 1)
+    """
+    order = jnp.argsort(~counts, axis=1, stable=True)
+    most = jnp.max(jnp.sum(counts, axis=1, dtype=jnp.int32))
+    return order, (most + self.size - 1) // self.size

@@ -15,12 +15,13 @@ PyTree = Any
 _LOOPS = ("scan", "while")
 
 
-def depend_on(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[bool]:
-  """Whether each of a function's outputs has anything to do with its argument.
+def depend_on(function: Callable[..., PyTree], argument: PyTree, *rest: PyTree) -> list[bool]:
+  """Whether each of a function's outputs has anything to do with its first argument.
 
   Args:
     function: of arrays; it is traced.
     argument: a pytree of arrays, or of their shapes.
+    *rest: further arguments, which are not asked about.
 
   Returns:
     One answer for each leaf of the output. Where that is hard to tell, in a loop, it is yes.
@@ -28,8 +29,8 @@ def depend_on(function: Callable[[PyTree], PyTree], argument: PyTree) -> list[bo
   >>> depend_on(lambda x: {"a": x["y"] + 1, "b": jnp.ones(2)}, {"y": 1.0})
   [True, False]
   """
-  jaxpr = jax.make_jaxpr(function)(argument).jaxpr
-  return _reached(jaxpr, [True] * len(jaxpr.invars))
+  jaxpr, first = jax.make_jaxpr(function)(argument, *rest).jaxpr, len(jax.tree.leaves(argument))
+  return _reached(jaxpr, [i < first for i in range(len(jaxpr.invars))])
 
 
 def unread(function: Callable[..., PyTree], inputs: PyTree, *rest: PyTree) -> tuple[str, ...]:

@@ -227,12 +227,15 @@ class Summed:
     count: Σ where, likewise; of the batch alone, as a `Term`'s mask is.
     weight: as a `Term`'s.
     together: whether its gradient is made with the other terms', as the loss's: alone it has none.
+    accuracy: ``(Σ, count)`` of the labels that the student's logits say, where these were there to
+      see it and are nowhere else: for the log. None where that is not known.
   """
 
   total: Any
   count: Any
   weight: Any = 1.0
   together: bool = flax.struct.field(pytree_node=False, default=False)
+  accuracy: Any = None
 
 
 # Terms by name, each a `Term` or a `Summed`.

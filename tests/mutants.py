@@ -74,6 +74,14 @@ MUTANTS = [
     (LOGITS + "test_value_is_the_formula",),
   ),
   Mutant(
+    "loss: labels of no class pull",
+    "losses/_log_space.py",
+    "jnp.exp(log_q) * total - targets",
+    "jnp.exp(log_q) - targets",
+    "a label outside of the classes flattens what the student says",
+    (LOGITS + "test_the_derivative_of_cross_entropy_is_that_of_autodiff",),
+  ),
+  Mutant(
     "loss: temperature instead of its square",
     "losses/_log_space.py",
     "soften(teacher, scale), jnp.square(scale)",
@@ -779,6 +787,22 @@ MUTANTS = [
     "jnp.broadcast_to(where, shape)",
     "positions that were in the chunk before weigh double",
     (CHUNKS + "test_examples_that_a_teacher_skipped_count_for_the_labels_alone",),
+  ),
+  Mutant(
+    "chunks: logits of all students at once",
+    "train/_in_chunks.py",
+    "jax.custom_batching.sequential_vmap(function)",
+    "function",
+    "a sweep of twelve needs twelve times the memory",
+    (CHUNKS + "test_students_side_by_side_have_one_students_logits_at_a_time",),
+  ),
+  Mutant(
+    "chunks: the last positions that count are left out",
+    "_chunks.py",
+    "(most + self.size - 1) // self.size",
+    "most // self.size",
+    "tokens are in no loss",
+    (CHUNKS + "test_what_nothing_counts_is_not_computed",),
   ),
   Mutant(
     "chunks: gradients overwrite each other",

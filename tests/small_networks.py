@@ -77,8 +77,12 @@ def model(network, *shape, key):
 
 
 def fit(student, objective, *, room=train, **options):
-  """A room's `fit`, which takes what `Run` and `Watch` hold as keywords of its own; silent."""
+  """A room's `fit`, which takes what `Run`, `Watch` and `with_jit` do as keywords; silent."""
   options.setdefault("progress", None)
+  smaller = {n: options.pop(n) for n in ("accumulate", "tokens_at_once") if n in options}
+  if smaller:
+    dispatch = options.get("dispatch") or room.with_jit()
+    options["dispatch"] = dataclasses.replace(dispatch, **smaller)
   for name, kind in (("run", room.Run), ("watch", room.Watch)):
     fields = [field.name for field in dataclasses.fields(kind)]
     options[name] = kind(**{field: options.pop(field) for field in fields if field in options})

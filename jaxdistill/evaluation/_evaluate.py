@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import flax.errors
 import flax.struct
@@ -17,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill._reach import depend_on
 from jaxdistill.data import Batches
 from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import (
-  Kept,
   batches_of,
   count_of,
   first_of,
@@ -144,10 +144,13 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
   else:
     teacher = settled(teacher)
     with _fitting(None):
-      asked = kept(_Asked(task), teacher, first_of(batches))
+      asked = _Teacher(task, teacher, first_of(batches))
     ask = asked.compiled(count_of(batches))
-    asking = (ask(teacher, batch) for batch in batches_of(batches))
-    found = [jax.device_get(dataclasses.replace(one, where=None)) for one in asking]
+    found = []
+    for batch in batches_of(batches):
+      one = dataclasses.replace(ask(teacher, batch), where=None)
+      # The first one's head is everybody's.
+      found.append(jax.device_get(dataclasses.replace(one, head=None) if found else one))
   return dataclasses.replace(batches, teacher=_stacked(found))
 
 
@@ -213,6 +216,7 @@ class _Asked:
 
   task: Task
   mesh: Mesh | None = None
+  part: Literal["all", "head", "rest"] = "all"
   __name__ = "outputs"
 
   def __call__(self, model: Model | Teacher, batch: Batch) -> Outputs:
@@ -235,8 +239,56 @@ class _Asked:
   def of_one(self, model: Model | Teacher, batch: Batch) -> Outputs:
     """Of one model."""
     read = _read(model, batch, self.task)
+    if self.part != "all":
+      rest = dataclasses.replace(read, head=None)
+      read = Outputs(head=read.head) if self.part == "head" else rest
     # It answers all of them; made here, so that the mask lies where the outputs do.
     return dataclasses.replace(read, where=jnp.ones(batch.weight.shape[0], jnp.float32))
+
+
+class _Teacher:
+  """Asks a teacher what a task reads: of each batch, and once for its head, which no batch changes.
+
+  A head is a kernel ``[D, V]``, which a program that gives it back would copy at each call.
+
+  Attributes:
+    outputs: the shapes of what it says of a batch.
+  """
+
+  def __init__(self, task: Task, teacher: Teacher, batch: Batch) -> None:
+    """Traces it.
+
+    Args:
+      task: says what is read.
+      teacher: the teacher, or its shapes.
+      batch: one like those that it will be asked about.
+    """
+    self._each, self._head = kept(_Asked(task), teacher, batch), None
+    self.outputs: Outputs = self._each.outputs
+    if not jax.tree.leaves(self.outputs.head):
+      return
+    parts = [_Asked(task, part="rest"), _Asked(task, part="head")]
+
+    def head(batch: Batch, teacher: Teacher) -> Any:
+      return parts[1](teacher, batch).head
+
+    if not any(depend_on(head, batch, teacher)):
+      self._each, self._head = (kept(part, teacher, batch) for part in parts)
+
+  def compiled(self, calls: float) -> Callable[[Teacher, Batch], Outputs]:
+    """``(teacher, batch) -> outputs``, compiled for so many calls, for one teacher of these."""
+    each, once = self._each.compiled(calls), self._head
+    if once is None:
+      return each
+    made: list[Outputs] = []
+
+    def ask(teacher: Teacher, batch: Batch) -> Outputs:
+      if not made:
+        made.append(once.compiled(1)(teacher, batch))
+      said: Outputs = each(teacher, batch)
+      return dataclasses.replace(said, head=made[0].head)
+
+    return ask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,7 +391,7 @@ class _Pass:
       model = Model(model.network, model.variables, model.seeds)
     self.model, self.teacher = settled((model, teacher))
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
-    self.asked: Kept | None = None
+    self.asked: _Teacher | None = None
     first = first_of(batches)
     asks = _Asked(task, _mesh_of(self.model))
     with _fitting(_seeds(model)):
@@ -361,7 +413,7 @@ class _Pass:
       self.mute = settled((self.model, _said(mute, len(first.weight))))[1]
       said: Any = self.mute
       if teacher is not None:
-        self.asked = kept(_Asked(task), teacher, first)
+        self.asked = _Teacher(task, teacher, first)
         said = self.asked.outputs
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)

@@ -43,6 +43,7 @@ from jaxdistill.losses._log_space import (
   pair,
   soften,
   softened_pair,
+  softmax_cross_entropy,
   softmax_kl,
 )
 from jaxdistill.losses._maps import norm, product, tame
@@ -123,8 +124,7 @@ def cross_entropy(
     valid = (~is_masked(student)).astype(student.dtype)
     count = jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
     targets = (1 - smoothing) * targets + smoothing * valid / count
-  # Never log(softmax(z)): at logits of ±1e4 a probability rounds to 0, and its logarithm is −inf.
-  return -jnp.sum(targets * jax.nn.log_softmax(soften(student, 1.0), axis=-1), axis=-1)
+  return softmax_cross_entropy(soften(student, 1.0), targets)
 
 
 def soft_target_kl(

@@ -32,6 +32,7 @@ _SAME = {"sharding_constraint", "optimization_barrier", "pvary"}
 _CALLS = {
   **dict.fromkeys(("jit", "pjit", "checkpoint", "remat2"), "jaxpr"),
   **dict.fromkeys(("closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+  "custom_vmap_call": "call",
 }
 _ARRAY = "the array"
 

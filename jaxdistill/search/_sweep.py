@@ -55,7 +55,9 @@ class Execution:
     memory: bytes that a program may take on a device; what is available by default.
     by: ``"vmap"`` or ``"unroll"``; `students_by` decides by default.
     accumulate: into how many micro-batches each batch is cut, to need less memory; the limits are
-      those of `jaxdistill.train.fit`.
+      those of `jaxdistill.train.with_jit`.
+    tokens_at_once: how many tokens' logits there are at any time, likewise: the teacher's once for
+      all students that share its batch, and the students' one student after another.
 
   Raises:
     TypeError: an attribute is of another kind than it must be.
@@ -66,9 +68,12 @@ class Execution:
   memory: int | None = None
   by: str | None = None
   accumulate: int = 1
+  tokens_at_once: int | None = None
 
   def __post_init__(self) -> None:
     _check.whole("accumulate", self.accumulate)
+    if self.tokens_at_once is not None:
+      _check.whole("tokens_at_once", self.tokens_at_once)
     if self.memory is not None:
       _check.whole("memory", self.memory)
     if self.by not in (None, "vmap", "unroll"):
@@ -141,7 +146,13 @@ def sweep(
     _extras.need("search.sweep(run=folder), which draws a picture,", "matplotlib")
   if not isinstance(choice, Choice):
     raise TypeError(f"choice={_check.show(choice)} must be a search.Choice(validation, ...).")
-  groups = grouped(points, student, objective, optimizer, steps)
+  groups = [
+    dataclasses.replace(
+      group,
+      objective=train.in_chunks(group.objective, tokens_at_once=execution.tokens_at_once),
+    )
+    for group in grouped(points, student, objective, optimizer, steps)
+  ]
   pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
   for group in groups:
     _check_start(group.student, pairs, again)

@@ -9,7 +9,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -22,7 +22,6 @@ from jaxdistill.runs import Checkpoints
 from jaxdistill.teachers import decay_of
 from jaxdistill.train import _identity, _mesh
 from jaxdistill.train._frozen import never_moved
-from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._loop import (
   Intervals,
   Log,
@@ -210,12 +209,6 @@ def check_run(run: Any) -> Run:
   return Run(run)
 
 
-class _LessMemory(TypedDict, total=False):
-  """What `fit` takes besides, for batches that need more memory than there is."""
-
-  tokens_at_once: int | None
-
-
 @together()
 def fit(
   student: Network | Model,
@@ -226,12 +219,10 @@ def fit(
   steps: int,
   seed: int | Sequence[int] = 0,
   teacher: Teacher | None = None,
-  accumulate: int = 1,
   average: float | None = None,
   dispatch: Dispatch | None = None,
   watch: Watch | None = None,
   run: Run | str | os.PathLike[str] | None = None,
-  **less_memory: Unpack[_LessMemory],
 ) -> Fitted:
   """Trains a student, or the same student from several seeds as one compiled program.
 
@@ -260,17 +251,13 @@ def fit(
     teacher: from `jaxdistill.teachers`; None for training without one. Its variables are never
       changed and never checkpointed, and stay where they lie on the devices. Or a moving average of
       the student (`teachers.moving_average`), which is a part of the run's state.
-    accumulate: into how many micro-batches each batch is cut, to need less memory; the same
-      gradient for a network without state across examples and without dropout. BatchNorm, and
-      losses that relate examples, see the micro-batch.
     average: the decay of a moving average of the deployed network's variables, which is then what
       is validated, returned and deployed; None for none.
-    dispatch: `train.with_jit` (the default, over all devices) or `train.with_pmap`.
+    dispatch: how a step is run, `train.with_jit` (the default, over all devices) or
+      `train.with_pmap`; where it needs less memory, ``train.with_jit(accumulate=4)`` cuts batches
+      into micro-batches, and ``tokens_at_once=1024`` makes a language model's logits in chunks.
     watch: what is looked at on the way: validation, log, callback; see `Watch`.
     run: where it is saved; see `Run`. A path is the run's folder; None saves nothing.
-    **less_memory: ``tokens_at_once``: how many tokens' logits there are at any time, of networks
-      that put out ``hidden`` and ``head``; the same loss and gradient, see `train.in_chunks`. The
-      log has no accuracy then. None, the default, for those of the whole batch.
 
   Returns:
     `Fitted`, a model with the variables after the last step.
@@ -290,7 +277,6 @@ def fit(
   run, watch = check_run(run), Watch() if watch is None else watch
   dispatch = _mesh.with_jit() if dispatch is None else dispatch
   _check_machinery(optimizer, dispatch, watch)
-  objective = _cut(objective, **less_memory)
   plan = Plan.of(
     student,
     objective,
@@ -299,7 +285,8 @@ def fit(
     steps=steps,
     seed=seed,
     teacher=teacher,
-    accumulate=accumulate,
+    accumulate=dispatch.accumulate,
+    tokens_at_once=dispatch.tokens_at_once,
     average=average,
   )
   epoch = plan.sources[0].steps_per_epoch
@@ -309,15 +296,6 @@ def fit(
   program.trace()  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
   return _trained(plan, program, every, watch, run, seed, left)
-
-
-def _cut(objective: Any, *, tokens_at_once: int | None = None, **unknown: Any) -> Any:
-  """The objective, in chunks where these have a size."""
-  if unknown:
-    raise TypeError(f"fit has no keywords {sorted(unknown)}; see help(jaxdistill.fit) for its own.")
-  return (
-    objective if tokens_at_once is None else in_chunks(objective, tokens_at_once=tokens_at_once)
-  )
 
 
 def _trained(

@@ -32,7 +32,6 @@ def born_again(
   optimizer: Transformation,
   steps: int,
   seed: int | Sequence[int] = 0,
-  accumulate: int = 1,
   average: float | None = None,
   dispatch: Dispatch | None = None,
   watch: Watch | None = None,
@@ -63,8 +62,7 @@ def born_again(
     steps: of each generation.
     seed: of the first generation, one or several. Those of the next are higher by as much as leaves
       none twice: by 1 for one, by 3 for 0, 1 and 2.
-    accumulate: as `fit` takes it.
-    average: likewise; the average is then what teaches.
+    average: as `fit` takes it; the average is then what teaches.
     dispatch: likewise.
     watch: likewise.
     run: likewise; each generation has a folder in the run's, ``generation1`` and so on, and one
@@ -100,7 +98,6 @@ def born_again(
       optimizer=optimizer,
       steps=steps,
       seed=mine if np.ndim(seed) else mine[0],
-      accumulate=accumulate,
       average=average,
       dispatch=dispatch,
       watch=watch,

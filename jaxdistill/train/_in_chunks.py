@@ -9,8 +9,9 @@ is run, whatever it is, on a few positions at a time, whose logits are made of `
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 from jaxdistill import _check
 from jaxdistill._chunks import Chunks
 from jaxdistill.train._answered import terms_where_answered
-from jaxdistill.train._step import summed
+from jaxdistill.train._step import mask_of, right, summed
 from jaxdistill.types import (
   Batch,
   Head,
@@ -38,13 +39,16 @@ __all__ = ["in_chunks"]
 PyTree = Any
 # A term's sum over all tokens, or what the loss's gradient by it is, by the term's name.
 Scalars = dict[str, jax.Array]
+# What is summed with the terms and is none: how many labels are said. No term has this name.
+_RIGHT = "labels that are said"
 
 
 def in_chunks(
   objective: Objective | ObjectiveFunction,
   *,
-  tokens_at_once: int = 512,
+  tokens_at_once: int | None = 512,
   backward: Literal["kept", "again"] = "kept",
+  compact: bool = True,
 ) -> Objective:
   """The same objective, computed of some tokens at a time: no array ``[tokens, vocabulary]``.
 
@@ -60,17 +64,24 @@ def in_chunks(
   - Features are for what is beside it: ``recipes.combine(in_chunks(kd()), hint("mid"))``.
   - Nothing that it remembers (its state) may change with tokens; what it draws by ``key`` differs
     from chunk to chunk.
-  - The teacher and the batch get no gradient.
+  - The teacher and the batch get no gradient. The loss's own has a derivative by forward mode
+    alone, ``jax.jvp`` of ``jax.grad``.
+  - Students side by side (several seeds, a sweep's) share what the teacher says of a chunk, and
+    their own logits are made one student after another.
 
   Args:
     objective: an `Objective` or a bare function of logits.
     tokens_at_once: how many tokens a chunk has, of all examples together; with B examples it is
       rounded up to a multiple of B. 512 keeps matrix units busy, and at 128,256 words a chunk's
-      logits take 0.26 GB; 1,024 may be faster on an accelerator with the memory for it.
+      logits take 0.26 GB; 1,024 may be faster on an accelerator with the memory for it. None for
+      all: the objective as it is.
     backward: ``"kept"``: gradients are made in the forward pass, where the logits are, which is
       least work: four products with a head's kernel. They are those of the loss; of its terms one
       by one there are none (NaN). ``"again"``: logits are made again in the backward pass: six
       products, less memory between the two passes, and every term's own gradient.
+    compact: whether positions that no mask counts (prompts, padding) are left out, where weights or
+      labels have a mask of tokens ``[B, L]``: each example's others come first, and chunks end with
+      the longest example's. False computes all chunks, each of positions side by side.
 
   Returns:
     An `Objective` with the same keywords, parameters and terms.
@@ -84,11 +95,14 @@ def in_chunks(
   >>> sorted(in_chunks(recipes.kd(), tokens_at_once=64).hyper)
   ['hard_weight', 'soft_weight', 'temperature']
   """
-  _check.whole("tokens_at_once", tokens_at_once)
   if backward not in ("kept", "again"):
     raise ValueError(f"backward={_check.show(backward)} must be 'kept' or 'again'.")
+  _check.switch("compact", compact)
   made = as_objective(objective)
-  chunked = _InChunks(made, tokens_at_once, backward)
+  if tokens_at_once is None:
+    return made
+  _check.whole("tokens_at_once", tokens_at_once)
+  chunked = _InChunks(made, tokens_at_once, backward, compact)
   return dataclasses.replace(made, init=chunked.init, apply=chunked.apply)
 
 
@@ -123,6 +137,7 @@ class _InChunks:
   objective: Objective
   tokens: int
   backward: str
+  compact: bool
 
   def init(self, key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     """The objective's, of the logits' shapes."""
@@ -161,12 +176,16 @@ class _InChunks:
     bias = None if head is None or head.bias is None else head.bias.astype(compute_dtype(head.bias))
     learnt = (params, numbers, bias)
     seen = jax.lax.stop_gradient((teacher, dataclasses.replace(batch, teacher=None, counts=None)))
-    given = (*seen, key, rest)
+    given = _Given(*seen, key, rest)
     product = _product_of(head)
     raw = jax.eval_shape(lambda: product(chunks.cut(hidden, 0)))
     # Of logits that are all 0: weights and masks say nothing of them, and the compiler drops what
     # is computed of them. Compiled by itself where nothing else is, for that very reason.
-    weights, beside, counts = jax.jit(terms.of_no_logits, static_argnums=2)(learnt, given, raw)
+    known = jax.jit(terms.of_no_logits, static_argnums=2)(learnt, given, raw)
+    weights, beside, counts, where = known
+    if self.compact and max(jnp.ndim(batch.weight), jnp.ndim(batch.labelled)) > 1:
+      order, turns = chunks.packed(where)
+      given = given._replace(order=order, turns=_most(turns))
     over = batch.counts or {}
     share = {
       name: jax.lax.stop_gradient(weights[name]).astype(count.dtype)
@@ -175,8 +194,9 @@ class _InChunks:
     }
     sums = _Sums(terms, head, self.backward)
     totals = sums(learnt, hidden, None if head is None else head.kernel, given, share)
+    said = (totals.pop(_RIGHT), counts[_RIGHT]) if _RIGHT in totals else None
     found: Terms = {
-      name: Summed(total, counts[name], weights[name], together=self.backward == "kept")
+      name: Summed(total, counts[name], weights[name], self.backward == "kept", said)
       for name, total in totals.items()
     }
     return {**found, **beside}, state
@@ -204,6 +224,60 @@ def _product_of(head: Head | None) -> Callable[[jax.Array], jax.Array]:
   return (lambda logits: logits) if head is None else head.product
 
 
+class _Given(NamedTuple):
+  """What terms are computed of beside the student, and gets no gradient.
+
+  Attributes:
+    teacher: its outputs, or None.
+    batch: the batch.
+    key: random.
+    rest: keywords that are arrays of integers.
+    order: in which positions are taken, ``[B, L]``; None for as they lie.
+    turns: how many chunks hold all that counts; None for all chunks.
+  """
+
+  teacher: Outputs | None
+  batch: Batch
+  key: Any
+  rest: dict[str, Any]
+  order: Any = None
+  turns: Any = None
+
+
+class _Seen(NamedTuple):
+  """What a chunk's terms are computed of beside the student's logits.
+
+  Attributes:
+    teacher: its logits ``[B, C, V]``, or None.
+    batch: the chunk's part of the batch.
+    key: random.
+    rest: keywords that are arrays of integers.
+    fresh: ``[C]``, which positions no chunk before had.
+  """
+
+  teacher: Outputs | None
+  batch: Batch
+  key: Any
+  rest: dict[str, Any]
+  fresh: jax.Array
+
+
+@jax.custom_batching.custom_vmap
+def _most(turns: jax.Array) -> jax.Array:
+  """The number itself; of students side by side with batches of their own, their largest.
+
+  Under vmap a loop whose turns differ would copy all that it carries at each of them. What is
+  beyond a student's own chunks is masked.
+  """
+  return turns
+
+
+@_most.def_vmap
+def _most_of_all(size: int, batched: Any, turns: jax.Array) -> tuple[jax.Array, bool]:
+  del size, batched
+  return _most(jnp.max(turns, axis=0)), False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Terms:
   """The terms of a chunk.
@@ -220,20 +294,28 @@ class _Terms:
   state: PyTree
   fixed: Mapping[str, Any]
 
+  def seen(self, given: _Given, i: Any) -> _Seen:
+    """What the i-th chunk sees. Students who share a teacher and a batch share all but the key."""
+    teacher, order = given.teacher, given.order
+    if teacher is not None:
+      logits, hidden = self.chunks.cut((teacher.logits, teacher.hidden), i, order)
+      logits = logits if teacher.head is None else teacher.head(hidden)
+      teacher = dataclasses.replace(_logits_alone(logits), where=teacher.where)
+    own = self.chunks.cut(given.batch, i, order)
+    return _Seen(teacher, own, jax.random.fold_in(given.key, i), given.rest, self.chunks.fresh(i))
+
   def __call__(
-    self, learnt: Any, given: Any, i: Any, logits: jax.Array
-  ) -> tuple[dict[str, Any], dict[str, Term]]:
-    """Of the i-th chunk: what is summed over its tokens, and what looks at none of them."""
+    self, learnt: Any, seen: _Seen, logits: jax.Array
+  ) -> tuple[dict[str, Term], dict[str, Term]]:
+    """Of a chunk: what is summed over its tokens, and what looks at none of them."""
     params, numbers, _ = learnt
-    teacher, batch, key, rest = given
-    own = self.chunks.cut(batch, i)
-    hyper = {**self.fixed, **numbers, **rest, "key": jax.random.fold_in(key, i)}
+    target, own = seen.teacher, seen.batch
+    hyper = {**self.fixed, **numbers, **seen.rest, "key": seen.key}
 
     def made(target: Outputs | None, batch: Batch) -> tuple[Terms, PyTree]:
       mine = _logits_alone(logits)
       return self.objective.apply(params, self.state, mine, target, batch, **hyper)
 
-    target = None if teacher is None else self._taught(teacher, i)
     if target is None or target.where is None:
       terms, state = made(target, own)
     else:
@@ -241,17 +323,19 @@ class _Terms:
     if jax.tree.leaves(state):
       raise ValueError("the objective's state has become one with arrays, in chunks of tokens.")
     beside = {name: term for name, term in terms.items() if _looks_at_no_token(term)}
-    fresh = self.chunks.fresh(i)
+    said = right(logits, own)
+    if said is not None:
+      terms = {**terms, _RIGHT: dataclasses.replace(said, weight=0.0)}
     return {
-      name: summed(name, self._counted(name, term, fresh), own)
+      name: self._counted(name, term, seen.fresh)
       for name, term in terms.items()
       if name not in beside
     }, beside
 
-  def _taught(self, teacher: Outputs, i: Any) -> Outputs:
-    part = self.chunks.cut((teacher.logits, teacher.hidden), i)
-    logits = part[0] if teacher.head is None else teacher.head(part[1])
-    return dataclasses.replace(_logits_alone(logits), where=teacher.where)
+  def sums(self, learnt: Any, seen: _Seen, logits: jax.Array) -> Scalars:
+    """Each term's sum over a chunk."""
+    terms = self(learnt, seen, logits)[0]
+    return {name: summed(name, term, seen.batch).total for name, term in terms.items()}
 
   def _counted(self, name: str, term: Any, fresh: jax.Array) -> Term:
     """The term without the positions that were in the chunk before."""
@@ -269,19 +353,27 @@ class _Terms:
     return dataclasses.replace(term, where=jnp.where(fresh[None], where, jnp.zeros_like(where)))
 
   def of_no_logits(
-    self, learnt: Any, given: Any, raw: Any
-  ) -> tuple[Scalars, dict[str, Term], Scalars]:
-    """Of logits that are all 0: the weights, what looks at no token, and the counts."""
+    self, learnt: Any, given: _Given, raw: Any
+  ) -> tuple[Scalars, dict[str, Term], Scalars, jax.Array]:
+    """Of logits that are all 0: the weights, what looks at no token, the counts, and what counts.
+
+    The last is ``[B, L]``, True where the mask of some term is not 0.
+    """
     zeros = jnp.zeros(raw.shape, raw.dtype)
-    terms, beside = self(learnt, given, 0, zeros)
+    terms, beside = self(learnt, self.seen(given, 0), zeros)
 
-    def count(i: Any) -> Scalars:
-      still = jax.lax.stop_gradient(learnt)
-      return {name: one.count for name, one in self(still, given, i, zeros)[0].items()}
+    def count(i: Any) -> tuple[Scalars, jax.Array]:
+      seen = self.seen(given, i)
+      found = self(jax.lax.stop_gradient(learnt), seen, zeros)[0]
+      masks = {name: mask_of(name, term, seen.batch) for name, term in found.items()}
+      none = jnp.zeros((self.chunks.batch, self.chunks.size), bool)
+      where = functools.reduce(jnp.logical_or, [mask != 0 for mask in masks.values()], none)
+      return {name: jnp.sum(mask) for name, mask in masks.items()}, where
 
-    counts = jax.lax.map(count, jnp.arange(self.chunks.count))
-    weights = {name: jnp.asarray(one.weight, one.count.dtype) for name, one in terms.items()}
-    return weights, beside, {name: jnp.sum(each) for name, each in counts.items()}
+    counts, where = jax.lax.map(count, jnp.arange(self.chunks.count))
+    counts = {name: jax.lax.stop_gradient(jnp.sum(each)) for name, each in counts.items()}
+    weights = {name: jnp.asarray(terms[name].weight, one.dtype) for name, one in counts.items()}
+    return weights, beside, counts, self.chunks.joined(where)
 
 
 def _looks_at_no_token(term: Any) -> bool:
@@ -313,13 +405,16 @@ class _Sums:
     self, learnt: Any, hidden: jax.Array, kernel: Any, given: Any, share: Scalars
   ) -> Scalars:
     """The sums, where nobody asks for a gradient: one product for each network."""
+    of_chunk = _in_turn(
+      lambda learnt, hidden, kernel, seen: self.of_chunk(learnt, self.product(hidden, kernel), seen)
+    )
 
-    def body(totals: Scalars, i: Any) -> tuple[Scalars, None]:
-      more = self.of_chunk(learnt, self.product(hidden, kernel, i), given, i)
-      return jax.tree.map(jnp.add, totals, more), None
+    def body(i: Any, totals: Scalars) -> Scalars:
+      part = self.terms.chunks.cut(hidden, i, given.order)
+      more = of_chunk(learnt, part, kernel, self.terms.seen(given, i))
+      return jax.tree.map(jnp.add, totals, more)
 
-    zeros = jax.tree.map(jnp.zeros_like, share)
-    return jax.lax.scan(body, zeros, jnp.arange(self.terms.chunks.count))[0]
+    return self.over(given, body, jax.tree.map(jnp.zeros_like, share))
 
   def forward(self, *args: Any) -> tuple[Scalars, Any]:
     """The sums, and what the backward pass needs."""
@@ -340,37 +435,51 @@ class _Sums:
       gradients = jax.tree.map(lambda g: g * by.astype(g.dtype), gradients)
     return (*gradients, None, None)
 
-  def of_chunk(self, learnt: Any, product: jax.Array, given: Any, i: Any) -> Scalars:
+  def over(self, given: _Given, body: Callable[[Any, Any], Any], start: Any) -> Any:
+    """Goes over the chunks, ``body(i, carry) -> carry``, to the last in which something counts."""
+    if given.turns is None:
+      return jax.lax.fori_loop(0, self.terms.chunks.count, body, start)
+    return jax.lax.fori_loop(jnp.zeros_like(given.turns), given.turns, body, start)
+
+  def of_chunk(self, learnt: Any, product: jax.Array, seen: _Seen) -> Scalars:
     """The sums of a chunk, of what the kernel made of its hidden states."""
     logits = product if self.head is None else self.head.finish(product, learnt[2])
-    return {name: one.total for name, one in self.terms(learnt, given, i, logits)[0].items()}
+    return self.terms.sums(learnt, seen, logits)
 
-  def product(self, hidden: jax.Array, kernel: Any, i: Any) -> jax.Array:
+  def product(self, hidden: jax.Array, kernel: Any) -> jax.Array:
     """What the kernel makes of a chunk's hidden states."""
     head = None if self.head is None else dataclasses.replace(self.head, kernel=kernel)
-    return _product_of(head)(self.terms.chunks.cut(hidden, i))
+    return _product_of(head)(hidden)
+
+  def pulled_of_chunk(
+    self, learnt: Any, hidden: jax.Array, kernel: Any, seen: _Seen, slopes: Scalars
+  ) -> tuple[Scalars, Any, jax.Array, Any]:
+    """The sums of a chunk, and its part of each gradient."""
+    product = self.product(hidden, kernel)
+    more, pull = jax.vjp(lambda own, made: self.of_chunk(own, made, seen), learnt, product)
+    of_learnt, by_product = pull(slopes)
+    if self.head is None:
+      return more, of_learnt, by_product, None
+    pulled = _pulled_back(hidden, kernel, by_product, transposed=self.head.transposed)
+    return more, of_learnt, *pulled
 
   def gradients(
-    self, learnt: Any, hidden: jax.Array, kernel: Any, given: Any, slopes: Scalars
+    self, learnt: Any, hidden: jax.Array, kernel: Any, given: _Given, slopes: Scalars
   ) -> tuple[Scalars, tuple[Any, jax.Array, Any]]:
     """The sums, and the gradient of Σ slope · sum by ``(learnt, hidden, kernel)``."""
-    chunks = self.terms.chunks
+    chunks, order = self.terms.chunks, given.order
+    pulled_of_chunk = _in_turn(self.pulled_of_chunk)
 
-    def body(carry: Any, i: Any) -> tuple[Any, None]:
+    def body(i: Any, carry: Any) -> Any:
       totals, (by_learnt, by_hidden, by_kernel) = carry
-      product = self.product(hidden, kernel, i)
-      more, pull = jax.vjp(lambda own, made: self.of_chunk(own, made, given, i), learnt, product)
-      mine, by_product = pull(slopes)
+      seen, part = self.terms.seen(given, i), chunks.cut(hidden, i, order)
+      more, *parts = pulled_of_chunk(learnt, part, kernel, seen, slopes)
+      of_learnt, of_hidden, of_kernel = parts
       totals = jax.tree.map(jnp.add, totals, more)
-      by_learnt = jax.tree.map(lambda sum, g: sum + g.astype(sum.dtype), by_learnt, mine)
-      if self.head is not None:
-        of_hidden, of_kernel = _pulled_back(
-          chunks.cut(hidden, i), kernel, by_product, transposed=self.head.transposed
-        )
-        by_kernel = by_kernel + of_kernel
-      else:
-        of_hidden = by_product
-      return (totals, (by_learnt, chunks.add(by_hidden, of_hidden, i), by_kernel)), None
+      by_learnt, by_kernel = jax.tree.map(
+        lambda sum, g: sum + g.astype(sum.dtype), (by_learnt, by_kernel), (of_learnt, of_kernel)
+      )
+      return totals, (by_learnt, chunks.add(by_hidden, of_hidden, i, order), by_kernel)
 
     # In float32 under a head in bfloat16 too: of many chunks' gradients the later ones would be
     # rounded away. Each position's own comes once, and is as its hidden state.
@@ -378,11 +487,20 @@ class _Sums:
       return jnp.zeros(jnp.shape(leaf), compute_dtype(leaf))
 
     start = (jax.tree.map(zeros, learnt), jnp.zeros_like(hidden), jax.tree.map(zeros, kernel))
-    begin = (jax.tree.map(jnp.zeros_like, slopes), start)
-    (totals, made), _ = jax.lax.scan(body, begin, jnp.arange(chunks.count))
+    totals, made = self.over(given, body, (jax.tree.map(jnp.zeros_like, slopes), start))
     return totals, jax.tree.map(
       lambda g, leaf: g.astype(leaf.dtype), made, (learnt, hidden, kernel)
     )
+
+
+def _in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function, of arrays; under vmap its calls come one after another in a loop.
+
+  So there are the logits of one student at any time. What none of them has of its own (the
+  teacher's logits) is an argument without their axis, made once.
+  """
+  made: Callable[..., Any] = jax.custom_batching.sequential_vmap(function)
+  return made
 
 
 def _pulled_back(

@@ -93,6 +93,8 @@ class Dispatch:
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
     collect: one copy of what `compile`'s function returned, on this process's devices.
+    accumulate: into how many micro-batches a step cuts its batch.
+    tokens_at_once: how many tokens' logits a step has at any time; None for those of its batch.
   """
 
   devices: int
@@ -106,6 +108,8 @@ class Dispatch:
   split: Callable[[PyTree, int], PyTree]
   constrain: Callable[[PyTree], PyTree]
   collect: Callable[[PyTree], PyTree]
+  accumulate: int = 1
+  tokens_at_once: int | None = None
 
 
 def check_divides(batch_size: int, devices: int) -> None:
@@ -149,22 +153,37 @@ def _part(mesh: Mesh) -> tuple[int, int]:
   return processes.index(jax.process_index()), len(processes)
 
 
-def _check_form(seeds_by: Any, scan: Any) -> None:
+def _check_form(seeds_by: Any, scan: Any, accumulate: Any = 1, tokens_at_once: Any = None) -> None:
   if seeds_by not in ("vmap", "unroll", None):
     raise ValueError(f"seeds_by={seeds_by!r} must be 'vmap' or 'unroll', or None.")
   if scan is not None:
     _check.switch("scan", scan)
+  _check.whole("accumulate", accumulate)
+  if tokens_at_once is not None:
+    _check.whole("tokens_at_once", tokens_at_once)
 
 
 def with_jit(
-  mesh: Mesh | None = None, *, seeds_by: str | None = None, scan: bool | None = None
+  mesh: Mesh | None = None,
+  *,
+  accumulate: int = 1,
+  tokens_at_once: int | None = None,
+  seeds_by: str | None = None,
+  scan: bool | None = None,
 ) -> Dispatch:
   """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
 
   In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
+  How a step fits into memory is said here too: ``fit(..., dispatch=with_jit(accumulate=4))``.
 
   Args:
     mesh: from `data_parallel`; all devices by default.
+    accumulate: into how many micro-batches each batch is cut, to need less memory; the same
+      gradient for a network without state across examples and without dropout. BatchNorm, and
+      losses that relate examples, see the micro-batch.
+    tokens_at_once: how many tokens' logits there are at any time, of networks that put out
+      ``hidden`` and ``head``; the same loss and gradient, see `train.in_chunks`. None for those of
+      the whole batch.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
       inside the program (``"unroll"``). By default side by side, but for a few students with
       ``lax`` convolutions on a CPU, for which the other is faster.
@@ -176,10 +195,11 @@ def with_jit(
     The dispatch; its compiled function donates the state.
 
   Raises:
-    TypeError: ``mesh`` is not one of the one axis `AXIS`, or ``scan`` no bool.
-    ValueError: ``seeds_by`` is neither, or the processes of the mesh have unequal shares.
+    TypeError: ``mesh`` is not one of the one axis `AXIS`, ``scan`` no bool, or a number no integer.
+    ValueError: ``seeds_by`` is neither, a number is below 1, or the processes of the mesh have
+      unequal shares.
   """
-  _check_form(seeds_by, scan)
+  _check_form(seeds_by, scan, accumulate, tokens_at_once)
   mesh = data_parallel() if mesh is None else mesh
   if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
     shown = _check.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
@@ -260,6 +280,8 @@ def with_jit(
     split=split,
     constrain=constrain,
     collect=collect,
+    accumulate=accumulate,
+    tokens_at_once=tokens_at_once,
   )
 
 
@@ -354,6 +376,8 @@ def with_students(
 def with_pmap(
   devices: Sequence[jax.Device] | None = None,
   *,
+  accumulate: int = 1,
+  tokens_at_once: int | None = None,
   seeds_by: str | None = None,
   scan: bool | None = None,
 ) -> Dispatch:
@@ -361,6 +385,8 @@ def with_pmap(
 
   Args:
     devices: the devices to use; all of them by default.
+    accumulate: into how many micro-batches each device's share is cut, as in `with_jit`.
+    tokens_at_once: how many tokens' logits each device has at any time, likewise.
     seeds_by: as several seeds are trained: ``"vmap"`` or ``"unroll"``.
     scan: whether a chunk of steps is one dispatch; both by what suits, as in `with_jit`.
 
@@ -370,7 +396,7 @@ def with_pmap(
   Raises:
     ValueError: there are several processes, which `with_jit` is for.
   """
-  _check_form(seeds_by, scan)
+  _check_form(seeds_by, scan, accumulate, tokens_at_once)
   if jax.process_count() > 1:
     raise ValueError(f"pmap serves one process, and there are {jax.process_count()}: use with_jit.")
   mesh = data_parallel(devices)
@@ -417,4 +443,6 @@ def with_pmap(
     split=split,
     constrain=lambda batch: batch,
     collect=lambda tree: jax.tree.map(lambda leaf: leaf[0], tree),
+    accumulate=accumulate,
+    tokens_at_once=tokens_at_once,
   )

@@ -119,7 +119,7 @@ def begin(optimizer: Any, trained: Trained) -> Any:
   if any(term_groups(one.inner_opt_state) for one in _found(state, optax.MultiStepsState)):
     raise ValueError(
       "the optimizer takes the gradients of some terms apart, and optax.MultiSteps around it would "
-      "hand on those of its last batch alone; let the step add batches up, accumulate=..."
+      "hand on those of its last batch alone; let the step add batches up, with_jit(accumulate=...)"
     )
   term_groups(state)
   try:

@@ -19,9 +19,10 @@ from jaxdistill import _check
 from jaxdistill.data import Source
 from jaxdistill.runs import holding
 from jaxdistill.teachers import asked_on_host
+from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, deployed_variables
-from jaxdistill.types import Deployed, Model, Network, Objective, Teacher, as_objective
+from jaxdistill.types import Deployed, Model, Network, Objective, Teacher
 
 __all__ = [
   "Optimizer",
@@ -80,6 +81,7 @@ class Plan:
     seed: int | Sequence[int] = 0,
     teacher: Teacher | None = None,
     accumulate: int = 1,
+    tokens_at_once: int | None = None,
     average: float | None = None,
   ) -> Plan:
     """Checks the arguments of `jaxdistill.train.fit` that say what is trained.
@@ -93,6 +95,7 @@ class Plan:
       seed: one, or several.
       teacher: the teacher, or None.
       accumulate: micro-batches in a batch.
+      tokens_at_once: how many tokens' logits there are at any time; None for those of the batch.
       average: the decay of the moving average, or None.
 
     Raises:
@@ -106,7 +109,7 @@ class Plan:
     _check.whole("accumulate", accumulate)
     if average is not None:
       _check.number("average", average, least=0, most=1)
-    made = as_objective(objective)
+    made = in_chunks(objective, tokens_at_once=tokens_at_once)
     check_hyper(made, steps)
     seeds, sources = check_seeds(seed, data)
     several = np.ndim(seed) > 0

@@ -39,7 +39,7 @@ from jaxdistill.types import (
   with_logits,
 )
 
-__all__ = ["make_step", "reduce_terms", "summed"]
+__all__ = ["make_step", "mask_of", "reduce_terms", "right", "summed"]
 
 PyTree = Any
 # What a line of the log says beside the terms.
@@ -194,7 +194,7 @@ class _Step:
     return new_state, sums
 
   def forward(self, trained: PyTree, at: _Pass, target: Outputs | None) -> tuple[Any, Any, Any]:
-    """The terms, the states after them, and the student's logits if it is what is deployed."""
+    """The terms, the states after them, and how right the student is if it is what is deployed."""
     model_state, objective_state = at.states
     outputs, updated = at.student.apply(
       {"params": trained["student"], **model_state}, at.batch.inputs, train=True, key=at.keys[0]
@@ -216,10 +216,8 @@ class _Step:
       terms, remembered = made(target, at.batch)
     else:
       terms, remembered = terms_where_answered(made, target, at.batch)
-    if not any(isinstance(term, Summed) for term in terms.values()):
-      outputs = with_logits(outputs)  # those in chunks are never there as a whole
-    logits = outputs.logits if self.objective.deployed is None else None
-    return terms, ({**model_state, **updated}, remembered), logits
+    said = _progress(outputs, terms, at.batch) if self.objective.deployed is None else None
+    return terms, ({**model_state, **updated}, remembered), said
 
   def target(self, at: _Pass) -> Outputs | None:
     if at.batch.teacher is not None or at.teacher is None:
@@ -245,8 +243,8 @@ class _Step:
   def losses(
     self, trained: PyTree, at: _Pass, target: Outputs | None
   ) -> tuple[list[jax.Array], Any]:
-    """This device's share of each group's loss; the states after it, sums, the student's logits."""
-    terms, states, logits = self.forward(trained, at, target)
+    """This device's share of each group's loss; the states after it, and sums."""
+    terms, states, said = self.forward(trained, at, target)
     together = [n for n, term in terms.items() if isinstance(term, Summed) and term.together]
     if at.groups and together:
       raise ValueError(
@@ -258,7 +256,10 @@ class _Step:
       for some in _optax.grouped_terms(terms, at.groups)
     ]
     sums = {name: both for _, each in reduced for name, both in each.items()}
-    return [loss for loss, _ in reduced], (states, {name: sums[name] for name in terms}, logits)
+    sums = {name: sums[name] for name in terms}
+    if said is not None:
+      sums |= reduce_terms({"accuracy": said}, at.batch, axis_name=self.axis_name)[1]
+    return [loss for loss, _ in reduced], (states, sums)
 
   def loss_again(self, trained: PyTree, at: _Pass, target: Outputs | None) -> jax.Array:
     """The loss of the same batch, with the same dropout, at other parameters: for a line search."""
@@ -281,7 +282,7 @@ class _Step:
     of terms, from one pass forward and a pass back for each.
     """
     share = lambda trained: self.losses(trained, at, target)  # noqa: E731
-    each, back, (states, sums, logits) = jax.vjp(share, at.trained, has_aux=True)
+    each, back, (states, sums) = jax.vjp(share, at.trained, has_aux=True)
     ones = [[jnp.full_like(x, i == j) for j, x in enumerate(each)] for i in range(len(each))]
     parts, loss = [back(one)[0] for one in ones], _added(each)
     # Under jit the batch is one global array, and its sums are global. Under pmap each device has
@@ -290,11 +291,7 @@ class _Step:
       parts, loss = jax.lax.psum((parts, loss), self.axis_name)
       states = _mean_over(self.axis_name, states)
     sums = {"loss": (loss, jnp.ones_like(loss)), **sums}
-    return (
-      parts,
-      _keep_dtypes(states, at.states),
-      _add_progress(sums, logits, at.batch, self.axis_name),
-    )
+    return parts, _keep_dtypes(states, at.states), sums
 
   def accumulated(self, at: _Pass) -> tuple[list[PyTree], PyTree, dict[str, Any]]:
     """The same as `gradients` does, from micro-batches one after another.
@@ -467,18 +464,37 @@ def _mean_over(axis_name: str, tree: PyTree) -> PyTree:
   return jax.tree.map(mean, tree)
 
 
-def _add_progress(
-  sums: dict[str, Any], logits: jax.Array | None, batch: Batch, axis_name: str | None
-) -> dict[str, Any]:
-  """Adds the training accuracy, where labels are integers: one argmax, no pass of its own."""
+def _progress(outputs: Outputs, terms: Terms, batch: Batch) -> Term | Summed | None:
+  """The training accuracy, of logits that are there, or as it was seen where they were."""
+  done = [term for term in terms.values() if isinstance(term, Summed)]
+  for term in done:
+    if term.accuracy is not None:
+      return Summed(*term.accuracy)
+  # Those in chunks are never there as a whole.
+  return right((outputs if done else with_logits(outputs)).logits, batch)
+
+
+def right(logits: jax.Array | None, batch: Batch) -> Term | None:
+  """Which labels the logits say, as a term: one argmax.
+
+  Args:
+    logits: ``[B, K]``, or ``[B, L, K]``.
+    batch: gives the labels, and which are known.
+
+  Returns:
+    The term; None where there are no logits, or labels are no integers of their shape.
+
+  >>> batch = Batch(None, jnp.array([1, 0]), jnp.ones(2), jnp.ones(2), None, None)
+  >>> right(jnp.array([[0.0, 1.0], [0.0, 1.0]]), batch).values.tolist()
+  [1.0, 0.0]
+  """
   labels = batch.labels
   if logits is None or not jnp.issubdtype(labels.dtype, jnp.integer):
-    return sums
+    return None
   known = batch.labelled  # [B], of sentences too
   if labels.shape != logits.shape[:-1] or known.shape != labels.shape[: known.ndim]:
-    return sums
-  hits = Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=known)
-  return {**sums, **reduce_terms({"accuracy": hits}, batch, axis_name=axis_name)[1]}
+    return None
+  return Term((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32), where=known)
 
 
 def reduce_terms(
@@ -546,7 +562,7 @@ def summed(name: str, term: Term, batch: Batch) -> Summed:
   _check(name, term)
   values = jnp.asarray(term.values)
   values = values.astype(compute_dtype(values))
-  mask = jax.lax.stop_gradient(_mask(name, term, batch, values))
+  mask = jax.lax.stop_gradient(mask_of(name, term, batch))
   # Replaced before it is multiplied: 0 * inf is NaN, in the value and again in the gradient.
   total = jnp.sum(jnp.where(mask == 0, 0, values) * mask)
   return Summed(total, jnp.sum(mask), term.weight)
@@ -566,8 +582,26 @@ def _check(name: str, term: Term) -> None:
     )
 
 
-def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
-  mask = jnp.ones(values.shape, values.dtype)
+def mask_of(name: str, term: Term, batch: Batch) -> jax.Array:
+  """How much each of a term's values counts: its own mask times the batch's weights.
+
+  Args:
+    name: the term's, for messages.
+    term: gives the mask, and what its values run over.
+    batch: gives the example weights.
+
+  Returns:
+    An array of the values' shape, in the dtype in which they are summed.
+
+  Raises:
+    ValueError: a mask does not fit the values.
+
+  >>> batch = Batch(None, None, jnp.array([1.0, 0.0]), None, None, None)
+  >>> mask_of("soft", Term(jnp.ones((2, 2))), batch).tolist()
+  [[1.0, 1.0], [0.0, 0.0]]
+  """
+  values = jnp.asarray(term.values)
+  mask = jnp.ones(values.shape, compute_dtype(values))
   factors = [term.where] if term.where is not None else []
   if term.axis == "batch":
     weight = jnp.asarray(batch.weight)
@@ -586,5 +620,5 @@ def _mask(name: str, term: Term, batch: Batch, values: jax.Array) -> jax.Array:
         "over the batch, give the Term an axis of its own (axis='classes')."
       )
     factor = jnp.expand_dims(factor, range(factor.ndim, values.ndim))
-    mask = mask * factor.astype(values.dtype)
+    mask = mask * factor.astype(mask.dtype)
   return mask

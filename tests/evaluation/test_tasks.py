@@ -12,7 +12,7 @@ from sklearn import metrics as known
 from sklearn import neighbors
 
 from jaxdistill import data, evaluation, losses, networks, search, teachers, train
-from jaxdistill.evaluation import tasks
+from jaxdistill.evaluation import _evaluate, tasks
 from jaxdistill.types import Head, Model, Outputs, Teacher, Term
 
 RNG = np.random.default_rng(0)
@@ -254,6 +254,22 @@ def test_tokens_are_measured_without_their_logits(at_once):
   assert set(whole) == set(found)
   for name in found:
     np.testing.assert_allclose(found[name], whole[name], rtol=2e-5)
+
+
+def test_a_teachers_head_is_brought_once_and_not_by_every_batch():
+  labels = RNG.integers(0, 11, (SIZE, 7))
+  examples = data.from_arrays(np.zeros((SIZE, 1), np.float32), labels)
+  batches, task = data.evaluation_batches(examples, batch_size=8), tasks.tokens()
+  hidden, kernel = RNG.normal(size=(SIZE, 7, 3)), jnp.ones((3, 11))
+  first = jax.tree.map(lambda leaf: leaf[0], batches)
+  asked = _evaluate._Teacher(task, speaks(hidden, Head(kernel)), first)
+  assert asked._each.outputs.head is None
+  assert asked.outputs.head.kernel.shape == (3, 11)
+  # But for one that changes with the batch.
+  shift = Teacher(
+    kernel, lambda v, b: Outputs(hidden=b.weight[:, None, None], head=Head(v + b.view[0]))
+  )
+  assert _evaluate._Teacher(task, shift, first)._each.outputs.head.kernel.shape == (3, 11)
 
 
 def test_eight_bits_a_byte_of_who_knows_nothing_of_bytes():

@@ -1051,3 +1051,46 @@ def test_labels_that_fit_nothing_are_named(unchecked):
 def test_hyper_parameters_out_of_range_are_named(name, hyper, message):
   with pytest.raises(ValueError, match=message):
     call(name, jnp.zeros((2, 3)), jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32), **hyper)
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_derivative_of_cross_entropy_is_that_of_autodiff(soft):
+  """Of a masked class and of a label that names none too; once, twice, forward and backward."""
+  with jax.enable_x64(True):
+    z = jnp.asarray(random_logits(3, (4, K))).at[1, 2].set(-jnp.inf)
+    labels = jnp.array([0, 4, K, 2])
+    if soft:
+      labels = jnp.asarray(softmax(random_logits(4, (4, K)))).at[1, 2].set(0)
+
+    def plain(z, smoothing, labels):
+      targets = labels if soft else jax.nn.one_hot(labels, K, dtype=z.dtype)
+      valid = jnp.isfinite(z)
+      shares = valid / jnp.sum(valid, axis=-1, keepdims=True)
+      targets = (1 - smoothing) * targets + smoothing * shares
+      low = jnp.where(valid, jnp.where(valid, z, 0), -1e30)
+      return -jnp.sum(targets * jax.nn.log_softmax(low), axis=-1)
+
+    def ours(z, smoothing, labels):
+      return losses.cross_entropy(z, labels, label_smoothing=smoothing)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of(loss, z, labels):
+      def total(*args):  # each row has a cotangent of its own
+        return jnp.sum(jnp.square(loss(*args)))
+
+      given, along = (
+        (z, jnp.float64(0.1), labels),
+        jnp.cos(jnp.arange(z.size * 1.0)).reshape(z.shape),
+      )
+      return (
+        loss(*given),
+        jax.grad(total, (0, 1, 2) if soft else (0, 1))(*given),
+        jax.jvp(lambda z: loss(z, *given[1:]), (z,), (along,)),
+        jax.hessian(total)(*given),
+        jax.jacrev(jax.grad(total))(*given),
+      )
+
+    for found, wanted in zip(
+      *(jax.tree.leaves(of(f, z, labels)) for f in (ours, plain)), strict=True
+    ):
+      np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)

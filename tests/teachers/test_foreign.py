@@ -497,7 +497,7 @@ def test_a_step_counts_each_example_where_it_belongs(accumulate):
     data=cached,
     optimizer=optax.sgd(1.0),
     steps=1,
-    accumulate=accumulate,
+    dispatch=train.with_jit(accumulate=accumulate),
     run=SILENT,
   )
   seeded = train.fit(
