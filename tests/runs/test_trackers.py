@@ -213,13 +213,18 @@ def test_a_sweep_tells_of_each_student_as_a_run_of_its_own(tmp_path):
   assert numbers["validation/accuracy"] == pytest.approx(np.mean(best.metrics["accuracy"]))
 
 
-def through_two_parts(tracker, folder):
-  """A run that is killed after step 3, its checkpoint that of step 2, and goes on."""
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "note.txt").write_text("kept")
+def first_part(tracker, folder):
+  """A run up to step 3, where it is killed; its last checkpoint is that of step 2."""
+  folder.mkdir(parents=True)
   told = tracked([tracker], folder)
   for step in (1, 2, 3):
     told.log(step, {"loss": 1 / step, "validation/top-5, %": 50.0})
+  assert told.working, "the tracker failed"
+
+
+def second_part(tracker, folder):
+  """The same run from its checkpoint to its end."""
+  (folder / "note.txt").write_text("kept")
   told = tracked([tracker], folder, resumed_from=2)
   for step in (3, 4):
     told.log(step, {"loss": 1 / step})
@@ -245,7 +250,8 @@ def test_mlflow_in_a_local_store(tmp_path, monkeypatch):
   pytest.importorskip("mlflow", reason="needs the extra: pip install '.[mlflow]'")
   monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which it keeps for those that have one
   uri = (tmp_path / "mlruns").as_uri()
-  through_two_parts(runs.MLflow(uri, experiment="tests"), tmp_path / "runs" / "mine")
+  for part in (first_part, second_part):
+    part(runs.MLflow(uri, experiment="tests"), tmp_path / "runs" / "mine")
   one, steps, files = found_in(uri)
   assert steps == [1, 2, 3, 4]
   assert files == ["note.txt"]
@@ -311,30 +317,35 @@ def test_an_mlflow_server_shows_a_sweeps_students(tmp_path):
     server.wait()
 
 
-def test_weights_and_biases_offline(tmp_path, monkeypatch):
-  """In a process of its own: its service would outlive the test."""
-  pytest.importorskip("wandb", reason="needs the extra: pip install '.[wandb]'")
-  program = """
-import pathlib, sys
+WANDB = """
+import os, pathlib, sys
 import test_trackers
 from jaxdistill import runs
 import wandb
 settings = wandb.Settings(silent=True, x_disable_stats=True)
 tracker = runs.Wandb("tests", mode="offline", settings=settings)
-test_trackers.through_two_parts(tracker, pathlib.Path(sys.argv[1]))
+getattr(test_trackers, sys.argv[2])(tracker, pathlib.Path(sys.argv[1]))
+if sys.argv[2] == "first_part":
+  os._exit(9)
 """
-  folder = tmp_path / "runs" / "mine"
-  here = pathlib.Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(tmp_path):
+  """In processes of their own, of which the first is killed."""
+  pytest.importorskip("wandb", reason="needs the extra: pip install '.[wandb]'")
+  folder, here = tmp_path / "runs" / "mine", pathlib.Path(__file__).parent
   paths = [str(here), str(here.parent), *sys.path]
-  done = subprocess.run(
-    [sys.executable, "-c", program, str(folder)],
-    env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "WANDB_MODE": "offline"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  for part, code in (("first_part", 9), ("second_part", 0)):
+    done = subprocess.run(
+      [sys.executable, "-W", "error", "-c", WANDB, str(folder), part],
+      env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+      capture_output=True,
+      text=True,
+    )
+    assert done.returncode == code, done.stderr
   note = json.loads((folder / "wandb.json").read_text())
   assert note["last"] == 4
   parts = sorted((folder / "wandb").glob("offline-run-*"))
-  assert parts
+  assert len(parts) == 2
   assert all(part.name.endswith(note["id"]) for part in parts)
