@@ -263,18 +263,7 @@ def study(
     with worker.alive():
       worker.work()
     result = worker.result(again)
-    files = [] if path is None else result.write(path)
-    runs.track(
-      run.trackers,
-      settings,
-      folder=path,
-      name=run.label("study") or "study",
-      step=steps,
-      numbers=result.reached(),
-      files=files,
-    )
-    if path is not None:
-      runs.say_saved(run.label("study"), path)
+    job.conclude(result, path, settings, "study")
   return result
 
 

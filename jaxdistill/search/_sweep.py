@@ -172,18 +172,7 @@ def sweep(
       path,
       asked,
     )
-    files = [] if path is None else result.write(path)
-    runs.track(
-      run.trackers,
-      settings,
-      folder=path,
-      name=run.label("sweep") or "sweep",
-      step=steps,
-      numbers=result.reached(),
-      files=files,
-    )
-    if path is not None:
-      runs.say_saved(run.label("sweep"), path)
+    job.conclude(result, path, settings, "sweep")
   return result
 
 
@@ -376,6 +365,30 @@ class Training:
       progress=self.run.label("sweep"),
       trackers=list(self.run.trackers),
     )
+
+  def conclude(
+    self, result: Result, folder: pathlib.Path | None, settings: Mapping[str, Any], what: str
+  ) -> None:
+    """Writes a search's result, tells the trackers, and says where it is.
+
+    Args:
+      result: the search's.
+      folder: likewise; None for memory.
+      settings: what defines it.
+      what: what it is called where nothing else names it.
+    """
+    label = self.run.label(what)
+    runs.track(
+      self.run.trackers,
+      settings,
+      folder=folder,
+      name=label or what,
+      step=self.plan.steps,
+      numbers=result.reached(),
+      files=[] if folder is None else result.write(folder),
+    )
+    if folder is not None:
+      runs.say_saved(label, folder)
 
   def result(
     self,
