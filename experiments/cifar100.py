@@ -165,9 +165,12 @@ def train_all(config: Config, options: Options) -> None:
       watch=train.Watch(
         validate,
         keep_last=1,  # a folder small enough to be carried to another machine
-        tensorboard=options.tensorboard,
       ),
-      run=train.Run(folder / name, config={"experiment": f"cifar100/{name}"}),
+      run=train.Run(
+        folder / name,
+        config={"experiment": f"cifar100/{name}"},
+        trackers=[runs.TensorBoard()] if options.tensorboard else [],
+      ),
     )
 
   # Teachers get seeds of their own, so that no student shares its data order with one.

@@ -202,9 +202,12 @@ def train_all(config: Config, options: Options) -> None:
         validate,
         validate_every=max(1, epochs // 10) * source.steps_per_epoch,
         keep_last=1,  # a folder small enough to be carried to another machine
-        tensorboard=options.tensorboard,
       ),
-      run=train.Run(folder / name, config={"experiment": f"cifar100-coarse/{name}"}),
+      run=train.Run(
+        folder / name,
+        config={"experiment": f"cifar100-coarse/{name}"},
+        trackers=[runs.TensorBoard()] if options.tensorboard else [],
+      ),
     )
 
   on_fine, on_coarse = (None, None) if held_out is None else held_out

@@ -129,9 +129,12 @@ def train_all(config: Config, options: Options) -> None:
       watch=train.Watch(
         evaluation.validator(validation),
         validate_every=10 * source.steps_per_epoch,
-        tensorboard=options.tensorboard,
       ),
-      run=train.Run(folder / name, config={"experiment": f"digits/{name}"}),
+      run=train.Run(
+        folder / name,
+        config={"experiment": f"digits/{name}"},
+        trackers=[runs.TensorBoard()] if options.tensorboard else [],
+      ),
     )
 
   # Teachers get seeds of their own, so that no student shares its data order with one.

@@ -15,7 +15,9 @@ EXTRAS = {
   "jsonschema": "report",
   "magika": "foreign",
   "matplotlib": "report",
+  "mlflow": "mlflow",
   "onnxruntime": "export",
+  "optuna": "optuna",
   "qwix": "export",
   "safetensors": "weights",
   "scipy": "report",
@@ -26,6 +28,7 @@ EXTRAS = {
   "tokenizers": "text",
   "tqdm": "experiments",
   "tyro": "experiments",
+  "wandb": "wandb",
 }
 
 

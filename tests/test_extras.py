@@ -20,9 +20,9 @@ from jaxdistill import (
   networks,
   recipes,
   reports,
+  runs,
   search,
   teachers,
-  train,
 )
 from jaxdistill.__main__ import main
 from jaxdistill.types import Model
@@ -31,7 +31,7 @@ ROOT = pathlib.Path(jd.__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BROUGHT = PROJECT["optional-dependencies"]
 # Where what is imported is not what is installed.
-DISTRIBUTIONS = {"sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"mlflow": "mlflow-skinny", "sklearn": "scikit-learn"}
 
 
 def names(requirements):
@@ -106,18 +106,6 @@ def batches():
   return data.evaluation_batches(examples, batch_size=2)
 
 
-def fit(folder):
-  train.fit(
-    network(),
-    recipes.labels(),
-    data=source(),
-    optimizer=optax.adam(0.1),
-    steps=1,
-    watch=train.Watch(tensorboard=True),
-    run=folder,
-  )
-
-
 def sweep(folder):
   search.sweep(
     network(),
@@ -184,7 +172,9 @@ NEEDS = [
     "matplotlib",
     lambda f: reports.figures.curves(None, [1], {"a": ([1], None)}, xlabel="", ylabel=""),
   ),
+  ("mlflow", lambda f: runs.MLflow()),
   ("onnxruntime", export_kinds("onnx")),
+  ("optuna", lambda f: search.Proposals({"temperature": None}, trials=1)),
   ("qwix", export_kinds("int8")),
   ("qwix", export_kinds("int8_weights")),
   ("safetensors", export_kinds("safetensors")),
@@ -194,10 +184,11 @@ NEEDS = [
   ("scipy", lambda f: reports.compare_runs(f, f)),
   ("scipy", lambda f: reports.render_report(f)),
   ("sklearn", lambda f: data.load("digits", data_dir=f)),
-  ("tensorboardX", fit),
+  ("tensorboardX", lambda f: runs.TensorBoard()),
   ("tensorflow_datasets", lambda f: data.load("digits", data_dir=f)),
   ("tokenizers", lambda f: data.tokenizers.load(f)),
   ("tokenizers", lambda f: data.tokenizers.trained(["a text"], 300)),
+  ("wandb", lambda f: runs.Wandb()),
 ]
 
 

@@ -10,7 +10,9 @@ HEAVY = (
   "grain",
   "jax2onnx",
   "matplotlib",
+  "mlflow",
   "onnxruntime",
+  "optuna",
   "orbax",
   "qwix",
   "safetensors",
@@ -20,6 +22,7 @@ HEAVY = (
   "tensorflow_datasets",
   "tokenizers",
   "tqdm",
+  "wandb",
 )
 
 

@@ -31,6 +31,7 @@ __all__ = [
   "groups",
   "intervals",
   "models",
+  "panels",
   "png",
   "reliability",
   "scatter",
@@ -158,6 +159,61 @@ def curves(
   axes.grid(axis="y", alpha=0.25)
   loc = "outside right upper" if beside else "outside upper center"
   figure.legend(loc=loc, ncols=1 if beside else entries, frameon=False, fontsize=9)
+  return _saved(figure, path)
+
+
+def panels(
+  path: str | os.PathLike[str] | None,
+  settings: Mapping[str, Any],
+  values: Any,
+  *,
+  ylabel: str,
+  title: str = "",
+  chosen: int | None = None,
+  hollow: Sequence[int] = (),
+) -> Any:
+  """Points over each of their settings, side by side: where many settings vary at once.
+
+  Args:
+    path: where the PNG goes; None writes none.
+    settings: by name ``[N]``, a panel for each.
+    values: ``[N]``, what the points reached; NaN is left out.
+    ylabel: what that is.
+    title: above the panels.
+    chosen: the point that is set off.
+    hollow: points that did not come to their end, drawn open.
+
+  Returns:
+    The figure, Matplotlib's.
+
+  Raises:
+    ValueError: a setting has not as many entries as there are points.
+
+  >>> figure = panels(None, {"rate": [0.1, 0.2], "width": [4, 8]}, [90.0, 91.0], ylabel="accuracy")
+  >>> [axes.get_xlabel() for axes in figure.axes]
+  ['rate', 'width']
+  """
+  _check_entries("settings", settings)
+  reached = np.asarray(values, np.float64)
+  there = np.isfinite(reached)
+  whole = there & ~np.isin(np.arange(len(reached)), list(hollow))
+  figure = _figure(1.2 + 2.6 * len(settings), 3.4, "constrained")
+  every = figure.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+  for axes, (name, given) in zip(every, settings.items(), strict=True):
+    at = _as_long(name, given, len(reached))
+    rest = {"ls": "none", "marker": _MARKERS[0], "ms": 6, "mec": _COLOURS[0]}
+    axes.plot(at[there & ~whole], reached[there & ~whole], mfc="none", **rest)
+    axes.plot(at[whole], reached[whole], mfc=_COLOURS[0], **rest)
+    if chosen is not None and there[chosen]:
+      axes.plot(at[chosen], reached[chosen], ls="none", marker="*", ms=15, color=_COLOURS[1])
+    if np.min(at) > 0 and np.max(at) >= 20 * np.min(at):
+      axes.set_xscale("log")
+    axes.set_xlabel(_text(name))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+  every[0].set_ylabel(_text(ylabel))
+  if title:
+    figure.suptitle(_text(title), fontsize=10)
   return _saved(figure, path)
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     claim,
     command,
     commands,
+    differing,
     environment,
     hold,
     read_config,
@@ -66,22 +67,42 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
   from jaxdistill.runs._progress import Progress, progress_bar, say_saved
   from jaxdistill.runs._traced import Traced, traced
+  from jaxdistill.runs._trackers import (
+    CSV,
+    MLflow,
+    TensorBoard,
+    Tracked,
+    Tracker,
+    TrackerWarning,
+    Wandb,
+    check_trackers,
+    track,
+  )
   from jaxdistill.runs._trees import from_outline, holding, is_key, named_leaves, outline
 
 __all__ = [
+  "CSV",  # a tracker: a table of all lines, ``metrics.csv`` in the run's folder
   "MANIFEST",  # the name of a manifest's file
   "WRITING",  # how a file or folder is called until it is whole
   "CheckpointError",  # a checkpoint is damaged or half written, or could not be saved
   "CheckpointWarning",  # a checkpoint was skipped, because it is damaged or half written
   "Checkpoints",  # a folder of checkpoints by step: saved asynchronously, verified before use
-  "Metrics",  # appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked
+  "MLflow",  # a tracker: runs of an MLflow experiment, on a server or in a database
+  "Metrics",  # appends to ``metrics.jsonl``, each step once
   "Progress",  # how far something is; `progress_bar` makes it
+  "TensorBoard",  # a tracker: TensorBoard's event files in the run's folder
   "Traced",  # what a traced function computes: a digest, and its operations in words
+  "Tracked",  # a run's trackers together; one that fails costs no run
+  "Tracker",  # what a run tells of itself, and to whom: `start`, `log` and `finish` on any object
+  "TrackerWarning",  # a tracker failed; the run goes on
+  "Wandb",  # a tracker: runs of a Weights & Biases project
   "altered",  # how a file differs from what a manifest says of it, in words
+  "check_trackers",  # trackers, and a folder for those that write into the run's
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind
   "command",  # the command that repeats a run
   "commands",  # the two commands of a report: the one that repeats the run
+  "differing",  # in which settings two configurations differ, in words
   "digest",  # the digest of a manifest's own content
   "entry",  # what an object of JSON has under a name, if it is of a kind
   "environment",  # hardware and versions that the numbers were produced with
@@ -120,6 +141,7 @@ __all__ = [
   "size_and_digest",  # what a manifest says of a file
   "to_json",  # turns arrays, paths and numbers that JSON does not know into ones that it does
   "traced",  # lists what a traced function computes
+  "track",  # adds numbers and files to a run's trackers after its end, such as a report
   "tree_identity",  # paths, shapes, dtypes and checksum of a tree of variables
   "user_cache",  # the user's folder for what can be made anew
   "verify",  # compares the files with the manifest; the digests only of these items

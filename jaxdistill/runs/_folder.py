@@ -1,4 +1,4 @@
-"""A run's folder: ``config.json``, ``metrics.jsonl``, TensorBoard; and what it ran on."""
+"""A run's folder: ``config.json``, ``metrics.jsonl``; and what it ran on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typing import IO, Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, _extras
+from jaxdistill import _check
 from jaxdistill._beside import beside
 from jaxdistill.runs._files import parse_json, read_object, read_text, write_text, writes
 from jaxdistill.runs._traced import Traced, difference
@@ -32,6 +32,7 @@ __all__ = [
   "claim",
   "command",
   "commands",
+  "differing",
   "environment",
   "hold",
   "read_config",
@@ -205,8 +206,8 @@ def claim(
   if (folder / "config.json").exists():
     there = read_config(folder)
     known = there.pop(_TRACED, None)
-    longer = shorter is not None and not _differing(there, to_json(shorter))
-    lines = [] if longer else _differing(there, wanted)
+    longer = shorter is not None and not differing(there, to_json(shorter))
+    lines = [] if longer else differing(there, wanted)
     known = known if isinstance(known, dict) else {}
     other = [name for name in digests if known.get(name) != digests[name]]
     if longer:
@@ -228,13 +229,21 @@ def claim(
   return folder
 
 
-def _differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-  """In which settings two configurations differ, down to the innermost, in words."""
+def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+  """In which settings two configurations differ, down to the innermost, in words.
+
+  Args:
+    there: the one that was found, as JSON holds it.
+    now: the one that is asked for.
+
+  >>> differing({"steps": 10, "seed": 0}, {"steps": 20, "seed": 0})
+  ['steps: 10 there, 20 now']
+  """
   lines = []
   for name in sorted({*there, *now}):
     one, other = there.get(name), now.get(name)
     if isinstance(one, dict) and isinstance(other, dict):
-      lines += [f"{name}.{line}" for line in _differing(one, other)]
+      lines += [f"{name}.{line}" for line in differing(one, other)]
     elif one != other:
       lines.append(f"{name}: {_check.show(one)} there, {_check.show(other)} now")
   return lines
@@ -379,21 +388,17 @@ def _touch(path: pathlib.Path, ended: threading.Event) -> None:
 
 
 class Metrics:
-  """Appends to ``metrics.jsonl``, each step once, and to TensorBoard when asked."""
+  """Appends to ``metrics.jsonl``, each step once."""
 
-  def __init__(
-    self, folder: pathlib.Path | None, *, resumed_from: int = 0, tensorboard: bool = False
-  ) -> None:
+  def __init__(self, folder: pathlib.Path | None, *, resumed_from: int = 0) -> None:
     """Opens the file and drops what a killed run wrote after its last checkpoint.
 
     Args:
       folder: the run's folder; None keeps the history in memory alone.
       resumed_from: the step of the checkpoint that the run goes on from.
-      tensorboard: also write TensorBoard event files, under ``tensorboard/``.
     """
     self.history: list[dict[str, Any]] = []
     self._path = None if folder is None else folder / _METRICS
-    self._board = _board(folder, resumed_from) if tensorboard else None
     if folder is not None and self._path is not None and os.path.lexists(self._path):
       self.history = [r for r in read_metrics(folder)[0] if r["step"] <= resumed_from]
       write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.history))
@@ -405,15 +410,6 @@ class Metrics:
     if self._path is not None:
       with writes(self._path), self._path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-    if self._board is not None:
-      for name, value in values.items():
-        mean = float(np.mean(np.asarray(value, np.float64)))
-        self._board.add_scalar(name, mean, step)
-
-  def close(self) -> None:
-    """Flushes TensorBoard's file."""
-    if self._board is not None:
-      self._board.close()
 
 
 def read_metrics(folder: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
@@ -439,16 +435,6 @@ def read_metrics(folder: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
     else:
       torn += 1
   return lines, torn
-
-
-def _board(folder: pathlib.Path | None, resumed_from: int) -> Any:
-  if folder is None:
-    raise ValueError("tensorboard=True writes into the run's folder, and folder is None.")
-  _extras.need("tensorboard=True", "tensorboardX")
-  import tensorboardX
-
-  # Scalars after the purge step were written by a run that was killed; TensorBoard hides them.
-  return tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_from + 1)
 
 
 def environment() -> dict[str, Any]:

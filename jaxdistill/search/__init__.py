@@ -1,4 +1,4 @@
-"""Many students: a sweep, the best one that a budget allows, and checks before either."""
+"""Many students: a sweep, a study, the best one that a budget allows, and checks before them."""
 
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.search._grid import product
   from jaxdistill.search._preflight import preflight
+  from jaxdistill.search._study import Proposals, study
   from jaxdistill.search._sweep import Execution, sweep
 
 __all__ = [
@@ -42,7 +43,8 @@ __all__ = [
   "Finding",  # what a check has found
   "Halving",  # successive halving: after each rung the best 1/factor of the points go on
   "PreflightWarning",  # something about a run that is about to start deserves a look
-  "Result",  # what `jaxdistill.search.sweep` returns
+  "Proposals",  # what an Optuna study proposes, how many trials it has, and where it is kept
+  "Result",  # what `jaxdistill.search.sweep` and `study` return
   "Row",  # one point of a sweep
   "affordable",  # what all candidates cost; fails at once where none is inside the budget
   "best_of",  # the finished point with the best mean, and those that it does not clearly beat
@@ -54,6 +56,7 @@ __all__ = [
   "preflight",  # runs all checks that the arguments allow, and warns of what it finds
   "product",  # every combination of the values of some keywords; the last keyword varies fastest
   "read_choice",  # what a finished compression chose: its ``budget.json``
+  "study",  # trains a student for every point that an Optuna study proposes, and chooses the best
   "sweep",  # trains a student for every point and seed, and chooses the point that validates best
 ]
 

@@ -125,7 +125,8 @@ class Row:
     values: its values by keyword.
     metrics: validation metrics, ``[S]`` over the seeds, NaN where a student was not finite.
     step: how many steps its students were trained for.
-    status: ``"finished"``, ``"dropped"`` (by halving) or ``"not finite"`` (one of its students).
+    status: ``"finished"``, ``"dropped"`` (by halving), ``"pruned"`` (in a study) or
+      ``"not finite"`` (one of its students).
   """
 
   values: dict[str, Any]
@@ -198,10 +199,10 @@ def measured(row: Row, metric: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What `jaxdistill.search.sweep` returns.
+  """What `jaxdistill.search.sweep` and `jaxdistill.search.study` return.
 
   Attributes:
-    rows: the points, in the order in which they were given.
+    rows: the points, in the order in which they were given or proposed.
     seeds: ``(seed, data_seed)`` of each point's students.
     choice: what was chosen by.
     best: the index of the chosen point.
@@ -274,11 +275,19 @@ class Result:
       text += f" On the test split, read once{anew}: {self._spread(self.test)}."
     return text
 
-  def write(self, folder: pathlib.Path) -> None:
+  def reached(self) -> dict[str, np.ndarray]:
+    """What the chosen students validated at, and what they reached on the test split, by name."""
+    found = {f"validation/{n}": of for n, of in self.rows[self.best].metrics.items()}
+    return found | {f"test/{name}": of for name, of in (self.test or {}).items()}
+
+  def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes ``table.md``, ``table.csv`` (a line for each student), ``chosen.json``, a picture.
 
     Args:
       folder: the sweep's.
+
+    Returns:
+      The files' paths.
     """
     runs.write_text(folder / "table.md", self.table() + "\n")
     runs.write_text(folder / "table.csv", self._csv())
@@ -292,7 +301,10 @@ class Result:
       "test": self.test,
     }
     runs.write_json(folder / "chosen.json", chosen)
-    self.picture(folder / "sweep.png")
+    names = ["table.md", "table.csv", "chosen.json"]
+    if self.picture(folder / "sweep.png"):
+      names.append("sweep.png")
+    return [folder / name for name in names]
 
   def _csv(self) -> str:
     names, known = list(self.rows[0].values), list(self.rows[0].metrics)
@@ -305,6 +317,9 @@ class Result:
 
   def picture(self, path: pathlib.Path) -> bool:
     """Draws the metric over the keyword with most numbers, a curve for each of the other values.
+
+    Where every point would be a curve of its own, as of a study's proposals, there is a panel for
+    each keyword instead.
 
     Args:
       path: of the PNG.
@@ -334,13 +349,30 @@ class Result:
         mean[x.index(row.values[over])] = np.mean(values)
         std[x.index(row.values[over])] = np.std(values, ddof=1) if len(values) > 1 else 0.0
     unit = " (%)" if scale == 100 else ""
+    ylabel = f"validation {self.metric}{unit}"
+    title = f"{len(self.rows)} points, {len(self.seeds)} seeds each"
+    if len(series) == len(self.rows):  # no two lie on one curve, as of a study's proposals
+      reached = [
+        scale * np.mean(row.metrics[self.metric]) if measured(row, self.metric) else np.nan
+        for row in self.rows
+      ]
+      figures.panels(
+        path,
+        {name.replace("_", " "): [row.values[name] for row in self.rows] for name in numbers},
+        reached,
+        ylabel=ylabel,
+        title=f"{title}: means; open where a point was not trained to the end",
+        chosen=self.best,
+        hollow=[i for i, row in enumerate(self.rows) if row.status != "finished"],
+      )
+      return True
     figures.curves(
       path,
       x,
       series,
       xlabel=over.replace("_", " "),
-      ylabel=f"validation {self.metric}{unit}",
-      title=f"{len(self.rows)} points, {len(self.seeds)} seeds each: mean ± std",
+      ylabel=ylabel,
+      title=f"{title}: mean ± std",
     )
     return True
 

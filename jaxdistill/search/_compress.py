@@ -327,6 +327,15 @@ def _compressed(
     validation={kind: job.validated(model) for kind, model in models.items()},
   )
   made.write(path)
+  numbers = {f"{kind}/{n}": of for kind, by in made.validation.items() for n, of in by.items()}
+  listed = sorted(path.glob("candidates.*")) + sorted(path.glob("frontier*.png"))
+  runs.track(
+    job.run.trackers,
+    folder=path,
+    step=job.steps,
+    numbers=numbers,
+    files=[*listed, path / "budget.json"],
+  )
   runs.say_saved(job.run.label("compress"), path)
   return made
 
@@ -446,6 +455,7 @@ class Job:
       checkpoint_every=every,
       progress=progress,
       outputs=self.run.outputs,
+      trackers=self.run.trackers,
     )
 
   def student_at(self, network: Network, point: Point, objective: Any = None) -> OneStudent:

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxdistill import _check, _compile, _extras, evaluation, runs, teachers, train
 from jaxdistill.data import Source
-from jaxdistill.search._choice import Choice, Halving, Result, best_of, measured
+from jaxdistill.search._choice import Choice, Halving, Result, Row, best_of, measured
 from jaxdistill.search._grid import Group, Point, Student, grouped, seed_pairs
 from jaxdistill.search._trials import Found, Search
 from jaxdistill.train import (
@@ -41,7 +41,7 @@ from jaxdistill.train import (
 )
 from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
 
-__all__ = ["Execution", "sweep"]
+__all__ = ["Execution", "Training", "identity", "sweep", "training"]
 
 PyTree = Any
 
@@ -154,12 +154,76 @@ def sweep(
     for group in grouped(points, student, objective, optimizer, steps)
   ]
   pairs, again = seed_pairs(seeds), [] if choice.retrain is None else seed_pairs(choice.retrain)
+  job = training(
+    groups,
+    (pairs, again),
+    data=data,
+    optimizer=optimizer,
+    steps=steps,
+    teacher=teacher,
+    average=average,
+    choice=choice,
+    execution=execution,
+    run=run,
+  )
+  with contextlib.ExitStack() as stack:
+    path = None
+    settings: dict[str, Any] = {}
+    if run.folder is not None or run.trackers:
+      settings = {**identity(job, student, pairs, again), "points": list(points)}
+    if run.folder is not None:
+      path = stack.enter_context(claimed_folder(run.folder, settings, job.traced(groups, pairs)))
+    asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
+    found = job.train(groups, points, pairs, path, asked, choice.halving)
+    result = job.result(
+      [found[i].row for i in range(len(points))],
+      lambda index: _alone(next(g for g in groups if index in g.indices), index),
+      lambda index: found[index].variables(),
+      (pairs, again),
+      path,
+      asked,
+    )
+    job.conclude(result, path, settings, "sweep")
+  return result
+
+
+def training(
+  groups: Sequence[Group],
+  seeds: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+  *,
+  data: Source | Callable[[int], Source],
+  optimizer: Optimizer,
+  steps: int,
+  teacher: Teacher | None,
+  average: float | None,
+  choice: Choice,
+  execution: Execution,
+  run: Run,
+) -> Training:
+  """How the groups' points are trained, of the arguments of a search, which are checked here.
+
+  Args:
+    groups: the points by program.
+    seeds: those of the search, and those that what was chosen is trained anew from.
+    data: as `sweep` takes it.
+    optimizer: likewise.
+    steps: likewise.
+    teacher: likewise.
+    average: likewise.
+    choice: likewise.
+    execution: likewise.
+    run: likewise.
+
+  Raises:
+    TypeError: an argument is of another kind than it must be.
+    ValueError: one does not fit.
+  """
   for group in groups:
-    _check_start(group.student, pairs, again)
+    _check_start(group.student, *seeds)
   plan = Plan.of(
     groups[0].network,
     groups[0].objective,
-    data=data(pairs[0][1]) if callable(data) else data,
+    data=data(seeds[0][0][1]) if callable(data) else data,
     optimizer=optimizer,
     steps=steps,
     teacher=teacher,
@@ -168,19 +232,7 @@ def sweep(
   )
   # Put on the device once, and not wherever it is read.
   plan = dataclasses.replace(plan, teacher=jax.device_put(plan.teacher))
-  job = _Job(plan, data, choice, execution, run, train.data_parallel(execution.devices))
-  with contextlib.ExitStack() as stack:
-    path = None
-    if run.folder is not None:
-      settings = {**(run.config or {}), **_identity(plan, student), **choice.describe()}
-      settings |= {"points": list(points), "seeds": pairs, "retrain": again}
-      path = stack.enter_context(claimed_folder(run.folder, settings, job.traced(groups, pairs)))
-    asked = stack.enter_context(stop_signal(listening=path is not None, after=run.stop_after))
-    result = _chosen(job, groups, points, pairs, again, path, asked)
-    if path is not None:
-      result.write(path)
-      runs.say_saved(run.label("sweep"), path)
-  return result
+  return Training(plan, data, choice, execution, run, train.data_parallel(execution.devices))
 
 
 def _check_start(
@@ -196,43 +248,18 @@ def _check_start(
     )
 
 
-def _chosen(
-  job: _Job,
-  groups: list[Group],
-  points: Sequence[Point],
-  pairs: list[tuple[int, int]],
-  again: list[tuple[int, int]],
-  path: pathlib.Path | None,
-  asked: Callable[[int], int],
-) -> Result:
-  """Trains all points, chooses one, trains it anew where that is asked for, and tests it."""
-  choice = job.choice
-  found = job.train(groups, points, pairs, path, asked, choice.halving)
-  rows = [found[i].row for i in range(len(points))]
-  best, ties = best_of(rows, choice.metric, task=choice.task)
-  group = next(group for group in groups if best in group.indices)
-  winners, final = found[best], pairs
-  if again:
-    below = None if path is None else path / "retrained"
-    winners, final = job.train([_alone(group, best)], points, again, below, asked)[best], again
-  networks = {index: job.plan_of(each).deployed for each in groups for index in each.indices}
-  model = Model(networks[best], winners.variables(), len(final))
-  return Result(
-    rows=rows,
-    seeds=pairs,
-    choice=choice,
-    best=best,
-    ties=ties,
-    model=model,
-    students=lambda index: Model(networks[index], found[index].variables(), len(pairs)),
-    final_seeds=final,
-    test=None if choice.test is None else _tested(model, choice),
-  )
-
-
 @dataclasses.dataclass(frozen=True)
-class _Job:
-  """How a sweep's points are trained: what all its students have in common."""
+class Training:
+  """How a search's points are trained: what all its students have in common.
+
+  Attributes:
+    plan: what they are, one of them.
+    data: where batches come from; or a function ``data_seed -> Source``.
+    choice: by what one is chosen.
+    execution: over which devices, in how much memory.
+    run: where it is saved.
+    mesh: the devices.
+  """
 
   plan: Plan
   data: Source | Callable[[int], Source]
@@ -283,9 +310,32 @@ class _Job:
     halving: Halving | None = None,
   ) -> dict[int, Found]:
     """Trains the groups' points from every pair of seeds."""
-    teacher, sources = self.taught(groups, pairs)
     halving, steps = Halving(rungs=1) if halving is None else halving, self.plan.steps
-    length = _length(steps, halving.until(0, steps))
+    search = self.search(groups, points, pairs, folder, asked_to_stop, halving.until(0, steps))
+    return _rungs(search, steps, self.choice, halving)
+
+  def search(
+    self,
+    groups: list[Group],
+    points: Sequence[Point],
+    pairs: list[tuple[int, int]],
+    folder: pathlib.Path | None,
+    asked_to_stop: Callable[[int], int],
+    most: int,
+  ) -> Search:
+    """The groups' programs, and where their students are kept; nothing is trained yet.
+
+    Args:
+      groups: the points by program.
+      points: their values.
+      pairs: of seeds, each point is trained from all of them.
+      folder: where students are kept; None for memory.
+      asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
+      most: the most steps of one dispatch.
+    """
+    teacher, sources = self.taught(groups, pairs)
+    steps = self.plan.steps
+    length = _length(steps, most)
     inputs = inputs_of(sources[0])
     ways = {id(g.network): self.execution.by or students_by(g.network, inputs) for g in groups}
 
@@ -304,11 +354,11 @@ class _Job:
       dispatch = train.with_students(self.mesh, seeds_by=by, scan=scan)
       # A teacher in the step is run once for all that are side by side.
       alone = teacher is None or teachers.decay_of(teacher) is not None
-      most = at_once(group.network, sources[0]) if alone else None
-      return Program(plan, dispatch, longest=length, values=values, at_once=most)
+      side_by_side = at_once(group.network, sources[0]) if alone else None
+      return Program(plan, dispatch, longest=length, values=values, at_once=side_by_side)
 
     every = length * math.ceil(max(1000, steps // 10) / length)
-    search = Search(
+    return Search(
       groups=groups,
       values=[dict(point) for point in points],
       seeds=len(pairs),
@@ -324,8 +374,75 @@ class _Job:
       folder=folder,
       asked_to_stop=asked_to_stop,
       progress=self.run.label("sweep"),
+      trackers=list(self.run.trackers),
     )
-    return _rungs(search, steps, self.choice, halving)
+
+  def conclude(
+    self, result: Result, folder: pathlib.Path | None, settings: Mapping[str, Any], what: str
+  ) -> None:
+    """Writes a search's result, tells the trackers, and says where it is.
+
+    Args:
+      result: the search's.
+      folder: likewise; None for memory.
+      settings: what defines it.
+      what: what it is called where nothing else names it.
+    """
+    label = self.run.label(what)
+    runs.track(
+      self.run.trackers,
+      settings,
+      folder=folder,
+      name=label or what,
+      step=self.plan.steps,
+      numbers=result.reached(),
+      files=[] if folder is None else result.write(folder),
+    )
+    if folder is not None:
+      runs.say_saved(label, folder)
+
+  def result(
+    self,
+    rows: list[Row],
+    group_of: Callable[[int], Group],
+    variables: Callable[[int], PyTree],
+    seeds: tuple[list[tuple[int, int]], list[tuple[int, int]]],
+    folder: pathlib.Path | None,
+    asked_to_stop: Callable[[int], int],
+  ) -> Result:
+    """Chooses a point, trains it anew where that is asked for, and tests it.
+
+    Args:
+      rows: what came of the points.
+      group_of: ``index -> a point's group``, with that point alone.
+      variables: ``index -> the deployed variables``, leaves ``[S, ...]`` over the seeds.
+      seeds: those of the search, and those that what was chosen is trained anew from.
+      folder: the search's; None for memory.
+      asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
+    """
+    choice, (pairs, again) = self.choice, seeds
+    best, ties = best_of(rows, choice.metric, task=choice.task)
+
+    def model(index: int, leaves: PyTree, count: int) -> Model:
+      return Model(self.plan_of(group_of(index)).deployed, leaves, count)
+
+    if again:
+      below = None if folder is None else folder / "retrained"
+      values = [row.values for row in rows]
+      anew = self.train([group_of(best)], values, again, below, asked_to_stop)[best]
+    chosen = anew.variables() if again else variables(best)
+    winner = model(best, chosen, len(again or pairs))
+    return Result(
+      rows=rows,
+      seeds=pairs,
+      choice=choice,
+      best=best,
+      ties=ties,
+      model=winner,
+      students=lambda index: model(index, variables(index), len(pairs)),
+      final_seeds=again or pairs,
+      test=None if choice.test is None else _tested(winner, choice),
+    )
 
   def taught(
     self, groups: list[Group], pairs: list[tuple[int, int]]
@@ -389,8 +506,21 @@ def _tested(model: Model, choice: Choice) -> dict[str, np.ndarray]:
   return {name: found[name] for name in choice.of.metrics if name in found}
 
 
-def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str, Any]:
-  """The plan and the students, as ``config.json`` holds them."""
+def identity(
+  job: Training,
+  student: Student | Mapping[str, Student],
+  pairs: list[tuple[int, int]],
+  again: list[tuple[int, int]],
+) -> dict[str, Any]:
+  """What a search is known again by, but for its points, as ``config.json`` holds it.
+
+  Args:
+    job: how its points are trained.
+    student: the network, or the model to start from; or several by name.
+    pairs: of seeds.
+    again: those that what was chosen is trained anew from.
+  """
+  plan = job.plan
   source = plan.sources[0]
 
   def params(network: Network) -> PyTree:
@@ -409,7 +539,8 @@ def _identity(plan: Plan, student: Student | Mapping[str, Student]) -> dict[str,
     begun = {n: one.variables for n, one in student.items() if isinstance(one, Model)}
     if begun:
       found["start"] = runs.fingerprint((begun, plan.objective.start))
-  return found
+  given = {**(job.run.config or {}), **found, **job.choice.describe()}
+  return {**given, "seeds": pairs, "retrain": again}
 
 
 def _length(steps: int, most: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,8 +69,12 @@ class Search:
     folder: where students are kept; None for memory.
     asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
     progress: the bar's label.
+    trackers: what each student is told to, as a run of its own; those that failed are dropped.
+    word: what a point is called there, before its name.
+    names: each point's name there.
     programs: those that were built, by group and number of points, and the bytes that they need.
     validators: what measures each group's students.
+    told: the trackers of the students that were told of, by which another rung goes on.
   """
 
   groups: list[Group]
@@ -88,8 +92,12 @@ class Search:
   folder: pathlib.Path | None
   asked_to_stop: Callable[[int], int]
   progress: str | None
+  trackers: list[runs.Tracker] = dataclasses.field(default_factory=list)
+  word: str = "point"
+  names: Sequence[int] | None = None
   programs: dict[tuple[int, int], tuple[Program, int]] = dataclasses.field(default_factory=dict)
   validators: dict[int, evaluation.Validator] = dataclasses.field(default_factory=dict)
+  told: dict[str, list[runs.Tracker]] = dataclasses.field(default_factory=dict)
 
   def rung(
     self, number: int, until: int, alive: Sequence[int], before: dict[int, Found], *, keep: bool
@@ -188,6 +196,12 @@ class Search:
       )
     return found
 
+  def kept(self, g: int, name: str, place: int) -> Callable[[], PyTree]:
+    """Reads the deployed variables of one point of a chunk that the folder holds."""
+    assert self.folder is not None  # what is in memory is known
+    mine = slice(place * self.seeds, (place + 1) * self.seeds)
+    return _reader(self.folder / "students" / name, self.groups[g].objective, None, mine)
+
   def trained(
     self,
     g: int,
@@ -216,7 +230,7 @@ class Search:
         examples=program.examples_per_step,
         schedules={},
         progress=self.progress,
-        tensorboard=False,
+        tracked=None,
         select=self.task.first,
         callback=None,
       )
@@ -238,9 +252,56 @@ class Search:
       if kept is not None:
         kept.close()
     outcome = self.measured(g, program.plan.model(state), state, history)
+    if self.trackers:
+      begin = 0 if states is None else int(states[0].step[0])  # type: ignore[union-attr]
+      for i, row in enumerate(rows):
+        for s in range(self.seeds):
+          place = i * self.seeds + s
+          self.tell(group.indices[row], s, history, _of_student(outcome, place), place, begin)
     if path is not None:
       runs.write_json(path / "outcome.json", outcome)
     return state, outcome
+
+  def tell(
+    self,
+    index: int,
+    s: int,
+    history: list[dict[str, Any]],
+    validation: Mapping[str, float],
+    place: int,
+    begin: int,
+  ) -> None:
+    """Tells the trackers of one student: its lines of the log, and what it validated at.
+
+    At once and not on the way: so one run of a tracker is open, whatever the number of students.
+
+    Args:
+      index: the point.
+      s: which of its seeds.
+      history: the lines of all students that were trained beside it.
+      validation: its own numbers.
+      place: which of those students it is.
+      begin: the step before the first of the lines.
+    """
+    number = index if self.names is None else self.names[index]
+    name, folder = f"{self.word} {number}, student {s}", None
+    if self.folder is not None:
+      folder = self.folder / "tracked" / name
+      folder.mkdir(parents=True, exist_ok=True)
+    config = {**self.values[index], "student_of_point": s, self.word: number}
+    trackers = self.told.get(name, self.trackers)
+    tracked = runs.Tracked(trackers, config, name=name, folder=folder, resumed_from=begin)
+    for i, line in enumerate(history):
+      own = {n: found[place] if isinstance(found, list) else found for n, found in line.items()}
+      del own["step"], own["examples_per_second"]  # the latter is of all students together
+      if i == len(history) - 1:
+        own |= {f"validation/{n}": found for n, found in validation.items()}
+      tracked.log(line["step"], own)
+    tracked.finish()
+    self.told[name] = tracked.trackers
+    if len(tracked.working) < len(self.trackers):  # not once more for each student
+      self.trackers[:] = tracked.working
+      self.told.clear()
 
   def measured(
     self, g: int, model: Model, state: State, history: list[dict[str, Any]]
@@ -257,6 +318,11 @@ class Search:
       last = int(history[-1]["step"]) if history else 0
       bad.append(steps[0] if steps else None if good else last)
     return {"metrics": {name: np.asarray(found) for name, found in numbers.items()}, "bad": bad}
+
+
+def _of_student(outcome: Mapping[str, Any], place: int) -> dict[str, float]:
+  """One student's numbers of a chunk's."""
+  return {name: float(found[place]) for name, found in outcome["metrics"].items()}
 
 
 def _finite_students(tree: PyTree) -> np.ndarray:

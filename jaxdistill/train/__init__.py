@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     run_steps,
     start_or_resume,
     stop_signal,
+    stopped,
     time_limit,
   )
   from jaxdistill.train._mesh import (
@@ -99,6 +100,7 @@ __all__ = [
   "share_teacher",  # the sources with the teacher's outputs on them
   "start_or_resume",  # the state to go on from, and its step
   "stop_signal",  # gives ``step -> the signal to stop by``, 0 for none
+  "stopped",  # what a run is left by that a signal has stopped
   "students_by",  # the rule for how several students of one network are trained in one program
   "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
   "traced",  # what is computed: the beginning, a step, and the optimiser's part of it

@@ -15,7 +15,7 @@ import flax.struct
 import jax
 import numpy as np
 
-from jaxdistill import _check, _extras, export, runs
+from jaxdistill import _check, export, runs
 from jaxdistill.data import Source
 from jaxdistill.evaluation import Validator
 from jaxdistill.runs import Checkpoints
@@ -88,6 +88,10 @@ class Run:
     longer: whether `fit` may go on with a run of fewer steps that the folder holds, with its
       optimiser's state and in its order of the data. The optimiser may follow another schedule from
       there on; everything else has to be the same.
+    trackers: where else the numbers go: `jaxdistill.runs.TensorBoard`, `MLflow`, `Wandb`, `CSV`, or
+      an object of your own, see `jaxdistill.runs.Tracker`. A search tracks each student as a run of
+      its own when its chunk is done, and then itself. One that fails is said once, and the run goes
+      on.
     outputs: what the deployed network that is saved puts out: ``"logits"`` and features by name; by
       default the logits, or all features of a network that has none.
 
@@ -103,8 +107,10 @@ class Run:
   progress: str | bool | None = True
   longer: bool = False
   outputs: Collection[str] | None = None
+  trackers: Sequence[runs.Tracker] = ()
 
   def __post_init__(self) -> None:
+    runs.check_trackers(self.trackers, self.folder)
     if self.folder is not None:
       _check.folder("folder", self.folder)
     if self.config is not None and not isinstance(self.config, Mapping):
@@ -147,7 +153,6 @@ class Watch:
     log_every: steps in a chunk, which is one dispatch and one line of ``metrics.jsonl``; an epoch
       or 100 steps by default, whichever is less.
     callback: ``(step, record)`` after every line.
-    tensorboard: also write TensorBoard event files into the folder.
 
   Raises:
     TypeError: an attribute is of another kind than it must be.
@@ -161,7 +166,6 @@ class Watch:
   keep_last: int = 2
   log_every: int | None = None
   callback: Callable[[int, Mapping[str, Any]], None] | None = None
-  tensorboard: bool = False
 
   def __post_init__(self) -> None:
     for name, value, takes, count, instead in (
@@ -180,9 +184,6 @@ class Watch:
       raise ValueError(f"better={self.better!r} must be 'higher' or 'lower', or None.")
     if self.select is not None and isinstance(self.validate, Validator):
       self.validate.task.metric(self.select)
-    _check.switch("tensorboard", self.tensorboard)
-    if self.tensorboard:
-      _extras.need("tensorboard=True", "tensorboardX")
 
 
 def _chosen_by(watch: Watch) -> tuple[str, int]:
@@ -313,14 +314,19 @@ def _trained(
     listening = stop_signal(listening=run.folder is not None, after=left)
     asked_to_stop = stack.enter_context(listening)
     path = saved = None
+    settings: dict[str, Any] = {}
+    if run.folder is not None or run.trackers:
+      about = _identity.describe(plan, program.shapes.params)
+      settings = {**(run.config or {}), "seed": seed, **about}
     if run.folder is not None:
-      path = stack.enter_context(_claimed(run, plan, program, seed))
+      path = stack.enter_context(_claimed(run, plan, program, settings))
       kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
       saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)
     if path is not None and at < plan.steps:
       _drop_deployed(path)
-    log = _log_of(program, watch, path, at, run.label("train"))
+    tracked = _tracked(run, settings, path, at)
+    log = _log_of(program, watch, path, at, run.label("train"), tracked)
     stack.callback(log.close)
     if path is not None:
       log.say(_found(at, plan.steps, path))
@@ -344,18 +350,35 @@ def _trained(
     if path is not None and saved is not None:
       saved.wait()
       _save_deployed(path, program.source, fitted, run.outputs)
+    if tracked is not None:
+      tracked.finish([] if path is None else _worth_keeping(path))
   if path is not None:
     runs.say_saved(run.label("train") if jax.process_index() == 0 else None, path)
   return fitted
 
 
+def _tracked(
+  run: Run, settings: Mapping[str, Any], path: pathlib.Path | None, at: int
+) -> runs.Tracked | None:
+  """The run's trackers, of process 0 alone."""
+  if not run.trackers or jax.process_index() > 0:
+    return None
+  name = run.label("train") or ("train" if path is None else path.name)
+  return runs.Tracked(run.trackers, settings, name=name, folder=path, resumed_from=at)
+
+
+def _worth_keeping(path: pathlib.Path) -> list[pathlib.Path]:
+  """What of a finished run's folder is kept with its numbers: small files, and no checkpoints."""
+  deployed = sorted((path / "student").rglob("*"))
+  return [path / "config.json", path / "metrics.jsonl", *deployed]
+
+
 def _claimed(
-  run: Run, plan: Plan, program: Program, seed: int | Sequence[int]
+  run: Run, plan: Plan, program: Program, settings: Mapping[str, Any]
 ) -> contextlib.AbstractContextManager[pathlib.Path]:
   """The run's folder, which is this run's, or the same run's with fewer steps."""
   folder: Any = run.folder
-  about = _identity.describe(plan, program.shapes.params)
-  settings, shorter = {**(run.config or {}), "seed": seed, **about}, None
+  shorter = None
   if run.longer and (pathlib.Path(folder) / "config.json").exists():
     before = runs.read_config(folder).get("steps")
     if not isinstance(before, int) or before > plan.steps:
@@ -363,12 +386,17 @@ def _claimed(
         f"longer=True, and the run in {os.fspath(folder)} has {_check.show(before)} steps, which "
         f"steps={plan.steps} does not go beyond."
       )
-    shorter = settings | _identity.until(plan, before)
+    shorter = {**settings, **_identity.until(plan, before)}
   return claimed_folder(folder, settings, _identity.traced(plan, program), shorter=shorter)
 
 
 def _log_of(
-  program: Program, watch: Watch, path: pathlib.Path | None, at: int, label: str | None
+  program: Program,
+  watch: Watch,
+  path: pathlib.Path | None,
+  at: int,
+  label: str | None,
+  tracked: runs.Tracked | None,
 ) -> Log:
   """The run's log; process 0 alone writes and shows it."""
   plan = program.plan
@@ -381,7 +409,7 @@ def _log_of(
     examples=program.examples_per_step,
     schedules={n: value for n, value in plan.objective.hyper.items() if callable(value)},
     progress=label if first_process else None,
-    tensorboard=watch.tensorboard and first_process,
+    tracked=tracked,
     select=_chosen_by(watch)[0],
     callback=watch.callback,
   )

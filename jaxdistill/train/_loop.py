@@ -46,6 +46,7 @@ __all__ = [
   "run_steps",
   "start_or_resume",
   "stop_signal",
+  "stopped",
   "time_limit",
 ]
 
@@ -151,7 +152,7 @@ def run_steps(
       if saved is not None:
         message += f" It is saved in {saved.folder.parent}: start it again, and it goes on."
       log.say(message)
-      raise (_Interrupted if stopping == signal.SIGINT else Stopped)(message)
+      raise stopped(stopping, message)
   return dispatch.collect(state)
 
 
@@ -180,7 +181,7 @@ class Log:
     examples: how many examples a step has, over all seeds.
     schedules: the objective's keywords that follow a schedule.
     progress: the bar's label; None for no bar.
-    tensorboard: whether to write TensorBoard's files too.
+    tracked: the run's trackers; None for none.
     select: the validation metric that the bar shows.
     callback: ``(step, line)``, after every line.
   """
@@ -195,14 +196,14 @@ class Log:
     examples: int,
     schedules: Mapping[str, Callable[[int], Any]],
     progress: str | None,
-    tensorboard: bool,
+    tracked: runs.Tracked | None,
     select: str,
     callback: Callback | None,
   ) -> None:
-    self._metrics = runs.Metrics(folder, resumed_from=at, tensorboard=tensorboard)
+    self._metrics = runs.Metrics(folder, resumed_from=at)
     self._bar = progress_bar(steps, progress, unit="step", initial=at)
     self._epoch, self._examples, self._schedules = epoch, examples, schedules
-    self._select, self._callback = select, callback
+    self._select, self._callback, self._tracked = select, callback, tracked
     self._clock = time.perf_counter()
 
   @property
@@ -229,6 +230,8 @@ class Log:
     record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
     record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
     self._metrics.write(end, record)
+    if self._tracked is not None:
+      self._tracked.log(end, record)
     shown = {"loss": record["loss"]}
     if self._select in (validation or {}):
       shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
@@ -241,9 +244,10 @@ class Log:
     self._bar.say(text)
 
   def close(self) -> None:
-    """Closes the bar and the files."""
+    """Closes the bar, and leaves the trackers where the run did not come to its end."""
     self._bar.close()
-    self._metrics.close()
+    if self._tracked is not None:
+      self._tracked.finish()
 
 
 def _means(sums: PyTree) -> dict[str, Any]:
@@ -480,6 +484,19 @@ class Stopped(SystemExit):
 
 class _Interrupted(Stopped, KeyboardInterrupt):
   status = 128 + signal.SIGINT
+
+
+def stopped(number: int, message: str) -> Stopped:
+  """What a run is left by that a signal has stopped.
+
+  Args:
+    number: the signal's.
+    message: how far it is, and how it goes on.
+
+  >>> isinstance(stopped(signal.SIGINT, "saved."), KeyboardInterrupt)
+  True
+  """
+  return (_Interrupted if number == signal.SIGINT else Stopped)(message)
 
 
 class _Notice:

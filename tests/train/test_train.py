@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import small_networks
-from jaxdistill import data, evaluation, losses, recipes, teachers, train
+from jaxdistill import data, evaluation, losses, recipes, runs, teachers, train
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import Intervals, _loop, deployed_variables, init_state, make_step, optimizers
 from jaxdistill.types import Model, Objective, Term, as_objective, make_batch
@@ -239,7 +239,7 @@ def test_a_term_that_is_not_finite_stops_at_its_step(tmp_path):
     ({"seed": (1, 2, 3), "data": lambda: [source(1), source(2)]}, "2 sources for 3 seeds"),
     ({"form": {"seeds_by": "pmap"}}, "seeds_by='pmap'"),
     ({"checkpoint_every": 0}, "checkpoint_every=0"),
-    ({"tensorboard": True}, "tensorboard=True writes into the run's folder"),
+    ({"trackers": lambda: [runs.TensorBoard()]}, "TensorBoard, which writes into the run's folder"),
     ({"teacher": None}, "needs a teacher, and there is none|teacher is None"),
   ],
 )
@@ -258,7 +258,7 @@ def test_schedules_and_tensorboard_are_logged(tmp_path):
   fitted = distil(
     objective=recipes.kd(temperature=optax.linear_schedule(4.0, 2.0, STEPS)),
     folder=tmp_path,
-    tensorboard=True,
+    trackers=[runs.TensorBoard()],
     log_every=4,
   )
   assert [line["temperature"] for line in fitted.history] == pytest.approx(
