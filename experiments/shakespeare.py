@@ -14,8 +14,11 @@ Two comparisons, since distilling costs more a step: the same steps, and the sam
 operations, where the student without a teacher trains for as many more steps as a teacher costs
 that answers at every one. (Here it answers once for each example, since nothing is augmented, so
 that comparison favours the text alone.) The teacher's own training is in neither; its seconds are
-in the table. The teacher read all of the text, so with few text it stands for one that was trained
-on much more than the students are given. Rates and sizes were fixed before anything was measured.
+in the table. ``few`` and ``full`` of the run's folder have a report each, with texts that teacher,
+baseline and student write; `python -m jaxdistill report runs/shakespeare/few runs/shakespeare/full`
+holds the two students against each other. The teacher read all of the text, so with few text it
+stands for one that was trained on much more than the students are given. Rates and sizes were fixed
+before anything was measured.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import numpy as np
 import optax
 
 import command_line
-from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train
+from jaxdistill import data, evaluation, networks, recipes, reports, runs, teachers, train
 
 SCRIPT = "experiments/shakespeare.py"
 
@@ -199,33 +202,78 @@ def train_all(config: Config, options: Options) -> None:
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
   tokenizer = tokenizer_of(options)
   text = read(options, options.split)[: config.characters]
-  batches = data.evaluation_batches(examples_of(config, text, tokenizer), batch_size=64)
+  examples = examples_of(config, text, tokenizer)
+  batches = data.evaluation_batches(examples, batch_size=64)
   teacher, student = build_networks(config, tokenizer.vocabulary)
   (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
-  task = evaluation.tasks.tokens()
+  task = evaluation.tasks.tokens(token_bytes=tokenizer.bytes)
   # Every character of these plays is one byte: bits a character are bits a byte.
-  bits = {"teacher": np.atleast_1d(evaluation.evaluate(taught, batches, task=task)["nll"])}
+  found = {"teacher": evaluation.evaluate(taught, batches, task=task)}
   rows = [{"name": "teacher", "text": "full", "steps": config.teacher_steps}]
-  beside = {"teacher": {}}
   for part in ("few", "full"):
-    for kind in ("labels", "longer", "distilled"):
-      name = f"{part}-{kind}"
-      model = teachers.restore(folder / name, student)
-      found = evaluation.evaluate(model, batches, task=task, teacher=teachers.frozen(taught))
-      bits[name] = np.asarray(found["nll"], np.float64)
-      beside[name] = {one: np.mean(found[one]) for one in ("agreement", "kl", "ece")}
+    kinds = ("labels", "longer", "distilled")
+    models = {kind: teachers.restore(folder / f"{part}-{kind}", student) for kind in kinds}
+    found |= {f"{part}-{kind}": {} for kind in kinds}  # the order of the rows
+    found[f"{part}-longer"] = evaluation.evaluate(
+      models["longer"], batches, task=task, teacher=teachers.frozen(taught)
+    )
+    report = report_of(config, options, folder, part, examples, models, taught, task)
+    for kind, model, faithful in (
+      ("labels", "baseline", "baseline_fidelity"),
+      ("distilled", "student", "fidelity"),
+    ):
+      told = report["models"][model]
+      found[f"{part}-{kind}"] = {
+        **told["per_seed"],
+        **{name: one["mean"] for name, one in report[faithful].items()},
+      }
+    for kind in kinds:
       steps = longer(config, teacher, student) if kind == "longer" else config.steps
       rows.append({"name": kind, "text": part, "steps": steps})
+  bits = {n: np.atleast_1d(np.asarray(one["bits_per_byte"])) for n, one in found.items()}
   for row, name in zip(rows, bits, strict=True):
-    nats = bits[name] / np.log(2)
-    row["bits"], row["std"] = evaluation.metrics.mean_std(nats)
+    row["bits"], row["std"] = evaluation.metrics.mean_std(bits[name])
     row["seconds"] = json.loads((folder / name / "seconds.json").read_text())
-    row |= beside[name]
+    if name != "teacher":
+      row |= {one: float(np.mean(found[name][one])) for one in ("agreement", "kl", "ece")}
     if row["name"] in ("labels", "longer"):
-      distilled = bits[f"{row['text']}-distilled"] / np.log(2)
-      gain = evaluation.metrics.difference(nats, distilled)
+      gain = evaluation.metrics.difference(bits[name], bits[f"{row['text']}-distilled"])
       row |= {"gain": gain["mean"], "gain_error": gain["standard_error"]}
   return write(config, options, folder, rows, len(text))
+
+
+def report_of(
+  config: Config,
+  options: Options,
+  folder: pathlib.Path,
+  part: str,
+  examples: data.Examples,
+  models: dict[str, Any],
+  taught: Any,
+  task: evaluation.tasks.Task,
+) -> dict[str, Any]:
+  """The report of the students with few text, or with all of it; its page shows what they write."""
+  tokenizer = tokenizer_of(options)
+  _, report = reports.compare_students(
+    folder / part,
+    network={"baseline": models["labels"], "student": models["distilled"]},
+    teacher=teachers.frozen(taught, tokenizer=tokenizer),
+    batches=data.evaluation_batches(examples, batch_size=64),
+    examples=examples,
+    descriptions={
+      "teacher": f"{config.teacher_layers} layers of width {config.teacher_width}, all of the text",
+      "baseline": f"{config.student_layers} layers of width {config.student_width}, text alone",
+      "student": f"the same, {config.soft_weight:g} of the loss from the teacher's distribution",
+    },
+    task=task,
+    texts=reports.Texts(tokenizer, prompt=config.length // 2, length=4 * config.length),
+    dataset="tiny_shakespeare",
+    split=options.split,
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    commands=runs.commands(SCRIPT, config, folder, options.split, options.data_dir),
+  )
+  return report
 
 
 WORDS = {

@@ -456,6 +456,8 @@ PARTS = [
   (lambda j: j.evaluation.costs(network(j), source(j)), "must be a Model"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
   (lambda j: j.evaluation.validator(source(j)), "batches must be"),
+  (lambda j: j.reports.Texts("utf8"), "tokenizer='utf8' must be one of data.tokenizers"),
+  (lambda j: j.networks.sample(network(j), [[1]], key=None, length=1), "must be a Model of one"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
   (lambda j: j.train.Run("gs://bucket/run"), "folder='gs://bucket/run' is an address"),
   (lambda j: fit(j, pathlib.Path("s3://bucket/run")), "is an address"),
