@@ -18,7 +18,9 @@ several seeds share that pass; here each bears all of it, as one that is trained
 teacher's own training is in neither; its seconds are in the table. The teacher read all of the
 text, so with few text it stands for one that was trained on much more than the students are given.
 Rates and sizes were fixed before anything was measured; steps are as many as eight minutes allow,
-which is far from what either kind of student would still learn.
+which is far from what either kind of student would still learn. ``few`` and ``full`` of the run's
+folder have a report each, with texts that teacher, baseline and student write; `python -m jaxdistill
+report runs/shakespeare/few runs/shakespeare/full` holds the two students against each other.
 
 ``--large`` is for an accelerator and a text of your own, some hundred megabytes: a byte-pair
 encoding is trained on it, twelve layers teach four, in bfloat16, and the logits of 8,192 words are
@@ -41,7 +43,17 @@ import numpy as np
 import optax
 
 import command_line
-from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train, types
+from jaxdistill import (
+  data,
+  evaluation,
+  networks,
+  recipes,
+  reports,
+  runs,
+  teachers,
+  train,
+  types,
+)
 
 SCRIPT = "experiments/shakespeare.py"
 
@@ -224,7 +236,7 @@ def train_all(config: Config, options: Options) -> None:
   def fit(name, network, objective, source, seeds, steps, teacher=None):
     began = time.perf_counter()
     if config.tokens_at_once is not None:
-      objective = train.in_chunks(objective, tokens=config.tokens_at_once)
+      objective = train.in_chunks(objective, tokens_at_once=config.tokens_at_once)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 20, steps)
     fitted = train.fit(
       network,
@@ -266,11 +278,13 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   found = {"teacher": evaluation.examine(taught, batches, task=task)}
   rows = [{"name": "teacher", "text": "full"}]
   for part in ("few", "full"):
+    models = {}
     for kind in ("labels", "longer", "distilled"):
       name = f"{part}-{kind}"
-      model = teachers.restore(folder / name, student)
+      models[kind] = model = teachers.restore(folder / name, student)
       found[name] = evaluation.examine(model, batches, task=task, teacher=teachers.frozen(taught))
       rows.append({"name": kind, "text": part})
+    report_of(config, options, folder, part, examples, models, taught, task)
   for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
     bits = np.atleast_1d(metrics["bits_per_byte"])
     row["bits"], row["std"] = evaluation.metrics.mean_std(bits)
@@ -304,6 +318,49 @@ def over_passages(ours: Any, theirs: Any, examples: data.Examples, lengths: np.n
 
 
 BESIDE = ("agreement", "kl", "ece", "acceptance")
+
+
+def report_of(
+  config: Config,
+  options: Options,
+  folder: pathlib.Path,
+  part: str,
+  examples: data.Examples,
+  models: dict[str, Any],
+  taught: Any,
+  task: evaluation.tasks.Task,
+) -> None:
+  """The report of the students with few text, or with all of it; its page shows what they write."""
+  tokenizer = tokenizer_of(config, options)
+  reports.compare_students(
+    folder / part,
+    network={"baseline": models["labels"], "student": models["distilled"]},
+    teacher=teachers.frozen(taught, tokenizer=tokenizer),
+    batches=data.evaluation_batches(examples, batch_size=64),
+    examples=examples,
+    descriptions={
+      "teacher": f"{config.teacher_layers} layers of width {config.teacher_width}, all of the text",
+      "baseline": f"{config.student_layers} layers of width {config.student_width}, text alone",
+      "student": f"the same, {config.soft_weight:g} of the loss from the teacher's distribution",
+    },
+    task=task,
+    texts=reports.Texts(tokenizer, prompt=config.length // 2, length=4 * config.length),
+    dataset=examples.name,
+    split=options.split,
+    seeds=range(config.seeds),
+    varied="initialisation and data order",
+    commands=commands_of(config, options, folder),
+  )
+
+
+def commands_of(config: Config, options: Options, folder: pathlib.Path) -> list[str]:
+  """What repeats the run, and what measures it again."""
+  commands = runs.commands(SCRIPT, config, folder, options.split, options.data_dir)
+  if options.text is None:
+    return commands
+  return [f"{command} --text {shlex.quote(str(options.text))}" for command in commands]
+
+
 WORDS = {
   "teacher": "teacher",
   "labels": "text alone, as many steps",
@@ -351,9 +408,6 @@ def write(
     writer = csv.DictWriter(file, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-  commands = runs.commands(SCRIPT, config, folder, options.split, options.data_dir)
-  if options.text is not None:
-    commands = [f"{command} --text {shlex.quote(str(options.text))}" for command in commands]
   lines = [
     f"# {'Shakespeare' if options.text is None else options.text.name}, {options.split} split",
     "",
@@ -365,7 +419,7 @@ def write(
     table(rows),
     "",
     "```",
-    *commands,
+    *commands_of(config, options, folder),
     "```",
     "",
   ]

@@ -24,6 +24,7 @@ __all__ = [
   "short",
   "show",
   "switch",
+  "tokens",
   "whole",
 ]
 
@@ -197,6 +198,32 @@ def switch(name: str, value: Any) -> None:
   """
   if not isinstance(value, bool | np.bool_):
     raise TypeError(f"{name}={show(value)} must be True or False.")
+
+
+def tokens(name: str, value: np.ndarray, vocabulary: int | None) -> None:
+  """Integers of a vocabulary, ``[..., L]`` on the host.
+
+  A lookup beyond an embedding's rows is no error on a device: it gives NaN, or another row.
+
+  Args:
+    name: the argument's.
+    value: what was given.
+    vocabulary: V, which they must lie below; None for all that int32 holds.
+
+  Raises:
+    ValueError: one is out of range; the message names its row and position.
+
+  >>> tokens("prompts", np.array([[3, 1, 4]]), 5)
+  """
+  most = vocabulary or 2**31
+  bad = (value < 0) | (value >= most)
+  if bad.any():
+    *row, position = np.argwhere(bad)[0].tolist()
+    where = f"{name}{row}" if row else name
+    raise ValueError(
+      f"{where} has the token {value[(*row, position)]} at position {position}; tokens lie in "
+      f"0 .. {most - 1}{' (vocabulary)' if vocabulary else ''}."
+    )
 
 
 def folder(name: str, value: Any) -> pathlib.Path:

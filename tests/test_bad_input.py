@@ -84,6 +84,18 @@ class Net(nn.Module):
     return nn.Dropout(0.1, deterministic=not train)(nn.Dense(self.classes)(x))
 
 
+class Words(nn.Module):
+  """The least of a language model: hidden states and logits of V words."""
+
+  words: int = 9
+
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Embed(self.words, 4, name="embed")(tokens)
+    self.sow("intermediates", "mid", x)
+    return nn.Dense(self.words)(x)
+
+
 def network(j, *fields, **options):
   return j.networks.linen(Net(*fields), **{"features": ["mid"], **options})
 
@@ -100,6 +112,39 @@ def source(j, data_seed=0, batch_size=8, **options):
 
 def teacher(j, values=None):
   return j.teachers.frozen(j.types.Model(network(j, 7), variables() if values is None else values))
+
+
+TOKENS = np.arange(16 * 5).reshape(16, 5) % 9
+
+
+def windows(tokens=TOKENS[:, :-1], labels=TOKENS[:, 1:], **options):
+  """Examples of tokens as a user has them, with whatever else stands beside these."""
+  beside = {name: options.pop(name) for name in ("segments", "positions") if name in options}
+  inputs = {"tokens": tokens, **beside}
+  return lambda j: j.data.from_arrays(inputs, labels, **{"num_classes": 9, **options})
+
+
+def of_words(words=9, objective=None, **options):
+  """What `fit` takes of a language model, with a teacher of so many words."""
+
+  def make(j):
+    student = j.networks.linen(Words(), features=["mid"])
+    other = j.networks.linen(Words(words), features=["mid"])
+    made = j.types.Model(other, other.init(jax.random.key(0), TOKENS[:1]))
+    read = {"tokenizer": options.get("tokenizer")}
+    examples = j.data.from_arrays(TOKENS[:, :-1], TOKENS[:, 1:], num_classes=9)
+    if read["tokenizer"] is not None:
+      read["tokenizer"] = read["tokenizer"](j)
+      examples = dataclasses.replace(examples, tokenizer=j.data.tokenizers.utf8().digest)
+    given = {
+      "student": student,
+      "objective": j.recipes.kd() if objective is None else objective(j),
+      "data": j.data.on_device(examples, batch_size=8, data_seed=0),
+      "teacher": j.teachers.frozen(made, **read),
+    }
+    return given | {n: value for n, value in options.items() if n != "tokenizer"}
+
+  return make
 
 
 def fit(j, folder=None, *, student=None, objective=None, devices=2, hyper=None, **options):
@@ -194,6 +239,17 @@ FIT = [
   (lambda j: {"data": source(j, batch_size=9)}, "batch_size=9 does not divide by the 2 devices"),
   (lambda j: {"data": source(j, normalize=lambda x: x[..., :3])}, r"float32\[8, 3\] once normali"),
   (lambda j: {"student": network(j, 5, 2), "teacher": None}, "labels of 3 classes.*puts out 2"),
+  # tokens
+  (of_words(11), r"vocabulary of 9 and the teacher one of 11.*teachers\.vocabulary\(teacher, 9\)"),
+  (of_words(tokenizer=lambda j: j.data.tokenizers.characters("abc")), "teacher reads tokens of"),
+  (of_words(tokens_at_once=0), "tokens_at_once=0"),
+  (of_words(tokens_at_once=7), "tokens_at_once=7 is below the 8 examples"),
+  (of_words(tokens_at_once=2.5), "tokens_at_once=2.5"),
+  (of_words(tokens_at_once=8, objective=lambda j: j.recipes.dist()), "has the axis 'classes'"),
+  (
+    of_words(tokens_at_once=8, objective=lambda j: j.recipes.hint("mid", "mid")),
+    r"outside, recipes\.combine",
+  ),
   # numbers and functions
   *[(told(steps=n), "steps=") for n in (0, -3, 4.0, None, "4", True)],
   *[(told(seed=s), "seed") for s in (-1, 1.5, None, "a", (1, 1), (), 2**40, {1, 2}, [1, 2.5])],
@@ -298,6 +354,33 @@ DATA = [
   (lambda j: j.data.divide_by(0), "largest must be positive"),
   (lambda j: j.data.crop(1.5), "padding=1.5 must be an integer"),
   (lambda j: j.types.make_batch(X, Y[:3]), "must have one batch axis"),
+  # tokens
+  (lambda j: j.data.shifted(TOKENS[:, :1]), "the last of L . 1 tokens is predicted alone"),
+  (lambda j: j.data.shifted(TOKENS / 2), "tokens=.* must be an array of integers"),
+  (lambda j: j.data.shifted(TOKENS, vocabulary=8), r"tokens\[1\] has the token 8 at position 3"),
+  (lambda j: j.data.shifted(TOKENS - 1), r"tokens\[0\] has the token -1 at position 0"),
+  (lambda j: j.data.shifted(TOKENS + 2**40), r"tokens\[0\] has the token 1099511627776"),
+  (lambda j: j.data.shifted(TOKENS, vocabulary=0), "vocabulary=0"),
+  (
+    lambda j: j.data.shifted(TOKENS, where=-TOKENS),
+    r"where\[0\] must be finite.* -1.0 at position 1",
+  ),
+  (lambda j: j.data.shifted(TOKENS, where=TOKENS * NAN), r"where\[0\] must be finite"),
+  (lambda j: j.data.pack([TOKENS[0], TOKENS[0, :1]], length=4), r"documents\[1\] has 1 tokens"),
+  (lambda j: j.data.from_text("a", j.data.tokenizers.utf8(), length=4), "has 1 tokens"),
+  (windows(labels=TOKENS), r"labels .* 5 positions and tokens 4: .*data\.shifted"),
+  (windows(TOKENS), r"labels .* 4 positions and tokens 5: .*data\.shifted"),
+  (lambda j: j.data.from_arrays(TOKENS, TOKENS[:, 1:]), "4 positions and tokens 5"),
+  (windows(TOKENS[:, 1:] / 2), "'tokens' of 'arrays' must be integers"),
+  (windows(TOKENS[:, 1:] - 1), "'tokens' of 'arrays' have -1 in row 1 at position 3"),
+  (windows(TOKENS[:, 1:] + 2**40), "in row 0 at position 0, which int32 does not hold"),
+  (windows(labels=TOKENS[:, 1:] + 1), "row 1 has 9 at position 2"),
+  (windows(labels=TOKENS[:, 1:] - 1), "row 1 has -1 at position 3"),
+  (windows(segments=np.tile([1, 2, 1, 0], (16, 1))), "'segments' .* 1 in row 0 at position 2"),
+  (windows(segments=np.ones((16, 5), int)), r"'segments' .* must be integers \[16, 4\]"),
+  (windows(positions=np.full((16, 4), -1)), "'positions' .* -1 in row 0"),
+  (windows(weight=-np.ones((16, 4))), "weight of .*not negative"),
+  (windows(weight=np.full((16, 4), NAN)), "weight of .*finite"),
 ]
 
 
@@ -373,6 +456,8 @@ PARTS = [
   (lambda j: j.evaluation.costs(network(j), source(j)), "must be a Model"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
   (lambda j: j.evaluation.validator(source(j)), "batches must be"),
+  (lambda j: j.reports.Texts("utf8"), "tokenizer='utf8' must be one of data.tokenizers"),
+  (lambda j: j.networks.sample(network(j), [[1]], key=None, length=1), "must be a Model of one"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
   (lambda j: j.train.Run("gs://bucket/run"), "folder='gs://bucket/run' is an address"),
   (lambda j: fit(j, pathlib.Path("s3://bucket/run")), "is an address"),
@@ -401,6 +486,13 @@ TEACHERS = [
   (lambda j: j.teachers.moving_average(None), "decay"),
   (lambda j: j.teachers.ensemble([j.teachers.moving_average()]), "is made of nothing yet"),
   (lambda j: j.teachers.restore("runs/teacher", None), "network=None must be a Network"),
+  (lambda j: j.teachers.frozen(model(j), tokenizer="utf8"), "tokenizer='utf8' must be one of"),
+  (lambda j: j.teachers.vocabulary(model(j), 0), "size=0"),
+  (lambda j: j.teachers.vocabulary(network(j), 3), "teacher=.* must be a Model"),
+  (
+    lambda j: j.teachers.vocabulary(model(j), 2, tokenizer=j.data.tokenizers.utf8()),
+    "size=2 is below the 256 tokens",
+  ),
 ]
 
 
@@ -447,6 +539,16 @@ FILES = [
   (lambda j, p: j.runs.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
   (lambda j, p: j.runs.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
   (lambda j, p: j.export.load_student(p / "none"), FileNotFoundError, "no such folder"),
+  (
+    lambda j, p: j.networks.pretrained.config(hugging_face(p, "MixtralForCausalLM")),
+    ValueError,
+    "'MixtralForCausalLM' is not one of",
+  ),
+  (
+    lambda j, p: j.networks.pretrained.variables(hugging_face(p), small_decoder(j)),
+    FileNotFoundError,
+    "b.safetensors",
+  ),
   (lambda j, p: j.export.save_student(p, Net(), stored=S), TypeError, "must be a Model"),
   (lambda j, p: j.teachers.restore(p, network(j)), FileNotFoundError, "holds no checkpoints"),
   (lambda j, p: j.runs.read_config(p), FileNotFoundError, "no config.json"),
@@ -457,6 +559,20 @@ FILES = [
   (lambda j, p: fit(j, p, **damaged(p)), ValueError, "config.json is damaged"),
   (lambda j, p: fit(j, written(p / "student").parent), FileExistsError, "student is not a run's"),
 ]
+
+
+def small_decoder(j):
+  return j.networks.models.DecoderConfig(
+    9, 8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=8, tied=True
+  )
+
+
+def hugging_face(path, architecture="LlamaForCausalLM"):
+  """A folder whose index names a file that is not there."""
+  (path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+  index = {"weight_map": {"model.norm.weight": "b.safetensors"}}
+  (path / "model.safetensors.index.json").write_text(json.dumps(index))
+  return path
 
 
 def claimed_by(path):
@@ -511,4 +627,31 @@ def test_labels_that_nobody_has_teach_nothing(j):
     lambda: fit(j, data=unlabelled, teacher=None, devices=1, objective=j.recipes.labels()),
     ValueError,
     "has no labels, and no term",
+  )
+
+
+def test_a_batch_in_which_nothing_counts_is_0_and_measures_nothing(j):
+  batch = windows(weight=np.zeros((16, 4)))(j)
+  batches = j.data.evaluation_batches(batch, batch_size=8)
+  words = j.networks.linen(Words())
+  made = j.types.Model(words, words.init(jax.random.key(0), TOKENS[:1]))
+
+  def loss(variables):
+    first = jax.tree.map(lambda leaf: leaf[0], batches)
+    logits = words.apply(variables, first.inputs["tokens"], train=False, key=None)[0].logits
+    terms = {"a": j.types.Term(j.losses.cross_entropy(logits, first.labels))}
+    return j.train.reduce_terms(terms, first)[0]
+
+  value, gradient = jax.value_and_grad(loss)(made.variables)
+  assert value == 0
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+  asked = j.types.Teacher(
+    made.variables, lambda v, b: words.apply(v, b.inputs["tokens"], train=False, key=None)[0]
+  )
+  found = j.evaluation.evaluate(asked, batches, task=j.evaluation.tasks.tokens())
+  assert "nll" not in found  # absent: a mean of nothing is neither 0 nor a number
+  check(
+    lambda: j.evaluation.validator(batches, task=j.evaluation.tasks.tokens()),
+    ValueError,
+    "no example of batches has a label",
   )

@@ -206,6 +206,12 @@ def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
   # A student without a teacher trains for longer, where operations are to be equal.
   assert int(by["few", "longer"]["steps"]) > int(few["steps"]) == 20
   assert "python experiments/shakespeare.py --evaluate" in (tmp_path / "shakespeare.md").read_text()
+  for part in ("few", "full"):
+    report, texts = read(tmp_path / part), read(tmp_path / part, "texts.json")
+    bits = report["models"]["student"]["bits_per_byte"]["mean"]
+    assert bits == pytest.approx(float(by[part, "distilled"]["bits"]), abs=1e-6)
+    assert {len(one["said"]) for one in texts["texts"]} == {3}
+    assert texts["texts"][0]["prompt"] in (tmp_path / part / "report.html").read_text()
 
 
 def test_few_labels_uses_no_other_label():

@@ -31,6 +31,7 @@ __all__ = [
   "as_labels",
   "as_weight",
   "check_classes",
+  "check_tokens",
   "count_classes",
   "from_arrays",
   "from_dicts",
@@ -66,6 +67,7 @@ class Examples:
       a batch has a 0 in its place, and 0 in ``labelled``. None where every label is one.
     weight: ``[N]``, or the leading axes of the labels: how much each counts in losses and metrics;
       None for 1.
+    tokenizer: the digest of the tokenizer whose tokens they are; empty where nobody said.
   """
 
   inputs: Any
@@ -79,6 +81,7 @@ class Examples:
   has_labels: bool = True
   ignore: float | None = None
   weight: np.ndarray | None = None
+  tokenizer: str = ""
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -248,6 +251,7 @@ class Records:
     found = {"inputs": inputs, "labels": np.zeros(len(labels), np.int32)}
     if self.labels is not None:
       found["labels"] = as_labels(labels, self, rows=rows)
+    check_tokens(inputs, found["labels"], self.name, rows)
     if weight is not None:
       found["weight"] = as_weight(np.stack(weight), found["labels"], self.name)
     return found
@@ -411,13 +415,79 @@ def _check_numbers(array: np.ndarray, key: Any, name: str, rows: Any = None) -> 
   if low >= range_.min and high <= range_.max:
     return
   outside = ((array < range_.min) | (array > range_.max)) & (np.isfinite(array) if floats else True)
-  bad = np.flatnonzero(outside.reshape(len(array), -1).any(axis=1))
-  if len(bad):
+  if outside.any():
     raise ValueError(
-      f"The {what} of {name!r} are {array.dtype} with {array[outside].flat[0]} in row "
-      f"{bad[0] if rows is None else rows[bad[0]]}, which {held} does not hold: number them anew "
+      f"The {what} of {name!r} are {array.dtype} with {array[outside].flat[0]} in "
+      f"{_place(outside, rows)}, which {held} does not hold: number them anew "
       "(np.unique(..., return_inverse=True), say), scale them, or set jax_enable_x64."
     )
+
+
+def _place(wrong: np.ndarray, rows: Any = None) -> str:
+  """Where the first of what is wrong stands, for a message.
+
+  >>> _place(np.array([[False, False], [False, True]]))
+  'row 1 at position 1'
+  """
+  row, *inside = np.argwhere(wrong)[0].tolist()
+  at = f" at position {', '.join(map(str, inside))}" if inside else ""
+  return f"row {row if rows is None else rows[row]}{at}"
+
+
+def check_tokens(inputs: Any, labels: np.ndarray, name: str, rows: Any = None) -> None:
+  """Raises for inputs of a language model that no network reads as they are meant.
+
+  Such inputs are a dict with ``tokens`` ``[N, L]``, as `from_text` makes them, and beside these
+  ``positions`` and ``segments``. Of tokens that lie alone, as an array, only the length is known.
+
+  Args:
+    inputs: the examples' inputs, as arrays.
+    labels: theirs; ``[N, L]`` integers where there is one a token.
+    name: of the data, for messages.
+    rows: the rows' numbers, for messages.
+
+  Raises:
+    ValueError: tokens, positions or segments are no integers or negative; a segment goes on after
+      another began; or there is one label more, or one fewer, than tokens.
+  """
+  given = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+  tokens = given.get("tokens")
+  if not isinstance(tokens, np.ndarray) or tokens.ndim != 2:
+    return
+  length, ours = tokens.shape[1], labels.shape[-1] if labels.ndim == 2 else None
+  whole = tokens.dtype.kind in "iu" and labels.dtype.kind in "iu"
+  if whole and ours is not None and abs(ours - length) == 1:
+    raise ValueError(
+      f"labels of {name!r} have {ours} positions and tokens {length}: position l predicts "
+      "labels[l], so both have L. data.shifted(windows of L + 1 tokens) makes the two, and weights."
+    )
+  if not isinstance(inputs, Mapping):
+    return
+  for key in ("tokens", "positions", "segments"):
+    one = given.get(key)
+    if not isinstance(one, np.ndarray):
+      continue
+    if one.shape != tokens.shape or one.dtype.kind not in "iu":
+      raise ValueError(
+        f"inputs {key!r} of {name!r} must be integers {list(tokens.shape)}, one a token, got "
+        f"{_check.show(one)}: a tokenizer's encode gives them."
+      )
+    if one.dtype.kind == "i" and one.min(initial=0) < 0:
+      where = one < 0
+      raise ValueError(
+        f"inputs {key!r} of {name!r} have {one[where][0]} in {_place(where, rows)}: they count "
+        "from 0, and what counts nowhere is told by weight=, never by -100."
+      )
+  segments = given.get("segments")
+  if isinstance(segments, np.ndarray):
+    before = np.maximum.accumulate(segments, axis=1)
+    again = (segments > 0) & (segments < before)
+    if again.any():
+      raise ValueError(
+        f"inputs 'segments' of {name!r} have {segments[again][0]} in {_place(again, rows)}, after "
+        f"{before[again][0]}: a row's documents are numbered as they come, 1, 1, 2, 2, 2, 0 "
+        "(padding), as data.pack has them."
+      )
 
 
 def ignored(labels: Any, ignore: float | None) -> Any:
@@ -443,17 +513,17 @@ def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
     labels = labels.astype(np.float32)
   none = ignored(labels, of.ignore)
 
-  def first(wrong: np.ndarray) -> int | None:
+  def first(wrong: np.ndarray) -> tuple[int, ...] | None:
     wrong = wrong if none is None else wrong & ~none
-    found = np.flatnonzero(wrong.reshape(len(labels), -1).any(axis=1))
-    return int(found[0]) if len(found) else None
+    found = np.argwhere(wrong)
+    return tuple(found[0].tolist()) if len(found) else None
 
   if labels.dtype.kind == "f":
     at = first(~np.isfinite(labels))
     if at is not None:
       raise ValueError(
-        f"labels of {of.name!r} are not finite in row {numbers[at]}: leave such rows out, or say "
-        "by ignore=float('nan') that NaN stands for no label."
+        f"labels of {of.name!r} are not finite in row {numbers[at[0]]}: leave such rows out, or "
+        "say by ignore=float('nan') that NaN stands for no label."
       )
     return labels.astype(np.float32, copy=False)
   if labels.dtype.kind not in "iu":
@@ -465,9 +535,7 @@ def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
   most = of.num_classes or _MOST_CLASSES
   at = first((labels < 0) | (labels >= most))
   if at is not None:
-    wrong = labels[at].reshape(-1)
-    wrong = wrong[(wrong < 0) | (wrong >= most)]
-    raise ValueError(_wrong_label(int(wrong[0]), numbers[at], of.num_classes, of.name, of.split))
+    raise ValueError(_wrong_label(int(labels[at]), numbers[at[0]], at[1:], of))
   # Of an example one number each; a mask of bytes stays what it is.
   compact = labels.ndim > 1 and labels.dtype.itemsize < 4
   return labels if compact else labels.astype(np.int32, copy=False)
@@ -491,15 +559,15 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   return found
 
 
-def _wrong_label(label: int, row: int, num_classes: int, name: str, split: str) -> str:
-  where = f"split {split!r} of {name!r}" if split else repr(name)
-  range_ = (
-    f"in 0 .. {num_classes - 1} (num_classes={num_classes})" if num_classes else "at 0 or more"
-  )
+def _wrong_label(label: int, row: int, inside: tuple[int, ...], of: Any) -> str:
+  K = of.num_classes
+  where = f"split {of.split!r} of {of.name!r}" if of.split else repr(of.name)
+  range_ = f"in 0 .. {K - 1} (num_classes={K})" if K else "at 0 or more"
+  at = f" at position {', '.join(map(str, inside))}" if inside else ""
   return (
-    f"labels of {where} must lie {range_}, but row {row} has {label}. -1 stands for a label that "
-    "is withheld: choose a split that has them, or labels=None; a number that stands for no label "
-    "(255 in many segmentations) is told by ignore=."
+    f"labels of {where} must lie {range_}, but row {row} has {label}{at}. -1 stands for a label "
+    "that is withheld: choose a split that has them, or labels=None; a number that stands for no "
+    "label (255 in many segmentations, -100 in Hugging Face's) is told by ignore=."
   )
 
 
@@ -610,6 +678,7 @@ def from_arrays(
     ignore=ignore,
   )
   labels = as_labels(labels, examples) if has_labels else labels
+  check_tokens(inputs, labels, name)
   weight = None if weight is None else as_weight(weight, labels, name)
   return dataclasses.replace(examples, labels=labels, weight=weight)
 

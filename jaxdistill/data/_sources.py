@@ -118,6 +118,7 @@ class Source:
     shown: ``() -> what is computed`` of an example before a network sees it, augmentation and
       normalisation, whichever way its rows come: by this too a run knows its data again.
     has_labels: whether any example has a label.
+    tokenizer: the digest of the tokenizer whose tokens the examples are; empty where nobody said.
   """
 
   shared: PyTree
@@ -141,6 +142,7 @@ class Source:
   contents: Callable[[], Mapping[str, str]] | None = None
   shown: Callable[[], Mapping[str, runs.Traced]] | None = None
   has_labels: bool = True
+  tokenizer: str = ""
 
   def __post_init__(self) -> None:
     # Here and not in `on_device`: dataclasses.replace makes sources too.
@@ -284,6 +286,7 @@ def on_device(
     contents=functools.cache(lambda: contents_of(shared) | sample_of(examples, known)),
     shown=functools.partial(shown_by, cut, shared),
     has_labels=examples.has_labels,
+    tokenizer=examples.tokenizer,
   )
 
 
@@ -601,6 +604,7 @@ def mixed(source: Source, transfer: Source, *, share: float) -> Source:
     contents=functools.partial(_both_contents, source, transfer),
     shown=functools.partial(_both_shown, source, transfer),
     has_labels=source.has_labels,
+    tokenizer=source.tokenizer or transfer.tokenizer,
   )
 
 
@@ -639,6 +643,12 @@ def _check_mix(source: Any, transfer: Any, share: Any) -> None:
     raise ValueError(
       f"share={share} must lie between 0 and 1, without them: for no transfer data leave mixed "
       "out, for nothing else train on the transfer source with labelled all 0."
+    )
+  read = [one.tokenizer for one in (source, transfer)]
+  if all(read) and read[0] != read[1]:
+    raise ValueError(
+      f"{source.name!r} has the tokens of tokenizer {read[0]} and {transfer.name!r} those of "
+      f"{read[1]}: make both of one tokenizer, data.from_text(texts, tokenizer)."
     )
   seen = [_normalised(one) for one in (source, transfer)]
   if seen[0] != seen[1]:

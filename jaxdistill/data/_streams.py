@@ -135,6 +135,7 @@ def streamed(
     contents=functools.partial(_contents, examples, known),
     shown=functools.partial(shown_by, cut, first),
     has_labels=examples.has_labels,
+    tokenizer=examples.tokenizer if isinstance(examples, Examples) else "",
   )
 
 

@@ -53,20 +53,25 @@ class Packed:
     return {"tokens": self.tokens, "positions": self.positions, "segments": self.segments}
 
 
-def shifted(tokens: Any, *, where: Any = None) -> tuple[Any, Any, Any]:
+def shifted(
+  tokens: Any, *, where: Any = None, vocabulary: int | None = None
+) -> tuple[Any, Any, Any]:
   """Windows of a text as what is read, what is predicted, and what of it counts.
 
   Args:
     tokens: ``[B, L+1]`` integers; NumPy's or JAX's.
     where: ``[B, L+1]``, which tokens may be learnt: 0 for a prompt's, which are read and not
       predicted. None for all.
+    vocabulary: V, which all tokens must lie below; None does not ask. The values of tokens and
+      weights are looked at where they are NumPy's, on the host.
 
   Returns:
     ``(inputs, labels, weight)``, each ``[B, L]``: ``labels[b, l]`` is ``tokens[b, l + 1]`` and
     ``weight[b, l]`` is ``where[b, l + 1]``, float32.
 
   Raises:
-    ValueError: the shapes or dtypes are others, or a window has fewer than two tokens.
+    ValueError: the shapes or dtypes are others, a window has fewer than two tokens, or a token or a
+      weight is out of range; the message names the row and the position.
 
   >>> inputs, labels, weight = shifted(np.array([[5, 6, 7, 8]]), where=[[0, 0, 1, 1]])
   >>> inputs.tolist(), labels.tolist(), weight.tolist()
@@ -77,10 +82,15 @@ def shifted(tokens: Any, *, where: Any = None) -> tuple[Any, Any, Any]:
     raise ValueError(f"tokens={_check.show(tokens)} must be an array of integers [B, L + 1].")
   if shape[1] < 2:
     raise ValueError(f"tokens has the shape {shape}: the last of L + 1 tokens is predicted alone.")
+  if vocabulary is not None:
+    _check.whole("vocabulary", vocabulary)
   xp = np if isinstance(tokens, np.ndarray) else jnp
   known = xp.ones(shape, np.float32) if where is None else xp.asarray(where, np.float32)
   if known.shape != shape:
     raise ValueError(f"where has the shape {known.shape}, and tokens {shape}; give one a token.")
+  if xp is np:
+    _check.tokens("tokens", tokens, vocabulary)
+    _check_weights("where", known)
   return tokens[:, :-1], tokens[:, 1:], known[:, 1:]
 
 
@@ -212,13 +222,7 @@ def _document(document: Any, number: int, vocabulary: int | None) -> np.ndarray:
       f"documents[{number}] has {len(tokens)} tokens, and nothing to predict: leave it out, or "
       "join it with its neighbour."
     )
-  most = vocabulary or 2**31
-  bad = np.flatnonzero((tokens < 0) | (tokens >= most))
-  if len(bad):
-    raise ValueError(
-      f"documents[{number}] has the token {tokens[bad[0]]} at position {bad[0]}; tokens lie in "
-      f"0 .. {most - 1}{' (vocabulary)' if vocabulary else ''}."
-    )
+  _check.tokens(f"documents[{number}]", tokens, vocabulary)
   return tokens.astype(np.int32)
 
 
@@ -230,9 +234,19 @@ def _known(where: Any, number: int, size: int) -> np.ndarray:
       f"where[{number}] must be numbers [{size}], one a token, got {_check.show(known)}."
     )
   known = known.astype(np.float32)
-  if not np.isfinite(known).all() or (known < 0).any():
-    raise ValueError(f"where[{number}] must be finite and not negative.")
+  _check_weights(f"where[{number}]", known)
   return known
+
+
+def _check_weights(name: str, known: np.ndarray) -> None:
+  """Raises for a weight that is negative or not finite."""
+  bad = ~np.isfinite(known) | (known < 0)
+  if bad.any():
+    *row, position = np.argwhere(bad)[0].tolist()
+    raise ValueError(
+      f"{name}{row or ''} must be finite and not negative, and is {known[(*row, position)]} at "
+      f"position {position}."
+    )
 
 
 def from_text(
@@ -265,7 +279,7 @@ def from_text(
   Returns:
     Examples: ``inputs`` a dict of ``tokens``, ``positions`` and ``segments`` ``[N, L]``, ``labels``
     and ``weight`` ``[N, L]``, ``num_classes`` V. ``version`` has the tokenizer's digest, so that a
-    run or a cache of other tokens is another.
+    run or a cache of other tokens is another, and ``tokenizer`` is it.
 
   Raises:
     TypeError: ``texts`` is nothing of these, or ``tokenizer`` is none.
@@ -305,7 +319,8 @@ def from_text(
   examples = from_arrays(
     packed.inputs, packed.labels, num_classes=tokenizer.vocabulary, weight=packed.weight, name=name
   )
-  return dataclasses.replace(examples, version=f"tokenizer {tokenizer.digest}")
+  digest = tokenizer.digest
+  return dataclasses.replace(examples, version=f"tokenizer {digest}", tokenizer=digest)
 
 
 def _texts(texts: Any, field: str, prompt: str | None) -> Iterator[tuple[str, str]]:

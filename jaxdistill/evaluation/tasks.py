@@ -163,6 +163,8 @@ class Task:
     fidelity: how those are read that compare with a teacher.
     keeps: ``(outputs, batch) -> {name: [B, ...]}``, traced: what a report keeps of every example
       beside what ``each`` gives, asked by `evaluation.examine` alone.
+    leads: metrics, also of those that compare with a teacher, with which a report's table begins;
+      the rest follows as it was measured.
     shows: what a report makes of what is kept. Where both are left out and ``finish`` is `ratios`,
       the metrics are means, and a report has them of each example: ``sums`` of it alone.
   """
@@ -181,6 +183,7 @@ class Task:
   fidelity: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
   keeps: Callable[[Outputs, Batch], Mapping[str, Any]] | None = None
   shows: Shows | None = None
+  leads: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
     if self.sums is None and self.each is None:
@@ -465,6 +468,7 @@ def _tokens(measured: _Tokens) -> Task:
     fidelity=_FIDELITY | beside,
     keeps=measured.keeps,
     shows=Shows(values=_of_sequences, parts=_by_position),
+    leads=("bits_per_byte", "perplexity", "agreement", "acceptance"),
   )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks._linen import linen
   from jaxdistill.networks._nnx import nnx, nnx_variables
   from jaxdistill.networks._precision import count_products, mixed_precision
+  from jaxdistill.networks._sample import sample
 
 __all__ = [
   "Path",  # where a feature comes from, when a string does not say enough
@@ -31,6 +32,7 @@ __all__ = [
   "nnx",  # an NNX module as a `Network`
   "nnx_variables",  # the variables of a module, as its network takes them
   "pretrained",  # language models in Hugging Face's folders, read into `models.Decoder` and written
+  "sample",  # continues prompts token by token, of any causal network; each row by its own key
   "weights",  # weights that other programs wrote, as variables of ours: Orbax, Flax's msgpack
 ]
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     report_schema,
     write_report,
   )
+  from jaxdistill.reports._texts import Texts, write_texts
 
 __all__ = [
   "Markup",  # a cell of our own Markdown, which `grid` leaves as it is
   "Measured",  # one model as `evaluation.examine` measured it
+  "Texts",  # how sample texts of language models are drawn
   "build_report",  # assembles a report from the measured models
   "compare_runs",  # compares the students of two runs on the examples that both were measured on
   "compare_students",  # baseline and student, runs of a folder or models, beside their teacher
@@ -43,6 +45,7 @@ __all__ = [
   "with_std",  # a mean and its standard deviation, which one run has not
   "write_comparison",  # writes the page, and beside it the same as ``.md`` and ``.json``
   "write_report",  # writes ``report.json``, ``report.md``, ``report.html`` and a picture
+  "write_texts",  # draws sample texts, which a report shows side by side
 ]
 
 __getattr__, __dir__ = lazy(__name__)

@@ -17,6 +17,7 @@ from jaxdistill.evaluation.predictions import Answers, Predictions
 from jaxdistill.evaluation.tasks import Shows, Task
 from jaxdistill.reports import _report
 from jaxdistill.reports._pages import analysis, document, exhibits
+from jaxdistill.reports._texts import Texts, write_texts
 from jaxdistill.types import Batch, Model, Network, Outputs, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
@@ -38,6 +39,7 @@ def compare_students(
   metadata: Mapping[str, Any] | None = None,
   show: exhibits.Show | None = None,
   task: Task | None = None,
+  texts: Texts | None = None,
   **about: Any,
 ) -> tuple[pathlib.Path, dict[str, Any]]:
   """Compares the runs ``baseline`` and ``student`` of an experiment's folder with their teacher.
@@ -57,6 +59,8 @@ def compare_students(
     metadata: columns to slice the split by, see `evaluation.predictions.column`.
     show: how an example is shown, see `exhibits.chosen`.
     task: what the labels mean; one class an example where left out.
+    texts: of language models, how sample texts of all three are drawn, which are shown side by
+      side; the examples are then `data.Examples`.
     **about: what `reports.build_report` takes beside the models. By default the examples' name and
       version, the split ``test``, seeds from 0 on, and no commands.
 
@@ -75,6 +79,10 @@ def compare_students(
   if not isinstance(task, Task):
     raise TypeError(
       f"task={_check.show(task)} must be an evaluation.tasks.Task, such as tasks.regression()."
+    )
+  if texts is not None and not (isinstance(texts, Texts) and isinstance(examples, Examples)):
+    raise TypeError(
+      f"texts={_check.show(texts)} must be reports.Texts(tokenizer), and examples data.Examples."
     )
   columns = _columns(metadata, batches, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
@@ -114,6 +122,8 @@ def compare_students(
     columns=columns,
     show=show,
   )
+  if texts is not None and isinstance(examples, Examples):
+    write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
   kept = found if found.models or found.details else None
   return _report.write_report(folder, result, predictions=kept), result
 

@@ -323,7 +323,7 @@ def render_report(
   derived = _derived(found)
   end = evidence.suffix(split)
   anew = {**_as_json(derived), "problems": found.problems}
-  report = {**found.report, **anew}
+  report = {**found.report, **anew, "texts": found.texts}
   if found.whole is not None:
     runs.write_json(found.folder / f"report{end}.json", document.known({**found.whole, **anew}))
   named = summary.picture_name(report, end)

@@ -1,7 +1,7 @@
 """Pre-flight checks: what is wrong with a distillation run, before it costs anything.
 
 `preflight` takes what `jaxdistill.train.fit` takes, and runs every check that its arguments allow.
-The checks themselves are functions of ``_checks``: `teacher_checks` and `pair_checks`.
+The checks themselves are functions of ``_checks``: `teacher_checks`, `pair_checks`, `token_checks`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from jaxdistill import _check, evaluation, runs, teachers
 from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import cost, logits_of, predictions, tasks
-from jaxdistill.search._checks import pair_checks, teacher_checks
+from jaxdistill.search._checks import pair_checks, teacher_checks, token_checks
 from jaxdistill.search._checks.findings import Finding, PreflightWarning
 from jaxdistill.search._checks.probes import (
   batches_of,
@@ -39,6 +39,7 @@ from jaxdistill.types import (
   Teacher,
   as_objective,
   present,
+  with_logits,
 )
 
 __all__ = ["FILE", "preflight"]
@@ -48,6 +49,8 @@ PyTree = Any
 FILE = "preflight.json"
 # Steps on a copy of the teacher, and the most examples in each: seconds on two cores of a CPU.
 _PROBE_STEPS, _PROBE_BATCH = 20, 64
+# Tokens that a language model's teacher is asked about, of training and of held-out text each.
+_TOKENS = 8192
 
 
 def preflight(
@@ -82,6 +85,11 @@ def preflight(
                      classes
   unequal_gradients  ``student``, ``objective``, ``data``
   calibration        ``teacher``, ``validation``; of classes
+  shifted_labels     ``teacher``, ``data`` or ``validation``; of tokens, as all below
+  targets            likewise: entropy and mass of its first tokens
+  vocabulary         likewise: columns that are no token of the data
+  context            ``teacher``, ``validation``: windows longer than its own
+  memorised          ``teacher``, ``data``, ``validation``: it has read the text
   =================  ===============================================================
 
   What asks for probabilities is left out where the task has no classes (`evaluation.tasks.Task`);
@@ -216,6 +224,7 @@ class _Asked:
         self.uniform_targets,
       ),
       (self.held_out, self.calibration),
+      (self.of_tokens, self.tokens),
     ]
     if not any(able for able, _ in asked):
       raise ValueError(
@@ -279,6 +288,15 @@ class _Asked:
     assert self.validation is not None
     logits, labels = said_of([self.teacher], self.validation)
     return logits[0], labels
+
+  @functools.cached_property
+  def of_tokens(self) -> bool:
+    """Whether the teacher puts out a distribution for each token."""
+    if self.taught is None or not self.classes or (self.source is None and not self.has_labels):
+      return False
+    batch = self.held_first if self.source is None else self.batch
+    shapes = jax.eval_shape(lambda teacher, b: with_logits(teacher(b)), self.taught, batch)
+    return token_checks.tokens_of(shapes, batch)
 
   @functools.cached_property
   def right(self) -> np.ndarray:
@@ -466,6 +484,33 @@ class _Asked:
     logits = jax.jit(logits_of)(self.taught, self.batch)
     logits = np.asarray(logits).reshape(-1, logits.shape[-1])
     return [pair_checks.uniform_targets(logits, self.temperatures)]
+
+  def tokens(self) -> list[Finding | None]:
+    """What is asked of a language model's teacher."""
+    assert self.taught is not None
+    size, train, held_out = 0 if self.source is None else self.source.num_classes, None, None
+    if self.source is not None and self.source.has_labels:
+      count = min(self.source.steps_per_epoch, -(-_TOKENS // self.batch.labels.size))
+      stacked = batches_of(self.source, 0, count, seed=self.seed)
+      each = (jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+      train = token_checks.probe_tokens(self.taught, each, vocabulary=size, most=_TOKENS)
+    if self.teacher is not None and self.has_labels:
+      assert self.validation is not None
+      batches = evaluation.batches_of(self.validation)
+      held_out = token_checks.probe_tokens(self.teacher, batches, vocabulary=size, most=_TOKENS)
+    first = train if held_out is None else held_out
+    if first is None:
+      return []
+    temperature = max(self.temperatures, default=None)
+    found = [
+      token_checks.shifted_labels(first),
+      token_checks.targets(first, temperature=temperature),
+      token_checks.padded_vocabulary(first, size),
+    ]
+    if held_out is not None:
+      found.append(token_checks.long_context(held_out))
+      found += [] if train is None else [token_checks.memorised(train, held_out)]
+    return found
 
   def calibration(self) -> list[Finding | None]:
     assert self.held_out is not None

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     RULES,
     answered,
     asked_on_host,
+    check_tokenizer,
     combine_logits,
     ensemble,
     frozen,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     members_of,
     restore,
     subset,
+    tokenizer_of,
+    vocabulary,
   )
   from jaxdistill.teachers._moving import decay_of, moving_average
   from jaxdistill.teachers.cache_writer import write
@@ -34,6 +37,7 @@ __all__ = [
   "answered",  # a teacher that can be compiled, for one batch
   "asked_on_host",  # whether a teacher is another program's
   "cached",  # a source whose batches bring the teacher's outputs along
+  "check_tokenizer",  # a teacher reads the tokens that it was trained on, or it is an error
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again
   "decay_of",  # of a teacher that is a moving average of its student
@@ -46,7 +50,9 @@ __all__ = [
   "moving_average",  # a teacher that is a moving average of its student: mean teacher
   "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
+  "tokenizer_of",  # the digest of the tokenizer whose tokens a teacher reads
   "verify_cache",  # checks every digest, count and id of a cache
+  "vocabulary",  # a language model's teacher with a vocabulary padded to another size
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
   "write",  # a cache written with NumPy alone: `cache_writer`, a file to copy into other programs
 ]

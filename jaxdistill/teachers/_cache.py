@@ -29,7 +29,7 @@ from jaxdistill._compile import by_work, quarter
 from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
-from jaxdistill.teachers._frozen import asked_on_host
+from jaxdistill.teachers._frozen import asked_on_host, check_tokenizer
 from jaxdistill.teachers._identity import PROBES, sketch
 from jaxdistill.teachers.cache_writer import row_type
 from jaxdistill.types import Batch, Outputs, Teacher
@@ -105,6 +105,7 @@ def cached(
     store, about = _foreign(source, folder)
   else:
     _check_teacher(teacher)
+    check_tokenizer(teacher, source.tokenizer, source.name)
     fill = Filler(teacher, source, dtype, tuple(features), batch_size)
     _check_size(limit, source, fill.layout)
     about = {

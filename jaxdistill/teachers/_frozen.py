@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdistill import _check, runs
+from jaxdistill.data.tokenizers import Tokenizer
 from jaxdistill.teachers import _identity
 from jaxdistill.teachers._foreign import OnHost
 from jaxdistill.teachers._moving import decay_of
@@ -31,6 +32,7 @@ __all__ = [
   "answered",
   "asked_on_host",
   "check_classes",
+  "check_tokenizer",
   "class_numbers",
   "combine_logits",
   "ensemble",
@@ -42,6 +44,8 @@ __all__ = [
   "repeated_classes",
   "restore",
   "subset",
+  "tokenizer_of",
+  "vocabulary",
 ]
 
 PyTree = Any
@@ -58,17 +62,19 @@ class _Inference:
     return self.network.apply(variables, batch.inputs, train=False, key=None)[0]
 
 
-def frozen(model: Model) -> Teacher:
+def frozen(model: Model, *, tokenizer: Tokenizer | None = None) -> Teacher:
   """A network and its variables as a teacher: evaluated in inference mode, gradients stopped.
 
   Args:
     model: what `jaxdistill.fit` returned; or ``Model(network, variables)``.
+    tokenizer: of a language model, the tokenizer whose tokens it was trained on: it is then refused
+      to teach on tokens of another, which as large a vocabulary would not show. None does not ask.
 
   Returns:
     The teacher; its variables are the model's, no copy of them.
 
   Raises:
-    TypeError: ``model`` is none.
+    TypeError: ``model`` is none, or ``tokenizer``.
     ValueError: it holds the variables of several seeds.
   """
   if not isinstance(model, Model):
@@ -81,8 +87,58 @@ def frozen(model: Model) -> Teacher:
       f"model holds {model.seeds} seeds of {model.network.name!r}: give one of model.unstack(), "
       "or teachers.ensemble(model.unstack())."
     )
-  one = model.instance(0)
-  return Teacher(one.variables, _Inference(one.network), _asked("frozen"))
+  one, read = model.instance(0), {}
+  if tokenizer is not None:
+    read = {"tokenizer": _digest(tokenizer)}
+  return Teacher(one.variables, _Inference(one.network), _asked("frozen", **read))
+
+
+def _digest(tokenizer: Any) -> str:
+  if not isinstance(tokenizer, Tokenizer):
+    raise TypeError(
+      f"tokenizer={_check.show(tokenizer)} must be one of data.tokenizers: utf8(), "
+      "characters(...), load('tokenizer.json')."
+    )
+  return tokenizer.digest
+
+
+def tokenizer_of(teacher: Teacher) -> str | None:
+  """The digest of the tokenizer whose tokens a teacher reads; None where nobody said it.
+
+  Args:
+    teacher: a teacher; of one that is made of several, the first that says it.
+
+  >>> tokenizer_of(Teacher({}, lambda v, batch: Outputs()))
+  """
+
+  def found(asked: Any) -> Any:
+    if not isinstance(asked, Mapping):
+      return None
+    inside = (found(one) for one in asked.get("of", ()))
+    return asked.get("tokenizer") or next(filter(None, inside), None)
+
+  digest = found(_identity.asked_of(teacher))
+  return digest if isinstance(digest, str) else None
+
+
+def check_tokenizer(teacher: Teacher | None, read: str, name: str) -> None:
+  """Raises where a teacher would read tokens of a tokenizer that is not its own.
+
+  Its numbers would be finite, and mean nothing: token 17 is another text to it.
+
+  Args:
+    teacher: a teacher, or None.
+    read: the digest of the tokenizer of what it shall read; empty where nobody knows.
+    name: what that is, for the message.
+  """
+  theirs = None if teacher is None or not read else tokenizer_of(teacher)
+  if theirs is not None and theirs != read:
+    raise ValueError(
+      f"teacher reads tokens of the tokenizer {theirs}, and {name!r} has those of {read}: the same "
+      "number is another text to it, however large the vocabularies. Make the data of the "
+      "teacher's own tokenizer (data.from_text), or take a teacher of this one; where both number "
+      "their tokens alike, leave tokenizer= of teachers.frozen out."
+    )
 
 
 def _asked(kind: str, *of: Teacher, **what: Any) -> str:
@@ -123,7 +179,11 @@ def members_of(teacher: Teacher) -> list[Model]:
   if isinstance(apply, _Ensemble):
     each = [Teacher(v, a) for a, v in zip(apply.members, variables, strict=True)]
     return [model for one in each for model in members_of(one)]
-  return members_of(Teacher(variables, apply.of)) if isinstance(apply, _Subset | _Grouped) else []
+  return (
+    members_of(Teacher(variables, apply.of))
+    if isinstance(apply, _Subset | _Grouped | _Vocabulary)
+    else []
+  )
 
 
 def asked_on_host(teacher: Teacher) -> bool:
@@ -136,7 +196,9 @@ def asked_on_host(teacher: Teacher) -> bool:
   def on_host(apply: Any) -> bool:
     if isinstance(apply, _Ensemble):
       return any(map(on_host, apply.members))
-    return on_host(apply.of) if isinstance(apply, _Subset | _Grouped) else isinstance(apply, OnHost)
+    if isinstance(apply, _Subset | _Grouped | _Vocabulary):
+      return on_host(apply.of)
+    return isinstance(apply, OnHost)
 
   return on_host(teacher.apply)
 
@@ -316,6 +378,9 @@ def ensemble(
     raise ValueError(f"rule={rule!r} is unknown; it is one of {', '.join(RULES)}.")
   share = _shares(weights, len(members)).tolist()
   taught = [_teacher(f"members[{m}]", member) for m, member in enumerate(members)]
+  read = sorted({digest for one in taught if (digest := tokenizer_of(one)) is not None})
+  if len(read) > 1:
+    raise ValueError(f"members read tokens of different tokenizers, {read}: give those of one.")
   apply = _Ensemble(tuple(one.apply for one in taught), rule, tuple(share))
   asked = _asked("ensemble", *taught, rule=rule, weights=share)
   return Teacher([one.variables for one in taught], apply, asked)
@@ -426,6 +491,71 @@ def grouped(
   fine, numbers = _teacher("teacher", teacher), [m.tolist() for m in members]
   apply = _Grouped(fine.apply, tuple(map(tuple, numbers)), every)
   return Teacher(fine.variables, apply, _asked("grouped", fine, groups=numbers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+  of: Callable[[PyTree, Batch], Outputs]
+  size: int
+
+  def __call__(self, variables: PyTree, batch: Batch) -> Outputs:
+    return _narrowed(self.of(variables, batch), self)
+
+  def of_logits(self, logits: Any) -> jax.Array:
+    check_classes("size", np.zeros(0, int), logits)
+    missing = self.size - logits.shape[-1]
+    if missing <= 0:
+      return logits[..., : self.size]
+    # Never 0.0, which is a probability like any other's.
+    never = jnp.full((*logits.shape[:-1], missing), -jnp.inf, logits.dtype)
+    return jnp.concatenate([logits, never], axis=-1)
+
+
+def vocabulary(
+  teacher: Model | Teacher, size: int, *, tokenizer: Tokenizer | None = None
+) -> Teacher:
+  """A language model whose vocabulary was padded to another size, as a teacher of this size.
+
+  Vocabularies are padded to please a device (151,936 and 152,064 rows for the same 151,669
+  tokens), so that two networks of one tokenizer differ in their last columns alone. Those beyond
+  ``size`` are left out, and the rest renormalised; those that are missing get a logit of −∞: no
+  probability, and no gradient. (A reverse KL of a student that gives them some is as large as
+  floats go: train it with its own padding cut off.)
+
+  The numbers must mean the same tokens, which no size can tell: with ``tokenizer`` it is asked.
+
+  Args:
+    teacher: a model, or a teacher, with logits ``[..., V]``.
+    size: the student's vocabulary.
+    tokenizer: the student's. It must be the teacher's, where that is known (`frozen`).
+
+  Returns:
+    A teacher with logits ``[..., size]``, which are made where somebody looks at them, and the
+    other's features.
+
+  Raises:
+    TypeError: ``teacher`` is neither a model nor a teacher, or ``size`` no integer.
+    ValueError: ``size`` is below 1, or below the tokenizer's vocabulary, or the tokenizers differ:
+      the message has both digests.
+
+  >>> from jaxdistill.types import make_batch
+  >>> three = Teacher({}, lambda v, batch: Outputs(logits=jnp.array([[1.0, 2.0, 3.0]])))
+  >>> batch = make_batch(jnp.zeros((1, 1)))
+  >>> [vocabulary(three, size)(batch).logits.tolist() for size in (2, 4)]
+  [[[1.0, 2.0]], [[1.0, 2.0, 3.0, -inf]]]
+  """
+  _check.whole("size", size)
+  whole = _teacher("teacher", teacher)
+  if tokenizer is not None:
+    check_tokenizer(whole, _digest(tokenizer), "the student's text")
+    if size < tokenizer.vocabulary:
+      raise ValueError(
+        f"size={size} is below the {tokenizer.vocabulary} tokens of the tokenizer, of which the "
+        f"last would be cut off: give at least {tokenizer.vocabulary}."
+      )
+  return Teacher(
+    whole.variables, _Vocabulary(whole.apply, size), _asked("vocabulary", whole, size=size)
+  )
 
 
 def layers(variables: Mapping[str, PyTree], pairs: Mapping[str, str]) -> dict[str, PyTree]:

@@ -108,13 +108,17 @@ def in_chunks(
 
 @jax.tree_util.register_pytree_node_class
 class _NoFeatures(dict[str, Any]):
-  """What stands where features would: an error for whoever looks one up."""
+  """What stands where features would: an error for whoever looks one up, or asks for it."""
 
   def __missing__(self, name: str) -> Any:
     raise ValueError(
       f"the objective reads features[{name!r}], and in chunks of tokens there are logits alone: "
       "take that term outside, recipes.combine(train.in_chunks(...), recipes.hint(...))."
     )
+
+  def __contains__(self, name: object) -> bool:
+    # A recipe that finds it missing would say that the network does not put it out.
+    return bool(self.__missing__(str(name)))
 
   def tree_flatten(self) -> tuple[tuple[()], None]:
     """No leaves."""

@@ -18,7 +18,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill.data import Source
 from jaxdistill.runs import holding
-from jaxdistill.teachers import asked_on_host
+from jaxdistill.teachers import asked_on_host, check_tokenizer
 from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, deployed_variables
@@ -100,7 +100,8 @@ class Plan:
 
     Raises:
       TypeError: an argument is of another kind than it must be.
-      ValueError: one is out of range, or holds NaN; sources and seeds do not pair up.
+      ValueError: one is out of range, or holds NaN; sources and seeds do not pair up; the teacher
+        reads other tokens than the data has.
     """
     network, start = check_student(student)
     check_teacher(teacher)
@@ -112,6 +113,8 @@ class Plan:
     made = in_chunks(objective, tokens_at_once=tokens_at_once)
     check_hyper(made, steps)
     seeds, sources = check_seeds(seed, data)
+    for source in sources:
+      check_tokenizer(teacher, source.tokenizer, source.name)
     several = np.ndim(seed) > 0
     if isinstance(student, Model) and student.seeds not in (None, len(seeds)):
       raise ValueError(

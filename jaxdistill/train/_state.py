@@ -374,6 +374,12 @@ def _check_classes(student: Outputs, teacher: Outputs | None) -> None:
     return
   ours, theirs = student.logits.shape, teacher.logits.shape
   if ours[-1] != theirs[-1]:
+    if len(ours) == 3:  # [B, L, V] of tokens: padding, more likely than not
+      raise ValueError(
+        f"the student puts out a vocabulary of {ours[-1]} and the teacher one of {theirs[-1]}; "
+        f"where both read the same tokens, take teachers.vocabulary(teacher, {ours[-1]}), which "
+        "cuts the padding off, or adds some without probability."
+      )
     raise ValueError(
       f"the student puts out {ours[-1]} classes (logits {ours}) and the teacher {theirs[-1]} "
       f"(logits {theirs}); build the student with num_classes={theirs[-1]}, or give a teacher "

@@ -284,6 +284,130 @@ def test_tokens(tmp_path):
   late = np.mean([np.average(one[:, here], weights=weight[:, here]) for one in each])
   assert rows[2]["values"]["student"]["mean"] == pytest.approx(late, rel=1e-4)
   assert "perplexity" in numbers["models"]["student"]
+  rows = [line.split("|")[1].strip() for line in table_of(tmp_path)]
+  assert rows[:3] == ["perplexity", "agrees with teacher, %", "acceptance of drafts, %"]
+  assert "negative log-likelihood" in rows
+
+
+def table_of(folder):
+  """The lines of the first table of a report, without its head."""
+  text = (folder / "report.md").read_text()
+  return (
+    text[text.index("| perplexity") if "| bits" not in text else text.index("| bits") :]
+    .split("\n\n")[0]
+    .splitlines()
+  )
+
+
+PLAY = "to be<script>alert(1)</script> or not `to` be & so | on\n" * 12
+
+
+def writer(tokenizer, seed, count=None):
+  """A network that says of each token which it saw after it, and of the rest little."""
+  tokens = tokenizer.encode(PLAY)
+  table = np.random.default_rng(seed).normal(scale=0.5, size=(tokenizer.vocabulary,) * 2)
+  np.add.at(table, (tokens[:-1], tokens[1:]), 0.1)
+
+  def apply(variables, inputs, *, train, key):
+    return Outputs(logits=variables["table"][inputs["tokens"]]), {}
+
+  network = Network(init=lambda key, inputs: {}, apply=apply)
+  table = jnp.asarray(table, jnp.float32)
+  return Model(network, {"table": table if count is None else jnp.stack([table] * count)}, count)
+
+
+def written(folder, *, seed=1, **options):
+  """A report of language models with sample texts."""
+  tokenizer = data.tokenizers.characters(PLAY)
+  examples = data.from_text(PLAY, tokenizer, length=24)
+  folder.mkdir()
+  _, numbers = reports.compare_students(
+    folder,
+    network={"baseline": writer(tokenizer, 3, 2), "student": writer(tokenizer, seed, 2)},
+    teacher=teachers.frozen(writer(tokenizer, 0), tokenizer=tokenizer),
+    batches=data.evaluation_batches(examples, batch_size=8),
+    examples=examples,
+    task=tasks.tokens(token_bytes=tokenizer.bytes),
+    texts=reports.Texts(tokenizer, prompt=10, length=30, **options),
+  )
+  return numbers, json.loads((folder / "texts.json").read_text())
+
+
+def test_a_report_of_language_models_begins_with_bits_and_shows_texts(tmp_path):
+  numbers, told = written(tmp_path / "a", count=3, temperature=0.5, seed=1)
+  jsonschema.validate(
+    json.loads((tmp_path / "a" / "report.json").read_text()), reports.report_schema()
+  )
+  rows = [line.split("|")[1].strip() for line in table_of(tmp_path / "a")]
+  leads = ["bits a byte", "perplexity", "agrees with teacher, %", "acceptance of drafts, %"]
+  assert rows[:4] == leads
+  assert numbers["models"]["student"]["bits_per_byte"]["mean"] == pytest.approx(
+    numbers["models"]["student"]["nll"]["mean"] / np.log(2), rel=1e-6
+  )  # each of these characters is one byte
+  assert told["temperature"] == 0.5
+  assert [len(one["prompt"]) for one in told["texts"]] == [10] * 3
+  assert all(one["prompt"] + one["goes_on"] in PLAY for one in told["texts"])
+  voices = [
+    one["said"][name] for one in told["texts"] for name in ("teacher", "baseline", "student")
+  ]
+  assert {len(text) for text in voices} == {30}
+  assert len(set(voices)) == 9
+  page = (tmp_path / "a" / "report.html").read_text()
+  assert "texts" in sections(tmp_path / "a")
+  assert "<script>alert" not in page
+  seen, text = text_of(tmp_path / "a"), (tmp_path / "a" / "report.md").read_text()
+  assert "temperature 0.5" in seen
+  assert "seed 0" in seen
+  for one in voices:
+    assert " ".join(one.split()) in seen
+    assert one.splitlines()[0] in text
+  # Pages are made again without a network, and of texts that were damaged they say so.
+  (tmp_path / "a" / "texts.json").write_text('{"texts": [{"prompt": 3}]}')
+  assert command.main([str(tmp_path / "a")]) == 0
+  assert "texts" not in sections(tmp_path / "a")
+  assert "A sample text of texts.json is none" in text_of(tmp_path / "a")
+
+
+@pytest.mark.slow
+def test_two_runs_show_what_both_students_write(tmp_path, capsys):
+  told = {
+    name: written(tmp_path / name, seed=seed, count=2)[1] for name, seed in (("a", 1), ("b", 2))
+  }
+  out = tmp_path / "both.html"
+  assert command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)]) == 0
+  seen, printed = text_of(tmp_path, "both.html"), capsys.readouterr().out
+  for one in told.values():
+    for row in one["texts"]:
+      assert " ".join(row["said"]["student"].split()) in seen
+      assert row["said"]["student"].splitlines()[0] in printed
+      assert " ".join(row["said"]["teacher"].split()) not in seen
+  other = json.loads((tmp_path / "b" / "texts.json").read_text())
+  (tmp_path / "b" / "texts.json").write_text(json.dumps({**other, "seed": 5}))
+  compared = reports.compare_runs(tmp_path / "a", tmp_path / "b", resamples=100)
+  assert compared.numbers["texts"] is None  # other noise: nothing to hold side by side
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"prompt": 0}, "prompt=0"),
+    ({"temperature": -1.0}, "temperature must be at least 0"),
+    ({"prompt": 25}, "texts.prompt=25, and no window of 24"),
+    ({"tokenizer": data.tokenizers.utf8()}, "examples are of the tokenizer"),
+  ],
+)
+def test_texts_that_cannot_be_drawn_are_refused(tmp_path, options, message):
+  tokenizer = data.tokenizers.characters(PLAY)
+  examples = data.from_text(PLAY, tokenizer, length=24)
+  models = {"student": writer(tokenizer, 0)}
+
+  def write():
+    texts = reports.Texts(**{"tokenizer": tokenizer, **options})
+    reports.write_texts(tmp_path, texts, models, examples)
+
+  with pytest.raises(ValueError, match=message):
+    write()
+  assert not (tmp_path / "texts.json").exists()
 
 
 def sums(outputs, batch):

@@ -15,8 +15,14 @@ import scipy.special
 import small_networks
 from jaxdistill import data, evaluation, losses, networks, recipes, search, teachers, train
 from jaxdistill.networks import models
-from jaxdistill.search._checks import calibration, pair_checks, probes, teacher_checks
-from jaxdistill.types import Model, Objective, Term, as_objective, make_batch
+from jaxdistill.search._checks import (
+  calibration,
+  pair_checks,
+  probes,
+  teacher_checks,
+  token_checks,
+)
+from jaxdistill.types import Model, Objective, Outputs, Teacher, Term, as_objective, make_batch
 
 CLASSES = 3
 
@@ -667,3 +673,140 @@ def test_a_teacher_that_says_the_same_of_all_is_said():
   dead = Model(network, jax.tree.map(jnp.zeros_like, model.variables))
   found = quiet(data=source(), teacher=teachers.frozen(dead))
   assert "collapsed" in names(found)
+
+
+WORDS, LENGTH = 11, 16
+
+
+def chain(count=64, seed=0, noise=0.1):
+  """Windows ``[count, LENGTH + 1]``: each token's successor is its own, but for some noise."""
+  random = np.random.default_rng(seed)
+  after = np.random.default_rng(5).permutation(WORDS)
+  tokens = [random.integers(0, WORDS, count)]
+  for _ in range(LENGTH):
+    other = random.random(count) < noise
+    tokens.append(np.where(other, random.integers(0, WORDS, count), after[tokens[-1]]))
+  return np.stack(tokens, axis=1), after
+
+
+def knows(sure=4.0, size=WORDS, late=0.0):
+  """A teacher that knows each token's successor; towards a window's end less so, by ``late``."""
+  _, after = chain()
+  table = np.zeros((WORDS, size), np.float32)
+  table[np.arange(WORDS), after] = sure
+
+  def apply(variables, batch):
+    tokens = batch.inputs["tokens"]
+    fade = jnp.linspace(1.0, 1.0 - late, tokens.shape[1], dtype=jnp.float32) if late else 1.0
+    z = variables["table"][tokens]
+    return Outputs(logits=z * (fade[None, :, None] if late else 1.0))
+
+  return Teacher({"table": jnp.asarray(table)}, apply)
+
+
+def told_of(tokens, shift=0, **options):
+  """Examples of windows whose labels are shifted once too often (1), or not at all (−1)."""
+  inputs, labels = tokens[:, 1:-2], tokens[:, 2 + shift : tokens.shape[1] - 1 + shift]
+  return data.from_arrays({"tokens": inputs}, labels, num_classes=WORDS, **options)
+
+
+def read(examples):
+  """What `preflight` is given of these: training batches, and held-out ones."""
+  return data.on_device(examples, batch_size=16, data_seed=0)
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+def test_labels_that_are_shifted_wrongly_are_seen_by_the_teachers_loss(shift):
+  examples = told_of(chain()[0], shift)
+  found = quiet(data=read(examples), teacher=knows())
+  assert names(found) == ([] if shift == 0 else ["shifted_labels"])
+  for one in found:
+    assert one.values["shift"] == -shift
+    assert "data.shifted" in one.fix
+    assert min(one.values["nll"], key=one.values["nll"].get) == str(-shift)
+  # Held out they are seen as well, without any training data.
+  held_out = data.evaluation_batches(examples, batch_size=16)
+  asked = token_checks.probe_tokens(knows(), [jax.tree.map(lambda x: x[0], held_out)])
+  assert (token_checks.shifted_labels(asked) is None) == (shift == 0)
+
+
+def test_labels_of_other_documents_and_of_prompts_say_nothing_of_the_shift():
+  examples = told_of(chain()[0], 0, weight=np.tile(np.arange(LENGTH - 2) % 2, (64, 1)))
+  probed = token_checks.probe_tokens(
+    knows(),
+    [
+      make_batch(
+        {"tokens": jnp.asarray(examples.inputs["tokens"])},
+        jnp.asarray(examples.labels),
+        weight=jnp.asarray(examples.weight),
+      )
+    ],
+  )
+  assert not probed.between.any()  # no two neighbours count
+  assert token_checks.shifted_labels(probed) is None
+
+
+def test_what_a_teacher_says_of_tokens_by_hand():
+  examples = told_of(chain(4)[0])
+  batch = make_batch(
+    {"tokens": jnp.asarray(examples.inputs["tokens"])}, jnp.asarray(examples.labels)
+  )
+  probed = token_checks.probe_tokens(knows(2.0, size=WORDS + 2), [batch], vocabulary=WORDS)
+  p = scipy.special.softmax(np.r_[2.0, np.zeros(WORDS + 1)])
+  np.testing.assert_allclose(probed.entropy, -(p * np.log(p)).sum(), rtol=1e-5)  # float32
+  np.testing.assert_allclose(probed.mass[1], p[0], rtol=1e-5)
+  np.testing.assert_allclose(probed.mass[8], p[:8].sum(), rtol=1e-5)
+  np.testing.assert_allclose(probed.beyond, 2 * p[1], rtol=1e-5)
+  assert sorted(probed.mass) == [1, 8]  # there are no 64
+  assert probed.vocabulary == WORDS + 2
+  z = np.asarray(knows(2.0).variables["table"])[examples.inputs["tokens"]]
+  by_hand = -np.take_along_axis(
+    scipy.special.log_softmax(np.concatenate([z, np.zeros((*z.shape[:2], 2))], axis=-1), axis=-1),
+    examples.labels[..., None],
+    axis=-1,
+  )[..., 0]
+  np.testing.assert_allclose(probed.nll[1], by_hand, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("teacher", "expected"),
+  [
+    (knows(30.0), ["targets"]),
+    (knows(0.01), ["targets"]),
+    (knows(4.0, size=WORDS + 9), ["vocabulary"]),
+    (knows(4.0, late=0.9), ["context"]),
+    (knows(4.0), []),
+  ],
+)
+def test_what_a_language_models_teacher_is_asked(teacher, expected):
+  train_text, held_out = (told_of(chain(64, seed)[0]) for seed in (1, 2))
+  found = quiet(
+    data=read(train_text),
+    teacher=teacher,
+    validation=data.evaluation_batches(held_out, batch_size=16),
+    task=evaluation.tasks.tokens(),
+  )
+  ours = {"shifted_labels", "targets", "vocabulary", "context", "memorised"}
+  assert [name for name in names(found) if name in ours] == expected
+
+
+def test_a_teacher_that_has_read_the_text_is_named():
+  # It knows the training text's own successors; the held-out text has others, half of the time.
+  train_text, _ = chain(64, 1, noise=0.02)
+  held_out, _ = chain(64, 2, noise=0.6)
+  batches = [
+    token_checks.probe_tokens(
+      knows(),
+      [
+        make_batch(
+          {"tokens": jnp.asarray(told_of(text).inputs["tokens"])}, jnp.asarray(told_of(text).labels)
+        )
+      ],
+    )
+    for text in (train_text, held_out)
+  ]
+  found = token_checks.memorised(*batches)
+  assert found.check == "memorised"
+  assert found.values["train"] < found.values["held_out"]
+  assert token_checks.memorised(*batches[::-1]) is None
+  assert token_checks.memorised(batches[0], batches[0]) is None

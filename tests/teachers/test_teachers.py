@@ -1,5 +1,7 @@
 """Teachers: frozen, combined, restored."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from scipy import special
 
 import small_networks
-from jaxdistill import data, losses, networks, recipes, runs, teachers, train
+from jaxdistill import data, losses, networks, recipes, runs, teachers, train, types
 from jaxdistill.types import Model, Outputs, Teacher, make_batch
 
 BATCH = make_batch(jnp.ones((2, 3)))
@@ -451,3 +453,66 @@ def test_a_subset_keeps_the_order_that_it_was_given():
   one = model(4)
   whole = teachers.frozen(one)(BATCH).logits
   np.testing.assert_array_equal(teachers.subset(one, [2, 0])(BATCH).logits, whole[:, [2, 0]])
+
+
+def tokenizers_of(*texts):
+  return [data.tokenizers.characters(text) for text in texts]
+
+
+def test_a_padded_vocabulary_is_cut_or_gets_columns_without_probability():
+  logits = jnp.asarray(LOGITS, jnp.float32)  # [3, 4, 5]
+  whole = Teacher({}, lambda variables, batch: Outputs(logits=logits, features={"mid": logits}))
+  batch = make_batch(jnp.ones((3, 4)))
+  cut, same, padded = (teachers.vocabulary(whole, size)(batch) for size in (3, 5, 7))
+  np.testing.assert_array_equal(cut.logits, logits[..., :3])
+  np.testing.assert_array_equal(same.logits, logits)
+  np.testing.assert_array_equal(padded.logits[..., :5], logits)
+  p = jax.nn.softmax(padded.logits, axis=-1)
+  np.testing.assert_array_equal(p[..., 5:], 0)
+  np.testing.assert_allclose(p[..., :5], jax.nn.softmax(logits, axis=-1), rtol=1e-6)  # float32
+  assert cut.features["mid"] is logits
+  # A student with the padding learns nothing of it but that it is not there.
+  student = jnp.zeros((3, 4, 7))
+  value, slope = jax.value_and_grad(
+    lambda z: jnp.mean(losses.soft_target_kl(z, padded.logits, temperature=2.0))
+  )(student)
+  assert np.isfinite(value)
+  assert np.isfinite(slope).all()
+  assert (slope[..., 5:] > 0).all()  # downwards
+
+
+def test_a_vocabulary_is_padded_where_logits_are_made():
+  hidden = jnp.asarray(LOGITS, jnp.float32)
+  head = types.Head(jnp.asarray(np.random.default_rng(1).normal(size=(5, 6)), jnp.float32))
+  whole = Teacher(head, lambda head, batch: Outputs(hidden=hidden, head=head))
+  found = teachers.vocabulary(whole, 8)(make_batch(jnp.ones((3, 4))))
+  assert found.logits is None
+  np.testing.assert_array_equal(found.head(found.hidden)[..., :6], head(hidden))
+  assert types.with_logits(found).logits.shape == (3, 4, 8)
+
+
+def test_a_teacher_reads_the_tokens_of_its_own_tokenizer():
+  ours, theirs = tokenizers_of("abc", "abd")
+  assert ours.vocabulary == theirs.vocabulary  # which proves nothing
+  made = model(3)
+  taught = teachers.frozen(made, tokenizer=theirs)
+  assert teachers.tokenizer_of(taught) == theirs.digest
+  assert teachers.tokenizer_of(teachers.frozen(made)) is None
+  combined = teachers.ensemble([teachers.frozen(made), teachers.subset(taught, [0, 1])])
+  assert teachers.tokenizer_of(combined) == theirs.digest
+  digests = rf"{theirs.digest}.*{ours.digest}"
+  with pytest.raises(ValueError, match=digests):
+    teachers.vocabulary(taught, 3, tokenizer=ours)
+  assert teachers.tokenizer_of(teachers.vocabulary(taught, 3, tokenizer=theirs)) == theirs.digest
+  read = data.from_text("abcabcab", ours, length=2)
+  assert read.tokenizer == ours.digest
+  for make in (data.on_device, data.streamed):
+    source = make(read, batch_size=2, data_seed=0)
+    assert source.tokenizer == ours.digest
+    with pytest.raises(ValueError, match=digests):
+      teachers.cached(taught, dataclasses.replace(source, views=1))
+  other = data.on_device(data.from_text("abdabd", theirs, length=2), batch_size=2, data_seed=0)
+  with pytest.raises(ValueError, match="of tokenizer"):
+    data.mixed(source, other, share=0.5)
+  with pytest.raises(ValueError, match="different tokenizers"):
+    teachers.ensemble([taught, teachers.frozen(made, tokenizer=ours)])

@@ -47,6 +47,7 @@ _GAP = {"value": None, "low": None, "high": None, "note": None}
 _REPORT: dict[str, Any] = {
   **dict.fromkeys(("dataset", "split", "varied", "verdict"), ""),
   **dict.fromkeys(("examples", "fidelity", "baseline_fidelity", "gain", "decision", "lost")),
+  "texts": None,  # which lie beside report.json
   "seeds": [],
   "models": {},
   "gap_closed": _GAP,
@@ -85,6 +86,7 @@ def about(task: Task, measured: Sequence[str]) -> dict[str, Any]:
     "metrics": {name: _read(name, read.get(name)) for name in dict.fromkeys(names)},
     "fidelity": {name: _read(name, one) for name, one in task.fidelity.items()},
     "shows": task.shown.forms,
+    "leads": list(task.leads),
   }
 
 
@@ -166,7 +168,7 @@ def complete(report: Mapping[str, Any]) -> dict[str, Any]:
   {'mean': None, 'std': None}
   """
   there = report.get("models", {})
-  task = {"fidelity": {}, "shows": [], **(report.get("task") or classes())}
+  task = {"fidelity": {}, "shows": [], "leads": [], **(report.get("task") or classes())}
   names = task["metrics"]
   made = {
     name: {**_MODEL, **dict.fromkeys(names, _SPREAD), **_spreads(there[name])}

@@ -31,8 +31,10 @@ from jaxdistill.reports._pages.document import (
 )
 from jaxdistill.reports._pages.validation import read_json, sound
 
-__all__ = ["Evidence", "read", "suffix", "values"]
+__all__ = ["TEXTS", "Evidence", "read", "suffix", "values"]
 
+# Sample texts, of a split.
+TEXTS = "texts{}.json"
 _EXPORTS = 1  # the version of exports.json that is known
 # What follows from the rest, and is made anew.
 _DERIVED = (
@@ -56,6 +58,8 @@ class Evidence:
     findings: of the pre-flight checks, ``{"check", "message", "fix"}``; None where there were none.
     budget: ``{"limits": {name: limit}, "costs": {name: cost}}`` from ``budget.json``; empty where
       there is none.
+    texts: sample texts, ``{"seed", "temperature", "length", "texts"}``, each of the last
+      ``{"index", "prompt", "goes_on", "said": {model: text}}``; None where there are none.
     configs: ``config.json`` of the folder (by the name ``""``) and of each run in it.
     problems: what is missing or broken, in sentences.
     doubts: those of them that speak against the student, or against the numbers about it.
@@ -71,6 +75,7 @@ class Evidence:
   exports: dict[str, Any] | None
   findings: list[dict[str, str]] | None
   budget: dict[str, Any]
+  texts: dict[str, Any] | None
   configs: dict[str, dict[str, Any]]
   problems: list[str]
   doubts: list[str]
@@ -147,6 +152,7 @@ def read(folder: str | os.PathLike[str], split: str = "test") -> Evidence:
     exports=_exports(folder, problems),
     findings=_findings(folder, problems),
     budget=_budget(folder / "budget.json", problems),
+    texts=_texts(folder / TEXTS.format(end), problems),
     configs={
       name: _mapping(
         folder / name / "config.json", f"The configuration of {(folder / name).name}", problems
@@ -438,6 +444,33 @@ def _findings(run: pathlib.Path, problems: list[str]) -> list[dict[str, str]] | 
   keys = ("check", "message", "fix")
   rows = [{key: str(one.get(key) or "") for key in keys} for one in every if isinstance(one, dict)]
   return rows if checked else None
+
+
+def _texts(path: pathlib.Path, problems: list[str]) -> dict[str, Any] | None:
+  """Sample texts, as far as they are whole."""
+  found = _mapping(path, "The sample texts", problems)
+  rows = found.get("texts")
+  if not isinstance(rows, list):
+    return None
+  kept = []
+  for one in rows:
+    said = one.get("said") if isinstance(one, dict) else None
+    if not isinstance(said, dict) or not isinstance(one.get("prompt"), str):
+      problems.append(f"A sample text of {path.name} is none, and is left out.")
+      continue
+    texts = {name: said[name] for name in MODELS if isinstance(said.get(name), str)}
+    index, rest = one.get("index"), one.get("goes_on")
+    kept.append(
+      {
+        "index": index if isinstance(index, int) else None,
+        "prompt": one["prompt"],
+        "goes_on": rest if isinstance(rest, str) else "",
+        "said": texts,
+      }
+    )
+  drawn = {name: found.get(name) for name in ("seed", "temperature", "length")}
+  numbers = {n: v if isinstance(v, int | float) else None for n, v in drawn.items()}
+  return {**numbers, "texts": kept} if kept else None
 
 
 def _budget(path: pathlib.Path, problems: list[str]) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ from jaxdistill.reports._pages.evidence import Evidence, values
 from jaxdistill.reports._pages.rendering import (
   Figure,
   Gallery,
+  Sample,
   Section,
   Tile,
   legend,
@@ -46,7 +47,7 @@ from jaxdistill.reports._pages.rendering import (
   render,
 )
 
-__all__ = ["SHARE", "build", "change_cell", "marks"]
+__all__ = ["SHARE", "build", "change_cell", "drawn_with", "marks", "window_of"]
 
 SHARE = Reading("accuracy", "accuracy", "higher", percent=True)  # what classes are told by
 _COLOURS = {"Ship it": "good", "Do not ship it": "bad"}
@@ -81,6 +82,7 @@ def build(found: Evidence, derived: Mapping[str, Any]) -> str:
     *_changed(found, derived["lost"]),
     *_parts(report),
     _points(found),
+    _samples(found),
     _examples(found),
     _slices(derived["slices"], summary.of_example(report)),
     _training(found),
@@ -549,6 +551,44 @@ def _examples(found: Evidence) -> Section:
     drawn = [Figure(figures.colours(None, names), "Colours of the classes", ["Grey is no label."])]
   note = "Of several seeds the first is shown." if len(answers.seeds) > 1 else ""
   return Section("examples", title, note=note, figures=drawn, galleries=galleries)
+
+
+def drawn_with(texts: Mapping[str, Any]) -> str:
+  """How sample texts were drawn, in a sentence.
+
+  Args:
+    texts: from `evidence.read`.
+  """
+  shown = {name: DASH if texts[name] is None else f"{texts[name]:g}" for name in _DRAWN}
+  return (
+    f"{shown['length']} tokens each, drawn at temperature {shown['temperature']} with the key of "
+    f"seed {shown['seed']}, folded with the example's number and the position: the same noise for "
+    "all. A few texts show what a model writes, not how well."
+  )
+
+
+_DRAWN = ("length", "temperature", "seed")
+
+
+def window_of(one: Mapping[str, Any]) -> str:
+  """Which of a split's windows a sample text begins with; empty where nobody said."""
+  return "" if one["index"] is None else f"Held-out window {one['index']}"
+
+
+def _samples(found: Evidence) -> Section:
+  """The same beginnings as each model goes on with them."""
+  title, texts = "Sample texts", found.texts
+  if texts is None:
+    return Section("texts", title)
+  samples = []
+  for one in texts["texts"]:
+    said: list[tuple[Cell, str]] = [(named(name), text) for name, text in one["said"].items()]
+    itself: list[tuple[Cell, str]] = [("the text itself", one["goes_on"])] if one["goes_on"] else []
+    samples.append(Sample(one["prompt"], said + itself, window_of(one)))
+  note = drawn_with(texts)
+  if len(found.report["seeds"]) > 1:
+    note += " Of several seeds the first is shown."
+  return Section("texts", title, note=note, samples=samples)
 
 
 def _confusions(found: Evidence, rows: Sequence[Mapping[str, Any]]) -> Section:

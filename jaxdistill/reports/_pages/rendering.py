@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from jaxdistill.reports._format import WORDS, Cell, Table, Told, clean
 from jaxdistill.reports._svg import svg
 
-__all__ = ["Figure", "Gallery", "Section", "Tile", "legend", "named", "render"]
+__all__ = ["Figure", "Gallery", "Sample", "Section", "Tile", "legend", "named", "render"]
 
 _MARKS = {"teacher": "■", "baseline": "▲", "student": "●"}
 
@@ -77,6 +77,21 @@ class Gallery:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+  """A text's beginning, and how it goes on by whom, side by side.
+
+  Attributes:
+    prompt: the beginning.
+    said: pairs of whose it is and the text.
+    about: which example it is.
+  """
+
+  prompt: str
+  said: Sequence[tuple[Cell, str]]
+  about: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Section:
   """A part of a page with its heading; what it has is shown in this order.
 
@@ -91,6 +106,7 @@ class Section:
     after: what the numbers above need to be understood.
     items: what things are, ``(name, text)``.
     galleries: of examples.
+    samples: texts side by side.
     code: lines to copy.
     folded: tables that are opened by a click on what they are.
   """
@@ -106,6 +122,7 @@ class Section:
   after: str = ""
   items: Sequence[tuple[Told, str]] = ()
   galleries: Sequence[Gallery] = ()
+  samples: Sequence[Sample] = ()
   folded: Sequence[tuple[str, Table]] = ()
 
   def __bool__(self) -> bool:

@@ -43,6 +43,7 @@ __all__ = [
   "apart",
   "confused",
   "gap_sentence",
+  "in_order",
   "markdown",
   "measured",
   "of_example",
@@ -153,14 +154,26 @@ def _known(rows: Sequence[Sequence[str]]) -> list[Sequence[str]]:
 
 def measured(report: Mapping[str, Any]) -> Table:
   """The one table of a complete report: quality, agreement with the teacher, and cost."""
-  read, faithful = list(readings(report).values()), fidelity(report)
+  read, faithful = readings(report), fidelity(report)
   told = {name: dict(one) for name, one in report["models"].items()}
-  if faithful is not None:
-    read.append(faithful)
-    for name, one in _followers(report).items():
-      if name in told:
-        told[name][faithful.name] = one[faithful.name]
-  return side_by_side(told, read, [label for label in COSTS if label != "instances"])
+  leads, follows = report["task"]["leads"], readings(report, "fidelity")
+  # Of what compares with the teacher those that a task puts in front, or else the first alone.
+  beside = [one for name, one in follows.items() if name in leads]
+  beside = beside or ([] if faithful is None else [faithful])
+  for name, one in _followers(report).items():
+    if name in told:
+      told[name] |= {metric.name: one[metric.name] for metric in beside}
+  rows = in_order({**read, **{one.name: one for one in beside}}, leads)
+  return side_by_side(told, rows, [label for label in COSTS if label != "instances"])
+
+
+def in_order(read: Mapping[str, Reading], leads: Sequence[str]) -> list[Reading]:
+  """How metrics are told, those in front with which the task's tables begin.
+
+  >>> [one.name for one in in_order({n: Reading(n, n) for n in "abc"}, ["c", "d"])]
+  ['c', 'a', 'b']
+  """
+  return [read[name] for name in dict.fromkeys((*leads, *read)) if name in read]
 
 
 def _followers(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,6 +234,7 @@ def text(told: Mapping[str, Any], pictured: str) -> str:
   if len(agree.head) > 1:
     lines += ["## How far they agree with the teacher", "", agree.markdown(), ""]
   lines += _by_groups(told)
+  lines += _written(told["texts"])
   described = [
     f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
   ]
@@ -233,6 +247,18 @@ def text(told: Mapping[str, Any], pictured: str) -> str:
   python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
   lines += [f"Python {python}, jax {jax}, numpy {numpy}.", ""]
   return "\n".join(lines)
+
+
+def _written(texts: Mapping[str, Any] | None) -> list[str]:
+  """Sample texts, each in a fence of its own; nothing where there are none."""
+  if not texts:
+    return []
+  lines = ["## Sample texts", ""]
+  lines += [f"Temperature {texts['temperature']}, seed {texts['seed']}.", ""]
+  for one in texts["texts"]:
+    for name, text in {"beginning": one["prompt"], **one["said"]}.items():
+      lines += [f"{escaped(name)}:", "", *fenced(text.splitlines() or [""]), ""]
+  return lines
 
 
 def _numbers(report: Mapping[str, Any]) -> list[str]:

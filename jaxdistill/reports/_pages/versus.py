@@ -26,6 +26,7 @@ from jaxdistill.reports._format import (
   Table,
   count,
   escaped,
+  fenced,
   plain,
   whole,
 )
@@ -40,10 +41,11 @@ from jaxdistill.reports._pages import (
 from jaxdistill.reports._pages.decision import ratio
 from jaxdistill.reports._pages.document import known, model, readings, spread
 from jaxdistill.reports._pages.evidence import Evidence
-from jaxdistill.reports._pages.page import SHARE, change_cell, marks
+from jaxdistill.reports._pages.page import SHARE, change_cell, drawn_with, marks, window_of
 from jaxdistill.reports._pages.rendering import (
   Figure,
   Gallery,
+  Sample,
   Section,
   Tile,
   legend,
@@ -135,6 +137,7 @@ def compare_runs(
     "runs": sides,
     "metrics": _over_seeds(sides, told),
     "paired": {} if both is None else _paired(both, told, paired_seeds, resamples),
+    "texts": _texts(found),
     "notes": notes,
     "problems": [f"{names[s]}: {p}" for s in ("a", "b") for p in found[s].problems],
   }
@@ -151,6 +154,21 @@ def compare_runs(
     }
   numbers["verdict"] = _verdict(numbers)
   return Compared(runs.to_json(numbers), both, only)
+
+
+def _texts(found: Mapping[str, Evidence]) -> dict[str, Any] | None:
+  """The beginnings that both students go on with, with what each writes; None where none are."""
+  a, b = (found[side].texts for side in ("a", "b"))
+  drawn = ("seed", "temperature", "length")
+  if a is None or b is None or any(a[name] != b[name] for name in drawn):
+    return None
+  theirs = {(one["index"], one["prompt"]): one["said"].get("student") for one in b["texts"]}
+  rows = []
+  for one in a["texts"]:
+    ours, other = one["said"].get("student"), theirs.get((one["index"], one["prompt"]))
+    if ours is not None and other is not None:
+      rows.append({**one, "said": {"a": ours, "b": other}})
+  return {**{name: a[name] for name in drawn}, "texts": rows} if rows else None
 
 
 def _as_sides(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
@@ -369,7 +387,8 @@ def _verdict(numbers: Mapping[str, Any]) -> str:
 def _table(numbers: Mapping[str, Any]) -> Table:
   """Both runs side by side."""
   models = {one["name"]: one for one in numbers["runs"].values()}
-  return summary.side_by_side(models, list(readings(numbers).values()), _COSTS)
+  leads = numbers["task"].get("leads", [])
+  return summary.side_by_side(models, summary.in_order(readings(numbers), leads), _COSTS)
 
 
 def _differences(numbers: Mapping[str, Any]) -> Table:
@@ -440,6 +459,10 @@ def markdown(numbers: Mapping[str, Any]) -> str:
       for r in changed
     ]
     lines.append("")
+  for one in (numbers["texts"] or {"texts": []})["texts"]:
+    voices = {"Beginning": one["prompt"], names[0]: one["said"]["a"], names[1]: one["said"]["b"]}
+    for name, text in voices.items():
+      lines += [f"{name}:", "", *fenced(text.splitlines() or [""]), ""]
   lines += [f"- {escaped(problem)}" for problem in numbers["problems"]]
   return "\n".join(lines).rstrip() + "\n"
 
@@ -476,6 +499,7 @@ def _page(compared: Compared) -> str:
   made = [_side_by_side(numbers, words), _significance(numbers)]
   if compared.answers is not None and compared.answers.models:
     made += [_class_section(numbers, words), _examples(compared, compared.answers, words)]
+  made.append(_samples(numbers, words))
   return render(
     "page.html.j2",
     title=f"{title}: comparison",
@@ -596,6 +620,22 @@ def _class_section(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Sect
       )
     ],
   )
+
+
+def _samples(numbers: Mapping[str, Any], words: Mapping[str, str]) -> Section:
+  """The same beginnings as both students go on with them."""
+  title, texts = "Sample texts", numbers["texts"]
+  if texts is None:
+    return Section("texts", title)
+  samples = [
+    Sample(
+      one["prompt"],
+      [(named(name, words), one["said"][side]) for side, name in _AS.items()],
+      window_of(one),
+    )
+    for one in texts["texts"]
+  ]
+  return Section("texts", title, note=drawn_with(texts), samples=samples)
 
 
 def _examples(compared: Compared, answers: Predictions, words: Mapping[str, str]) -> Section:
