@@ -375,7 +375,10 @@ def variables(
       read = (_ours(there[name].read(), name, shape) for name in names)
       value = _stacked(read, like.shape) if several else next(read)
       wanted = jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=places[path])
-      found[path] = weights.as_like(f"{names[0]} of {os.fspath(folder)}", value, wanted)
+      placed = weights.as_like(f"{names[0]} of {os.fspath(folder)}", value, wanted)
+      # Until it is there the host's copy is held, and the next is read sooner than it is sent.
+      found[path] = placed.block_until_ready()
+      del value  # nor beside the next one
   return traverse_util.unflatten_dict(found)
 
 
