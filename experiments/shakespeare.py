@@ -19,8 +19,9 @@ teacher's own training is in neither; its seconds are in the table. The teacher 
 text, so with few text it stands for one that was trained on much more than the students are given.
 Rates and sizes were fixed before anything was measured; steps are as many as eight minutes allow,
 which is far from what either kind of student would still learn. ``few`` and ``full`` of the run's
-folder have a report each, with texts that teacher, baseline and student write; `python -m jaxdistill
-report runs/shakespeare/few runs/shakespeare/full` holds the two students against each other.
+folder have a report each, with texts that teacher, baseline and student write;
+`python -m jaxdistill report runs/shakespeare/few runs/shakespeare/full` holds the two students
+against each other.
 
 ``--large`` is for an accelerator and a text of your own, some hundred megabytes: a byte-pair
 encoding is trained on it, twelve layers teach four, in bfloat16, and the logits of 8,192 words are

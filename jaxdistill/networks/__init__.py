@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks._capturable import capturable
   from jaxdistill.networks._cohort import cohort, members
   from jaxdistill.networks._features import Path
+  from jaxdistill.networks._heads import with_head
   from jaxdistill.networks._linen import linen
   from jaxdistill.networks._nnx import nnx, nnx_variables
   from jaxdistill.networks._precision import count_products, mixed_precision
@@ -34,6 +35,7 @@ __all__ = [
   "pretrained",  # language models in Hugging Face's folders, read into `models.Decoder` and written
   "sample",  # continues prompts token by token, of any causal network; each row by its own key
   "weights",  # weights that other programs wrote, as variables of ours: Orbax, Flax's msgpack
+  "with_head",  # a language model's network that puts out hidden states and its head, and no logits
 ]
 
 __getattr__, __dir__ = lazy(__name__)

@@ -68,7 +68,8 @@ class Flag(NamedTuple):
   """A way to tell a module whether it trains.
 
   Attributes:
-    name: of an argument of its method, or an attribute of it (or of its submodules).
+    name: of an argument of its method, or an attribute of it (or of its submodules);
+      ``"config.train"`` is a field of what an attribute holds.
     argument: which of the two.
     inverted: whether it asks the opposite.
   """
@@ -166,7 +167,8 @@ def find_flags(
     module: a foreign module.
     signature: of the method that is called, with the module first.
     train_flag: ``"auto"``; a name, which ``"not frozen"`` inverts; or None.
-    attributes: those of the module (and of its submodules) that a name may mean.
+    attributes: those of the module (and of its submodules) that a name may mean; with a dot, a
+      field of what an attribute holds.
     switches: those that hold a bool or None: one of a flag's name may hold something else.
 
   Returns:
@@ -188,9 +190,14 @@ Flag(name='inference', argument=False, inverted=True)]
   if train_flag == "auto":
     known = TRAIN_FLAGS.items()
     arguments = [Flag(name, True, inverted) for name, inverted in known if name in taken]
-    return arguments + [Flag(name, False, inverted) for name, inverted in known if name in switches]
+    return arguments + [
+      Flag(place, False, inverted)
+      for name, inverted in known
+      for place in switches
+      if _last(place) == name
+    ]
   name = train_flag.removeprefix("not ").strip()
-  inverted = TRAIN_FLAGS.get(name, False) or train_flag.startswith("not ")
+  inverted = TRAIN_FLAGS.get(_last(name), False) or train_flag.startswith("not ")
   # Behind **keywords any name may be understood; an attribute of that name is the better guess.
   anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
   if name in taken or (anything and name not in attributes):
@@ -201,6 +208,11 @@ Flag(name='inference', argument=False, inverted=True)]
     f"train_flag={train_flag!r}: {type(module).__name__} has no such argument or attribute; its "
     f"method takes {taken}, the attributes are {sorted(attributes)}."
   )
+
+
+def _last(place: str) -> str:
+  """The name at the end of ``"config.deterministic"``."""
+  return place.rpartition(".")[2]
 
 
 def signature(module: Any, method: str | Callable[..., Any] | None) -> inspect.Signature:

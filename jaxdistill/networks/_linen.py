@@ -57,8 +57,9 @@ def linen(
     train_flag: how the module is told whether it trains. ``"auto"``: by each of ``train``,
       ``training``, ``is_training``, and (inverted) ``deterministic``, ``use_running_average``,
       ``eval_mode``, ``inference`` that its method takes as an argument, else that it has as an
-      attribute, else not at all. Any other string names the argument or attribute; ``"not
-      frozen"`` inverts one. None: not at all.
+      attribute or as a field of a dataclass that is one (``"config.deterministic"``), else not at
+      all. Any other string names the argument, attribute or field; ``"not frozen"`` inverts one.
+      None: not at all.
     rngs: the random streams that the module draws from in training.
     arguments: ``inputs -> tuple`` of positional or ``dict`` of keyword arguments, for several
       inputs; by default ``inputs`` is the one positional argument.
@@ -164,7 +165,12 @@ class _Adapter(Adapter):
     told = {flag.name: train != flag.inverted for flag in self.flags if flag.argument}
     args, keywords = _features.bind(self.signature, inputs, self.arguments, told, self.name)
     # A flag that is an attribute is set on a copy: the module itself is the user's.
-    attributes: Any = {f.name: train != f.inverted for f in self.flags if not f.argument}
+    attributes: Any = {}
+    for flag in self.flags:
+      if not flag.argument:
+        first, _, rest = flag.name.partition(".")
+        held = attributes.get(first, getattr(self.module, first))
+        attributes[first] = _with_field(held, rest, train != flag.inverted)
     return self.module.clone(**attributes) if attributes else self.module, args, keywords
 
   def run(
@@ -260,13 +266,25 @@ class _Adapter(Adapter):
 
 
 def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | None) -> list[Flag]:
-  attributes = [f.name for f in dataclasses.fields(module) if f.init and f.name != "parent"]
-  switches = [name for name in attributes if isinstance(getattr(module, name), bool | None)]
+  fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.init}
+  fields.pop("parent", None)
+  # Published networks keep their settings together, and whether they train may be one of them.
+  for name, value in list(fields.items()):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module):
+      own = [f.name for f in dataclasses.fields(value) if f.init]
+      fields |= {f"{name}.{one}": getattr(value, one) for one in own}
+  attributes = list(fields)
+  switches = [name for name, value in fields.items() if isinstance(value, bool | None)]
   flags = _features.find_flags(
     module, signature, train_flag, attributes=attributes, switches=switches
   )
   # Told by an argument, a module's attribute of such a name is its own affair.
   return [flag for flag in flags if flag.argument] or flags
+
+
+def _with_field(held: Any, field: str, value: bool) -> Any:
+  """What an attribute holds, with another value in a field; the value itself without one."""
+  return dataclasses.replace(held, **{field: value}) if field else value
 
 
 @contextlib.contextmanager

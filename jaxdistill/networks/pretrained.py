@@ -24,7 +24,7 @@ import math
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -372,11 +372,26 @@ def variables(
       like = shapes[path]
       several = path[1] == "layers"
       shape = like.shape[1:] if several else like.shape
-      arrays = [_ours(there[name].read(), name, shape) for name in names]
-      value = np.stack(arrays) if several else arrays[0]
+      read = (_ours(there[name].read(), name, shape) for name in names)
+      value = _stacked(read, like.shape) if several else next(read)
       wanted = jax.ShapeDtypeStruct(value.shape, dtype or value.dtype, sharding=places[path])
-      found[path] = weights.as_like(f"{names[0]} of {os.fspath(folder)}", value, wanted)
+      placed = weights.as_like(f"{names[0]} of {os.fspath(folder)}", value, wanted)
+      # Until it is there the host's copy is held, and the next is read sooner than it is sent.
+      found[path] = placed.block_until_ready()
+      del value  # nor beside the next one
   return traverse_util.unflatten_dict(found)
+
+
+def _stacked(layers: Iterator[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+  """All layers' arrays as one, each put there as it is read: never all of them beside it."""
+  first = next(layers)
+  whole = np.empty(shape, first.dtype)
+  whole[0] = first
+  for i, one in enumerate(layers, start=1):
+    if one.dtype != whole.dtype:
+      whole = whole.astype(np.promote_types(one.dtype, whole.dtype))
+    whole[i] = one
+  return whole
 
 
 def _shardings(sharding: PyTree, shapes: Mapping[tuple[str, ...], Any]) -> dict[Any, Any]:

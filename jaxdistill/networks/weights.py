@@ -539,9 +539,11 @@ def as_like(where: str, value: Any, like: Any) -> jax.Array:
     raise ValueError(f"like has {dtype} for {where}: enable jax_enable_x64, or use 32 bits.")
   # An overflow is looked for below, and named; NumPy's warning would be an error in tests only.
   with np.errstate(over="ignore"):
-    result = value.astype(dtype)
-  if all(floats) and np.any(np.isfinite(value) & ~np.isfinite(result)):
+    result = value.astype(dtype, copy=False)  # the largest tensor of a model may be gigabytes
+  if value.dtype != dtype and all(floats) and np.any(np.isfinite(value) & ~np.isfinite(result)):
     raise ValueError(f"{where} has values too large for like's {dtype}; take a wider float.")
   committed = not isinstance(like, jax.Array) or like.committed
   sharding = getattr(like, "sharding", None) if committed else None
-  return jnp.array(result) if sharding is None else jax.device_put(result, sharding)
+  if sharding is None:
+    return jnp.array(result)
+  return jax.device_put(result, sharding, may_alias=False)  # the caller's array is the caller's

@@ -15,11 +15,14 @@ from jaxdistill.networks.models import (
   Decoder,
   DecoderConfig,
   Rope,
+  spread,
   stacked,
   unstacked,
+  with_layers,
 )
 from jaxdistill.networks.models.decoder import causal_mask
 from jaxdistill.types import Head, Outputs
+from small_networks import untyped
 
 SMALL = DecoderConfig(37, 24, layers=3, heads=4, kv_heads=2, head_dim=6, hidden=20)
 # What each family differs in, at once.
@@ -293,6 +296,79 @@ def test_layers_are_stacked_and_back():
     stacked(stacked(variables))
   with pytest.raises(ValueError, match="layers"):
     unstacked(variables)
+
+
+def sown(config, variables, tokens):
+  """The outputs, and what each layer put out, ``[N, B, L, D]``."""
+  module = Decoder(config)
+  outputs, there = jax.jit(lambda v: module.apply(v, tokens, mutable=["intermediates"]))(variables)
+  there = there["intermediates"]
+  if config.scan:
+    return outputs, there["layers"]["output"][0]
+  return outputs, jnp.stack([there[f"layer_{i}"]["output"][0] for i in range(config.layers)])
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_copied_layers_do_what_the_teachers_do(scan):
+  teacher = dataclasses.replace(FAMILIES["gemma 3"], scan=scan)
+  plain, tokens = made(FAMILIES["gemma 3"]), tokens_of(3, 2, 9)
+  # A layer that adds nothing, so that the last one sees the same without it.
+  idle = {**plain["params"]["layer_1"]}
+  idle["attention"] = {
+    **idle["attention"],
+    "out": jax.tree.map(jnp.zeros_like, idle["attention"]["out"]),
+  }
+  idle["mlp"] = {**idle["mlp"], "down": jax.tree.map(jnp.zeros_like, idle["mlp"]["down"])}
+  plain = {"params": {**plain["params"], "layer_1": idle}}
+  variables = stacked(plain) if scan else plain
+  want, theirs = sown(teacher, variables, tokens)
+
+  first, config = with_layers(variables, teacher, spread(3, 2, how="first"))
+  assert (config.layers, config.scan, config.windows) == (2, scan, (True, True))
+  np.testing.assert_allclose(sown(config, first, tokens)[1], theirs[:2], rtol=0, atol=1e-6)
+
+  ends, config = with_layers(variables, teacher, spread(3, 2))
+  assert config.windows == (True, False)  # the window goes along with the layer
+  got, ours = sown(config, ends, tokens)
+  np.testing.assert_allclose(ours, theirs[np.array([0, 2])], rtol=0, atol=1e-6)
+  np.testing.assert_allclose(logits(got), logits(want), rtol=0, atol=1e-5)
+
+  last, config = with_layers(variables, teacher, [2])
+  assert (config.window, config.pattern, config.window_rope) == (None, (), teacher.window_rope)
+  shapes = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
+  assert jax.tree.map(jnp.shape, last) == jax.tree.map(jnp.shape, shapes)
+  twice, config = with_layers(variables, teacher, (0, 0))
+  assert jax.tree.map(jnp.shape, twice) == jax.tree.map(jnp.shape, first)
+
+
+def test_layers_that_are_not_there_are_refused():
+  variables = made(SMALL)
+  for layers in ([], [3], [-1]):
+    with pytest.raises(ValueError, match="layers="):
+      with_layers(variables, SMALL, layers)
+  with pytest.raises(TypeError):
+    with_layers(variables, SMALL, [0.5])
+  for config in (dataclasses.replace(SMALL, layers=4), dataclasses.replace(SMALL, scan=True)):
+    with pytest.raises(ValueError, match="variables has"):
+      with_layers(variables, config, [0])
+  with pytest.raises(ValueError, match="variables has"):
+    with_layers(stacked(variables), dataclasses.replace(SMALL, layers=2, scan=True), [0])
+
+
+def test_layers_are_spread_as_published():
+  assert spread(12, 6) == [0, 2, 4, 7, 9, 11]  # DistilBERT's script
+  assert spread(24, 6, how="every") == [0, 4, 8, 12, 16, 20]
+  for of in range(1, 9):
+    for count in range(1, of + 1):
+      for how in ("even", "every", "first"):
+        found = spread(of, count, how=how)
+        assert found == sorted(set(found))
+        assert (len(found), found[0]) == (count, 0)
+        assert found[-1] < of
+  assert all(spread(n, n, how=h) == list(range(n)) for n in (1, 5) for h in ("even", "every"))
+  for bad in ({"of": 0, "count": 1}, {"of": 3, "count": 4}, {"of": 3, "count": 2, "how": "last"}):
+    with untyped(), pytest.raises(ValueError, match="of=|count=|how="):
+      spread(**bad)
 
 
 def test_scanned_layers_drop_each_its_own():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -252,6 +253,36 @@ def test_shards_dtypes_layouts_and_shardings(tmp_path):
   assert placed["params"]["layer_0"]["mlp"]["up"]["kernel"].sharding == split
   with pytest.raises(ValueError, match="sharding must be a jax.sharding.Sharding, or a pytree"):
     pretrained.variables(tmp_path, SMALL, sharding={"params": {"head": split}})
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_the_host_holds_one_leaf_at_a_time(scan, tmp_path, monkeypatch):
+  config = DecoderConfig(
+    2048, 256, layers=8, heads=2, kv_heads=2, head_dim=128, hidden=256, tied=True, scan=scan
+  )
+  tensors = theirs(config)
+  index = {name: f"model-{i % 3}.safetensors" for i, name in enumerate(tensors)}
+  for file in sorted(set(index.values())):
+    files.save_file({n: tensors[n] for n in tensors if index[n] == file}, tmp_path / file)
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+  whole = sum(tensor.nbytes for tensor in tensors.values())
+  del tensors
+  sizes = []
+
+  def placed(where, value, like):
+    sizes.append(value.nbytes)
+    return jnp.zeros(())
+
+  # What is placed is the devices', and when JAX lets go of the host's copy is its own affair.
+  monkeypatch.setattr(pretrained.weights, "as_like", placed)
+  pretrained.variables(tmp_path, config)  # what is traced once
+  tracemalloc.start()
+  pretrained.variables(tmp_path, config)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  # A leaf, and of its last tensor what was read and what is turned; NumPy's memory is traced.
+  tensor = max(sizes) // (config.layers if scan else 1)
+  assert peak < max(sizes) + 2 * tensor + 500_000 < whole / 2, (peak, sizes, whole)
 
 
 def test_files_in_bfloat16_stay_so(tmp_path):

@@ -11,8 +11,10 @@ from jaxdistill.networks.models.decoder import (
   DecoderBlock,
   DecoderConfig,
   Rope,
+  spread,
   stacked,
   unstacked,
+  with_layers,
 )
 from jaxdistill.networks.models.resnet import (
   BasicBlock,
@@ -63,9 +65,11 @@ __all__ = [
   "resnet44",
   "resnet56",
   "resnet110",
+  "spread",
   "stacked",
   "unstacked",
   "vit_tiny",
+  "with_layers",
   "wrn_16_1",
   "wrn_16_2",
   "wrn_40_1",

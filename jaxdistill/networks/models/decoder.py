@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -46,8 +47,10 @@ __all__ = [
   "attend",
   "causal_mask",
   "rotate",
+  "spread",
   "stacked",
   "unstacked",
+  "with_layers",
 ]
 
 PyTree = Any
@@ -800,3 +803,99 @@ def unstacked(variables: Mapping[str, PyTree]) -> dict[str, PyTree]:
   for i in range(len(jax.tree.leaves(layers)[0])):
     params[f"layer_{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], layers)
   return {**variables, "params": params}
+
+
+def spread(of: int, count: int, *, how: Literal["even", "every", "first"] = "even") -> list[int]:
+  """Which of a teacher's layers a student begins with.
+
+  Args:
+    of: N, how many layers the teacher has.
+    count: n, how many the student has; at most N.
+    how: ``"even"``: from the first to the last, as evenly as whole numbers allow; of 12 layers
+      DistilBERT's published code takes these six. ``"every"``: every (N // n)-th from the first,
+      which leaves the last ones out; ``"first"``: the first n, whose activations are the teacher's
+      own.
+
+  Returns:
+    Their numbers from 0, ascending.
+
+  Raises:
+    ValueError: a number is out of range, or there is no such way.
+
+  Source: Sanh et al., "DistilBERT, a distilled version of BERT", 2019 ("one layer out of two"), and
+  its script, which takes 0, 2, 4, 7, 9 and 11.
+
+  >>> spread(12, 6), spread(12, 6, how="every"), spread(12, 3, how="first")
+  ([0, 2, 4, 7, 9, 11], [0, 2, 4, 6, 8, 10], [0, 1, 2])
+  """
+  _check.whole("of", of)
+  _check.whole("count", count)
+  if count > of:
+    raise ValueError(f"count={count} must be at most of={of}: a layer is taken once.")
+  if how == "even":
+    return [round(i * (of - 1) / max(count - 1, 1)) for i in range(count)]
+  if how == "every":
+    return [i * (of // count) for i in range(count)]
+  if how == "first":
+    return list(range(count))
+  raise ValueError(f"how={_check.show(how)} must be 'even', 'every' or 'first'.")
+
+
+def with_layers(
+  variables: Mapping[str, PyTree], config: DecoderConfig, layers: Sequence[int]
+) -> tuple[dict[str, PyTree], DecoderConfig]:
+  """A decoder of some of another's layers: what a student begins with.
+
+  All else (embedding, last norm, head) is the other's, so the widths are too; whether a layer sees
+  a window goes along with it. ``jaxdistill.Model(networks.linen(Decoder(config)), variables)`` is
+  then the student that `jaxdistill.fit` is given, and ``dataclasses.replace`` may change the
+  config's dropout, remat and the like before.
+
+  Args:
+    variables: the teacher's, ``{"params": ...}`` of ``Decoder(config)``, scanned or not.
+    config: the teacher's.
+    layers: their numbers from 0, in the order in which the student has them; `spread` chooses.
+
+  Returns:
+    ``(variables, config)`` of the smaller decoder. Arrays are the teacher's own, but for those of
+    layers under ``config.scan``, which are cut.
+
+  Raises:
+    ValueError: there is no such layer, or none, or the variables are not the config's.
+
+  >>> config = DecoderConfig(256, 64, layers=4, heads=4, kv_heads=2, head_dim=16, hidden=128)
+  >>> variables = Decoder(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))
+  >>> smaller, own = with_layers(variables, config, spread(4, 2))
+  >>> own.layers, smaller["params"]["layer_1"] is variables["params"]["layer_3"]
+  (2, True)
+  """
+  numbers = [operator.index(i) for i in layers]
+  if not numbers or min(numbers) < 0 or max(numbers) >= config.layers:
+    raise ValueError(
+      f"layers={numbers} must be some of the numbers from 0 to {config.layers - 1}, of the "
+      f"config.layers={config.layers} that there are."
+    )
+  params = dict(variables["params"])
+  names = ["layers"] if config.scan else [f"layer_{i}" for i in range(config.layers)]
+  there = {name: params.pop(name) for name in names if name in params}
+  depth = {len(leaf) for leaf in jax.tree.leaves(there)} if config.scan else {config.layers}
+  if len(there) != len(names) or depth != {config.layers}:
+    raise ValueError(
+      f"variables has {sorted(variables['params'])} in params, and a decoder with "
+      f"layers={config.layers} and scan={config.scan} has {names[0]!r}"
+      f"{'' if config.scan else f' to {names[-1]!r}'}: give the config that they were made by "
+      "(stacked and unstacked turn one form into the other)."
+    )
+  if config.scan:
+    params["layers"] = jax.tree.map(lambda leaf: leaf[np.asarray(numbers)], there["layers"])
+  else:
+    params |= {f"layer_{i}": there[f"layer_{number}"] for i, number in enumerate(numbers)}
+  windows = tuple(config.windows[number] for number in numbers)
+  windowed = any(windows)
+  own = dataclasses.replace(
+    config,
+    layers=len(numbers),
+    window=config.window if windowed else None,
+    pattern=windows if windowed else (),
+  )
+  return {**variables, "params": params}, own
