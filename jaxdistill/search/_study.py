@@ -517,9 +517,13 @@ class _Worker:
     """Goes on where a process was that was killed in this folder."""
     batches = self.record["batches"]
     last = batches[-1] if batches else []
-    for trial in _trials(self.study):
-      if trial.user_attrs.get(_WORKER) != self.name:
-        continue
+    mine = [t for t in _trials(self.study) if t.user_attrs.get(_WORKER) == self.name]
+    if not {n for batch in batches for n in batch} <= {trial.number for trial in mine}:
+      raise ValueError(
+        f"{self.folder} has trials of another study than {self.study.study_name!r} in this "
+        "storage: give the storage and the name that it was begun with, or another folder."
+      )
+    for trial in mine:
       row = trial.user_attrs.get(_ROW)
       if row is not None and trial.state.name != "RUNNING":
         self.found[trial.number] = self.search.kept(0, row["chunk"], row["place"])

@@ -176,6 +176,8 @@ def test_another_job_is_refused_and_the_difference_named(whole):
       studied(storage=folder / "study.log", **{**SAME, **options})
   with pytest.raises(ValueError, match="direction minimize, and of accuracy the higher"):
     studied(storage=folder / "study.log", metric="accuracy", **SAME)
+  with pytest.raises(ValueError, match="trials of another study"):
+    studied(folder, storage=optuna.storages.InMemoryStorage(), **SAME)
   theirs = optuna.storages.InMemoryStorage()
   study = optuna.create_study(storage=theirs, study_name="study")
   study.tell(study.ask(), 1.0)
