@@ -103,7 +103,15 @@ class _Cohort:
   name: str
 
   def network(self) -> Network:
-    return Network(init=self.init, apply=self, name=self.name, at_rest=self.at_rest)
+    return Network(self.init, self, self.name, self.at_rest, self.axes)
+
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    found = {}
+    for member, network in self.members:
+      for path, names in ({} if network.axes is None else network.axes(inputs)).items():
+        collection, _, rest = path.partition("/")
+        found[f"{collection}/{member}/{rest}"] = names
+    return found
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     # Each from a key of its own: two of one architecture would begin as twins, and stay it.

@@ -452,7 +452,7 @@ class Adapter:
     """What the adapter is for."""
     # An adapter has both; `Adapter` itself knows neither.
     mine: Any = self
-    return Network(mine.init, mine.apply, self.name, self.at_rest)
+    return Network(mine.init, mine.apply, self.name, self.at_rest, mine.axes)
 
   def at_rest(self, paths: Collection[str]) -> Network:
     """The network with these submodules' normalisations as in evaluation."""

@@ -147,13 +147,27 @@ class _Adapter(Adapter):
     return self.outputs(call, out, state.get(_SOWN, {})), updated
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
+    # Boxed with the names of their axes, arrays would not be where their own names say: `axes`.
+    return {"params": {}, **nn.unbox(self.boxed(key, inputs))}
+
+  def boxed(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     # In training mode, since some modules make their auxiliary heads only then.
     module, args, keywords = self.bind(inputs, train=True)
     mutable = nn.DenyList((_SOWN, "perturbations"))
     keys = {"params": key, **self.streams(key)}
-    made = module.init(keys, *args, method=self.method, mutable=mutable, **keywords)
-    # Names of axes are for model parallelism; boxed, arrays would not be where their names say.
-    return {"params": {}, **nn.unbox(made)}
+    return module.init(keys, *args, method=self.method, mutable=mutable, **keywords)
+
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    def boxes(node: Any) -> bool:
+      return isinstance(node, nn.meta.AxisMetadata)
+
+    made = jax.eval_shape(self.boxed, jax.random.key(0), inputs)
+    found = jax.tree_util.tree_leaves_with_path(made, is_leaf=boxes)
+    named = [(path, box) for path, box in found if isinstance(box, nn.Partitioned)]
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): tuple(box.names)
+      for path, box in named
+    }
 
   def streams(self, key: Any) -> dict[str, Any]:
     # Folded by the stream's place, or two streams of one key would draw the same numbers.

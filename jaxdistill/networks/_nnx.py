@@ -213,6 +213,15 @@ class _Adapter(Adapter):
       self.check_training(variables, state)
     return outputs, state
 
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    del inputs
+    found = {}
+    for slot in self.slots:
+      names = _nnx_graph.names_of_axes(slot.variable)
+      if names is not None:
+        found.update({"/".join(place): names for place in slot.places})
+    return found
+
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     del inputs  # an NNX module has its shapes from its own arguments
     return nnx_variables(self.make(flax_nnx.Rngs(key)))

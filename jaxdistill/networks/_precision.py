@@ -102,6 +102,7 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
     apply,
     f"{network.name} ({dtype.name})",
     None if rest is None else lambda paths: mixed_precision(rest(paths), compute=dtype),
+    network.axes,
   )
   return result
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     grouped,
     layers,
     members_of,
+    networks_of,
     restore,
     subset,
   )
@@ -44,6 +45,7 @@ __all__ = [
   "layers",  # a teacher's layers as a student's beginning
   "members_of",  # the networks that a teacher is made of, as far as they are known
   "moving_average",  # a teacher that is a moving average of its student: mean teacher
+  "networks_of",  # those networks, and where in the teacher's variables each one's begin
   "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "verify_cache",  # checks every digest, count and id of a cache

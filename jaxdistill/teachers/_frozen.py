@@ -39,6 +39,7 @@ __all__ = [
   "grouped",
   "layers",
   "members_of",
+  "networks_of",
   "repeated_classes",
   "restore",
   "subset",
@@ -58,17 +59,21 @@ class _Inference:
     return self.network.apply(variables, batch.inputs, train=False, key=None)[0]
 
 
-def frozen(model: Model) -> Teacher:
+def frozen(model: Model, *, dtype: Any = None) -> Teacher:
   """A network and its variables as a teacher: evaluated in inference mode, gradients stopped.
 
   Args:
     model: what `jaxdistill.fit` returned; or ``Model(network, variables)``.
+    dtype: what its parameters are kept in, ``jnp.bfloat16`` for half of float32's memory; None as
+      they are. Statistics keep theirs. What a network computes in is its own affair: most take the
+      longer one of inputs and parameters, `jaxdistill.networks.mixed_precision` the one it is told.
 
   Returns:
-    The teacher; its variables are the model's, no copy of them.
+    The teacher; its variables are the model's, no copy of them but for those of another dtype,
+    which are converted where they lie, in parts where they lie in parts.
 
   Raises:
-    TypeError: ``model`` is none.
+    TypeError: ``model`` is none, or ``dtype`` no dtype of real numbers.
     ValueError: it holds the variables of several seeds.
   """
   if not isinstance(model, Model):
@@ -82,7 +87,26 @@ def frozen(model: Model) -> Teacher:
       "or teachers.ensemble(model.unstack())."
     )
   one = model.instance(0)
-  return Teacher(one.variables, _Inference(one.network), _asked("frozen"))
+  variables = one.variables if dtype is None else _kept_in(dtype, one.variables)
+  return Teacher(variables, _Inference(one.network), _asked("frozen"))
+
+
+def _kept_in(dtype: Any, variables: PyTree) -> PyTree:
+  """Variables whose parameters are of a dtype."""
+  try:
+    kind = jnp.dtype(dtype)
+  except TypeError:
+    kind = None
+  if kind is None or not jnp.issubdtype(kind, jnp.floating):
+    raise TypeError(f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or None.")
+
+  def kept(leaf: Any) -> Any:
+    found = getattr(leaf, "dtype", kind)
+    return leaf.astype(kind) if jnp.issubdtype(found, jnp.floating) and found != kind else leaf
+
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    return jax.tree.map(kept, variables)
+  return {**variables, "params": jax.tree.map(kept, variables["params"])}
 
 
 def _asked(kind: str, *of: Teacher, **what: Any) -> str:
@@ -124,6 +148,26 @@ def members_of(teacher: Teacher) -> list[Model]:
     each = [Teacher(v, a) for a, v in zip(apply.members, variables, strict=True)]
     return [model for one in each for model in members_of(one)]
   return members_of(Teacher(variables, apply.of)) if isinstance(apply, _Subset | _Grouped) else []
+
+
+def networks_of(teacher: Teacher) -> list[tuple[str, Network]]:
+  """The networks that a teacher is made of, as far as they are known.
+
+  Args:
+    teacher: a teacher.
+
+  Returns:
+    Each with the path at which its variables begin in the teacher's: ``""``, or ``"0/"`` for the
+    first member of an ensemble.
+  """
+  apply = teacher.apply
+  if isinstance(apply, _Inference):
+    return [("", apply.network)]
+  if isinstance(apply, _Ensemble):
+    each = [networks_of(Teacher(None, one)) for one in apply.members]
+    return [(f"{m}/{at}", network) for m, found in enumerate(each) for at, network in found]
+  of = apply.of if isinstance(apply, _Subset | _Grouped) else None
+  return [] if of is None else networks_of(Teacher(None, of))
 
 
 def asked_on_host(teacher: Teacher) -> bool:
