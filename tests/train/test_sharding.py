@@ -232,7 +232,7 @@ def two(**axes):
 def fitted(dispatch, *, student=None, steps=3, teacher=None, **how):
   options = {
     "data": source(),
-    # No Adam: it makes a step of the rounding of a gradient that is 0, as of a bias under BatchNorm.
+    # No Adam, which makes steps of the rounding of a gradient that is 0: of biases under BatchNorm.
     "optimizer": optax.sgd(0.1, momentum=0.9),
     "steps": steps,
     "teacher": taught() if teacher is None else teacher,
