@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import flax.errors
 import flax.linen as nn
+import flax.struct
 import jax
 
 from jaxdistill import _check
@@ -136,6 +137,7 @@ class _Adapter(Adapter):
   ) -> tuple[Outputs, dict[str, PyTree]]:
     # Left-over intermediates would be the first of several values.
     variables = {name: value for name, value in variables.items() if name != _SOWN}
+    variables = self.at_parameters(variables, lambda leaf, spec: _AtUse(leaf, spec, self.read))
     # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
     call = Call(variables, inputs, train, key)
@@ -271,6 +273,32 @@ class _Adapter(Adapter):
       )
     told = [flag.name for flag in self.flags]
     return self.explain_draw(f"the random stream {stream}", told, call.train)
+
+
+@flax.struct.dataclass
+class _AtUse(nn.meta.AxisMetadata):
+  """A parameter that is read through a function where a module asks for it.
+
+  Flax unboxes it there, and tells it of the axis that a lifted scan takes away: so in the body of a
+  scan a layer's parameters are read, and not those of all layers before it.
+  """
+
+  value: Any
+  spec: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+  read: Any = flax.struct.field(pytree_node=False)
+
+  def unbox(self) -> Any:
+    return self.read(self.value, self.spec)
+
+  def replace_boxed(self, val: Any) -> _AtUse:
+    return dataclasses.replace(self, value=val)
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> _AtUse:
+    spec = [*self.spec, *[None] * (index - len(self.spec))]
+    return dataclasses.replace(self, spec=(*spec[:index], None, *spec[index:]))
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> _AtUse:
+    return dataclasses.replace(self, spec=self.spec[:index] + self.spec[index + 1 :])
 
 
 def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | None) -> list[Flag]:

@@ -196,6 +196,8 @@ class _Adapter(Adapter):
   def apply(
     self, variables: Mapping[str, PyTree], inputs: Any, *, train: bool, key: Any = None
   ) -> tuple[Outputs, dict[str, PyTree]]:
+    # Of a scan's layers all at once: NNX tells nobody where a variable is used.
+    variables = self.at_parameters(variables, self.read or (lambda leaf, spec: leaf))
     call = Call(variables, inputs, train, key)
     outputs, state, drawn = self.call(call)
     if drawn:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     networks_of,
     restore,
     subset,
+    with_networks,
   )
   from jaxdistill.teachers._moving import decay_of, moving_average
   from jaxdistill.teachers.cache_writer import write
@@ -49,6 +50,7 @@ __all__ = [
   "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "verify_cache",  # checks every digest, count and id of a cache
+  "with_networks",  # a teacher whose networks are others, of the same variables
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
   "write",  # a cache written with NumPy alone: `cache_writer`, a file to copy into other programs
 ]

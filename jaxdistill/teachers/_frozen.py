@@ -43,6 +43,7 @@ __all__ = [
   "repeated_classes",
   "restore",
   "subset",
+  "with_networks",
 ]
 
 PyTree = Any
@@ -150,6 +151,28 @@ def members_of(teacher: Teacher) -> list[Model]:
   return members_of(Teacher(variables, apply.of)) if isinstance(apply, _Subset | _Grouped) else []
 
 
+def with_networks(teacher: Teacher, change: Callable[[str, Network], Network]) -> Teacher:
+  """A teacher whose networks are others, of the same variables.
+
+  Args:
+    teacher: a teacher; a function of the user's own stays as it is.
+    change: gives each network's place, with the path at which its variables begin in the teacher's:
+      ``""``, or ``"0/"`` for the first member of an ensemble.
+  """
+
+  def changed(at: str, apply: Any) -> Any:
+    if isinstance(apply, _Inference):
+      return _Inference(change(at, apply.network))
+    if isinstance(apply, _Ensemble):
+      members = tuple(changed(f"{at}{m}/", one) for m, one in enumerate(apply.members))
+      return dataclasses.replace(apply, members=members)
+    if isinstance(apply, _Subset | _Grouped):
+      return dataclasses.replace(apply, of=changed(at, apply.of))
+    return apply
+
+  return dataclasses.replace(teacher, apply=changed("", teacher.apply))
+
+
 def networks_of(teacher: Teacher) -> list[tuple[str, Network]]:
   """The networks that a teacher is made of, as far as they are known.
 
@@ -157,17 +180,16 @@ def networks_of(teacher: Teacher) -> list[tuple[str, Network]]:
     teacher: a teacher.
 
   Returns:
-    Each with the path at which its variables begin in the teacher's: ``""``, or ``"0/"`` for the
-    first member of an ensemble.
+    Each with the path at which its variables begin in the teacher's, see `with_networks`.
   """
-  apply = teacher.apply
-  if isinstance(apply, _Inference):
-    return [("", apply.network)]
-  if isinstance(apply, _Ensemble):
-    each = [networks_of(Teacher(None, one)) for one in apply.members]
-    return [(f"{m}/{at}", network) for m, found in enumerate(each) for at, network in found]
-  of = apply.of if isinstance(apply, _Subset | _Grouped) else None
-  return [] if of is None else networks_of(Teacher(None, of))
+  found: list[tuple[str, Network]] = []
+
+  def note(at: str, network: Network) -> Network:
+    found.append((at, network))
+    return network
+
+  with_networks(teacher, note)
+  return found
 
 
 def asked_on_host(teacher: Teacher) -> bool:

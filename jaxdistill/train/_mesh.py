@@ -147,7 +147,8 @@ class Dispatch:
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
     collect: one copy of what `compile`'s function returned, on this process's devices.
-    sharding: the rules by which a student and a teacher are cut into parts; None for none.
+    sharding: the rules by which a student and a teacher are cut into parts; None where networks
+      are on every device in any case.
   """
 
   devices: int
@@ -241,20 +242,19 @@ def _over(mesh: Mesh, axes: Any) -> tuple[str, ...]:
   return found
 
 
-def _rules(mesh: Mesh, sharding: Any, teacher_sharding: Any) -> Sharding | None:
-  """The rules as a value; None where there are none."""
+def _rules(mesh: Mesh, over: tuple[str, ...], sharding: Any, teacher_sharding: Any) -> Sharding:
+  """The rules as a value."""
   given = {"sharding": sharding, "teacher_sharding": teacher_sharding}
   for name, rules in given.items():
     if rules is not None:
       check_rules(name, rules)
-  if sharding is None and teacher_sharding is None:
-    return None
-  if len({device.process_index for device in mesh.devices.flat}) > 1:
+  several = len({device.process_index for device in mesh.devices.flat}) > 1
+  if several and not (sharding is None and teacher_sharding is None):
     raise ValueError(
       "sharding and teacher_sharding are of one process, and the mesh has devices of several: give "
       "the mesh of one process's devices, or leave them out for networks that are on every device."
     )
-  return Sharding(mesh, sharding, teacher_sharding)
+  return Sharding(mesh, over, sharding, teacher_sharding)
 
 
 def _check_form(seeds_by: Any, scan: Any) -> None:
@@ -307,7 +307,7 @@ def with_jit(
   _check_form(seeds_by, scan)
   mesh = _usable(data_parallel() if mesh is None else mesh)
   over = _over(mesh, batch_axes)
-  rules = _rules(mesh, sharding, teacher_sharding)
+  rules = _rules(mesh, over, sharding, teacher_sharding)
   devices, part = math.prod(mesh.shape[axis] for axis in over), _part(mesh, over)
   several = jax.process_count() > 1
   replicated = NamedSharding(mesh, PartitionSpec())

@@ -23,7 +23,7 @@ import numpy as np
 from jaxdistill._check import LabelsError
 from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
-from jaxdistill.teachers import decay_of, networks_of
+from jaxdistill.teachers import decay_of, networks_of, with_networks
 from jaxdistill.train._mesh import Dispatch, check_divides
 from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
@@ -31,7 +31,7 @@ from jaxdistill.train._sharding import Layout
 from jaxdistill.train._side_by_side import form_of, inputs_of, turns_must_be_known
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
-from jaxdistill.types import Model, Objective, Teacher
+from jaxdistill.types import Model, Network, Objective, Teacher
 
 __all__ = [
   "Program",
@@ -123,6 +123,8 @@ class Program:
     self.shapes: State = begun[1]
     self.layout = _layout(plan, dispatch, self.shapes)
     self._where = None if self.layout is None else self.layout.state
+    self._student = _reading(plan.student, dispatch, "", self._cut_student())
+    self._cut_teacher = _cut_over(dispatch, plan.teacher)
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
     self._begin = _beginning(initial, self._where)
     self._begin_with = lambda values: (seeds, values, starts, *example)
@@ -216,8 +218,20 @@ class Program:
   ) -> tuple[State, PyTree]:
     """A step of one student, its batch cut out of the arrays; pure."""
     optimizer, axis_name = optimizer_of(self.plan, mine), self.dispatch.axis_name
-    step = step_of(self.plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
+    plan = dataclasses.replace(self.plan, student=self._student)
+    if teacher is not None and self._cut_teacher:
+      teacher = with_networks(
+        teacher, lambda at, network: _reading(network, self.dispatch, at, self._cut_teacher)
+      )
+    step = step_of(plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
     return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
+
+  def _cut_student(self) -> Mapping[str, Any]:
+    """The specs of the student's parameters, without the axis over students."""
+    if self._where is None:
+      return {}
+    found = _cut_over(self.dispatch, {"params": self._where.params})
+    return {path: spec[int(self.stacked) :] for path, spec in found.items()}
 
   def _read(self, at: int, count: int) -> PyTree:
     pieces = [source.items(at, count, self.dispatch.part) for source in self.sources]
@@ -453,6 +467,20 @@ def _layout(plan: Plan, dispatch: Dispatch, shapes: State) -> Layout | None:
     return None
   inputs = functools.partial(inputs_of, plan.sources[0])
   return rules.of_state(shapes, lambda: _names_of(plan.student, inputs()), over=int(plan.stacked))
+
+
+def _cut_over(dispatch: Dispatch, tree: Any) -> Mapping[str, Any]:
+  """The specs of what is cut along the axes over which batches are split."""
+  tree = tree.variables if isinstance(tree, Teacher) else tree
+  return {} if dispatch.sharding is None else dispatch.sharding.cut_over(tree)
+
+
+def _reading(network: Network, dispatch: Dispatch, at: str, specs: Mapping[str, Any]) -> Network:
+  """The network that gathers where it uses them the parameters that are cut; ``at``: of a path."""
+  mine = {path[len(at) :]: spec for path, spec in specs.items() if path.startswith(at)}
+  if not mine or network.at_use is None or dispatch.sharding is None:
+    return network
+  return network.at_use(mine, dispatch.sharding.gathered)
 
 
 def _beginning(initial: Callable[..., State], where: PyTree) -> CompiledOnce:

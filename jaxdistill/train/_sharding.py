@@ -385,13 +385,48 @@ class Sharding:
 
   Attributes:
     mesh: the mesh.
+    over: its axes over which batches are split.
     student: for the student's variables and what the objective learns.
     teacher: for the teacher's.
   """
 
   mesh: Mesh
+  over: tuple[str, ...]
   student: Rules | None = None
   teacher: Rules | None = None
+
+  def gathered(self, parameter: Any, spec: Sequence[Any]) -> Any:
+    """A parameter as a network uses it: whole along the axes over which its batch is split.
+
+    Left to itself the compiler may gather the batch instead, and compute all of it on each device:
+    both ways are right, and only one fits into memory. Along other axes it stays cut (a tensor's).
+
+    Args:
+      parameter: the array, cut as ``spec`` says.
+      spec: a ``PartitionSpec``, or its entries.
+    """
+    left = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    left = [tuple(axis for axis in axes if axis not in (None, *self.over)) for axes in left]
+    whole = PartitionSpec(*(axes or None for axes in left))
+    # Cut first: so its gradient is summed and cut in one, and no device keeps all of it.
+    for at in (PartitionSpec(*spec), whole):
+      parameter = jax.lax.with_sharding_constraint(parameter, NamedSharding(self.mesh, at))
+    return parameter
+
+  def cut_over(self, tree: PyTree) -> dict[str, tuple[Any, ...]]:
+    """The specs, by path, of what is cut along the axes over which batches are split.
+
+    Args:
+      tree: arrays, or their shapes, or shardings.
+    """
+    found = {}
+    for path, leaf in _named(tree).items():
+      at = leaf if isinstance(leaf, NamedSharding) else getattr(leaf, "sharding", None)
+      if isinstance(at, NamedSharding) and at.mesh == self.mesh:
+        axes = {a for e in at.spec for a in (e if isinstance(e, tuple) else (e,))}
+        if axes & set(self.over):
+          found["/".join(path)] = tuple(at.spec)
+    return found
 
   def of_state(self, shapes: Any, names: Callable[[], Mapping[str, Any]], *, over: int) -> Layout:
     """Where a training state lies.

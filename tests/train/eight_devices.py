@@ -7,6 +7,7 @@ a vision transformer and the decoder, the student cut by one set of rules and th
 import functools
 import gc
 import os
+import re
 import shutil
 import signal
 
@@ -42,6 +43,8 @@ def network(kind, width, dtype):
   if kind == "resnet":
     widths = (width // 2, width // 2, width, width)
     return networks.linen(models.ResNet(depth=8, num_classes=8, width=widths, **how))
+  if kind == "mlp":
+    return small_networks.dense(width, classes=8, norm=True, param_dtype=dtype)
   if kind == "vit":
     vit = models.VisionTransformer(
       patch_size=4, width=width, depth=2, num_heads=8, num_classes=8, **how
@@ -223,6 +226,63 @@ def test_a_device_holds_an_eighth_and_the_teacher_is_there_once(kind, monkeypatc
     assert held(part) <= 1.15 * size(part) / 8
 
 
+def test_several_seeds_in_parts_are_those_of_one_device():
+  """An axis over students in front is never cut; accumulated gradients, and an NNX student."""
+  from flax import nnx
+
+  def build(rngs):
+    layers = nnx.Linear(192, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 8, rngs=rngs)
+    return nnx.Sequential(lambda x: x.reshape(x.shape[0], -1), *layers)
+
+  def of(dispatch):
+    return small_networks.fit(
+      networks.nnx(build),
+      recipes.kd(),
+      data=[source("mlp", "float32")] * 2,
+      optimizer=optax.sgd(RATE),
+      steps=2,
+      seed=[0, 1],
+      accumulate=2,
+      teacher=taught("mlp", "float32"),
+      dispatch=dispatch,
+      progress=None,
+    )
+
+  one = of(train.with_jit(train.data_parallel(jax.devices()[:1])))
+  made = of(train.with_jit(train.mesh(fsdp=8), sharding=train.fsdp()))
+  close(made.variables, jax.device_get(one.variables), 2e-5)
+  cut = [leaf.sharding.spec for leaf in jax.tree.leaves(made.state.params)]
+  assert all(not spec or spec[0] is None for spec in cut)
+  assert any("fsdp" in spec for spec in cut)
+
+
+def gathered(compiled):
+  """The shapes of all that a program gathers."""
+  found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", compiled.as_text())
+  return {tuple(int(n) for n in shape.split(",") if n) for shape in found}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_teachers_layers_are_gathered_one_at_a_time(scan):
+  made = decoder(64, "float32", scan=scan, layers=6)
+  tokens = jax.ShapeDtypeStruct((16, 8), jnp.int32)
+  shapes = jax.eval_shape(made.init, jax.random.key(1), tokens)
+  teacher = teachers.frozen(Model(made, small_networks.drawn(shapes, scale=0.1)))
+  options = {"data": source("decoder", "float32"), "optimizer": optax.sgd(0.1), "steps": 1}
+  plan = train.Plan.of(decoder(16, "float32"), recipes.kd(), teacher=teacher, **options)
+  mesh = train.mesh(fsdp=8)
+  program = train.Program(plan, train.with_jit(mesh, teacher_sharding=train.fsdp()), longest=1)
+  program.compile()
+  found = gathered(program._whole.compiled())
+  layers = shapes["params"]["layers" if scan else "layer_0"]
+  one = {leaf.shape[scan:] for leaf in jax.tree.leaves(layers) if leaf.size > 64 * 6}
+  # A layer's weights, as they are cut out of those of all layers or as they are; never all of them.
+  assert one <= {tuple(n for n in shape if n != 1) for shape in found}
+  assert not {(6, *shape) for shape in one} & found
+  # And not the batch, [16, 8, 64], in their place.
+  assert (16, 8, 64) not in found
+
+
 def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path):
   rules = {"sharding": train.fsdp(), "teacher_sharding": train.fsdp()}
   options = {"steps": 4, "checkpoint_every": 2, "validate_every": 2, "average": 0.9}
@@ -230,7 +290,7 @@ def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path):
   def at(folder, data_axis, **how):
     over = {"fsdp": 8 // data_axis} if data_axis < 8 else {"fsdp": 1}
     dispatch = train.with_jit(train.mesh(data=data_axis, **over), **rules)
-    return fitted("vit", "float32", dispatch, folder=tmp_path / folder, **options, **how)
+    return fitted("mlp", "float32", dispatch, folder=tmp_path / folder, **options, **how)
 
   unbroken = at("unbroken", 2)
   with pytest.raises(train.Stopped):
@@ -244,7 +304,7 @@ def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   one = train.with_jit(train.data_parallel(jax.devices()[:1]))
   others = [at("8x1", 8), at("4x2", 4)]
-  others.append(fitted("vit", "float32", one, folder=tmp_path / "one", **options))
+  others.append(fitted("mlp", "float32", one, folder=tmp_path / "one", **options))
   for made in others:
     close(made.variables, jax.device_get(unbroken.variables), 2e-5)
   x = np.random.default_rng(2).normal(size=(8, 8, 8, 3)).astype(np.float32)

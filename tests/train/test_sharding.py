@@ -1,10 +1,8 @@
 """Networks in parts: rules, what follows them, what is refused; on two devices, and on eight."""
 
-import contextlib
 import inspect
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import types
@@ -20,8 +18,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import small_networks
-from jaxdistill import data, evaluation, export, networks, recipes, runs, teachers, train
-from jaxdistill.train import _mesh, _sharding
+from jaxdistill import data, evaluation, networks, recipes, runs, teachers, train
+from jaxdistill.train import _mesh, _program, _sharding
 from jaxdistill.types import Model
 
 TREE = {
@@ -267,7 +265,7 @@ def same(found, wanted, within=2e-5):
     np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=within, atol=within)
 
 
-def test_a_student_in_parts_is_the_one_on_one_device(alone):
+def test_a_student_in_parts_is_the_one_on_one_device(alone, capsys):
   dispatch = train.with_jit(
     two(fsdp=2), sharding=train.fsdp(), teacher_sharding={"kernel": P(None, "fsdp"), ".": P()}
   )
@@ -275,7 +273,8 @@ def test_a_student_in_parts_is_the_one_on_one_device(alone):
     fitted(dispatch)
   rules = {"Dense_0/kernel": P(None, "fsdp"), "Dense_1/kernel": P("fsdp"), ".": P()}
   dispatch = train.with_jit(two(fsdp=2), sharding=train.fsdp(), teacher_sharding=rules)
-  made = fitted(dispatch)
+  made = fitted(dispatch, progress="run")
+  assert "sharding covers 9 of the student's" in capsys.readouterr().err
   state, wanted = made.state, alone.state
   same((state.params, state.objective_params), (wanted.params, wanted.objective_params))
   same((state.model_state, state.average), (wanted.model_state, wanted.average))
@@ -291,17 +290,18 @@ def test_a_student_in_parts_is_the_one_on_one_device(alone):
   assert not kernel.is_fully_replicated
 
 
-def test_parameters_that_no_rule_covers_are_listed_with_their_bytes(capsys):
+def test_parameters_that_no_rule_covers_are_listed_with_their_bytes():
   rules = {"sharding": {"Dense_0/kernel": P(None, "model")}, "teacher_sharding": {"kernel": P()}}
-  fitted(train.with_jit(two(model=2), **rules), steps=1, progress="run")
-  shown = capsys.readouterr()
-  lines = [line for line in (shown.out + shown.err).splitlines() if "sharding covers" in line]
-  assert len(lines) == 2
-  (student,) = [line for line in lines if "teacher" not in line]
+  dispatch = train.with_jit(two(model=2), **rules)
+  how = {"data": source(), "optimizer": optax.adafactor(1e-2), "steps": 1, "teacher": taught()}
+  plan = train.Plan.of(small_networks.dense(8), recipes.kd(), **how)
+  plan, (teacher,) = _program.with_teacher_placed(plan, dispatch)
+  student, optimizer = train.Program(plan, dispatch, longest=1).layout.said
+  assert "covers 1 of" in student
   assert "params/Dense_1/kernel [8, 3] 96" in student
   assert "params/Dense_0/kernel" not in student
-  assert "covers 1 of" in student
-  (teacher,) = [line for line in lines if "teacher" in line]
+  # Adafactor keeps a number for each row, and lies on every device with it.
+  assert "of no parameter's shape" in optimizer
   assert "params/Dense_0/bias [16] 64" in teacher
   assert "kernel" not in teacher
 
@@ -324,43 +324,10 @@ def test_a_teacher_in_parts_is_moved_once_and_kept_in_its_dtype():
     assert program._fixed()[0].variables["params"]["Dense_0"]["kernel"] is kernel
   # What is whole on every device of the mesh is cut where its rules cut it, and else stays.
   whole = jax.device_put(teacher, NamedSharding(mesh, P()))
-  sharding = _sharding.Sharding(mesh, None, rules)
+  sharding = _sharding.Sharding(mesh, ("data",), None, rules)
   cut, _ = sharding.of_teacher(whole, dict)
   assert cut.variables["params"]["Dense_0"]["kernel"].sharding.spec == P(None, "model")
   assert cut.variables["params"]["Dense_1"]["bias"] is whole.variables["params"]["Dense_1"]["bias"]
-
-
-def test_a_run_in_parts_goes_on_to_the_bit_and_on_another_mesh(tmp_path, alone):
-  rules = {"sharding": train.fsdp()}
-  whole = fitted(train.with_jit(two(fsdp=2), **rules), folder=tmp_path / "whole")
-  with contextlib.suppress(train.Stopped):
-    fitted(
-      train.with_jit(two(fsdp=2), **rules),
-      folder=tmp_path / "run",
-      log_every=1,
-      checkpoint_every=1,
-      stop_after=1e-9,
-    )
-  shutil.copytree(tmp_path / "run", tmp_path / "one")
-  again = fitted(
-    train.with_jit(two(fsdp=2), **rules), folder=tmp_path / "run", log_every=1, checkpoint_every=1
-  )
-  for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
-    assert a.sharding == b.sharding
-    if not runs.is_key(a):
-      np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-  one = fitted(
-    train.with_jit(train.data_parallel(jax.devices()[:1])),
-    folder=tmp_path / "one",
-    log_every=1,
-    checkpoint_every=1,
-  )
-  same(one.variables, alone.variables)
-  deployed = export.load_student(tmp_path / "run")
-  x = np.ones((2, 6), np.float32)
-  np.testing.assert_allclose(
-    np.asarray(deployed(x)), np.asarray(again(jnp.asarray(x)).logits), rtol=1e-5, atol=1e-6
-  )
 
 
 def test_what_follows_a_parameter_is_told_by_path_and_shape():
@@ -388,14 +355,14 @@ def test_nan_is_found_in_trees_that_lie_on_several_meshes():
   assert runs.holding("nan", trees) == ["one"]
 
 
-def test_a_model_in_parts_is_evaluated_where_it_lies(alone):
-  mesh = two(model=2)
+def test_a_model_in_parts_is_evaluated_where_it_lies():
   x = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
   split = data.from_arrays(x, np.arange(4) % 3, num_classes=3)
-  batches = data.evaluation_batches(split, batch_size=2)
-  model = Model(alone.network, alone.variables)
-  at = train.shardings(model, mesh, train.fsdp("model"))
-  found = evaluation.evaluate(jax.device_put(jax.device_get(model), at), batches)
+  batches = data.evaluation_batches(split, batch_size=4)
+  teacher = taught()
+  model = Model(small_networks.dense(WIDTH), teacher.variables)
+  at = train.shardings(model, two(model=2), train.fsdp("model"))
+  found = evaluation.evaluate(jax.device_put(model, at), batches)
   for name, value in evaluation.evaluate(model, batches).items():
     np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
 
