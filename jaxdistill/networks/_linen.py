@@ -137,12 +137,21 @@ class _Adapter(Adapter):
   ) -> tuple[Outputs, dict[str, PyTree]]:
     # Left-over intermediates would be the first of several values.
     variables = {name: value for name, value in variables.items() if name != _SOWN}
-    variables = self.at_parameters(variables, lambda leaf, spec: _AtUse(leaf, spec, self.read))
     # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
-    call = Call(variables, inputs, train, key)
-    with _switches(keyed=key is not None, resting=self.resting) as off:
-      out, state = self.run(call, mutable)
+
+    def ran(put: Callable[[Any, Any], Any]) -> tuple[Call, list[bool], Any]:
+      call = Call(self.at_parameters(variables, put), inputs, train, key)
+      with _switches(keyed=key is not None, resting=self.resting) as off:
+        return call, off, self.run(call, mutable)
+
+    try:
+      call, off, (out, state) = ran(lambda leaf, spec: _AtUse(leaf, spec, self.read))
+    except (AttributeError, TypeError):
+      if self.read is None:
+        raise
+      # A module that looks into its variables itself (nn.WeightNorm) is given arrays there.
+      call, off, (out, state) = ran(self.read)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
     if train:
       self.check_training(variables, updated, off=bool(off) and all(off))

@@ -164,7 +164,8 @@ def names_of_axes(variable: Any) -> tuple[Any, ...] | None:
   Args:
     variable: an ``nnx.Variable``, or an array that is none.
 
-  >>> names_of_axes(nnx.Param(jnp.ones((2, 3)), sharding_names=("width", None)))
+  >>> with nnx.use_eager_sharding(False):
+  ...   names_of_axes(nnx.Param(jnp.ones((2, 3)), out_sharding=("width", None)))
   ('width', None)
   """
   if not isinstance(variable, nnx.Variable):

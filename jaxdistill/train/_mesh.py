@@ -216,6 +216,11 @@ def _part(mesh: Mesh, over: tuple[str, ...]) -> tuple[int, int]:
   return parts.index(tuple(mine[jax.process_index()])), len(parts)
 
 
+def _several(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of several processes."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def _usable(mesh: Any) -> Mesh:
   """A mesh over which batches can be split, with axes that the compiler propagates along."""
   if not isinstance(mesh, Mesh) or AXIS not in mesh.axis_names:
@@ -248,8 +253,7 @@ def _rules(mesh: Mesh, over: tuple[str, ...], sharding: Any, teacher_sharding: A
   for name, rules in given.items():
     if rules is not None:
       check_rules(name, rules)
-  several = len({device.process_index for device in mesh.devices.flat}) > 1
-  if several and not (sharding is None and teacher_sharding is None):
+  if _several(mesh) and not (sharding is None and teacher_sharding is None):
     raise ValueError(
       "sharding and teacher_sharding are of one process, and the mesh has devices of several: give "
       "the mesh of one process's devices, or leave them out for networks that are on every device."
@@ -309,7 +313,7 @@ def with_jit(
   over = _over(mesh, batch_axes)
   rules = _rules(mesh, over, sharding, teacher_sharding)
   devices, part = math.prod(mesh.shape[axis] for axis in over), _part(mesh, over)
-  several = jax.process_count() > 1
+  several = _several(mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
   rows = over[0] if len(over) == 1 else over
 

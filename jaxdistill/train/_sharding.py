@@ -111,7 +111,8 @@ def fsdp(axis: str | Sequence[str] = "fsdp", *, least: int = 0) -> Rule:
   >>> fsdp()(kernel, Mesh(devices, ("data", "fsdp")))
   PartitionSpec(None, 'fsdp')
   """
-  axes = (axis,) if isinstance(axis, str) else tuple(axis)
+  several = isinstance(axis, Sequence) and not isinstance(axis, str)
+  axes = tuple(axis) if several else (axis,)
   if not axes or not all(isinstance(one, str) for one in axes):
     raise TypeError(f"axis={_check.show(axis)} must name an axis of the mesh, or several.")
   return _Fsdp(axes, _check.whole("least", least, least=0))

@@ -206,6 +206,60 @@ def test_processes_that_hold_parts_of_one_network_read_the_same_rows(
       assert part(mesh, over) == parts[process]
 
 
+class Looking(nn.Module):
+  """One that looks into its variables itself, beside one that asks for them."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = nn.WeightNorm(nn.Dense(4))(x)
+    return nn.Dense(3)(x)
+
+
+class Stack(nn.Module):
+  """Layers under a scan, and one beside it."""
+
+  @nn.compact
+  def __call__(self, x):
+    layers = nn.scan(
+      lambda layer, x, _: (layer(x), None),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=5,
+    )
+    x, _ = layers(nn.Dense(6, name="layer"), x, None)
+    return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize("module", [Stack(), Looking()])
+def test_parameters_are_read_where_they_are_used(module):
+  network = networks.linen(module)
+  x = jnp.ones((2, 6))
+  shapes = jax.eval_shape(network.init, jax.random.key(0), x)
+  leaves = _sharding._named({"params": shapes["params"]})
+  specs = {"/".join(path): (None, "fsdp") for path in leaves if path[-1] == "kernel"}
+  seen = []
+
+  def read(leaf, spec):
+    seen.append((leaf.shape, spec))
+    return 2 * leaf
+
+  @jax.jit
+  def both(variables):
+    doubled = jax.tree_util.tree_map_with_path(
+      lambda p, leaf: 2 * leaf if p[-1].key == "kernel" else leaf, variables["params"]
+    )
+    using = network.at_use(specs, read).apply(variables, x, train=False, key=None)[0]
+    wanted = network.apply({**variables, "params": doubled}, x, train=False, key=None)[0]
+    return using.logits, wanted.logits
+
+  found, wanted = both(small_networks.drawn(shapes))
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+  assert ((6, 3) if isinstance(module, Stack) else (4, 3), (None, "fsdp")) in seen
+  if isinstance(module, Stack):  # one layer's, without the axis over layers; never all of them
+    assert ((6, 6), ("fsdp",)) in seen
+    assert all(shape != (5, 6, 6) for shape, _ in seen)
+
+
 SIZE, WIDTH = 8, 16
 
 
