@@ -378,7 +378,7 @@ PARTS = [
   (lambda j: j.train.fsdp(None), "axis=None must name an axis of the mesh"),
   (lambda j: j.train.annotated(["embed"]), "names=.* must say what becomes of a module's names"),
   (lambda j: j.train.shardings({"a": X}, j.train.mesh(), {"b": None}), "rules must be train.fsdp"),
-  (lambda j: sharded(j, {"bias": jax.P("data")}), r"Dense_1/bias \[3\].*axis 0 of 3.*divide by 2"),
+  (lambda j: sharded(j, {"Dense_1/bias": jax.P("data")}), r"bias \[3\].*axis 0 of 3.*divide by 2"),
   (lambda j: sharded(j, {"Dense_9": jax.P("data")}), "'Dense_9', which matches no variable"),
   (lambda j: sharded(j, j.train.fsdp()), "'fsdp', which is no axis of the mesh"),
   (lambda j: sharded(j, teacher=j.train.fsdp("x")), "'x', which is no axis of the mesh"),
