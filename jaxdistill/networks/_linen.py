@@ -147,10 +147,11 @@ class _Adapter(Adapter):
 
     try:
       call, off, (out, state) = ran(lambda leaf, spec: _AtUse(leaf, spec, self.read))
-    except (AttributeError, TypeError):
+    except Exception:
       if self.read is None:
         raise
-      # A module that looks into its variables itself (nn.WeightNorm) is given arrays there.
+      # A module that looks into its variables itself (nn.WeightNorm) finds arrays there, read at
+      # once. Whatever else is wrong is wrong again.
       call, off, (out, state) = ran(self.read)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
     if train:

@@ -112,7 +112,7 @@ def fsdp(axis: str | Sequence[str] = "fsdp", *, least: int = 0) -> Rule:
   PartitionSpec(None, 'fsdp')
   """
   several = isinstance(axis, Sequence) and not isinstance(axis, str)
-  axes = tuple(axis) if several else (axis,)
+  axes: Any = tuple(axis) if several else (axis,)
   if not axes or not all(isinstance(one, str) for one in axes):
     raise TypeError(f"axis={_check.show(axis)} must name an axis of the mesh, or several.")
   return _Fsdp(axes, _check.whole("least", least, least=0))
@@ -466,10 +466,10 @@ class Sharding:
       objective_state=_tree(shapes.objective_state, [where[path] for path in remembered]),
     )
     layout = Layout(state, known, ())
-    rest = {name: layout.follow(getattr(shapes, name)) for name in ("opt_state", "average")}
-    rest["teacher"] = layout.follow(shapes.teacher)
-    said = [_uncovered("sharding", "student", told, specs)]
-    said.append(_not_followed(layout, shapes.opt_state, over))
+    following = ("opt_state", "average", "teacher")
+    rest = {name: layout.follow(getattr(shapes, name)) for name in following}
+    covered = _uncovered("sharding", "student", told, specs)
+    said = (covered, _not_followed(layout, shapes.opt_state, over))
     state = dataclasses.replace(state, **rest)
     return Layout(state, known, tuple(line for line in said if line))
 
