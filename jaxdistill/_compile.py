@@ -344,8 +344,9 @@ class CompiledOnce:
     def of_leaves(*leaves: list[Any]) -> list[Any]:
       trees = zip(self._trees, leaves, strict=True)
       made = self._function(*(jax.tree.unflatten(tree, mine) for tree, mine in trees))
-      flat, self._result = jax.tree.flatten(made)
-      return flat
+      self._result = jax.tree.structure(made)
+      # The members of a tuple stay apart, so that it can be said of each where it is to lie.
+      return [*map(jax.tree.leaves, made)] if type(made) is tuple else jax.tree.leaves(made)
 
     of_leaves.__name__ = getattr(function, "__name__", "program")  # as profiles show it
     self._jitted = jit(of_leaves)
@@ -415,7 +416,7 @@ class CompiledOnce:
     if not self.begun:
       self.compile(*args)
     leaves = [jax.tree.leaves(arg) for arg in args]
-    return jax.tree.unflatten(self._result, self.compiled()(*leaves))
+    return jax.tree.unflatten(self._result, jax.tree.leaves(self.compiled()(*leaves)))
 
 
 def _devices_of(leaf: Any) -> Any:

@@ -391,12 +391,21 @@ class Network:
     name: for reports and error messages.
     at_rest: ``paths -> Network``, the same network whose normalisations at these paths go by their
       averages in training too, and keep them; None where nobody can tell them.
+    axes: ``inputs -> {path: names}``, the names that the module gives the axes of its variables, by
+      ``"params/Dense_0/kernel"`` (`flax.linen.with_partitioning`, `flax.nnx.with_partitioning`);
+      ``inputs`` may be shapes. None where nobody can tell.
+    at_use: ``(specs, read) -> Network``, the same network that takes each parameter as
+      ``read(parameter, spec)`` where it uses it, inside the body of a scan of layers too, so that
+      what is in parts is gathered layer by layer. ``specs`` is ``{path: PartitionSpec}``; without
+      the axis of the layers in such a body. None where nobody can do that.
   """
 
   init: Callable[..., dict[str, Any]]
   apply: Callable[..., tuple[Outputs, dict[str, Any]]]
   name: str = "network"
   at_rest: Callable[[Collection[str]], Network] | None = None
+  axes: Callable[[Any], Mapping[str, tuple[Any, ...]]] | None = None
+  at_use: Callable[..., Network] | None = None
 
 
 @flax.struct.dataclass

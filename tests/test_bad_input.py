@@ -160,6 +160,11 @@ def fit(j, folder=None, *, student=None, objective=None, devices=2, hyper=None, 
   return small_networks.fit(student, objective, room=j.train, folder=folder, **options)
 
 
+def sharded(j, rules=None, *, teacher=None):
+  """A fit whose networks are cut by these rules over two devices."""
+  return fit(j, dispatch=j.train.with_jit(sharding=rules, teacher_sharding=teacher))
+
+
 def check(call, error, message):
   """The call raises this, and from a line of the package."""
   with pytest.raises(error, match=message) as caught:
@@ -448,6 +453,20 @@ PARTS = [
   (lambda j: j.train.data_parallel(2), "devices=2 must be devices"),
   (lambda j: j.train.data_parallel(jax.devices()[:1] * 2), "more than once"),
   (lambda j: j.train.with_jit(jax.make_mesh((2,), ("x",))), r"use train\.data_parallel\(\)"),
+  (lambda j: j.train.mesh(model=3), "are of 0 devices, and there are 2"),
+  (lambda j: j.train.mesh(model=0), "model=0 must be at least 1"),
+  (lambda j: j.train.with_jit(sharding="fsdp"), "sharding must be train.fsdp"),
+  (lambda j: j.train.with_jit(teacher_sharding={"(": None}), "teacher_sharding must be train.fsdp"),
+  (lambda j: j.train.with_jit(batch_axes="model"), "batch_axes='model' must be axes of the mesh"),
+  (lambda j: j.train.fsdp(None), "axis=None must name an axis of the mesh"),
+  (lambda j: j.train.annotated(["embed"]), "names=.* must say what becomes of a module's names"),
+  (lambda j: j.train.shardings({"a": X}, j.train.mesh(), {"b": None}), "rules must be train.fsdp"),
+  (lambda j: sharded(j, {"Dense_1/bias": jax.P("data")}), r"bias \[3\].*axis 0 of 3.*divide by 2"),
+  (lambda j: sharded(j, {"Dense_9": jax.P("data")}), "'Dense_9', which matches no variable"),
+  (lambda j: sharded(j, j.train.fsdp()), "'fsdp', which is no axis of the mesh"),
+  (lambda j: sharded(j, teacher=j.train.fsdp("x")), "'x', which is no axis of the mesh"),
+  (lambda j: j.teachers.frozen(model(j), dtype="words"), "dtype='words' must be of real numbers"),
+  (lambda j: j.teachers.frozen(model(j), dtype=jnp.int8), "dtype=.*int8.* must be of real numbers"),
   (lambda j: evaluated(j, OTHER), "do not fit the network"),
   (lambda j: evaluated(j, variables(), seeds=7), "with seeds=7"),
   (lambda j: evaluated(j, STACKED), "with seeds=None"),

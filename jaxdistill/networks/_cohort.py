@@ -103,7 +103,26 @@ class _Cohort:
   name: str
 
   def network(self) -> Network:
-    return Network(init=self.init, apply=self, name=self.name, at_rest=self.at_rest)
+    return Network(self.init, self, self.name, self.at_rest, self.axes, self.at_use)
+
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    found = {}
+    for member, network in self.members:
+      for path, names in ({} if network.axes is None else network.axes(inputs)).items():
+        collection, _, rest = path.partition("/")
+        found[f"{collection}/{member}/{rest}"] = names
+    return found
+
+  def at_use(self, specs: Mapping[str, Any], read: Any) -> Network:
+    """The cohort whose members read each of these parameters where they use it."""
+
+    def used(member: str, network: Network) -> Network:
+      start = f"params/{member}/"
+      mine = {f"params/{p[len(start) :]}": s for p, s in specs.items() if p.startswith(start)}
+      return network if network.at_use is None else network.at_use(mine, read)
+
+    reading = tuple((member, used(member, network)) for member, network in self.members)
+    return dataclasses.replace(self, members=reading).network()
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     # Each from a key of its own: two of one architecture would begin as twins, and stay it.

@@ -449,6 +449,8 @@ class Adapter:
     name: what to call the module in messages.
     told: whether it is to be told that it trains: not where ``train_flag`` is None.
     resting: paths of submodules that normalise by their averages in training too.
+    specs: how parameters are cut, ``{path: PartitionSpec}``; of those that `read` is for.
+    read: ``(parameter, spec) -> parameter``, at use; None for parameters as they are.
   """
 
   wanted: dict[str, Path]
@@ -459,16 +461,36 @@ class Adapter:
   name: str
   told: bool = True
   resting: frozenset[str] = frozenset()
+  specs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  read: Callable[[Any, Any], Any] | None = None
 
   def network(self) -> Network:
     """What the adapter is for."""
     # An adapter has both; `Adapter` itself knows neither.
     mine: Any = self
-    return Network(mine.init, mine.apply, self.name, self.at_rest)
+    return Network(mine.init, mine.apply, self.name, self.at_rest, mine.axes, self.at_use)
 
   def at_rest(self, paths: Collection[str]) -> Network:
     """The network with these submodules' normalisations as in evaluation."""
     return dataclasses.replace(self, resting=frozenset(paths)).network()
+
+  def at_use(self, specs: Mapping[str, Any], read: Callable[[Any, Any], Any]) -> Network:
+    """The network that reads each of these parameters where it uses it."""
+    return dataclasses.replace(self, specs=specs, read=read).network()
+
+  def at_parameters(
+    self, variables: Mapping[str, Any], put: Callable[[Any, Any], Any]
+  ) -> Mapping[str, Any]:
+    """The variables, with ``put(parameter, spec)`` in the place of those that `read` is for."""
+
+    def place(path: Any, leaf: Any) -> Any:
+      spec = self.specs.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+      return leaf if spec is None else put(leaf, spec)
+
+    if self.read is None:
+      return variables
+    params = jax.tree_util.tree_map_with_path(place, {"params": variables["params"]})
+    return {**variables, **params}
 
   def variables(self, key: Any, inputs: Any) -> dict[str, Any]:
     """What the module's own initialisation makes."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import flax.errors
 import flax.linen as nn
+import flax.struct
 import jax
 
 from jaxdistill import _check
@@ -139,22 +140,47 @@ class _Adapter(Adapter):
     variables = {name: value for name, value in variables.items() if name != _SOWN}
     # Statistics move in training only; what is not mutable, Flax lets no module write.
     mutable = [name for name in variables if name != "params"] if train else []
-    call = Call(variables, inputs, train, key)
-    with _switches(keyed=key is not None, resting=self.resting) as off:
-      out, state = self.run(call, mutable)
+
+    def ran(put: Callable[[Any, Any], Any]) -> tuple[Call, list[bool], Any]:
+      call = Call(self.at_parameters(variables, put), inputs, train, key)
+      with _switches(keyed=key is not None, resting=self.resting) as off:
+        return call, off, self.run(call, mutable)
+
+    try:
+      call, off, (out, state) = ran(lambda leaf, spec: _AtUse(leaf, spec, self.read))
+    except Exception:
+      if self.read is None:
+        raise
+      # A module that looks into its variables itself (nn.WeightNorm) finds arrays there, read at
+      # once. Whatever else is wrong is wrong again.
+      call, off, (out, state) = ran(self.read)
     updated = {n: v for n, v in state.items() if n in mutable and not _grew(variables[n], v)}
     if train:
       self.check_training(variables, updated, off=bool(off) and all(off))
     return self.outputs(call, out, state.get(_SOWN, {})), updated
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
+    # Boxed with the names of their axes, arrays would not be where their own names say: `axes`.
+    return {"params": {}, **nn.unbox(self.boxed(key, inputs))}
+
+  def boxed(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     # In training mode, since some modules make their auxiliary heads only then.
     module, args, keywords = self.bind(inputs, train=True)
     mutable = nn.DenyList((_SOWN, "perturbations"))
     keys = {"params": key, **self.streams(key)}
-    made = module.init(keys, *args, method=self.method, mutable=mutable, **keywords)
-    # Names of axes are for model parallelism; boxed, arrays would not be where their names say.
-    return {"params": {}, **nn.unbox(made)}
+    return module.init(keys, *args, method=self.method, mutable=mutable, **keywords)
+
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    def boxes(node: Any) -> bool:
+      return isinstance(node, nn.meta.AxisMetadata)
+
+    made = jax.eval_shape(self.boxed, jax.random.key(0), inputs)
+    found = jax.tree_util.tree_leaves_with_path(made, is_leaf=boxes)
+    named = [(path, box) for path, box in found if isinstance(box, nn.Partitioned)]
+    return {
+      jax.tree_util.keystr(path, simple=True, separator="/"): tuple(box.names)
+      for path, box in named
+    }
 
   def streams(self, key: Any) -> dict[str, Any]:
     # Folded by the stream's place, or two streams of one key would draw the same numbers.
@@ -263,6 +289,32 @@ class _Adapter(Adapter):
       )
     told = [flag.name for flag in self.flags]
     return self.explain_draw(f"the random stream {stream}", told, call.train)
+
+
+@flax.struct.dataclass
+class _AtUse(nn.meta.AxisMetadata):
+  """A parameter that is read through a function where a module asks for it.
+
+  Flax unboxes it there, and tells it of the axis that a lifted scan takes away: so in the body of a
+  scan a layer's parameters are read, and not those of all layers before it.
+  """
+
+  value: Any
+  spec: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+  read: Any = flax.struct.field(pytree_node=False)
+
+  def unbox(self) -> Any:
+    return self.read(self.value, self.spec)
+
+  def replace_boxed(self, val: Any) -> _AtUse:
+    return dataclasses.replace(self, value=val)
+
+  def add_axis(self, index: int, params: dict[Any, Any]) -> _AtUse:
+    spec = [*self.spec, *[None] * (index - len(self.spec))]
+    return dataclasses.replace(self, spec=(*spec[:index], None, *spec[index:]))
+
+  def remove_axis(self, index: int, params: dict[Any, Any]) -> _AtUse:
+    return dataclasses.replace(self, spec=self.spec[:index] + self.spec[index + 1 :])
 
 
 def _flags(module: nn.Module, signature: inspect.Signature, train_flag: str | None) -> list[Flag]:

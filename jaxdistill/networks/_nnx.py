@@ -196,6 +196,8 @@ class _Adapter(Adapter):
   def apply(
     self, variables: Mapping[str, PyTree], inputs: Any, *, train: bool, key: Any = None
   ) -> tuple[Outputs, dict[str, PyTree]]:
+    # Of a scan's layers all at once: NNX tells nobody where a variable is used.
+    variables = self.at_parameters(variables, self.read or (lambda leaf, spec: leaf))
     call = Call(variables, inputs, train, key)
     outputs, state, drawn = self.call(call)
     if drawn:
@@ -212,6 +214,15 @@ class _Adapter(Adapter):
     if train:
       self.check_training(variables, state)
     return outputs, state
+
+  def axes(self, inputs: Any) -> dict[str, tuple[Any, ...]]:
+    del inputs
+    found = {}
+    for slot in self.slots:
+      names = _nnx_graph.names_of_axes(slot.variable)
+      if names is not None:
+        found.update({"/".join(place): names for place in slot.places})
+    return found
 
   def variables(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     del inputs  # an NNX module has its shapes from its own arguments

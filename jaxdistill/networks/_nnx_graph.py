@@ -30,6 +30,7 @@ __all__ = [
   "find_taps",
   "insert",
   "make",
+  "names_of_axes",
   "run_tapped",
   "set_flags",
   "split",
@@ -155,6 +156,24 @@ def _collection(variable: Any) -> str:
     return nnx.variable_name_from_type(type(variable))
   except ValueError:  # not registered
     return type(variable).__name__
+
+
+def names_of_axes(variable: Any) -> tuple[Any, ...] | None:
+  """The names that a module gives the axes of a variable; None where it gives none.
+
+  Args:
+    variable: an ``nnx.Variable``, or an array that is none.
+
+  >>> with nnx.use_eager_sharding(False):
+  ...   names_of_axes(nnx.Param(jnp.ones((2, 3)), out_sharding=("width", None)))
+  ('width', None)
+  """
+  if not isinstance(variable, nnx.Variable):
+    return None
+  told = variable.get_metadata()
+  # As Flax's versions have called it, the latest first.
+  found = [told[n] for n in ("out_sharding", "sharding_names", "sharding") if told.get(n)]
+  return tuple(found[0]) if found else None
 
 
 def stream_key(key: Any, index: int) -> Any:

@@ -96,12 +96,14 @@ def mixed_precision(network: Network, *, compute: Any = jnp.bfloat16) -> Network
     restored = {name: _as_before(tree, variables.get(name)) for name, tree in state.items()}
     return jax.tree.map(_at_least_float32, outputs), restored
 
-  rest = network.at_rest
+  rest, use = network.at_rest, network.at_use
   result = Network(
     init,
     apply,
     f"{network.name} ({dtype.name})",
     None if rest is None else lambda paths: mixed_precision(rest(paths), compute=dtype),
+    network.axes,
+    None if use is None else lambda *how: mixed_precision(use(*how), compute=dtype),
   )
   return result
 

@@ -64,12 +64,23 @@ def holding(bad: str, trees: Mapping[str, PyTree]) -> list[str]:
     for leaf in jax.tree.leaves(tree)
     if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
   ]
-  away = [leaf for _, leaf, view in found if view is None]
-  flags = iter(jax.device_get(_bad_leaves(bad, away)) if away else ())
-  names = {
-    name for name, _, view in found if (next(flags) if view is None else _is_bad(np, bad, view))
-  }
+  # A program takes what lies on the same devices: some leaves may lie on a mesh, and others not.
+  away: dict[Any, list[tuple[str, Any]]] = {}
+  for name, leaf, view in found:
+    if view is None:
+      away.setdefault(_devices(leaf), []).append((name, leaf))
+  flags = jax.device_get([_bad_leaves(bad, [x for _, x in some]) for some in away.values()])
+  names = {name for name, _, view in found if view is not None and _is_bad(np, bad, view)}
+  for some, bads in zip(away.values(), flags, strict=True):
+    names |= {name for (name, _), flag in zip(some, bads, strict=True) if flag}
   return [name for name in trees if name in names]
+
+
+def _devices(leaf: jax.Array) -> tuple[int, ...]:
+  """The devices that an array lies on, in the order of its mesh."""
+  mesh = getattr(leaf.sharding, "mesh", None)
+  devices = leaf.sharding.device_set if mesh is None else mesh.devices.flat
+  return tuple(device.id for device in devices)
 
 
 def _is_bad(xp: Any, bad: str, leaf: Any) -> Any:

@@ -22,10 +22,12 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     grouped,
     layers,
     members_of,
+    networks_of,
     restore,
     subset,
     tokenizer_of,
     vocabulary,
+    with_networks,
   )
   from jaxdistill.teachers._moving import decay_of, moving_average
   from jaxdistill.teachers.cache_writer import write
@@ -48,11 +50,13 @@ __all__ = [
   "layers",  # a teacher's layers as a student's beginning
   "members_of",  # the networks that a teacher is made of, as far as they are known
   "moving_average",  # a teacher that is a moving average of its student: mean teacher
+  "networks_of",  # those networks, and where in the teacher's variables each one's begin
   "restore",  # the deployed network of a run folder of ours, with its variables
   "subset",  # a teacher narrowed to some of its classes, and renormalised over them
   "tokenizer_of",  # the digest of the tokenizer whose tokens a teacher reads
   "verify_cache",  # checks every digest, count and id of a cache
   "vocabulary",  # a language model's teacher with a vocabulary padded to another size
+  "with_networks",  # a teacher whose networks are others, of the same variables
   "with_outputs",  # a source whose batches take their rows out of arrays of the program
   "write",  # a cache written with NumPy alone: `cache_writer`, a file to copy into other programs
 ]

@@ -41,11 +41,13 @@ __all__ = [
   "grouped",
   "layers",
   "members_of",
+  "networks_of",
   "repeated_classes",
   "restore",
   "subset",
   "tokenizer_of",
   "vocabulary",
+  "with_networks",
 ]
 
 PyTree = Any
@@ -62,19 +64,23 @@ class _Inference:
     return self.network.apply(variables, batch.inputs, train=False, key=None)[0]
 
 
-def frozen(model: Model, *, tokenizer: Tokenizer | None = None) -> Teacher:
+def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = None) -> Teacher:
   """A network and its variables as a teacher: evaluated in inference mode, gradients stopped.
 
   Args:
     model: what `jaxdistill.fit` returned; or ``Model(network, variables)``.
+    dtype: what its parameters are kept in, ``jnp.bfloat16`` for half of float32's memory; None as
+      they are. Statistics keep theirs. What a network computes in is its own affair: most take the
+      longer one of inputs and parameters, `jaxdistill.networks.mixed_precision` the one it is told.
     tokenizer: of a language model, the tokenizer whose tokens it was trained on: it is then refused
       to teach on tokens of another, which as large a vocabulary would not show. None does not ask.
 
   Returns:
-    The teacher; its variables are the model's, no copy of them.
+    The teacher; its variables are the model's, no copy of them but for those of another dtype,
+    which are converted where they lie, in parts where they lie in parts.
 
   Raises:
-    TypeError: ``model`` is none, or ``tokenizer``.
+    TypeError: ``model`` is none, ``dtype`` no dtype of real numbers, or ``tokenizer`` none.
     ValueError: it holds the variables of several seeds.
   """
   if not isinstance(model, Model):
@@ -90,7 +96,8 @@ def frozen(model: Model, *, tokenizer: Tokenizer | None = None) -> Teacher:
   one, read = model.instance(0), {}
   if tokenizer is not None:
     read = {"tokenizer": _digest(tokenizer)}
-  return Teacher(one.variables, _Inference(one.network), _asked("frozen", **read))
+  variables = one.variables if dtype is None else _kept_in(dtype, one.variables)
+  return Teacher(variables, _Inference(one.network), _asked("frozen", **read))
 
 
 def _digest(tokenizer: Any) -> str:
@@ -141,6 +148,24 @@ def check_tokenizer(teacher: Teacher | None, read: str, name: str) -> None:
     )
 
 
+def _kept_in(dtype: Any, variables: PyTree) -> PyTree:
+  """Variables whose parameters are of a dtype."""
+  try:
+    kind = jnp.dtype(dtype)
+  except TypeError:
+    kind = None
+  if kind is None or not jnp.issubdtype(kind, jnp.floating):
+    raise TypeError(f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or None.")
+
+  def kept(leaf: Any) -> Any:
+    found = getattr(leaf, "dtype", kind)
+    return leaf.astype(kind) if jnp.issubdtype(found, jnp.floating) and found != kind else leaf
+
+  if not isinstance(variables, Mapping) or "params" not in variables:
+    return jax.tree.map(kept, variables)
+  return {**variables, "params": jax.tree.map(kept, variables["params"])}
+
+
 def _asked(kind: str, *of: Teacher, **what: Any) -> str:
   """What a teacher is asked for, so that `cached` can tell one from another."""
   inner = [_identity.asked_of(one) for one in of]
@@ -184,6 +209,47 @@ def members_of(teacher: Teacher) -> list[Model]:
     if isinstance(apply, _Subset | _Grouped | _Vocabulary)
     else []
   )
+
+
+def with_networks(teacher: Teacher, change: Callable[[str, Network], Network]) -> Teacher:
+  """A teacher whose networks are others, of the same variables.
+
+  Args:
+    teacher: a teacher; a function of the user's own stays as it is.
+    change: gives each network's place, with the path at which its variables begin in the teacher's:
+      ``""``, or ``"0/"`` for the first member of an ensemble.
+  """
+
+  def changed(at: str, apply: Any) -> Any:
+    if isinstance(apply, _Inference):
+      return _Inference(change(at, apply.network))
+    if isinstance(apply, _Ensemble):
+      members = tuple(changed(f"{at}{m}/", one) for m, one in enumerate(apply.members))
+      return dataclasses.replace(apply, members=members)
+    if isinstance(apply, _Subset | _Grouped | _Vocabulary):
+      return dataclasses.replace(apply, of=changed(at, apply.of))
+    return apply
+
+  return dataclasses.replace(teacher, apply=changed("", teacher.apply))
+
+
+def networks_of(teacher: Teacher) -> list[tuple[str, Network]]:
+  """The networks that a teacher is made of, as far as they are known.
+
+  Args:
+    teacher: a teacher.
+
+  Returns:
+    Each with the path at which its variables begin in the teacher's, see `with_networks`.
+  """
+  found: list[tuple[str, Network]] = []
+
+  def note(at: str, network: Network) -> Network:
+    found.append((at, network))
+    return network
+
+  with_networks(teacher, note)
+  return found
 
 
 def asked_on_host(teacher: Teacher) -> bool:

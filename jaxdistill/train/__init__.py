@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     AXIS,
     Dispatch,
     data_parallel,
+    mesh,
     with_jit,
     with_pmap,
     with_students,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_teacher,
   )
   from jaxdistill.train._program import Program, Values
+  from jaxdistill.train._sharding import Rule, Rules, Variable, annotated, fsdp, shardings
   from jaxdistill.train._shared_teacher import share_teacher
   from jaxdistill.train._side_by_side import (
     UNROLLED,
@@ -68,13 +70,17 @@ __all__ = [
   "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
   "Plan",  # what is trained, from what, by what: the arguments that `fit` and its like share
   "Program",  # what a run calls: put together and checked abstractly, compiled once
+  "Rule",  # along which axes of the mesh an array is cut, or a function that says so
+  "Rules",  # rules by path, or one for all
   "Run",  # where a run, a sweep or a search is saved, and what it says on its way
   "State",  # everything that a training run changes; the teacher is not in it
   "Stopped",  # a run was asked to stop (SIGTERM, Ctrl-C, its time is up): it has saved
   "TermsApart",  # in an optimiser's state: it wants some terms' gradients by themselves
   "Transformation",  # one optimiser, as optax has them
   "Values",  # what differs between the students of one program
+  "Variable",  # what a rule is told of an array: path, shape, dtype, names of axes
   "Watch",  # what `fit` looks at on its way, and which checkpoints it keeps by that
+  "annotated",  # a rule that goes by the names that a module gives the axes of its variables
   "at_once",  # how many students a CPU trains best side by side
   "born_again",  # born-again networks (BAN): generations, each taught by the one before
   "check_hyper",  # the objective's keywords: complete, with finite numbers
@@ -89,14 +95,17 @@ __all__ = [
   "described_student",  # the student, as ``config.json`` holds it
   "example_key",  # a random key's shape, to trace with
   "fit",  # trains a student, or the same student from several seeds as one compiled program
+  "fsdp",  # fully sharded data parallelism: a rule that cuts each array along its largest axis
   "in_chunks",  # an objective in chunks of tokens, without arrays [tokens, vocabulary]
   "init_state",  # initialises a training state; pure, so it can be jitted and vmapped over keys
   "inputs_of",  # the shapes of a batch's inputs, as the networks see them
   "is_optimizer",  # whether it has ``init`` and ``update``, as optax's have
   "make_step",  # builds the pure train step
+  "mesh",  # a mesh of several axes: `AXIS`, and others for the networks
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log
   "run_steps",  # runs a program from a step to the last one
+  "shardings",  # where variables lie by rules: what ``jax.device_put`` takes
   "share_teacher",  # the sources with the teacher's outputs on them
   "start_or_resume",  # the state to go on from, and its step
   "stop_signal",  # gives ``step -> the signal to stop by``, 0 for none
@@ -104,7 +113,7 @@ __all__ = [
   "students_by",  # the rule for how several students of one network are trained in one program
   "time_limit",  # ends what a script trains after so many seconds, as SIGTERM would: saved
   "traced",  # what is computed: the beginning, a step, and the optimiser's part of it
-  "with_jit",  # compiles by `jax.jit` over a data-parallel mesh. The way to train
+  "with_jit",  # compiles by `jax.jit` over a mesh, networks whole or in parts. The way to train
   "with_pmap",  # compiles by `jax.pmap`, sums through ``psum`` over the axis `AXIS`
   "with_students",  # compiles by `jax.jit` with the students of a sweep shared out over the devices
 ]

@@ -34,7 +34,7 @@ from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
 from jaxdistill.train._processes import together
-from jaxdistill.train._program import Program
+from jaxdistill.train._program import Program, with_teacher_placed
 from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.train._state import State
 from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
@@ -254,9 +254,10 @@ def fit(
       the student (`teachers.moving_average`), which is a part of the run's state.
     average: the decay of a moving average of the deployed network's variables, which is then what
       is validated, returned and deployed; None for none.
-    dispatch: how a step is run, `train.with_jit` (the default, over all devices) or
-      `train.with_pmap`; where it needs less memory, ``train.with_jit(accumulate=4)`` cuts batches
-      into micro-batches, and ``tokens_at_once=1024`` makes a language model's logits in chunks.
+    dispatch: how a step is run, `train.with_jit` (the default, over all devices; with ``sharding=``
+      networks that are larger than one) or `train.with_pmap`; where it needs less memory,
+      ``train.with_jit(accumulate=4)`` cuts batches into micro-batches, and ``tokens_at_once=1024``
+      makes a language model's logits in chunks.
     watch: what is looked at on the way: validation, log, callback; see `Watch`.
     run: where it is saved; see `Run`. A path is the run's folder; None saves nothing.
 
@@ -293,10 +294,11 @@ def fit(
   epoch = plan.sources[0].steps_per_epoch
   every = Intervals.of(steps, epoch, watch.log_every, watch.validate_every, run.checkpoint_every)
   label = run.label("train") if jax.process_index() == 0 else None
+  plan, said = with_teacher_placed(plan, dispatch)  # first: it may be run over the examples at once
   program = Program(with_answers(plan, label), dispatch, longest=every.longest)
   program.trace()  # what does not fit says so before a folder is claimed
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
-  return _trained(plan, program, every, watch, run, seed, left)
+  return _trained(plan, program, every, watch, run, seed, left, said)
 
 
 def _trained(
@@ -307,6 +309,7 @@ def _trained(
   run: Run,
   seed: int | Sequence[int],
   left: float | None,
+  said: Sequence[str],
 ) -> Fitted:
   """Runs a plan's program in its folder; stops after so many seconds, where that is not None."""
   with contextlib.ExitStack() as stack:
@@ -331,7 +334,7 @@ def _trained(
     if path is not None:
       log.say(_found(at, plan.steps, path))
     if at < plan.steps:
-      _say_form(plan, program, log)
+      _say_form(plan, program, log, said)
       if isinstance(watch.validate, Validator) and (ends := program.ends()) is not None:
         watch.validate.compile(ends, calls=every.validations(at))  # beside the steps' program
     final = run_steps(
@@ -422,8 +425,10 @@ def _found(at: int, steps: int, path: pathlib.Path) -> str:
   return f"goes on at step {at:,} of {steps:,} in {path}." if at else f"starts in {path}."
 
 
-def _say_form(plan: Plan, program: Program, log: Log) -> None:
-  """Says what was decided for the user: how the teacher is run, what is frozen, how it is run."""
+def _say_form(plan: Plan, program: Program, log: Log, said: Sequence[str]) -> None:
+  """Says what was decided for the user: where it lies, how the teacher is run, what is frozen."""
+  for line in (*(program.layout.said if program.layout else ()), *said):
+    log.say(line)
   if program.plan.teacher is not plan.teacher:
     size = program.source.size
     log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")

@@ -152,9 +152,11 @@ def traced(plan: Plan, program: Program) -> dict[str, runs.Traced]:
   )
   value = jax.ShapeDtypeStruct((), np.float32)
   opt_state = one(program.shapes).opt_state
+  # By shapes: JAX writes otherwise what is traced of arrays that lie on a mesh.
+  teacher = jax.eval_shape(lambda leaves: leaves, plan.teacher)
   return {
     "initial": runs.traced(program.begins),
     **({} if source.shown is None else source.shown()),
-    "step": runs.traced(jax.make_jaxpr(step)(state, plan.teacher, batch, values)),
+    "step": runs.traced(jax.make_jaxpr(step)(state, teacher, batch, values)),
     "optimizer": runs.traced(jax.make_jaxpr(update)(trained, opt_state, trained, value, values)),
   }

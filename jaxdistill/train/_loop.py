@@ -71,7 +71,7 @@ def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State,
     return program.initial(), 0
   shapes, objective = program.shapes, program.objective
   outline = jax.eval_shape(lambda state: to_items(state, objective), shapes)
-  items = saved.restore(step, outline)
+  items = saved.restore(step, program.lying(outline))
   return from_items(items, shapes, objective), step
 
 
@@ -112,7 +112,7 @@ def run_steps(
   """
   objective, first_process = program.objective, jax.process_index() == 0
   dispatch = program.dispatch
-  state = dispatch.spread(state)
+  state = program.spread(state)
   pending: dict[str, Any] | None = None
   while at < every.steps:
     end = every.next_stop(at)

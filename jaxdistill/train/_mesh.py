@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxdistill import _check
 from jaxdistill._compile import CompiledOnce
 from jaxdistill.runs import is_key
+from jaxdistill.train._sharding import Rules, Sharding, check_rules, lies_on, put
 
 __all__ = [
   "AXIS",
@@ -33,12 +35,15 @@ __all__ = [
   "barrier",
   "check_divides",
   "data_parallel",
+  "mesh",
   "with_jit",
   "with_pmap",
   "with_students",
 ]
 
 AXIS = "data"
+# What shards parameters over data-parallel devices: batches are split over it too.
+_FSDP = "fsdp"
 PyTree = Any
 
 
@@ -58,6 +63,50 @@ def data_parallel(devices: Sequence[jax.Device] | None = None) -> Mesh:
   >>> dict(data_parallel(jax.devices()[:1]).shape)
   {'data': 1}
   """
+  return Mesh(np.asarray(_chosen(devices)), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def mesh(
+  *, data: int | None = None, devices: Sequence[jax.Device] | None = None, **axes: int
+) -> Mesh:
+  """A mesh of several axes: `AXIS`, over which batches are split, and others for the networks.
+
+  ``train.mesh(data=2, fsdp=4)``, ``train.mesh(model=8)``. Neighbours on the last axis are closest
+  where the machine has a topology, so put the one that communicates most there (`jax.make_mesh`).
+
+  Args:
+    data: devices along `AXIS`; as many as the other axes leave, by default.
+    devices: the devices to use; all of them by default.
+    **axes: devices along each other axis, by any names. Over one called ``"fsdp"`` batches are
+      split too, see `with_jit`.
+
+  Returns:
+    A mesh whose axis types are ``Auto``: the compiler propagates shardings.
+
+  Raises:
+    TypeError: these are no devices, or a number is no integer.
+    ValueError: the axes do not multiply to the number of devices; there is no device, or one twice.
+
+  >>> dict(mesh(devices=jax.devices()[:1], model=1).shape)
+  {'data': 1, 'model': 1}
+  """
+  chosen = _chosen(devices)
+  for name, size in axes.items():
+    _check.whole(name, size)
+  others = math.prod(axes.values())
+  count = len(chosen) // others if data is None else _check.whole("data", data)
+  sizes = {AXIS: count, **axes}
+  if count * others != len(chosen):
+    raise ValueError(
+      f"the axes {sizes} are of {count * others} devices, and there are {len(chosen)}; take axes "
+      "that multiply to that, or name the devices: train.mesh(..., devices=jax.devices()[:4])."
+    )
+  types = (AxisType.Auto,) * len(sizes)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=chosen)
+
+
+def _chosen(devices: Any) -> list[jax.Device]:
+  """Devices, each once; all where none are named."""
   chosen: Any = jax.devices() if devices is None else devices
   if isinstance(chosen, str) or not isinstance(chosen, Sequence | np.ndarray):
     raise TypeError(f"devices={_check.show(chosen)} must be devices, such as jax.devices()[:2].")
@@ -68,7 +117,7 @@ def data_parallel(devices: Sequence[jax.Device] | None = None) -> Mesh:
     raise TypeError(f"devices={_check.show(chosen)} must be devices, such as jax.devices()[:2].")
   if len(set(chosen)) < len(chosen):
     raise ValueError(f"devices={chosen} has a device more than once; name each one time.")
-  return Mesh(np.asarray(chosen), (AXIS,), axis_types=(AxisType.Auto,))
+  return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,25 +125,32 @@ class Dispatch:
   """How a chunk of steps is compiled, and how its arguments get to the devices.
 
   Attributes:
-    devices: how many devices share a batch, over all processes.
+    devices: how many shares a batch is cut into, over all processes: one for each device, or for
+      each set of devices that hold a network's parts.
     seeds_by: whether several seeds are trained side by side (``"vmap"``) or one after another
       inside the program (``"unroll"``); None for what suits the networks, see `students_by`.
     scan: whether a chunk of steps is one dispatch, a loop on the device; None for what suits.
     part: ``(p, P)``: this process is the p-th of P that share a batch, and reads its rows alone.
     axis_name: the axis for collectives inside the step (`pmap`), or None (`jit`).
     compile: ``run(state, teacher, shared, items, values, count) -> (state, sums)`` to its compiled
-      form, which donates the state.
+      form, which donates the state; ``compile(run, where)`` for a state that lies where a tree of
+      shardings says.
     place: puts what no step changes (the teacher, shared arrays) on every device. A leaf that lies
       on the mesh already stays where and as it is, replicated or in parts, and nothing is copied;
-      leaves that are shapes get the sharding of such an array.
+      leaves that are shapes get the sharding of such an array. ``place(tree, where)`` puts the
+      others where a tree of shardings says.
     spread: puts what is donated, and what students have each of their own (state, values), where
       `compile`'s function takes it, in buffers of its own; shapes get that sharding.
+      ``spread(tree, where)``, of a tree that is the caller's to donate, moves what does not lie
+      there yet.
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
     collect: one copy of what `compile`'s function returned, on this process's devices.
     accumulate: into how many micro-batches a step cuts its batch.
     tokens_at_once: how many tokens' logits a step has at any time; None for those of its batch.
+    sharding: the rules by which a student and a teacher are cut into parts; None where networks
+      are on every device in any case.
   """
 
   devices: int
@@ -102,22 +158,23 @@ class Dispatch:
   scan: bool | None
   part: tuple[int, int]
   axis_name: str | None
-  compile: Callable[[Callable[..., Any]], CompiledOnce]
-  place: Callable[[PyTree], PyTree]
-  spread: Callable[[PyTree], PyTree]
+  compile: Callable[..., CompiledOnce]
+  place: Callable[..., PyTree]
+  spread: Callable[..., PyTree]
   split: Callable[[PyTree, int], PyTree]
   constrain: Callable[[PyTree], PyTree]
   collect: Callable[[PyTree], PyTree]
   accumulate: int = 1
   tokens_at_once: int | None = None
+  sharding: Sharding | None = None
 
 
 def check_divides(batch_size: int, devices: int) -> None:
   """Raises where a batch, or a stream's part of it, can't be shared out evenly."""
   if batch_size % devices:
     raise ValueError(
-      f"batch_size={batch_size} does not divide by the {devices} devices of the mesh; "
-      f"take a multiple of {devices}, or fewer devices."
+      f"batch_size={batch_size} does not divide by the {devices} devices of the mesh that share "
+      f"it; take a multiple of {devices}, or fewer devices."
     )
 
 
@@ -138,19 +195,74 @@ def barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-def _part(mesh: Mesh) -> tuple[int, int]:
-  """Which of the processes of a mesh this one is."""
-  owners = [device.process_index for device in mesh.devices.flat]
-  processes = list(dict.fromkeys(owners))
-  each = len(owners) // len(processes)
-  if owners != [p for p in processes for _ in range(each)]:
+def _part(mesh: Mesh, over: tuple[str, ...]) -> tuple[int, int]:
+  """Which of the parts of a batch this process reads, and how many there are.
+
+  Processes that hold parts of the same networks read the same rows.
+  """
+  rest = [axis for axis in mesh.axis_names if axis not in over]
+  order = [mesh.axis_names.index(axis) for axis in (*over, *rest)]
+  shares = math.prod(mesh.shape[axis] for axis in over)
+  rows = mesh.devices.transpose(order).reshape(shares, -1)
+  mine: dict[int, list[int]] = {}
+  for share, devices in enumerate(rows):
+    for process in sorted({device.process_index for device in devices}):
+      mine.setdefault(process, []).append(share)
+  parts = sorted({tuple(one) for one in mine.values()})
+  each = shares // len(parts)
+  if parts != [tuple(range(i * each, (i + 1) * each)) for i in range(len(parts))]:
     raise ValueError(
       "the mesh does not hold the same number of devices of each process, side by side; take "
-      "train.data_parallel()."
+      "train.data_parallel(), or train.mesh(...) of all devices."
     )
-  if jax.process_index() not in processes:
+  if jax.process_index() not in mine:
     raise ValueError(f"the mesh holds no device of process {jax.process_index()}.")
-  return processes.index(jax.process_index()), len(processes)
+  return parts.index(tuple(mine[jax.process_index()])), len(parts)
+
+
+def _several(mesh: Mesh) -> bool:
+  """Whether a mesh has devices of several processes."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def _usable(mesh: Any) -> Mesh:
+  """A mesh over which batches can be split, with axes that the compiler propagates along."""
+  if not isinstance(mesh, Mesh) or AXIS not in mesh.axis_names:
+    shown = _check.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
+    raise TypeError(
+      f"mesh must have the axis {AXIS!r}, got {shown}; use train.data_parallel(), or "
+      "train.mesh(data=2, model=4)."
+    )
+  # In Explicit axes each operation would have to be told how its result lies.
+  types = (AxisType.Auto,) * len(mesh.axis_names)
+  return mesh if mesh.axis_types == types else Mesh(mesh.devices, mesh.axis_names, axis_types=types)
+
+
+def _over(mesh: Mesh, axes: Any) -> tuple[str, ...]:
+  """The axes over which a batch is split."""
+  if axes is None:
+    return tuple(axis for axis in mesh.axis_names if axis in (AXIS, _FSDP))
+  found = (axes,) if isinstance(axes, str) else tuple(axes)
+  if AXIS not in found or not set(found) <= set(mesh.axis_names) or len(set(found)) < len(found):
+    raise ValueError(
+      f"batch_axes={_check.show(axes)} must be axes of the mesh {dict(mesh.shape)}, each once, and "
+      f"{AXIS!r} among them."
+    )
+  return found
+
+
+def _rules(mesh: Mesh, over: tuple[str, ...], sharding: Any, teacher_sharding: Any) -> Sharding:
+  """The rules as a value."""
+  given = {"sharding": sharding, "teacher_sharding": teacher_sharding}
+  for name, rules in given.items():
+    if rules is not None:
+      check_rules(name, rules)
+  if _several(mesh) and not (sharding is None and teacher_sharding is None):
+    raise ValueError(
+      "sharding and teacher_sharding are of one process, and the mesh has devices of several: give "
+      "the mesh of one process's devices, or leave them out for networks that are on every device."
+    )
+  return Sharding(mesh, over, sharding, teacher_sharding)
 
 
 def _check_form(seeds_by: Any, scan: Any, accumulate: Any = 1, tokens_at_once: Any = None) -> None:
@@ -168,16 +280,29 @@ def with_jit(
   *,
   accumulate: int = 1,
   tokens_at_once: int | None = None,
+  sharding: Rules | None = None,
+  teacher_sharding: Rules | None = None,
+  batch_axes: str | Sequence[str] | None = None,
   seeds_by: str | None = None,
   scan: bool | None = None,
 ) -> Dispatch:
-  """Compiles by `jax.jit` over a data-parallel mesh. The way to train.
+  """Compiles by `jax.jit` over a mesh: data-parallel, or with networks in parts. The way to train.
 
   In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
-  How a step fits into memory is said here too: ``fit(..., dispatch=with_jit(accumulate=4))``.
+  Whatever the mesh and the rules, the numbers are those of one device, to rounding. How a step fits
+  into memory is said here too: ``fit(..., dispatch=with_jit(accumulate=4))``.
 
   Args:
-    mesh: from `data_parallel`; all devices by default.
+    mesh: from `data_parallel` or `mesh`; all devices by default.
+    sharding: how the student is cut into parts: `fsdp`, `annotated`, or rules by path, see
+      `shardings`. What the objective learns goes by the same rules, and the optimiser's state and
+      moving averages lie as the parameters do. What no rule covers is on every device, and the log
+      lists it. None for all of it on every device.
+    teacher_sharding: likewise for the teacher, by rules of its own. What lies on the mesh in parts
+      already stays as it is. None leaves it where it lies on the mesh, and puts what does not on
+      every device.
+    batch_axes: the axes of the mesh over which batches are split: by default `AXIS`, and ``"fsdp"``
+      where the mesh has such an axis.
     accumulate: into how many micro-batches each batch is cut, to need less memory; the same
       gradient for a network without state across examples and without dropout. BatchNorm, and
       losses that relate examples, see the micro-batch.
@@ -195,23 +320,22 @@ def with_jit(
     The dispatch; its compiled function donates the state.
 
   Raises:
-    TypeError: ``mesh`` is not one of the one axis `AXIS`, ``scan`` no bool, or a number no integer.
-    ValueError: ``seeds_by`` is neither, a number is below 1, or the processes of the mesh have
-      unequal shares.
+    TypeError: ``mesh`` has no axis `AXIS`, rules are none, ``scan`` is no bool, or a number no
+      integer.
+    ValueError: ``seeds_by`` or ``batch_axes`` is out of range, a number is below 1, the processes of
+      the mesh have unequal shares, or there are rules and several processes.
   """
   _check_form(seeds_by, scan, accumulate, tokens_at_once)
-  mesh = data_parallel() if mesh is None else mesh
-  if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
-    shown = _check.show(mesh if not isinstance(mesh, Mesh) else dict(mesh.shape))
-    raise TypeError(
-      f"mesh must be of the one axis {AXIS!r}, got {shown}; use train.data_parallel()."
-    )
-  devices, part = mesh.devices.size, _part(mesh)
-  several = part[1] > 1
+  mesh = _usable(data_parallel() if mesh is None else mesh)
+  over = _over(mesh, batch_axes)
+  rules = _rules(mesh, over, sharding, teacher_sharding)
+  devices, part = math.prod(mesh.shape[axis] for axis in over), _part(mesh, over)
+  several = _several(mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
+  rows = over[0] if len(over) == 1 else over
 
   def split(items: PyTree, batch_axis: int) -> PyTree:
-    shared_out = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), AXIS))
+    shared_out = NamedSharding(mesh, PartitionSpec(*([None] * batch_axis), rows))
 
     # Numbers (a step, a key) go everywhere; what has a batch axis is cut along it. Every process
     # has read its own rows alone: the global array is put together of them without communication.
@@ -230,10 +354,10 @@ def with_jit(
     if devices == 1:
       return batch
     # Without it the compiler is free to gather the whole batch on every device after the cut.
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(AXIS)))
+    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(rows)))
 
-  def put(leaf: Any, *, owned: bool) -> Any:
-    if not owned and _lies_on(mesh, leaf):
+  def everywhere(leaf: Any, *, owned: bool) -> Any:
+    if not owned and lies_on(mesh, leaf):
       return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return leaf.update(sharding=replicated)
@@ -245,27 +369,33 @@ def with_jit(
     # student that starts from its teacher's) would be gone after the first step.
     return jax.device_put(leaf, replicated, may_alias=False if owned else None)
 
-  def place(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: put(leaf, owned=False), tree)
+  def place(tree: PyTree, where: PyTree = None) -> PyTree:
+    if where is not None:
+      return jax.tree.map(put, tree, where)
+    return jax.tree.map(lambda leaf: everywhere(leaf, owned=False), tree)
 
-  def spread(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: put(leaf, owned=True), tree)
+  def spread(tree: PyTree, where: PyTree = None) -> PyTree:
+    if where is not None:
+      return jax.tree.map(_moved, tree, where)
+    return jax.tree.map(lambda leaf: everywhere(leaf, owned=True), tree)
 
   def collect(tree: PyTree) -> PyTree:
     return jax.tree.map(_local, tree) if several else tree
 
-  def compile(run: Callable[..., Any]) -> CompiledOnce:
+  def compile(run: Callable[..., Any], where: PyTree = None) -> CompiledOnce:
     # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values,
     # count):
     # - The state is donated, so the new one takes its memory: parameters and the optimiser's
     #   moments are there once, not twice. The teacher is not; it is the same for every call.
-    # - Arguments bring their shardings along: state, values, shared arrays and most teachers lie on
-    #   every device (`place`, `spread`), the items' batch axis is shared out (`split`), and inside
-    #   `constrain` keeps a batch that was cut out of shared arrays shared out too. From these the
-    #   compiler propagates (AxisType.Auto), and adds the sum of gradients over the devices.
-    # - The results are replicated as the arguments were, so the second call compiles nothing anew.
+    # - Arguments bring their shardings along: values, shared arrays, and without rules states and
+    #   most teachers, lie on every device (`place`, `spread`), the items' batch axis is shared out
+    #   (`split`), and inside `constrain` keeps a batch that was cut out of shared arrays shared out
+    #   too. From these the compiler propagates (AxisType.Auto): it gathers what is in parts where
+    #   that is used, and adds the sum of gradients over the devices.
+    # - The results lie as the arguments did, so the second call compiles nothing anew.
     # keep_unused: see CompiledOnce.
-    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=replicated, keep_unused=True)
+    out = replicated if where is None else [jax.tree.leaves(where), replicated]
+    jit = functools.partial(jax.jit, donate_argnums=0, out_shardings=out, keep_unused=True)
     return CompiledOnce(run, jit)
 
   return Dispatch(
@@ -282,15 +412,16 @@ def with_jit(
     collect=collect,
     accumulate=accumulate,
     tokens_at_once=tokens_at_once,
+    sharding=rules,
   )
 
 
-def _lies_on(mesh: Mesh, leaf: Any) -> bool:
-  """Whether an array is laid out over the devices of a mesh, in their order."""
-  found = getattr(leaf, "sharding", None)
-  return isinstance(found, NamedSharding) and list(found.mesh.devices.flat) == list(
-    mesh.devices.flat
-  )
+def _moved(leaf: Any, sharding: NamedSharding) -> Any:
+  """An array that may be given away, where it is to lie: itself, where it lies there."""
+  if isinstance(leaf, jax.ShapeDtypeStruct):
+    return leaf.update(sharding=sharding)
+  there = lies_on(sharding.mesh, leaf) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+  return leaf if there else jax.device_put(leaf, sharding)
 
 
 def _local(leaf: Any) -> Any:
@@ -335,7 +466,7 @@ def with_students(
 
   def put_by(sharding: NamedSharding, *, owned: bool) -> Callable[[PyTree], PyTree]:
     def put(leaf: Any) -> Any:
-      if not owned and _lies_on(mesh, leaf):
+      if not owned and lies_on(mesh, leaf):
         return leaf
       if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(sharding=sharding)

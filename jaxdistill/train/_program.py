@@ -23,13 +23,15 @@ import numpy as np
 from jaxdistill._check import LabelsError
 from jaxdistill._compile import CompiledOnce, computed, quick
 from jaxdistill.data import Source
+from jaxdistill.teachers import decay_of, networks_of, with_networks
 from jaxdistill.train._mesh import Dispatch, check_divides
 from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
-from jaxdistill.train._side_by_side import form_of, turns_must_be_known
+from jaxdistill.train._sharding import Layout
+from jaxdistill.train._side_by_side import form_of, inputs_of, turns_must_be_known
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
-from jaxdistill.types import Model, Objective, Teacher
+from jaxdistill.types import Model, Network, Objective, Teacher
 
 __all__ = [
   "Program",
@@ -41,6 +43,7 @@ __all__ = [
   "start_axes",
   "step_of",
   "turns",
+  "with_teacher_placed",
 ]
 
 PyTree = Any
@@ -64,6 +67,7 @@ class Program:
     scan: whether a chunk is one dispatch; the dispatch's choice, or by what is computed.
     seeds_by: whether students are side by side or one after another; likewise.
     shapes: the state's shapes and dtypes.
+    layout: where the state lies, by the dispatch's rules; None where all of it is on every device.
     begins: the jaxpr of `initial`.
     first_item: what the first step of the first source is cut from.
   """
@@ -88,9 +92,11 @@ class Program:
       at_once: how many students are side by side under ``"vmap"``; None for all.
 
     Raises:
-      ValueError: sources do not go together, a batch does not divide by the devices, or the
-        networks, the objective and the data do not fit together.
+      ValueError: sources do not go together, a batch does not divide by the devices, the networks,
+        the objective and the data do not fit together, or the dispatch's rules do not fit them.
     """
+    if plan.teacher is not None:  # else it may have been run over the examples, where rules put it
+      plan, _ = with_teacher_placed(plan, dispatch)
     self.plan, self.dispatch, self.longest = plan, dispatch, longest
     self.values: Values = {"hyper": {}, "optimizer": {}} if values is None else values
     self.sources = plan.sources[: turns(plan.sources)]
@@ -115,8 +121,12 @@ class Program:
     begun = jax.make_jaxpr(initial, return_shape=True)(seeds, self.values, starts, *example)
     self.begins: Any = begun[0]
     self.shapes: State = begun[1]
+    self.layout = _layout(plan, dispatch, self.shapes)
+    self._where = None if self.layout is None else self.layout.state
+    self._student = _reading(plan.student, dispatch, "", self._cut_student())
+    self._cut_teacher = _cut_over(dispatch, plan.teacher)
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
-    self._begin = CompiledOnce(initial)
+    self._begin = _beginning(initial, self._where)
     self._begin_with = lambda values: (seeds, values, starts, *example)
     self._example = example
     self._head = head
@@ -125,7 +135,7 @@ class Program:
       chunk = over_students(self.step, self.seeds_by, axes, groups, scan=self.scan, at_once=at_once)
     else:
       chunk = _of_one(self.step, scan=self.scan)
-    self._chunk: CompiledOnce = dispatch.compile(chunk)
+    self._chunk: CompiledOnce = dispatch.compile(chunk, self._where)
     self._whole = self._chunk
     if self.scan and turns_must_be_known():
       length = self._length
@@ -133,7 +143,7 @@ class Program:
       def whole(*given: Any) -> tuple[State, PyTree]:
         return chunk(*given[:-1], length)  # all of its turns: the count is not looked at
 
-      self._whole = dispatch.compile(whole)
+      self._whole = dispatch.compile(whole, self._where)
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
@@ -208,8 +218,20 @@ class Program:
   ) -> tuple[State, PyTree]:
     """A step of one student, its batch cut out of the arrays; pure."""
     optimizer, axis_name = optimizer_of(self.plan, mine), self.dispatch.axis_name
-    step = step_of(self.plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
+    plan = dataclasses.replace(self.plan, student=self._student)
+    if teacher is not None and self._cut_teacher:
+      teacher = with_networks(
+        teacher, lambda at, network: _reading(network, self.dispatch, at, self._cut_teacher)
+      )
+    step = step_of(plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
     return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
+
+  def _cut_student(self) -> Mapping[str, Any]:
+    """The specs of the student's parameters, without the axis over students."""
+    if self._where is None:
+      return {}
+    found = _cut_over(self.dispatch, {"params": self._where.params})
+    return {path: spec[int(self.stacked) :] for path, spec in found.items()}
 
   def _read(self, at: int, count: int) -> PyTree:
     pieces = [source.items(at, count, self.dispatch.part) for source in self.sources]
@@ -238,26 +260,62 @@ class Program:
       shape = (*leaf.shape[:axis], self._length, *leaf.shape[axis + 1 :])
       return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding)
 
-    state, values = self.dispatch.spread((self.shapes, self.values))
+    state, values = self.spread(self.shapes), self.dispatch.spread(self.values)
     items = jax.tree.map(longer, self._split(self._head), self._head)
     return (state, *self.dispatch.place(self._abstract), items, values, self._count(1))
 
+  def spread(self, state: State) -> State:
+    """A state, or its shapes, where `run` takes it; it is given away."""
+    placed: State = self.dispatch.spread(state, self._where)
+    return placed
+
   def initial(self) -> State:
-    """The state at step 0."""
+    """The state at step 0; where rules say how it is cut, it is never whole on a device."""
     self._compile_begin()
-    state: State = self._begin(*computed(self._begin_with(self.values)))
+    state: State = self._begin(*self._where_it_begins(computed(self._begin_with(self.values))))
     return state
 
   def _compile_begin(self) -> None:
     if not self._begin.begun:
-      self._begin.compile(*self._begin_with(self.values), options=quick())
+      given = self._begin_with(self.values)
+      if self.layout is not None:
+        given = self._where_it_begins(_shapes_where_they_lie(given))
+      self._begin.compile(*given, options=quick())
+
+  def _where_it_begins(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `initial_state` on the devices among which its result is shared out."""
+    if self.layout is None:
+      return given
+    seeds, values, starts, *example = given
+    starts = self.dispatch.place(starts, self.layout.follow(starts))
+    return (*self.dispatch.place((seeds, values)), starts, *self.dispatch.place(tuple(example)))
+
+  def lying(self, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The shapes of a checkpoint's items with the places that they are read to.
+
+    Args:
+      items: of `to_items`, as shapes.
+    """
+    if self.layout is None:
+      return dict(items)
+    state = self.layout.state
+    where = {
+      **{name: self.layout.follow(tree) for name, tree in items.items()},
+      "objective": {"params": state.objective_params, "state": state.objective_state},
+      "optimizer": state.opt_state,
+    }
+    return {
+      name: jax.tree.map(lambda leaf, at: leaf.update(sharding=at), tree, where[name])
+      for name, tree in items.items()
+    }
 
   def ends(self) -> Model | None:
     """The model that a chunk ends with: shapes, dtypes, and where they lie.
 
-    None where that is not known before: a copy that is taken from one of several.
+    None where that is not known before: a copy that is taken from one of several, or what is put
+    together of a state in parts.
     """
-    if self.dispatch.axis_name is not None or jax.process_count() > 1:
+    if self.dispatch.axis_name is not None or jax.process_count() > 1 or self.layout is not None:
       return None
     made: Model = self.dispatch.spread(jax.eval_shape(self.plan.model, self.shapes))
     return made
@@ -362,6 +420,75 @@ class Program:
     """What `run` gave, on the host: ``{name: (sum, count)}`` with an axis over the steps last."""
     each = jax.device_get([self.dispatch.collect(one) for one in sums])
     return jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=-1)[..., :count], *each)
+
+
+def with_teacher_placed(plan: Plan, dispatch: Dispatch) -> tuple[Plan, tuple[str, ...]]:
+  """The plan with its teacher where the dispatch's rules for it say, and what the log says of that.
+
+  Args:
+    plan: what is trained.
+    dispatch: how it is compiled.
+
+  Returns:
+    ``(plan, lines)``: the same plan where nothing is moved.
+
+  Raises:
+    TypeError: a rule is none.
+    ValueError: a rule does not fit the teacher or the mesh; or there is no teacher, or one without
+      variables of its own, that it could be for.
+  """
+  rules, teacher = dispatch.sharding, plan.teacher
+  if rules is None or rules.teacher is None:
+    return plan, ()
+  if teacher is None or decay_of(teacher) is not None:
+    raise ValueError(
+      "teacher_sharding is for a teacher with variables of its own, and there is none (a moving "
+      "average of the student lies as the student does): leave it out."
+    )
+
+  def names() -> dict[str, Any]:
+    inputs = inputs_of(plan.sources[0])
+    each = networks_of(teacher)
+    return {f"{at}{path}": n for at, net in each for path, n in _names_of(net, inputs).items()}
+
+  placed, said = rules.of_teacher(teacher, names)
+  return (plan if placed is teacher else dataclasses.replace(plan, teacher=placed)), said
+
+
+def _names_of(network: Any, inputs: PyTree) -> dict[str, Any]:
+  """The names that a network's module gives its axes, by path; none of a network of one's own."""
+  return {} if network.axes is None else dict(network.axes(inputs))
+
+
+def _layout(plan: Plan, dispatch: Dispatch, shapes: State) -> Layout | None:
+  """Where a state lies; None where no rule says so, and all of it is on every device."""
+  rules = dispatch.sharding
+  if rules is None or rules.student is None:
+    return None
+  inputs = functools.partial(inputs_of, plan.sources[0])
+  return rules.of_state(shapes, lambda: _names_of(plan.student, inputs()), over=int(plan.stacked))
+
+
+def _cut_over(dispatch: Dispatch, tree: Any) -> Mapping[str, Any]:
+  """The specs of what is cut along the axes over which batches are split."""
+  tree = tree.variables if isinstance(tree, Teacher) else tree
+  return {} if dispatch.sharding is None else dispatch.sharding.cut_over(tree)
+
+
+def _reading(network: Network, dispatch: Dispatch, at: str, specs: Mapping[str, Any]) -> Network:
+  """The network that gathers where it uses them the parameters that are cut; ``at``: of a path."""
+  mine = {path[len(at) :]: spec for path, spec in specs.items() if path.startswith(at)}
+  if not mine or network.at_use is None or dispatch.sharding is None:
+    return network
+  return network.at_use(mine, dispatch.sharding.gathered)
+
+
+def _beginning(initial: Callable[..., State], where: PyTree) -> CompiledOnce:
+  """What makes the state at step 0, and cuts it where it is made."""
+  if where is None:
+    return CompiledOnce(initial)
+  out = jax.tree.leaves(where)
+  return CompiledOnce(initial, functools.partial(jax.jit, keep_unused=True, out_shardings=out))
 
 
 def optimizer_of(plan: Plan, mine: Values) -> Transformation:

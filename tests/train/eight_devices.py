@@ -1,0 +1,312 @@
+"""Networks in parts over eight devices; run by `test_sharding.py` in a process that has them.
+
+Loss, gradients and parameters of three steps are those of one device: a ResNet with its statistics,
+a vision transformer and the decoder, the student cut by one set of rules and the teacher by others.
+"""
+
+import functools
+import gc
+import os
+import re
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax._src import array
+from jax.sharding import PartitionSpec as P
+
+import small_networks
+from jaxdistill import data, export, networks, recipes, runs, teachers, train
+from jaxdistill.networks import models
+from jaxdistill.types import Model
+
+assert jax.device_count() == 8, "run by test_sharding.py, with eight devices"
+
+WITHIN = {"float32": 2e-5, "float64": 1e-10}  # sums over shares in another order
+RATE = 0.05
+
+
+def decoder(width, dtype, *, scan=False, layers=2):
+  config = models.decoder.DecoderConfig(
+    vocabulary=64, width=width, layers=layers, heads=8, kv_heads=8, head_dim=8, hidden=2 * width,
+    scan=scan,
+  )  # fmt: skip
+  return networks.linen(models.Decoder(config, dtype=dtype, param_dtype=dtype))
+
+
+def network(kind, width, dtype):
+  how = {"dtype": dtype, "param_dtype": dtype}
+  if kind == "resnet":
+    widths = (width // 2, width // 2, width, width)
+    return networks.linen(models.ResNet(depth=8, num_classes=8, width=widths, **how))
+  if kind == "mlp":
+    return small_networks.dense(width, classes=8, norm=True, param_dtype=dtype)
+  if kind == "vit":
+    vit = models.VisionTransformer(
+      patch_size=4, width=width, depth=2, num_heads=8, num_classes=8, **how
+    )
+    return networks.linen(vit)
+  return decoder(width, dtype)
+
+
+@functools.cache
+def source(kind, dtype):
+  rng = np.random.default_rng(0)
+  if kind == "decoder":
+    words = rng.integers(0, 64, (32, 9)).astype(np.int32)
+    weight = (np.arange(8) < rng.integers(3, 9, (32, 1))).astype(dtype)
+    examples = data.from_arrays(words[:, :-1], words[:, 1:], num_classes=64, weight=weight)
+    return data.on_device(examples, batch_size=16, data_seed=0)
+  images = rng.normal(size=(32, 8, 8, 3)).astype(dtype)
+  examples = data.from_arrays(images, rng.integers(0, 8, 32), num_classes=8)
+  labelled = (rng.random(32) < 0.7).astype(dtype)
+  return data.on_device(examples, batch_size=16, data_seed=0, labelled=labelled)
+
+
+@functools.cache
+def taught(kind, dtype):
+  made = network(kind, 32, dtype)
+  inputs = train.inputs_of(source(kind, dtype))
+  shapes = jax.eval_shape(made.init, jax.random.key(1), inputs)
+  drawn = small_networks.drawn(shapes, scale=0.1)
+  statistics = {n: jax.tree.map(lambda x: 1 + abs(x), drawn[n]) for n in drawn if n != "params"}
+  return teachers.frozen(Model(made, {**drawn, **statistics}))
+
+
+def noting_gradients():
+  """Plain SGD whose state is the last gradient, which lies as the parameters do."""
+
+  def update(gradients, state, params=None):
+    del state, params
+    return jax.tree.map(lambda g: -RATE * g, gradients), gradients
+
+  return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), update)
+
+
+def fitted(kind, dtype, dispatch, **how):
+  options = {
+    "data": source(kind, dtype),
+    "optimizer": noting_gradients(),
+    "steps": 3,
+    "teacher": taught(kind, dtype),
+    "dispatch": dispatch,
+    "log_every": 1,
+    "progress": None,
+    **how,
+  }
+  objective = recipes.kd(hard_weight=0.5)
+  return small_networks.fit(network(kind, 16, dtype), objective, **options)
+
+
+@functools.cache
+def alone(kind, dtype):
+  made = fitted(kind, dtype, train.with_jit(train.data_parallel(jax.devices()[:1])))
+  return jax.device_get((made.state.params, made.state.opt_state, made.state.model_state)), [
+    line["loss"] for line in made.history
+  ]
+
+
+def close(found, wanted, within):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+  ):
+    # Of the array's own size: gradients are small.
+    scale = max(1e-3, float(np.max(np.abs(b), initial=0)))
+    off = float(np.max(np.abs(np.asarray(a) - b), initial=0)) / scale
+    assert off < within, (jax.tree_util.keystr(path), off)
+
+
+# Tensor parallelism by hand: heads and hidden channels are cut, where made and where summed up.
+TENSOR = {
+  "(query|key|value)/kernel": P(None, "model"),
+  "attention/out/kernel": P("model"),
+  "(gate|up)/kernel": P(None, "model"),
+  "down/kernel": P("model"),
+  "embed|head": train.fsdp("model"),
+  "norm": P(),
+}
+# In float64 on each mesh, since it says more; in float32 where most is communicated.
+MESHES = {
+  "float64": [("fsdp", 1), *((second, n) for second in ("fsdp", "model") for n in (2, 4, 8))],
+  "float32": [("fsdp", 2), ("model", 8)],
+}
+CASES = [
+  pytest.param(kind, dtype, second, parts, id=f"{kind} {dtype} {8 // parts}x{parts} {second}")
+  for kind in ("resnet", "vit", "decoder")
+  for dtype, meshes in MESHES.items()
+  for second, parts in meshes
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype", "second", "parts"), CASES)
+def test_three_steps_are_those_of_one_device(kind, dtype, second, parts):
+  with jax.enable_x64(dtype == "float64"):
+    mesh = train.mesh(data=8 // parts, **{second: parts})
+    if second == "fsdp":  # the teacher along the other axis
+      student, teacher = train.fsdp(), train.fsdp(["data", "fsdp"])
+    else:
+      student = TENSOR if kind == "decoder" else train.fsdp("model")
+      teacher = train.fsdp("data")
+    made = fitted(kind, dtype, train.with_jit(mesh, sharding=student, teacher_sharding=teacher))
+    (params, gradients, statistics), losses = alone(kind, dtype)
+    within = WITHIN[dtype]
+    np.testing.assert_allclose([line["loss"] for line in made.history], losses, rtol=within)
+    close(made.state.params, params, within)
+    close(made.state.opt_state, gradients, within)
+    close(made.state.model_state, statistics, within)
+    if parts > 1:
+      assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(made.state.params))
+
+
+def held(tree):
+  """The most bytes on a device."""
+  found = dict.fromkeys(jax.devices(), 0)
+  for leaf in jax.tree.leaves(tree):
+    for shard in leaf.addressable_shards:
+      found[shard.device] += shard.data.nbytes
+  return max(found.values())
+
+
+def size(tree):
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def whole(tree):
+  """Bytes of what has no axis that divides by eight."""
+  return sum(x.nbytes for x in jax.tree.leaves(tree) if all(n % 8 for n in x.shape))
+
+
+def pointers(tree):
+  leaves = jax.tree.leaves(tree)
+  return [shard.data.unsafe_buffer_pointer() for x in leaves for shard in x.addressable_shards]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit", "decoder"])
+def test_a_device_holds_an_eighth_and_the_teacher_is_there_once(kind, monkeypatch):
+  mesh = train.mesh(fsdp=8)
+  large = Model(network(kind, 32, "float32"), taught(kind, "float32").variables)
+  teacher = teachers.frozen(large, dtype=jnp.bfloat16)
+  placed = jax.device_put(teacher, train.shardings(teacher, mesh, train.fsdp()))
+  params = placed.variables["params"]
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+  # What does not divide is on every device; the log names it.
+  assert held(params) <= size(params) / 8 + whole(params) * 7 / 8
+  del teacher
+  gc.collect()
+
+  def of_the_teacher():
+    every = [x for x in jax.live_arrays() if x.dtype == jnp.bfloat16]
+    return sum(x.nbytes for x in every if len(x.sharding.device_set) == 8)
+
+  there, before, seen, fetched = of_the_teacher(), pointers(params), [], []
+  value = array.ArrayImpl._value
+
+  def noted(self):
+    fetched.append((self.nbytes, self.dtype))
+    return value.fget(self)
+
+  monkeypatch.setattr(array.ArrayImpl, "_value", property(noted))
+  made = fitted(
+    kind,
+    "float32",
+    train.with_jit(mesh, sharding=train.fsdp(), teacher_sharding=train.fsdp()),
+    teacher=placed,
+    optimizer=optax.adam(1e-3),
+    callback=lambda step, line: seen.append(of_the_teacher()),
+  )
+  assert fetched, "nothing was counted: the loss at least comes to the host"
+  assert not [n for n, dtype in fetched if dtype == jnp.bfloat16], "the teacher was on the host"
+  assert pointers(params) == before
+  assert seen == [there] * 3
+  for part in (made.state.params, made.state.opt_state):
+    assert held(part) <= 1.15 * size(part) / 8
+
+
+def test_several_seeds_in_parts_are_those_of_one_device():
+  """An axis over students in front is never cut; accumulated gradients, and an NNX student."""
+  from flax import nnx
+
+  def build(rngs):
+    layers = nnx.Linear(192, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 8, rngs=rngs)
+    return nnx.Sequential(lambda x: x.reshape(x.shape[0], -1), *layers)
+
+  def of(dispatch):
+    return small_networks.fit(
+      networks.nnx(build),
+      recipes.kd(),
+      data=[source("mlp", "float32")] * 2,
+      optimizer=optax.sgd(RATE),
+      steps=2,
+      seed=[0, 1],
+      accumulate=2,
+      teacher=taught("mlp", "float32"),
+      dispatch=dispatch,
+      progress=None,
+    )
+
+  one = of(train.with_jit(train.data_parallel(jax.devices()[:1])))
+  made = of(train.with_jit(train.mesh(fsdp=8), sharding=train.fsdp()))
+  close(made.variables, jax.device_get(one.variables), 2e-5)
+  cut = [leaf.sharding.spec for leaf in jax.tree.leaves(made.state.params)]
+  assert all(not spec or spec[0] is None for spec in cut)
+  assert any("fsdp" in spec for spec in cut)
+
+
+def gathered(compiled):
+  """The shapes of all that a program gathers."""
+  found = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", compiled.as_text())
+  return {tuple(int(n) for n in shape.split(",") if n) for shape in found}
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_teachers_layers_are_gathered_one_at_a_time(scan):
+  made = decoder(64, "float32", scan=scan, layers=6)
+  tokens = jax.ShapeDtypeStruct((16, 8), jnp.int32)
+  shapes = jax.eval_shape(made.init, jax.random.key(1), tokens)
+  teacher = teachers.frozen(Model(made, small_networks.drawn(shapes, scale=0.1)))
+  options = {"data": source("decoder", "float32"), "optimizer": optax.sgd(0.1), "steps": 1}
+  plan = train.Plan.of(decoder(16, "float32"), recipes.kd(), teacher=teacher, **options)
+  mesh = train.mesh(fsdp=8)
+  program = train.Program(plan, train.with_jit(mesh, teacher_sharding=train.fsdp()), longest=1)
+  program.compile()
+  found = gathered(program._whole.compiled())
+  layers = shapes["params"]["layers" if scan else "layer_0"]
+  one = {leaf.shape[scan:] for leaf in jax.tree.leaves(layers) if leaf.size > 64 * 6}
+  # A layer's weights, as they are cut out of those of all layers or as they are; never all of them.
+  assert one <= {tuple(n for n in shape if n != 1) for shape in found}
+  assert not {(6, *shape) for shape in one} & found
+  # And not the batch, [16, 8, 64], in their place.
+  assert (16, 8, 64) not in found
+
+
+def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path):
+  rules = {"sharding": train.fsdp(), "teacher_sharding": train.fsdp()}
+  options = {"steps": 4, "checkpoint_every": 2, "validate_every": 2, "average": 0.9}
+
+  def at(folder, data_axis, **how):
+    over = {"fsdp": 8 // data_axis} if data_axis < 8 else {"fsdp": 1}
+    dispatch = train.with_jit(train.mesh(data=data_axis, **over), **rules)
+    return fitted("mlp", "float32", dispatch, folder=tmp_path / folder, **options, **how)
+
+  unbroken = at("unbroken", 2)
+  with pytest.raises(train.Stopped):
+    at("broken", 2, callback=lambda step, line: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+  for copy in ("8x1", "4x2", "one"):
+    shutil.copytree(tmp_path / "broken", tmp_path / copy)
+  again = at("broken", 2)
+  for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(unbroken.state), strict=True):
+    assert a.sharding == b.sharding
+    if not runs.is_key(a):
+      np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  one = train.with_jit(train.data_parallel(jax.devices()[:1]))
+  others = [at("8x1", 8), at("4x2", 4)]
+  others.append(fitted("mlp", "float32", one, folder=tmp_path / "one", **options))
+  for made in others:
+    close(made.variables, jax.device_get(unbroken.variables), 2e-5)
+  x = np.random.default_rng(2).normal(size=(8, 8, 8, 3)).astype(np.float32)
+  deployed = export.load_student(tmp_path / "broken")
+  np.testing.assert_allclose(deployed(x), unbroken(x).logits, rtol=1e-5, atol=1e-5)
