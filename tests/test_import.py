@@ -67,7 +67,6 @@ for room in {ROOMS}:
   assert not {name.split(".")[0] for name in imported(program)} & set(HEAVY)
 
 
-@pytest.mark.slow
 def test_the_package_opens_one_room_at_a_time():
   found = imported("import jaxdistill as jd")
   assert {name for name in found if name.startswith("jaxdistill")} == {
