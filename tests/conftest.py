@@ -4,8 +4,10 @@ With ``JAXDISTILL_TEST_DEVICE=1`` in the environment the tests run on whatever d
 ``pytest -m device``: those that an accelerator can change.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import pathlib
 import tempfile
@@ -42,16 +44,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has the folder of who st
 
 import jax
 import pytest
-from jaxtyping import install_import_hook
 
 # Annotated shapes are checked at every call, in the tests only; a machine that is there for its
 # device may lack the checker.
 if importlib.util.find_spec("beartype") or not ON_DEVICE:
-  install_import_hook("jaxdistill", "typecheck.check")
+  importlib.import_module("typecheck").install()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Seconds of CPU from which a test is named at the end unless it is marked slow, which is how a
+# suite that is run all the time is kept short. Not held: a slow machine would fail it.
+NAMED = 5.0
+SPENT = pytest.StashKey[float]()
 SHARED_TFDS = pathlib.Path(os.environ.get("TFDS_DATA_DIR", ROOT.parent / "shared" / "tfds"))
 
 
@@ -68,3 +73,52 @@ def tfds_dir():
   if not (SHARED_TFDS / "cifar100").is_dir():
     pytest.skip(f"no prepared CIFAR-100 under {SHARED_TFDS} (set TFDS_DATA_DIR)")
   return SHARED_TFDS
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by marks
+def pytest_collection_modifyitems(config, items):
+  """What is marked ``slow_but`` is slow, but for the cases that the mark names."""
+  unseen = {}
+  for item in items:
+    if mark := item.get_closest_marker("slow_but"):
+      case = item.callspec.id
+      unseen.setdefault(f"{item.path.name}::{item.originalname}", {*mark.args}).discard(case)
+      if case not in mark.args:
+        item.add_marker("slow")
+  lost = {name: cases for name, cases in unseen.items() if cases}
+  if lost and not any("::" in argument for argument in config.args):
+    raise pytest.UsageError(f"slow_but names cases that there are not: {lost}")
+
+
+def spent():
+  """Seconds of CPU that this process has used, and the children that it waited for."""
+  return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  item.stash[SPENT] = spent()
+  return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+  """A test's setup, call and teardown tell what they cost; workers send it with the rest."""
+  report, now = (yield), spent()
+  report.cpu, item.stash[SPENT] = now - item.stash[SPENT], now
+  return report
+
+
+def pytest_terminal_summary(terminalreporter):
+  """The CPU that the tests took, and which of them the README's command should not run."""
+  costs, slow = {}, set()
+  for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+    if hasattr(report, "cpu"):
+      costs[report.nodeid] = costs.get(report.nodeid, 0.0) + report.cpu
+      slow |= {report.nodeid} if "slow" in report.keywords else set()
+  if not costs:
+    return
+  terminalreporter.section(f"{sum(costs.values()):.0f} s of CPU in {len(costs)} tests")
+  for name, cost in sorted(costs.items(), key=lambda item: -item[1]):
+    if cost > NAMED and name not in slow:
+      terminalreporter.line(f"{cost:5.1f} s, and not marked slow: {name}")

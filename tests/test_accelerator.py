@@ -78,6 +78,7 @@ def test_killed_ten_times_and_started_again_every_figure_is_measured_once(accele
   assert not re.search(r"^  (step|students|smoke)", (tmp_path / "again").read_text(), re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_or_fails_is_named_and_the_rest_is_kept(accelerator, tmp_path):
   """A process that is given a moment, in which it measures nothing; and one that fails."""
   told = settings(accelerator, tmp_path)

@@ -160,6 +160,7 @@ def test_numbers(tmp_path):
   assert found["rmse_to_teacher"] > 0
 
 
+@pytest.mark.slow
 def test_tags(tmp_path):
   x, y = sklearn.datasets.make_multilabel_classification(151, 6, n_classes=5, random_state=0)
   x, weight = x.astype(np.float32) / 10, np.arange(151) % 3 / 2
@@ -181,6 +182,7 @@ def test_tags(tmp_path):
   close(found, "nll", np.mean(loss))
 
 
+@pytest.mark.slow
 def test_pixels(tmp_path):
   images = sklearn.datasets.load_digits().images[:151, ..., None].astype(np.uint8)
   masks = np.digitize(images[..., 0], [4, 12]).astype(np.uint8)
@@ -197,6 +199,7 @@ def test_pixels(tmp_path):
   close(found, "class_accuracy", wanted)
 
 
+@pytest.mark.slow
 def test_words(tmp_path):
   rng = np.random.default_rng(0)
   ids = rng.integers(0, 11, (41, 9)).astype(np.int32)
@@ -214,6 +217,7 @@ def test_words(tmp_path):
   close(found, "perplexity", np.exp(loss))
 
 
+@pytest.mark.slow
 def test_two_towers(tmp_path):
   digits = sklearn.datasets.load_digits()
   labels = digits.target[:151]

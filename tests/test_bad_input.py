@@ -5,6 +5,7 @@ have either: what it would refuse must be refused by the package itself.
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -54,7 +55,7 @@ def j():
   digits = builders.pop("digits", None)
   for name in checked:
     del sys.modules[name]
-  sys.meta_path[:] = [f for f in finders if not type(f).__module__.startswith("jaxtyping")]
+  sys.meta_path[:] = [f for f in finders if type(f).__module__ != "typecheck"]
   try:
     user = {n: importlib.import_module(f"jaxdistill.{n}") for n in MODULES}
     for room in user.values():  # a door imports what is asked for
@@ -100,9 +101,13 @@ def network(j, *fields, **options):
   return j.networks.linen(Net(*fields), **{"features": ["mid"], **options})
 
 
+@functools.cache
+def begun(width, classes):
+  return Net(width, classes).init(jax.random.key(9), jnp.zeros((1, 4)))
+
+
 def variables(width=7, classes=3):
-  made = Net(width, classes).init(jax.random.key(9), jnp.zeros((1, 4)))
-  return {"params": made["params"]}
+  return {"params": dict(begun(width, classes)["params"])}
 
 
 def source(j, data_seed=0, batch_size=8, **options):

@@ -334,6 +334,7 @@ def test_a_sweeps_teacher_that_puts_out_nan_says_so():
     _compile.computed(made.shared)
 
 
+@pytest.mark.slow_but("20-2")
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("steps", [20, 1200])
 def test_a_sweep_compiles_four_programs_once_each(devices, steps):

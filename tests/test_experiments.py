@@ -100,6 +100,7 @@ def test_the_report_satisfies_its_schema(digits):
     jsonschema.validate(broken, schema)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_elsewhere(digits, tmp_path):
   folder, data_dir = digits
   moved = tmp_path / "moved"
@@ -116,6 +117,7 @@ def test_a_finished_run_is_evaluated_again_elsewhere(digits, tmp_path):
     moved.rename(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_started_again_goes_on(digits, capsys):
   folder, data_dir = digits
   before = (folder / "student" / "metrics.jsonl").read_text()
@@ -276,6 +278,7 @@ def test_without_its_extra_an_experiment_says_so_before_any_work(monkeypatch):
     importlib.import_module("digits").parse([])
 
 
+@pytest.mark.slow_but("digits")
 @pytest.mark.parametrize("name", ["digits", "cifar100"])
 def test_help_is_a_page_and_loads_no_data(name):
   command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"]
@@ -289,6 +292,7 @@ def test_evaluating_what_is_no_run_says_so(tmp_path):
     run("digits", ["--evaluate", tmp_path])
 
 
+@pytest.mark.slow
 def test_temperatures_are_swept_and_one_is_chosen(tmp_path, capsys):
   run("temperature", [*TEMPERATURE, "--out", tmp_path / "t", "--data-dir", tmp_path])
   assert "Labels alone: " in capsys.readouterr().out

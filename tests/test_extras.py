@@ -78,6 +78,7 @@ runpy.run_path({str(ROOT / "tests" / "core_alone.py")!r}, run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_core_trains_measures_and_loads(tmp_path):
   command = [sys.executable, "-c", ABSENT, str(tmp_path / "run")]
   done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)

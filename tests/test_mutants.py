@@ -34,9 +34,13 @@ def test_a_mutant_is_of_this_code_and_of_tests_that_are_run(mutant):
   assert mutant.old != mutant.new
   ast.parse(text.replace(mutant.old, mutant.new))
   for test in mutant.tests:
-    file, name = test.split("[")[0].split("::")
+    place, _, case = test.removesuffix("]").partition("[")
+    file, name = place.split("::")
     assert name in decorators_of(file), f"{file} has no {name}"
-    assert not any("slow" in mark or "parity" in mark for mark in decorators_of(file)[name])
+    for mark in decorators_of(file)[name]:
+      assert mark not in ("pytest.mark.slow", "pytest.mark.parity")
+      if case and mark.startswith("pytest.mark.slow_but"):
+        assert repr(case) in mark, f"{test} is slow"
 
 
 def test_what_a_snippet_lacks_is_said_and_no_kill():

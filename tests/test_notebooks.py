@@ -227,18 +227,14 @@ def compress_ends_with_files_and_a_report(notebook):
   assert any("srcdoc" in page for page in outputs(notebook, "text/html"))
 
 
-# The quickstart always; the others where there is time for them.
 CHECKS = [
-  pytest.param(
-    "bring_your_own",
-    bring_your_own_distils_with_few_labels_and_calls_the_student,
-    marks=pytest.mark.slow,
-  ),
-  pytest.param("compress", compress_ends_with_files_and_a_report, marks=pytest.mark.slow),
+  ("bring_your_own", bring_your_own_distils_with_few_labels_and_calls_the_student),
+  ("compress", compress_ends_with_files_and_a_report),
   ("quickstart", quickstart_shows_its_pictures_and_the_table),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "check"), CHECKS)
 def test_a_notebook_runs_from_top_to_bottom(name, check, tmp_path):
   """One test runs a notebook and looks at it: two would run it twice, each in its own process."""

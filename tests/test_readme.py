@@ -3,6 +3,8 @@
 import pathlib
 import re
 
+import pytest
+
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -22,6 +24,7 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
   assert re.search(r"^\[([012] ){4}[012]\]$", capsys.readouterr().out, re.M)
 
 
+@pytest.mark.slow
 def test_the_page_on_tasks_runs(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   page = (pathlib.Path(__file__).parent.parent / "docs" / "tasks.md").read_text()

@@ -20,10 +20,6 @@ PAGES = {
   for page in sorted(DOCS.rglob("*.md"))
   if BLOCK.search(page.read_text("utf-8")) and page not in ELSEWHERE
 }
-# What is copied and run first is run with every change; the others by `pytest -m slow`.
-RUN = [
-  pytest.param(name, marks=() if name == "start.md" else (pytest.mark.slow,)) for name in PAGES
-]
 
 
 def run(page, names):
@@ -39,7 +35,8 @@ def setting():
   return run(SETTING, {"__name__": "setting"})
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAGES)
 def test_the_blocks_of_a_page_run(name, request, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   names = {"__name__": "page"}

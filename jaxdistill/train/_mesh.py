@@ -322,8 +322,8 @@ def with_jit(
   Raises:
     TypeError: ``mesh`` has no axis `AXIS`, rules are none, ``scan`` is no bool, or a number no
       integer.
-    ValueError: ``seeds_by`` or ``batch_axes`` is out of range, a number is below 1, the processes of
-      the mesh have unequal shares, or there are rules and several processes.
+    ValueError: ``seeds_by`` or ``batch_axes`` is out of range, a number is below 1, the processes
+      of the mesh have unequal shares, or there are rules and several processes.
   """
   _check_form(seeds_by, scan, accumulate, tokens_at_once)
   mesh = _usable(data_parallel() if mesh is None else mesh)

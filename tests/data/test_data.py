@@ -150,6 +150,7 @@ def test_scikit_learn_absent_is_named(monkeypatch, tmp_path):
     data.load("digits", data_dir=tmp_path)
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported_even_where_it_is_installed(digits_dir, tmp_path):
   (tmp_path / "tensorflow").mkdir()
   (tmp_path / "tensorflow" / "__init__.py").write_text("raise RuntimeError('TensorFlow imported')")

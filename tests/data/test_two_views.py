@@ -195,6 +195,7 @@ def fit(objective, source, teacher, **rest):
   )
 
 
+@pytest.mark.slow
 def test_a_cache_answers_both_looks_as_the_teacher_does():
   source = sources()[0]
   large = network(3)

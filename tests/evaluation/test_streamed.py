@@ -54,6 +54,7 @@ def models(task, classes, batches):
   return Model(network, jax.vmap(network.init, (0, None))(keys, first), 2)
 
 
+@pytest.mark.slow_but("classification")
 @pytest.mark.parametrize("name", ["classification", "regression", "multilabel", "dense"])
 def test_streamed_batches_give_the_same_numbers(name):
   examples, task, classes = case(name)
@@ -140,6 +141,7 @@ def test_labels_of_a_stream_are_checked_where_they_come():
     parts[3]
 
 
+@pytest.mark.slow
 def test_a_search_chooses_on_a_stream():
   examples, _, _ = case("classification")
   whole, parts = pair(examples)

@@ -376,6 +376,7 @@ def regression_parts(size=96):
   return data.from_arrays(inputs, targets)
 
 
+@pytest.mark.slow
 def test_a_regression_from_arrays_to_the_chosen_point(tmp_path):
   examples, held_out = regression_parts(), regression_parts()
   source = data.on_device(examples, batch_size=16, data_seed=0)

@@ -129,6 +129,7 @@ def test_images_with_norm_and_dropout_from_uint8(tmp_path):
   assert (student.classes, student.instances) == (3, 1)
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path):
   network = networks.linen(Tokens())
   tokens = np.arange(12).reshape(2, 6) % 11
@@ -162,6 +163,7 @@ def test_dict_of_inputs(tmp_path):
     student({"a": inputs["a"], "b": 1.0})
 
 
+@pytest.mark.slow
 @pytest.mark.device
 def test_bfloat16(tmp_path):
   module = nn.Dense(3, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -238,6 +240,7 @@ def test_stacked_over_seeds(tmp_path):
 # What can't be exported as meant.
 
 
+@pytest.mark.slow
 def test_batch_size_in_python_is_mapped(tmp_path):
   network = networks.linen(AsksSize())
   inputs = jax.random.normal(jax.random.key(1), (3, 5))
@@ -249,6 +252,7 @@ def test_batch_size_in_python_is_mapped(tmp_path):
   close(student(inputs), expected(network, variables, inputs))
 
 
+@pytest.mark.slow
 def test_program_of_one_example_is_looped(tmp_path):
   def apply(variables, x, *, train, key):
     np.zeros(x.shape[0])  # no symbol
@@ -268,6 +272,7 @@ def test_program_of_one_example_is_looped(tmp_path):
     student(inputs[:, :4])
 
 
+@pytest.mark.slow
 def test_one_platform_where_lowering_is_known_for_no_other(tmp_path):
   primitive = jax.extend.core.Primitive("only_here")
   primitive.def_abstract_eval(lambda x: x)
@@ -354,6 +359,7 @@ def test_wrong_inputs_are_named(student, inputs, error, message):
 # Folders.
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_nothing_but_the_folder(dense):
   folder, network, variables = dense
   inputs = np.linspace(-1, 1, 15, dtype=np.float32).reshape(3, 5)
@@ -508,6 +514,7 @@ def test_a_program_of_other_weights_than_lie_beside_it_says_so(copied, tmp_path)
     export.load_student(copied)
 
 
+@pytest.mark.slow
 def test_settings_that_a_program_needs(tmp_path):
   network = Network(
     init=lambda key, x: {}, apply=lambda v, x, **_: (Outputs(x @ v["kernel"]), {}), name="wide"

@@ -111,6 +111,7 @@ def primitives(made):
   return [equation.primitive.name for equation in _program.traced(made).equations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kinds",
   [
@@ -169,6 +170,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("suffix", "blocked"),
   [
@@ -218,6 +220,7 @@ def test_any_batch_size(small, program, size):
   np.testing.assert_allclose(found, logits[:size], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_folder_is_enough_for_what_needs_no_network(small, finished, copied):
   pytest.importorskip("qwix")
   _, _, images, _, _ = small
@@ -241,6 +244,7 @@ def test_a_run_folder_is_enough_for_what_needs_no_network(small, finished, copie
   jax.tree.map(np.testing.assert_array_equal, read, saved)
 
 
+@pytest.mark.slow
 def test_a_list_that_told_nothing_of_each_file_is_read_as_it_was(small, copied):
   _, _, images, labels, _ = small
   path = copied / "exports" / "exports.json"
@@ -257,6 +261,7 @@ def test_a_list_that_told_nothing_of_each_file_is_read_as_it_was(small, copied):
   assert (found["safetensors"]["batch_size"], found["safetensors"]["split"]) == (2, held_out.split)
 
 
+@pytest.mark.slow
 def test_files_of_another_student_do_not_stay(small, copied):
   network, variables, images, labels, _ = small
   other = jax.tree.map(lambda leaf: leaf * 1.5, variables)
@@ -286,6 +291,7 @@ def test_a_file_that_fails_its_check_is_not_left(small, program, folder):
   assert command.main([str(folder)]) == 0  # nothing is listed as good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "missing"])
 def test_damage_is_noticed_and_named(copied, damage, capsys):
   path = copied / "exports" / "student.stablehlo"
@@ -338,6 +344,7 @@ def test_a_list_that_is_damaged_or_of_another_version_says_so(tmp_path):
   assert command.main([str(tmp_path)]) == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_or_dies_says_so(small, program, tmp_path, monkeypatch):
   path = tmp_path / "net.stablehlo"
   path.write_bytes(_program.stablehlo(program)[0])
@@ -528,6 +535,7 @@ class Pair(nn.Module):
     return nn.Dense(11)(nn.relu(nn.Dense(16)(x)))
 
 
+@pytest.mark.slow
 def test_several_inputs_and_tokens(tmp_path):
   pytest.importorskip("jax2onnx")
   rng = np.random.default_rng(0)
@@ -598,6 +606,7 @@ def test_what_does_not_fit_is_named_before_long_work(small, folder, monkeypatch)
     _onnx.onnx_bytes(export.load_student(folder))
 
 
+@pytest.mark.slow
 def test_the_command(small, folder, monkeypatch, capsys):
   network, _, images, labels, _ = small
   module = type(sys)("my_export")
@@ -675,6 +684,7 @@ def test_stablehlo_is_timed_from_numpy_to_numpy_as_onnx_is(program, tmp_path, mo
   assert len(asked) == 9
 
 
+@pytest.mark.slow
 def test_the_page_of_documentation_runs(tmp_path, monkeypatch, capsys):
   pytest.importorskip("jax2onnx")
   pytest.importorskip("qwix")

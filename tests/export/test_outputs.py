@@ -90,6 +90,7 @@ def test_two_towers_from_arrays_to_the_loaded_student(tmp_path, pairs):
     student({"image": pairs["image"], "txt": pairs["text"]})
 
 
+@pytest.mark.slow
 def test_a_chosen_output_is_what_every_file_puts_out(tmp_path, pairs):
   pytest.importorskip("jax2onnx")
   stored = {name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in pairs.items()}
@@ -143,6 +144,7 @@ def test_int8_of_what_has_no_classes_is_judged_by_the_variance_that_is_left():
   assert _process.top1(student, ignored) == 1
 
 
+@pytest.mark.slow
 def test_what_only_the_teacher_and_the_loss_read_is_no_input(tmp_path, pairs):
   inputs = {"x": pairs["image"], "types": pairs["types"], "target": pairs["text"]}
 

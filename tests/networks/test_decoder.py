@@ -177,6 +177,7 @@ def tokens_of(seed, *shape):
   return np.random.default_rng(seed).integers(0, SMALL.vocabulary, shape).astype(np.int32)
 
 
+@pytest.mark.slow_but("llama 3", "gemma 2", "gemma 3")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_is_what_numpy_says(name):
   config = FAMILIES[name]
@@ -201,6 +202,7 @@ def packed(lengths, length, seed=3):
   return row, documents
 
 
+@pytest.mark.slow_but("gemma 3")
 @pytest.mark.parametrize("name", ["llama 3", "gemma 3"])
 def test_packed_documents_are_as_each_alone(name):
   config, variables = FAMILIES[name], made(FAMILIES[name])
@@ -228,6 +230,7 @@ def test_a_row_of_padding_makes_nothing_nan():
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((value, gradient)))
 
 
+@pytest.mark.slow_but("False-gemma 3")
 @pytest.mark.parametrize("name", ["llama 3", "gemma 2", "gemma 3"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_token_by_token_through_the_cache_is_the_whole(name, scan):
@@ -266,6 +269,7 @@ def gradients(config, variables, tokens):
   return value, sown["intermediates"], found
 
 
+@pytest.mark.slow_but("qwen 3")
 @pytest.mark.parametrize("name", ["qwen 3", "gemma 3"])
 def test_scanned_and_recomputed_layers_are_the_same_network(name):
   config, variables = FAMILIES[name], made(FAMILIES[name])

@@ -85,6 +85,7 @@ def test_a_resnet_teaches_a_transformer_five_layers_and_a_killed_run_ends_alike(
     jax.tree.map(np.testing.assert_array_equal, *same)
 
 
+@pytest.mark.slow
 def test_a_transformer_teaches_a_resnet_three_layers():
   three = {"stage1": "block1", "stage2": "block2", "stage3": "block3"}
   fitted = distil(CONV, VIT, three)

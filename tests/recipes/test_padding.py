@@ -178,6 +178,7 @@ MANY = {
 }
 
 
+@pytest.mark.slow_but("kd", "dist", "fitnet", "hint", "crd", "hint of tokens")
 @pytest.mark.parametrize("name", MANY)
 def test_padded_examples_count_nowhere(name):
   places = PLACES
@@ -204,6 +205,7 @@ def test_padded_examples_count_nowhere(name):
     jax.tree.map(close, also, learned)
 
 
+@pytest.mark.slow_but("hint", "pkt", "kd")
 @pytest.mark.parametrize(
   "name", ["hint", "vid", "pkt", "rkd", "similarity_preserving", "dist", "kd"]
 )

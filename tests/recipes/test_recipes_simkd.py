@@ -157,6 +157,7 @@ def test_the_folder_gives_back_what_is_deployed(run):
   assert_same_bits(restored.variables, fitted.variables)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_bits(run, tmp_path):
   folder, whole = run
   # As a run that was killed at step 12 left it: its last checkpoint is that of step 9.

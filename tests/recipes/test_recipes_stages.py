@@ -179,6 +179,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow_but("fitnet")
 @pytest.mark.parametrize("method", METHODS)
 def test_the_second_stage_goes_on_from_the_first(method):
   before, after, term = METHODS[method]
@@ -198,6 +199,7 @@ def test_the_second_stage_goes_on_from_the_first(method):
   assert second.state.objective_params == {}
 
 
+@pytest.mark.slow
 def test_the_paraphraser_is_handed_over_and_frozen():
   before = recipes.factor_transfer(stage=1, student_layer="stage1")
   first = fit(before, seed=(0, 1), student=untrained())

@@ -179,6 +179,7 @@ def test_numbers_satisfy_the_schema(made):
     jsonschema.validate({**numbers, "decision": {"word": "Maybe"}}, schema)
 
 
+@pytest.mark.slow
 def test_the_folder_alone_gives_the_same_page(made):
   before = [(made / name).read_bytes() for name in ("report.html", "report.json", "report.md")]
   command = [sys.executable, "-m", "jaxdistill", "report", str(made)]
@@ -190,6 +191,7 @@ def test_the_folder_alone_gives_the_same_page(made):
   assert after == before
 
 
+@pytest.mark.slow
 def test_a_column_is_added_to_a_finished_run(made, tmp_path, capsys):
   folder = copied(made, tmp_path)
   rows = [f"{'ab'[i % 2]},{i / 7}," for i in range(400)]
@@ -402,6 +404,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow_but("a torn report", "NaN in the report", "damaged answers", "no logs")
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_inputs_give_a_report_that_says_so(name, made, tmp_path):
   breaks, sentence = BROKEN[name]
@@ -427,6 +430,7 @@ def leaves(value, path=()):
   return [path] * bool(path) + [p for key, one in inner for p in leaves(one, (*path, key))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", [None, "junk", -1, {"mean": []}], ids=repr)
 def test_no_number_stops_the_words(made, junk):
   """Whatever stands anywhere: what the schema keeps gives a decision, the text and the page."""
@@ -502,6 +506,7 @@ def test_accuracies_that_are_no_numbers_are_left_out_and_said(tmp_path):
     fabricated.built(found, student=changed)
 
 
+@pytest.mark.slow
 def test_classes_that_never_appear_and_empty_slices_are_said(tmp_path):
   found = fabricated.gathered(
     40,
@@ -520,6 +525,7 @@ def test_classes_that_never_appear_and_empty_slices_are_said(tmp_path):
   assert "not numbers (NaN) on 1.7% of its answers" in shown.text
 
 
+@pytest.mark.slow
 def test_a_split_without_a_labelled_example_is_said(tmp_path):
   found = fabricated.gathered(8)
   folder = fabricated.run(tmp_path / "run", found, pages=False)
@@ -559,6 +565,7 @@ def test_a_split_without_labels_has_agreement_and_no_accuracy(tmp_path):
   assert "null" not in (tmp_path / "report.json").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_unknown_is_absent_and_null_is_no_finite_number(made, tmp_path):
   text = (made / "report.json").read_text()
   assert "null" not in text
@@ -590,6 +597,7 @@ def test_what_is_unknown_is_absent_and_null_is_no_finite_number(made, tmp_path):
   assert (read.whole, read.predictions, read.report["gain"]) == (None, None, None)
 
 
+@pytest.mark.slow
 def test_a_run_alone_shows_its_training_and_says_what_is_missing(tmp_path):
   fabricated.logs(tmp_path, ("mine",))
   folder = tmp_path / "mine"
@@ -606,6 +614,7 @@ def test_a_run_alone_shows_its_training_and_says_what_is_missing(tmp_path):
   assert not (folder / "report.json").exists()  # there are no numbers
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_are_compared_in_a_folder_given_as_text(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluation, "costs", lambda *rest, **options: fabricated.STUDENT)
   x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
@@ -637,6 +646,7 @@ def test_runs_of_one_seed_are_compared_in_a_folder_given_as_text(tmp_path, monke
   assert "One seed: " in page(tmp_path).text
 
 
+@pytest.mark.slow
 def test_answers_of_an_earlier_measurement_are_not_shown(tmp_path):
   found = fabricated.gathered()
   folder = fabricated.run(tmp_path / "run", found, pages=False)
@@ -759,6 +769,7 @@ def test_confusions_are_counted_by_hand(made):
   assert "## Most frequent confusions" in (made / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_of_many_classes_the_confusions_alone_are_told(tmp_path):
   found = fabricated.gathered(2000, classes=100)
   shown = page(fabricated.run(tmp_path / "many", found))
@@ -841,6 +852,7 @@ def test_a_budget_is_told_in_full(tmp_path):
   assert "Budget met: parameters at most 100.00001 (it has 100)." in texts
 
 
+@pytest.mark.slow
 def test_checks_that_found_nothing_are_one_line(tmp_path):
   folder = fabricated.run(tmp_path / "run")
   assert "preflight" not in page(folder).sections
@@ -853,6 +865,7 @@ def test_checks_that_found_nothing_are_one_line(tmp_path):
   assert "Checked before and after the training" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_experiments_end_gathers_everything(tmp_path):
   random = np.random.default_rng(0)
   pictures = random.integers(0, 255, (30, 4, 4, 1)).astype(np.uint8)
@@ -890,6 +903,7 @@ def test_an_experiments_end_gathers_everything(tmp_path):
   assert "light" in page(tmp_path).text
 
 
+@pytest.mark.slow
 def test_an_experiment_without_a_baseline_ends_with_a_report(tmp_path, monkeypatch):
   x = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
   examples = data.from_arrays(x, np.argmax(x, axis=1))
@@ -972,6 +986,7 @@ def test_two_runs_are_compared_on_their_pairs(made, tmp_path, capsys):
   assert numbers["only"] == {"a": np.sum(most[0] & ~most[1]), "b": np.sum(most[1] & ~most[0])}
 
 
+@pytest.mark.slow
 def test_a_run_against_itself_is_no_difference(made, tmp_path):
   compared = reports.compare_runs(made, copied(made, tmp_path))
   assert compared.numbers["paired"]["accuracy"]["gain"] == 0
@@ -980,6 +995,7 @@ def test_a_run_against_itself_is_no_difference(made, tmp_path):
   assert "No difference beyond noise" in compared.numbers["verdict"]
 
 
+@pytest.mark.slow
 def test_overlap_is_compared_and_said(made, tmp_path):
   some = np.arange(399, 99, -1)
   folder = other(made, tmp_path, lambda found: found.take(some), seeds=(7, 8, 9))

@@ -164,6 +164,7 @@ def outputs_of(labels, classes, scales=NEAR):
   }
 
 
+@pytest.mark.slow
 def test_dense(tmp_path):
   random = np.random.default_rng(2)
   masks = random.integers(0, 3, (SIZE, 6, 5))
@@ -204,6 +205,7 @@ def test_dense(tmp_path):
   assert HOSTILE in text_of(tmp_path)
 
 
+@pytest.mark.slow
 def test_several_labels(tmp_path):
   random = np.random.default_rng(3)
   labels = (random.random((SIZE, 4)) < [0.3, 0.4, 0.6, 0.5]).astype(int)
@@ -232,6 +234,7 @@ def test_several_labels(tmp_path):
   assert "examples" in sections(tmp_path)
 
 
+@pytest.mark.slow
 def test_vectors_without_logits(tmp_path):
   labels = np.arange(SIZE) % 4
   centres = np.random.default_rng(4).normal(size=(4, 6))
@@ -261,6 +264,7 @@ def test_vectors_without_logits(tmp_path):
   assert "k-NN accuracy" in numbers["verdict"]
 
 
+@pytest.mark.slow
 def test_tokens(tmp_path):
   random = np.random.default_rng(5)
   labels = random.integers(0, 5, (SIZE, 6))
@@ -468,6 +472,7 @@ def test_a_metric_may_not_be_called_as_a_cost(tmp_path):
     reported(tmp_path, task, np.zeros(4), outputs)
 
 
+@pytest.mark.slow
 def test_what_was_not_measured_is_absent(tmp_path):
   """Labels that nobody knows: what compares with the teacher is all there is."""
   truth = np.full((SIZE, 1), np.nan)
@@ -483,6 +488,7 @@ def test_what_was_not_measured_is_absent(tmp_path):
   assert numbers["paired"] == []
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_told_and_judges_nothing(tmp_path):
   truth = np.random.default_rng(7).normal(size=(SIZE, 1))
   outputs = noisy(truth, NEAR)
@@ -504,6 +510,7 @@ def test_what_is_not_finite_is_told_and_judges_nothing(tmp_path):
   assert all(row["examples"] == SIZE - 1 for row in numbers["paired"])
 
 
+@pytest.mark.slow
 def test_two_runs_are_judged_the_right_way_round(tmp_path, capsys):
   truth = np.random.default_rng(8).normal(size=(SIZE, 1))
   near, far = (noisy(truth, {**NEAR, "student": scale}, seed) for seed, scale in ((1, 0.3), (2, 1)))
@@ -540,6 +547,7 @@ def test_two_runs_are_judged_the_right_way_round(tmp_path, capsys):
     reports.compare_runs(tmp_path / "far", tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_runs_of_which_nothing_is_kept_are_compared_over_seeds(tmp_path):
   def finish(found):
     return {"root": np.sqrt(found["miss"][0] / found["miss"][1])}
@@ -577,6 +585,7 @@ def test_a_report_of_version_3_is_read_as_it_was(tmp_path):
   assert document.first(read.report).name == "accuracy"
 
 
+@pytest.mark.slow
 def test_answers_alone_tell_what_they_can(tmp_path):
   truth = np.random.default_rng(1).normal(size=(SIZE, 1))
   outputs = noisy(truth, NEAR)
@@ -593,6 +602,7 @@ def test_answers_alone_tell_what_they_can(tmp_path):
   assert read.report["task"]["name"] == "regression"
 
 
+@pytest.mark.slow
 def test_details_are_kept_as_they_were_and_damage_is_said(tmp_path):
   truth = np.random.default_rng(1).normal(size=(SIZE, 2))
   reported(tmp_path, tasks.regression(), truth, noisy(truth, NEAR))
@@ -630,6 +640,7 @@ def test_a_gap_may_be_closed_downwards():
     metrics.gap_closed(*sides, better="less")
 
 
+@pytest.mark.slow
 def test_what_is_no_task_or_no_model_is_said(tmp_path):
   examples = data.from_arrays(np.zeros((4, 1), np.float32), np.zeros(4))
   batches = data.evaluation_batches(examples, batch_size=4)

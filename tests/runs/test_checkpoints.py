@@ -357,6 +357,7 @@ checkpoints.wait()
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_midst_of_a_save_leaves_the_earlier_one(tmp_path):
   process = subprocess.Popen(
     [sys.executable, "-c", KILLED, str(tmp_path)],

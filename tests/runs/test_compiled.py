@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 import jax, jax.monitoring
@@ -29,12 +31,14 @@ def lines(*arguments, **environment):
   return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_what_this_one_compiled(tmp_path):
   assert lines(tmp_path / "here")[:2] == [str(tmp_path / "here"), "7.0"]
   assert any((tmp_path / "here").iterdir())
   assert lines(tmp_path / "here") == [str(tmp_path / "here"), "7.0", "1"]
 
 
+@pytest.mark.slow
 def test_it_lies_where_the_user_has_said(tmp_path):
   own = tmp_path / "jaxdistill" / "compiled"
   assert lines(XDG_CACHE_HOME=str(tmp_path))[0] == str(own)

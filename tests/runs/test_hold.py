@@ -41,6 +41,7 @@ def refused(folder, words):
     pass
 
 
+@pytest.mark.slow_but("holds")
 @pytest.mark.parametrize("how", ["holds", "forks"])
 def test_a_second_job_is_refused_by_name_and_a_killed_one_holds_nobody_back(tmp_path, how):
   child, number = job(tmp_path / "run", how)

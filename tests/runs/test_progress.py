@@ -63,6 +63,7 @@ def test_no_label_is_silence(clock, capsys):
   assert "runs/a" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tqdm", ["there", "absent"])
 def test_a_terminal_has_a_bar_where_it_can(tqdm):
   program = "import sys\n" + ("sys.modules['tqdm'] = None\n" if tqdm == "absent" else "")

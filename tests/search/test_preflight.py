@@ -200,6 +200,7 @@ def test_a_teacher_that_is_only_unsure_does_not_seem_to_learn(taught):
   assert calibration.losses_at(logits[0], labels).mean() > before.mean() + 0.05
 
 
+@pytest.mark.slow
 def test_a_finished_curve_stands_in_for_probe_steps(tmp_path):
   run = train.Run(tmp_path / "run", checkpoint_every=400, progress=None)
   model = trained(400, run=run, watch=train.Watch(log_every=16))
@@ -499,6 +500,7 @@ def test_what_check_cannot_take_says_so(taught):
     quiet(data=source(), teacher=taught)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_and_an_ensemble(taught):
   cached = teachers.cached(teachers.frozen(taught), source(), progress=None)
   found = quiet(small_networks.dense(5), recipes.kd(temperature=1e9), data=cached)
@@ -507,6 +509,7 @@ def test_a_cached_teacher_and_an_ensemble(taught):
   assert quiet(small_networks.dense(5), recipes.kd(), data=source(), teacher=both) == []
 
 
+@pytest.mark.slow
 def test_schedules_are_looked_at_in_the_whole_run(taught):
   given = {"data": source(), "teacher": teachers.frozen(taught)}
   kd = recipes.kd(hard_weight=lambda step: 0.1 * (step > 10), temperature=lambda step: 2.0 + step)
@@ -516,6 +519,7 @@ def test_schedules_are_looked_at_in_the_whole_run(taught):
   assert "uniform_targets" in names(found)
 
 
+@pytest.mark.slow
 def test_a_baseline_by_its_model_or_by_its_accuracies(taught):
   network = taught.network
   split = data.evaluation_batches(examples(300, spread=1.2, seed=2), batch_size=64)
@@ -636,6 +640,7 @@ def test_a_teacher_of_numbers_is_compared_by_the_metric_and_its_direction():
   assert not {"calibration", "uniform_targets"} & set(names(worse))
 
 
+@pytest.mark.slow
 def test_what_a_task_refuses_of_labels_is_a_finding():
   x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
   student = small_networks.dense(4, classes=3)

@@ -322,6 +322,7 @@ def python(*words, **options):
 NO_JAX = "import sys; sys.modules['jax'] = sys.modules['jaxlib'] = None; "
 
 
+@pytest.mark.slow
 def test_verifying_needs_no_jax(complete):
   program = (
     f"{NO_JAX}from jaxdistill.teachers import command\n"
@@ -332,6 +333,7 @@ def test_verifying_needs_no_jax(complete):
   assert "every digest and count is right" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_wrong_and_fails(copied, capsys):
   name = harm(copied, "flipped")
   done = python("-m", "jaxdistill", "cache", "verify", str(copied))
@@ -390,6 +392,7 @@ t.make(sys.argv[1], in_advance=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shard", "when", "left"), [(5, "before", 1), (6, "after", 1)])
 def test_a_cache_that_was_killed_is_filled_on(tmp_path, complete, shard, when, left):
   folder = tmp_path / "cache"
@@ -435,6 +438,7 @@ np.savez(sys.argv[2], logits=logits, hidden=hidden)
 """
 
 
+@pytest.mark.slow
 def test_a_program_without_jax_fills_a_cache_and_a_student_learns_from_it(tmp_path):
   writer = pathlib.Path(cache_writer.__file__).read_text().partition("import annotations\n")[2]
   no_library = "sys.modules['jaxdistill'] = sys.modules['array_record'] = None\n"

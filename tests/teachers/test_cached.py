@@ -90,6 +90,7 @@ def in_the_step(kind, seeds=None):
   return run(sources, normed(), seed=seeds)
 
 
+@pytest.mark.slow_but("on_device-True")
 @pytest.mark.parametrize("in_advance", [True, False])
 @pytest.mark.parametrize("kind", ["on_device", "streamed", "mixed"])
 def test_fifty_steps_equal_those_with_the_teacher_in_the_step(examples, teacher, kind, in_advance):
@@ -99,6 +100,7 @@ def test_fifty_steps_equal_those_with_the_teacher_in_the_step(examples, teacher,
   assert_close(in_the_step(kind), run(cached), 1e-5)
 
 
+@pytest.mark.slow
 def test_fifty_steps_under_pmap(examples, teacher):
   source = source_of("on_device", examples)
   cached = teachers.cached(teacher, source, batch_size=8, progress=None)
@@ -129,6 +131,7 @@ def filled(folder, examples, teacher, *, kind="on_device", in_advance=True, **op
   return teachers.cached(teacher, source, folder=folder, **options)
 
 
+@pytest.mark.slow_but("device-on_device", "host-on_device", "files-streamed")
 @pytest.mark.parametrize("kind", ["on_device", "streamed", "mixed"])
 @pytest.mark.parametrize("where", ["device", "host", "files"])
 def test_wherever_rows_lie_they_are_the_same(tmp_path, monkeypatch, examples, teacher, kind, where):
@@ -151,6 +154,7 @@ def test_wherever_rows_lie_they_are_the_same(tmp_path, monkeypatch, examples, te
   assert batches[0].teacher.logits.shape == (14, 4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["device", "host"])
 def test_a_whole_run_agrees_in_float64(examples, where):
   with jax.enable_x64(True):
@@ -195,6 +199,7 @@ def test_float16_is_rounded_and_comes_back_as_float32(examples, teacher):
   assert teachers.cached(huge, source, in_advance=True, progress=None).whole
 
 
+@pytest.mark.slow
 def test_features_of_an_ensemble(examples, teacher):
   name, members = "1/mid", [teacher, frozen(dense(8, norm=True), key=4)]
   teach = teachers.ensemble(members, rule="log_mean_probability")
@@ -212,6 +217,7 @@ def test_features_of_an_ensemble(examples, teacher):
     teachers.cached(teach, source, features=["last"])
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("in_advance", [True, False])
 def test_several_seeds_take_a_cache_each(examples, teacher, in_advance):
   source, seeds = source_of("on_device", examples), (3, 5)

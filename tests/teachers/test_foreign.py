@@ -66,6 +66,7 @@ def fit(source, objective, *, steps=20, watch=None, run=SILENT, **options):
 # A teacher of scikit-learn, and nothing written but the call.
 
 
+@pytest.mark.slow
 def test_a_forest_teaches_a_network_and_is_reported(tmp_path):
   digits = sklearn.datasets.load_digits()
   inputs, labels = (digits.data / 16).astype(np.float32), digits.target
@@ -296,6 +297,7 @@ def fill(function, folder):
   return teachers.cached(teacher, source_of(), folder=folder, batch_size=4, progress=None)
 
 
+@pytest.mark.slow
 def test_a_view_that_was_begun_is_gone_on_with(tmp_path):
   folder = tmp_path / "c"
   paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "teachers")])
@@ -325,6 +327,7 @@ def test_a_view_that_was_begun_is_gone_on_with(tmp_path):
   assert fill(function, folder).teacher == cached.teacher
 
 
+@pytest.mark.slow_but("mixed")
 @pytest.mark.parametrize("kind", ["streamed", "mixed"])
 def test_a_part_is_of_the_right_examples_in_any_source(tmp_path, monkeypatch, kind):
   monkeypatch.setattr(_cache, "PART_SECONDS", 0)
@@ -379,6 +382,7 @@ def test_a_damaged_part_is_named_and_dropped(tmp_path, capsys, monkeypatch):
 # Features without logits.
 
 
+@pytest.mark.slow
 def test_a_teacher_of_features_alone_teaches_a_hint(tmp_path):
   def embed(inputs):
     return np.asarray(inputs @ np.ones((WIDTH, 8)) / 4, np.float32)
@@ -442,6 +446,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow_but("kd", "pkt", "hint")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_from_those_that_were_answered_alone(method):
   """Terms of the teacher as on a batch without the others; those of labels as on all of it."""
@@ -483,6 +488,7 @@ def test_a_method_learns_from_those_that_were_answered_alone(method):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow_but("2")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_counts_each_example_where_it_belongs(accumulate):
   """One step of gradient descent by hand, in float64: labels of all, soft targets of the others."""
@@ -514,6 +520,7 @@ def test_a_step_counts_each_example_where_it_belongs(accumulate):
   np.testing.assert_allclose(after[0], bias - slope.sum(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_log_says_how_many_were_skipped(capsys, tmp_path):
   cached = teachers.cached(teachers.foreign(partly, takes="batch"), source_of(), progress="mine")
   assert "mine: the teacher skipped 4 of 20 examples." in capsys.readouterr().err
@@ -599,6 +606,7 @@ def alone(tmp_path, order):
   return done, hidden
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["device", "files"])
 def test_a_copy_of_the_writer_needs_numpy_alone(tmp_path, monkeypatch, where):
   order = [i for i in np.random.default_rng(1).permutation(SIZE).tolist() if not SKIPPED[i]]

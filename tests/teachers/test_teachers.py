@@ -186,6 +186,7 @@ def test_what_is_no_model_says_so(make, match):
     make(small_networks.dense(3))
 
 
+@pytest.mark.slow_but("0")
 @pytest.mark.parametrize("seed", [0, [0], [0, 1]])
 def test_a_run_is_restored_with_its_seeds(tmp_path, seed):
   examples = data.from_arrays(LOGITS[0].astype(np.float32), np.arange(4) % 3, num_classes=3)
@@ -424,6 +425,7 @@ def test_layers_of_bare_parameters_are_refused():
     teachers.layers(VARIABLES["params"], {"a": "b"})
 
 
+@pytest.mark.slow
 def test_a_restored_model_knows_its_seeds_however_they_were_given(tmp_path):
   network = small_networks.dense(3, classes=4)
   examples = data.from_arrays(np.eye(4, 5, dtype=np.float32), np.arange(4))

@@ -181,6 +181,7 @@ def fit(**options):
   return small_networks.fit(small_networks.dense(5), recipes.kd(), **given)
 
 
+@pytest.mark.slow
 def test_without_a_difference_it_is_sgd_with_momentum():
   same = fit(optimizer=optimizers.dot(0.1, steps=STEPS, delta=0.0, decayed="kernels"))
   sgd = fit(optimizer=optimizers.sgd(0.1, steps=STEPS, decayed="kernels"))
@@ -189,6 +190,7 @@ def test_without_a_difference_it_is_sgd_with_momentum():
   assert not np.allclose(*(jax.tree.leaves(x.variables)[1] for x in (other, sgd)), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_however_it_is_run(tmp_path):
   whole = fit().variables
   one = train.data_parallel(jax.devices()[:1])
@@ -211,6 +213,7 @@ def test_a_run_is_the_same_however_it_is_run(tmp_path):
     np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_delta_is_each_alone():
   rates, deltas = {"steps": STEPS}, [0.0, 0.09]
   found = search.sweep(
@@ -232,6 +235,7 @@ def test_a_sweep_over_delta_is_each_alone():
       assert_close(found.students(i).instance(s).variables, alone.variables, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_network_is_frozen_around_it():
   label = lambda params: {n: "still" if n == "Dense_0" else "dot" for n in params}  # noqa: E731
   parts = {"dot": optimizers.dot(0.1, steps=STEPS), "still": optax.set_to_zero()}

@@ -127,6 +127,9 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow_but(
+  "a loss of another number", "another rate", "one label", "a transform", "another number of steps"
+)
 @pytest.mark.parametrize("case", OTHERS)
 def test_another_run_is_refused_by_what_differs(folder, case):
   options, words = OTHERS[case]
@@ -153,6 +156,7 @@ SAME = {
 }
 
 
+@pytest.mark.slow_but("as it was", "other names")
 @pytest.mark.parametrize("case", SAME)
 def test_the_same_run_is_found_again_however_it_is_run(folder, case, capsys):
   saved = json.loads((folder / "config.json").read_text())
@@ -162,6 +166,7 @@ def test_the_same_run_is_found_again_however_it_is_run(folder, case, capsys):
   assert json.loads((folder / "config.json").read_text()) == saved
 
 
+@pytest.mark.slow
 def test_what_is_computed_has_the_same_digest_in_another_process(folder):
   """Nothing of an order of sets, of addresses or of names that JAX makes up is in it."""
   code = f"import test_identity as tests; tests.fit({str(folder)!r})"
@@ -170,6 +175,7 @@ def test_what_is_computed_has_the_same_digest_in_another_process(folder):
   subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_other_versions_are_said_and_no_reason_to_refuse(folder, tmp_path):
   there = tmp_path / "run"
   fit(there, steps=3)
@@ -184,6 +190,7 @@ def test_other_versions_are_said_and_no_reason_to_refuse(folder, tmp_path):
     fit(there, steps=3, objective=squared(0.4))
 
 
+@pytest.mark.slow_but("one")
 @pytest.mark.parametrize("seed", [0, (0, 1)], ids=["one", "two"])
 def test_a_run_is_made_longer_with_its_optimiser_and_its_order(tmp_path, seed):
   whole = fit(tmp_path / "whole", steps=11, seed=seed)
@@ -206,6 +213,7 @@ def test_a_run_is_made_longer_with_its_optimiser_and_its_order(tmp_path, seed):
     fit(tmp_path / "run", seed=seed, longer=True)
 
 
+@pytest.mark.slow
 def test_a_longer_run_may_follow_another_schedule(tmp_path):
   def rate(steps):
     return optax.adam(optax.cosine_decay_schedule(1e-2, steps))
@@ -217,6 +225,7 @@ def test_a_longer_run_may_follow_another_schedule(tmp_path):
     fit(tmp_path / "run", optimizer=rate(24), steps=12)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_known_again_by_its_data_and_its_objective(tmp_path):
   held_out = data.evaluation_batches(data.from_arrays(INPUTS, LABELS), batch_size=16)
 
@@ -248,6 +257,7 @@ def test_a_sweep_is_known_again_by_its_data_and_its_objective(tmp_path):
     sweep(weighted(3.0), changed(INPUTS, (40, 0), 1e-6))
 
 
+@pytest.mark.slow
 def test_streamed_arrays_that_were_changed_are_other_data(tmp_path):
   """They are the user's own, and not copied: what counts is what they hold when it is trained."""
   inputs = INPUTS.copy()
@@ -258,6 +268,7 @@ def test_streamed_arrays_that_were_changed_are_other_data(tmp_path):
     fit(tmp_path / "run", data=stream, steps=3)
 
 
+@pytest.mark.slow
 def test_records_are_known_by_a_sample_unless_they_are_drawn_anew(tmp_path):
   rng = np.random.default_rng(0)
 

@@ -164,6 +164,7 @@ def apart(found, wanted):
 SLOW = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.float64, marks=SLOW)])
 def test_every_loss_in_chunks_is_that_of_the_whole(dtype):
   with jax.enable_x64(dtype == jnp.float64):
@@ -317,6 +318,7 @@ def ways():
   }
 
 
+@pytest.mark.slow_but("features beside it, a schedule")
 @pytest.mark.parametrize("way", ways())
 def test_fit_in_chunks_is_the_same_training(way):
   objective, beside, how = ways()[way]
@@ -335,6 +337,7 @@ def test_fit_in_chunks_is_the_same_training(way):
       np.testing.assert_allclose(line[name], wanted[name], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_in_chunks_goes_on_as_it_was(tmp_path):
   how = {"tokens_at_once": 24, "run": tmp_path / "run"}
   params, _ = fitted(recipes.kd(), **how)
@@ -616,6 +619,7 @@ def test_a_sweep_in_chunks_is_each_student_alone():
     assert apart(found.students(2 * i).variables["params"], alone) < 3e-6
 
 
+@pytest.mark.slow_but("kept")
 @pytest.mark.parametrize("backward", ["kept", "again"])
 def test_memory_does_not_grow_with_tokens_times_words(backward):
   chunked = in_chunks(recipes.kd(), tokens_at_once=256, backward=backward)
@@ -625,6 +629,7 @@ def test_memory_does_not_grow_with_tokens_times_words(backward):
   assert memory(recipes.kd(), 512, 4096) > 6 * large
 
 
+@pytest.mark.slow
 def test_an_optimiser_that_takes_terms_apart_gets_them_in_chunks_that_can():
   apart = {"optimizer": train.optimizers.dot(0.1, steps=3, apart=["labels"])}
   with pytest.raises(ValueError, match='made as one.*backward="again"'):

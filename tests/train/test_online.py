@@ -272,6 +272,7 @@ def test_a_trained_cohort_comes_apart(taught_each_other, tmp_path):
   assert_close(loaded(x), each["mlp"].instance(1)(x).logits)
 
 
+@pytest.mark.slow
 def test_a_mutual_run_goes_on_with_the_same_bits(tmp_path):
   options = {"student": twins(norm=True, dropout=0.4), "seed": [0, 1]}
   whole = fit(**options, log_every=2)
@@ -294,6 +295,7 @@ def test_a_mutual_run_is_the_same_however_it_is_run():
     assert_close(fit(twins(), **options).variables, whole)
 
 
+@pytest.mark.slow
 def test_a_sweep_over_dmls_weight_of_two_architectures(tmp_path, monkeypatch):
   """Every student is the cohort that was trained alone; stopped, it goes on to the same bits."""
   student, weights, seeds = cohort(), [0.0, 2.0], [0, 1]
@@ -414,6 +416,7 @@ def test_the_loss_is_the_averages_answers_in_inference():
   assert_close(got.params, alone.params)
 
 
+@pytest.mark.slow_but("None")
 @pytest.mark.parametrize("average", [None, 0.9])
 def test_a_run_with_a_moving_teacher_goes_on_with_the_same_bits(tmp_path, average):
   options = {
@@ -464,6 +467,7 @@ def test_a_moving_teacher_begins_as_the_student_and_a_frozen_one_stays_in_its_bi
   assert_same_bits(state.teacher["params"], state.params)
 
 
+@pytest.mark.slow
 def test_moving_teachers_of_a_sweep_are_each_students_own():
   student, teacher = mlp(), teachers.moving_average(0.9)
   weights, make = (
@@ -528,6 +532,7 @@ def test_what_a_moving_average_cannot_be_is_refused():
     teachers.moving_average("0.9")
 
 
+@pytest.mark.slow
 def test_what_is_deployed_is_said(capsys, tmp_path):
   given = {"teacher": teachers.moving_average(), "steps": 1, "progress": "run"}
   fit(mlp(), recipes.kd(), **given)
@@ -540,6 +545,7 @@ def test_what_is_deployed_is_said(capsys, tmp_path):
 # --- Generations. ---
 
 
+@pytest.mark.slow
 def test_each_seed_is_taught_by_its_own_predecessor(tmp_path):
   given = {"data": source(), "optimizer": optax.sgd(0.1), "steps": STEPS}
   found = train.born_again(

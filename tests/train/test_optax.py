@@ -102,6 +102,7 @@ EXTRA = {
 }
 
 
+@pytest.mark.slow_but("plateau", "lbfgs")
 @pytest.mark.parametrize("name", EXTRA)
 def test_extra_arguments_are_those_of_a_loop_by_hand(name):
   optimizer, extra = EXTRA[name]
@@ -151,6 +152,7 @@ def fit(optimizer, *, student=None, **options):
   )
 
 
+@pytest.mark.slow_but("jit over two")
 @pytest.mark.parametrize(
   "dispatch", [train.with_jit, train.with_pmap], ids=["jit over two", "pmap over two"]
 )
@@ -186,6 +188,7 @@ def test_the_value_of_micro_batches_is_the_batchs():
     trained(optax.lbfgs(), accumulate=2)
 
 
+@pytest.mark.slow
 def test_every_seed_searches_its_own_line():
   together = fit(optax.lbfgs(), seed=(3, 11))
   for seed, mine in zip((3, 11), together.unstack(), strict=True):
@@ -193,6 +196,7 @@ def test_every_seed_searches_its_own_line():
     assert_close(mine.variables, fit(optax.lbfgs(), seed=seed).variables, tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_multisteps_is_the_mean_of_gradients_by_hand():
   optimizer = optax.MultiSteps(optax.sgd(0.3), every_k_schedule=2)
   states, _ = trained(optimizer, steps=4)
@@ -228,6 +232,7 @@ SCHEDULE_FREE = {
 }
 
 
+@pytest.mark.slow_but("alone")
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
 def test_schedule_free_is_evaluated_where_optax_says(name):
   optimizer, find = SCHEDULE_FREE[name]
@@ -243,6 +248,7 @@ def labelled(params, name):
   return {key: "free" if key == name else "rest" for key in params}
 
 
+@pytest.mark.slow
 def test_schedule_free_in_a_part_of_the_network():
   label = functools.partial(labelled, name="Dense_0")
   fitted = fit(optax.multi_transform({"free": FREE, "rest": optax.sgd(0.1)}, label))
@@ -280,6 +286,7 @@ def test_what_is_evaluated_is_validated_chosen_deployed_and_averaged(tmp_path):
   np.testing.assert_allclose(loaded(np.asarray(BATCH.inputs)), logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_average_is_of_what_would_be_deployed_without_it():
   states, _ = trained(FREE, average=0.5)
   plain, _ = trained(FREE)
@@ -292,6 +299,7 @@ def test_an_average_is_of_what_would_be_deployed_without_it():
   assert_close(deployed_variables(states[-1], recipes.labels())["params"], average)
 
 
+@pytest.mark.slow_but("schedule-free")
 @pytest.mark.parametrize(
   "optimizer",
   [
@@ -316,6 +324,7 @@ def test_a_run_goes_on_with_the_same_bits(tmp_path, optimizer):
   assert_same_bits(again.state.opt_state, whole.state.opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
 @pytest.mark.parametrize("optimizer", [FREE, optax.lookahead(optax.sgd(0.3), 2, 0.5)])
 def test_every_seed_is_evaluated_by_itself(optimizer, dispatch):
@@ -340,6 +349,7 @@ def test_lookahead_trains_the_fast_and_deploys_the_slow():
   assert np.any(wanted[-1].fast["Dense_0"]["kernel"] != wanted[-1].slow["Dense_0"]["kernel"])
 
 
+@pytest.mark.slow
 def test_sam_is_evaluated_where_it_stands_and_not_where_it_looks():
   around = optax.chain(contrib.normalize(), optax.sgd(0.5))
   states, _ = trained(contrib.sam(optax.sgd(0.1), around, sync_period=2), steps=4)

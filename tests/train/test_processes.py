@@ -190,6 +190,7 @@ def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves
   assert said in outputs[1 - leaves]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path, kind):
   children = two_processes(tmp_path / "two", kind)

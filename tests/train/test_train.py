@@ -82,6 +82,7 @@ def relational(student, teacher, batch):
   return {"relation": Term(jnp.mean(gram**2, axis=1))}
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("norm", [False, True])
 def test_one_device_is_two_devices_under_jit(norm):
   # BatchNorm and losses between examples see the global batch, so the count changes no more than
@@ -111,6 +112,7 @@ def test_pmap_is_jit_without_state_across_examples():
       assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_limit_of_pmap_batchnorm_sees_its_share_unless_it_has_the_axis():
   def run(dispatch, axis_name=None):
     student = small_networks.dense(5, norm=True, axis_name=axis_name)
@@ -124,6 +126,7 @@ def test_the_limit_of_pmap_batchnorm_sees_its_share_unless_it_has_the_axis():
   assert differ(jitted, without, tolerance=1e-3)
 
 
+@pytest.mark.slow
 def test_the_limit_of_pmap_relations_see_their_share():
   def run(dispatch):
     return distil(objective=relational, dispatch=dispatch, optimizer=optax.sgd(0.1)).variables
@@ -131,6 +134,7 @@ def test_the_limit_of_pmap_relations_see_their_share():
   assert differ(run(train.with_jit()), run(train.with_pmap()), tolerance=1e-3)
 
 
+@pytest.mark.slow_but("vmap-True")
 @pytest.mark.device
 @pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
 def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
@@ -144,6 +148,7 @@ def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
   assert differ(*together.unstack(), tolerance=1e-2)
 
 
+@pytest.mark.slow_but("with_jit")
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, dispatch):
   student = small_networks.dense(5, norm=True, dropout=0.3)
@@ -321,6 +326,7 @@ def test_a_gradient_that_is_not_finite_is_not_saved(tmp_path):
     assert saved.latest() == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("changed", "message"),
   [
@@ -569,6 +575,7 @@ def test_bad_options_say_what_to_do(options, message):
     distil(**options)
 
 
+@pytest.mark.slow
 def test_clipping_in_the_optimiser_bounds_the_whole_gradient():
   moved = distil(optimizer=optimizers.sgd(1.0, steps=1, momentum=0.0, weight_decay=0.0), steps=1)
   options = {"momentum": 0.0, "weight_decay": 0.0, "clip_norm": 1e-3}
@@ -610,6 +617,7 @@ def slowly(step, record):
   time.sleep(0.2)
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path):
   """Saved and left as by SIGTERM; what goes on is the folder's content, wherever it lies."""
   whole = distil(folder=tmp_path / "whole", log_every=2, validate_every=8)
@@ -632,6 +640,7 @@ def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path
   assert [line["step"] for line in resumed.history] == [2, 4, 6, 8]
 
 
+@pytest.mark.slow
 def test_time_that_is_not_over_stops_nothing(tmp_path):
   handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
   with _loop.time_limit(None), _loop.time_limit(1000):
@@ -641,6 +650,7 @@ def test_time_that_is_not_over_stops_nothing(tmp_path):
   assert threading.active_count() == threads
 
 
+@pytest.mark.slow
 def test_a_time_limit_of_a_script_stops_what_is_under_way(tmp_path):
   """One limit over several trainings: it ends the second, which goes on."""
   whole = distil(folder=tmp_path / "whole", log_every=1)
@@ -669,6 +679,7 @@ def test_a_time_limit_of_a_script_stops_what_is_under_way(tmp_path):
   assert differ(whole.variables, alone.variables, tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_chunk_is_not_lost(tmp_path):
   """The run is whole, its student is saved, and the script does not begin what comes next."""
 
@@ -701,6 +712,7 @@ class Swallows:
       pass
 
 
+@pytest.mark.slow_but("the end-destructor", "the end-collector")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("where", ["destructor", "collector"])
 @pytest.mark.parametrize("then", ["the end", "a wait", "a run", "a run without a folder"])
@@ -752,6 +764,7 @@ def heard():
   signal.signal(signal.SIGINT, former)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("heard")
 def test_ctrl_c_saves_too_and_the_second_leaves_at_once(tmp_path):
   whole = distil(folder=tmp_path / "whole", log_every=1, validate_every=8)
@@ -781,6 +794,7 @@ def test_ctrl_c_saves_too_and_the_second_leaves_at_once(tmp_path):
   assert_same_bits(whole.variables, resumed.variables)
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
   """As in a shell's background, where a terminal's Ctrl-C is for somebody else."""
   former = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -793,6 +807,7 @@ def test_ctrl_c_that_is_ignored_stays_so(tmp_path):
   assert fitted.history[-1]["step"] == 8
 
 
+@pytest.mark.slow
 def test_of_two_jobs_in_one_folder_the_second_is_refused_before_work(tmp_path):
   def second(step, record):
     if step == 4:
@@ -822,6 +837,7 @@ def test_a_run_that_saves_nothing_has_no_time_to_stop_at():
     distil(stop_after=10)
 
 
+@pytest.mark.slow
 def test_sources_of_seeds_may_differ_in_their_arrays():
   """Other labels for each seed: the arrays that differ get an axis over seeds."""
   masks = [np.arange(48) % 4 == i for i in range(2)]
@@ -840,6 +856,7 @@ def test_sources_of_seeds_may_differ_in_their_arrays():
     distil(seed=(0, 1), data=[source(0), source(1, batch_size=4)])
 
 
+@pytest.mark.slow
 def test_a_relative_folder_stays_where_it_was(tmp_path, monkeypatch):
   (tmp_path / "elsewhere").mkdir()
   monkeypatch.chdir(tmp_path)
