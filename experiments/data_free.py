@@ -7,8 +7,14 @@ trained to make images that the teacher names without doubt, of all classes. Bes
 student on plain noise in the place of those images, and on the labels: what there is to lose.
 
 Command:   python experiments/data_free.py --out runs/data_free
-Hardware:  has not been run at this setting by us yet
+Hardware:  two cores of an Intel Xeon at 2.5 GHz, no accelerator (Python 3.11, jax 0.10.2), commit
+           575dd29
+Time:      709 seconds with other work beside it, 9 minutes of CPU time
 Expected:  far above plain noise, and below labels
+Got:       teacher 97.70 % on the 697 test images, labels 96.73 ± 0.47, plain noise 33.29 ± 2.86,
+           generated images 63.50 ± 9.38: twice what noise teaches, and far from labels. On
+           CIFAR-100, WRN-40-2 into 16-2, Fang et al. ("Contrastive Model Inversion", 2021) have
+           43.70 by it, where real images give 70.79.
 
 Generator and student have an Adam each, at the rates of the paper's code for MNIST (student) and of
 its successors (generator), and one step each in every step, as in that code. No image of the task

@@ -310,6 +310,8 @@ def over_passages(ours: Any, theirs: Any, examples: data.Examples, lengths: np.n
   size = where * lengths[np.where(where > 0, examples.labels, 0)]
   windows = max(1, round(1000 / size.sum(axis=1).mean()))
   starts = np.arange(0, len(where), windows)
+  if len(starts) < 2:
+    return float("nan")  # one passage tells nothing of another
   total = np.add.reduceat((nats * where).sum(axis=1), starts)
   weight = np.add.reduceat(size.sum(axis=1), starts)
   # A ratio of sums: the linearised error of Σ total / Σ weight.

@@ -216,6 +216,37 @@ def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
     assert texts["texts"][0]["prompt"] in (tmp_path / part / "report.html").read_text()
 
 
+@pytest.mark.slow
+def test_shakespeare_reads_any_text_by_an_encoding_of_its_own(tmp_path):
+  pytest.importorskip("tokenizers")
+  words = np.random.default_rng(0).choice(["to", "be", "or", "not", "naïve"], 20_000)
+  (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+  given = ["--text", tmp_path / "text.txt", "--vocabulary", "270", "--tokens-at-once", "64"]
+  given += ["--dtype", "bfloat16", *SHAKESPEARE, "--characters", "6000"]
+  given += ["--out", tmp_path / "run"]
+  run("shakespeare", given)
+  with (tmp_path / "run" / "shakespeare.csv").open() as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == 7
+  assert all(0 < float(row["bits"]) < 8 for row in rows)
+  assert all(float(row["text_error"]) > 0 for row in rows if row["name"] in ("labels", "longer"))
+  assert f"--text {tmp_path}" in (tmp_path / "run" / "shakespeare.md").read_text()
+
+
+@pytest.mark.slow
+def test_data_free_fills_its_table_and_goes_on(tmp_path):
+  given = ["--seeds", "2", "--teacher-epochs", "1", "--steps", "2", "--epochs", "1"]
+  given += ["--teacher-channels", "4", "4", "--teacher-dense", "16", "--student-channels", "2", "2"]
+  given += ["--student-dense", "8", "--generator-width", "4", "--out", tmp_path]
+  run("data_free", given)
+  with (tmp_path / "data_free.csv").open() as file:
+    first = list(csv.DictReader(file))
+  assert [row["name"] for row in first] == ["teacher", "labels", "noise", "data-free"]
+  run("data_free", given)  # finished runs are given back as they are
+  with (tmp_path / "data_free.csv").open() as file:
+    assert list(csv.DictReader(file)) == first
+
+
 def test_few_labels_uses_no_other_label():
   script = importlib.import_module("few_labels")
   labels = np.arange(40) % 4 + 1
