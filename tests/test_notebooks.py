@@ -75,7 +75,7 @@ def rows_of(table):
 
 
 def test_there_are_notebooks():
-  names = ["bring_your_own", "compress", "quickstart"]
+  names = ["bring_your_own", "compress", "language_models", "quickstart"]
   assert [path.stem for path in NOTEBOOKS] == names
 
 
@@ -227,9 +227,30 @@ def compress_ends_with_files_and_a_report(notebook):
   assert any("srcdoc" in page for page in outputs(notebook, "text/html"))
 
 
+def language_models_ends_with_a_folder_that_reads_back(notebook):
+  text = "".join(outputs(notebook, "stdout"))
+  assert "['config.json', 'model.safetensors']" in text
+  rows = rows_of(text)
+  bits = {name: float(rows[name][0]) for name in ("teacher", "text alone", "distilled")}
+  # Untrained, a byte costs log2(256) = 8 bits; letters that are equally likely still cost 4.
+  assert all(0 < one < 2 for one in bits.values())
+  assert rows["teacher"][1:3] == ["100.0", "100.0"]
+  assert "read back: True" in text
+
+
+# The quickstart always; the others where there is time for them.
 CHECKS = [
-  ("bring_your_own", bring_your_own_distils_with_few_labels_and_calls_the_student),
-  ("compress", compress_ends_with_files_and_a_report),
+  pytest.param(
+    "bring_your_own",
+    bring_your_own_distils_with_few_labels_and_calls_the_student,
+    marks=pytest.mark.slow,
+  ),
+  pytest.param(
+    "language_models",
+    language_models_ends_with_a_folder_that_reads_back,
+    marks=pytest.mark.slow,
+  ),
+  pytest.param("compress", compress_ends_with_files_and_a_report, marks=pytest.mark.slow),
   ("quickstart", quickstart_shows_its_pictures_and_the_table),
 ]
 

@@ -82,6 +82,8 @@ def sample(
       f"model={_check.show(model)} must be a Model of one seed (one of model.unstack()) or a "
       "Teacher."
     )
+  if isinstance(model, Model):  # without what a run's state and history add to it
+    model = Model(model.network, model.variables)
   if decoder is not None and not isinstance(decoder, Decoder):
     raise TypeError(f"decoder={_check.show(decoder)} must be the models.Decoder of the model.")
   given = np.asarray(prompts)

@@ -76,14 +76,7 @@ def compare_students(
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
-  if not isinstance(task, Task):
-    raise TypeError(
-      f"task={_check.show(task)} must be an evaluation.tasks.Task, such as tasks.regression()."
-    )
-  if texts is not None and not (isinstance(texts, Texts) and isinstance(examples, Examples)):
-    raise TypeError(
-      f"texts={_check.show(texts)} must be reports.Texts(tokenizer), and examples data.Examples."
-    )
+  _check_kinds(task, texts, examples)
   columns = _columns(metadata, batches, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
   costs = {"teacher": evaluation.costs(teacher, batches)}
@@ -126,6 +119,18 @@ def compare_students(
     write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
   kept = found if found.models or found.details else None
   return _report.write_report(folder, result, predictions=kept), result
+
+
+def _check_kinds(task: Any, texts: Any, examples: Any) -> None:
+  """Raises for a task, or for texts, that are none; or for texts of what lies in no array."""
+  if not isinstance(task, Task):
+    raise TypeError(
+      f"task={_check.show(task)} must be an evaluation.tasks.Task, such as tasks.regression()."
+    )
+  if texts is not None and not (isinstance(texts, Texts) and isinstance(examples, Examples)):
+    raise TypeError(
+      f"texts={_check.show(texts)} must be reports.Texts(tokenizer), and examples data.Examples."
+    )
 
 
 def _as_taught(variables: Any, batch: Batch) -> Outputs:
