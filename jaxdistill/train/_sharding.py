@@ -162,8 +162,8 @@ def annotated(names: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> Rule
 
   >>> embedding = Variable("params/embed", (256, 8), np.dtype("float32"), ("vocabulary", "width"))
   >>> devices = np.array(jax.devices()[:1]).reshape(1, 1)
-  >>> rule, mesh = annotated({"vocabulary": "model", "width": None}), Mesh(devices, ("data", "model"))
-  >>> tuple(rule(embedding, mesh))
+  >>> rule = annotated({"vocabulary": "model", "width": None})
+  >>> tuple(rule(embedding, Mesh(devices, ("data", "model"))))
   ('model', None)
   """
   pairs = tuple(names.items()) if isinstance(names, Mapping) else tuple(names)
@@ -185,8 +185,9 @@ def check_rules(name: str, rules: Any) -> tuple[tuple[str, Rule], ...]:
     TypeError: they are none.
     ValueError: there is none, or an expression is not well formed.
 
-  >>> [(text, tuple(rule)) for text, rule in check_rules("sharding", {"kernel$": PartitionSpec("x")})]
-  [('kernel$', ('x',))]
+  >>> ((text, rule),) = check_rules("sharding", {"kernel$": PartitionSpec("model")})
+  >>> text, tuple(rule)
+  ('kernel$', ('model',))
   """
   how = (
     f"{name} must be train.fsdp(), train.annotated(...), or rules by path such as "
