@@ -135,7 +135,8 @@ class Program:
       chunk = over_students(self.step, self.seeds_by, axes, groups, scan=self.scan, at_once=at_once)
     else:
       chunk = _of_one(self.step, scan=self.scan)
-    self._chunk: CompiledOnce = dispatch.compile(chunk, self._where)
+    where = () if self._where is None else (self._where,)  # which other dispatches do not take
+    self._chunk: CompiledOnce = dispatch.compile(chunk, *where)
     self._whole = self._chunk
     if self.scan and turns_must_be_known():
       length = self._length
@@ -143,7 +144,7 @@ class Program:
       def whole(*given: Any) -> tuple[State, PyTree]:
         return chunk(*given[:-1], length)  # all of its turns: the count is not looked at
 
-      self._whole = dispatch.compile(whole, self._where)
+      self._whole = dispatch.compile(whole, *where)
     self._abstract = _shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
@@ -266,7 +267,8 @@ class Program:
 
   def spread(self, state: State) -> State:
     """A state, or its shapes, where `run` takes it; it is given away."""
-    placed: State = self.dispatch.spread(state, self._where)
+    where = () if self._where is None else (self._where,)
+    placed: State = self.dispatch.spread(state, *where)
     return placed
 
   def initial(self) -> State:
