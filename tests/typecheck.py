@@ -1,9 +1,9 @@
 """Annotated shapes are checked at every call, in the tests: jaxtyping, with beartype behind it.
 
-jaxtyping's own import hook checks every function of every module. What walks through a program is
-called a hundred thousand times, and a function inside of another is wrapped anew at each call, so
-that checks were a good part of what the tests cost. This one takes the modules that speak of shapes
-and the functions in them that are annotated; mypy sees to types that are no shapes.
+jaxtyping's own import hook checks every function of every module: what walks through a program and
+is called ten thousand times a run, and functions inside of others, which it wraps anew each time.
+This one takes the modules that speak of shapes, and the functions in them that are annotated; mypy
+sees to types that are no shapes.
 """
 
 import ast
