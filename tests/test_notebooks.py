@@ -238,19 +238,10 @@ def language_models_ends_with_a_folder_that_reads_back(notebook):
   assert "read back: True" in text
 
 
-# The quickstart always; the others where there is time for them.
 CHECKS = [
-  pytest.param(
-    "bring_your_own",
-    bring_your_own_distils_with_few_labels_and_calls_the_student,
-    marks=pytest.mark.slow,
-  ),
-  pytest.param(
-    "language_models",
-    language_models_ends_with_a_folder_that_reads_back,
-    marks=pytest.mark.slow,
-  ),
-  pytest.param("compress", compress_ends_with_files_and_a_report, marks=pytest.mark.slow),
+  ("bring_your_own", bring_your_own_distils_with_few_labels_and_calls_the_student),
+  ("compress", compress_ends_with_files_and_a_report),
+  ("language_models", language_models_ends_with_a_folder_that_reads_back),
   ("quickstart", quickstart_shows_its_pictures_and_the_table),
 ]
 
