@@ -19,9 +19,19 @@ def beside(work: Callable[[threading.Event], Any]) -> Iterator[None]:
   """
   ended = threading.Event()
   thread = threading.Thread(target=work, args=(ended,), daemon=True)
-  thread.start()
+
+  def finish() -> None:
+    ended.set()
+    if thread.is_alive():
+      thread.join()
+
   try:
+    thread.start()
     yield
   finally:
-    ended.set()
-    thread.join()
+    # A signal's handler may raise anywhere, here too, and what never heard of its end would go on,
+    # sending signals to whoever listens after us.
+    try:
+      finish()
+    finally:
+      finish()

@@ -301,8 +301,8 @@ MUTANTS = [
   Mutant(
     "mask: training accuracy of unknown labels",
     "train/_step.py",
-    "where=known)\n  return {**sums",
-    "where=None)\n  return {**sums",
+    "== labels).astype(jnp.float32), where=known)",
+    "== labels).astype(jnp.float32), where=None)",
     "accuracy over examples that have no label",
     (STEP + "test_training_accuracy_is_of_what_is_labelled",),
   ),
