@@ -7,9 +7,17 @@ heart, and soft targets tell it what else could have stood there.
 Command:   python experiments/shakespeare.py --out runs/shakespeare
 Short:     python experiments/shakespeare.py --short --out runs/shakespeare-short
 Large:     python experiments/shakespeare.py --large --text TEXT --out runs/text
-Hardware:  two cores, no accelerator
-Expected:  with few text a student that is distilled gains a quarter of a bit a character or more
-           over one of as many steps on the text alone; with all of it a few hundredths
+Hardware:  two cores of an Intel Xeon at 2.5 GHz, no accelerator (Python 3.11, jax 0.10.2), commit
+           d52810b
+Time:      441 seconds with other work beside it, 12 minutes of CPU time, no compilation kept
+Expected:  with few text a student that is distilled gains a quarter of a bit a byte or more over
+           one of as many steps on the text alone; with all of it a few hundredths
+Got:       bits a byte on the 55,770 characters of the test split; teacher 2.591. Few text: alone
+           3.386 ± 0.027, distilled 3.100 ± 0.025, a gain of 0.286 (standard error 0.016 over seeds,
+           0.005 over passages), and of 0.225 (0.014) over as many operations on the text alone. All
+           of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain of 0.134 (0.015); but as many
+           operations on the text alone reach 2.770 ± 0.019, which is 0.171 better. Where there is
+           text that a student has not read yet, reading it is worth more than this teacher.
 
 Two comparisons, since distilling costs more: the same steps, and the same floating-point
 operations, where the student without a teacher trains for as many more steps as the teacher's
