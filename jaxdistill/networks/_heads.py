@@ -34,7 +34,7 @@ _SIZES = (1.0, 100.0)
 def with_head(network: Network, *, hidden: str, head: Callable[[PyTree], Head]) -> Network:
   """A language model's network that puts out hidden states and its head, and no logits.
 
-  So `jaxdistill.fit` takes it with ``tokens_at_once``, and evaluation never has its logits all at
+  So ``train.with_jit(tokens_at_once=...)`` takes it, and evaluation never has its logits all at
   once. What the two make is compared with what the module itself returns, on made-up numbers, by
   ``init`` and whenever ``apply`` is traced: a head without its module's bias, scale or softcap
   would train another network than the one that is deployed, and nothing would show it.

@@ -226,10 +226,10 @@ def teacher_bounded(
   ours, theirs = both_logits("teacher_bounded", student, teacher)
   target, known = label_numbers(batch, ours), jnp.asarray(batch.labelled)
   # Who is nearer to the target is asked of an example's numbers together: those that are known.
-  there = known[..., None] if known.ndim < target.ndim else known
+  there = jnp.expand_dims(known, range(known.ndim, target.ndim))
   seen = (jnp.where(there > 0, x, jnp.zeros_like(x)) for x in (ours, theirs, target))
   bounded = losses.teacher_bounded(*seen, margin=margin)
-  where = jnp.max(there, axis=-1)
+  where = known if known.ndim < target.ndim else jnp.max(known, axis=-1)
   terms = {"bounded": Term(bounded, weight=bounded_weight, where=where)}
   if hard_weight is None:
     return terms

@@ -213,7 +213,8 @@ def model_of(network, seed=0):
 @pytest.mark.parametrize(("name", "of"), [("lm1b", "gemma"), ("gemma", "lm1b, tied")])
 def test_each_teaches_the_other_and_is_deployed(name, of, tmp_path):
   teacher = teachers.frozen(model_of(FOREIGN[of](width=24)))
-  how = {"optimizer": optax.adam(3e-3), "steps": 2, "tokens_at_once": 20, "data": source()}
+  how = {"optimizer": optax.adam(3e-3), "steps": 2, "data": source()}
+  how["dispatch"] = train.with_jit(tokens_at_once=20)
   run = train.Run(tmp_path / "run", progress=None)
   fitted = train.fit(FOREIGN[name](), recipes.kd(), teacher=teacher, run=run, **how)
   batches = data.evaluation_batches(examples(), batch_size=4)

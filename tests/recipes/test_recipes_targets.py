@@ -405,3 +405,27 @@ def test_the_mixture_of_labels_and_past_is_one_cross_entropy():
   mixed = 0.7 * np.eye(CLASSES)[y] + 0.3 * softmax(np.float64(teacher.logits))
   want = np.mean(kl(mixed, softmax(s)) - (mixed * np.log(mixed)).sum(-1))
   assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["regression", "teacher_bounded", "gaussian_regression"])
+def test_numbers_of_each_place_are_as_those_of_as_many_examples(name):
+  """Depths of a picture, say: labels [B, L, D], of examples that are known as a whole or not."""
+  rng = np.random.default_rng(4)
+  s, t, y = (jnp.asarray(rng.normal(size=(4, 5, 2)), jnp.float32) for _ in range(3))
+  if name == "gaussian_regression":
+    s, t = (jnp.concatenate([x, 0.1 * x], axis=-1) for x in (s, t))
+  weight, known = (
+    jnp.asarray(x, jnp.float32) for x in ([1.0, 2.0, 0.0, 0.5], [1.0, 0.0, 1.0, 1.0])
+  )
+  _, _, batch = draw(np.float32)
+  compute = of(getattr(recipes, name)())
+
+  def flat(x):
+    return jnp.reshape(x, (20, *x.shape[2:]))
+
+  whole = batch.replace(inputs=y, labels=y, weight=weight, labelled=known)
+  every = {name: jnp.repeat(x, 5) for name, x in (("weight", weight), ("labelled", known))}
+  alone = batch.replace(inputs=flat(y), labels=flat(y), **every)
+  got = compute({}, {}, Outputs(s), Outputs(t), whole)
+  want = compute({}, {}, Outputs(flat(s)), Outputs(flat(t)), alone)
+  assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)

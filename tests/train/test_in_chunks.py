@@ -79,7 +79,11 @@ def focal_kl(s, t, focus=2.0):
 
 def every_loss():
   """Each loss on logits that has one value a token, by its name, of (student, teacher, labels)."""
-  found = {"renyi": lambda s, t, y: renyi(s, t), "focal_kl": lambda s, t, y: focal_kl(s, t)}
+  found = {
+    "renyi": lambda s, t, y: renyi(s, t),
+    "focal_kl": lambda s, t, y: focal_kl(s, t),
+    "z_loss": lambda s, t, y: losses.z_loss(s),  # its argument has another name
+  }
   special = {
     "partition_kl": lambda s, t, y: losses.partition_kl(s, t, t > 0),
     "self_nontarget": lambda s, t, y: losses.self_nontarget(s, t, y),
@@ -119,7 +123,7 @@ def learning(student, teacher, batch, params, *, temperature):
     student.logits, corrected, temperature=jnp.exp(params["log_temperature"])
   )
   known = losses.cross_entropy(student.logits, batch.labels, label_smoothing=0.1)
-  size = jnp.square(jax.nn.logsumexp(student.logits, axis=-1))
+  size = losses.z_loss(student.logits)
   return {
     "soft": Term(values, weight=temperature),
     "labels": Term(known, where=batch.labelled, weight=jnp.exp(params["log_temperature"])),
