@@ -755,7 +755,8 @@ def child(name: str, keys: Sequence[str], settings: Settings) -> None:
   sys.path.insert(0, str(HERE))
 
   def emit(key: str, value: Any) -> None:
-    print(MARK + json.dumps({"key": key, "value": value}, default=str), flush=True)
+    if key in keys:  # what is kept already may be made again for another's sake, and is told once
+      print(MARK + json.dumps({"key": key, "value": value}, default=str), flush=True)
 
   part = next(p for p in parts(settings) if p.name == name and set(keys) <= set(p.keys))
   part.measure(settings, keys, emit)

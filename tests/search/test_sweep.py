@@ -550,11 +550,11 @@ def test_what_each_student_starts_from_is_checked_and_told_apart(parts):
   told = {"plain": parts["student"], "wide": Model(wide, broken)}
   with pytest.raises(ValueError, match="holds NaN"):
     swept({**parts, "student": told}, points, recipes.kd)
-  plan = train.Plan.of(
-    parts["student"], recipes.kd(), data=parts["data"], optimizer=optax.sgd(0.1), steps=1
-  )
+  kd = recipes.kd()
+  plan = train.Plan.of(parts["student"], kd, data=parts["data"], optimizer=optax.sgd(0.1), steps=1)
+  job = types.SimpleNamespace(plan=plan, run=train.Run(), choice=search.Choice(parts["validation"]))
   saved = [
-    _sweep._identity(plan, {"plain": parts["student"], "wide": Model(wide, start)})
+    _sweep.identity(job, {"plain": parts["student"], "wide": Model(wide, start)}, [(0, 0)], [])
     for start in (begun, moved)
   ]
   assert saved[0]["students"] == saved[1]["students"]
