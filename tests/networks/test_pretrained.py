@@ -280,9 +280,10 @@ def test_the_host_holds_one_leaf_at_a_time(scan, tmp_path, monkeypatch):
   pretrained.variables(tmp_path, config)
   peak = tracemalloc.get_traced_memory()[1]
   tracemalloc.stop()
-  # A leaf, and of its last tensor what was read and what is turned; NumPy's memory is traced.
+  # A leaf, and of its last tensor what was read and what is turned; NumPy's memory is traced. What
+  # Python and JAX take beside it depends on which tests ran before; two leaves are more than that.
   tensor = max(sizes) // (config.layers if scan else 1)
-  assert peak < max(sizes) + 2 * tensor + 500_000 < whole / 2, (peak, sizes, whole)
+  assert peak < max(sizes) + 2 * tensor + 1_500_000 < whole / 2, (peak, sizes, whole)
 
 
 def test_files_in_bfloat16_stay_so(tmp_path):
