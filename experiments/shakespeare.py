@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import pathlib
 import shlex
 import sys
@@ -167,6 +168,7 @@ def read(options: Options, split: str) -> str:
   return {"train": text[:first], "validation": text[first:second], "test": text[second:]}[split]
 
 
+@functools.cache  # an encoding of a large text is trained once, and is needed in many places
 def tokenizer_of(config: Config, options: Options) -> data.tokenizers.Tokenizer:
   """The characters that occur in any split, or an encoding trained on the training text."""
   if config.vocabulary is None:
