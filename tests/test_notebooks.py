@@ -86,8 +86,18 @@ def shown(notebook):
     kept = []
     for output in cell.get("outputs", []):
       data = output.get("data", {})
-      if output.output_type == "stream" and (output.name != "stdout" or "\x1b[" in output.text):
-        continue  # warnings; TFDS's word that it prepares the set
+      if output.output_type == "stream":
+        if output.name != "stdout":
+          continue  # warnings
+        output.text = "".join(
+          line for line in output.text.splitlines(True) if not said_by_tfds(line)
+        )
+        # The kernel sends what was printed in one piece or in several, as time falls.
+        if kept and kept[-1].output_type == "stream":
+          kept[-1].text += output.text
+          continue
+        if not output.text:
+          continue
       # A page of a quarter of a megabyte, which GitHub does not show.
       if data.pop("text/html", None):
         data["text/plain"] = "<the page>"
@@ -98,6 +108,11 @@ def shown(notebook):
       cell.outputs = kept
   notebook.metadata.language_info = {"name": "python"}  # of any version
   return notebook
+
+
+def said_by_tfds(line):
+  """In bold, that it prepares the set."""
+  return "\x1b[" in line
 
 
 def opened(png):
@@ -185,6 +200,16 @@ def test_the_first_cell_installs_what_is_missing_and_leaves_jax(path, here, tmp_
   assert kept == {n: importlib.metadata.version(n) for n in kept}
   assert {"jax", "jaxlib"} <= set(kept)
   assert "jaxtyping" not in kept
+
+
+def test_what_is_printed_beside_another_librarys_word_is_shown_however_the_kernel_cuts_it():
+  bold, ours = "\x1b[1mPreparing the set\x1b[0m\n", "{'train': 990}\n"
+  for pieces in ([bold + ours], [bold, ours], [bold, "{'train':", " 990}\n"]):
+    streams = [nbformat.v4.new_output("stream", name="stdout", text=text) for text in pieces]
+    warning = nbformat.v4.new_output("stream", name="stderr", text="slow\n")
+    cell = nbformat.v4.new_code_cell("", outputs=[streams[0], warning, *streams[1:]])
+    (kept,) = shown(nbformat.v4.new_notebook(cells=[cell])).cells[0].outputs
+    assert kept.text == ours
 
 
 def quickstart_shows_its_pictures_and_the_table(notebook):
