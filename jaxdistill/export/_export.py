@@ -320,11 +320,11 @@ def _read(folder: pathlib.Path) -> dict[str, Any]:
   try:
     listed = runs.read_json(path)
     version = listed["version"]
-    whole = version != _VERSION or all({"file", "passed"} <= set(e) for e in listed["files"])
-    if not whole:
-      raise ValueError("an entry has no file")
     for entry in listed["files"] if version == _VERSION else ():
       runs.within(folder, entry["file"])
+      lacks = {"sha256", "tolerance"} - set(entry) if entry["passed"] else ()
+      if lacks:
+        raise ValueError(f"{entry['file']} has no {' and no '.join(sorted(lacks))}")
   except (ValueError, KeyError, TypeError) as error:
     raise ExportError(f"{path} is damaged ({error}); export again.") from error
   if version != _VERSION:

@@ -414,6 +414,9 @@ def _open(file: pathlib.Path, stack: contextlib.ExitStack) -> Iterator[tuple[str
   from safetensors import safe_open
 
   try:
+    # Its parser keeps 32 bytes for each bracket that it does not expect: ours looks first.
+    with file.open("rb") as head:
+      runs.parse_json(head.read(min(int.from_bytes(head.read(8), "little"), file.stat().st_size)))
     handle = stack.enter_context(safe_open(file, framework="numpy"))
   except Exception as error:
     raise CheckpointError(f"{file} is truncated, or no safetensors: {error}") from error

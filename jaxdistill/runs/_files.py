@@ -189,7 +189,7 @@ def altered(path: pathlib.Path, written: Mapping[str, Any], *, whole: bool = Tru
   size = path.stat().st_size
   if size != written.get("bytes", size):
     return f"has {size} bytes, {written['bytes']} were written"
-  if whole and sha256(path) != written["sha256"]:
+  if whole and sha256(path) != written.get("sha256"):
     return "is not as it was written (its SHA-256 differs)"
   return None
 
