@@ -250,6 +250,7 @@ def cross_entropy(logits, labels):
   return -np.sum(labels * (shifted - np.log(np.exp(shifted).sum(1, keepdims=True))), axis=1)
 
 
+@pytest.mark.slow
 def test_kd_trains_on_mixed_batches_of_each_seeds_own():
   transform = transforms.compose(transforms.mixup(CLASSES), transforms.smooth_labels(CLASSES))
   batch = flat(labelled=jnp.array([1.0, 0.0, 1.0, 1.0, 1.0, 1.0]))

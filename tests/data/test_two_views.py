@@ -253,6 +253,7 @@ def test_what_does_not_go_with_two_views_is_refused():
   assert both.inputs["strong"].shape == (4, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_a_plain_method_runs_on_the_weak_look():
   def objective(student, teacher, batch):
     return {"labels": Term(jnp.sum(student.logits**2, axis=-1))}

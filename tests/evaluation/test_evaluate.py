@@ -37,6 +37,7 @@ def several():
   return Model(NETWORK, jax.vmap(NETWORK.init, (0, None))(keys, jnp.zeros((1, 4))), 3)
 
 
+@pytest.mark.slow
 def test_students_of_convolutions_that_lie_on_two_devices_are_each_of_them():
   # Under vmap these are convolutions in groups, at which XLA's partitioner fails.
   convolutions = nn.Sequential([nn.Conv(2, (3, 3)), nn.relu, nn.Conv(3, (1, 1))])
@@ -58,6 +59,7 @@ def test_students_of_convolutions_that_lie_on_two_devices_are_each_of_them():
       np.testing.assert_allclose(found[name][s], value, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_several_seeds_are_each_of_them(batches, several):
   each = several.unstack()
   teacher = teachers.ensemble(each[:2])

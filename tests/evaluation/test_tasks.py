@@ -196,6 +196,7 @@ def speaks(hidden, head):
   return Teacher((jnp.asarray(hidden, jnp.float32), head), apply)
 
 
+@pytest.mark.slow_but("8")
 @pytest.mark.parametrize("at_once", [8, 16, 1000])
 def test_tokens_are_measured_without_their_logits(at_once):
   length, classes, lengths = 7, 11, np.arange(11) % 4

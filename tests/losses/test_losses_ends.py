@@ -28,6 +28,7 @@ def symmetric(function, student, teacher, step=1e-6):
   return slopes
 
 
+@pytest.mark.slow_but("total_variation-student0-teacher0")
 @pytest.mark.parametrize(
   ("name", "student", "teacher"),
   [
@@ -114,6 +115,7 @@ def test_a_head_that_starts_at_zero_gets_no_gradient_from_a_ratio_of_nothing(dty
     np.testing.assert_array_equal(gradient(function, student), 0)
 
 
+@pytest.mark.slow
 def test_a_step_away_from_there_the_gradient_is_the_formulas():
   """Only what is exactly equal is left alone."""
   student = np.zeros((1, 4))
@@ -139,6 +141,7 @@ def test_units_that_do_not_count_may_be_of_any_size():
   np.testing.assert_array_equal(np.ravel(found), [0, -1])
 
 
+@pytest.mark.slow
 def test_attention_of_huge_queries_is_finite():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)) * 1e20, jnp.float32)
   y = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, 4)), jnp.float32)

@@ -513,6 +513,7 @@ def test_crd_carries_its_banks_through_scan_and_takes_halves(banks, strict_promo
   jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after, expected)
 
 
+@pytest.mark.slow
 def test_crd_takes_banks_that_are_numpy_arrays(banks):
   """As a checkpoint or a script has them: not yet arguments of anything that is compiled."""
   student, teacher = f32(normal(13, 3, D)), f32(normal(14, 3, D))

@@ -248,6 +248,7 @@ def test_token_by_token_through_the_cache_is_the_whole(name, scan):
   np.testing.assert_allclose(np.concatenate(found, axis=1), whole, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
 def test_the_cache_keeps_documents_apart():
   config, variables = FAMILIES["llama 2"], made(FAMILIES["llama 2"])
   row, _ = packed([3, 4], 7)
@@ -312,6 +313,7 @@ def sown(config, variables, tokens):
   return outputs, jnp.stack([there[f"layer_{i}"]["output"][0] for i in range(config.layers)])
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("scan", [False, True])
 def test_copied_layers_do_what_the_teachers_do(scan):
   teacher = dataclasses.replace(FAMILIES["gemma 3"], scan=scan)
@@ -375,6 +377,7 @@ def test_layers_are_spread_as_published():
       spread(**bad)
 
 
+@pytest.mark.slow
 def test_scanned_layers_drop_each_its_own():
   config = dataclasses.replace(SMALL, scan=True, dropout=0.5)
   network = networks.linen(Decoder(config), features=["layers/output"])
@@ -397,6 +400,7 @@ def test_scanned_layers_drop_each_its_own():
   assert (steps[0] != steps[1]).any()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_in_it_and_keeps_parameters():
   config = FAMILIES["gemma 2"]
   variables, tokens = made(config), tokens_of(2, 2, 8)
@@ -413,6 +417,7 @@ def test_bfloat16_computes_in_it_and_keeps_parameters():
   assert jax.eval_shape(half.apply, cast, tokens).hidden.dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("strict_promotion")
 def test_float64_stays_float64():
   with jax.enable_x64(True):
@@ -425,6 +430,7 @@ def test_float64_stays_float64():
     np.testing.assert_allclose(logits(outputs)[0], want, rtol=0, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_the_adapter_takes_it_as_any_module():
   row, _ = packed([4, 3], 8)
   config = dataclasses.replace(SMALL, dropout=0.1)

@@ -350,6 +350,7 @@ def test_normalisations_at_rest_stay_so_behind_a_head():
   )
 
 
+@pytest.mark.slow
 def test_a_linen_and_an_nnx_module_in_chunks_have_the_gradients_of_the_whole():
   class Theirs(nnx.Module):
     def __init__(self, rngs):

@@ -496,6 +496,7 @@ def test_errors_name_the_argument_the_value_and_the_fix(make, words):
     assert word in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_resnet_of_patches_is_the_resnet():
   x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
   lax, patches = (

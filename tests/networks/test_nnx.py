@@ -488,6 +488,7 @@ class TestTraining:
     np.testing.assert_array_equal(outputs.logits, direct(model, X))
     assert_same(state["batch_stats"], networks.nnx_variables(model)["batch_stats"])
 
+  @pytest.mark.slow
   def test_dropout_follows_the_key(self):
     network = nnx(lambda rngs: Net(32, rngs=rngs), features=["hidden", "drop", "again"])
     made = jax.jit(network.init)(KEY, X)
@@ -685,6 +686,7 @@ class TestInputsAndOutputs:
     with pytest.raises(ValueError, match=r"method='encode' is no method of Pair"):
       nnx(Pair, method="encode")
 
+  @pytest.mark.slow
   def test_attention(self):
     class Layer(flax_nnx.Module):
       def __init__(self, *, rngs):

@@ -156,6 +156,7 @@ def test_what_is_not_known_is_refused_by_name(told, message):
     pretrained.config(told)
 
 
+@pytest.mark.slow_but("llama 3", "gemma 3")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_comes_back_as_it_was_saved(name, tmp_path):
   config, there = FAMILIES[name], made(FAMILIES[name])
@@ -255,6 +256,7 @@ def test_shards_dtypes_layouts_and_shardings(tmp_path):
     pretrained.variables(tmp_path, SMALL, sharding={"params": {"head": split}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_the_host_holds_one_leaf_at_a_time(scan, tmp_path, monkeypatch):
   config = DecoderConfig(

@@ -55,6 +55,7 @@ def test_tokens_have_the_networks_distribution():
     assert row[1:] == [int(np.argmax(table[token])) for token in row[:-1]]
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_neighbours():
   made = model(Table("past"))
   prompts = np.array([[1, 2], [3, 4], [5, 6]])

@@ -93,6 +93,7 @@ def test_a_transformer_teaches_a_resnet_three_layers():
     assert fitted.history[-1][f"hint/{layer}"] < fitted.history[0][f"hint/{layer}"]
 
 
+@pytest.mark.slow
 def test_each_layer_is_its_own_hint_and_padding_counts_in_none():
   inputs, labels = pictures(8)
   there = np.array([1, 1, 0, 1, 0, 1, 1, 1], np.float32)

@@ -111,6 +111,7 @@ def cut(count):
   return make_batch(jnp.zeros((count, 1)))
 
 
+@pytest.mark.slow
 def test_a_run_deploys_the_student_alone_for_inputs_of_the_noises_shape():
   teacher, small, both, _ = built()
   source = data.on_device(

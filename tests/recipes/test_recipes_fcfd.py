@@ -130,6 +130,7 @@ def test_only_the_maps_warm_up():
   assert fcfd(TAILS, TAUGHT, warmup_steps=0).hyper["map_warmup"] == 1.0
 
 
+@pytest.mark.slow_but("function-learns1")
 @pytest.mark.parametrize(
   ("name", "learns"),
   [
@@ -175,6 +176,7 @@ class Small(nn.Module):
     return nn.Dense(3)(x.mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_a_run_deploys_the_student_alone():
   def whole(variables, inputs, **_):
     rest, _ = TAILS["stage1"].apply(variables, inputs, train=False, key=None)

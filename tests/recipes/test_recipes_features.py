@@ -284,6 +284,7 @@ def test_the_loss_is_all_terms_with_their_weights():
   assert lines[0]["loss"] == pytest.approx(total, rel=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_the_review_warms_up_in_a_run_over_seeds():
   inputs, labels = pictures(24)
   examples = data.from_arrays(inputs[:, ::4, ::4], labels, num_classes=3)

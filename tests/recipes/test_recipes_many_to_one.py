@@ -152,6 +152,7 @@ def test_its_weight_goes_in_the_published_stairs():
   assert recipes.many_to_one(run_steps=0).hyper["norm_share"] == 1.0
 
 
+@pytest.mark.slow
 def test_the_block_is_trained_with_the_student():
   examples = data.from_arrays(INPUTS, np.array([0, 1, 2, 0]), num_classes=3)
   wide = networks.linen(networks.models.ResNet(8, 3, width=(2, 2, 2, 5)), features=["stage3"])

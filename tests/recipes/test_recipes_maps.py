@@ -186,6 +186,7 @@ def test_vkd(layer):
   assert set(run(recipes.vkd(student_layer=layer, soft_weight=None))[0]) == {"labels", "hint"}
 
 
+@pytest.mark.slow_but("6-2")
 @pytest.mark.parametrize(("width", "features"), [(3, 5), (4, 4), (6, 2)])
 def test_an_orthogonal_projector_keeps_lengths_at_every_step(width, features):
   module = projectors.Orthogonal(features)

@@ -244,6 +244,7 @@ def test_crd_banks_hold_every_example_that_was_seen(fitted):
   assert closeness[:, ~apart].mean() > closeness[:, apart].mean() + 0.05
 
 
+@pytest.mark.slow
 def test_under_pmap_crd_has_one_device_s_banks_where_it_has_the_axis(strict_promotion):
   # All rows of other classes are negatives, so the devices' keys, which are not jit's, draw alike.
   function, params, state, batch, _ = crd_applied()
@@ -317,6 +318,7 @@ def test_what_is_missing_or_wrong_is_named():
     crd(LABELS, negatives=0)
 
 
+@pytest.mark.slow_but("answered1")
 @pytest.mark.parametrize("answered", [(1, 1, 1, 0, 1, 1, 1), (1, 0, 1, 0, 1, 0, 1), (0,) * 7])
 def test_correlation_congruence_leaves_pairs_with_a_skipped_example_out(answered):
   """Of seven neighbours, and of one padded: the pairs of which the teacher knows both."""

@@ -112,6 +112,7 @@ def run(tmp_path_factory):
   return folder, fit(folder)
 
 
+@pytest.mark.slow
 def test_it_learns_through_the_projector_and_leaves_both_classifiers(run):
   _, fitted = run
   first, last = fitted.history[0], fitted.history[-1]

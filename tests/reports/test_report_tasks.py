@@ -337,6 +337,7 @@ def written(folder, *, seed=1, **options):
   return numbers, json.loads((folder / "texts.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_report_of_language_models_begins_with_bits_and_shows_texts(tmp_path):
   numbers, told = written(tmp_path / "a", count=3, temperature=0.5, seed=1)
   jsonschema.validate(

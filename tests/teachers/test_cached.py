@@ -108,6 +108,7 @@ def test_fifty_steps_under_pmap(examples, teacher):
   assert_close(in_the_step("on_device"), run(cached, dispatch=train.with_pmap()), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.device
 def test_without_augmentation_one_view_serves_every_seed(examples, teacher):
   source = source_of("on_device", examples, views=None, augmentation=data.identity)

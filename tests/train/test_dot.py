@@ -323,6 +323,7 @@ def test_an_objectives_own_parameters_have_plain_momentum():
   assert [v.tolist() for n, v in met.items() if "Dense_1" in n] == [[True, False]] * 2
 
 
+@pytest.mark.slow
 def test_models_of_a_cohort_have_labels_apart():
   student = recipes.each(recipes.kd())
   networks = small_networks.networks

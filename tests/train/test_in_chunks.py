@@ -492,6 +492,7 @@ def test_what_chunks_cannot_do_says_so():
       dispatch(tokens_at_once=0)
 
 
+@pytest.mark.slow
 def test_terms_one_by_one_have_no_gradient_where_the_losss_was_kept():
   student, teacher = both()
   for backward, known in (("kept", False), ("again", True)):

@@ -284,6 +284,7 @@ def test_a_mutual_run_goes_on_with_the_same_bits(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_a_mutual_run_is_the_same_however_it_is_run():
   whole = fit(twins()).variables
   one = train.data_parallel(jax.devices()[:1])
@@ -337,6 +338,7 @@ def test_a_sweep_over_dmls_weight_of_two_architectures(tmp_path, monkeypatch):
   assert evaluation.evaluate(each["mlp"], held_out())["accuracy"].shape == (2,)
 
 
+@pytest.mark.slow
 def test_mutual_learning_beside_a_frozen_teacher():
   teacher = teachers.frozen(small_networks.model(mlp(9), 1, 4, 4, 1, key=jax.random.key(9)))
   before = jax.tree.map(np.array, teacher)
@@ -567,6 +569,7 @@ def test_each_seed_is_taught_by_its_own_predecessor(tmp_path):
   assert teachers.ensemble([one.instance(0) for one in found])
 
 
+@pytest.mark.slow
 def test_one_seed_has_its_teacher_in_the_step():
   given = {
     "data": source(),
