@@ -478,10 +478,10 @@ def _restore(
     return ocp.ArrayRestoreArgs(sharding=at.sharding, global_shape=at.shape, dtype=at.dtype)
 
   arguments = ocp.args.PyTreeRestore(item=item, restore_args=with_path(how, tree))
-  wide = jax.config.jax_enable_x64  # what is set of JAX is of a thread
 
   def restore() -> Any:
-    with jax.enable_x64(wide):
+    # What is set of JAX is of a thread. `lying` asks for no more than its caller's takes.
+    with jax.enable_x64(True):
       return _handler().restore(folder, args=arguments)
 
   try:
