@@ -108,16 +108,17 @@ class Together:
   """The processes that write one folder: all of them where arrays lie on other ones' devices.
 
   Args:
-    tree: the arrays that are written.
+    tree: the arrays that are written; None for all processes in any case.
 
   Attributes:
     me: which of them this process is; 0 of those that write alone.
     count: how many there are.
   """
 
-  def __init__(self, tree: PyTree) -> None:
+  def __init__(self, tree: PyTree = None) -> None:
     leaves = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     several = any(not leaf.is_fully_addressable for leaf in leaves)
+    several = jax.process_count() > 1 if tree is None else several
     self.me = jax.process_index() if several else 0
     self.count = jax.process_count() if several else 1
 
@@ -146,7 +147,11 @@ class Together:
     return [one[1:] for one in said]
 
   def first(self, work: Callable[[], Any]) -> None:
-    """Does something in process 0 alone, for which the others wait."""
+    """Does something in process 0 alone, for whose end the others wait: an hour, and no longer.
+
+    Raises:
+      CheckpointError: it failed there.
+    """
 
     def mine() -> None:
       if self.me == 0:

@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from jax._src import array
+from jax._src import distributed as distributed_jax
 
 import small_networks
 from jaxdistill import data, export, recipes, runs, search, teachers, train
@@ -175,7 +176,7 @@ def in_parts(folder, kind):
   assert all(x.is_fully_replicated or len(x.devices()) == 1 for x in fetched), "a whole leaf came"
   run(folder / "begun", "parts", dispatch)  # by one process
   with pytest.raises(ValueError, match="lies on devices of other processes, and a file of weights"):
-    export.export(whole, folder / "exported", inputs=np.zeros((2, 4)))
+    export.as_program(whole.unstack()[0], stored=jax.ShapeDtypeStruct((4,), float))
 
 
 def two_processes(folder, kind, devices=1):
@@ -261,6 +262,33 @@ def test_two_processes_are_one(tmp_path, kind):
   assert [line["step"] for line in lines] == [2, 4, 6, 8]
   for line, other in zip(lines, one.history, strict=True):
     np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-6)
+
+
+@pytest.fixture
+def unused(monkeypatch):
+  """As if nothing of JAX had been used yet, on a machine of no cluster."""
+  monkeypatch.setattr(distributed_jax.xla_bridge, "backends_are_initialized", lambda: False)
+  for name in list(os.environ):
+    if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JAX_", "TPU")):
+      monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+  ("told", "match"),
+  [
+    ({}, "coordinator, processes, process of .* SLURM .* Open MPI .* Kubernetes .* Cloud TPU"),
+    ({"coordinator": "localhost:1"}, "^processes, process of the program's processes were not"),
+    ({"coordinator": "localhost:1", "processes": 2}, "^process of the program's processes"),
+    ({"coordinator": "localhost"}, "coordinator='localhost' must be 'host:port'"),
+    ({"coordinator": "a:1", "processes": 0}, "processes=0"),
+    ({"coordinator": "a:1", "processes": 2, "process": 2}, "process=2 must be below processes=2"),
+  ],
+)
+def test_processes_that_are_neither_told_nor_found_say_what_was_looked_for(unused, told, match):
+  with pytest.raises(ValueError, match=match):
+    train.distributed(**told)
+  with pytest.raises(TypeError, match="coordinator=3"), small_networks.untyped():
+    train.distributed(3)
 
 
 def the_same(found, wanted):
