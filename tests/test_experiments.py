@@ -319,7 +319,7 @@ def test_processes_that_do_not_go_together_are_refused_before_any_work():
 
 
 @pytest.mark.slow
-def test_two_processes_that_slurm_started_write_one_report(tmp_path, tfds_dir):
+def test_two_processes_that_slurm_started_write_one_report(tmp_path):
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -327,7 +327,7 @@ def test_two_processes_that_slurm_started_write_one_report(tmp_path, tfds_dir):
   said |= {"SLURM_LOCALID": 0, "JAX_COORDINATOR_PORT": port, "JAX_PLATFORMS": "cpu"}
   said |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
   command = [sys.executable, str(ROOT / "experiments" / "digits.py"), "--distributed", *DIGITS]
-  command += ["--out", str(tmp_path / "run"), "--data-dir", str(tfds_dir), "--batch-size", "64"]
+  command += ["--out", str(tmp_path / "run")]
   children = [
     subprocess.Popen(
       command,

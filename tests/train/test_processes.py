@@ -317,7 +317,7 @@ def test_two_processes_of_two_devices_in_parts_are_one(tmp_path, kind):
       with Checkpoints(tmp_path / folder / "checkpoints") as saved:
         the_same(saved.restore(8)["student"], one.variables)
       student = export.load_student(tmp_path / folder)
-      the_same(student(np.ones((2, 4))), jax.tree.map(lambda x: x[0], one(np.ones((2, 4))).logits))
+      the_same(student(np.ones((2, 4))), one.unstack()[0](np.ones((2, 4))).logits)
   lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
   np.testing.assert_allclose([json.loads(t)["loss"] for t in lines], losses(one), rtol=1e-6)
 
