@@ -254,11 +254,13 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(runs.restore_config(options.evaluate, Config), options, options.evaluate)
+    command_line.first(
+      measure, runs.restore_config(options.evaluate, Config), options, options.evaluate
+    )
   else:
     with train.time_limit(options.stop_after):
       train_all(config, options)
-    measure(config, options, options.out)
+    command_line.first(measure, config, options, options.out)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 

@@ -296,7 +296,7 @@ def main(config: Config, options: Options) -> None:
 
 def parse(args: list[str]) -> tuple[Config, Options]:
   config = SHORT if "--short" in args else Config()
-  return command_line.parse(args, config, Options(), __doc__)
+  return command_line.parse(args, config, Options(), __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

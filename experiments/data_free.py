@@ -250,7 +250,7 @@ def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   with train.time_limit(options.stop_after):
     models = train_all(config, options)
-  measure(config, options, models)
+  command_line.first(measure, config, options, models)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 

@@ -253,11 +253,12 @@ def measure(config: Config, folder: pathlib.Path) -> pathlib.Path:
 def main(config: Config, options: Options) -> None:
   began = time.perf_counter()
   if options.evaluate is not None:
-    measure(runs.restore_config(options.evaluate, Config), options.evaluate)
+    config = runs.restore_config(options.evaluate, Config)
+    command_line.first(measure, config, options.evaluate)
   else:
     with train.time_limit(options.stop_after):
       train_all(config, options)
-    measure(config, options.out)
+    command_line.first(measure, config, options.out)
   print(f"{time.perf_counter() - began:.0f} s on {jax.devices()[0].device_kind}")
 
 

@@ -648,7 +648,7 @@ def parse(args: list[str]) -> tuple[Config, Options]:
   config = CIFAR100 if "cifar100" in args else Config()
   if "--short" in args:
     config = dataclasses.replace(SHORT, dataset=config.dataset)
-  return command_line.parse(args, config, Options(), __doc__)
+  return command_line.parse(args, config, Options(), __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

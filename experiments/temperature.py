@@ -164,7 +164,7 @@ def _gain(result: search.Result, baseline: search.Result) -> str:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  return command_line.parse(args, Config(), Options(), __doc__)
+  return command_line.parse(args, Config(), Options(), __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

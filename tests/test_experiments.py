@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -295,12 +296,56 @@ def test_help_has_the_options_under_what_they_are_for(name, capsys, monkeypatch)
   title = re.compile(r"^\W*(\w+) options\W*$", re.MULTILINE)
   titles, parts = title.findall(shown), title.split(shown)[2::2]
   assert not any(title.isdigit() for title in titles), titles
-  defining, carrying_out = parts
-  for part, kind in ((defining, script.Config), (carrying_out, script.Options)):
+  kinds = (script.Config, script.Options, sys.modules["command_line"].Processes)
+  for part, kind in zip(parts, kinds, strict=True):
     assert kind.__doc__.split(";")[0] in " ".join(part.split())
     for field in dataclasses.fields(kind):
       assert f"--{field.name.replace('_', '-')}" in part
   assert script.__doc__.partition("\n")[0] in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("name", ["compress", "methods", "temperature"])
+def test_a_sweep_of_several_processes_is_refused_before_any_work(name, tmp_path):
+  with pytest.raises(SystemExit, match="sweeps over many students.*start it in one"):
+    run(name, ["--distributed", "--out", tmp_path / "run"])
+  assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_do_not_go_together_are_refused_before_any_work():
+  with pytest.raises(SystemExit, match="--distributed: process=2 must be below processes=2"):
+    importlib.import_module("digits").parse(
+      ["--coordinator", "localhost:1", "--processes", "2", "--process", "2"]
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_that_slurm_started_write_one_report(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  said = {"SLURM_JOB_ID": 7, "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 2}
+  said |= {"SLURM_LOCALID": 0, "JAX_COORDINATOR_PORT": port, "JAX_PLATFORMS": "cpu"}
+  said |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  command = [sys.executable, str(ROOT / "experiments" / "digits.py"), "--distributed", *DIGITS]
+  command += ["--out", str(tmp_path / "run")]
+  children = [
+    subprocess.Popen(
+      command,
+      env={**os.environ, **{n: str(v) for n, v in said.items()}, "SLURM_PROCID": str(process)},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for process in (0, 1)
+  ]
+  try:
+    outputs = [child.communicate(timeout=300)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [0, 0], outputs
+  assert ["Report: " in output for output in outputs] == [True, False]
+  assert set(read(tmp_path / "run")["models"]) == {"teacher", "baseline", "student"}
 
 
 def test_without_its_extra_an_experiment_says_so_before_any_work(monkeypatch):

@@ -308,7 +308,20 @@ def shapes_of(leaves: PyTree) -> PyTree:
 
 
 def host(leaves: dict[str, Any]) -> dict[str, Any]:
-  """Copies that lie on no device; keys of random streams and bare shapes stay as they are."""
+  """Copies that lie on no device; keys of random streams and bare shapes stay as they are.
+
+  Leaf by leaf: of what is in parts, the whole of one comes together here, and then of the next.
+
+  Raises:
+    ValueError: a leaf lies on other processes' devices.
+  """
+  for name, leaf in leaves.items():
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      raise ValueError(
+        f"{name} {list(leaf.shape)} lies on devices of other processes, and a file of weights "
+        "needs the whole of it on one host: export the run's folder, export.export(run, ...) or "
+        "export.load_student(run), in a program of one process."
+      )
   return {
     name: leaf if is_key(leaf) or isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
     for name, leaf in leaves.items()

@@ -58,7 +58,9 @@ def save_student(
   Args:
     folder: the run's folder, made if it is not there.
     model: the trained network, a `jaxdistill.types.Model`; its variables are arrays of any
-      sharding. Of one over S seeds, the program is of one of them, and the weights hold all.
+      sharding, and no host gathers them: where they lie on devices of several processes, all of
+      these call this, and each writes what it holds. Of one over S seeds, the program is of one of
+      them, and the weights hold all.
     stored: shapes and dtypes of the inputs of one example, without the batch axis, as the data set
       stores them: a `jax.ShapeDtypeStruct`, or a dict, list or tuple of them. Entries of a dict
       that the network does not read (a teacher's or a loss's) are no inputs of the program.
@@ -100,7 +102,8 @@ def save_student(
   one = _of_one_seed(model) if isinstance(model, Model) else model  # else `untraced` says it
   program = _program.untraced(one, stored=stored, normalize=normalize, name=name, outputs=outputs)
   serialized, about = _program.export_program(program, weights=False)
-  if about["problem"]:
+  together = runs.Together(model.variables)
+  if about["problem"] and together.me == 0:
     _warn_lesser(program.name, about)
   info = {
     "name": program.name,
@@ -115,15 +118,23 @@ def save_student(
     "jax_least": jax.__version__,
     **about,
   }
-  runs.clear_unfinished(target.parent, _FOLDER)
   writing = target.with_name(_FOLDER + runs.WRITING)
-  with runs.writes(target):
-    writing.mkdir(parents=True)
-    runs.save_variables(writing / _VARIABLES, model.variables)
+
+  def begin() -> None:
+    runs.clear_unfinished(target.parent, _FOLDER)
+    with runs.writes(target):
+      writing.mkdir(parents=True)
+
+  def finish() -> None:
     if serialized:
       (writing / _PROGRAM).write_bytes(serialized)
     runs.write_json(writing / _INFO, info)
     runs.publish(target, {"kind": _FOLDER})
+
+  together.first(begin)
+  with runs.writes(target):
+    runs.save_variables(writing / _VARIABLES, model.variables)
+    together.first(finish)
   return target
 
 

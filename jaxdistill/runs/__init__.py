@@ -66,6 +66,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.runs._orbax import find_collections, nested_dicts, read_foreign_orbax
   from jaxdistill.runs._progress import Progress, progress_bar, say_saved
+  from jaxdistill.runs._shards import Together
   from jaxdistill.runs._traced import Traced, traced
   from jaxdistill.runs._trackers import (
     CSV,
@@ -78,7 +79,14 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_trackers,
     track,
   )
-  from jaxdistill.runs._trees import from_outline, holding, is_key, named_leaves, outline
+  from jaxdistill.runs._trees import (
+    from_outline,
+    holding,
+    is_key,
+    lies_in_parts,
+    named_leaves,
+    outline,
+  )
 
 __all__ = [
   "CSV",  # a tracker: a table of all lines, ``metrics.csv`` in the run's folder
@@ -91,6 +99,7 @@ __all__ = [
   "Metrics",  # appends to ``metrics.jsonl``, each step once
   "Progress",  # how far something is; `progress_bar` makes it
   "TensorBoard",  # a tracker: TensorBoard's event files in the run's folder
+  "Together",  # the processes that write one folder: what one could not do, all hear of
   "Traced",  # what a traced function computes: a digest, and its operations in words
   "Tracked",  # a run's trackers together; one that fails costs no run
   "Tracker",  # what a run tells of itself, and to whom: `start`, `log` and `finish` on any object
@@ -114,6 +123,7 @@ __all__ = [
   "holding",  # which of several trees hold NaN, or numbers that are not finite
   "is_key",  # whether a leaf, or its shape, is of typed random keys
   "keep_compiled",  # keeps what XLA compiles on disk: JAX's persistent compilation cache
+  "lies_in_parts",  # whether an array of a tree is cut, or lies on other processes' devices
   "listing",  # what is in a folder; nothing if there is none
   "load_variables",  # loads what `save_variables` saved, after verifying it
   "locate",  # the folder; or the complete one that a killed process had no time to rename

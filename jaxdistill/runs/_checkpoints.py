@@ -1,9 +1,15 @@
 """Checkpoints that are verified before they are believed, and saved while training goes on.
 
 A checkpoint is a folder that Orbax wrote (each item a checkpointable: a flat dictionary of leaves
-by path, as host arrays) with a ``manifest.json`` of ours in it: size and SHA-256 of every file,
-their count, the structure of each item, the score, and the caller's metadata. Orbax does not
-notice a flipped bit; the manifest does.
+by path) with a ``manifest.json`` of ours in it: size and SHA-256 of every file, their count, the
+structure of each item, the score, and the caller's metadata. Orbax does not notice a flipped bit;
+the manifest does.
+
+An array that lies in parts on a mesh is copied, written, read back and restored part by part: no
+process has more of it on its host than its devices hold. Where the mesh has devices of several
+processes, all of them call `Checkpoints.save`: each writes its parts into files of its own, reads
+them back, and says their digests; process 0 writes the manifest when all have said so. What is
+restored goes to where ``like`` lies, whatever mesh and however many processes wrote it.
 
 A save goes to ``<step>.writing``; the manifest is written last, and then the folder gets its name
 by a rename. So a folder named by a step is complete unless somebody touched it, and one without
@@ -13,6 +19,7 @@ a manifest counts as half written. Leftovers of a killed process are cleared at 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -20,7 +27,7 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -36,7 +43,9 @@ from jaxdistill.runs._manifest import (
   check_size,
   clear_unfinished,
   damaged,
+  digests,
   discard,
+  file_names,
   first_few,
   listing,
   locate,
@@ -44,10 +53,12 @@ from jaxdistill.runs._manifest import (
   read_manifest,
   verify,
 )
+from jaxdistill.runs._shards import Together, in_parts, same_bits
 from jaxdistill.runs._trees import (
   check_items,
   check_like,
   from_outline,
+  lying,
   named_leaves,
   place,
   snapshot,
@@ -59,6 +70,8 @@ __all__ = ["CheckpointWarning", "Checkpoints", "load_variables", "save_variables
 # A pytree of arrays: parameters, statistics, a train state.
 PyTree = Any
 _VARIABLES = "variables"
+# Bytes of the arrays in parts that are read back at a time, of each process's own.
+_AT_ONCE = 2**28
 # The threads that write, of all folders.
 _SAVING: set[threading.Thread] = set()
 
@@ -75,7 +88,9 @@ class Checkpoints:
   Steps above the one just saved are left alone. Reading waits for a save under way.
 
   Use it as a context manager, or call `close`: the interpreter cannot finish a save at its exit.
-  One process writes a folder; programs of several JAX processes are refused.
+  In a program of several processes, all of them save what lies in parts on the devices of several,
+  each its own parts into the folder that all of them see; what one process has whole, process 0
+  saves alone.
 
   Args:
     folder: where the checkpoints are; made at the first save.
@@ -113,7 +128,8 @@ class Checkpoints:
   ) -> None:
     """Copies the items to the host and writes them in the background.
 
-    When it returns, the arrays may be donated. It waits for the save before this one first.
+    When it returns, the arrays may be donated. It waits for the save before this one first. Where
+    an array lies on devices of several processes, all of them call this, with the same arguments.
 
     Args:
       step: which step this is, from 0 on.
@@ -125,7 +141,8 @@ class Checkpoints:
     Raises:
       CheckpointError: the save before this one failed.
       TypeError: a leaf is no array or number, or the metadata is not JSON.
-      ValueError: a bad step, no items, a name that cannot be one, or two leaves of one path.
+      ValueError: a bad step, no items, a name that cannot be one, two leaves of one path, or an
+        array on other processes' devices that lies on no mesh.
     """
     step = _check.whole("step", step, least=0)
     if not isinstance(items, Mapping):
@@ -148,9 +165,10 @@ class Checkpoints:
 
   def _finish(self, step: int, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
     try:
-      clear_unfinished(self.folder, r"\d+")
-      _commit(self.folder / str(step), arrays, body)
-      self._retain(step)
+      together = Together(arrays)
+      together.first(lambda: clear_unfinished(self.folder, r"\d+"))
+      _commit(self.folder / str(step), arrays, body, together)
+      together.first(lambda: self._retain(step))
     except BaseException as error:
       self._error = (step, error)
       if not threading.main_thread().is_alive():
@@ -332,7 +350,8 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
 
   Args:
     path: a folder for it alone; a checkpoint that is there is replaced once this is complete.
-    variables: a pytree of arrays.
+    variables: a pytree of arrays. Where one lies on devices of several processes, all of them call
+      this, and each writes what it holds.
 
   Raises:
     FileExistsError: ``path`` is a file, or a folder that holds something else.
@@ -349,8 +368,10 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   if target.is_file() or (listing(target) and not (target / MANIFEST).is_file()):
     raise FileExistsError(f"path={target} holds something that is no checkpoint; take another.")
   arrays, described = snapshot({_VARIABLES: variables})
-  clear_unfinished(target.parent, re.escape(target.name))
-  _commit(target, arrays, {"step": None, "score": None, "metadata": {}, "items": described})
+  together = Together(arrays)
+  together.first(lambda: clear_unfinished(target.parent, re.escape(target.name)))
+  body = {"step": None, "score": None, "metadata": {}, "items": described}
+  _commit(target, arrays, body, together)
 
 
 def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> PyTree:
@@ -385,43 +406,85 @@ def _orbax() -> ModuleType:
   return _orbax
 
 
-def _commit(target: pathlib.Path, arrays: dict[str, dict[str, Any]], body: dict[str, Any]) -> None:
+def _commit(
+  target: pathlib.Path,
+  arrays: dict[str, dict[str, Any]],
+  body: dict[str, Any],
+  together: Together,
+) -> None:
   writing = target.with_name(target.name + WRITING)
-  try:
+
+  def try_out() -> None:
+    # Orbax wants to make it. Where it cannot, its threads wait for it five minutes, and Python for
+    # them: so it is tried.
     with writes(target):
       writing.mkdir(parents=True)
       if arrays:
-        # Orbax wants to make it. Where it cannot, its threads wait for it five minutes, and Python
-        # for them: so it was tried.
         writing.rmdir()
-        _orbax().write(writing, arrays)
-    _read_back(writing, arrays)
-    publish(target, body)
+
+  def write() -> None:
+    with writes(target):
+      _orbax().write(writing, arrays)
+
+  def read_back() -> str:
+    _read_back(writing, arrays, first=together.me == 0)
+    names = [n for n in file_names(writing) if _writer(n, together.count) == together.me]
+    return json.dumps(digests(writing, names))
+
+  try:
+    together.first(try_out)
+    if arrays:
+      together.each(write)
+    files = {n: one for said in together.each(read_back) for n, one in json.loads(said).items()}
+    together.first(lambda: publish(target, body, files))
   except OSError:
     # Half a checkpoint would fill a full disk all the more; one that a kill left stays, see locate.
-    with contextlib.suppress(OSError):
-      clear_unfinished(target.parent, re.escape(target.name))
+    if together.count == 1:
+      with contextlib.suppress(OSError):
+        clear_unfinished(target.parent, re.escape(target.name))
     raise
 
 
-def _read_back(folder: pathlib.Path, arrays: dict[str, dict[str, Any]]) -> None:
-  """Raises where what was written is not what is read: digests would vouch for it ever after."""
-  try:
-    found = _orbax().read(folder, list(arrays))
-  except Exception as error:
-    raise damaged(folder, first_few(list(arrays)), f"cannot be read again ({error})") from error
+def _writer(name: str, count: int) -> int:
+  """Which process wrote a file: Orbax has a folder for each, and all else is process 0's."""
+  found = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+  return int(found[1]) if found and int(found[1]) < count else 0
+
+
+def _read_back(folder: pathlib.Path, arrays: dict[str, dict[str, Any]], *, first: bool) -> None:
+  """Raises where what was written is not what is read: digests would vouch for it ever after.
+
+  Whole arrays are process 0's to compare; of those in parts, each process compares what it holds.
+  """
   for item, leaves in arrays.items():
-    for name, written in leaves.items():
-      read = found[item].get(name)
-      if read is None or not _same_bits(np.asarray(written), np.asarray(read)):
-        raise damaged(folder, f"{item}/{name}", "is not what was written")
+    for names in _at_once(leaves):
+      written = {name: leaves[name] for name in names if first or in_parts(leaves[name])}
+      like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+        for name, leaf in written.items()
+      }
+      try:
+        found = _orbax().read_some(folder / item, like)
+      except Exception as error:
+        raise damaged(folder, first_few(list(like)), f"cannot be read again ({error})") from error
+      for name, leaf in written.items():
+        if name not in found or not same_bits(leaf, found[name]):
+          raise damaged(folder, f"{item}/{name}", "is not what was written")
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-  if a.shape != b.shape or a.dtype != b.dtype:
-    return False
-  one, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
-  return bool(np.array_equal(one, other))
+def _at_once(leaves: dict[str, Any]) -> Iterator[list[str]]:
+  """Names of leaves, so many at a time as are no more than so many bytes here."""
+  some, size = list[str](), 0
+  for name, leaf in leaves.items():
+    cut = isinstance(leaf, jax.Array)
+    mine = sum(part.data.nbytes for part in leaf.addressable_shards) if cut else leaf.nbytes
+    if some and size + mine > _AT_ONCE:
+      yield some
+      some, size = [], 0
+    some.append(name)
+    size += mine
+  if some:
+    yield some
 
 
 def _described(folder: pathlib.Path) -> dict[str, Any]:
@@ -461,9 +524,17 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
     check_like(item, folder, described[item]["leaves"], leaves)
   verify(folder, list(wanted))
   stored = [item for item in wanted if (folder / item).is_dir()]
+  in_place = {
+    item: {
+      name: at
+      for name, leaf in leaves.items()
+      if (at := lying(described[item]["leaves"][name], leaf)) is not None
+    }
+    for item, leaves in liked.items()
+  }
   _check_stored(folder, {item: described[item] for item in wanted}, liked)
   try:
-    loaded = _orbax().read(folder, stored) if stored else {}
+    loaded = _orbax().read(folder, stored, in_place) if stored else {}
   except Exception as error:
     raise damaged(folder, first_few(stored), f"cannot be read by Orbax ({error})") from error
   result = {}

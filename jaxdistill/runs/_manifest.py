@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxdistill.runs._files import (
@@ -28,6 +28,7 @@ __all__ = [
   "check_size",
   "clear_unfinished",
   "damaged",
+  "digests",
   "discard",
   "file_names",
   "first_few",
@@ -76,11 +77,23 @@ def check_size(folder: pathlib.Path, size: int, there: int, expected: int = 0) -
     raise damaged(folder, "what it holds", f"{problem}: say what it is by like=")
 
 
-def write_manifest(folder: pathlib.Path, body: dict[str, Any]) -> None:
-  """Adds size and SHA-256 of every file to ``body`` and writes it, whole or not at all."""
-  files = {}
-  for name in file_names(folder):
-    files[name] = size_and_digest(folder / name)
+def digests(folder: pathlib.Path, names: Iterable[str]) -> dict[str, Any]:
+  """Size and SHA-256 of files of a folder."""
+  return {name: size_and_digest(folder / name) for name in names}
+
+
+def write_manifest(
+  folder: pathlib.Path, body: dict[str, Any], files: dict[str, Any] | None = None
+) -> None:
+  """Adds size and SHA-256 of every file to ``body`` and writes it, whole or not at all.
+
+  Args:
+    folder: the folder.
+    body: what else the manifest says.
+    files: from `digests`, of all files, where others have read them; None reads them here.
+  """
+  there = file_names(folder)
+  files = digests(folder, there) if files is None else {name: files[name] for name in there}
   body = {"format": _FORMAT, **body, "files": files, "file_count": len(files)}
   write_digested(folder / MANIFEST, body)
 
@@ -160,10 +173,12 @@ def clear_unfinished(folder: pathlib.Path, names: str) -> None:
       _remove(path)
 
 
-def publish(target: pathlib.Path, body: dict[str, Any]) -> None:
+def publish(
+  target: pathlib.Path, body: dict[str, Any], files: dict[str, Any] | None = None
+) -> None:
   """Writes the manifest of the folder being written for ``target``, and gives it its name."""
   writing = target.with_name(target.name + WRITING)
-  write_manifest(writing, body)
+  write_manifest(writing, body, files)
   if target.exists():
     discard(target)  # A kill between here and the rename loses nothing: see locate.
   os.rename(writing, target)

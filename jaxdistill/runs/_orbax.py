@@ -1,15 +1,18 @@
 """What is asked of Orbax, and the only file that imports it: write, read, and read others' files.
 
-Orbax expects every process of a program to take part in every call. Ours do not: process 0 alone
-writes, and whoever needs a checkpoint reads it, so each call here tells Orbax that this process is
-the only one.
+Orbax expects every process of a program to take part in every call. Ours do so where an array lies
+on devices of several: each writes the parts that it holds, into files of its own. What one process
+has is written by process 0 alone, and whoever needs a checkpoint reads of it what is its own; so
+these calls tell Orbax that this process is the only one.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import glob
 import hashlib
+import itertools
 import logging
 import math
 import os
@@ -28,14 +31,25 @@ import orbax.checkpoint as ocp
 from jaxdistill import _check
 from jaxdistill.runs._files import read_json
 from jaxdistill.runs._manifest import MANIFEST, CheckpointError, check_size, listing
+from jaxdistill.runs._shards import Together
 
-__all__ = ["find_collections", "nested_dicts", "read", "read_foreign_orbax", "stored", "write"]
+__all__ = [
+  "find_collections",
+  "nested_dicts",
+  "read",
+  "read_foreign_orbax",
+  "read_some",
+  "stored",
+  "write",
+]
 
 Path = tuple[str, ...]
 # Orbax numbers its operations in a global counter that two threads must not share.
 _ORBAX = threading.Lock()
 # Bytes of a piece of an array, and of the files that pieces are gathered in.
 _PIECE, _FILE = 2 * 2**20, 8 * 2**20
+# The names of Orbax's barriers, which one program has once: of each writing by several processes.
+_WRITINGS = itertools.count()
 _METADATA = "_METADATA"  # In every folder that holds a pytree of Orbax's.
 _RECORD = "_CHECKPOINT_METADATA"  # In every checkpoint of a newer Orbax, of one pytree or several.
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -47,19 +61,20 @@ _OPTIMIZER = {"opt_state", "opt_states", "opt", "optimizer", "optimizer_state"}
 _NO_MODULE = _OPTIMIZER | {"step", "state", "train_state", "model", "target", "params"}
 
 
-def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> None:
-  """Writes host arrays as a checkpoint, whole or not at all.
+def write(folder: pathlib.Path, arrays: dict[str, dict[str, Any]]) -> None:
+  """Writes arrays as a checkpoint, whole or not at all.
 
-  Only the process that calls it takes part, and in a program of several that is process 0. Orbax
-  counts its operations and puts the number into the names of its barriers; so do not mix this with
-  Orbax calls of your own that all the processes make together.
+  Where one of them lies on devices of several processes, all of these call it, and each writes what
+  it holds. Else only the process that calls it takes part, and in a program of several that is
+  process 0. Orbax counts its operations and puts the number into the names of its barriers; so do
+  not mix this with Orbax calls of your own that all the processes make together.
 
   Args:
     folder: where to; it must not exist.
-    arrays: ``{item: {name: array}}``; each item becomes a folder.
+    arrays: ``{item: {name: array}}``, of NumPy's or JAX's; each item becomes a folder.
 
   Raises:
-    RuntimeError: a process other than 0 calls it.
+    RuntimeError: a process other than 0 calls it, of arrays that are its own.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as folder:
@@ -67,21 +82,22 @@ def write(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> Non
   ...   read(pathlib.Path(folder, "a"), ["params"])
   {'params': {'Dense_0/bias': array([0, 1, 2])}}
   """
-  if jax.process_index() != 0:
+  together = Together(arrays)
+  if together.count == 1 and jax.process_index() != 0:
     raise RuntimeError(
       f"process {jax.process_index()} of {jax.process_count()} writes {folder}; Orbax stores host "
       "arrays on process 0 alone, so let only that one write."
     )
-  with _ORBAX, _no_pattern(folder) as place:
+  with _ORBAX, _no_pattern(folder, first=together.me == 0) as place:
     if jax.process_count() == 1:
       with _small_files():
         ocp.v1.save_checkpointables(place, arrays)
     else:
-      _write_alone(place, arrays)
+      _write_among(_alone() if together.count == 1 else _all(), place, arrays)
 
 
 @contextlib.contextmanager
-def _no_pattern(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _no_pattern(folder: pathlib.Path, *, first: bool) -> Iterator[pathlib.Path]:
   """Where to write so that it comes to lie in ``folder``, whatever characters its path has.
 
   Orbax gathers what it wrote by a pattern that it makes of the path: of ``lr=[0.1]`` it finds
@@ -94,9 +110,11 @@ def _no_pattern(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     link = pathlib.Path(beside, "parent")
     link.symlink_to(folder.parent, target_is_directory=True)
     place = link / f"{hashlib.sha256(folder.name.encode()).hexdigest()[:16]}.writing"
-    shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
+    if first:
+      shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
     yield place
-    place.rename(folder)
+    if first:
+      place.rename(folder)
 
 
 def _small_files() -> Any:
@@ -112,18 +130,21 @@ def _small_files() -> Any:
   return context
 
 
-def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]]) -> None:
-  # The v1 calls compare the folder between all processes, whatever they are told; these do not.
-  alone = ocp.options.MultiprocessingOptions(**_alone())
+def _write_among(
+  processes: dict[str, Any], folder: pathlib.Path, arrays: dict[str, dict[str, Any]]
+) -> None:
+  # The v1 calls compare the folder between all processes, whatever they are told, and by the
+  # devices, which are another thread's; these wait for the named processes in JAX's own service.
+  among = ocp.options.MultiprocessingOptions(**processes)
   registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
   for item in arrays:
-    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, multiprocessing_options=alone)
+    handler = ocp.PyTreeCheckpointHandler(use_zarr3=True, multiprocessing_options=among)
     registry.add(item, ocp.args.PyTreeSave, handler)
   composite = ocp.CompositeCheckpointHandler(
     handler_registry=registry,
-    composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+    composite_options=ocp.CompositeOptions(multiprocessing_options=among),
   )
-  with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
+  with ocp.Checkpointer(composite, multiprocessing_options=among) as checkpointer:
     items = {
       item: ocp.args.PyTreeSave(
         leaves,
@@ -135,18 +156,44 @@ def _write_alone(folder: pathlib.Path, arrays: dict[str, dict[str, np.ndarray]])
     checkpointer.save(folder, ocp.args.Composite(**items))
 
 
-def read(folder: pathlib.Path, names: Iterable[str]) -> dict[str, dict[str, np.ndarray]]:
-  """Reads what `write` wrote, as host arrays; each process by itself.
+def read(
+  folder: pathlib.Path,
+  names: Iterable[str],
+  lying: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]] | None = None,
+) -> dict[str, dict[str, Any]]:
+  """Reads what `write` wrote; each process by itself, and of an array in parts its own alone.
 
   Args:
     folder: the checkpoint.
     names: the items to read.
+    lying: by item and name, the shape, dtype and sharding of arrays that are read to where they
+      lie, whatever they were written from. All others are read as host arrays.
 
   Returns:
     ``{item: {name: array}}``.
   """
-  with _ORBAX, _context():
-    return ocp.v1.load_checkpointables(folder, dict.fromkeys(names))
+  known = lying or {}
+  return {item: _read_item(folder / item, known.get(item, {}), whole=True) for item in names}
+
+
+def read_some(folder: pathlib.Path, lying: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, Any]:
+  """Some arrays of one item that `write` wrote, where they lie; the others are not read.
+
+  Args:
+    folder: the item's.
+    lying: as `read` has it; without a sharding, arrays that are read as host arrays.
+  """
+  return _read_item(folder, lying, whole=False)
+
+
+def _read_item(
+  folder: pathlib.Path, lying: Mapping[str, jax.ShapeDtypeStruct], *, whole: bool
+) -> dict[str, Any]:
+  with _ORBAX:
+    tree, leaves = _outline(folder)
+    where = {path: lying[name] for path in leaves if (name := "/".join(path)) in lying}
+    read = _restore(folder, tree, set(leaves) if whole else set(where), where)
+  return {"/".join(path): leaf for path, leaf in read.items()}
 
 
 def stored(folder: pathlib.Path) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -180,14 +227,12 @@ def _alone() -> dict[str, Any]:
   }
 
 
-def _context() -> Any:
-  context = ocp.v1.Context()
-  if not hasattr(context, "multiprocessing"):  # Orbax 0.11, whose options are frozen.
-    options = ocp.v1.options.MultiprocessingOptions(**_alone())
-    return ocp.v1.Context(multiprocessing_options=options)
-  for name, value in _alone().items():
-    setattr(context.multiprocessing, name, value)
-  return context
+def _all() -> dict[str, Any]:
+  return {
+    "primary_host": 0,
+    "active_processes": set(range(jax.process_count())),
+    "barrier_sync_key_prefix": f"writing_{next(_WRITINGS)}",
+  }
 
 
 def read_foreign_orbax(
@@ -413,21 +458,45 @@ def _outline(folder: pathlib.Path) -> tuple[Any, dict[Path, Any]]:
   return tree, {_parts(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _restore(folder: pathlib.Path, tree: Any, wanted: set[Path]) -> dict[Path, np.ndarray]:
-  """Reads the wanted leaves as host arrays; an ellipsis tells Orbax to leave one out."""
+def _restore(
+  folder: pathlib.Path,
+  tree: Any,
+  wanted: set[Path],
+  lying: Mapping[Path, jax.ShapeDtypeStruct] | None = None,
+) -> dict[Path, Any]:
+  """Reads the wanted leaves as host arrays, or to where they are to lie.
+
+  An ellipsis tells Orbax to leave one out.
+  """
   with_path = jax.tree_util.tree_map_with_path
   item = with_path(lambda path, leaf: leaf if _parts(path) in wanted else ..., tree)
-  host = with_path(
-    lambda path, _: ocp.RestoreArgs(restore_type=np.ndarray if _parts(path) in wanted else None),
-    tree,
-  )
-  arguments = ocp.args.PyTreeRestore(item=item, restore_args=host)
+
+  def how(path: tuple[Any, ...], _: Any) -> Any:
+    at = (lying or {}).get(_parts(path))
+    if at is None or at.sharding is None:
+      return ocp.RestoreArgs(restore_type=np.ndarray if _parts(path) in wanted else None)
+    return ocp.ArrayRestoreArgs(sharding=at.sharding, global_shape=at.shape, dtype=at.dtype)
+
+  arguments = ocp.args.PyTreeRestore(item=item, restore_args=with_path(how, tree))
+
+  def restore() -> Any:
+    # What is set of JAX is of a thread. `lying` asks for no more than its caller's takes.
+    with jax.enable_x64(True):
+      return _handler().restore(folder, args=arguments)
+
   try:
-    restored = _handler().restore(folder, args=arguments)
+    # In a thread of its own: where asyncio.run is the main thread's, it asks Python for the handler
+    # of SIGINT, whose enum writes out a task's result on its way, all of each array, on the host.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+      restored = thread.submit(restore).result()
   except Exception as error:
     raise CheckpointError(f"the checkpoint {folder} cannot be read by Orbax: {error}") from error
   leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
-  return {_parts(path): np.asarray(leaf) for path, leaf in leaves if leaf is not ...}
+  return {
+    _parts(path): leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    for path, leaf in leaves
+    if leaf is not ...
+  }
 
 
 def _parts(path: tuple[Any, ...]) -> Path:

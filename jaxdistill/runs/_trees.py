@@ -1,4 +1,7 @@
-"""Trees to named host arrays that Orbax stores as they are, and back to what a caller likes."""
+"""Trees to named arrays that Orbax stores as they are, and back to what a caller likes.
+
+What lies on one device, or whole on each, goes as one array of NumPy's; what is in parts, as those.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill._compile import host_view
 from jaxdistill.runs._files import entry
 from jaxdistill.runs._manifest import first_few
+from jaxdistill.runs._shards import by_part, in_parts, kept
 
 __all__ = [
   "check_items",
@@ -21,6 +26,8 @@ __all__ = [
   "from_outline",
   "holding",
   "is_key",
+  "lies_in_parts",
+  "lying",
   "named_leaves",
   "outline",
   "place",
@@ -64,7 +71,8 @@ def holding(bad: str, trees: Mapping[str, PyTree]) -> list[str]:
     for leaf in jax.tree.leaves(tree)
     if jnp.issubdtype(getattr(leaf, "dtype", float), jnp.inexact)
   ]
-  # A program takes what lies on the same devices: some leaves may lie on a mesh, and others not.
+  # A program takes what lies on the same devices: some leaves may lie on a mesh, and others not. Of
+  # what lies on other processes' devices, all of them ask together.
   away: dict[Any, list[tuple[str, Any]]] = {}
   for name, leaf, view in found:
     if view is None:
@@ -87,10 +95,22 @@ def _is_bad(xp: Any, bad: str, leaf: Any) -> Any:
   return xp.any(xp.isnan(leaf) if bad == "nan" else ~xp.isfinite(leaf))
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _bad_leaves(bad: str, leaves: list[jax.Array]) -> jax.Array:
+  """A flag for each of some leaves on the same devices, known to each of them."""
+  at = leaves[0].sharding
+  mesh = at.mesh if isinstance(at, NamedSharding) else None
+  everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+  return _flags_of(everywhere)(bad, leaves)
+
+
+@functools.lru_cache(8)
+def _flags_of(everywhere: NamedSharding | None) -> Any:
   # One array: each that comes to the host has to be waited for.
-  return jnp.stack([_is_bad(jnp, bad, leaf) for leaf in leaves])
+  return jax.jit(
+    lambda bad, leaves: jnp.stack([_is_bad(jnp, bad, leaf) for leaf in leaves]),
+    static_argnums=0,
+    out_shardings=everywhere,
+  )
 
 
 def outline(tree: PyTree, path: tuple[Any, ...] = ()) -> Any:
@@ -129,12 +149,20 @@ def is_key(leaf: Any) -> bool:
   return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
+def lies_in_parts(tree: PyTree) -> bool:
+  """Whether an array of a tree is cut, or lies on devices of other processes, which take part."""
+  return any(isinstance(leaf, jax.Array) and in_parts(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
   """What the manifest says of a leaf, and what Orbax stores of it, copied to the host."""
   if isinstance(leaf, jax.Array):
     kind = "key" if is_key(leaf) else "jax"
-    if not leaf.is_fully_addressable:
-      raise ValueError(f"{where} lies on devices of other processes, which is not supported.")
+    if not (leaf.is_fully_addressable or in_parts(leaf)):
+      raise ValueError(
+        f"{where} lies on devices of other processes by {leaf.sharding}; only what lies on a mesh "
+        "(jax.sharding.NamedSharding) is saved by all of them."
+      )
   elif isinstance(leaf, np.ndarray | np.generic):
     kind = "numpy"
   elif isinstance(leaf, bool | int | float | complex):
@@ -144,25 +172,37 @@ def _describe(where: str, leaf: Any) -> tuple[dict[str, Any], Any]:
       f"{where} is a {type(leaf).__name__}, which is no array and no number; "
       "leave it out of the items, or put it into the metadata."
     )
-  # A copy, since NumPy's view of a JAX array on a CPU is the buffer that is about to be donated.
-  value = np.array(jax.random.key_data(leaf) if kind == "key" else leaf, copy=True, order="C")
+  value = jax.random.key_data(leaf) if kind == "key" else leaf
+  if not (isinstance(value, jax.Array) and in_parts(value)):
+    # A copy, since NumPy's view of a JAX array on a CPU is the buffer that is about to be donated.
+    value = np.array(value, copy=True, order="C")
   record = {"kind": kind, "shape": list(np.shape(leaf)), "dtype": value.dtype.name}
+  as_bytes = value.dtype.name not in _NATIVE or not value.dtype.isnative
   if kind == "key":
     record |= {"dtype": str(leaf.dtype), "impl": str(jax.random.key_impl(leaf))}
-  elif value.dtype.name not in _NATIVE or not value.dtype.isnative:
-    if jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype.itemsize == 1:
-      value = value.view(np.uint8)
-    else:
-      raise TypeError(f"{where} is of dtype {value.dtype}, which cannot be stored; convert it.")
-  return record, value
+  elif as_bytes and not (
+    jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype.itemsize == 1
+  ):
+    raise TypeError(f"{where} is of dtype {value.dtype}, which cannot be stored; convert it.")
+  if isinstance(value, jax.Array):
+    return record, kept(value, _bytes_of) if as_bytes else kept(value)
+  return record, value.view(np.uint8) if as_bytes else value
+
+
+def _bytes_of(part: Any) -> np.ndarray:
+  return np.asarray(part).view(np.uint8)
 
 
 def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-  """Everything copied to the host, and its description for the manifest."""
+  """Everything copied to the host, and its description for the manifest.
+
+  Of an array in parts there are copies of the parts that this process's devices hold, as an array
+  of JAX's; of the others, one of NumPy's.
+  """
   if not items:
     raise ValueError("items is empty: there is nothing to save.")
   for leaf in jax.tree.leaves(items):
-    if isinstance(leaf, jax.Array) and not is_key(leaf):
+    if isinstance(leaf, jax.Array) and not is_key(leaf) and not in_parts(leaf):
       leaf.copy_to_host_async()  # All transfers under way before the first is waited for.
   arrays: dict[str, dict[str, Any]] = {}
   described = {}
@@ -219,8 +259,25 @@ def stored_as(record: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype if dtype.name in _NATIVE else np.uint8)
 
 
+def lying(record: Mapping[str, Any], like: Any) -> jax.ShapeDtypeStruct | None:
+  """How Orbax reads a leaf part by part, to where its like lies; None of one that is whole."""
+  if like is None or not in_parts(like) or 0 in record["shape"]:
+    return None
+  stored = stored_as(record)
+  if stored.dtype != jax.dtypes.canonicalize_dtype(stored.dtype):
+    return None  # `place` refuses it
+  at = NamedSharding(like.sharding.mesh, like.sharding.spec)
+  return stored.update(sharding=at)
+
+
 def place(where: str, record: dict[str, Any], stored: Any, like: Any) -> Any:
   """A leaf as its like is, or, where that is None, as it was when it was saved."""
+  if isinstance(stored, jax.Array):  # it lies there already
+    if record["kind"] == "key":
+      return jax.random.wrap_key_data(stored, impl=record["impl"])
+    dtype = jnp.dtype(record["dtype"])
+    same = stored.dtype == dtype
+    return stored if same else by_part(stored, stored.sharding, lambda x: np.asarray(x).view(dtype))
   if record["kind"] == "key":
     if stored is None:
       stored = np.zeros(stored_as(record).shape, np.uint32)
@@ -265,6 +322,14 @@ def check_like(item: str, folder: pathlib.Path, records: dict[str, Any], like: A
         f"{where}: {name} has the shape {saved} in the checkpoint and {shape} in like. Likely "
         + _likely(saved, shape)
       )
+    if in_parts(leaf):
+      try:
+        leaf.sharding.shard_shape(saved)
+      except ValueError as error:
+        raise ValueError(
+          f"{where}: {name} {list(saved)} does not divide as like has it, {leaf.sharding.spec} on "
+          f"the mesh {dict(leaf.sharding.mesh.shape)}; leave that axis whole."
+        ) from error
     # A Python number has a kind, but no width of its own.
     same = wanted == dtype or (number and wanted.rstrip("0123456789") == dtype.rstrip("0123456789"))
     if not same:

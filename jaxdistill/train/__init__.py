@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     check_student,
     check_teacher,
   )
+  from jaxdistill.train._processes import distributed
   from jaxdistill.train._program import Program, Values
   from jaxdistill.train._sharding import Rule, Rules, Variable, annotated, fsdp, shardings
   from jaxdistill.train._shared_teacher import share_teacher
@@ -93,6 +94,7 @@ __all__ = [
   "describe",  # what a run's folder says of it, beside what is computed
   "described_data",  # the data, as ``config.json`` holds them
   "described_student",  # the student, as ``config.json`` holds it
+  "distributed",  # makes this process one of several, found by JAX or told
   "example_key",  # a random key's shape, to trace with
   "fit",  # trains a student, or the same student from several seeds as one compiled program
   "fsdp",  # fully sharded data parallelism: a rule that cuts each array along its largest axis

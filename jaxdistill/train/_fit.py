@@ -233,8 +233,9 @@ def fit(
   the deployed network in its folder, see `jaxdistill.export.load_student`.
 
   In a program of several processes, every process calls this with the same arguments; the folder
-  is one that all of them see, and process 0 writes it. Where one of them dies, the others end
-  within seconds, to be started again together.
+  is one that all of them see, and process 0 writes it, but for what lies in parts over several of
+  them: of that, each writes its own. Where one of them dies, the others end within seconds, to be
+  started again together, or as fewer or more.
 
   Args:
     student: the network to train; or a model whose variables it starts from: all of them, or a part
@@ -458,8 +459,9 @@ def _drop_deployed(path: pathlib.Path) -> None:
 def _save_deployed(
   path: pathlib.Path, source: Source, fitted: Fitted, outputs: Collection[str] | None
 ) -> None:
-  """Leaves the deployed network in the folder, once."""
-  if jax.process_index() == 0 and not (path / "student").is_dir():
+  """Leaves the deployed network in the folder, once; what lies in parts, each process its own."""
+  missing = bool(_mesh.agree(int(not (path / "student").is_dir())))
+  if missing and (jax.process_index() == 0 or runs.lies_in_parts(fitted.variables)):
     stored, normalize = source.stored, source.normalize
     export.save_student(path, fitted, stored=stored, normalize=normalize, outputs=outputs)
   _mesh.barrier("deployed")

@@ -96,7 +96,7 @@ def run_steps(
     at: the step to go on from.
     every: when something is due.
     log: where the numbers go.
-    saved: where checkpoints go; process 0 writes them.
+    saved: where checkpoints go; process 0 writes them, or all processes what each holds.
     validate: ``model -> {name: number}``.
     select: the validation metric that scores a checkpoint; 1 where higher is better, else −1.
     asked_to_stop: ``step -> the signal that asks to save and leave``, 0 for none.
@@ -110,8 +110,7 @@ def run_steps(
     FloatingPointError: a term was not finite.
     Stopped: the process was asked to stop.
   """
-  objective, first_process = program.objective, jax.process_index() == 0
-  dispatch = program.dispatch
+  objective, dispatch = program.objective, program.dispatch
   state = program.spread(state)
   pending: dict[str, Any] | None = None
   while at < every.steps:
@@ -131,6 +130,7 @@ def run_steps(
       continue
     # Nothing is validated or saved before its numbers have been looked at.
     now, extra = dispatch.collect(state), {}
+    writes = saved is not None and (jax.process_index() == 0 or runs.lies_in_parts(now))
     pending = _checked(pending, program, finite)
     if finite:
       check_state(now, at)
@@ -139,12 +139,12 @@ def run_steps(
         extra = check_validation(validate(program.plan.model(now)), select[0] if saved else None)
       except Exception:
         # What was trained until here is not lost with it.
-        if saved is not None and first_process:
+        if saved is not None and writes:
           saved.save(at, to_items(now, objective))
         raise
     log.write(**pending, validation=extra)
     pending = None
-    if saved is not None and saving and first_process:
+    if saved is not None and saving and writes:
       score = select[1] * float(np.mean(extra[select[0]])) if select[0] in extra else None
       saved.save(at, to_items(now, objective), score=score)
     if stopping:

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxdistill import _check
 from jaxdistill._compile import CompiledOnce
 from jaxdistill.runs import is_key
-from jaxdistill.train._sharding import Rules, Sharding, check_rules, lies_on, put
+from jaxdistill.train._sharding import Rules, Sharding, check_rules, laid, lies_on, put
 
 __all__ = [
   "AXIS",
@@ -146,7 +146,8 @@ class Dispatch:
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
-    collect: one copy of what `compile`'s function returned, on this process's devices.
+    collect: one copy of what `compile`'s function returned, on this process's devices; what is in
+      parts on the devices of several processes stays there.
     accumulate: into how many micro-batches a step cuts its batch.
     tokens_at_once: how many tokens' logits a step has at any time; None for those of its batch.
     sharding: the rules by which a student and a teacher are cut into parts; None where networks
@@ -257,11 +258,6 @@ def _rules(mesh: Mesh, over: tuple[str, ...], sharding: Any, teacher_sharding: A
   for name, rules in given.items():
     if rules is not None:
       check_rules(name, rules)
-  if _several(mesh) and not (sharding is None and teacher_sharding is None):
-    raise ValueError(
-      "sharding and teacher_sharding are of one process, and the mesh has devices of several: give "
-      "the mesh of one process's devices, or leave them out for networks that are on every device."
-    )
   return Sharding(mesh, over, sharding, teacher_sharding)
 
 
@@ -288,7 +284,9 @@ def with_jit(
 ) -> Dispatch:
   """Compiles by `jax.jit` over a mesh: data-parallel, or with networks in parts. The way to train.
 
-  In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them.
+  In a program of several processes (``jax.distributed.initialize``) the mesh spans all of them, and
+  so do the parts of a network. A run's checkpoints are then written by all of them, and what `fit`
+  returns stays in parts: read it from the run's folder.
   Whatever the mesh and the rules, the numbers are those of one device, to rounding. How a step fits
   into memory is said here too: ``fit(..., dispatch=with_jit(accumulate=4))``.
 
@@ -322,8 +320,8 @@ def with_jit(
   Raises:
     TypeError: ``mesh`` has no axis `AXIS`, rules are none, ``scan`` is no bool, or a number no
       integer.
-    ValueError: ``seeds_by`` or ``batch_axes`` is out of range, a number is below 1, the processes
-      of the mesh have unequal shares, or there are rules and several processes.
+    ValueError: ``seeds_by`` or ``batch_axes`` is out of range, a number is below 1, or the
+      processes of the mesh have unequal shares.
   """
   _check_form(seeds_by, scan, accumulate, tokens_at_once)
   mesh = _usable(data_parallel() if mesh is None else mesh)
@@ -341,11 +339,13 @@ def with_jit(
     # has read its own rows alone: the global array is put together of them without communication.
     def put(leaf: Any) -> Any:
       sharding = replicated
+      shape = list(np.shape(leaf))
       if np.ndim(leaf) > batch_axis:
-        check_divides(np.shape(leaf)[batch_axis] * part[1], devices)
+        shape[batch_axis] *= part[1]
+        check_divides(shape[batch_axis], devices)
         sharding = shared_out
       if several:
-        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), tuple(shape))
       return jax.device_put(leaf, sharding)
 
     return jax.tree.map(put, items)
@@ -380,7 +380,9 @@ def with_jit(
     return jax.tree.map(lambda leaf: everywhere(leaf, owned=True), tree)
 
   def collect(tree: PyTree) -> PyTree:
-    return jax.tree.map(_local, tree) if several else tree
+    if several and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(tree)):
+      return jax.tree.map(_local, tree)
+    return tree
 
   def compile(run: Callable[..., Any], where: PyTree = None) -> CompiledOnce:
     # Here fit's step meets jax.jit. The arguments are (state, teacher, shared, items, values,
@@ -421,7 +423,7 @@ def _moved(leaf: Any, sharding: NamedSharding) -> Any:
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return leaf.update(sharding=sharding)
   there = lies_on(sharding.mesh, leaf) and leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
-  return leaf if there else jax.device_put(leaf, sharding)
+  return leaf if there else laid(leaf, sharding)
 
 
 def _local(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The processes of one program: when one of them dies, the others end within seconds.
+"""The processes of one program: how they find one another, and how one that dies ends the others.
 
 A collective waits for every process, and for one that was killed until JAX's service misses its
 heartbeats: a hundred seconds, by default. So each process holds a connection to process 0, which
@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import functools
 import os
+import re
 import secrets
 import socket
 import sys
@@ -29,7 +30,7 @@ import jax
 from jaxdistill import _check, runs
 from jaxdistill.train._loop import Stopped
 
-__all__ = ["together"]
+__all__ = ["distributed", "together"]
 
 _KEY = "jaxdistill/processes"
 # How a process is missing: from its n-th work with the others on, in it alone, or at once.
@@ -37,6 +38,60 @@ _ENDED, _LEFT, _DIED = "has ended", "left the training", "has died"
 # Seconds: in which all leave by the same error; in which what is being saved has to be finished,
 # where the others have died or not; in which an ended process waits for the others, as JAX does.
 _GRACE, _HURRY, _SAVING, _PARTING = 5.0, 4.0, 600.0, 300.0
+
+
+# What `jax.distributed.initialize` looks for, in words.
+_LOOKED_FOR = (
+  "the variable JAX_COORDINATOR_ADDRESS; SLURM (SLURM_JOB_ID and what else srun sets); Open MPI "
+  "(OMPI_MCA_orte_hnp_uri, of mpirun); Kubernetes (KUBERNETES_SERVICE_HOST, with pip install "
+  "'jax[k8s]'); a Cloud TPU's machine"
+)
+
+
+def distributed(
+  coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+  """Makes this process one of several: `jax.distributed.initialize`, which finds them, or is told.
+
+  To be called before anything else of JAX is, in every process. JAX knows SLURM, Open MPI,
+  Kubernetes and Cloud TPU from their environment. What it does not find there, it is told.
+
+  Args:
+    coordinator: ``"host:port"``, of process 0, which all of them reach; found where left out.
+    processes: how many there are; likewise.
+    process: which of them this one is, from 0 on; likewise.
+
+  Raises:
+    TypeError: ``coordinator`` is no text, or a number no integer.
+    ValueError: a number is out of range, ``coordinator`` has no port, or something was neither told
+      nor found; says what was looked for.
+    RuntimeError: JAX was used before, or the others did not come.
+  """
+  if coordinator is not None:
+    if not isinstance(coordinator, str):
+      raise TypeError(f"coordinator={_check.show(coordinator)} must be 'host:port', or None.")
+    if not re.fullmatch(r".+:\d+", coordinator):
+      raise ValueError(f"coordinator={coordinator!r} must be 'host:port', of process 0.")
+  if processes is not None:
+    _check.whole("processes", processes)
+  if process is not None:
+    _check.whole("process", process, least=0)
+    if processes is not None and process >= processes:
+      raise ValueError(
+        f"process={process} must be below processes={processes}: they are counted from 0 on."
+      )
+  try:
+    jax.distributed.initialize(coordinator, processes, process)
+  except ValueError as error:
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    left = [name for name, value in given.items() if value is None]
+    if not left:
+      raise
+    raise ValueError(
+      f"{', '.join(left)} of the program's processes were not given, and JAX did not find them "
+      f"({_check.short(error)}). It looks for {_LOOKED_FOR}. Say them: coordinator='host:port' of "
+      "process 0, processes=N, process=I; --coordinator, --processes, --process of an experiment."
+    ) from error
 
 
 @contextlib.contextmanager

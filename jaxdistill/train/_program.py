@@ -117,8 +117,10 @@ class Program:
     else:
       seeds = seeds[0]
     example = (of_group(shared, axes, 0), first)
-    # Abstract first: what does not fit together says so before anything is compiled.
-    begun = jax.make_jaxpr(initial, return_shape=True)(seeds, self.values, starts, *example)
+    # Abstract first: what does not fit together says so before anything is compiled. Of a batch of
+    # which several processes have read a part each, all of it: a run goes on with fewer or more.
+    given = (seeds, self.values, starts, example[0], self._of_all(first))
+    begun = jax.make_jaxpr(initial, return_shape=True)(*given)
     self.begins: Any = begun[0]
     self.shapes: State = begun[1]
     self.layout = _layout(plan, dispatch, self.shapes)
@@ -151,6 +153,18 @@ class Program:
     # for it alone is not kept twice.
     self._fixed = functools.cache(lambda: dispatch.place(computed(once.pop())))
     self._count = functools.cache(lambda count: dispatch.place(np.int32(count)))
+
+  def _of_all(self, item: PyTree) -> PyTree:
+    """What one step is cut from, as all processes together have it: of several, its shapes."""
+    parts = self.dispatch.part[1]
+    if parts == 1:
+      return item
+
+    def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+      rows = np.shape(leaf)
+      return jax.ShapeDtypeStruct((*(n * parts for n in rows[:1]), *rows[1:]), leaf.dtype)
+
+    return jax.tree.map(shape, item)
 
   def _check_batch(self) -> None:
     size, devices, accumulate = (
@@ -288,9 +302,13 @@ class Program:
     """The arguments of `initial_state` on the devices among which its result is shared out."""
     if self.layout is None:
       return given
-    seeds, values, starts, *example = given
+    seeds, values, starts, shared, item = given
     starts = self.dispatch.place(starts, self.layout.follow(starts))
-    return (*self.dispatch.place((seeds, values)), starts, *self.dispatch.place(tuple(example)))
+    seeds, values, shared = self.dispatch.place((seeds, values, shared))
+    # Where several processes have read a part of it each, it is put together of these.
+    alike = self.dispatch.part[1] == 1
+    item = self.dispatch.place(item) if alike else self.dispatch.split(self.first_item, 0)
+    return (seeds, values, starts, shared, item)
 
   def lying(self, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The shapes of a checkpoint's items with the places that they are read to.

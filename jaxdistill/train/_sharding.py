@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill.runs import is_key
 from jaxdistill.types import Model, Teacher
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
   "annotated",
   "check_rules",
   "fsdp",
+  "laid",
   "lies_on",
   "put",
   "shardings",
@@ -566,4 +568,24 @@ def put(leaf: Any, sharding: NamedSharding) -> Any:
       return leaf
   if isinstance(leaf, jax.ShapeDtypeStruct):
     return leaf.update(sharding=sharding)
-  return jax.device_put(leaf, sharding)
+  return laid(leaf, sharding)
+
+
+def laid(leaf: Any, sharding: NamedSharding) -> Any:
+  """An array where a sharding says, on other processes' devices too.
+
+  All processes have the same array, and each puts the parts there that its devices hold.
+
+  Args:
+    leaf: an array; one on the devices of several processes stays on them.
+    sharding: where to.
+  """
+  there = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+  if sharding.is_fully_addressable or there:
+    return jax.device_put(leaf, sharding)
+  if is_key(leaf):
+    words = laid(jax.random.key_data(leaf), sharding)
+    return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+  host = np.asarray(leaf)
+  host = host.astype(jax.dtypes.canonicalize_dtype(host.dtype), copy=False)
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src import array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -26,6 +27,7 @@ from jaxdistill.runs import (
   _checkpoints,
   _manifest,
   _orbax,
+  _shards,
   load_variables,
   save_variables,
 )
@@ -182,23 +184,79 @@ def test_shardings_are_those_of_like(tmp_path):
   assert jax.jit(jnp.add)(got["x"]["fresh"], got["x"]["split"]).tolist() == [0, 2, 4, 6]
 
 
+def parts(*shape, dtype=jnp.float32, cut=("data",)):
+  """An array that is cut over two devices."""
+  mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
+  values = jnp.arange(np.prod(shape)).astype(dtype).reshape(shape)
+  return jax.device_put(values, NamedSharding(mesh, PartitionSpec(*cut)))
+
+
+def test_arrays_in_parts_are_saved_and_restored_part_by_part(tmp_path, monkeypatch):
+  items = {
+    "state": {
+      "first": parts(6, 4),
+      "second": parts(3, 8, cut=(None, "data")),
+      **{name: parts(8, dtype=getattr(jnp, name)) for name in ("bfloat16", "int4", "float8_e5m2")},
+      "keys": jax.device_put(jax.random.split(jax.random.key(0), 2), parts(2).sharding),
+      "empty": parts(0, 4),
+      "everywhere": parts(5, cut=()),
+      "host": np.arange(3),
+    }
+  }
+  cut = {leaf.shape for leaf in jax.tree.leaves(items)} - {(5,), (3,), (0, 4)}
+  fetched, value = [], array.ArrayImpl._value
+  noted = property(lambda self: (fetched.append(self.shape), value.fget(self))[1])
+  monkeypatch.setattr(array.ArrayImpl, "_value", noted)
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(0, items)
+    got = checkpoints.restore(0, items)
+    assert (2, 2) not in fetched  # the keys' numbers
+    assert not cut & set(fetched), "a whole array was on the host"
+    whole = checkpoints.restore(0)["state"]
+    fewer = checkpoints.restore(0, {"state": dict.fromkeys(items["state"], None) | whole})
+  monkeypatch.undo()
+  assert_same(got, items)
+  for name, leaf in items["state"].items():
+    if isinstance(leaf, jax.Array):
+      assert got["state"][name].sharding == leaf.sharding, name
+  assert_same(whole, items["state"])
+  assert_same(fewer["state"], items["state"])
+  at = jax.ShapeDtypeStruct((3, 8), jnp.float32, sharding=parts(2).sharding)
+  other = {"state": {**items["state"], "second": at}}
+  with pytest.raises(ValueError, match=r"second \[3, 8\] does not divide as like has it"):
+    checkpoints.restore(0, other)
+
+
+def test_what_is_kept_of_an_array_in_parts_lies_once():
+  mesh = Mesh(np.asarray(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
+  half = jax.device_put(jnp.arange(4.0), NamedSharding(mesh, PartitionSpec("data")))
+  assert [part.data.shape for part in _shards.kept(half).addressable_shards] == [(4,)]
+  both = _shards.kept(parts(4))
+  assert [part.data.shape for part in both.addressable_shards] == [(2,), (2,)]
+  pointers = [part.data.unsafe_buffer_pointer() for part in parts(4).addressable_shards]
+  assert not set(pointers) & {p.data.unsafe_buffer_pointer() for p in both.addressable_shards}
+
+
 def test_donation_after_save_does_not_reach_the_file(tmp_path, monkeypatch):
   # Written late, so that the donated buffer is overwritten long before.
   write = _orbax.write
   monkeypatch.setattr(_orbax, "write", lambda *a: (time.sleep(0.3), write(*a)))
+  cut = parts(1000)
   state = {"x": jnp.arange(1000.0), "key": jax.random.key(1)}
   update = jax.jit(
     lambda s: {"x": s["x"] * -7, "key": jax.random.fold_in(s["key"], 1)}, donate_argnums=0
   )
+  double = jax.jit(lambda x: x * -7, donate_argnums=0)
   with Checkpoints(tmp_path) as checkpoints:
     began = time.perf_counter()
-    checkpoints.save(0, {"state": state})
+    checkpoints.save(0, {"state": {**state, "cut": cut}})
     assert time.perf_counter() - began < 0.25, "save waits for the writing"
     for _ in range(3):
-      state = update(state)
-    state["x"].block_until_ready()
+      state, cut = update(state), double(cut)
+    jax.block_until_ready((state["x"], cut))
     got = checkpoints.restore(0)["state"]
   np.testing.assert_array_equal(got["x"], np.arange(1000, dtype=np.float32))
+  np.testing.assert_array_equal(got["cut"], np.arange(1000, dtype=np.float32))
   assert (jax.random.key_data(got["key"]) == jax.random.key_data(jax.random.key(1))).all()
 
 
@@ -478,18 +536,20 @@ def test_a_path_may_have_any_characters(tmp_path, name):
     assert not list(target.parent.glob("*.writing"))
 
 
-@pytest.mark.parametrize("fault", ["lost", "changed"])
+@pytest.mark.parametrize("fault", ["lost", "changed", "changed in a part"])
 def test_what_cannot_be_read_back_does_not_count(tmp_path, monkeypatch, fault):
   write = _orbax.write
 
   def wrong(folder, arrays):
-    if fault == "changed":
+    if fault != "lost":
       arrays = jax.tree.map(lambda leaf: leaf + 1, arrays)
     write(folder, arrays)
     if fault == "lost":
       largest(folder).unlink()
 
   large = {"kernel": jnp.arange(2.0**16).reshape(256, 256)}
+  if fault == "changed in a part":
+    large = {"kernel": parts(256, 256)}
   with Checkpoints(tmp_path / "run") as checkpoints:
     checkpoints.save(1, {"params": large})
     checkpoints.wait()

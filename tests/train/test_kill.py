@@ -6,6 +6,7 @@ finished. The suite does so a few times; by hand, a hundred:
 
   python tests/train/test_kill.py 100
   python tests/train/test_kill.py 100 --processes 2
+  python tests/train/test_kill.py 100 --processes 2 --parts
   python tests/train/test_kill.py 50 --terminate
 """
 
@@ -37,7 +38,7 @@ if processes > 1:
 jax.config.update("jax_compilation_cache_dir", os.environ["KILL_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 import small_networks
-from jaxdistill import data, recipes, teachers
+from jaxdistill import data, recipes, teachers, train
 
 rng = np.random.default_rng(0)
 labels = rng.integers(0, 3, 96)
@@ -63,6 +64,9 @@ small_networks.fit(
   teacher=teachers.frozen(teacher),
   average=0.99,
   accumulate=2,
+  dispatch=(
+    train.with_jit(train.mesh(fsdp=2), sharding=train.fsdp()) if os.environ["KILL_PARTS"] else None
+  ),
   log_every=4,
   checkpoint_every=12,
   folder=folder,
@@ -83,6 +87,7 @@ def start(folder, cache, processes=1):
   paths = [str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")]
   environment = {**os.environ, "KILL_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(paths)}
   environment["KILL_BEGUN"] = str(begun(folder, ""))
+  environment.setdefault("KILL_PARTS", "")  # whether the student lies in parts over the devices
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -212,10 +217,15 @@ def compare(folder, whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("processes", "number"),
-  [(1, signal.SIGKILL), (1, signal.SIGTERM), (2, signal.SIGKILL), (2, signal.SIGTERM)],
+  ("processes", "number", "parts"),
+  [
+    *((n, number, "") for n in (1, 2) for number in (signal.SIGKILL, signal.SIGTERM)),
+    (2, signal.SIGKILL, "parts"),
+    (2, signal.SIGTERM, "parts"),
+  ],
 )
-def test_runs_that_are_hit_end_with_the_same_bits(tmp_path, processes, number):
+def test_runs_that_are_hit_end_with_the_same_bits(tmp_path, monkeypatch, processes, number, parts):
+  monkeypatch.setenv("KILL_PARTS", parts)
   run_whole(tmp_path / "whole", tmp_path / "cache", processes)
   hits, _ = strike_and_resume(
     tmp_path / "hit", tmp_path / "cache", random.Random(), 3, processes, number
@@ -229,8 +239,10 @@ def main():
   parser.add_argument("strikes", type=int, help="how many")
   parser.add_argument("--processes", type=int, default=1, help="of a run, one of which is hit")
   parser.add_argument("--terminate", action="store_true", help="by SIGTERM, and not by SIGKILL")
+  parser.add_argument("--parts", action="store_true", help="the student over the devices")
   parser.add_argument("--seed", type=int, default=0, help="of the moments")
   options = parser.parse_args()
+  os.environ["KILL_PARTS"] = "parts" if options.parts else ""
   number = signal.SIGTERM if options.terminate else signal.SIGKILL
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)

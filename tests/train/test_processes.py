@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,24 +17,29 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax._src import array
+from jax._src import distributed as distributed_jax
 
 import small_networks
 from jaxdistill import data, export, recipes, runs, search, teachers, train
 from jaxdistill.runs import Checkpoints
+from jaxdistill.train import _mesh
 from jaxdistill.types import Model
 
 CHILD = """
 import os, sys
-port, process, folder, kind = sys.argv[1:]
+port, process, folder, kind, devices = sys.argv[1:]
 os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+  f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
 import test_processes
-works = {"stopped": test_processes.stopped, "left": test_processes.left}
+works = {
+  "stopped": test_processes.stopped, "left": test_processes.left, "parts": test_processes.in_parts
+}
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
 
@@ -126,8 +132,55 @@ def left(folder, kind):
   run(folder, "streamed", callback=fail, steps=800, validate_every=800)
 
 
-def two_processes(folder, kind):
-  """Starts them."""
+def of_parts(**axes):
+  """Student and teacher in parts on a mesh."""
+  devices = jax.devices()[: np.prod(list(axes.values()))]
+  mesh = train.mesh(devices=devices, **axes)
+  return train.with_jit(mesh, sharding=train.fsdp(), teacher_sharding=train.fsdp())
+
+
+def break_off(folder, dispatch):
+  """A run that ends at step 6 of 8, and is saved at step 4."""
+
+  def stop(step, record):
+    if step == 6:
+      raise StopError
+
+  with pytest.raises(StopError):
+    run(folder, "parts", dispatch, callback=stop)
+
+
+def in_parts(folder, kind):
+  """What each of two processes of two devices does: runs in parts, broken off and gone on with."""
+  fetched, value = [], array.ArrayImpl._value
+  noted = property(lambda self: (fetched.append(self), value.fget(self))[1])
+  array.ArrayImpl._value = noted
+  folder = pathlib.Path(folder)
+  shape = {"parts": {"data": 1, "fsdp": 4}, "parts both": {"data": 2, "fsdp": 2}}[kind]
+  dispatch = of_parts(**shape)
+  whole = run(folder / "whole", "parts", dispatch)
+  break_off(folder / "broken", dispatch)
+  if jax.process_index() == 0:
+    shutil.copytree(folder / "broken", folder / "left")
+  _mesh.barrier("copied")
+  again = run(folder / "broken", "parts", dispatch)
+  for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(whole.state), strict=True):
+    assert a.sharding == b.sharding
+    assert not a.is_fully_addressable
+    if not runs.is_key(a):
+      for mine, theirs in zip(a.addressable_shards, b.addressable_shards, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine.data), np.asarray(theirs.data))
+  kernel = whole.state.params["Dense_0"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size / shape["fsdp"]
+  assert fetched
+  assert all(x.is_fully_replicated or len(x.devices()) == 1 for x in fetched), "a whole leaf came"
+  run(folder / "begun", "parts", dispatch)  # by one process
+  with pytest.raises(ValueError, match="lies on devices of other processes, and a file of weights"):
+    export.as_program(whole.unstack()[0], stored=jax.ShapeDtypeStruct((4,), float))
+
+
+def two_processes(folder, kind, devices=1):
+  """Starts them, of so many devices each."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -137,7 +190,7 @@ def two_processes(folder, kind):
   command = [sys.executable, "-W", "ignore", "-c", CHILD, str(port)]
   return [
     subprocess.Popen(
-      [*command, str(process), str(folder), kind],
+      [*command, str(process), str(folder), kind, str(devices)],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
@@ -209,3 +262,69 @@ def test_two_processes_are_one(tmp_path, kind):
   assert [line["step"] for line in lines] == [2, 4, 6, 8]
   for line, other in zip(lines, one.history, strict=True):
     np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-6)
+
+
+@pytest.fixture
+def unused(monkeypatch):
+  """As if nothing of JAX had been used yet, on a machine of no cluster."""
+  monkeypatch.setattr(distributed_jax.xla_bridge, "backends_are_initialized", lambda: False)
+  for name in list(os.environ):
+    if name.startswith(("SLURM", "OMPI", "KUBERNETES", "JAX_", "TPU")):
+      monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+  ("told", "match"),
+  [
+    ({}, "coordinator, processes, process of .* SLURM .* Open MPI .* Kubernetes .* Cloud TPU"),
+    ({"coordinator": "localhost:1"}, "^processes, process of the program's processes were not"),
+    ({"coordinator": "localhost:1", "processes": 2}, "^process of the program's processes"),
+    ({"coordinator": "localhost"}, "coordinator='localhost' must be 'host:port'"),
+    ({"coordinator": "a:1", "processes": 0}, "processes=0"),
+    ({"coordinator": "a:1", "processes": 2, "process": 2}, "process=2 must be below processes=2"),
+  ],
+)
+def test_processes_that_are_neither_told_nor_found_say_what_was_looked_for(unused, told, match):
+  with pytest.raises(ValueError, match=match):
+    train.distributed(**told)
+  with pytest.raises(TypeError, match="coordinator=3"), small_networks.untyped():
+    train.distributed(3)
+
+
+def the_same(found, wanted):
+  """Eight steps in float64 in which only the order of additions differs."""
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parts", "parts both"])
+def test_two_processes_of_two_devices_in_parts_are_one(tmp_path, kind):
+  """To the bit when gone on with; by one process and back; each writes what it holds."""
+  with jax.enable_x64(True):
+    one = run(tmp_path / "one", "parts", train.with_jit(of_one()))
+    break_off(tmp_path / "begun", of_parts(data=1, fsdp=2))
+    finish(two_processes(tmp_path, kind, devices=2))
+    by_process = sorted(p.name for p in (tmp_path / "whole/checkpoints/8/student").glob("ocdbt.*"))
+    assert by_process == ["ocdbt.process_0", "ocdbt.process_1"]
+    shutil.copytree(tmp_path / "left", tmp_path / "left again")
+    fewer = run(tmp_path / "left", "parts", of_parts(data=1, fsdp=2))
+    alone = run(tmp_path / "left again", "parts", train.with_jit(of_one()))
+    for made in (fewer, alone):
+      the_same(made.variables, one.variables)
+      np.testing.assert_allclose(losses(made), losses(one), rtol=1e-6)
+    for folder in ("whole", "broken", "begun"):
+      with Checkpoints(tmp_path / folder / "checkpoints") as saved:
+        the_same(saved.restore(8)["student"], one.variables)
+      student = export.load_student(tmp_path / folder)
+      the_same(student(np.ones((2, 4))), one.unstack()[0](np.ones((2, 4))).logits)
+  lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+  np.testing.assert_allclose([json.loads(t)["loss"] for t in lines], losses(one), rtol=1e-6)
+
+
+def of_one():
+  return train.data_parallel(jax.devices()[:1])
+
+
+def losses(fitted):
+  return [line["loss"] for line in fitted.history]

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax._src import array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -407,6 +408,19 @@ def test_nan_is_found_in_trees_that_lie_on_several_meshes():
   other = jax.device_put(jnp.ones(2), NamedSharding(back, P("data")))
   trees = {"other": other, "one": {"a": other, "b": one}, "third": jnp.ones(2)}
   assert runs.holding("nan", trees) == ["one"]
+
+
+def test_what_looks_at_every_number_of_an_array_in_parts_leaves_it_there(monkeypatch):
+  whole = {"a": jnp.arange(12.0).reshape(4, 3), "b": jnp.ones(6, jnp.bfloat16)}
+  cut = {n: jax.device_put(x, NamedSharding(two(data=2), P("data"))) for n, x in whole.items()}
+  wanted = runs.fingerprint(whole)
+  fetched, value = [], array.ArrayImpl._value
+  noted = property(lambda self: (fetched.append(self.shape), value.fget(self))[1])
+  monkeypatch.setattr(array.ArrayImpl, "_value", noted)
+  assert runs.fingerprint(cut) == wanted
+  assert runs.holding("not finite", {"cut": cut}) == []
+  assert fetched
+  assert not {x.shape for x in cut.values()} & set(fetched)
 
 
 def test_a_model_in_parts_is_evaluated_where_it_lies():

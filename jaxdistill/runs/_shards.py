@@ -1,0 +1,176 @@
+"""Arrays in parts, part by part: no host ever has more of one than its devices hold.
+
+And the processes of a program that write such arrays into one folder together: what one of them
+could not do, all of them hear of. They talk through JAX's own store of words, which needs no
+device, so that a thread can wait while the others compute.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+
+from jaxdistill import _check
+from jaxdistill.runs._manifest import CheckpointError
+
+__all__ = ["Together", "by_part", "in_parts", "kept", "same_bits"]
+
+PyTree = Any
+# Milliseconds: a process that has died is noticed elsewhere, see `jaxdistill.train`.
+_PATIENCE = 3_600_000
+# How often the processes have met; all of them meet in the same order.
+_MEETINGS = itertools.count()
+
+
+def in_parts(leaf: Any) -> bool:
+  """Whether an array, or a shape with a sharding, is cut, or lies on other processes' devices."""
+  at = getattr(leaf, "sharding", None)
+  if not isinstance(at, NamedSharding):
+    return False
+  return not (at.is_fully_replicated and at.is_fully_addressable)
+
+
+def by_part(
+  leaf: jax.Array, at: Any, change: Callable[[Any], Any] = lambda part: part
+) -> jax.Array:
+  """An array made of the parts of another, each where it lies, in a buffer of its own.
+
+  Args:
+    leaf: the array.
+    at: the new one's sharding, a mesh's, of the same parts on some of the same devices.
+    change: what becomes of a part; of the same shape.
+  """
+  kind, devices = at.memory_kind, at.device_set
+  parts = [
+    jax.device_put(
+      change(part.data), SingleDeviceSharding(part.device, memory_kind=kind), may_alias=False
+    )
+    for part in leaf.addressable_shards
+    if part.device in devices
+  ]
+  return jax.make_array_from_single_device_arrays(leaf.shape, at, parts)
+
+
+def kept(leaf: jax.Array, change: Callable[[Any], Any] = lambda part: part) -> jax.Array:
+  """A copy of an array in parts that outlives it, in the host's memory: of copies, one.
+
+  Args:
+    leaf: the array, which may be donated afterwards.
+    change: as `by_part` takes it.
+  """
+  return by_part(leaf, _once(leaf.sharding), change)
+
+
+def _once(at: Any) -> NamedSharding:
+  """The sharding without copies, in the memory of the host.
+
+  Copies lie along the axes of the mesh that the array is not cut along. A process keeps one of what
+  it has: Orbax asks each for a part, and takes the first copy of all.
+  """
+  cut = {a for entry in at.spec for a in (entry if isinstance(entry, tuple) else (entry,))}
+  devices = at.mesh.devices
+  processes = {device.process_index for device in devices.flat}
+  for axis, name in enumerate(at.mesh.axis_names):
+    if name not in cut:
+      fewer = devices.take([0], axis=axis)
+      if {device.process_index for device in fewer.flat} == processes:
+        devices = fewer
+  mesh = Mesh(devices, at.mesh.axis_names, axis_types=at.mesh.axis_types)
+  return NamedSharding(mesh, at.spec, memory_kind=_host_memory(at.addressable_devices))
+
+
+def _host_memory(devices: Any) -> str | None:
+  """What JAX calls the host's memory beside a device; None where the device's own is that."""
+  kinds = {memory.kind for device in devices for memory in device.addressable_memories()}
+  on_host = all(device.platform == "cpu" for device in devices)
+  return "pinned_host" if "pinned_host" in kinds and not on_host else None
+
+
+def same_bits(one: Any, other: Any) -> bool:
+  """Whether two arrays are the same in every bit, compared part by part where they are in parts."""
+  if one.shape != other.shape or one.dtype != other.dtype:
+    return False
+  if not in_parts(one):
+    a, b = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    return bool(np.array_equal(a, b))
+  pairs = zip(one.addressable_shards, other.addressable_shards, strict=True)
+  return all(
+    a.index == b.index and same_bits(np.asarray(a.data), np.asarray(b.data)) for a, b in pairs
+  )
+
+
+class Together:
+  """The processes that write one folder: all of them where arrays lie on other ones' devices.
+
+  Args:
+    tree: the arrays that are written; None for all processes in any case.
+
+  Attributes:
+    me: which of them this process is; 0 of those that write alone.
+    count: how many there are.
+  """
+
+  def __init__(self, tree: PyTree = None) -> None:
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
+    several = any(not leaf.is_fully_addressable for leaf in leaves)
+    several = jax.process_count() > 1 if tree is None else several
+    self.me = jax.process_index() if several else 0
+    self.count = jax.process_count() if several else 1
+
+  def each(self, work: Callable[[], str | None]) -> list[str]:
+    """What each process has to say, once all of them have done their work.
+
+    Args:
+      work: this process's; it returns what it says.
+
+    Raises:
+      CheckpointError: another process failed; names it, and says why. What this one raises comes.
+    """
+    if self.count == 1:
+      return [work() or ""]
+    problem: BaseException | None = None
+    try:
+      word = "+" + (work() or "")
+    except Exception as error:
+      problem, word = error, "-" + _check.short(error)
+    said = _exchanged(word, self.me, self.count)
+    if problem is not None:
+      raise problem
+    failed = [f"process {i}: {one[1:]}" for i, one in enumerate(said) if one[0] == "-"]
+    if failed:
+      raise CheckpointError("; ".join(failed))
+    return [one[1:] for one in said]
+
+  def first(self, work: Callable[[], Any]) -> None:
+    """Does something in process 0 alone, for whose end the others wait: an hour, and no longer.
+
+    Raises:
+      CheckpointError: it failed there.
+    """
+
+    def mine() -> None:
+      if self.me == 0:
+        work()
+
+    self.each(mine)
+
+
+def _exchanged(word: str, me: int, count: int) -> list[str]:
+  """What all processes say at this meeting, in their order."""
+  from jax._src import distributed  # JAX has no public name for its store
+
+  client: Any = distributed.global_state.client
+  number = next(_MEETINGS)
+  client.key_value_set(f"jaxdistill/meeting/{number}/{me}", word)
+  said = [
+    client.blocking_key_value_get(f"jaxdistill/meeting/{number}/{process}", _PATIENCE)
+    for process in range(count)
+  ]
+  if number:  # whoever is here has read what was said before
+    client.key_value_delete(f"jaxdistill/meeting/{number - 1}/{me}")
+  return said
