@@ -12,7 +12,7 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data import tokenizers as tokenizers
   from jaxdistill.data import transforms as transforms
-  from jaxdistill.data._batches import Batches, evaluation_batches
+  from jaxdistill.data._batches import Batches, evaluation_batches, made_ahead
   from jaxdistill.data._examples import (
     Examples,
     Fields,
@@ -76,6 +76,7 @@ __all__ = [
   "identity",  # the augmentation that shows every example as it is
   "iterated",  # batches of a stream that can only be iterated, in the stream's own order
   "load",  # reads a whole TFDS split into memory, without TensorFlow
+  "made_ahead",  # what a function makes of some numbers, in their order, a few of them ahead
   "mixed",  # mixes unlabelled transfer data into every batch, at a fixed share of it
   "normalizer",  # the function that a ``normalize`` argument stands for
   "on_device",  # keeps all examples on the device; an item is a row of indices

@@ -131,7 +131,7 @@ def streamed(
     name=examples.name,
     version=examples.version,
     augmentation=augmentation.name,
-    whole=whole_of(examples, functools.partial(_item, examples, known)),
+    whole=whole_of(examples, functools.partial(_item, examples, known), reads=True),
     contents=functools.partial(_contents, examples, known),
     shown=functools.partial(shown_by, cut, first),
     has_labels=examples.has_labels,
