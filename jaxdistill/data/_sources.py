@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxdistill import _check, runs
 from jaxdistill.data._examples import Examples, Records, ignored, label_mask
+from jaxdistill.data._on_host import OnHost, shown_on_host
 from jaxdistill.data._views import (
   Augmentation,
   Normalize,
@@ -44,6 +45,7 @@ __all__ = [
   "mixed",
   "on_device",
   "read_rows",
+  "read_shown",
   "rows_of",
   "rows_to_use",
   "sample_of",
@@ -312,12 +314,23 @@ def contents_of(rows: Mapping[str, Any]) -> dict[str, str]:
   return {"inputs": runs.fingerprint(rows["inputs"]), "labels": runs.fingerprint(labels)}
 
 
-def sample_of(examples: Examples | Records, known: np.ndarray) -> dict[str, str]:
-  """The digests of a few rows, read anew; of their labels too, where nobody knows them all."""
+def sample_of(
+  examples: Examples | Records,
+  known: np.ndarray,
+  read_some: Callable[[np.ndarray], dict[str, Any]] | None = None,
+) -> dict[str, str]:
+  """The digests of a few rows, read anew; of their labels too, where nobody knows them all.
+
+  Args:
+    examples: the rows.
+    known: which labels may be used.
+    read_some: reads rows by number; `read_rows` by default.
+  """
+  read_some = read_some or functools.partial(read_rows, examples, known)
   rows = np.unique(np.linspace(0, len(examples) - 1, _SAMPLE).round().astype(np.int32))
 
   def read() -> dict[str, str]:
-    found = read_rows(examples, known, rows)
+    found = read_some(rows)
     digests = {"sample": runs.fingerprint(found.pop("inputs"))}
     if isinstance(examples, Records):
       digests["labels of sample"] = runs.fingerprint(tuple(found.values()))
@@ -357,6 +370,34 @@ def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
 def read_rows(examples: Examples | Records, known: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
   """These rows as batches show them."""
   return _usable(examples.read(rows), known[rows])
+
+
+def read_shown(
+  examples: Examples | Records,
+  known: np.ndarray,
+  steps: Sequence[OnHost],
+  data_seed: int,
+  rows: np.ndarray,
+  views: np.ndarray,
+) -> dict[str, Any]:
+  """These rows as views of them show them, whose pictures the host changes; one view each."""
+
+  def shown(inputs: Any, at: int) -> Any:
+    return shown_on_host(steps, inputs, data_seed, int(rows[at]), int(views[at]))
+
+  if isinstance(examples, Records):
+    key = examples.inputs
+    if not isinstance(key, str) or examples.transform is not None:
+      raise ValueError(
+        f"on_host is for records of one picture without a transform, and {examples.name!r} has "
+        f"inputs={key!r}{' and a transform' if examples.transform is not None else ''}: make an "
+        "OnHost of the transform, and put it first."
+      )
+    found = examples.features(rows)
+    made = [{**one, key: shown(one[key], at)} for at, one in enumerate(found)]
+    return _usable(examples.stack(made, rows), known[rows])
+  read = read_rows(examples, known, rows)
+  return {**read, "inputs": np.stack([shown(x, at) for at, x in enumerate(read["inputs"])])}
 
 
 def _usable(rows: dict[str, Any], known: np.ndarray) -> dict[str, Any]:
