@@ -17,7 +17,7 @@ COMMANDS = {
   "export": ("jaxdistill.export.command", "export a run's student, or look at its exports again"),
   "cache": (
     "jaxdistill.teachers.command",
-    "verify a teacher cache, or compare it with its teacher",
+    "fill a teacher cache, verify it, or compare it with its teacher",
   ),
   "budget": ("jaxdistill.search.command", "measure a run's student, and hold it against a budget"),
 }

@@ -9,6 +9,7 @@ __all__ = ["EXTRAS", "MissingExtraError", "need", "there"]
 # What is imported, and which extra of pyproject.toml installs it; the rest is always there.
 EXTRAS = {
   "array_record": "data",
+  "cv2": "data",
   "grain": "data",
   "jax2onnx": "export",
   "jinja2": "report",

@@ -12,7 +12,7 @@ from jaxdistill._door import lazy
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.data import tokenizers as tokenizers
   from jaxdistill.data import transforms as transforms
-  from jaxdistill.data._batches import Batches, evaluation_batches
+  from jaxdistill.data._batches import Batches, evaluation_batches, made_ahead
   from jaxdistill.data._examples import (
     Examples,
     Fields,
@@ -21,6 +21,12 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     from_dicts,
     from_sequence,
     some_labels,
+  )
+  from jaxdistill.data._on_host import (
+    OnHost,
+    central_crop,
+    colour_jitter,
+    random_resized_crop,
   )
   from jaxdistill.data._sources import (
     Part,
@@ -58,12 +64,15 @@ __all__ = [
   "Examples",  # a split in memory, as stored: not normalised, not augmented
   "Fields",  # what of a row is the input and what is the label, where rows are dicts
   "Normalize",  # what `normalize` may be: a function, (mean, std), or None
+  "OnHost",  # a step of what happens to a picture when it is read
   "Packed",  # documents side by side in rows of one length
   "Part",  # which share of a batch a process reads: (its number, of how many)
   "Records",  # random access to dicts of features
   "Source",  # where training batches come from, from the first step to the last
   "augment",  # augments a batch: each example by the choice, or the key, of this view of it
+  "central_crop",  # what a network is tested on: the middle of a picture, resized
   "choice",  # which of finitely many augmentations a view of an example shows
+  "colour_jitter",  # brightness, contrast and saturation changed at random, on the host
   "crop",  # random crops of a padded image, all numbered: shifts by up to ``padding`` pixels
   "crop_flip",  # random crops and their mirror images, all numbered: what CIFAR is trained with
   "divide_by",  # a normalisation that casts to float32 and divides
@@ -76,11 +85,13 @@ __all__ = [
   "identity",  # the augmentation that shows every example as it is
   "iterated",  # batches of a stream that can only be iterated, in the stream's own order
   "load",  # reads a whole TFDS split into memory, without TensorFlow
+  "made_ahead",  # what a function makes of some numbers, in their order, a few of them ahead
   "mixed",  # mixes unlabelled transfer data into every batch, at a fixed share of it
   "normalizer",  # the function that a ``normalize`` argument stands for
   "on_device",  # keeps all examples on the device; an item is a row of indices
   "pack",  # lays documents side by side into rows, each prediction exactly once
   "rand_augment",  # strong augmentation: a few of fourteen operations, and a grey square
+  "random_resized_crop",  # a random rectangle of a picture, resized and mirrored, on the host
   "record_files",  # random access to the records of ArrayRecord files, one after another
   "records",  # opens a TFDS split for random access; nothing is decoded yet
   "shifted",  # windows of a text as what is read, what is predicted, and what of it counts

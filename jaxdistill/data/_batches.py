@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,7 +27,9 @@ from jaxdistill.data._sources import (
 from jaxdistill.data._views import Arithmetic, Normalize, normalizer
 from jaxdistill.types import Batch, Outputs, PyTree
 
-__all__ = ["Batches", "evaluation_batches"]
+__all__ = ["Batches", "evaluation_batches", "made_ahead"]
+
+Made = TypeVar("Made")
 
 # How many batches are made before they are asked for, by as many threads.
 _AHEAD = 2
@@ -65,10 +67,15 @@ class Batches:
   def __iter__(self) -> Iterator[Batch]:
     """All batches in their order; a few are made ahead, and no more are in memory."""
     _extras.need("data.evaluation_batches of what is streamed", "grain")
-    import grain  # a second to import, and only streams need it
+    return made_ahead(self.__getitem__, range(self.count))
 
-    made = grain.MapDataset.range(self.count).map(self.__getitem__)
-    return iter(made.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
+
+def made_ahead(make: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:
+  """What ``make`` makes of these numbers, in their order, two of them ahead by Grain's threads."""
+  import grain  # a second to import, and only streams need it
+
+  made = grain.MapDataset.source(numbers).map(make)
+  return iter(made.to_iter_dataset(grain.ReadOptions(_AHEAD, _AHEAD)))
 
 
 def evaluation_batches(

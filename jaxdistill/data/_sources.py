@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxdistill import _check, runs
 from jaxdistill.data._examples import Examples, Records, ignored, label_mask
+from jaxdistill.data._on_host import OnHost, shown_on_host
 from jaxdistill.data._views import (
   Augmentation,
   Normalize,
@@ -44,6 +45,7 @@ __all__ = [
   "mixed",
   "on_device",
   "read_rows",
+  "read_shown",
   "rows_of",
   "rows_to_use",
   "sample_of",
@@ -68,16 +70,28 @@ class Whole:
 
   Attributes:
     size: how many examples, transfer data included: what a batch's ``index`` counts.
-    every: ``(data_seed, batch_size, view) -> items`` for ``cut``, one by one, of this view of every
-      example. A batch repeats an example rather than be smaller than the others.
+    count: ``batch_size -> number of batches`` that show every example at least once. A batch
+      repeats an example rather than be smaller than the others.
+    numbers: ``(batch_size, number) -> [B]`` int32: which examples that batch shows, the same in
+      every view. Nothing is read for it.
+    item: ``(data_seed, batch_size, view, number) -> item`` for ``cut``: that batch of this view.
     rows: ``items -> (index, view)`` on the host, each ``[count, B]``, as ``cut`` will give them.
     ids: ``() -> [size]`` strings, unique.
+    reads: whether an item's rows are read, so that they are better read ahead.
   """
 
   size: int
-  every: Callable[[int, int, int], Iterator[PyTree]]
+  count: Callable[[int], int]
+  numbers: Callable[[int, int], np.ndarray]
+  item: Callable[[int, int, int, int], PyTree]
   rows: Callable[[PyTree], tuple[np.ndarray, np.ndarray]]
   ids: Callable[[], Sequence[str]]
+  reads: bool = False
+
+  def every(self, data_seed: int, batch_size: int, view: int) -> Iterator[PyTree]:
+    """Items for ``cut``, one by one, of this view of every example."""
+    for number in range(self.count(batch_size)):
+      yield self.item(data_seed, batch_size, view, number)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,12 +314,23 @@ def contents_of(rows: Mapping[str, Any]) -> dict[str, str]:
   return {"inputs": runs.fingerprint(rows["inputs"]), "labels": runs.fingerprint(labels)}
 
 
-def sample_of(examples: Examples | Records, known: np.ndarray) -> dict[str, str]:
-  """The digests of a few rows, read anew; of their labels too, where nobody knows them all."""
+def sample_of(
+  examples: Examples | Records,
+  known: np.ndarray,
+  read_some: Callable[[np.ndarray], dict[str, Any]] | None = None,
+) -> dict[str, str]:
+  """The digests of a few rows, read anew; of their labels too, where nobody knows them all.
+
+  Args:
+    examples: the rows.
+    known: which labels may be used.
+    read_some: reads rows by number; `read_rows` by default.
+  """
+  read_some = read_some or functools.partial(read_rows, examples, known)
   rows = np.unique(np.linspace(0, len(examples) - 1, _SAMPLE).round().astype(np.int32))
 
   def read() -> dict[str, str]:
-    found = read_rows(examples, known, rows)
+    found = read_some(rows)
     digests = {"sample": runs.fingerprint(found.pop("inputs"))}
     if isinstance(examples, Records):
       digests["labels of sample"] = runs.fingerprint(tuple(found.values()))
@@ -345,6 +370,34 @@ def rows_to_use(examples: Examples, known: np.ndarray) -> dict[str, Any]:
 def read_rows(examples: Examples | Records, known: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
   """These rows as batches show them."""
   return _usable(examples.read(rows), known[rows])
+
+
+def read_shown(
+  examples: Examples | Records,
+  known: np.ndarray,
+  steps: Sequence[OnHost],
+  data_seed: int,
+  rows: np.ndarray,
+  views: np.ndarray,
+) -> dict[str, Any]:
+  """These rows as views of them show them, whose pictures the host changes; one view each."""
+
+  def shown(inputs: Any, at: int) -> Any:
+    return shown_on_host(steps, inputs, data_seed, int(rows[at]), int(views[at]))
+
+  if isinstance(examples, Records):
+    key = examples.inputs
+    if not isinstance(key, str) or examples.transform is not None:
+      raise ValueError(
+        f"on_host is for records of one picture without a transform, and {examples.name!r} has "
+        f"inputs={key!r}{' and a transform' if examples.transform is not None else ''}: make an "
+        "OnHost of the transform, and put it first."
+      )
+    found = examples.features(rows)
+    made = [{**one, key: shown(one[key], at)} for at, one in enumerate(found)]
+    return _usable(examples.stack(made, rows), known[rows])
+  read = read_rows(examples, known, rows)
+  return {**read, "inputs": np.stack([shown(x, at) for at, x in enumerate(read["inputs"])])}
 
 
 def _usable(rows: dict[str, Any], known: np.ndarray) -> dict[str, Any]:
@@ -430,22 +483,30 @@ def rows_of(order: np.ndarray, step: int, batch_size: int, part: Part) -> np.nda
 
 
 def whole_of(
-  examples: Examples | Records, item: Callable[[np.ndarray, dict[str, np.ndarray]], PyTree]
+  examples: Examples | Records,
+  make: Callable[[np.ndarray, dict[str, np.ndarray]], PyTree],
+  *,
+  reads: bool = False,
 ) -> Whole:
-  """Every example of a source that is no mix; ``item`` makes what ``cut`` takes of row numbers."""
+  """Every example of a source that is no mix; ``make`` makes what ``cut`` takes of row numbers."""
   size = len(examples)
 
-  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
-    for first in range(0, size, batch):
-      # The last row comes again at the end: a smaller batch would be another program.
-      index = np.minimum(np.arange(first, first + batch, dtype=np.int32), size - 1)
-      yield item(index, view_numbers(seed, np.asarray(view), None))
+  def numbers(batch: int, number: int) -> np.ndarray:
+    # The last row comes again at the end: a smaller batch would be another program.
+    first = number * batch
+    return np.minimum(np.arange(first, first + batch, dtype=np.int32), size - 1)
+
+  def item(seed: int, batch: int, view: int, number: int) -> PyTree:
+    return make(numbers(batch, number), view_numbers(seed, np.asarray(view), None))
 
   def rows(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
     index = np.asarray(items["index"])
     return index, np.broadcast_to(np.asarray(items["view"])[:, None], index.shape)
 
-  return Whole(size, every, rows, examples.read_ids)
+  def count(batch: int) -> int:
+    return -(-size // batch)
+
+  return Whole(size, count, numbers, item, rows, examples.read_ids, reads)
 
 
 def view_count(augmentation: Augmentation, views: int | None) -> int | None:
@@ -670,13 +731,26 @@ def _both(source: Source, transfer: Source) -> Whole | None:
   if first is None or second is None:
     return None
 
-  def every(seed: int, batch: int, view: int) -> Iterator[PyTree]:
-    # Both halves every time, whatever the share: one program, and each example at least once.
+  # Both halves every time, whatever the share: one program, and each example at least once. The
+  # smaller of the two begins again.
+  def count(batch: int) -> int:
     half = max(1, batch // 2)
-    mine = _again(first, seed, half, view % (source.views or view + 1))
-    more = _again(second, _other_seed(seed), half, view % (transfer.views or view + 1))
-    for _ in range(-(-max(first.size, second.size) // half)):
-      yield {"source": next(mine), "transfer": next(more)}
+    return max(first.count(half), second.count(half))
+
+  def numbers(batch: int, number: int) -> np.ndarray:
+    half = max(1, batch // 2)
+    mine = first.numbers(half, number % first.count(half))
+    more = second.numbers(half, number % second.count(half))
+    return np.concatenate([mine, more + np.int32(source.size)])
+
+  def item(seed: int, batch: int, view: int, number: int) -> PyTree:
+    half = max(1, batch // 2)
+    views = (view % (one.views or view + 1) for one in (source, transfer))
+    at = (number % one.count(half) for one in (first, second))
+    return {
+      "source": first.item(seed, half, next(views), next(at)),
+      "transfer": second.item(_other_seed(seed), half, next(views), next(at)),
+    }
 
   def rows(items: PyTree) -> tuple[np.ndarray, np.ndarray]:
     mine, more = first.rows(items["source"]), second.rows(items["transfer"])
@@ -688,12 +762,8 @@ def _both(source: Source, transfer: Source) -> Whole | None:
   def ids() -> list[str]:
     return [f"source/{id}" for id in first.ids()] + [f"transfer/{id}" for id in second.ids()]
 
-  return Whole(first.size + second.size, every, rows, ids)
-
-
-def _again(whole: Whole, seed: int, batch_size: int, view: int) -> Iterator[PyTree]:
-  while True:
-    yield from whole.every(seed, batch_size, view)
+  size, reads = first.size + second.size, first.reads or second.reads
+  return Whole(size, count, numbers, item, rows, ids, reads)
 
 
 def _normalised(source: Source) -> str:

@@ -26,6 +26,7 @@ from jaxdistill.data._examples import (
   label_mask,
   row_reader,
 )
+from jaxdistill.data._on_host import OnHost, checked_steps, named
 from jaxdistill.data._sources import (
   Part,
   Source,
@@ -33,6 +34,7 @@ from jaxdistill.data._sources import (
   cutter,
   example_shapes,
   read_rows,
+  read_shown,
   rows_of,
   rows_to_use,
   sample_of,
@@ -63,6 +65,7 @@ def streamed(
   views: int | None = None,
   normalize: Normalize = None,
   labelled: Any = None,
+  on_host: OnHost | Sequence[OnHost] = (),
   prefetch: int = 4,
   workers: int = 0,
 ) -> Source:
@@ -79,6 +82,8 @@ def streamed(
     labelled: ``[N]``, whether an example's label may be used, or the leading axes of the labels; by
       default all may (none where the set has no labels). A label that may not be used does not
       reach the batch.
+    on_host: what happens to each picture when it is read, before the device sees it, step by step:
+      `random_resized_crop`, `colour_jitter`. Pictures of many sizes become one here.
     prefetch: how many batches are read ahead, by as many threads; where a batch is small, and its
       rows are arrays or TFDS's without a transform, as many pieces of 512 rows.
     workers: processes that read, for `Records` whose decoding keeps one core busy; each starts
@@ -89,8 +94,8 @@ def streamed(
 
   Raises:
     ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
-      does not fit.
-    TypeError: the inputs are text, which no device takes.
+      does not fit, or records that the host changes have a transform.
+    TypeError: the inputs are text, which no device takes, or something in ``on_host`` is no step.
   """
   _check.whole("prefetch", prefetch)
   _check.whole("workers", workers, least=0)
@@ -100,21 +105,24 @@ def streamed(
       f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
       f"{_check.show(examples)}."
     )
-  views = view_count(augmentation, views)
+  steps = checked_steps(on_host)
+  views = views if steps else view_count(augmentation, views)
   known = label_mask(examples, labelled)
-  fetch = functools.partial(_fetch, examples, known, views)
+  read_some = functools.partial(_rows, examples, known, steps)
+  fetch = functools.partial(_fetch, read_some, len(examples), views)
   # A user's own rows may each take long to make: of those no batch waits for another.
   quick = isinstance(examples, Examples) or (examples.prepared and examples.transform is None)
+  quick = quick and not steps
 
   def start(seed: int, batch: int, part: Part, step: int) -> Iterator[PyTree]:
-    steps = max(1, _ROWS * part[1] // batch) if quick else 1
-    pieces = functools.partial(fetch, seed, batch, part, steps)
-    return _stream(pieces, step, steps, prefetch, workers)
+    many = max(1, _ROWS * part[1] // batch) if quick else 1
+    pieces = functools.partial(fetch, seed, batch, part, many)
+    return _stream(pieces, step, many, prefetch, workers)
 
   finish = normalizer(normalize)
   cut, first = (
     cutter(augmentation, finish, examples.ignore),
-    read_rows(examples, known, np.arange(1)),
+    read_some(np.arange(1), 0, np.zeros(1, np.int64)),
   )
   stored = example_shapes(first["inputs"], examples.name)
   return Source(
@@ -130,19 +138,39 @@ def streamed(
     views=views,
     name=examples.name,
     version=examples.version,
-    augmentation=augmentation.name,
-    whole=whole_of(examples, functools.partial(_item, examples, known)),
-    contents=functools.partial(_contents, examples, known),
+    augmentation=named(steps, augmentation.name),
+    whole=whole_of(examples, functools.partial(_item, read_some), reads=True),
+    contents=functools.partial(_contents, examples, known, read_some),
     shown=functools.partial(shown_by, cut, first),
     has_labels=examples.has_labels,
     tokenizer=examples.tokenizer if isinstance(examples, Examples) else "",
   )
 
 
-def _contents(examples: Examples | Records, known: np.ndarray) -> dict[str, str]:
+def _rows(
+  examples: Examples | Records,
+  known: np.ndarray,
+  steps: Sequence[OnHost],
+  index: np.ndarray,
+  seed: int,
+  views: np.ndarray,
+) -> dict[str, Any]:
+  """Rows as these views of them, one each, show them before they come to a device."""
+  if not steps:
+    return read_rows(examples, known, index)
+  return read_shown(examples, known, steps, seed, index, views)
+
+
+def _contents(
+  examples: Examples | Records, known: np.ndarray, read_some: Callable[..., dict[str, Any]]
+) -> dict[str, str]:
   """What is streamed; arrays not once for all, since they are the user's to change."""
   whole = contents_of(rows_to_use(examples, known)) if isinstance(examples, Examples) else {}
-  return whole | sample_of(examples, known)
+
+  def first_views(rows: np.ndarray) -> dict[str, Any]:
+    return read_some(rows, 0, np.zeros_like(rows))
+
+  return whole | sample_of(examples, known, first_views)
 
 
 def resumable(
@@ -167,8 +195,8 @@ def resumable(
 
 
 def _fetch(
-  examples: Examples | Records,
-  known: np.ndarray,
+  read_some: Callable[..., dict[str, Any]],
+  size: int,
   views: int | None,
   seed: int,
   batch_size: int,
@@ -177,25 +205,29 @@ def _fetch(
   step: int,
 ) -> list[dict[str, Any]]:
   """The items of some steps from ``step`` on; by NumPy alone, in threads or other processes."""
-  size, turns = len(examples), range(step, step + steps)
+  turns = range(step, step + steps)
   places = [divmod(turn, size // batch_size) for turn in turns]
   index = [
     rows_of(_remembered_order(seed, epoch, size), first, batch_size, part)
     for epoch, first in places
   ]
-  rows = _item(examples, known, np.concatenate(index), {})
   mine = len(index[0])
+  numbers = [view_numbers(seed, np.asarray(epoch), views) for epoch, _ in places]
+  joined = np.concatenate(index)
+  shown = np.repeat([int(one["view"]) for one in numbers], mine)
+  rows = {"index": joined, **read_some(joined, seed, shown)}
   return [
-    jax.tree.map(lambda leaf, at=at: leaf[at : at + mine], rows)
-    | view_numbers(seed, np.asarray(epoch), views)
-    for at, (epoch, _) in zip(range(0, mine * steps, mine), places, strict=True)
+    jax.tree.map(lambda leaf, at=at: leaf[at : at + mine], rows) | one
+    for at, one in zip(range(0, mine * steps, mine), numbers, strict=True)
   ]
 
 
 def _item(
-  examples: Examples | Records, known: np.ndarray, index: np.ndarray, numbers: dict[str, np.ndarray]
+  read_some: Callable[..., dict[str, Any]], index: np.ndarray, numbers: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-  return {"index": index, **read_rows(examples, known, index), **numbers}
+  """An item of these rows of one view."""
+  shown = np.full(len(index), int(numbers["view"]))
+  return {"index": index, **read_some(index, int(numbers["data_seed"]), shown), **numbers}
 
 
 def _stream(

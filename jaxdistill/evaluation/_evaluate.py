@@ -42,6 +42,8 @@ __all__ = [
 ]
 
 Split = TypeVar("Split", bound=Batch | Batches)
+# The axes of a mesh over which batches are split: `jaxdistill.train.mesh`, of a room above.
+_DATA, _FSDP = "data", "fsdp"
 # What comes of variables that belong to another network.
 _MISFITS = (
   _check.VariablesError,
@@ -62,7 +64,9 @@ def evaluate(
   """Evaluates a model on a whole split, padded rows excluded exactly.
 
   A network is compiled for once, whatever is evaluated of it: all its models, on any split in
-  batches of one size, with a teacher or without.
+  batches of one size, with a teacher or without. Where a model of one seed lies on several devices,
+  as after a training over them, these share each batch whose size they divide. Sums of batches are
+  added up in float64 on the host; of a split that is streamed, five batches at most are in memory.
 
   Args:
     model: what `jaxdistill.fit` returned, ``Model(network, variables)``, or a teacher (an ensemble,
@@ -358,6 +362,24 @@ def _mesh_of(model: Any) -> Mesh | None:
   return mesh if tuple(one.spec)[:1] == mesh.axis_names else None
 
 
+def _shares_of(model: Any) -> NamedSharding | None:
+  """How batches are shared out over the devices on which one model lies; None for one device.
+
+  Students of several seeds are left as they are: the compiler, left to share out what vmap makes of
+  their convolutions, fails at those in groups.
+  """
+  if _seeds(model) is not None:
+    return None
+  for leaf in jax.tree.leaves(model):
+    where = getattr(leaf, "sharding", None)
+    if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
+      continue
+    if where.mesh.shape.get(_DATA, 1) > 1 and where.is_fully_addressable:
+      over = tuple(axis for axis in (_DATA, _FSDP) if axis in where.mesh.shape)
+      return NamedSharding(where.mesh, PartitionSpec(over))
+  return None
+
+
 def _task(task: Any) -> Task:
   if task is None:
     return tasks.classification()
@@ -390,6 +412,7 @@ class _Pass:
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
     self.model, self.teacher = settled((model, teacher))
+    self.shares = _shares_of(self.model)
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: _Teacher | None = None
     first = first_of(batches)
@@ -423,8 +446,12 @@ class _Pass:
       self.program = kept(measures, model, said, self.first)
 
   def _shown(self, batch: Batch) -> Batch:
-    """What the model sees of a batch: a network sees no teacher's outputs."""
-    return dataclasses.replace(batch, teacher=None) if isinstance(self.model, Model) else batch
+    """What the model sees of a batch, on its devices: a network sees no teacher's outputs."""
+    shown = dataclasses.replace(batch, teacher=None) if isinstance(self.model, Model) else batch
+    if self.shares is None or len(batch.weight) % math.prod(self.shares.mesh.shape.values()):
+      return shown
+    # Each device has its rows of the batch, and their sums are added up by the program.
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, self.shares), shown)
 
   def compile(self, calls: float) -> None:
     """Begins to compile in the background, for so many passes without a teacher."""

@@ -50,6 +50,11 @@ class Progress:
     elif self._done != self._said and monotonic() - self._since >= self._every:
       self._line()
 
+  @property
+  def left(self) -> int:
+    """How many units there are still."""
+    return self._total - self._done
+
   def say(self, text: str) -> None:
     """Writes a line of its own beside it; nothing where there is no label."""
     if self._label is None:

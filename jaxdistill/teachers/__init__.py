@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
-  from jaxdistill.teachers._cache import Filler, cached, compare_cache, with_outputs
+  from jaxdistill.teachers._cache import (
+    Filled,
+    Filler,
+    cached,
+    compare_cache,
+    fill,
+    with_outputs,
+  )
   from jaxdistill.teachers._cache_files import CacheError, verify_cache
   from jaxdistill.teachers._foreign import foreign
   from jaxdistill.teachers._frozen import (
@@ -35,6 +42,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
 __all__ = [
   "RULES",  # how an ensemble may combine its members' logits
   "CacheError",  # a cache is damaged, or half written
+  "Filled",  # what one process has filled of a cache
   "Filler",  # runs the teacher over every example of a view
   "answered",  # a teacher that can be compiled, for one batch
   "asked_on_host",  # whether a teacher is another program's
@@ -44,6 +52,7 @@ __all__ = [
   "compare_cache",  # computes a sample of a cache again
   "decay_of",  # of a teacher that is a moving average of its student
   "ensemble",  # any number of models, of any architectures, as one teacher
+  "fill",  # fills a cache, or this process' part of it: any number of them need not talk
   "foreign",  # a Python function of arrays on the host as a teacher, of any program
   "frozen",  # a model as a teacher: evaluated in inference mode, gradients stopped
   "grouped",  # a teacher of fine classes as one of coarse classes, combined at temperature 1

@@ -4,8 +4,8 @@ Views are finite and numbered, so a cache is exact under augmentation: the teach
 v of an example is computed when v is first shown, and read back whenever it comes again. Nothing in
 the train step knows of it, since a step uses ``batch.teacher`` where there is one.
 
-`cached` is the source. A `Filler` computes the rows of a view; a `Store` keeps them in memory and
-`Files` on the disk, and find them again.
+`cached` is the source, and `fill` fills one beforehand. A `Filler` computes the rows of a view; a
+`Store` keeps them in memory and `Files` on the disk, and find them again.
 """
 
 from __future__ import annotations
@@ -23,25 +23,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill._compile import by_work, quarter
-from jaxdistill.data import Part, Source, record_files
-from jaxdistill.runs import MANIFEST, progress_bar, say_saved
+from jaxdistill.data import Part, Source, made_ahead, record_files
+from jaxdistill.runs import MANIFEST, Progress, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
+from jaxdistill.teachers._cache_shards import (
+  Shard,
+  claimed,
+  parts_of,
+  rows_of,
+  shards_of,
+  share,
+)
 from jaxdistill.teachers._frozen import asked_on_host, check_tokenizer
 from jaxdistill.teachers._identity import PROBES, sketch
 from jaxdistill.teachers.cache_writer import row_type
 from jaxdistill.types import Batch, Outputs, Teacher
 
-__all__ = ["DTYPES", "LIMIT", "Files", "Filler", "Store", "cached", "compare_cache", "with_outputs"]
+__all__ = [
+  "DTYPES",
+  "LIMIT",
+  "Files",
+  "Filled",
+  "Filler",
+  "Store",
+  "cached",
+  "compare_cache",
+  "fill",
+  "fill_as_it_is",
+  "with_outputs",
+]
 
 PyTree = Any
 DTYPES = ("float16", "float32", "float64")
 # CIFAR-100's logits of all 162 views of crop_flip(4) take 3.2 GB as float32, half as float16.
 LIMIT = 4 * 2**30
-# Of a view that is being filled, what is lost where the process is killed.
+# Of a shard that is being filled, what is lost where the process is killed.
 PART_SECONDS = 10.0
+# By how many batches, after the first, the time of the rest is told.
+_MEASURED = 5
+# How long one waits for what others are filling before it looks again.
+_LOOK_AGAIN = 1.0
+# The axis of a mesh over which batches are split: `jaxdistill.train.AXIS`, of a room above.
+_DATA = "data"
 
 
 def cached(
@@ -104,18 +131,10 @@ def cached(
   if teacher is None:
     store, about = _foreign(source, folder)
   else:
-    _check_teacher(teacher)
-    check_tokenizer(teacher, source.tokenizer, source.name)
-    fill = Filler(teacher, source, dtype, tuple(features), batch_size)
-    _check_size(limit, source, fill.layout)
-    about = {
-      **_identity.identity_of(source, _views(source), dtype, fill.layout),
-      "asked": _identity.asked_of(teacher),
-      "teacher": runs.tree_identity(teacher.variables),
-    }
+    fill, about = _filler(teacher, source, dtype, features, batch_size, limit)
     store = Store(_views(source), fill.layout, fill.size, fill=fill, progress=progress)
     if folder is not None:
-      store.files = _claimed(_check.folder("folder", folder), fill, about)
+      store.files = _opened(_check.folder("folder", folder), fill, about)
   # Read once and kept where they fit: a step then waits for a copy and not for the disk. Where the
   # files are larger than a quarter of the host's memory, rows are read as they are needed.
   store.keep = folder is None or _fits(_bytes(source, store.layout), "host")
@@ -129,7 +148,117 @@ def cached(
   return dataclasses.replace(made, teacher=runs.short_digest(about), skipped=skipped)
 
 
-def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files:
+def fill(
+  teacher: Teacher,
+  source: Source,
+  folder: str | os.PathLike[str],
+  *,
+  part: Part = (0, 1),
+  dtype: str = "float32",
+  features: Sequence[str] = (),
+  limit: int = LIMIT,
+  batch_size: int = 256,
+  progress: str | None = "cache",
+) -> Filled:
+  """Fills a cache of all views, or this process' part of it: what `cached` then opens.
+
+  Any number of processes, on one machine or on several that share a disk, may fill one folder at
+  once. They need not talk, start together or know how many they are: each claims a shard after
+  another, of some thousand rows, and leaves those that others have claimed. One that dies loses
+  what it computed in the last ten seconds; its shard is taken over by whoever comes to it next. On
+  one machine a dead process is known by its number and the time at which it began, elsewhere by
+  three minutes without a sign of life. The files are the same however many filled it, where these
+  have devices of one kind and as many each.
+
+  Each process splits its batches over its own devices. A teacher that lies on several already is
+  asked there.
+
+  Args:
+    teacher: as in `cached`.
+    source: likewise.
+    folder: the cache; made where it is not there.
+    part: ``(p, P)``: only the p-th of P parts of the shards, from 0 on, as a cluster's array of
+      jobs has them; all of them by default, those that nobody has claimed.
+    dtype: as in `cached`, and the same in every process.
+    features: likewise.
+    limit: likewise.
+    batch_size: examples in a batch, over all devices of the process; the same in every process.
+    progress: the label of the bar and of the estimate before it; None for silence.
+
+  Returns:
+    What this process has filled, and how much nobody has filled by now.
+
+  Raises:
+    TypeError: an argument is of another kind than it must be.
+    ValueError: as in `cached`; or ``part`` is none.
+    CacheError: the folder's files are damaged.
+  """
+  _check_arguments(source, dtype, features, progress)
+  for name, value in (("limit", limit), ("batch_size", batch_size)):
+    _check.whole(name, value)
+  part = _checked_part(part)
+  _extras.need("teachers.fill", "array_record", "grain")
+  made, about = _filler(teacher, source, dtype, features, batch_size, limit)
+  files = _opened(_check.folder("folder", folder), made, about)
+  return files.fill(share(shards_of(files.manifest), part), made, progress, wait=False)
+
+
+def fill_as_it_is(teacher: Teacher, source: Source, folder: pathlib.Path) -> Filled:
+  """Fills what a cache that is there lacks, with the dtype, features and size that it has.
+
+  Args:
+    teacher: the teacher.
+    source: what the cache was made of.
+    folder: the cache.
+  """
+  manifest = _cache_files.read_manifest(folder)
+  return fill(
+    teacher,
+    source,
+    folder,
+    dtype=manifest["dtype"],
+    features=_features(manifest),
+    limit=2**63,
+    batch_size=manifest.get("batch_size", 256),
+  )
+
+
+def _features(manifest: Mapping[str, Any]) -> tuple[str, ...]:
+  """The features that a cache has."""
+  names = [a["name"] for a in manifest["arrays"]]
+  return tuple(n.split("/", 1)[1] for n in names if n.startswith("features/"))
+
+
+def _checked_part(part: Any) -> Part:
+  """A share of the work, p of P."""
+  if not isinstance(part, Sequence) or isinstance(part, str) or len(part) != 2:
+    raise TypeError(f"part={_check.show(part)} must be (p, P), the p-th of P parts from 0 on.")
+  of = _check.whole("part[1]", part[1])
+  return _check.whole("part[0]", part[0], least=0, most=of - 1), of
+
+
+def _filler(
+  teacher: Teacher,
+  source: Source,
+  dtype: str,
+  features: Sequence[str],
+  batch_size: int,
+  limit: int,
+) -> tuple[Filler, dict[str, Any]]:
+  """What fills a cache by a teacher, and by what the cache is known."""
+  _check_teacher(teacher)
+  check_tokenizer(teacher, source.tokenizer, source.name)
+  devices = jax.local_devices()  # each process fills by itself
+  fill = Filler(teacher, source, dtype, tuple(features), batch_size, devices=devices)
+  _check_size(limit, source, fill.layout)
+  return fill, {
+    **_identity.identity_of(source, _views(source), dtype, fill.layout),
+    "asked": _identity.asked_of(teacher),
+    "teacher": runs.tree_identity(teacher.variables),
+  }
+
+
+def _opened(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files:
   """The files of a cache of ours, made or gone on with."""
   source, views = fill.source, about["view_count"]
   if (folder / MANIFEST).exists():
@@ -145,15 +274,15 @@ def _claimed(folder: pathlib.Path, fill: Filler, about: dict[str, Any]) -> Files
   if len(set(ids)) != len(ids):
     raise ValueError(f"the ids of {source.name!r} are not unique, and a cache is keyed by them.")
   if not (folder / MANIFEST).exists():
-    _cache_files.create(folder, {**about, "libraries": _identity.libraries()}, ids)
+    row = row_type(about["arrays"])
+    each = _cache_files.shard_records(fill.size, views, row, fill.batch_size)
+    # In the order in which batches show them, so that a shard is of whole batches, of a mix too.
+    shown = [ids[number] for number in fill.order()]
+    made = {**about, "libraries": _identity.libraries()}
+    made |= {"shard_records": each, "batch_size": fill.batch_size}
+    _cache_files.create(folder, made, shown)
   _check_same(folder, about)
-  files = Files(folder, ids)
-  if jax.process_count() > 1 and not all(files.has(view) for view in range(views)):
-    raise ValueError(
-      f"folder={str(folder)!r} lacks views, and several processes would fill it: fill it by one "
-      "process before, with in_advance=True."
-    )
-  return files
+  return Files(folder, ids)
 
 
 def _foreign(source: Source, folder: str | os.PathLike[str] | None) -> tuple[Store, dict[str, Any]]:
@@ -363,9 +492,7 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
   _extras.need("reading a cache of a teacher's outputs", "array_record")
   path = _check.folder("folder", folder)
   manifest = _cache_files.read_manifest(path)
-  names = [a["name"] for a in manifest["arrays"]]
-  features = tuple(n.split("/", 1)[1] for n in names if n.startswith("features/"))
-  fill = Filler(teacher, source, manifest["dtype"], features, 64)
+  fill = Filler(teacher, source, manifest["dtype"], _features(manifest), 64)
   now = _identity.identity_of(source, _views(source), manifest["dtype"], fill.layout)
   if "checksum" in (manifest.get("teacher") or {}):
     variables = runs.tree_identity(teacher.variables)
@@ -382,7 +509,7 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
     for number, item in enumerate(itertools.islice(fill.items(view), fill.steps // 2 + 1)):
       if number not in (0, fill.steps // 2):
         continue
-      index, made, _ = jax.device_get(fill.outputs(teacher, source.shared, item))
+      index, made, _ = jax.device_get(fill.outputs(fill.teacher, fill.shared, item))
       for name, values in made.items():
         off = _off(rows[name][index], values)
         if not off <= _ROUNDING:
@@ -421,6 +548,7 @@ class Filler:
     batch_size: int,
     *,
     nan: bool = False,
+    devices: Sequence[jax.Device] | None = None,
   ) -> None:
     """Looks at what the teacher puts out, abstractly.
 
@@ -431,23 +559,32 @@ class Filler:
       features: which of the teacher's features are kept.
       batch_size: examples in a batch.
       nan: whether NaN are kept as they are, and no error.
+      devices: those that share each batch; a teacher that lies on several already stays there. None
+        leaves everything where it lies.
     """
     whole: Any = source.whole
     self.source, self.teacher, self.dtype, self.nan = source, teacher, dtype, nan
-    self.size, self.every = whole.size, whole.every
-    self.batch_size = min(batch_size, self.size)
-    self.steps = -(-self.size // self.batch_size)
-
+    self.shared, self.size, self.whole = source.shared, whole.size, whole
     on_host = asked_on_host(teacher)
-    outputs = _function(source.cut, dtype, features, on_host)
-    given = teacher, source.shared, next(self.items(0))
+    self._mesh = None if on_host or devices is None else _mesh_of(teacher, devices)
+    over = 1 if self._mesh is None else self._mesh.shape.get(_DATA, 1)
+    # A multiple of the devices: the last batch repeats an example anyway.
+    self.batch_size = -(-min(batch_size, self.size) // over) * over
+    self.steps: int = whole.count(self.batch_size)
+    if self._mesh is not None:
+      everywhere = NamedSharding(self._mesh, PartitionSpec())
+      self.shared = jax.device_put(self.shared, everywhere)
+      if not _lies_on_several(teacher):
+        self.teacher = jax.device_put(teacher, everywhere)
+    outputs = _function(source.cut, dtype, features, on_host, self._mesh)
+    given = self.teacher, self.shared, self._item(0, 0)
     self._first: Any = None
     if on_host:
       # Nobody knows what it puts out before it is asked: about those examples by which a cache is
       # told too, once.
       self.outputs = outputs
       few = jax.tree.map(lambda leaf: leaf[:PROBES] if np.ndim(leaf) else leaf, given[2])
-      self._first = made = outputs(teacher, source.shared, few)[1]
+      self._first = made = outputs(teacher, self.shared, few)[1]
     else:
       _, made, _ = jax.eval_shape(outputs, *given)
       options = by_work(outputs, *given, calls=self.steps * (source.views or 1))
@@ -456,26 +593,48 @@ class Filler:
       name: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for name, value in made.items()
     }
 
-  def items(self, view: int) -> Iterator[PyTree]:
-    """The batches of a view."""
-    return iter(self.every(self.source.data_seed, self.batch_size, view))
+  def _item(self, view: int, number: int) -> PyTree:
+    """What a batch of a view is cut from, on the devices that share it."""
+    item = self.whole.item(self.source.data_seed, self.batch_size, view, number)
+    if self._mesh is None:
+      return item
+    mesh, over = self._mesh, self._mesh.shape.get(_DATA, 1)
+
+    def put(leaf: Any) -> Any:
+      cut = over > 1 and np.ndim(leaf) and len(leaf) % over == 0
+      return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[_DATA] * bool(cut))))
+
+    return jax.tree.map(put, item)
+
+  def items(self, view: int, numbers: Sequence[int] | None = None) -> Iterator[PyTree]:
+    """The batches of a view, or those of some numbers; what is read is read ahead."""
+    numbers = range(self.steps) if numbers is None else numbers
+    make = functools.partial(self._item, view)
+    return made_ahead(make, numbers) if self.whole.reads else map(make, numbers)
+
+  def order(self) -> np.ndarray:
+    """All examples in the order in which the batches of a view show them first."""
+    shown = [self.whole.numbers(self.batch_size, number) for number in range(self.steps)]
+    every, first = np.unique(np.concatenate(shown), return_index=True)
+    ordered: np.ndarray = every[np.argsort(first)]
+    return ordered
 
   def probe(self) -> dict[str, Any]:
     """What the teacher puts out for the first examples, as sketches."""
     made = self._first
     if made is None:
-      _, made, _ = self.outputs(self.teacher, self.source.shared, next(self.items(0)))
+      _, made, _ = self.outputs(self.teacher, self.shared, self._item(0, 0))
     return {name: sketch(np.asarray(value[:PROBES])) for name, value in made.items()}
 
   def alone(self) -> bool:
     """Whether the teacher answers to an example alone, whatever else is in the batch."""
-    item, half = next(self.items(0)), self.batch_size // 2
+    item, half = self._item(0, 0), self.batch_size // 2
 
     def twice(leaf: Any) -> Any:  # the first half of the examples in the place of the second
       return np.concatenate([leaf[:half], leaf[: len(leaf) - half]]) if np.ndim(leaf) else leaf
 
     def answers(item: PyTree) -> Any:
-      return jax.device_get(self.outputs(self.teacher, self.source.shared, item))[1]
+      return jax.device_get(self.outputs(self.teacher, self.shared, item))[1]
 
     if half == 0:
       return True
@@ -484,38 +643,48 @@ class Filler:
       _off(second[name][:half], value[:half]) <= _ROUNDING for name, value in first.items()
     )
 
-  def __call__(self, view: int, done: Callable[[int], Any], files: Files | None = None) -> Rows:
-    """The rows of one view, in the order of the examples; what files have of it is not asked again.
+  def __call__(
+    self,
+    view: int,
+    done: Callable[[int], Any],
+    index: np.ndarray | None = None,
+    known: int = 0,
+    keep: Callable[[Rows, int], None] | None = None,
+  ) -> Rows:
+    """The rows of a view, or of some of its examples.
 
     Args:
       view: its number.
-      done: told of every batch.
-      files: where what is known is kept every few seconds, so that a killed process goes on there.
+      done: told how many more rows there are, after every batch.
+      index: which examples, ``[n]``; all by default.
+      known: of how many of them, the first ones, the rows are there already, and are left empty.
+      keep: told every few seconds of the rows, and of how many, the first ones, there are by then.
     """
-    rows = {name: np.empty((self.size, *r.shape), r.dtype) for name, r in self.layout.items()}
-    missing = np.ones(self.size, bool)
-    if files is not None:
-      files.begin(view, rows, missing)
+    index = np.arange(self.size) if index is None else index
+    rows = {name: np.empty((len(index), *r.shape), r.dtype) for name, r in self.layout.items()}
+    # Where each example's row is, of those that are asked for: no other is looked at.
+    place = np.full(self.size, -1)
+    place[index[known:]] = np.arange(known, len(index))
+    missing = np.arange(len(index)) >= known
     kept = time.monotonic()
 
     def take(made: Any) -> None:
       nonlocal kept
-      index, values, problems = jax.device_get(made)
+      shown, values, problems = jax.device_get(made)
       self._check(view, values, problems)
+      at = place[shown]
       for name in self.layout:
-        rows[name][index] = values[name]
-      missing[index] = False
-      done(1)
-      if files is not None and missing.any() and time.monotonic() - kept >= PART_SECONDS:
-        files.add(view, rows, missing)
+        rows[name][at[at >= 0]] = values[name][at >= 0]
+      before = int(missing.sum())
+      missing[at[at >= 0]] = False
+      done(before - int(missing.sum()))
+      if keep is not None and missing.any() and time.monotonic() - kept >= PART_SECONDS:
+        keep(rows, int(missing.argmax()))
         kept = time.monotonic()
 
     pending: Any = None
-    for item in self.items(view):
-      if not missing[self._numbers(item)].any():
-        done(1)
-        continue
-      made = self.outputs(self.teacher, self.source.shared, item)
+    for item in self.items(view, self._numbers(index[known:])):
+      made = self.outputs(self.teacher, self.shared, item)
       # One batch late: the host waits for numbers that are there, while the device computes on.
       if pending is not None:
         take(pending)
@@ -523,14 +692,20 @@ class Filler:
     if pending is not None:
       take(pending)
     if missing.any():
-      raise RuntimeError(f"{self.source.name!r} did not show example {missing.argmax()} of a view.")
+      lost = index[missing.argmax()]
+      raise RuntimeError(f"{self.source.name!r} did not show example {lost} of a view.")
     return rows
 
-  def _numbers(self, item: PyTree) -> np.ndarray:
-    """Which examples a batch has, before anything is cut."""
-    whole: Any = self.source.whole
-    index: np.ndarray = whole.rows(jax.tree.map(lambda leaf: np.asarray(leaf)[None], item))[0][0]
-    return index
+  def _numbers(self, index: np.ndarray) -> list[int]:
+    """Which batches show these examples, each for the first time; nothing is read for it."""
+    wanted, numbers = np.zeros(self.size, bool), []
+    wanted[index] = True
+    for number in range(self.steps):
+      shown = self.whole.numbers(self.batch_size, number)
+      if wanted[shown].any():
+        numbers.append(number)
+        wanted[shown] = False
+    return numbers
 
   def _check(self, view: int, values: Rows, problems: Mapping[str, Any]) -> None:
     """Raises where a batch's outputs are none, or not those that the first ones were."""
@@ -556,12 +731,17 @@ def _function(
   dtype: str | None,
   features: tuple[str, ...],
   on_host: bool,
+  mesh: Mesh | None,
 ) -> Callable[..., Any]:
   """What runs the teacher on a batch; sources that differ in their seed alone compile it once."""
   shown = jax.jit(cut) if on_host else cut
 
   def outputs(teacher: Teacher, shared: PyTree, item: PyTree) -> Any:
     batch = shown(shared, item)
+    if mesh is not None and batch.index.shape[0] % mesh.shape.get(_DATA, 1) == 0:
+      # Without it the compiler is free to gather what is cut out of arrays on every device.
+      rows = PartitionSpec(*[_DATA] * (_DATA in mesh.shape))
+      batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
     made = _picked(teacher(batch), features, all_of_them=on_host)
     where = made.pop("where", None)
     kept = {name: value.astype(dtype or value.dtype) for name, value in made.items()}
@@ -574,6 +754,22 @@ def _function(
     return batch.index, {**kept, **mask}, problems
 
   return outputs
+
+
+def _mesh_of(teacher: Teacher, devices: Sequence[jax.Device]) -> Mesh:
+  """The mesh on which a teacher lies, or one of these devices."""
+  for leaf in jax.tree.leaves(teacher):
+    where = getattr(leaf, "sharding", None)
+    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
+      return where.mesh
+  return Mesh(np.asarray(devices), (_DATA,), axis_types=(AxisType.Auto,))
+
+
+def _lies_on_several(teacher: Teacher) -> bool:
+  return any(
+    isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+    for leaf in jax.tree.leaves(teacher)
+  )
 
 
 def _picked(
@@ -598,6 +794,77 @@ def _picked(
     )
   made = {"logits": outputs.logits, **{f"features/{n}": outputs.features[n] for n in features}}
   return {n: v for n, v in {**made, "where": outputs.where}.items() if v is not None}
+
+
+def _skipped(progress: str | None, count: int, size: int) -> str:
+  return f"{progress}: the teacher skipped {count} of {size} examples."
+
+
+@dataclasses.dataclass(frozen=True)
+class Filled:
+  """What one process has filled of a cache.
+
+  Attributes:
+    shards: how many shards it filled.
+    taken_over: how many of them a process had left that died.
+    records: how many examples they have, of all views.
+    skipped: of how many of these the teacher said nothing.
+    lacking: how many examples, of all views, nobody has filled when it ends.
+  """
+
+  shards: int = 0
+  taken_over: int = 0
+  records: int = 0
+  skipped: int = 0
+  lacking: int = 0
+
+  def more(self, shard: Shard, rows: Rows, *, taken_over: bool) -> Filled:
+    """With one shard more."""
+    none = int(np.sum(rows["where"] == 0)) if "where" in rows else 0
+    return dataclasses.replace(
+      self,
+      shards=self.shards + 1,
+      taken_over=self.taken_over + taken_over,
+      records=self.records + shard.records,
+      skipped=self.skipped + none,
+    )
+
+
+class _Estimating:
+  """Moves a bar on, and says after the first batches how long the rest takes."""
+
+  def __init__(self, shown: Progress, label: str | None, batch_size: int) -> None:
+    self._shown, self._label, self._batch = shown, label, batch_size
+    self._calls = self._rows = 0
+    self._began = 0.0
+
+  def __call__(self, rows: int) -> None:
+    self._shown.update(rows)
+    self._calls += 1
+    if self._calls == 1:  # the first batch compiles
+      self._began = time.monotonic()
+    elif self._calls <= _MEASURED + 1:
+      self._rows += rows
+      if self._calls == _MEASURED + 1 and self._rows:
+        each = (time.monotonic() - self._began) / self._rows
+        self._shown.say(
+          f"{self._label}: about {_spoken(each * self._shown.left)} more for one process, by "
+          f"{_MEASURED} batches of {each * self._batch:.2g} s"
+        )
+
+
+def _spoken(seconds: float) -> str:
+  """Seconds, as one says them.
+
+  >>> _spoken(11_520), _spoken(150), _spoken(4.2)
+  ('3 h 12 min', '2 min 30 s', '4 s')
+  """
+  whole = round(seconds)
+  if whole < 60:
+    return f"{whole} s"
+  if whole < 3600:
+    return f"{whole // 60} min {whole % 60} s"
+  return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 class Files:
@@ -628,6 +895,7 @@ class Files:
     # Where each example's record stands in a view; who wrote it may have had another order. One
     # that the teacher skipped has none: −1.
     self.place = np.array([place.get(id, -1) for id in ids])
+    self._order = np.argsort(self.place)  # which example each record is
     self._open: dict[int, Any] = {}
 
   def has(self, view: int) -> bool:
@@ -645,6 +913,14 @@ class Files:
       return rows
     return self._placed({name: values[self.place] for name, values in rows.items()}, self.place)
 
+  def skipped_in(self, view: int) -> int:
+    """Of how many examples the teacher says nothing; a shard at a time."""
+    answered = sum(
+      int(np.sum(rows["where"] != 0)) if "where" in (rows.dtype.names or ()) else len(rows)
+      for rows in _cache_files.read_shards(self.folder, self.manifest, view, self.ids)
+    )
+    return len(self.place) - answered
+
   def _placed(self, rows: Rows, place: np.ndarray) -> Rows:
     """Rows with those of skipped examples, which have no record, as 0."""
     if not self.skips:
@@ -654,28 +930,102 @@ class Files:
       values[place < 0] = 0
     return rows
 
-  def begin(self, view: int, rows: Rows, missing: np.ndarray) -> None:
-    """Puts what there is of a view that is not complete into rows, which are then not missing."""
-    known = _cache_files.read_part(self.folder, self.manifest, view, self.ids)
-    index = np.argsort(self.place)[: len(next(iter(known.values())))]
-    for name, values in known.items():
-      rows[name][index] = values
-    missing[index] = False
+  def fill(
+    self, shards: Sequence[Shard], fill: Filler, progress: str | None, *, wait: bool
+  ) -> Filled:
+    """Fills those of these shards that nobody has filled or is at.
 
-  def add(self, view: int, rows: Rows, missing: np.ndarray) -> None:
-    """Keeps the first rows of a view, as far as they are known."""
-    order = np.argsort(self.place)
-    first = sum(s["records"] for s in _cache_files.parts_of(self.manifest, view))
-    last = int(missing[order].argmax())
-    if last > first:
-      moved = {name: values[order] for name, values in rows.items()}
-      self.manifest = _cache_files.add_part(self.folder, view, moved, self.ids, first, last)
+    Args:
+      shards: which.
+      fill: the teacher.
+      progress: the label of the bar and of the estimate; None for silence.
+      wait: whether those that others are at are waited for, and taken over where these die.
+    """
+    with progress_bar(sum(s.records for s in shards), progress, unit="example") as shown:
+      shown.say(f"{progress}: {self._estimate(shards, fill)}")
+      update = _Estimating(shown, progress, fill.batch_size)
+      made = self._fill(shards, lambda shard: self._filled(shard, fill, update), wait=wait)
+      _cache_files.publish(self.folder)
+      self.refresh()
+      if made.skipped:
+        shown.say(_skipped(progress, made.skipped, made.records))
+    return dataclasses.replace(made, lacking=_cache_files.lacking(self.folder, self.manifest))
 
-  def write(self, view: int, rows: Rows) -> None:
-    """Adds a view."""
-    order = np.argsort(self.place)
-    moved = {name: values[order] for name, values in rows.items()}
-    self.manifest = _cache_files.write_view(self.folder, view, moved, self.ids)
+  def _fill(self, shards: Sequence[Shard], make: Callable[[Shard], Rows], *, wait: bool) -> Filled:
+    """Goes round the shards until nothing is left to do, or nothing but to wait."""
+    left, made = list(shards), Filled()
+    while left:
+      before = len(left)
+      for shard in list(left):
+        if not self._complete(shard):
+          with claimed(self.folder, shard) as ours:
+            if ours is False:
+              continue
+            if not self._complete(shard):  # by somebody else, since we looked
+              rows = make(shard)
+              made = made.more(shard, rows, taken_over=ours is None)
+        left.remove(shard)
+      if not wait:
+        break
+      if left and len(left) == before:
+        time.sleep(_LOOK_AGAIN)
+    return made
+
+  def _estimate(self, shards: Sequence[Shard], fill: Filler) -> str:
+    """What filling these takes, said before it begins."""
+    row = row_type(self.manifest["arrays"])
+    size = _cache_files.expected_bytes(row, self.ids, shards)
+    rows, of = sum(shard.records for shard in shards), fill.size * self.manifest["view_count"]
+    batches = sum(-(-shard.records // fill.batch_size) for shard in shards)
+    whole = "" if rows == of else f", of {of:,} in {self.manifest['view_count']} views"
+    return (
+      f"{rows:,} examples{whole}: {size / 1e6:,.1f} MB in {len(shards)} files of {self.folder}, "
+      f"{batches:,} batches of {fill.batch_size}"
+    )
+
+  def _complete(self, shard: Shard) -> bool:
+    """Whether a shard is there; looks at the folder, to which others write."""
+    found = rows_of(self.folder, [shard])[shard]
+    if found and found[0].last == shard.last:
+      return True
+    if not self.has(shard.view) and not found:
+      self.refresh()  # the files of a view that is complete may have other names
+    return self.has(shard.view)
+
+  def _filled(self, shard: Shard, fill: Filler, update: Callable[[int], None]) -> Rows:
+    """Fills a shard that we have claimed, from where a process that died had come to."""
+    begun = rows_of(self.folder, [shard])[shard]
+    # What is there, in memory as the shard will be.
+    parts = list(_cache_files.read_begun(self.manifest, begun, self.ids))
+    known = sum(map(len, parts))
+    at = [known]  # up to where rows are in files
+    index = self._order[shard.first : shard.last]
+
+    def write(rows: Rows, first: int, last: int) -> None:
+      these = Shard(shard.view, shard.first + first, shard.first + last)
+      cut = {name: values[first:last] for name, values in rows.items()}
+      _cache_files.write_rows(self.folder, self.manifest, these, cut, self.ids)
+
+    def keep(rows: Rows, last: int) -> None:
+      if last > at[0]:
+        write(rows, at[0], last)
+        at[0] = last
+
+    rows = fill(shard.view, update, index, known, keep)
+    for name, values in rows.items():
+      if parts:
+        values[:known] = np.concatenate([part[name] for part in parts])
+    try:
+      write(rows, 0, shard.records)
+    except FileNotFoundError:
+      # Where we were silent for minutes another one has taken our shard, ended, and cleared away.
+      if not self._complete(shard):
+        raise
+    for path in parts_of(self.folder, shard):
+      path.unlink(missing_ok=True)
+    if shard.last == len(self.ids):  # a view that is whole is there for others at once
+      _cache_files.publish(self.folder)
+    return rows
 
   def read(self, view: int, index: np.ndarray) -> Rows:
     """Some rows of a view, through Grain; its shards are verified when they are opened."""
@@ -765,15 +1115,15 @@ class Store:
       return
     if self.fill is None:
       raise ValueError(f"the cache lacks the views {missing[:5]}, and there is no teacher.")
-    with progress_bar(len(missing) * self.fill.steps, self.progress, unit="batch") as shown:
+    if self.files is not None:
+      shards = shards_of(self.files.manifest, missing)
+      self.files.fill(shards, self.fill, self.progress, wait=True)
+      return
+    with progress_bar(len(missing) * self.size, self.progress, unit="example") as shown:
       for view in missing:
-        rows = self.fill(view, shown.update, self.files)
+        self.views[view] = rows = self.fill(view, shown.update)
         if "where" in rows and (few := int(np.sum(rows["where"] == 0))):
-          shown.say(f"{self.progress}: the teacher skipped {few} of {self.size} examples.")
-        if self.files is not None:
-          self.files.write(view, rows)
-        if self.keep:
-          self.views[view] = rows
+          shown.say(_skipped(self.progress, few, self.size))
 
   def complete(self) -> None:
     """Fills all views."""
@@ -796,6 +1146,8 @@ class Store:
     """How many examples the teacher says nothing of, in the view in which these are most."""
     if "where" not in self.layout:
       return 0
+    if self.files is not None and not self.keep:
+      return max(self.files.skipped_in(view) for view in range(self.count))
     return max(int(np.sum(self.view(v)["where"] == 0)) for v in range(self.count))
 
   def rows(self, index: np.ndarray, view: np.ndarray) -> Rows:

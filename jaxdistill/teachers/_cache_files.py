@@ -1,8 +1,9 @@
 """The files of a teacher cache: written whole or not at all, verified before they are believed.
 
 A folder holds ``manifest.json``, ``ids.json`` and shards: of ArrayRecord, or of NumPy where another
-program wrote them (`cache_writer`). ``docs/cache.md`` has the format. Nothing here needs JAX, and
-nothing is unpickled.
+program wrote them (`cache_writer`). ``docs/cache.md`` has the format. Views come into the manifest
+when all their shards are there (`publish`); until then their files lie beside it, see
+`_cache_shards`. Nothing here needs JAX, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -36,25 +37,30 @@ from jaxdistill.runs import (
   write_text,
   writes,
 )
+from jaxdistill.teachers import _cache_shards
+from jaxdistill.teachers._cache_shards import Shard
 from jaxdistill.teachers.cache_writer import FORMAT, IDS, SHARD_BYTES, row_type
 
 __all__ = [
   "SHARD_BYTES",
   "CacheError",
   "Mapped",
-  "add_part",
   "check_shard",
   "complete_views",
   "create",
+  "expected_bytes",
   "forget",
-  "parts_of",
+  "lacking",
   "prefix",
+  "publish",
+  "read_begun",
   "read_ids",
   "read_manifest",
-  "read_part",
+  "read_shards",
   "read_view",
+  "shard_records",
   "verify_cache",
-  "write_view",
+  "write_rows",
 ]
 
 # What every manifest has, whoever wrote it.
@@ -71,6 +77,9 @@ _KEYS = (
 _LOCK = ".lock"
 # One record a chunk, so that a row is found without unpacking its neighbours; logits hardly shrink.
 _OPTIONS = "group_size:1,uncompressed"
+# What such a file has beside its records: for each a header and its place in the index, and blocks
+# that are filled up, the last one twice.
+_FRAME, _BLOCK = 53, 2**16
 Rows = dict[str, np.ndarray]
 
 
@@ -140,10 +149,12 @@ def _check_manifest(folder: pathlib.Path, body: Mapping[str, Any]) -> None:
   if not known or not set(names) - {"where"} or len(set(names)) < len(names):
     raise ValueError(f"has the arrays {names}, and not 'logits' or 'features/<name>', each once")
   row = sum(np.dtype(a["dtype"]).itemsize * math.prod(a["shape"]) for a in arrays)
-  parts = body.get("parts", {})
-  if not isinstance(parts, dict):
-    raise ValueError("has parts of views, and not by number")
-  for view, shards in [*views.items(), *parts.items()]:
+  for name in ("shard_records", "batch_size"):  # of our own caches
+    if name in body and entry(body, name, int) < 1:
+      raise ValueError(f"has {body[name]} for {name}")
+  if not 0 < entry(body, "view_count", int) < 10**9:
+    raise ValueError(f"has {body['view_count']} views")
+  for view, shards in views.items():
     if not re.fullmatch(r"0|[1-9]\d{0,8}", view) or not isinstance(shards, list):
       raise ValueError(f"has the view {view!r}, which is no number with its shards")
     for shard in shards:
@@ -244,114 +255,116 @@ def complete_views(manifest: Mapping[str, Any]) -> list[int]:
   return sorted(int(view) for view in manifest["views"])
 
 
-def write_view(folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str]) -> dict[str, Any]:
-  """Adds a view, unless somebody else has done so in the meantime.
+def shard_records(size: int, views: int, row: np.dtype, batch_size: int) -> int:
+  """How many records a shard of a new cache has, see `_cache_shards.shard_records`.
 
   Args:
-    folder: the cache.
-    view: its number.
-    rows: ``[N, ...]`` by name, as the manifest has them; what lies in parts is not written again.
-    ids: of the rows, in the order of ``ids.json``.
-
-  Returns:
-    The manifest.
+    size: N.
+    views: V.
+    row: from `cache_writer.row_type`.
+    batch_size: examples in a batch while the cache is filled.
   """
-  with _locked(folder):
-    manifest = read_manifest(folder)
-    if str(view) in manifest["views"]:
-      return manifest
-    begun = parts_of(manifest, view)
-    _clear(folder, manifest)
-    first = _records(begun)
-    shards = begun + _write_shards(folder, view, manifest, rows, ids, first, len(ids))
-    parts = {n: those for n, those in manifest.get("parts", {}).items() if n != str(view)}
-    # The shards are on the disk before the manifest names them: whoever is killed here leaves files
-    # that nobody knows of, which the next writer clears away.
-    views = {**manifest["views"], str(view): shards}
-    _write_manifest(folder, manifest | {"views": views, "parts": parts})
-    return read_manifest(folder)
+  most = max(1, SHARD_BYTES // (row.itemsize + _FRAME))
+  return _cache_shards.shard_records(size, views, most, batch_size)
 
 
-def add_part(
-  folder: pathlib.Path, view: int, rows: Rows, ids: Sequence[str], first: int, last: int
-) -> dict[str, Any]:
-  """Keeps some rows of a view that is not complete yet, so that whoever is killed goes on there.
+def expected_bytes(row: np.dtype, ids: Sequence[str], shards: Sequence[Shard]) -> int:
+  """What the files of these shards will take, by arithmetic.
 
   Args:
-    folder: the cache.
-    view: the view's number.
-    rows: ``[N, ...]`` by name, of which ``first .. last - 1`` are known.
-    ids: of the rows, in the order of ``ids.json``.
-    first: where the parts that there are end; somebody who has come further is left alone.
-    last: where this one ends.
-
-  Returns:
-    The manifest.
+    row: from `cache_writer.row_type`.
+    ids: of the examples, in the order of a view's records.
+    shards: the shards.
   """
-  with _locked(folder):
-    manifest = read_manifest(folder)
-    begun = parts_of(manifest, view)
-    if str(view) in manifest["views"] or _records(begun) != first:
-      return manifest
-    shards = begun + _write_shards(folder, view, manifest, rows, ids, first, last)
-    parts = {**manifest.get("parts", {}), str(view): shards}
-    _write_manifest(folder, manifest | {"parts": parts})
-    return read_manifest(folder)
+  each = np.array([len(prefix(id)) + row.itemsize + _FRAME for id in ids], np.int64)
+  ends = np.concatenate([[0], np.cumsum(each)])
+  # Each block begins with 24 bytes of its own.
+  records = (ends[s.last] - ends[s.first] for s in shards)
+  return sum(_BLOCK * (math.ceil(n * (1 + 24 / _BLOCK) / _BLOCK) + 1) for n in records)
 
 
-def parts_of(manifest: Mapping[str, Any], view: int) -> list[dict[str, Any]]:
-  """The shards of a view that is not complete: of its first rows."""
-  return list(manifest.get("parts", {}).get(str(view), []))
-
-
-def _records(shards: Sequence[Mapping[str, Any]]) -> int:
-  return sum(shard["records"] for shard in shards)
-
-
-def _clear(folder: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-  """Removes what a killed process left of a view; who holds the lock is alone."""
-  whole = [*manifest["views"].values(), *manifest.get("parts", {}).values()]
-  known = {shard["file"] for shards in whole for shard in shards}
-  for path in folder.glob("view-*.array_record*"):
-    if path.name not in known:
-      path.unlink()
-
-
-def _write_shards(
+def write_rows(
   folder: pathlib.Path,
-  view: int,
   manifest: Mapping[str, Any],
-  rows: Rows,
+  shard: Shard,
+  rows: Mapping[str, np.ndarray],
   ids: Sequence[str],
-  first: int,
-  last: int,
-) -> list[dict[str, Any]]:
-  """Writes the rows ``first .. last - 1`` of a view."""
-  kind = row_type(manifest["arrays"])
-  # [N] records of a structured type: a row's arrays lie side by side, as they will in the file.
-  packed = np.empty(last - first, kind)
-  for name, values in rows.items():
-    packed[name] = values[first:last]
-  each = max(1, SHARD_BYTES // (kind.itemsize + 16))  # 16: about what ids and framing take
-  return [
-    _write_shard(
-      folder / f"view-{view:05d}-from-{first + at:09d}.array_record",
-      packed[at : at + each],
-      ids[first + at : min(first + at + each, last)],
-    )
-    for at in range(0, last - first, each)
-  ]
+) -> pathlib.Path:
+  """Writes rows of a view that is not complete; any number of processes may do so at once.
 
+  Args:
+    folder: the cache.
+    manifest: its manifest.
+    shard: which rows of the view.
+    rows: ``[records, ...]`` by name, as the manifest has them.
+    ids: of the whole view, in the order of ``ids.json``.
 
-def _write_shard(path: pathlib.Path, packed: np.ndarray, ids: Sequence[str]) -> dict[str, Any]:
+  Returns:
+    The file, whose name appears when it is whole.
+  """
   from array_record.python import array_record_module as array_record
 
-  with replacing(path, durable=True) as writing:
+  # [records] of a structured type: a row's arrays lie side by side, as they will in the file.
+  packed = np.empty(shard.records, row_type(manifest["arrays"]))
+  for name, values in rows.items():
+    packed[name] = values
+  own = _cache_shards.path_of(folder, shard, "").with_suffix(f".{_cache_shards.unique()}")
+  with replacing(own, durable=True) as writing:
     writer = array_record.ArrayRecordWriter(str(writing), _OPTIONS)
-    for id, row in zip(ids, packed, strict=True):
+    for id, row in zip(ids[shard.first : shard.last], packed, strict=True):
       writer.write(prefix(id) + row.tobytes())
     writer.close()
-  return {"file": path.name, "records": len(ids), **size_and_digest(path)}
+  path = _cache_shards.path_of(folder, shard, sha256(own))
+  os.replace(own, path)
+  return path
+
+
+def publish(folder: pathlib.Path) -> list[int]:
+  """Names in the manifest the views whose shards are all there, and clears away their leftovers.
+
+  Args:
+    folder: the cache.
+
+  Returns:
+    The views that were added.
+
+  Raises:
+    CacheError: a file is not as its name says.
+  """
+  with _locked(folder):
+    manifest = read_manifest(folder)
+    views = _cache_shards.views_begun(folder, manifest)
+    files = _cache_shards.rows_of(folder, _cache_shards.shards_of(manifest, views))
+    added = {}
+    for view in views:
+      mine = {shard: found for shard, found in files.items() if shard.view == view}
+      if all(found and found[0].last == shard.last for shard, found in mine.items()):
+        added[str(view)] = [_as_written(found[0]) for found in mine.values()]
+    if added:
+      # The shards are on the disk before the manifest names them: whoever is killed here leaves
+      # files that the next one finds.
+      _write_manifest(folder, manifest | {"views": {**manifest["views"], **added}})
+      for number, shards in added.items():
+        for path in _cache_shards.leftovers(folder, int(number), [s["file"] for s in shards]):
+          path.unlink(missing_ok=True)
+    return sorted(map(int, added))
+
+
+def _as_written(rows: _cache_shards.Rows) -> dict[str, Any]:
+  """What a manifest says of a shard, whose file is read back."""
+  known = size_and_digest(rows.path)
+  if not known["sha256"].startswith(rows.digest):
+    raise _damaged(rows.path, "is not as it was written (its SHA-256 is not that of its name)")
+  return {"file": rows.path.name, "records": rows.records, **known}
+
+
+def lacking(folder: pathlib.Path, manifest: Mapping[str, Any]) -> int:
+  """How many records nobody has filled yet, of all views."""
+  begun = _cache_shards.views_begun(folder, manifest)
+  files = _cache_shards.rows_of(folder, _cache_shards.shards_of(manifest, begun))
+  there = sum(rows.records for found in files.values() for rows in found)
+  size: int = manifest["data"]["size"]
+  return (manifest["view_count"] - len(manifest["views"])) * size - there
 
 
 def check_shard(folder: pathlib.Path, shard: Mapping[str, Any]) -> None:
@@ -383,36 +396,55 @@ def read_view(
   Raises:
     CacheError: a shard is missing, damaged, or of other examples.
   """
-  rows = _read_shards(folder, manifest, manifest["views"][str(view)], ids)
-  found = len(next(iter(rows.values())))
+  kind, first = row_type(manifest["arrays"]), 0
+  packed = np.empty(len(ids), kind)
+  for rows in read_shards(folder, manifest, view, ids):
+    packed[first : first + len(rows)] = rows
+    first += len(rows)
+  return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+
+
+def read_shards(
+  folder: pathlib.Path, manifest: Mapping[str, Any], view: int, ids: Sequence[str]
+) -> Iterator[np.ndarray]:
+  """The rows of one view shard by shard, ``[records]`` of a structured type each, verified.
+
+  Args:
+    folder: the cache.
+    manifest: its manifest.
+    view: the view's number.
+    ids: from `read_ids`.
+
+  Raises:
+    CacheError: a shard is missing, damaged, or of other examples; or the view lacks some.
+  """
+  shards = manifest["views"][str(view)]
+  found = sum(shard["records"] for shard in shards)
   if found != len(ids):
     raise _damaged(folder / MANIFEST, f"has {found} of {len(ids)} examples in view {view}")
-  return rows
-
-
-def read_part(
-  folder: pathlib.Path, manifest: Mapping[str, Any], view: int, ids: Sequence[str]
-) -> Rows:
-  """The first rows of a view that is not complete, verified, as `read_view` gives all of one."""
-  return _read_shards(folder, manifest, parts_of(manifest, view), ids)
-
-
-def _read_shards(
-  folder: pathlib.Path,
-  manifest: Mapping[str, Any],
-  shards: Sequence[Mapping[str, Any]],
-  ids: Sequence[str],
-) -> Rows:
   kind, first = row_type(manifest["arrays"]), 0
-  pieces = [np.empty(0, kind)]
   for shard in shards:
     check_shard(folder, shard)
     whose = ids[first : first + shard["records"]]
     read = _read_npy if shard["file"].endswith(".npy") else _read_array_record
-    pieces.append(read(folder / shard["file"], shard["records"], kind, whose))
+    yield read(folder / shard["file"], shard["records"], kind, whose)
     first += shard["records"]
-  packed = np.concatenate(pieces)
-  return {name: np.ascontiguousarray(packed[name]) for name in kind.names or ()}
+
+
+def read_begun(
+  manifest: Mapping[str, Any], files: Sequence[_cache_shards.Rows], ids: Sequence[str]
+) -> Iterator[np.ndarray]:
+  """The first rows of a shard that is not complete, file by file, as `read_shards` gives a view's.
+
+  Args:
+    manifest: the cache's.
+    files: from `_cache_shards.rows_of`.
+    ids: from `read_ids`.
+  """
+  for rows in files:
+    known = _as_written(rows)
+    kind, whose = row_type(manifest["arrays"]), ids[rows.first : rows.last]
+    yield _read_array_record(rows.path, known["records"], kind, whose)
 
 
 def _read_array_record(
@@ -512,12 +544,19 @@ def verify_cache(folder: str | os.PathLike[str]) -> dict[str, list[int]]:
   manifest = read_manifest(folder)
   ids = read_ids(folder, manifest)
   problems: dict[str, list[int]] = {}
-  begun = [(int(view), read_part) for view in manifest.get("parts", {})]
-  for view, read in [*((view, read_view) for view in complete_views(manifest)), *begun]:
+
+  def look(view: int, read: Iterator[np.ndarray]) -> None:
     try:
-      read(folder, manifest, view, ids)
+      for _ in read:  # a shard at a time: a view may be larger than memory
+        pass
     except CacheError as error:
       problems.setdefault(str(error), []).append(view)
+
+  for view in complete_views(manifest):
+    look(view, read_shards(folder, manifest, view, ids))
+  others = _cache_shards.shards_of(manifest, _cache_shards.views_begun(folder, manifest))
+  for shard, files in _cache_shards.rows_of(folder, others).items():
+    look(shard.view, read_begun(manifest, files, ids))
   return problems
 
 
@@ -526,8 +565,7 @@ def forget(folder: pathlib.Path, views: Sequence[int]) -> None:
   with _locked(folder):
     manifest = read_manifest(folder)
     dropped = [shard for view in views for shard in manifest["views"].pop(str(view), [])]
-    for view in views:
-      dropped += manifest.get("parts", {}).pop(str(view), [])
     _write_manifest(folder, manifest)  # first, for the reason for which it comes last in writing
-    for shard in dropped:
-      (folder / shard["file"]).unlink(missing_ok=True)
+    paths = [folder / shard["file"] for shard in dropped]
+    for path in [*paths, *(p for view in views for p in _cache_shards.leftovers(folder, view, []))]:
+      path.unlink(missing_ok=True)

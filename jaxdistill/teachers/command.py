@@ -1,10 +1,14 @@
-"""The command ``jaxdistill cache``: verifies a teacher cache, and compares it with its teacher.
+"""The command ``jaxdistill cache``: fills a teacher cache, verifies it, completes it.
+
+``fill PATH --teacher module:function``, where ``function()`` gives ``(teacher, source)``, fills a
+cache, beside any number of processes that do the same (`jaxdistill.teachers.fill`); with
+``--part 3/16`` the third of sixteen parts of it.
 
 ``verify PATH`` reads every file of a cache and checks its digest, its count and its ids. It needs
 no JAX, and names the files that are damaged; the exit code is then 1. ``--drop`` drops the views
-that they belong to, so that the next run fills them again. ``--teacher module:function``, where
-``function()`` gives ``(teacher, source)``, also looks whether the cache is that
-teacher's, and computes a sample of it again.
+that they belong to, so that the next run fills them again. ``--complete`` drops them, puts together
+what several processes left, and with ``--teacher`` fills what lacks. ``--teacher`` also looks
+whether the cache is that teacher's, and computes a sample of it again.
 """
 
 from __future__ import annotations
@@ -13,28 +17,110 @@ import argparse
 import importlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxdistill.teachers import _cache_files
 from jaxdistill.teachers._cache_files import CacheError, verify_cache
 
 __all__ = ["main"]
 
-_TEACHER = "also: is it this teacher's? FUNCTION() returns (teacher, source)"
+_TEACHER = "FUNCTION() returns (teacher, source)"
 _EXAMPLES = """examples:
   jaxdistill cache verify runs/outputs
   jaxdistill cache verify runs/outputs --drop
-  jaxdistill cache verify runs/outputs --teacher my_module:teacher_and_source"""
+  jaxdistill cache verify runs/outputs --teacher my_module:teacher_and_source
+  jaxdistill cache verify runs/outputs --teacher my_module:teacher_and_source --complete"""
+_FILLING = """examples:
+  jaxdistill cache fill runs/outputs --teacher my_module:teacher_and_source
+  jaxdistill cache fill runs/outputs --teacher my_module:teacher_and_source --part 3/16
+  jaxdistill cache fill runs/outputs --teacher my_module:teacher_and_source \\
+    --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT      (sbatch --array=1-16)"""
 
 
-def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
-  """What differs from the teacher that a function gives."""
+def _part(text: str) -> tuple[int, int]:
+  """``3/16``, counted from 1, as (2, 16)."""
+  said = re.fullmatch(r"(\d+)/(\d+)", text)
+  number, of = (int(said[1]), int(said[2])) if said else (0, 0)
+  if not 1 <= number <= of:
+    raise argparse.ArgumentTypeError(
+      f"{text!r} must be such as 3/16: parts are counted from 1, 1/{of or 16} to {of or 16}/"
+      f"{of or 16}"
+    )
+  return number - 1, of
+
+
+def _named(text: str) -> tuple[str, str]:
+  """``module:function``."""
+  module, _, function = text.partition(":")
+  if not (module and function):
+    raise argparse.ArgumentTypeError(f"{text} must be module:function")
+  return module, function
+
+
+def _taught(name: tuple[str, str]) -> Any:
+  """What a function of a module gives: (teacher, source)."""
   sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-  teacher, source = getattr(importlib.import_module(module), function)()
-  from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
+  return getattr(importlib.import_module(name[0]), name[1])()
 
-  return compare_cache(teacher, source, folder)
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="jaxdistill cache", description="Fills and verifies the cache of a teacher's outputs."
+  )
+  commands = parser.add_subparsers(required=True, metavar="{fill,verify}", dest="command")
+  raw = argparse.RawDescriptionHelpFormatter
+  fill = commands.add_parser(
+    "fill",
+    help="fill a cache, beside any number of processes that do the same",
+    description=(
+      "Fills a cache, or what of it nobody else has claimed. Any number of processes may do so\n"
+      "at once, on machines that share the folder; any may die, and start again."
+    ),
+    epilog=_FILLING,
+    formatter_class=raw,
+  )
+  fill.add_argument("path", type=pathlib.Path, help="the cache's folder")
+  fill.add_argument(
+    "--teacher", metavar="MODULE:FUNCTION", type=_named, required=True, help=_TEACHER
+  )
+  fill.add_argument(
+    "--part", type=_part, default=(0, 1), metavar="P/PARTS", help="one part alone, from 1 on"
+  )
+  fill.add_argument("--dtype", default="float32", help="of what is kept; float32 by default")
+  fill.add_argument("--features", nargs="*", default=(), help="those to keep beside the logits")
+  fill.add_argument("--batch-size", type=int, default=256, help="over all devices; 256 by default")
+  fill.add_argument(
+    "--limit-gb", type=float, default=4 * 2**30 / 1e9, help="the most it may take; 4.3 by default"
+  )
+  verify = commands.add_parser(
+    "verify",
+    help="check every digest, count and id; complete what lacks",
+    description=(
+      "Reads every file of a cache and checks its digest, its count and its ids; what is damaged\n"
+      "is named, and the exit code is then 1. Needs no JAX without --teacher."
+    ),
+    epilog=_EXAMPLES,
+    formatter_class=raw,
+  )
+  verify.add_argument("path", type=pathlib.Path, help="the cache's folder")
+  verify.add_argument(
+    "--teacher",
+    metavar="MODULE:FUNCTION",
+    type=_named,
+    help=f"also: is it this teacher's? {_TEACHER}",
+  )
+  verify.add_argument(
+    "--drop", action="store_true", help="drop the damaged views; the next run fills them again"
+  )
+  verify.add_argument(
+    "--complete",
+    action="store_true",
+    help="drop the damaged views, put together what is there, and fill the rest by --teacher",
+  )
+  return parser
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -43,53 +129,93 @@ def main(args: Sequence[str] | None = None) -> int:
   Args:
     args: the command line's words; those of the process by default.
   """
-  parser = argparse.ArgumentParser(
-    prog="jaxdistill cache", description="Looks at the cache of a teacher's outputs."
-  )
-  commands = parser.add_subparsers(required=True, metavar="verify")
-  command = commands.add_parser(
-    "verify",
-    help="check every digest, count and id",
-    description=(
-      "Reads every file of a cache and checks its digest, its count and its ids; what is damaged\n"
-      "is named, and the exit code is then 1. Needs no JAX."
-    ),
-    epilog=_EXAMPLES,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  command.add_argument("path", type=pathlib.Path, help="the cache's folder")
-  command.add_argument("--teacher", metavar="MODULE:FUNCTION", help=_TEACHER)
-  command.add_argument(
-    "--drop", action="store_true", help="drop the damaged views; the next run fills them again"
-  )
-  options = parser.parse_args(args)
-  module, _, function = (options.teacher or "").partition(":")
-  if options.teacher and not (module and function):
-    parser.error(f"--teacher {options.teacher} must be module:function")
+  options = _parser().parse_args(args)
   try:
-    problems = verify_cache(options.path)
-    manifest = _cache_files.read_manifest(options.path)
+    return _fill(options) if options.command == "fill" else _verify(options)
   except (CacheError, OSError) as error:
     print(error, file=sys.stderr)
     return 1
+
+
+def _fill(options: argparse.Namespace) -> int:
+  teacher, source = _taught(options.teacher)
+  from jaxdistill.teachers._cache import fill  # JAX, which the rest does without
+
+  try:
+    made = fill(
+      teacher,
+      source,
+      options.path,
+      part=options.part,
+      dtype=options.dtype,
+      features=tuple(options.features),
+      limit=round(1e9 * options.limit_gb),
+      batch_size=options.batch_size,
+    )
+  except ValueError as error:  # another cache's folder, too small a limit
+    print(error, file=sys.stderr)
+    return 1
+  dead = f", {made.taken_over} of them left by a process that died" if made.taken_over else ""
+  rest = f"{made.lacking:,} examples lack, which others fill" if made.lacking else "it is complete"
+  print(f"{options.path}: filled {made.shards} files{dead}; {rest}")
+  return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+  problems = verify_cache(options.path)
   for problem, views in problems.items():
     print(f"views {views}: {problem}" if len(views) > 1 else problem, file=sys.stderr)
-  if problems and options.drop:
+  if problems and (options.drop or options.complete):
     views = sorted({view for views in problems.values() for view in views})
     _cache_files.forget(options.path, views)
     print(f"dropped views {views}; the next run fills them again", file=sys.stderr)
-  if problems:
+  if problems and not options.complete:
     return 1
+  given = _taught(options.teacher) if options.teacher else None
+  lacks = options.complete and not _completed(options.path, given)
+  manifest = _cache_files.read_manifest(options.path)
   shards = [shard for found in manifest["views"].values() for shard in found]
+  size = manifest["data"]["size"]
+  whole = len(manifest["views"]) * size
+  begun = manifest["view_count"] * size - _cache_files.lacking(options.path, manifest) - whole
   print(
     f"{options.path}: {len(manifest['views'])} of {manifest['view_count']} views of "
-    f"{manifest['data']['size']} examples of {manifest['data']['name']!r} as {manifest['dtype']}, "
-    f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; every digest "
-    "and count is right"
+    f"{size} examples of {manifest['data']['name']!r} as {manifest['dtype']}, "
+    f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB"
+    + (f", and {begun:,} examples of other views" if begun else "")
+    + "; every digest and count is right"
   )
-  different = _recomputed(options.path, module, function) if options.teacher else []
+  if given is None:
+    return int(lacks)
+  from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
+
+  teacher, source = given
+  different = compare_cache(teacher, source, options.path)
   for line in different:
     print(line, file=sys.stderr)
-  if options.teacher and not different:
-    print(f"{options.teacher}: the same teacher, and a sample comes out the same")
-  return 1 if different else 0
+  if not different:
+    print(f"{':'.join(options.teacher)}: the same teacher, and a sample comes out the same")
+  return int(bool(different) or lacks)
+
+
+def _completed(folder: pathlib.Path, given: Any) -> bool:
+  """Puts together what is there and fills what lacks, and says so; whether all is there then."""
+  put = _cache_files.publish(folder)
+  if put:
+    print(f"{folder}: put together views {put}, of which all files were there")
+  manifest = _cache_files.read_manifest(folder)
+  lacking = _cache_files.lacking(folder, manifest)
+  if lacking and given is not None:
+    from jaxdistill.teachers._cache import fill_as_it_is  # JAX
+
+    teacher, source = given
+    made = fill_as_it_is(teacher, source, folder)
+    print(f"{folder}: filled {made.shards} files that lacked, {made.taken_over} left by the dead")
+    lacking = made.lacking
+  if lacking:
+    print(
+      f"{folder}: {lacking:,} examples lack, of all views: "
+      + ("others are at them" if given else "say --teacher, and they are filled"),
+      file=sys.stderr,
+    )
+  return not lacking

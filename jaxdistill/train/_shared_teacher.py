@@ -127,7 +127,7 @@ def share_teacher(
 
   @functools.cache
   def arrays() -> dict[str, jax.Array]:
-    with runs.progress_bar(fill.steps, label, unit="batch") as shown:
+    with runs.progress_bar(fill.size, label, unit="example") as shown:
       made: dict[str, jax.Array] = jax.device_put(fill(0, shown.update))
     return made
 

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import data, evaluation, networks, recipes, search, teachers, train
-from jaxdistill.evaluation import tasks
+from jaxdistill.evaluation import _evaluate, tasks
 from jaxdistill.train import _program
 from jaxdistill.types import Batch, Model
 from small_networks import dense, untyped
@@ -201,3 +202,22 @@ def test_a_chunk_of_a_stream_has_no_more_bytes_than_it_may(monkeypatch):
       counts.clear()
   assert max(counts) < 6
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *made)
+
+
+def test_devices_share_each_batch(strict_promotion):
+  examples, task, classes = case("classification")
+  whole, parts = pair(examples)
+  one = models(task, classes, whole).instance(0)
+  everywhere = NamedSharding(train.data_parallel(), PartitionSpec())
+  both = jax.device_put(one, everywhere)
+  asked = _evaluate._Pass(both, parts, None, task)
+  assert {len(shard.data) for shard in asked.first.inputs.addressable_shards} == {4}  # of 8
+  for batches in (whole, parts):
+    found = [
+      evaluation.evaluate(model, batches, teacher=teachers.frozen(model)) for model in (one, both)
+    ]
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():  # the padded rows of the last batch are on one device
+      np.testing.assert_allclose(found[1][name], value, rtol=1e-6, atol=1e-7, err_msg=name)
+  odd = data.evaluation_batches(examples, batch_size=7, most=0)  # no two equal shares
+  assert evaluation.evaluate(both, odd)["accuracy"] == evaluation.evaluate(one, odd)["accuracy"]

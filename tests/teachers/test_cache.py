@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from jaxdistill import data, recipes, runs, teachers, train
-from jaxdistill.teachers import _cache_files, cache_writer, command
+from jaxdistill.teachers import _cache, _cache_files, _cache_shards, cache_writer, command
 from jaxdistill.types import Model, Outputs, Teacher
 from small_networks import dense
 
@@ -342,7 +342,7 @@ def test_the_command_says_what_is_wrong_and_fails(copied, capsys):
   assert "Traceback" not in done.stderr
   with pytest.raises(SystemExit):
     command.main(["verify", str(copied), "--teacher", "nothing"])
-  assert "--teacher nothing must be module:function" in capsys.readouterr().err
+  assert "nothing must be module:function" in capsys.readouterr().err
 
 
 def right():
@@ -364,7 +364,10 @@ def test_the_teacher_is_compared_on_a_sample(complete, copied, capsys, monkeypat
   ids = _cache_files.read_ids(copied, files)
   rows = _cache_files.read_view(copied, files, 1, ids)
   _cache_files.forget(copied, [1])
-  _cache_files.write_view(copied, 1, {"logits": 1.1 * rows["logits"]}, ids)
+  for shard in _cache_shards.shards_of(files, [1]):
+    changed = {"logits": 1.1 * rows["logits"][shard.first : shard.last]}
+    _cache_files.write_rows(copied, files, shard, changed, ids)
+  assert _cache_files.publish(copied) == [1]
   assert command.main(["verify", str(copied), "--teacher", "test_cache:right"]) == 1
   assert "logits in view 1 is off by" in capsys.readouterr().err
 
@@ -420,8 +423,182 @@ def test_views_are_filled_when_they_are_shown_and_never_twice(tmp_path):
   # The first one sees what the other has written, and goes on from there.
   first.items(0, 3 * source.steps_per_epoch)
   assert _cache_files.complete_views(_cache_files.read_manifest(folder)) == [0, 1, 2]
-  assert len(shards(folder)) == VIEWS
+  assert len(shards(folder)) == VIEWS * 3
   assert make(folder, in_advance=True).whole is not None  # complete, so it lies on the device
+
+
+# Filled by several processes.
+
+
+@pytest.fixture
+def eight_a_shard(monkeypatch):
+  monkeypatch.setattr(_cache_files, "SHARD_BYTES", 8 * 28)
+
+
+def fill(folder, teacher=TEACHER, **options):
+  options = {"batch_size": 8, "progress": None, **options}
+  return teachers.fill(teacher, source_of(), folder, **options)
+
+
+def views_of(folder):
+  return _cache_files.read_manifest(folder)["views"]
+
+
+def test_parts_filled_apart_make_the_files_of_one_process(tmp_path, complete, eight_a_shard):
+  folder = tmp_path / "cache"
+  made = [fill(folder, part=(p, 4)) for p in (2, 0, 3, 1)]
+  assert [one.shards for one in made] == [2, 2, 3, 2]  # of nine
+  assert sum(one.records for one in made) == VIEWS * SIZE
+  assert [one.lacking for one in made][-1] == 0
+  assert sorted(one.lacking for one in made) == [one.lacking for one in made][::-1]
+  assert views_of(folder) == views_of(complete)  # names, sizes and digests
+  assert sorted(path.name for path in folder.glob("view-*")) == shards(complete)
+  assert fill(folder).shards == 0
+
+
+def test_a_shard_is_taken_from_the_dead_and_left_to_the_living(
+  tmp_path, complete, eight_a_shard, monkeypatch
+):
+  folder = tmp_path / "cache"
+  fill(folder, part=(0, 9))
+  _, second, third = _cache_shards.shards_of(_cache_files.read_manifest(folder))[1:4]
+  dead = folder / "view-00000-from-000000008.claim"
+  dead.write_text(json.dumps({**_cache_shards._me(), "started": "long ago"}))
+  silent = folder / "view-00000-from-000000016.claim"
+  silent.write_text(json.dumps({"host": "another", "machine": "x", "pid": 1, "started": "1"}))
+  os.utime(silent, (0, 0))
+  with _cache_shards.claimed(folder, third) as ours:
+    assert ours
+    made = fill(folder)
+    assert (made.shards, made.taken_over, made.lacking) == (7, 2, third.records)
+    with _cache_shards.claimed(folder, third) as again:
+      assert again is False
+  silent.write_text(json.dumps({"host": "another", "machine": "x", "pid": 1, "started": "1"}))
+  with _cache_shards.claimed(folder, second) as ours:
+    assert ours is False  # it was heard of a moment ago
+  assert fill(folder).lacking == 0
+  assert views_of(folder) == views_of(complete)
+
+
+def test_what_a_process_left_of_a_shard_is_not_asked_again(tmp_path, complete, monkeypatch):
+  monkeypatch.setattr(_cache_files, "SHARD_BYTES", 16 * 100)
+  monkeypatch.setattr(_cache, "PART_SECONDS", 0)
+  monkeypatch.setattr(_cache_shards, "SHARDS", 1)
+  folder, asked, died = tmp_path / "cache", [], []
+  whole = source_of().whole.item
+
+  def item(seed, batch, view, number):
+    asked.append(number)
+    if number == 3 and not died:
+      died.append(True)
+      raise ConnectionError("the disk is gone")
+    return whole(seed, batch, view, number)
+
+  source = source_of()
+  source = dataclasses.replace(source, whole=dataclasses.replace(source.whole, item=item))
+  with pytest.raises(ConnectionError):
+    teachers.fill(TEACHER, source, folder, batch_size=4, progress=None)
+  manifest = _cache_files.read_manifest(folder)
+  # Each batch is taken when the next one is on its way: of three that were asked, two.
+  assert VIEWS * SIZE - _cache_files.lacking(folder, manifest) == 8
+  assert not teachers.verify_cache(folder)
+  asked.clear()
+  assert teachers.fill(TEACHER, source, folder, batch_size=4, progress=None).lacking == 0
+  assert [asked.count(number) for number in (1, 2, 3, 4)] == [2, 3, 3, 3]  # of three views
+  rows = [
+    _cache_files.read_view(one, m, 0, _cache_files.read_ids(one, m))["logits"]
+    for one in (folder, complete)
+    for m in [_cache_files.read_manifest(one)]
+  ]
+  np.testing.assert_allclose(*rows, rtol=1e-5, atol=1e-6)  # another batch size
+
+
+@pytest.mark.parametrize("rows", [3, 200])
+def test_what_a_cache_will_take_is_told_before(tmp_path, rows):
+  examples = data.from_arrays(np.zeros((400, 2), np.float32), np.zeros(400, int), num_classes=3)
+  source = data.on_device(examples, batch_size=4, data_seed=0)
+  teacher = Teacher({}, lambda _, batch: Outputs(logits=jnp.ones((len(batch.index), rows))))
+  assert teachers.fill(teacher, source, tmp_path / "c", batch_size=40, progress=None).lacking == 0
+  manifest = _cache_files.read_manifest(tmp_path / "c")
+  ids = _cache_files.read_ids(tmp_path / "c", manifest)
+  all_of_them = _cache_shards.shards_of(manifest)
+  told = _cache_files.expected_bytes(cache_writer.row_type(manifest["arrays"]), ids, all_of_them)
+  taken = sum(shard["bytes"] for shard in manifest["views"]["0"])
+  assert told == pytest.approx(taken, rel=0.2)  # the requirement; blocks of 64 KiB
+
+
+def test_the_log_tells_bytes_batches_and_time(tmp_path, capsys, eight_a_shard):
+  fill(tmp_path / "cache", progress="mine")
+  said = capsys.readouterr().err
+  assert re.search(r"mine: 60 examples: 1\.2 MB in 9 files of .*, 9 batches of 8", said)
+  assert re.search(r"mine: about \d+ s more for one process, by 5 batches of [\d.e-]+ s", said)
+
+
+def test_a_command_fills_parts_and_completes_what_lacks(tmp_path, complete, capsys, monkeypatch):
+  monkeypatch.setattr(_cache_files, "SHARD_BYTES", 8 * 28)
+  monkeypatch.syspath_prepend(str(ROOT / "tests"))
+  folder = str(tmp_path / "cache")
+  words = ["fill", folder, "--teacher", "test_cache:right", "--batch-size", "8"]
+  assert command.main([*words, "--part", "2/3"]) == 0
+  assert "filled 3 files; 40 examples lack" in capsys.readouterr().out
+  assert command.main(["verify", folder, "--complete"]) == 1
+  assert "40 examples lack" in capsys.readouterr().err
+  complete_it = ["verify", folder, "--teacher", "test_cache:right", "--complete"]
+  assert command.main(complete_it) == 0
+  said = capsys.readouterr().out
+  assert "filled 6 files that lacked" in said
+  assert "a sample comes out the same" in said
+  assert views_of(tmp_path / "cache") == views_of(complete)
+  harm(tmp_path / "cache", "flipped")
+  assert command.main(complete_it) == 0
+  assert "filled 3 files that lacked" in capsys.readouterr().out
+  for wrong in ("0/3", "4/3", "3", "1/0"):
+    with pytest.raises(SystemExit):
+      command.main([*words, "--part", wrong])
+  assert command.main([*words[:4], "--limit-gb", "1e-7"]) == 1
+  assert "the cache would take" in capsys.readouterr().err
+
+
+SEVERAL = """
+import os, signal, sys, time
+sys.path[:0] = sys.argv[2].split(os.pathsep)
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import test_cache as t
+from jaxdistill.teachers import _cache_files
+
+_cache_files.SHARD_BYTES = 8 * 28
+wrote = _cache_files.write_rows
+def write(*words):
+  time.sleep(0.2)  # so that all three have something to do
+  if sys.argv[3] == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+  return wrote(*words)
+_cache_files.write_rows = write
+print(t.fill(sys.argv[1]))
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_of_which_one_is_killed_fill_what_one_fills(tmp_path, eight_a_shard):
+  paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "teachers")])
+  folders = [tmp_path / "one", tmp_path / "three"]
+  words = [
+    [sys.executable, "-c", SEVERAL, str(folder), paths, fate]
+    for folder, fate in [
+      (folders[0], "lives"),
+      *((folders[1], fate) for fate in ("lives", "dies", "lives")),
+    ]
+  ]
+  started = [subprocess.Popen(w, stdout=subprocess.PIPE, text=True) for w in words]
+  said = [one.communicate(timeout=300)[0] for one in started]
+  assert [one.returncode for one in started] == [0, 0, -signal.SIGKILL, 0]
+  assert sum(int(re.search(r"shards=(\d+)", text)[1]) for text in (said[1], said[3])) <= 9
+  assert not teachers.verify_cache(folders[1])
+  last = fill(folders[1])
+  assert (last.lacking, last.shards, last.taken_over) in [(0, 0, 0), (0, 1, 1)]
+  assert views_of(folders[1]) == views_of(folders[0])
+  assert not list(folders[1].glob("*.claim"))
 
 
 # Written by another program.
