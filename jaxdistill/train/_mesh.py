@@ -344,6 +344,8 @@ def with_jit(
       if np.ndim(leaf) > batch_axis:
         check_divides(np.shape(leaf)[batch_axis] * part[1], devices)
         sharding = shared_out
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=sharding)
       if several:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
       return jax.device_put(leaf, sharding)

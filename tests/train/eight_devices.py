@@ -273,7 +273,7 @@ def test_a_teachers_layers_are_gathered_one_at_a_time(scan):
   mesh = train.mesh(fsdp=8)
   program = train.Program(plan, train.with_jit(mesh, teacher_sharding=train.fsdp()), longest=1)
   program.compile()
-  found = gathered(program._whole.compiled())
+  found = gathered(program.whole.compiled())
   layers = shapes["params"]["layers" if scan else "layer_0"]
   one = {leaf.shape[scan:] for leaf in jax.tree.leaves(layers) if leaf.size > 64 * 6}
   # A layer's weights, as they are cut out of those of all layers or as they are; never all of them.
@@ -405,7 +405,7 @@ def test_a_student_with_its_vocabulary_in_parts_is_the_one_on_one_device(tied, t
   dispatch = train.with_jit(mesh, sharding=rules, tokens_at_once=32, **other)
   program = train.Program(plan, dispatch, longest=1)
   program.compile()
-  assert not communicated(program._whole.compiled(), VOCABULARY)
+  assert not communicated(program.whole.compiled(), VOCABULARY)
 
 
 def test_a_vocabulary_that_does_not_divide_is_refused_and_padded():
