@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks._linen import linen
   from jaxdistill.networks._nnx import nnx, nnx_variables
   from jaxdistill.networks._precision import count_products, mixed_precision
+  from jaxdistill.networks._remat import remat
   from jaxdistill.networks._sample import sample
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
   "nnx",  # an NNX module as a `Network`
   "nnx_variables",  # the variables of a module, as its network takes them
   "pretrained",  # language models in Hugging Face's folders, read into `models.Decoder` and written
+  "remat",  # a network whose backward pass computes again what it would have kept
   "sample",  # continues prompts token by token, of any causal network; each row by its own key
   "weights",  # weights that other programs wrote, as variables of ours: Orbax, Flax's msgpack
   "with_head",  # a language model's network that puts out hidden states and its head, and no logits
