@@ -385,6 +385,17 @@ class CompiledOnce:
     stage = getattr(self._jitted, "trace", self._jitted.lower)
     self._stage = stage(*leaves)
 
+  def lower(self, platform: str, *args: Any) -> None:
+    """Traces the function, and lowers it for a platform whose compiler need not be here.
+
+    Args:
+      platform: ``"cuda"``, ``"tpu"``, as JAX names them.
+      *args: arguments, or their shapes, dtypes and shardings.
+    """
+    self.trace(*args)
+    stage, self._stage = self._stage, None
+    stage.lower(lowering_platforms=(platform,))
+
   def compile(
     self, *args: Any, options: dict[str, Any] | None = None, calls: int | None = None
   ) -> None:

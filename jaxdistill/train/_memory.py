@@ -148,6 +148,7 @@ def memory(
   average: float | None = None,
   dispatch: Dispatch | None = None,
   limit: int | None = None,
+  platform: str | None = None,
 ) -> Memory:
   """What a train step needs on a device, before there is anything: no array is made, nothing run.
 
@@ -167,9 +168,12 @@ def memory(
     dispatch: `train.with_jit`, whose mesh, rules and micro-batches it is for; all devices of this
       machine by default.
     limit: bytes of a device; None for what the devices say, which a CPU does not.
+    platform: ``"cuda"`` or ``"tpu"``, where the devices only stand for others whose compiler is not
+      here: the step is lowered for it, which shows that all of it can be, and not compiled.
 
   Returns:
-    `Memory`, whose ``temporaries`` are None where the compiler itself says that they do not fit.
+    `Memory`, whose ``temporaries`` are None where the compiler itself says that they do not fit,
+    and with ``platform``.
 
   Raises:
     TypeError: an argument is of another kind than it must be, or the dispatch is not `with_jit`'s.
@@ -221,8 +225,11 @@ def memory(
   state = dispatch.spread(shapes, *where)
   given = (state, dispatch.place(teacher), dispatch.split(batch, 0))
   program = dispatch.compile(run, *where)
-  program.compile(*given)
-  return _measured(program, state, given[1], given[2], limit)
+  if platform is None:
+    program.compile(*given)
+  else:
+    program.lower(platform, *given)
+  return _measured(program if platform is None else None, state, given[1], given[2], limit)
 
 
 def of_program(program: Program) -> Memory:
@@ -264,7 +271,11 @@ def _shapes_of(data: Any) -> Batch:
 
 
 def _measured(
-  program: CompiledOnce, state: State, teacher: Teacher | None, data: PyTree, limit: int | None
+  program: CompiledOnce | None,
+  state: State,
+  teacher: Teacher | None,
+  data: PyTree,
+  limit: int | None,
 ) -> Memory:
   """The bytes of a program's arguments and of what it makes on its way."""
   parts = {
@@ -281,7 +292,7 @@ def _measured(
   cuttable = {name: tree for name, tree in parts.items() if name != "data" and several}
   return Memory(
     **{name: _bytes(tree) for name, tree in parts.items()},
-    temporaries=_temporaries(program.compiled),
+    temporaries=None if program is None else _temporaries(program.compiled),
     limit=limit_of(devices) if limit is None else limit,
     whole={name: found for name, tree in cuttable.items() if (found := _whole(tree))},
   )

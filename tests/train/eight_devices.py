@@ -283,6 +283,32 @@ def test_a_teachers_layers_are_gathered_one_at_a_time(scan):
   assert (16, 8, 64) not in found
 
 
+def test_a_teacher_in_eight_bits_is_gathered_as_integers():
+  """Layer by layer of a scan, by the rules of its floats; a device holds an eighth."""
+  made, batches = decoder(64, "float32", scan=True, layers=6), source("decoder", "float32")
+  floats = taught_of(made, train.inputs_of(batches))
+  teacher = teachers.frozen(Model(made, floats.variables), dtype="int8")
+  mesh = train.mesh(fsdp=8)
+
+  def of(dispatch, teacher):
+    return fitted("decoder", "float32", dispatch, teacher=teacher)
+
+  one = of(train.with_jit(train.data_parallel(jax.devices()[:1])), teacher)
+  placed = jax.device_put(teacher, train.shardings(teacher, mesh, train.fsdp()))
+  assert held(placed.variables) <= 1.15 * size(placed.variables) / 8
+  rules = {"sharding": train.fsdp(), "teacher_sharding": train.fsdp()}
+  cut = of(train.with_jit(mesh, **rules), placed)
+  close(cut.state.params, jax.device_get(one.state.params), 2e-5)
+  options = {"data": batches, "optimizer": optax.sgd(0.1), "steps": 1, "teacher": placed}
+  plan = train.Plan.of(decoder(16, "float32"), recipes.kd(), **options)
+  program = train.Program(plan, train.with_jit(mesh, **rules), longest=1)
+  program.compile()
+  text = program.whole.compiled().as_text()
+  kernels = set(re.findall(r"= (\w+)\[(?:1,)?(?:64,128|128,64)\]\S* all-gather", text))
+  assert kernels == {"s8"}
+  print({"int8": held(placed.variables), "float32": size(floats.variables) // 8})
+
+
 # A vocabulary of a size that nothing else has, which divides by four.
 VOCABULARY = 1004
 # Beside `adaptive_kl`, which sorts a vocabulary and so gathers it.
