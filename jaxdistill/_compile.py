@@ -1,10 +1,10 @@
 """What a program costs before it runs, and how it is compiled.
 
-`activations`, `available` and `that_fit` are about memory, measured and not guessed. `quick`,
-`brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at numbers
-compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled while
-Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same program
-was compiled before. A `Deferred` array is computed when it is first needed.
+`activations`, `available`, `limit_of` and `that_fit` are about memory, measured and not guessed.
+`quick`, `brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at
+numbers compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled
+while Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same
+program was compiled before. A `Deferred` array is computed when it is first needed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
   "convolves",
   "for_work",
   "host_view",
+  "limit_of",
   "long",
   "quarter",
   "quick",
@@ -128,6 +129,20 @@ def available(devices: Sequence[jax.Device]) -> int:
   if all("bytes_limit" in found for found in stats):
     return int(_SHARE * min(found["bytes_limit"] - found["bytes_in_use"] for found in stats))
   return int(_SHARE * _of_machine() / len(devices))
+
+
+def limit_of(devices: Sequence[jax.Device]) -> int | None:
+  """The memory that each of these devices has, in bytes; None where one of them does not say.
+
+  Args:
+    devices: those of a mesh; of a machine that is not there, which say nothing, too.
+  """
+  try:
+    stats = [device.memory_stats() or {} for device in devices]
+  except jax.errors.JaxRuntimeError:
+    return None
+  known = [int(one["bytes_limit"]) for one in stats if "bytes_limit" in one]
+  return min(known) if known and len(known) == len(stats) else None
 
 
 def _of_machine() -> int:
@@ -369,6 +384,17 @@ class CompiledOnce:
     # pmap can lower, and has no trace.
     stage = getattr(self._jitted, "trace", self._jitted.lower)
     self._stage = stage(*leaves)
+
+  def lower(self, platform: str, *args: Any) -> None:
+    """Traces the function, and lowers it for a platform whose compiler need not be here.
+
+    Args:
+      platform: ``"cuda"``, ``"tpu"``, as JAX names them.
+      *args: arguments, or their shapes, dtypes and shardings.
+    """
+    self.trace(*args)
+    stage, self._stage = self._stage, None
+    stage.lower(lowering_platforms=(platform,))
 
   def compile(
     self, *args: Any, options: dict[str, Any] | None = None, calls: int | None = None

@@ -19,7 +19,7 @@ EXTRAS = {
   "mlflow": "mlflow",
   "onnxruntime": "export",
   "optuna": "optuna",
-  "qwix": "export",
+  "qwix": "int8",
   "safetensors": "weights",
   "scipy": "report",
   "sklearn": "data",

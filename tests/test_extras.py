@@ -178,6 +178,7 @@ NEEDS = [
   ("optuna", lambda f: search.Proposals({"temperature": None}, trials=1)),
   ("qwix", export_kinds("int8")),
   ("qwix", export_kinds("int8_weights")),
+  ("qwix", lambda f: teachers.frozen(Model(None, {"params": {}}), dtype="int8")),
   ("safetensors", export_kinds("safetensors")),
   ("safetensors", lambda f: networks.weights.safetensors(f)),
   ("safetensors", lambda f: networks.weights.save_safetensors(f / "a.safetensors", {})),

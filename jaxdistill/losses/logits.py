@@ -444,7 +444,8 @@ def adaptive_kl(
   probabilities sum up to head at most, and the first in any case,
   p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 
-  No gradient passes through h.
+  No gradient passes through h. Classes are sorted for it: of the losses in chunks of tokens
+  (`jaxdistill.train.in_chunks`) this one gathers a vocabulary that lies in parts.
 
   Args:
     student_logits: ``[..., K]``, q's logits. Classes masked to −inf in both are left out.

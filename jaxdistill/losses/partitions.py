@@ -202,9 +202,17 @@ def generalized_decoupled_kd(
   """
   _check.whole("top", top)
   student, teacher = pair(student_logits, teacher_logits)
-  # [..., top], then [..., K]. The choice is no function of the logits that has a gradient.
-  _, first = jax.lax.top_k(jax.lax.stop_gradient(teacher), min(top, teacher.shape[-1]))
-  inside = jnp.put_along_axis(jnp.zeros(teacher.shape, bool), first, True, axis=-1, inplace=False)
+  # The choice is no function of the logits that has a gradient. One largest after another, and not
+  # by sorting: a vocabulary that lies in parts on several devices would be gathered for it.
+  fixed = jax.lax.stop_gradient(teacher)
+  place = jax.lax.broadcasted_iota(jnp.int32, fixed.shape, fixed.ndim - 1)
+
+  def with_next(_: Any, inside: Array) -> Array:
+    left = jnp.where(inside, -jnp.inf, fixed)
+    return inside | (place == jnp.argmax(left, axis=-1, keepdims=True).astype(jnp.int32))
+
+  none = jnp.zeros(fixed.shape, bool)  # [..., K]
+  inside = jax.lax.fori_loop(0, min(top, fixed.shape[-1]), with_next, none)
   return partition_kl(
     student,
     teacher,

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from jaxdistill._check import shapes, short
+from jaxdistill.networks._int8 import Int8
 from jaxdistill.types import Network, Outputs
 
 __all__ = [
@@ -489,7 +490,9 @@ class Adapter:
 
     if self.read is None:
       return variables
-    params = jax.tree_util.tree_map_with_path(place, {"params": variables["params"]})
+    params = jax.tree_util.tree_map_with_path(
+      place, {"params": variables["params"]}, is_leaf=lambda node: isinstance(node, Int8)
+    )
     return {**variables, **params}
 
   def variables(self, key: Any, inputs: Any) -> dict[str, Any]:

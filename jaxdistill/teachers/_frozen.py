@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from jaxdistill import _check, runs
 from jaxdistill.data.tokenizers import Tokenizer
+from jaxdistill.networks import int8_weights
 from jaxdistill.teachers import _identity
 from jaxdistill.teachers._foreign import OnHost
 from jaxdistill.teachers._moving import decay_of
@@ -69,9 +70,11 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
 
   Args:
     model: what `jaxdistill.fit` returned; or ``Model(network, variables)``.
-    dtype: what its parameters are kept in, ``jnp.bfloat16`` for half of float32's memory; None as
-      they are. Statistics keep theirs. What a network computes in is its own affair: most take the
-      longer one of inputs and parameters, `jaxdistill.networks.mixed_precision` the one it is told.
+    dtype: what its parameters are kept in, ``jnp.bfloat16`` for half of float32's memory, or
+      ``"int8"`` for half of that, rounded by qwix (`jaxdistill.networks.int8_weights`, extra
+      ``int8``); None as they are. Statistics keep theirs. What a network computes in is its own
+      affair: most take the longer one of inputs and parameters,
+      `jaxdistill.networks.mixed_precision` the one it is told.
     tokenizer: of a language model, the tokenizer whose tokens it was trained on: it is then refused
       to teach on tokens of another, which as large a vocabulary would not show. None does not ask.
 
@@ -81,7 +84,8 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
 
   Raises:
     TypeError: ``model`` is none, ``dtype`` no dtype of real numbers, or ``tokenizer`` none.
-    ValueError: it holds the variables of several seeds.
+    ValueError: it holds the variables of several seeds; or none that could be in eight bits.
+    MissingExtraError: ``dtype="int8"`` without qwix.
   """
   if not isinstance(model, Model):
     raise TypeError(
@@ -96,6 +100,8 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
   one, read = model.instance(0), {}
   if tokenizer is not None:
     read = {"tokenizer": _digest(tokenizer)}
+  if isinstance(dtype, str) and dtype == "int8":
+    one, dtype = int8_weights(one), None
   variables = one.variables if dtype is None else _kept_in(dtype, one.variables)
   return Teacher(variables, _Inference(one.network), _asked("frozen", **read))
 
@@ -155,11 +161,15 @@ def _kept_in(dtype: Any, variables: PyTree) -> PyTree:
   except TypeError:
     kind = None
   if kind is None or not jnp.issubdtype(kind, jnp.floating):
-    raise TypeError(f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or None.")
+    raise TypeError(
+      f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or 'int8', or None."
+    )
 
   def kept(leaf: Any) -> Any:
     found = getattr(leaf, "dtype", kind)
-    return leaf.astype(kind) if jnp.issubdtype(found, jnp.floating) and found != kind else leaf
+    if not jnp.issubdtype(found, jnp.floating) or found == kind:
+      return leaf
+    return leaf.update(dtype=kind) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf.astype(kind)
 
   if not isinstance(variables, Mapping) or "params" not in variables:
     return jax.tree.map(kept, variables)

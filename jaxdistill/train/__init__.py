@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     stopped,
     time_limit,
   )
+  from jaxdistill.train._memory import Memory, memory
   from jaxdistill.train._mesh import (
     AXIS,
     Dispatch,
@@ -68,6 +69,7 @@ __all__ = [
   "Fitted",  # what `fit` returns
   "Intervals",  # at which steps the loop stops to log, to validate, to save
   "Log",  # turns a chunk's sums into a line of the log
+  "Memory",  # what a train step needs on one device, in bytes
   "Optimizer",  # an optax optimiser, or a function of hyper-parameters that makes one
   "Plan",  # what is trained, from what, by what: the arguments that `fit` and its like share
   "Program",  # what a run calls: put together and checked abstractly, compiled once
@@ -103,6 +105,7 @@ __all__ = [
   "inputs_of",  # the shapes of a batch's inputs, as the networks see them
   "is_optimizer",  # whether it has ``init`` and ``update``, as optax's have
   "make_step",  # builds the pure train step
+  "memory",  # what a train step needs on a device, asked of the compiler before there is anything
   "mesh",  # a mesh of several axes: `AXIS`, and others for the networks
   "optimizers",  # optimisers as published recipes run them
   "reduce_terms",  # reduces an objective's terms to the loss, and to sums for the log

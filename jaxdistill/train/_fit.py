@@ -30,6 +30,7 @@ from jaxdistill.train._loop import (
   start_or_resume,
   stop_signal,
 )
+from jaxdistill.train._memory import of_program
 from jaxdistill.train._mesh import Dispatch
 from jaxdistill.train._optax import Transformation, is_optimizer
 from jaxdistill.train._plan import Plan
@@ -338,6 +339,7 @@ def _trained(
       _say_form(plan, program, log, said)
       if isinstance(watch.validate, Validator) and (ends := program.ends()) is not None:
         watch.validate.compile(ends, calls=every.validations(at))  # beside the steps' program
+      _say_memory(program, log)
     final = run_steps(
       program,
       state,
@@ -448,6 +450,15 @@ def _say_form(plan: Plan, program: Program, log: Log, said: Sequence[str]) -> No
       "steps are dispatched one by one: a CPU computes lax convolutions slowly in a loop "
       "(dispatch=train.with_jit(scan=True) for a loop all the same)."
     )
+
+
+def _say_memory(program: Program, log: Log) -> None:
+  """Says what a device holds, where it is an accelerator, or networks are cut by rules."""
+  rules = program.dispatch.sharding
+  cut = rules is not None and not (rules.student is None and rules.teacher is None)
+  if cut or jax.default_backend() != "cpu":
+    for line in of_program(program).lines():  # the first step would wait for the compiler as well
+      log.say(line)
 
 
 def _drop_deployed(path: pathlib.Path) -> None:

@@ -344,6 +344,8 @@ def with_jit(
         shape[batch_axis] *= part[1]
         check_divides(shape[batch_axis], devices)
         sharding = shared_out
+      if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(sharding=sharding)
       if several:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf), tuple(shape))
       return jax.device_put(leaf, sharding)

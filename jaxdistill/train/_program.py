@@ -36,12 +36,18 @@ from jaxdistill.types import Model, Network, Objective, Teacher
 __all__ = [
   "Program",
   "Values",
+  "cut_over",
+  "layout_of",
   "of_group",
   "optimizer_of",
   "over_students",
+  "reading",
+  "shapes_where_they_lie",
   "shared_arrays",
   "start_axes",
   "step_of",
+  "teacher_placed",
+  "teacher_reading",
   "turns",
   "with_teacher_placed",
 ]
@@ -123,10 +129,11 @@ class Program:
     begun = jax.make_jaxpr(initial, return_shape=True)(*given)
     self.begins: Any = begun[0]
     self.shapes: State = begun[1]
-    self.layout = _layout(plan, dispatch, self.shapes)
+    inputs = functools.partial(inputs_of, plan.sources[0])
+    self.layout = layout_of(plan.student, dispatch, self.shapes, inputs, over=int(plan.stacked))
     self._where = None if self.layout is None else self.layout.state
-    self._student = _reading(plan.student, dispatch, "", self._cut_student())
-    self._cut_teacher = _cut_over(dispatch, plan.teacher)
+    self._student = reading(plan.student, dispatch, "", self._cut_student())
+    self._cut_teacher = cut_over(dispatch, plan.teacher)
     self.scan, self.seeds_by = form_of(dispatch, plan, *example)
     self._begin = _beginning(initial, self._where)
     self._begin_with = lambda values: (seeds, values, starts, *example)
@@ -147,7 +154,7 @@ class Program:
         return chunk(*given[:-1], length)  # all of its turns: the count is not looked at
 
       self._whole = dispatch.compile(whole, *where)
-    self._abstract = _shapes_where_they_lie((plan.teacher, shared))
+    self._abstract = shapes_where_they_lie((plan.teacher, shared))
     once = [(plan.teacher, shared)]
     # Placed at the first call, for this program and its like with other values; what was stacked
     # for it alone is not kept twice.
@@ -222,7 +229,7 @@ class Program:
       dataclasses.replace(plan.objective, start=starts[1]),
       optimizer_of(plan, mine),
       self.source.cut(shared, item),
-      teacher=_shapes_where_they_lie(plan.teacher),  # its outputs' shapes are all that is asked
+      teacher=shapes_where_they_lie(plan.teacher),  # its outputs' shapes are all that is asked
       start=starts[0],
       average=plan.average is not None,
       num_classes=self.source.num_classes,
@@ -234,10 +241,7 @@ class Program:
     """A step of one student, its batch cut out of the arrays; pure."""
     optimizer, axis_name = optimizer_of(self.plan, mine), self.dispatch.axis_name
     plan = dataclasses.replace(self.plan, student=self._student)
-    if teacher is not None and self._cut_teacher:
-      teacher = with_networks(
-        teacher, lambda at, network: _reading(network, self.dispatch, at, self._cut_teacher)
-      )
+    teacher = teacher_reading(teacher, self.dispatch, self._cut_teacher)
     step = step_of(plan, optimizer, mine, axis_name=axis_name, unroll=not self.scan)
     return step(state, teacher, self.dispatch.constrain(self.source.cut(shared, item)))
 
@@ -245,7 +249,7 @@ class Program:
     """The specs of the student's parameters, without the axis over students."""
     if self._where is None:
       return {}
-    found = _cut_over(self.dispatch, {"params": self._where.params})
+    found = cut_over(self.dispatch, {"params": self._where.params})
     return {path: spec[int(self.stacked) :] for path, spec in found.items()}
 
   def _read(self, at: int, count: int) -> PyTree:
@@ -267,7 +271,12 @@ class Program:
     """What computes so many steps: whole chunks have a program of their own on a GPU."""
     return self._whole if steps >= self._length else self._chunk
 
-  def _arguments(self) -> tuple[Any, ...]:
+  @property
+  def whole(self) -> CompiledOnce:
+    """What computes a chunk that has all of its steps."""
+    return self._whole
+
+  def arguments(self) -> tuple[Any, ...]:
     """The shapes of the compiled program's arguments, and where they lie."""
 
     def longer(leaf: Any, head: Any) -> jax.ShapeDtypeStruct:
@@ -295,7 +304,7 @@ class Program:
     if not self._begin.begun:
       given = self._begin_with(self.values)
       if self.layout is not None:
-        given = self._where_it_begins(_shapes_where_they_lie(given))
+        given = self._where_it_begins(shapes_where_they_lie(given))
       self._begin.compile(*given, options=quick())
 
   def _where_it_begins(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -342,7 +351,7 @@ class Program:
 
   def trace(self) -> None:
     """Traces what is compiled, so that what does not fit says so."""
-    self._whole.trace(*self._arguments())
+    self._whole.trace(*self.arguments())
     self._check_labels()
 
   def _check_labels(self) -> None:
@@ -367,7 +376,7 @@ class Program:
     outputs = jax.eval_shape(said, *shapes, batch.inputs)
     if outputs.logits is None or outputs.logits.shape != batch.labels.shape:
       return
-    teacher = None if self.plan.teacher is None else _shapes_where_they_lie(self.plan.teacher)
+    teacher = None if self.plan.teacher is None else shapes_where_they_lie(self.plan.teacher)
     asked = batch.teacher is None and teacher is not None
     target = jax.eval_shape(Teacher.__call__, teacher, batch) if asked else batch.teacher
     outputs, target = jax.tree.map(
@@ -396,7 +405,7 @@ class Program:
     program = self._of_length(self._length if count is None else count)
     if not program.begun:
       # The loop's body counts once, whatever the number of its turns.
-      program.compile(*self._arguments(), calls=times * self.plan.steps)
+      program.compile(*self.arguments(), calls=times * self.plan.steps)
 
   def bytes_needed(self) -> int:
     """What a chunk needs on a device; waits for the compiler."""
@@ -457,9 +466,28 @@ def with_teacher_placed(plan: Plan, dispatch: Dispatch) -> tuple[Plan, tuple[str
     ValueError: a rule does not fit the teacher or the mesh; or there is no teacher, or one without
       variables of its own, that it could be for.
   """
-  rules, teacher = dispatch.sharding, plan.teacher
+  inputs = functools.partial(inputs_of, plan.sources[0])
+  placed, said = teacher_placed(plan.teacher, dispatch, inputs)
+  return (plan if placed is plan.teacher else dataclasses.replace(plan, teacher=placed)), said
+
+
+def teacher_placed(
+  teacher: Teacher | None, dispatch: Dispatch, inputs: Callable[[], PyTree]
+) -> tuple[Any, tuple[str, ...]]:
+  """The teacher where the dispatch's rules for it say, and what the log says of that.
+
+  Args:
+    teacher: it, or None; shapes are placed as arrays are.
+    dispatch: how a step is compiled.
+    inputs: gives the shapes of a batch's inputs, asked where a rule may look at names of axes.
+
+  Raises:
+    TypeError: a rule is none.
+    ValueError: as `with_teacher_placed`.
+  """
+  rules = dispatch.sharding
   if rules is None or rules.teacher is None:
-    return plan, ()
+    return teacher, ()
   if teacher is None or decay_of(teacher) is not None:
     raise ValueError(
       "teacher_sharding is for a teacher with variables of its own, and there is none (a moving "
@@ -467,12 +495,10 @@ def with_teacher_placed(plan: Plan, dispatch: Dispatch) -> tuple[Plan, tuple[str
     )
 
   def names() -> dict[str, Any]:
-    inputs = inputs_of(plan.sources[0])
-    each = networks_of(teacher)
-    return {f"{at}{path}": n for at, net in each for path, n in _names_of(net, inputs).items()}
+    each, shapes = networks_of(teacher), inputs()
+    return {f"{at}{path}": n for at, net in each for path, n in _names_of(net, shapes).items()}
 
-  placed, said = rules.of_teacher(teacher, names)
-  return (plan if placed is teacher else dataclasses.replace(plan, teacher=placed)), said
+  return rules.of_teacher(teacher, names)
 
 
 def _names_of(network: Any, inputs: PyTree) -> dict[str, Any]:
@@ -480,27 +506,68 @@ def _names_of(network: Any, inputs: PyTree) -> dict[str, Any]:
   return {} if network.axes is None else dict(network.axes(inputs))
 
 
-def _layout(plan: Plan, dispatch: Dispatch, shapes: State) -> Layout | None:
-  """Where a state lies; None where no rule says so, and all of it is on every device."""
+def layout_of(
+  student: Network,
+  dispatch: Dispatch,
+  shapes: State,
+  inputs: Callable[[], PyTree],
+  *,
+  over: int,
+) -> Layout | None:
+  """Where a state lies; None where no rule says so, and all of it is on every device.
+
+  Args:
+    student: whose state it is.
+    dispatch: how a step is compiled.
+    shapes: the state's.
+    inputs: as `teacher_placed` takes it.
+    over: 1 where arrays have an axis over students in front; else 0.
+  """
   rules = dispatch.sharding
   if rules is None or rules.student is None:
     return None
-  inputs = functools.partial(inputs_of, plan.sources[0])
-  return rules.of_state(shapes, lambda: _names_of(plan.student, inputs()), over=int(plan.stacked))
+  return rules.of_state(shapes, lambda: _names_of(student, inputs()), over=over)
 
 
-def _cut_over(dispatch: Dispatch, tree: Any) -> Mapping[str, Any]:
-  """The specs of what is cut along the axes over which batches are split."""
+def cut_over(dispatch: Dispatch, tree: Any) -> Mapping[str, Any]:
+  """The specs of what is cut along the axes over which batches are split, by path.
+
+  Args:
+    dispatch: how a step is compiled.
+    tree: arrays, shapes or shardings; or a teacher.
+  """
   tree = tree.variables if isinstance(tree, Teacher) else tree
   return {} if dispatch.sharding is None else dispatch.sharding.cut_over(tree)
 
 
-def _reading(network: Network, dispatch: Dispatch, at: str, specs: Mapping[str, Any]) -> Network:
-  """The network that gathers where it uses them the parameters that are cut; ``at``: of a path."""
+def reading(network: Network, dispatch: Dispatch, at: str, specs: Mapping[str, Any]) -> Network:
+  """The network that gathers where it uses them the parameters that are cut.
+
+  Args:
+    network: as it is.
+    dispatch: how a step is compiled.
+    at: the path at which its variables begin in those of ``specs``.
+    specs: from `cut_over`.
+  """
   mine = {path[len(at) :]: spec for path, spec in specs.items() if path.startswith(at)}
   if not mine or network.at_use is None or dispatch.sharding is None:
     return network
   return network.at_use(mine, dispatch.sharding.gathered)
+
+
+def teacher_reading(
+  teacher: Teacher | None, dispatch: Dispatch, specs: Mapping[str, Any]
+) -> Teacher | None:
+  """The teacher whose networks gather as `reading` has it.
+
+  Args:
+    teacher: it, or None.
+    dispatch: how a step is compiled.
+    specs: from `cut_over`, of the teacher.
+  """
+  if teacher is None or not specs:
+    return teacher
+  return with_networks(teacher, lambda at, network: reading(network, dispatch, at, specs))
 
 
 def _beginning(initial: Callable[..., State], where: PyTree) -> CompiledOnce:
@@ -601,8 +668,12 @@ def _chunk(
   return made
 
 
-def _shapes_where_they_lie(tree: PyTree) -> PyTree:
-  """Shapes and dtypes, with the sharding of arrays that have one."""
+def shapes_where_they_lie(tree: PyTree) -> PyTree:
+  """Shapes and dtypes, with the sharding of arrays that have one.
+
+  Args:
+    tree: arrays, or shapes.
+  """
   shapes = jax.eval_shape(lambda leaves: leaves, tree)
   return jax.tree.map(
     lambda leaf, shape: shape.update(sharding=getattr(leaf, "sharding", None)), tree, shapes

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill.networks import Int8
 from jaxdistill.runs import is_key
 from jaxdistill.types import Model, Teacher
 
@@ -39,6 +40,8 @@ __all__ = [
 
 PyTree = Any
 Path = tuple[str, ...]
+# The two arrays of a weight in eight bits.
+_INTEGERS, _SCALE = (field.name for field in dataclasses.fields(Int8)[:2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,6 +279,9 @@ def _decided(
   found: dict[Path, PartitionSpec | None] = {}
   used = [False] * len(pairs)
   for path, variable in variables.items():
+    if path[-1] == _SCALE and (*path[:-1], _INTEGERS) in found:
+      found[path] = _scale_follows(found[(*path[:-1], _INTEGERS)], variable)
+      continue
     first = next((i for i, (text, _) in enumerate(pairs) if re.search(text, variable.path)), None)
     spec = None
     if first is not None:
@@ -299,13 +305,22 @@ def _decided(
   return found
 
 
+def _scale_follows(spec: PartitionSpec | None, scale: Variable) -> PartitionSpec | None:
+  """How the scale of a weight in eight bits is cut: as its integers, where it is not 1."""
+  if spec is None:
+    return None
+  entries = [None if scale.shape[i] == 1 else entry for i, entry in enumerate(spec)]
+  return PartitionSpec(*entries)
+
+
 def _told(
   leaves: Mapping[Path, Any], names: Mapping[str, Any], over: int = 0
 ) -> dict[Path, Variable]:
   """What rules are told of arrays, whose first axis is over students where ``over`` is 1."""
   found = {}
   for path, leaf in leaves.items():
-    text = "/".join(path)
+    # A weight in eight bits goes by its own name.
+    text = "/".join(path[:-1] if path[-1:] == (_INTEGERS,) else path)
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     found[path] = Variable(text, tuple(np.shape(leaf)[over:]), dtype, names.get(text))
   return found
