@@ -609,12 +609,12 @@ class Validator:
       task: what the labels mean; one class an example where left out.
     """
     _check_batches(batches)
-    if not predictions.labelled(batches):
+    self.task = _task(task)
+    if not self.task.unlabelled and not predictions.labelled(batches):
       raise ValueError(
         "no example of batches has a label, and all that a validator measures is of labels: give a "
         "split that has some, or a function of your own."
       )
-    self.task = _task(task)
     self._batches, self._calls = batches, math.inf
 
   def compile(self, model: Model, *, calls: int | None = None) -> None:
