@@ -22,6 +22,7 @@ from jaxdistill.data import Batches
 from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import (
   batches_of,
+  beside,
   count_of,
   first_of,
   kept,
@@ -142,9 +143,10 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
     said = [jax.device_get(teacher(batch)) for batch in batches_of(batches)]
     found = [dataclasses.replace(task.reads(one), where=one.where) for one in said]
   else:
-    teacher = settled(teacher)
+    first = first_of(batches)
+    teacher = beside(settled(teacher), first)
     with _fitting(None):
-      asked = _Teacher(task, teacher, first_of(batches))
+      asked = _Teacher(task, teacher, first)
     ask = asked.compiled(count_of(batches))
     found = []
     for batch in batches_of(batches):
@@ -389,10 +391,10 @@ class _Pass:
       batches, teacher = taught(teacher, batches, task=task), None
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
-    self.model, self.teacher = settled((model, teacher))
+    first = first_of(batches)
+    self.model, self.teacher = beside(settled((model, teacher)), first)
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: _Teacher | None = None
-    first = first_of(batches)
     asks = _Asked(task, _mesh_of(self.model))
     with _fitting(_seeds(model)):
       model = _of_batch(model, first)

@@ -651,12 +651,13 @@ def _by_position(kept: Kept) -> dict[str, dict[str, float]]:
 
 @functools.cache
 def dense(*, boundary: int = 1) -> Task:
-  """One class a pixel: logits ``[B, H, W, K]``, labels ``[B, H, W]``.
+  """One class a pixel: logits ``[B, H, W, K]``, labels ``[B, H, W]``; or a voxel, ``[B, D, H, W]``.
 
   Measured are ``miou`` (the mean of intersection over union, over the classes that are there or
   were predicted), ``pixel_accuracy``, ``class_accuracy`` (the mean over the classes that are
   there), ``boundary_accuracy`` (of the pixels that have another class nearby), and ``nll``; beside
-  a teacher ``agreement`` and ``kl``. A pixel of weight 0, or without a label, counts nowhere.
+  a teacher ``agreement`` and ``kl``. A pixel of weight 0, or without a label, counts nowhere. Of a
+  volume a report shows the slice in the middle of D.
 
   Args:
     boundary: how near, in pixels to each side.
@@ -708,7 +709,7 @@ def dense(*, boundary: int = 1) -> Task:
     sums,
     compared,
     finish=finish,
-    check=functools.partial(_check_classes, "[N, B, H, W]"),
+    check=functools.partial(_check_classes, "[N, B, H, W] or [N, B, D, H, W]"),
     others=others,
     fidelity={
       "agreement": Metric("higher", percent=True, title="pixels as the teacher has them"),
@@ -728,13 +729,15 @@ def _of_images(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   classes, where = outputs.logits.shape[-1], counted(batch, batch.labels)
   said = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
   labels = jnp.where(where > 0, batch.labels, 0).astype(jnp.int32)
-  image = jnp.arange(len(said))[:, None, None]
+  image = jnp.arange(len(said)).reshape(-1, *(1 for _ in said.shape[1:]))
   confusion = jnp.zeros((len(said), classes, classes), jnp.float32)
-  step = -(-max(said.shape[1:]) // _SIDE)
+  step = -(-max(said.shape[-2:]) // _SIDE)
+  middle = tuple(size // 2 for size in said.shape[1:-2])
+  seen = (slice(None), *middle, slice(None, None, step), slice(None, None, step))
   return {
     "confusion": confusion.at[image, labels, said].add(where),
-    "said": said[:, ::step, ::step],
-    "labels": jnp.where(where > 0, labels, -1)[:, ::step, ::step],
+    "said": said[seen],
+    "labels": jnp.where(where > 0, labels, -1)[seen],
   }
 
 
@@ -765,14 +768,15 @@ def _masks(kept: Kept, i: int) -> tuple[Any, Any]:
 
 
 def _near_boundary(labels: Any, there: Any, pixels: int) -> Any:
-  """Which pixels ``[B, H, W]`` have another label that counts within so many pixels."""
-  window = (1, 2 * pixels + 1, 2 * pixels + 1)
+  """Which pixels ``[B, H, W]``, or ``[B, D, H, W]``, have another label that counts so near."""
+  window = (1, *(2 * pixels + 1 for _ in labels.shape[1:]))
+  steps = (1,) * len(window)
   most, least = jnp.int32(2**30), jnp.int32(-(2**30))
   # A pixel that does not count is as high as the lowest and as low as the highest of the others.
   low = jnp.where(there, labels, most).astype(jnp.int32)
   high = jnp.where(there, labels, least).astype(jnp.int32)
-  low = jax.lax.reduce_window(low, most, jax.lax.min, window, (1, 1, 1), "SAME")
-  high = jax.lax.reduce_window(high, least, jax.lax.max, window, (1, 1, 1), "SAME")
+  low = jax.lax.reduce_window(low, most, jax.lax.min, window, steps, "SAME")
+  high = jax.lax.reduce_window(high, least, jax.lax.max, window, steps, "SAME")
   return low < high
 
 

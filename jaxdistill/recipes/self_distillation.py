@@ -134,15 +134,17 @@ def uskd(
 
   ``hard_weight * cross_entropy + target_weight * self_target + nontarget_weight * self_nontarget
   + weak_weight * cross_entropy(weak, smoothed labels)``, weak = a linear exit on ``student_layer``,
-  which is no part of the deployed network. It needs no teacher.
+  which is no part of the deployed network. It needs no teacher. Of tokens and pixels each is an
+  example: the exit is of each position, and its logits are resized to those of the student where
+  the feature has fewer positions (bilinearly, as auxiliary exits of segmentation are).
 
   Source: Yang, Zeng, Li, Zhang, Yuan, Li, "From Knowledge Distillation to Self-Knowledge
   Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023. Its
   weights on ImageNet are 1, 0.1 and 0.005.
 
   Args:
-    student_layer: the feature of the exit, averaged over positions: of the stage before the last
-      (in a ViT the class token half way).
+    student_layer: the feature of the exit, of the stage before the last (in a ViT the class token
+      half way): averaged over its positions where logits are ``[B, K]``.
     target_weight: of the label's soft target; the published code's for CIFAR-100, as the two below.
       All weights are keywords of the objective.
     nontarget_weight: of the other classes' Zipf distribution.
@@ -155,7 +157,8 @@ def uskd(
     who is in the batch.
 
   Raises:
-    ValueError: when it is initialised, there is no such feature.
+    ValueError: when it is initialised, there is no such feature, or it has other axes of positions
+      than the logits.
 
   >>> sorted(uskd(target_weight=1.0).hyper)
   ['hard_weight', 'nontarget_weight', 'target_weight', 'weak_weight']
@@ -163,8 +166,9 @@ def uskd(
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     x = feature(student, student_layer, "student_layer")
-    # [B, C]: the mean over positions, which the method takes.
-    pooled = jax.ShapeDtypeStruct((x.shape[0], x.shape[-1]), compute_dtype(x))
+    axes = _pooled_axes(x, student.logits, student_layer)
+    shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    pooled = jax.ShapeDtypeStruct(shape, compute_dtype(x))
     return {"weak": (projectors.Linear(student.logits.shape[-1]), pooled)}
 
   def method(
@@ -178,10 +182,16 @@ def uskd(
     weak_weight: Any,
   ) -> dict[str, Term]:
     x = feature(student, student_layer, "student_layer")
-    weak = running("weak", jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x)))
     logits, labels = student.logits, batch.labels
-    # Padding and who has no label are in no mean over the batch.
-    known = present(batch, logits)[..., 0] & (jnp.asarray(batch.labelled) > 0)
+    # [B, K], or [B, L, K] and [B, H, W, K], of as many positions as the feature has.
+    axes = _pooled_axes(x, logits, student_layer)
+    weak = running("weak", jnp.mean(x, axis=axes, dtype=compute_dtype(x)))
+    if weak.shape != logits.shape:
+      weak = jax.image.resize(weak, logits.shape, "bilinear")
+    # Padding and what has no label are in no mean over the batch.
+    labelled = batch.replace(weight=batch.labelled)
+    there = present(batch, logits) & present(labelled, logits)
+    known = jnp.broadcast_to(there[..., 0], logits.shape[:-1])
     values = {
       "target": (losses.self_target(logits, labels, where=known), target_weight),
       "nontarget": (losses.self_nontarget(logits, weak, labels), nontarget_weight),
@@ -195,3 +205,15 @@ def uskd(
     "weak_weight": weak_weight,
   }
   return learned(modules, method, hyper, hard_weight)
+
+
+def _pooled_axes(x: Any, logits: Any, layer: str) -> tuple[int, ...]:
+  """The axes of a feature over which it is averaged: of its positions, where logits have none."""
+  if logits.ndim == 2:
+    return tuple(range(1, x.ndim - 1))
+  if x.ndim != logits.ndim:
+    raise ValueError(
+      f"student_layer={layer!r} is {tuple(x.shape)} and the logits are {tuple(logits.shape)}: of "
+      "tokens or pixels the exit says something of each, so name a feature with as many axes."
+    )
+  return ()

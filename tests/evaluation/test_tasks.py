@@ -196,6 +196,34 @@ def test_dense(batch_size):
   assert found["agreement"] == pytest.approx(agreement, rel=1e-6)
 
 
+def test_volumes():
+  labels = RNG.integers(0, 3, (5, 4, 6, 5)).astype(np.uint8)
+  labels[RNG.random(labels.shape) < 0.2] = 255
+  logits = RNG.normal(size=(*labels.shape, 3))
+  found = measured(tasks.dense(), logits, labels, batch_size=4, ignore=255, num_classes=3)
+  there, said = labels != 255, logits.argmax(axis=-1)
+  flat = labels[there], said[there]
+  assert found["pixel_accuracy"] == pytest.approx(known.accuracy_score(*flat), rel=1e-6)
+  iou = known.jaccard_score(*flat, average=None)
+  assert found["miou"] == pytest.approx(np.mean(iou), rel=1e-6)
+  near = np.zeros(labels.shape, bool)
+  for at in np.ndindex(labels.shape):
+    window = tuple(slice(max(0, i - 1), i + 2) for i in at[1:])
+    around = labels[at[0]][window]
+    near[at] = len(set(around[around != 255].tolist())) > 1
+  right = (said == labels)[near & there]
+  assert found["boundary_accuracy"] == pytest.approx(right.mean(), rel=1e-6)
+  # A report has the confusion of each volume, and shows its slice in the middle.
+  examples = data.from_arrays(np.zeros((5, 1), np.float32), labels, ignore=255, num_classes=3)
+  batch = jax.tree.map(lambda leaf: leaf[0], data.evaluation_batches(examples, batch_size=5))
+  kept = tasks.dense().kept(Outputs(logits=jnp.asarray(logits, jnp.float32)), batch)
+  assert kept["said"].shape == (5, 6, 5)
+  np.testing.assert_array_equal(kept["said"], said[:, 2])
+  per_image = tasks.dense().shown.values({n: np.asarray(x) for n, x in kept.items()})
+  wanted = [known.accuracy_score(y[t], s[t]) for y, s, t in zip(labels, said, there, strict=True)]
+  np.testing.assert_allclose(per_image["pixel_accuracy"], wanted, rtol=1e-6)
+
+
 def test_tokens():
   labels, weight = RNG.integers(0, 7, (SIZE, 6)), RNG.integers(0, 2, (SIZE, 6)).astype(float)
   logits = RNG.normal(size=(SIZE, 6, 7))
