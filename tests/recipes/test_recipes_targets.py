@@ -468,3 +468,50 @@ def test_uskds_exit_of_a_smaller_map_is_resized_and_a_vectors_is_refused():
   assert terms["weak"].values.shape == terms["nontarget"].values.shape == (2, 4, 4)
   with pytest.raises(ValueError, match="a feature with as many axes"):
     objective.init(KEY, Outputs(logits, {"map": jnp.ones((2, 5))}), None)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["classes", "tokens"])
+def test_pskd_remembers_what_it_said_of_each_example(shape):
+  """Two epochs in NumPy: labels at first, then its own predictions of the time before."""
+  rng = np.random.default_rng(2)
+  objective, share = recipes.pskd(6, hard_weight=0.5), 0.3
+  labels = rng.integers(0, 4, (6, *shape[:-1]))
+  params, state = objective.init(KEY, Outputs(jnp.zeros((3, *shape))), None)
+  remembered = np.eye(4)[labels]
+  for index, weight in (([0, 4, 2], [1, 1, 1]), ([5, 1, 3], [1, 0, 1]), ([4, 5, 1], [1, 1, 1])):
+    z = rng.normal(size=(3, *shape))
+    batch = make_batch(
+      jnp.zeros((3, 1)), labels[index], index=jnp.array(index), weight=jnp.array(weight, float)
+    )
+    student = Outputs(jnp.asarray(z, jnp.float32))
+    terms, state = objective.apply(
+      params, state, student, None, batch, key=KEY, hard_weight=0.5, past_share=share
+    )
+    q = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    want = -(remembered[index] * np.log(q)).sum(-1)
+    there = np.array(weight) > 0
+    np.testing.assert_allclose(np.asarray(terms["past"].values)[there], want[there], rtol=1e-5)
+    np.testing.assert_allclose(terms["labels"].weight, 0.5 * (1 - share), rtol=1e-6)
+    for i, row, one in zip(index, q, there, strict=True):
+      remembered[i] = row if one else remembered[i]
+  np.testing.assert_array_equal(state["seen"], [1, 1, 1, 1, 1, 1])
+
+
+def test_pskd_knows_no_past_of_what_it_never_saw_and_refuses_a_teacher():
+  objective = recipes.pskd(3)
+  student = Outputs(jnp.ones((3, 4)))
+  _, state = objective.init(KEY, student, None)
+  known = {"labelled": jnp.array([1.0, 0, 0]), "index": jnp.array([0, 1, 3])}
+  batch = make_batch(jnp.zeros((3, 1)), jnp.zeros(3, int), **known)
+  given = {"key": KEY, "past_share": 0.5}
+  terms, state = objective.apply({}, state, student, None, batch, **given)
+  np.testing.assert_array_equal(terms["past"].where, [True, False, False])
+  assert np.isnan(terms["past"].values[2])  # an index beyond the examples
+  np.testing.assert_array_equal(state["seen"], [True, True, False])
+  terms, _ = objective.apply({}, state, student, None, batch, **given)
+  np.testing.assert_array_equal(terms["past"].where, [True, True, False])
+  with pytest.raises(ValueError, match="teacher is not None"):
+    objective.init(KEY, student, student)
+  for wrong in (0, -1):
+    with pytest.raises(ValueError, match="examples"):
+      recipes.pskd(wrong)
