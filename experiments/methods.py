@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
@@ -173,8 +174,8 @@ class Method:
   """What makes the student of it again."""
   two_views: bool = False
   """Whether batches show each image twice, as it is and strongly augmented."""
-  taught_by: Callable[[Bench], Teacher] | None = None
-  """What teaches in the large network's place."""
+  taught_by: Callable[[Bench], Teacher | None] | None = None
+  """What teaches in the large network's place, which may be nobody."""
   optimizer: Callable[..., Any] = train.optimizers.sgd
 
 
@@ -305,9 +306,11 @@ METHODS = {
     ("soft_weight",),
     taught_by=lambda bench: bench.past(),
   ),
-  # The past is that of a whole run and not of an epoch ago; its share is the method's schedule.
+  # No weight but its share of the past, which is the method's schedule.
   "pskd": Method(
-    lambda known: recipes.pskd(growth_steps=known.steps), (), taught_by=lambda bench: bench.past()
+    lambda known: recipes.pskd(len(known.labels), growth_steps=known.steps),
+    (),
+    taught_by=lambda _: None,
   ),
   # Two students that differ in their first weights; one of them is chosen and measured.
   "dml": Method(
@@ -438,8 +441,6 @@ class Bench:
 def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
   """A method's students, with the factor that is best on validation."""
   config, epochs, student = bench.config, bench.config.epochs, bench.student
-  if method.taught_by is not None:
-    teacher = method.taught_by(bench)
   if method.grows is not None:
     student = method.grows(student, config)
   if method.shows is not None:
@@ -450,8 +451,10 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     bench.steps(epochs),
     bench.examples.labels,
     teacher.variables,
-    lambda: bench.means(teacher),
+    functools.partial(bench.means, teacher),
   )
+  if method.taught_by is not None:
+    teacher = method.taught_by(bench)
   objective = method.make(known)
   before = max(1, epochs // 8)
   if method.first is not None and name != "factor_transfer":

@@ -37,7 +37,7 @@ __all__ = [
   "metrics",  # evaluation metrics: exact sums on the device, divided once at the end on the host
   "predictions",  # what each model said of each example
   "ranking",  # what only all examples together can tell: average precision, R², neighbours
-  "tasks",  # what labels mean: classes, several at once, numbers, pixels, tokens, vectors
+  "tasks",  # what labels mean: classes, tags, numbers, pixels, tokens, vectors, two towers
   "taught",  # the batches with what a teacher says of them, for many students to be compared with
   "validator",  # what a run measures on its way: compiled once, called often
 ]

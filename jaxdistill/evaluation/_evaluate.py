@@ -22,6 +22,7 @@ from jaxdistill.data import Batches
 from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import (
   batches_of,
+  beside,
   count_of,
   first_of,
   kept,
@@ -146,9 +147,10 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
     said = [jax.device_get(teacher(batch)) for batch in batches_of(batches)]
     found = [dataclasses.replace(task.reads(one), where=one.where) for one in said]
   else:
-    teacher = settled(teacher)
+    first = first_of(batches)
+    teacher = beside(settled(teacher), first)
     with _fitting(None):
-      asked = _Teacher(task, teacher, first_of(batches))
+      asked = _Teacher(task, teacher, first)
     ask = asked.compiled(count_of(batches))
     found = []
     for batch in batches_of(batches):
@@ -411,11 +413,11 @@ class _Pass:
       batches, teacher = taught(teacher, batches, task=task), None
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
-    self.model, self.teacher = settled((model, teacher))
+    first = first_of(batches)
+    self.model, self.teacher = beside(settled((model, teacher)), first)
     self.shares = _shares_of(self.model)
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: _Teacher | None = None
-    first = first_of(batches)
     asks = _Asked(task, _mesh_of(self.model))
     with _fitting(_seeds(model)):
       model = _of_batch(model, first)
@@ -636,12 +638,12 @@ class Validator:
       task: what the labels mean; one class an example where left out.
     """
     _check_batches(batches)
-    if not predictions.labelled(batches):
+    self.task = _task(task)
+    if not self.task.unlabelled and not predictions.labelled(batches):
       raise ValueError(
         "no example of batches has a label, and all that a validator measures is of labels: give a "
         "split that has some, or a function of your own."
       )
-    self.task = _task(task)
     self._batches, self._calls = batches, math.inf
 
   def compile(self, model: Model, *, calls: int | None = None) -> None:

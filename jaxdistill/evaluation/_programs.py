@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxdistill._compile import BackgroundCompiled, activations, for_work, host_view
 from jaxdistill.data import Batches
@@ -137,6 +137,32 @@ def settled(tree: PyTree) -> PyTree:
   return jax.tree.map(
     lambda leaf: leaf.update(sharding=home) if shaped(leaf) else jax.device_put(leaf, home), tree
   )
+
+
+def beside(tree: PyTree, batch: Batch) -> PyTree:
+  """The tree where a program can read it together with a batch that is cut over several devices.
+
+  What lies on a single device is copied to each of the batch's, which ``jax.jit`` does not do of
+  itself; what lies on several stays as it is.
+
+  Args:
+    tree: arrays, or their shapes and shardings.
+    batch: leaves ``[B, ...]``.
+  """
+  over = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(batch))
+  meshes = [s.mesh for s in over if isinstance(s, NamedSharding) and s.mesh.size > 1]
+  if not meshes:
+    return tree
+  everywhere = NamedSharding(meshes[0], PartitionSpec())
+
+  def put(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None or len(sharding.device_set) > 1:
+      return leaf
+    shaped = isinstance(leaf, jax.ShapeDtypeStruct)
+    return leaf.update(sharding=everywhere) if shaped else jax.device_put(leaf, everywhere)
+
+  return jax.tree.map(put, tree)
 
 
 def batches_of(batches: Batch | Batches) -> Iterator[Batch]:

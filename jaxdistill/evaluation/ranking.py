@@ -8,13 +8,19 @@ from typing import Any
 import numpy as np
 
 __all__ = [
+  "HITS",
   "average_precision",
   "errors",
   "hits",
   "nearest",
   "neighbourhoods",
   "normal_errors",
+  "places",
 ]
+
+# The columns of `hits`.
+HITS = ("knn_accuracy", "weighted_knn_accuracy", "recall_at_1", "recall_at_k")
+_VOTE = 0.07  # Wu, Xiong, Yu, Lin 2018, and DINO
 
 # Rows of similarities that are there at once.
 _BLOCK = 1024
@@ -113,6 +119,7 @@ def normal_errors(
 def neighbourhoods(
   vectors: np.ndarray,
   labels: np.ndarray,
+  weight: np.ndarray,
   known: np.ndarray,
   teacher: np.ndarray | None,
   neighbours: int,
@@ -122,6 +129,7 @@ def neighbourhoods(
   Args:
     vectors: ``[N, D]``.
     labels: ``[N]``.
+    weight: ``[N]``, how much each counts, above 0: in a mean over pairs the product of both.
     known: ``[N]``, which of them have a label.
     teacher: a teacher's vectors, ``[N, E]``.
     neighbours: k, at most one less than N.
@@ -138,12 +146,13 @@ def neighbourhoods(
     near, similar = _nearest(units, rows, k, np.ones(count, bool))
     distance = np.maximum(2 - 2 * similar, 0)
     others = np.arange(count)[None, :] != rows[:, None]
-    alike = others & (labels[None, :] == labels[rows, None]) & known[None, :] & known[rows, None]
+    alike = (labels[None, :] == labels[rows, None]) & known[None, :] & known[rows, None]
+    pairs = others * weight[rows, None] * weight[None, :]
     sums += (
-      distance[alike].sum(),
-      alike.sum(),
-      np.exp(-2 * distance[others]).sum(),
-      others.sum(),
+      (pairs * alike * distance).sum(),
+      (pairs * alike).sum(),
+      (pairs * np.exp(-2 * distance)).sum(),
+      pairs.sum(),
     )
     if theirs is not None:
       beside = _nearest(theirs, rows, k, np.ones(count, bool))[0]
@@ -152,10 +161,10 @@ def neighbourhoods(
   if sums[1]:
     found["alignment"] = float(sums[0] / sums[1])
   if same:
-    found["neighbour_agreement"] = float(np.concatenate(same).mean())
+    found["neighbour_agreement"] = np.average(np.concatenate(same), weights=weight)
   if known.sum() > 1:
-    voted, first_one, any_one = hits(vectors, labels, known, neighbours)[known].mean(axis=0)
-    found |= {"knn_accuracy": voted, "recall_at_1": first_one, "recall_at_k": any_one}
+    each = hits(vectors, labels, known, neighbours)[known]
+    found |= dict(zip(HITS, np.average(each, axis=0, weights=weight[known]), strict=True))
   return {name: float(value) for name, value in found.items()}
 
 
@@ -169,23 +178,61 @@ def hits(vectors: np.ndarray, labels: np.ndarray, known: np.ndarray, neighbours:
     neighbours: k.
 
   Returns:
-    ``[N, 3]`` of 0 and 1: whether most of the k nearest, the nearest, and any of them have its
-    label; NaN of an example without one, or without a neighbour.
+    ``[N, 4]`` of 0 and 1, by the names of `HITS`: whether most of the k nearest, most of them
+    by votes of exp(similarity / 0.07), the nearest, and any of them have its label; NaN of an
+    example without one, or without a neighbour.
 
   >>> vectors, labels = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), np.array([0, 0, 1])
   >>> hits(vectors, labels, np.array([True, True, True]), 1)[:, 0].tolist()
   [1.0, 1.0, 0.0]
   """
-  found = np.full((len(vectors), 3), np.nan)
+  found = np.full((len(vectors), len(HITS)), np.nan)
   k = min(neighbours, int(known.sum()) - 1)
   if k < 1:
     return found
   units, every = _units(vectors), np.flatnonzero(known)
   for first in range(0, len(every), _BLOCK):
     mine = every[first : first + _BLOCK]
-    near = _nearest(units, mine, k, known)[0]
-    found[mine] = _hits(labels[near], labels[mine])
+    near, similar = _nearest(units, mine, k, known)
+    votes = np.exp(np.take_along_axis(similar, near, axis=1) / _VOTE)
+    found[mine] = _hits(labels[near], votes, labels[mine])
   return found
+
+
+def places(
+  queries: np.ndarray, candidates: np.ndarray, labels: np.ndarray, known: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """Of each query the place, from 0, at which its partner is found, by cosine similarity.
+
+  Right is the candidate of the same example, and of those that have a label each with the same.
+  The place is the number of wrong ones that are no less similar than the best of the right: what
+  is the same everywhere finds nothing.
+
+  Args:
+    queries: ``[N, D]``.
+    candidates: ``[N, D]``.
+    labels: ``[N]``.
+    known: ``[N]``, which of them have a label.
+
+  Returns:
+    The places ``[N]``, and the row of the most similar candidate ``[N]``.
+
+  >>> eye = np.eye(3)
+  >>> places(eye, eye[[0, 2, 1]], np.zeros(3), np.zeros(3, bool))[0].tolist()
+  [0, 2, 2]
+  """
+  ours, theirs, count = _units(queries), _units(candidates), len(queries)
+  found, best = np.zeros(count, np.int64), np.zeros(count, np.int64)
+  for first in range(0, count, _BLOCK):
+    rows = np.arange(first, min(first + _BLOCK, count))
+    similar = ours[rows] @ theirs.T
+    right = (labels[rows, None] == labels[None, :]) & known[rows, None] & known[None, :]
+    right |= rows[:, None] == np.arange(count)[None, :]
+    least = np.where(right, similar, -np.inf).max(axis=1, keepdims=True)
+    # Asked as what is not less: of NaN everything is, and so it is found nowhere.
+    found[rows] = (~right & ~(similar < least)).sum(axis=1)
+    best[rows] = similar.argmax(axis=1)
+  return found, best
 
 
 def nearest(vectors: np.ndarray, row: int, neighbours: int, among: np.ndarray) -> np.ndarray:
@@ -218,10 +265,14 @@ def _nearest(
   return np.argsort(-rank, axis=1, kind="stable")[:, :k], similar
 
 
-def _hits(nearest: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Of each row: whether most of the nearest, the nearest, and any of them have its label."""
-  votes = (nearest[:, :, None] == nearest[:, None, :]).sum(axis=2)
+def _hits(nearest: np.ndarray, votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Of each row, with the votes of its neighbours, what `hits` gives."""
+  same = nearest[:, :, None] == nearest[:, None, :]
   # The class of most; of classes with as many, that of the nearest.
-  voted = np.take_along_axis(nearest, votes.argmax(axis=1)[:, None], axis=1)[:, 0]
+  voted = (
+    np.take_along_axis(nearest, (same * each[:, None, :]).sum(axis=2).argmax(axis=1)[:, None], 1)
+    for each in (np.ones_like(votes), votes)
+  )
   right = nearest == labels[:, None]
-  return np.stack([voted == labels, right[:, 0], right.any(axis=1)], axis=1).astype(np.float64)
+  columns = [*(one[:, 0] == labels for one in voted), right[:, 0], right.any(axis=1)]
+  return np.stack(columns, axis=1).astype(np.float64)

@@ -48,6 +48,7 @@ __all__ = [
   "on_host",
   "ratios",
   "regression",
+  "retrieval",
   "tokens",
 ]
 
@@ -158,6 +159,8 @@ class Task:
       computed; outputs are shapes.
     classes: whether logits ``[B, ..., K]`` are of classes and labels ``[B, ...]`` one of them each:
       what is asked of probabilities and of chance (`search.preflight`) is asked then.
+    unlabelled: whether ``metrics`` are measured of examples without a label too: a split that has
+      none may then be chosen by.
     others: how those are read by which nothing is chosen. What is in neither was measured all the
       same, and is shown without a direction.
     fidelity: how those are read that compare with a teacher.
@@ -179,6 +182,7 @@ class Task:
   of_all: Callable[[Mapping[str, Any], Mapping[str, Any] | None], Mapping[str, Any]] | None = None
   check: Callable[[Batch, Outputs], None] | None = None
   classes: bool = False
+  unlabelled: bool = False
   others: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
   fidelity: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
   keeps: Callable[[Outputs, Batch], Mapping[str, Any]] | None = None
@@ -647,12 +651,13 @@ def _by_position(kept: Kept) -> dict[str, dict[str, float]]:
 
 @functools.cache
 def dense(*, boundary: int = 1) -> Task:
-  """One class a pixel: logits ``[B, H, W, K]``, labels ``[B, H, W]``.
+  """One class a pixel: logits ``[B, H, W, K]``, labels ``[B, H, W]``; or a voxel, ``[B, D, H, W]``.
 
   Measured are ``miou`` (the mean of intersection over union, over the classes that are there or
   were predicted), ``pixel_accuracy``, ``class_accuracy`` (the mean over the classes that are
   there), ``boundary_accuracy`` (of the pixels that have another class nearby), and ``nll``; beside
-  a teacher ``agreement`` and ``kl``. A pixel of weight 0, or without a label, counts nowhere.
+  a teacher ``agreement`` and ``kl``. A pixel of weight 0, or without a label, counts nowhere. Of a
+  volume a report shows the slice in the middle of D.
 
   Args:
     boundary: how near, in pixels to each side.
@@ -704,7 +709,7 @@ def dense(*, boundary: int = 1) -> Task:
     sums,
     compared,
     finish=finish,
-    check=functools.partial(_check_classes, "[N, B, H, W]"),
+    check=functools.partial(_check_classes, "[N, B, H, W] or [N, B, D, H, W]"),
     others=others,
     fidelity={
       "agreement": Metric("higher", percent=True, title="pixels as the teacher has them"),
@@ -724,13 +729,15 @@ def _of_images(outputs: Outputs, batch: Batch) -> dict[str, jax.Array]:
   classes, where = outputs.logits.shape[-1], counted(batch, batch.labels)
   said = jnp.argmax(outputs.logits, axis=-1).astype(jnp.int32)
   labels = jnp.where(where > 0, batch.labels, 0).astype(jnp.int32)
-  image = jnp.arange(len(said))[:, None, None]
+  image = jnp.arange(len(said)).reshape(-1, *(1 for _ in said.shape[1:]))
   confusion = jnp.zeros((len(said), classes, classes), jnp.float32)
-  step = -(-max(said.shape[1:]) // _SIDE)
+  step = -(-max(said.shape[-2:]) // _SIDE)
+  middle = tuple(size // 2 for size in said.shape[1:-2])
+  seen = (slice(None), *middle, slice(None, None, step), slice(None, None, step))
   return {
     "confusion": confusion.at[image, labels, said].add(where),
-    "said": said[:, ::step, ::step],
-    "labels": jnp.where(where > 0, labels, -1)[:, ::step, ::step],
+    "said": said[seen],
+    "labels": jnp.where(where > 0, labels, -1)[seen],
   }
 
 
@@ -761,14 +768,15 @@ def _masks(kept: Kept, i: int) -> tuple[Any, Any]:
 
 
 def _near_boundary(labels: Any, there: Any, pixels: int) -> Any:
-  """Which pixels ``[B, H, W]`` have another label that counts within so many pixels."""
-  window = (1, 2 * pixels + 1, 2 * pixels + 1)
+  """Which pixels ``[B, H, W]``, or ``[B, D, H, W]``, have another label that counts so near."""
+  window = (1, *(2 * pixels + 1 for _ in labels.shape[1:]))
+  steps = (1,) * len(window)
   most, least = jnp.int32(2**30), jnp.int32(-(2**30))
   # A pixel that does not count is as high as the lowest and as low as the highest of the others.
   low = jnp.where(there, labels, most).astype(jnp.int32)
   high = jnp.where(there, labels, least).astype(jnp.int32)
-  low = jax.lax.reduce_window(low, most, jax.lax.min, window, (1, 1, 1), "SAME")
-  high = jax.lax.reduce_window(high, least, jax.lax.max, window, (1, 1, 1), "SAME")
+  low = jax.lax.reduce_window(low, most, jax.lax.min, window, steps, "SAME")
+  high = jax.lax.reduce_window(high, least, jax.lax.max, window, steps, "SAME")
   return low < high
 
 
@@ -834,14 +842,13 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     others={
       "example_ap": Metric("higher", percent=True, title="average precision of an example"),
       "label_ap": Metric("higher", percent=True, title="average precision by label"),
+      "label_ece": Metric("lower", percent=True, title="calibration error by label"),
     },
     fidelity={
       "agreement": Metric("higher", percent=True, title="labels as the teacher has them"),
       "kl": Metric("lower", title="KL to the teacher, nats a label"),
     },
-    shows=Shows(
-      values=functools.partial(_each_example, edge), parts=_precision_by_label, tells=tells
-    ),
+    shows=Shows(values=functools.partial(_each_example, edge), parts=_by_label, tells=tells),
   )
 
 
@@ -863,16 +870,42 @@ def _rows(kept: Kept, count: int) -> list[np.ndarray]:
   return [np.asarray(kept[n], np.float64).reshape(count, -1) for n in ("scores", "labels", "where")]
 
 
-def _precision_by_label(kept: Kept) -> dict[str, dict[int, float]]:
+def _by_label(kept: Kept) -> dict[str, dict[int, float]]:
+  """Of each label: its average precision where some example has it, and its calibration error."""
+  return {"label_ap": _precisions(kept), "label_ece": _calibrations(kept)}
+
+
+def _columns(kept: Kept) -> list[np.ndarray]:
+  """Scores, labels and weights, those of a label in a column."""
+  each = (np.asarray(kept[name]) for name in ("scores", "labels", "where"))
+  return [one.reshape(-1, one.shape[-1]) for one in each]
+
+
+def _precisions(kept: Kept) -> dict[int, float]:
   """The average precision of each label that some example has."""
-  scores, labels, where = (
-    kept[name].reshape(-1, kept[name].shape[-1]) for name in ("scores", "labels", "where")
-  )
+  scores, labels, where = _columns(kept)
   each = {
     k: ranking.average_precision(scores[:, k], labels[:, k] > 0.5, where[:, k])
     for k in range(scores.shape[1])
   }
-  return {"label_ap": {k: one for k, one in each.items() if one is not None}}
+  return {k: one for k, one in each.items() if one is not None}
+
+
+def _calibrations(kept: Kept) -> dict[int, float]:
+  """The calibration error of each label of which something counts, as `_of_labels` bins it."""
+  scores, labels, where = _columns(kept)
+  found = {}
+  for k in range(scores.shape[1]):
+    there = where[:, k] > 0
+    weight = where[there, k].astype(np.float64)
+    # As the sigmoid, without its overflow; in float32, in which the edges are.
+    probability = np.exp(-np.logaddexp(0, -scores[there, k].astype(np.float32)))
+    gaps = weight * (labels[there, k].astype(np.float64) - probability)
+    bins = np.searchsorted(_metrics.EDGES, probability)  # closed on the right
+    if len(weight):
+      each = np.bincount(bins, gaps, minlength=_metrics.BINS)
+      found[k] = float(np.abs(each).sum() / weight.sum())
+  return found
 
 
 def _of_labels(edge: float, outputs: Outputs, batch: Batch) -> Sums:
@@ -924,7 +957,7 @@ def _mean_average_precision(
 ) -> dict[str, Any]:
   """The mean over the labels that some example has."""
   del teacher
-  known = list(_precision_by_label(kept)["label_ap"].values())
+  known = list(_precisions(kept).values())
   return {"map": float(np.mean(known))} if known else {}
 
 
@@ -1078,91 +1111,233 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
   """Vectors ``[B, D]`` in which what belongs together is near; labels ``[B]`` say what does.
 
   By cosine similarity among all examples of the split, each asked of the others: ``knn_accuracy``
-  (the class of most of the k nearest), ``recall_at_1`` and ``recall_at_k`` (whether one of the
-  nearest has the class), ``alignment`` (mean squared distance within a class) and ``uniformity``
-  (log of the mean of exp(−2 squared distance)) of unit vectors; beside a teacher
-  ``neighbour_agreement``, the share of the k nearest that are the same. Time and memory go with
-  the square of the number of examples, in blocks.
+  (the class of most of the k nearest), ``weighted_knn_accuracy`` (of most by votes of
+  exp(similarity / 0.07)), ``recall_at_1`` and ``recall_at_k`` (whether one of the nearest has the
+  class), ``alignment`` (mean squared distance within a class) and ``uniformity`` (log of the mean
+  of exp(−2 squared distance)) of unit vectors; beside a teacher ``neighbour_agreement``, the share
+  of the k nearest that are the same. An example counts in a mean by its weight, a pair by the
+  product of both; a neighbour votes once. Time and memory go with the square of the number of
+  examples, in blocks.
+
+  Of vectors ``[B, L, D]`` each position is one, with a label ``[B, L]`` of its own, or its
+  example's; those of weight 0 are nobody's neighbours.
 
   Args:
     feature: the name of the feature that is the vector; None for the logits.
     neighbours: k.
 
   Source: Wang, Isola, "Understanding Contrastive Representation Learning through Alignment and
-  Uniformity on the Hypersphere", 2020, for the last two.
+  Uniformity on the Hypersphere", 2020, for the last two; Wu, Xiong, Yu, Lin, "Unsupervised Feature
+  Learning via Non-Parametric Instance Discrimination", 2018, for the votes and their 0.07.
   """
   _check.whole("neighbours", neighbours)
 
   def reads(outputs: Outputs) -> Outputs:
     if feature is None:
       return Outputs(logits=outputs.logits)
-    if feature not in outputs.features:
-      raise ValueError(
-        f"feature={feature!r} is not among the network's, {sorted(outputs.features)}."
-      )
     # None marks what was read before, and is the logits now.
-    vectors = outputs.features[feature]
+    vectors = _feature_of(outputs, feature, "feature")
     vectors = outputs.logits if vectors is None else vectors
     return Outputs(logits=vectors, features={feature: None})
 
-  def each(outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
-    vectors = outputs.logits.astype(jnp.float32)
-    known = counted(batch, vectors[:, 0])
-    return {"vectors": vectors, "labels": batch.labels, "known": known}
-
   def of_all(kept: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, Any]:
-    theirs = None if teacher is None else np.asarray(teacher["vectors"], np.float64)
-    vectors = np.asarray(kept["vectors"], np.float64)
-    return ranking.neighbourhoods(vectors, kept["labels"], kept["known"] > 0, theirs, neighbours)
-
-  def check(batches: Batch, outputs: Outputs) -> None:
-    if outputs.logits.ndim != 2:
-      raise TypeError(
-        f"of the task 'embedding' an example has one vector [B, D], and the network's are "
-        f"{list(outputs.logits.shape)}: name a feature that is one ('pooled')."
-      )
-    if np.ndim(batches.labels) != 2 or np.asarray(batches.labels).dtype.kind not in "iu":
-      raise TypeError("of the task 'embedding' a label is one whole number an example.")
+    vectors, labels, weight, known, there = _points_of(kept)
+    theirs = None if teacher is None else _points_of({**kept, "vectors": teacher["vectors"]})[0]
+    if not there.any():
+      return {}
+    return ranking.neighbourhoods(vectors, labels, weight, known, theirs, neighbours)
 
   def hits(kept: Kept) -> np.ndarray:
-    vectors = np.asarray(kept["vectors"], np.float64)
-    return ranking.hits(vectors, kept["labels"], kept["known"] > 0, neighbours)
+    """``[N, L, 4]``; L is 1 where an example is one vector."""
+    vectors, labels, _, known, there = _points_of(kept)
+    found = np.full((len(there), len(ranking.HITS)), np.nan)
+    found[there] = ranking.hits(vectors, labels, known, neighbours)
+    return found.reshape(len(kept["vectors"]), -1, len(ranking.HITS))
 
   def values(kept: Kept) -> dict[str, np.ndarray]:
-    return dict(zip(("knn_accuracy", "recall_at_1", "recall_at_k"), hits(kept).T, strict=True))
+    each = hits(kept)
+    weight = np.asarray(kept["weight"], np.float64).reshape(each.shape[:2])[..., None]
+    weight = np.where(np.isnan(each), 0, weight)
+    means = _quotient((weight * np.nan_to_num(each)).sum(axis=1), weight.sum(axis=1))
+    return dict(zip(ranking.HITS, means.T, strict=True))
 
   def by_class(kept: Kept) -> dict[str, dict[int, float]]:
-    voted, labels = hits(kept)[:, 0], np.asarray(kept["labels"])
-    there = ~np.isnan(voted)
-    classes = np.unique(labels[there])
+    _, labels, weight, known, there = _points_of(kept)
+    voted = hits(kept)[..., 0].reshape(-1)[there]
+    known = known & ~np.isnan(voted)
+    classes = np.unique(labels[known])
     if len(classes) > _MANY:
       return {}
-    return {"class_knn": {int(k): float(voted[there & (labels == k)].mean()) for k in classes}}
+    each = {int(k): known & (labels == k) for k in classes}
+    return {
+      "class_knn": {k: float(np.average(voted[i], weights=weight[i])) for k, i in each.items()}
+    }
 
   def tells(kept: Kept, i: int) -> tuple[Any, Any]:
-    known, labels = kept["known"] > 0, kept["labels"]
-    near = ranking.nearest(np.asarray(kept["vectors"], np.float64), i, neighbours, known)
-    return int(labels[i]) if known[i] else "no label", tuple(labels[near].tolist())
+    vectors, labels, _, known, there = _points_of(kept)
+    mine = np.arange(len(there)).reshape(len(kept["vectors"]), -1)[i]
+    rows = np.flatnonzero(np.isin(np.flatnonzero(there), mine))
+    if not len(rows):
+      return "no vector", ()
+    near = ranking.nearest(vectors, int(rows[0]), neighbours, known)
+    return int(labels[rows[0]]) if known[rows[0]] else "no label", tuple(labels[near].tolist())
 
-  known = {
-    "knn_accuracy": Metric("higher", percent=True, title="k-NN accuracy", of_examples=True),
-    "recall_at_1": Metric("higher", percent=True, title="recall at 1", of_examples=True),
-    "recall_at_k": Metric(
-      "higher", percent=True, title=f"recall at {neighbours}", of_examples=True
-    ),
-    "alignment": Metric("lower"),
-    "uniformity": Metric("lower"),
+  titles = ("k-NN accuracy", "weighted k-NN accuracy", "recall at 1", f"recall at {neighbours}")
+  shares = {
+    name: Metric("higher", percent=True, title=title, of_examples=True)
+    for name, title in zip(ranking.HITS, titles, strict=True)
   }
   return Task(
     "embedding",
-    known,
+    {**shares, "alignment": Metric("lower"), "uniformity": Metric("lower")},
     reads=reads,
-    each=each,
+    each=_each_vector,
     of_all=of_all,
-    check=check,
+    check=_check_vectors,
     others={"class_knn": Metric("higher", percent=True, title="k-NN accuracy by class")},
     fidelity={
       "neighbour_agreement": Metric("higher", percent=True, title="neighbours as the teacher has")
     },
     shows=Shows(values=values, parts=by_class, tells=tells),
+  )
+
+
+def _feature_of(outputs: Outputs, name: str, argument: str) -> Any:
+  if name not in outputs.features:
+    raise ValueError(f"{argument}={name!r} is not among the network's, {sorted(outputs.features)}.")
+  return outputs.features[name]
+
+
+def _each_vector(outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
+  """Vectors, and of each of them its label, how much it counts, and whether its label is known."""
+  vectors = outputs.logits.astype(jnp.float32)
+  known, labels = dataclasses.replace(batch, weight=batch.labelled), jnp.asarray(batch.labels)
+  labels = jnp.expand_dims(labels, range(labels.ndim, vectors.ndim - 1))
+  return {
+    "vectors": vectors,
+    "labels": jnp.broadcast_to(labels, vectors.shape[:-1]),
+    "weight": counted(batch, vectors[..., 0], labelled=False),
+    "known": counted(known, vectors[..., 0], labelled=False),
+  }
+
+
+def _points_of(kept: Kept) -> tuple[np.ndarray, ...]:
+  """Vectors, labels, weights and which labels are known, of what counts; which of all do."""
+  vectors = np.asarray(kept["vectors"], np.float64)
+  labels, weight, known = (np.asarray(kept[n]).reshape(-1) for n in ("labels", "weight", "known"))
+  there = weight > 0
+  of_those = (labels, weight.astype(np.float64), known > 0)
+  return vectors.reshape(-1, vectors.shape[-1])[there], *(x[there] for x in of_those), there
+
+
+def _check_vectors(batches: Batch, outputs: Outputs) -> None:
+  """Raises where outputs are no vectors, or labels no whole number of an example or a vector."""
+  shape, labels = outputs.logits.shape, np.asarray(batches.labels)
+  if len(shape) not in (2, 3):
+    raise TypeError(
+      f"of the task 'embedding' an example has one vector [B, D], or one for each position "
+      f"[B, L, D], and the network's are {list(shape)}: name a feature that is one ('pooled')."
+    )
+  if labels.dtype.kind not in "iu" or labels.shape[1:] not in (shape[:1], shape[:-1]):
+    raise TypeError(
+      "of the task 'embedding' a label is one whole number an example, or a vector, and the "
+      f"batches' are {_check.show(labels)} beside vectors {list(shape)} in a batch."
+    )
+
+
+@functools.cache
+def retrieval(first: str, second: str, *, at: tuple[int, ...] = (1, 5, 10)) -> Task:
+  """Two towers: whether what is asked by one tower's vector finds its partner among the other's.
+
+  By cosine similarity among all examples of the split: ``<first>_to_<second>_at_<k>`` and
+  ``<second>_to_<first>_at_<k>``, the share that find their partner among the k most similar
+  (recall at k). A partner is the other tower's vector of the same example, and of those that have
+  a label each with the same (several texts of one image, a class). Wrong ones that are as similar
+  as the partner are before it. Beside a teacher ``agreement``: the share whose most similar is the
+  teacher's, the mean of both ways. Time and memory go with the square of the number of examples,
+  in blocks.
+
+  Args:
+    first: the name of one tower's feature ``[B, D]``, ``"image"``.
+    second: the other's, ``"text"``.
+    at: the k's.
+
+  Raises:
+    TypeError, ValueError: a k is no whole number of at least 1, or there is none.
+  """
+  ways = {(first, second): "there", (second, first): "back"}
+  if not at:
+    raise ValueError("at=() has no k; give (1, 5, 10).")
+  names = {
+    (way, _check.whole("at", k)): f"{one}_to_{other}_at_{k}"
+    for (one, other), way in ways.items()
+    for k in at
+  }
+
+  def reads(outputs: Outputs) -> Outputs:
+    both = {"first": first, "second": second}
+    return Outputs(features={n: _feature_of(outputs, n, a) for a, n in both.items()})
+
+  def each(outputs: Outputs, batch: Batch) -> Mapping[str, Any]:
+    vectors = {name: outputs.features[name].astype(jnp.float32) for name in (first, second)}
+    known = dataclasses.replace(batch, weight=batch.labelled)
+    places = vectors[first][:, 0]
+    return {
+      **vectors,
+      "labels": jnp.asarray(batch.labels),
+      "weight": counted(batch, places, labelled=False),
+      "known": counted(known, places, labelled=False),
+    }
+
+  def found(kept: Kept) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Both ways' places and most similar."""
+    vectors = {name: np.asarray(kept[name], np.float64) for name in (first, second)}
+    about = np.asarray(kept["labels"]), np.asarray(kept["known"]) > 0
+    return {way: ranking.places(vectors[a], vectors[b], *about) for (a, b), way in ways.items()}
+
+  def values(kept: Kept) -> dict[str, np.ndarray]:
+    rows = found(kept)
+    return {name: (rows[way][0] < k).astype(np.float64) for (way, k), name in names.items()}
+
+  def of_all(kept: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> dict[str, Any]:
+    weight = np.asarray(kept["weight"], np.float64)
+    if not weight.sum():
+      return {}
+    made = {name: np.average(one, weights=weight) for name, one in values(kept).items()}
+    if teacher is not None:
+      pairs = zip(found(kept).values(), found(teacher).values(), strict=True)
+      same = [np.average(ours[1] == theirs[1], weights=weight) for ours, theirs in pairs]
+      made["agreement"] = np.mean(same)
+    return made
+
+  def check(batches: Batch, outputs: Outputs) -> None:
+    shapes = [outputs.features[name].shape for name in (first, second)]
+    if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+      raise TypeError(
+        f"of the task 'retrieval' both towers have one vector [B, D] an example, and {first!r} is "
+        f"{list(shapes[0])}, {second!r} {list(shapes[1])}."
+      )
+    labels = np.asarray(batches.labels)
+    if labels.dtype.kind not in "iu" or labels.ndim != 2:
+      raise TypeError("of the task 'retrieval' a label is one whole number an example, or none.")
+
+  def tells(kept: Kept, i: int) -> tuple[str, str]:
+    there, back = (int(rows[0][i]) + 1 for rows in found(kept).values())
+    return "place 1 both ways", f"place {there} by {first}, {back} by {second}"
+
+  known = {
+    name: Metric("higher", percent=True, title=name.replace("_", " "), of_examples=True)
+    for name in names.values()
+  }
+  fidelity = {"agreement": Metric("higher", percent=True, title="finds what the teacher finds")}
+  return Task(
+    "retrieval",
+    known,
+    reads=reads,
+    each=each,
+    of_all=of_all,
+    check=check,
+    unlabelled=True,
+    fidelity=fidelity,
+    shows=Shows(values=values, tells=tells),
   )

@@ -43,7 +43,13 @@ from jaxdistill.recipes.online import dml, each, mean_teacher
 from jaxdistill.recipes.partitions import dkd, gdkd, nkd, rld
 from jaxdistill.recipes.parts import recipe
 from jaxdistill.recipes.prototypes import norm_direction
-from jaxdistill.recipes.relations import correlation_congruence, pkt, rkd, similarity_preserving
+from jaxdistill.recipes.relations import (
+  affinity,
+  correlation_congruence,
+  pkt,
+  rkd,
+  similarity_preserving,
+)
 from jaxdistill.recipes.review import reviewkd
 from jaxdistill.recipes.self_distillation import pskd, tfkd, uskd
 from jaxdistill.recipes.simkd import simkd
@@ -52,6 +58,7 @@ from jaxdistill.recipes.views import crld, with_views
 
 __all__ = [
   "activation_boundary",  # activation boundaries (AB)
+  "affinity",  # affinity of two towers (CLIP-KD): which image goes with which text
   "attention_transfer",  # attention transfer (AT): where in the image each stage's energy is
   "catkd",  # class attention transfer (CAT-KD): where the evidence for each class is
   "combine",  # adds objectives up: the union of their terms

@@ -7,6 +7,7 @@ share it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxdistill import _check, losses
@@ -16,6 +17,7 @@ from jaxdistill.recipes.parts import (
   both_features,
   embed,
   embeddings,
+  feature,
   hard_term,
   layer_names,
   learned,
@@ -24,7 +26,82 @@ from jaxdistill.recipes.parts import (
 )
 from jaxdistill.types import Batch, Number, Objective, Outputs, Term
 
-__all__ = ["correlation_congruence", "pkt", "rkd", "similarity_preserving"]
+__all__ = ["affinity", "correlation_congruence", "pkt", "rkd", "similarity_preserving"]
+
+
+def _check_towers(student_towers: Any, teacher_towers: Any) -> None:
+  """Raises for what is not two names of features."""
+  for argument, given in (("student_towers", student_towers), ("teacher_towers", teacher_towers)):
+    names = list(given) if isinstance(given, Sequence) and not isinstance(given, str) else []
+    if given is None and argument == "teacher_towers":
+      continue
+    if len(names) != 2 or not all(isinstance(name, str) for name in names):
+      raise TypeError(
+        f"{argument}={_check.show(given)} must be the names of two features, ('image', 'text')."
+      )
+
+
+@recipe(check=_check_towers)
+def affinity(
+  student: Outputs,
+  teacher: Outputs | None,
+  batch: Batch,
+  *,
+  student_towers: Sequence[str] = ("image", "text"),
+  teacher_towers: Sequence[str] | None = None,
+  student_temperature: Number = 0.07,
+  teacher_temperature: Number = 0.01,
+  affinity_weight: Number | None = 1.0,
+  pair_weight: Number | None = 1.0,
+) -> dict[str, Term]:
+  """Affinity of two towers (CLIP-KD's CRD, TinyCLIP): which image goes with which text.
+
+  ``pair_weight * contrastive(image, text) + affinity_weight * affinity``: the student's own pairs,
+  as CLIP is trained, and how near the teacher finds each image to each text. No label is looked at.
+
+  Source: Yang, An, Huang, Bi, Yu, Yang, Diao, Xu, "CLIP-KD: An Empirical Study of CLIP Model
+  Distillation", 2024. Its features' term is `basics.hint`, for each tower. Its temperatures are
+  learned, or the teacher's; here they are numbers, or schedules.
+
+  Args:
+    student_towers: the names of the two features ``[B, D]``: what the module returns in a dict,
+      with ``networks.linen(module, logits=False)``.
+    teacher_towers: the teacher's, in the same order; None for the same names. Widths may differ.
+    student_temperature: of the student's products, in both terms; CLIP's at the start. It, the
+      other temperature and the weights are keywords of the objective.
+    teacher_temperature: of the teacher's; trained CLIP's.
+    affinity_weight: 1 as published; None leaves that term out, and the teacher: how a teacher is
+      trained.
+    pair_weight: 1 as published; None leaves that term out.
+
+  Returns:
+    An objective with the terms ``pairs`` and ``affinity``. Both depend on who is in the batch.
+
+  Raises:
+    TypeError: a pair of towers is not two names.
+    ValueError: at trace time, a feature is missing.
+
+  >>> affinity(pair_weight=None).hyper["student_temperature"]
+  0.07
+  """
+  there, terms = present(batch), {}
+  ours = [feature(student, name, "student_towers") for name in student_towers]
+  if affinity_weight is not None:
+    names = student_towers if teacher_towers is None else teacher_towers
+    theirs = [feature(teacher, name, "teacher_towers") for name in names]
+    # [B, B] twice: each image's distribution over the batch's texts, and each text's over images.
+    values = losses.affinity(
+      *ours,
+      *theirs,
+      student_temperature=student_temperature,
+      teacher_temperature=teacher_temperature,
+      where=there,
+    )
+    terms["affinity"] = Term(values, weight=affinity_weight)
+  if pair_weight is None:
+    return terms
+  values = losses.contrastive(*ours, temperature=student_temperature, where=there)
+  return {"pairs": Term(values, weight=pair_weight), **terms}
 
 
 @recipe(check=layer_names)

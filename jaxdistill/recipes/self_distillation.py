@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,9 +23,20 @@ from jaxdistill.recipes.parts import (
   present,
   recipe,
 )
-from jaxdistill.types import Batch, Number, Objective, Outputs, Term, compute_dtype
+from jaxdistill.types import (
+  Batch,
+  Number,
+  Objective,
+  Outputs,
+  Term,
+  Terms,
+  as_objective,
+  compute_dtype,
+)
 
 __all__ = ["pskd", "tfkd", "uskd"]
+
+PyTree = Any
 
 
 @recipe
@@ -76,7 +88,7 @@ def _grown(growth_steps: Any) -> Any:
 
 
 @recipe(follows={"past_share": _grown})
-def pskd(
+def _mixed_targets(
   student: Outputs,
   teacher: Outputs | None,
   batch: Batch,
@@ -85,32 +97,7 @@ def pskd(
   growth_steps: int = 300 * EPOCH,
   past_share: Number = 0.8,
 ) -> dict[str, Term]:
-  """Progressive self-distillation (PS-KD): the labels give way to the student's own past.
-
-  ``hard_weight * (1 - past_share) * cross_entropy(labels) + past_share * cross_entropy(past)``,
-  past = softmax(teacher.logits), at temperature 1 throughout: the cross-entropy with the mixture of
-  both.
-
-  Source: Kim, Ji, Yoon, Hwang, "Self-Knowledge Distillation with Progressive Refinement of
-  Targets", 2021. Its past is what the student said of each example an epoch ago, of another view of
-  it; here it is the teacher's, which may be the student of an earlier run or a moving average. Its
-  share rises by the epoch, over all 300 of them.
-
-  Args:
-    hard_weight: of the labels' part; None leaves that term out.
-    growth_steps: in how many steps the keyword ``past_share`` rises from 0 to 0.8, in a line: those
-      of the run, as published; 300 epochs of CIFAR-100 at batch size 64 by default. 0 is 0.8
-      throughout.
-    past_share: that keyword, of the objective; what ``growth_steps`` says by default.
-
-  Returns:
-    An objective with the terms ``labels`` and ``past``. Unlabelled examples take part in the latter
-    only.
-
-  Raises:
-    TypeError: ``growth_steps`` is no integer.
-    ValueError: it is negative.
-  """
+  """`pskd`, whose past is what the teacher says."""
   del growth_steps  # of which past_share is the schedule, and here the number of this step
   ours, theirs = both_logits("pskd", student, teacher)
   share = at_a_step("past_share", past_share)
@@ -120,6 +107,108 @@ def pskd(
     "labels": hard_term(student, batch, None if hard_weight is None else hard_weight * (1 - share)),
     "past": Term(past, weight=share),
   }
+
+
+def pskd(
+  examples: int | None = None,
+  *,
+  hard_weight: Number | None = 1.0,
+  growth_steps: int = 300 * EPOCH,
+  past_share: Any = None,
+  axis_name: str | None = None,
+) -> Objective:
+  """Progressive self-distillation (PS-KD): the labels give way to the student's own past.
+
+  ``hard_weight * (1 - past_share) * cross_entropy(labels) + past_share * cross_entropy(past)``, at
+  temperature 1 throughout: the cross-entropy with the mixture of both. With ``examples`` the past
+  is what the student itself said of each example when it last saw it, an epoch ago, of that epoch's
+  view, in training mode; at the first time it is the label. It needs no teacher then. Without, the
+  past is a teacher's: the student of an earlier run, or a moving average.
+
+  The predictions, ``[N, ..., K]`` in float32, are the objective's state: checkpointed, and one for
+  each of several seeds. Padding changes none of them. What has no label and was not seen before has
+  no past, and counts in no term. Under ``pmap`` give ``axis_name``, or each device knows its share
+  alone and the step averages what they know.
+
+  Source: Kim, Ji, Yoon, Hwang, "Self-Knowledge Distillation with Progressive Refinement of
+  Targets", 2021. In its code the share rises by the epoch, from 0.8 / 300 to 0.8; here by the step.
+
+  Args:
+    examples: N, how many the training set has; ``batch.index`` says which they are. One beyond N
+      makes the term NaN, which ends the run. None for a teacher's past.
+    hard_weight: of the labels' part; None leaves that term out.
+    growth_steps: in how many steps the keyword ``past_share`` rises from 0 to 0.8, in a line: those
+      of the run, as published; 300 epochs of CIFAR-100 at batch size 64 by default. 0 is 0.8
+      throughout.
+    past_share: that keyword, of the objective; what ``growth_steps`` says by default.
+    axis_name: `train.AXIS` under ``pmap``; None under ``jit``.
+
+  Returns:
+    An objective with the terms ``labels`` and ``past``. Unlabelled examples take part in the latter
+    only.
+
+  Raises:
+    TypeError: ``growth_steps`` or ``examples`` is no integer.
+    ValueError: one is out of range; there is no teacher, or with ``examples`` there is one.
+
+  >>> sorted(pskd(1000).hyper)
+  ['hard_weight', 'past_share']
+  """
+  given = {} if past_share is None else {"past_share": past_share}
+  mixed = as_objective(_mixed_targets(hard_weight=hard_weight, growth_steps=growth_steps, **given))
+  if examples is None:
+    return mixed
+  count = _check.whole("examples", examples)
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    del key
+    _no_teacher(teacher)
+    shape = (count, *student.logits.shape[1:])
+    return {}, {"past": jnp.zeros(shape, jnp.float32), "seen": jnp.zeros(count, bool)}
+
+  def apply(
+    params: PyTree,
+    state: PyTree,
+    student: Outputs,
+    teacher: Outputs | None,
+    batch: Batch,
+    *,
+    key: Any,
+    **hyper: Any,
+  ) -> tuple[Terms, PyTree]:
+    del params
+    _no_teacher(teacher)
+    logits, index = student.logits, batch.index
+    rows = jnp.clip(index, 0, count - 1)
+    seen = jnp.expand_dims(state["seen"][rows], range(1, logits.ndim - 1))  # [B] or [B, 1]
+    first = jax.nn.one_hot(batch.labels, logits.shape[-1], dtype=jnp.float32)
+    past = jnp.where(seen[..., None], state["past"][rows], first)
+    terms, _ = mixed.apply({}, {}, student, Outputs(jnp.log(past)), batch, key=key, **hyper)
+    known = jnp.asarray(batch.labelled) > 0
+    known = jnp.expand_dims(known, range(known.ndim, logits.ndim - 1)) | seen
+    # A wrong row would be another example's past without a word.
+    amiss = jnp.expand_dims((index < 0) | (index >= count), range(1, logits.ndim - 1))
+    values = jnp.where(amiss, jnp.nan, terms["past"].values)
+    terms["past"] = dataclasses.replace(terms["past"], values=values, where=known)
+    said = jax.nn.softmax(jax.lax.stop_gradient(logits).astype(jnp.float32))
+    # Rows of padding lie beyond the end, where nothing is written.
+    written = jnp.where(present(batch) & (index >= 0), index, count), said
+    if axis_name is not None:
+      written = jax.lax.all_gather(written, axis_name, tiled=True)
+    return terms, {
+      "past": state["past"].at[written[0]].set(written[1], mode="drop"),
+      "seen": state["seen"].at[written[0]].set(True, mode="drop"),
+    }
+
+  return Objective(init=init, apply=apply, hyper=mixed.hyper)
+
+
+def _no_teacher(teacher: Outputs | None) -> None:
+  if teacher is not None:
+    raise ValueError(
+      "pskd(examples) learns from what the student said before, and teacher is not None: leave "
+      "one of them out."
+    )
 
 
 def uskd(
@@ -134,15 +223,17 @@ def uskd(
 
   ``hard_weight * cross_entropy + target_weight * self_target + nontarget_weight * self_nontarget
   + weak_weight * cross_entropy(weak, smoothed labels)``, weak = a linear exit on ``student_layer``,
-  which is no part of the deployed network. It needs no teacher.
+  which is no part of the deployed network. It needs no teacher. Of tokens and pixels each is an
+  example: the exit is of each position, and its logits are resized to those of the student where
+  the feature has fewer positions (bilinearly, as auxiliary exits of segmentation are).
 
   Source: Yang, Zeng, Li, Zhang, Yuan, Li, "From Knowledge Distillation to Self-Knowledge
   Distillation: A Unified Approach with Normalized Loss and Customized Soft Labels", 2023. Its
   weights on ImageNet are 1, 0.1 and 0.005.
 
   Args:
-    student_layer: the feature of the exit, averaged over positions: of the stage before the last
-      (in a ViT the class token half way).
+    student_layer: the feature of the exit, of the stage before the last (in a ViT the class token
+      half way): averaged over its positions where logits are ``[B, K]``.
     target_weight: of the label's soft target; the published code's for CIFAR-100, as the two below.
       All weights are keywords of the objective.
     nontarget_weight: of the other classes' Zipf distribution.
@@ -155,7 +246,8 @@ def uskd(
     who is in the batch.
 
   Raises:
-    ValueError: when it is initialised, there is no such feature.
+    ValueError: when it is initialised, there is no such feature, or it has other axes of positions
+      than the logits.
 
   >>> sorted(uskd(target_weight=1.0).hyper)
   ['hard_weight', 'nontarget_weight', 'target_weight', 'weak_weight']
@@ -163,8 +255,9 @@ def uskd(
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
     x = feature(student, student_layer, "student_layer")
-    # [B, C]: the mean over positions, which the method takes.
-    pooled = jax.ShapeDtypeStruct((x.shape[0], x.shape[-1]), compute_dtype(x))
+    axes = _pooled_axes(x, student.logits, student_layer)
+    shape = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    pooled = jax.ShapeDtypeStruct(shape, compute_dtype(x))
     return {"weak": (projectors.Linear(student.logits.shape[-1]), pooled)}
 
   def method(
@@ -178,10 +271,16 @@ def uskd(
     weak_weight: Any,
   ) -> dict[str, Term]:
     x = feature(student, student_layer, "student_layer")
-    weak = running("weak", jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=compute_dtype(x)))
     logits, labels = student.logits, batch.labels
-    # Padding and who has no label are in no mean over the batch.
-    known = present(batch, logits)[..., 0] & (jnp.asarray(batch.labelled) > 0)
+    # [B, K], or [B, L, K] and [B, H, W, K], of as many positions as the feature has.
+    axes = _pooled_axes(x, logits, student_layer)
+    weak = running("weak", jnp.mean(x, axis=axes, dtype=compute_dtype(x)))
+    if weak.shape != logits.shape:
+      weak = jax.image.resize(weak, logits.shape, "bilinear")
+    # Padding and what has no label are in no mean over the batch.
+    labelled = batch.replace(weight=batch.labelled)
+    there = present(batch, logits) & present(labelled, logits)
+    known = jnp.broadcast_to(there[..., 0], logits.shape[:-1])
     values = {
       "target": (losses.self_target(logits, labels, where=known), target_weight),
       "nontarget": (losses.self_nontarget(logits, weak, labels), nontarget_weight),
@@ -195,3 +294,15 @@ def uskd(
     "weak_weight": weak_weight,
   }
   return learned(modules, method, hyper, hard_weight)
+
+
+def _pooled_axes(x: Any, logits: Any, layer: str) -> tuple[int, ...]:
+  """The axes of a feature over which it is averaged: of its positions, where logits have none."""
+  if logits.ndim == 2:
+    return tuple(range(1, x.ndim - 1))
+  if x.ndim != logits.ndim:
+    raise ValueError(
+      f"student_layer={layer!r} is {tuple(x.shape)} and the logits are {tuple(logits.shape)}: of "
+      "tokens or pixels the exit says something of each, so name a feature with as many axes."
+    )
+  return ()

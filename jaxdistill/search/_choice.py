@@ -93,7 +93,9 @@ class Choice:
           f"{name}={_check.show(split)} must be what data.evaluation_batches makes, leaves "
           "[N, B, ...], or data.Batches."
         )
-      if split is not None and not predictions.labelled(split):
+      if split is None or self.of.unlabelled:
+        continue
+      if not predictions.labelled(split):
         raise ValueError(
           f"no example of {name} has a label, and {self.metric} is of labels: nothing could be "
           "chosen by it, nor told. Give a split that has some."

@@ -103,7 +103,9 @@ def preflight(
     objective: what will be minimised.
     data: where training batches come from; of several sources the first is looked at.
     teacher: from `jaxdistill.teachers`. None where the data brings the teacher's outputs along.
-      Probe steps are taken on the networks that it is made of (`teachers.members_of`).
+      Probe steps are taken on the networks that it is made of (`teachers.members_of`). One of
+      another program (`teachers.foreign`) is asked about ``validation`` once, and about the first
+      batch of ``data``, unless that brings its outputs along (`teachers.cached`).
     steps: how many the run will have: schedules are looked at in its first, middle and last step.
     seed: of the initialisation and of the random keys.
     validation: held-out batches, from `data.evaluation_batches`; never the test split.
@@ -165,6 +167,15 @@ def _deployed(model: Model | Teacher, batch: Batch) -> dict[str, Any]:
   return model(batch).named()
 
 
+def _brought(variables: Any, batch: Batch) -> Outputs:
+  """What came along with the batch."""
+  assert batch.teacher is not None
+  return batch.teacher
+
+
+_BROUGHT = Teacher({}, _brought)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Asked:
   """What `preflight` was given; what several checks need is measured once."""
@@ -180,6 +191,8 @@ class _Asked:
   task: tasks.Task | None
   baseline: Any
   teacher_run: Any
+  # A teacher of another program; what it said comes along with the batches, as ``teacher`` reads.
+  foreign: Teacher | None = None
 
   def __post_init__(self) -> None:
     _check.whole("steps", self.steps)
@@ -197,6 +210,12 @@ class _Asked:
         f"task={_check.show(self.task)} must be an evaluation.tasks.Task, such as "
         "tasks.regression()."
       )
+    if isinstance(self.teacher, Teacher) and teachers.asked_on_host(self.teacher):
+      object.__setattr__(self, "foreign", self.teacher)
+      object.__setattr__(self, "teacher", _BROUGHT)
+      if split is not None:
+        told = evaluation.taught(self.foreign, split, task=self.task)
+        object.__setattr__(self, "validation", told)
     check_teacher(self.teacher)
     if teachers.decay_of(self.teacher) is not None:
       raise ValueError(
@@ -238,14 +257,20 @@ class _Asked:
   def taught(self) -> Teacher | None:
     """The teacher, from wherever its outputs come."""
     if self.source is not None and self.source.teacher is not None:
-      return Teacher({}, lambda _, batch: batch.teacher)  # type: ignore[arg-type,return-value]
+      return _BROUGHT
     return self.teacher
+
+  def asked(self, batch: Batch) -> Batch:
+    """A training batch, with what a teacher of another program says of it."""
+    if self.foreign is None or batch.teacher is not None:
+      return batch
+    return batch.replace(teacher=self.foreign(batch))
 
   @functools.cached_property
   def batch(self) -> Batch:
     """The run's first training batch."""
     stacked = batches_of(self.source, 0, 1, seed=self.seed)
-    return jax.tree.map(lambda leaf: leaf[0], stacked)
+    return self.asked(jax.tree.map(lambda leaf: leaf[0], stacked))
 
   @functools.cached_property
   def held_first(self) -> Batch:
@@ -492,7 +517,7 @@ class _Asked:
     if self.source is not None and self.source.has_labels:
       count = min(self.source.steps_per_epoch, -(-_TOKENS // self.batch.labels.size))
       stacked = batches_of(self.source, 0, count, seed=self.seed)
-      each = (jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count))
+      each = (self.asked(jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(count))
       train = token_checks.probe_tokens(self.taught, each, vocabulary=size, most=_TOKENS)
     if self.teacher is not None and self.has_labels:
       assert self.validation is not None

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import data, evaluation, networks, teachers, train
 from jaxdistill.types import Model
@@ -154,3 +155,23 @@ def test_labels_that_are_no_classes_are_refused(batches, several, labels, error,
 def test_what_does_not_fit_says_so(batches, several, call, error, match):
   with untyped(), pytest.raises(error, match=match):
     call(several, batches)
+
+
+@pytest.mark.slow
+def test_a_model_on_one_device_meets_batches_that_are_cut_over_two(batches, several):
+  """As where both lie together, to rounding: the model is copied to where the batches are."""
+  mesh = train.data_parallel(jax.devices()[:2])
+  cut = jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, "data")))
+  for device in jax.devices()[:2]:
+    home = Model(several.network, jax.device_put(several.variables, device), several.seeds)
+    teacher = teachers.frozen(home.instance(1))
+    found = evaluation.evaluate(home, cut, teacher=teacher)
+    # A teacher on one device, a model on both.
+    spread = jax.device_put(several.variables, NamedSharding(mesh, PartitionSpec()))
+    mixed = evaluation.evaluate(Model(several.network, spread, several.seeds), cut, teacher=teacher)
+    told = evaluation.evaluate(home, evaluation.taught(teacher, cut))
+    whole = evaluation.evaluate(several, batches, teacher=teachers.frozen(several.instance(1)))
+    for one in (found, mixed, told):
+      assert set(one) == set(whole)
+      for name, value in whole.items():
+        np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 from sklearn import metrics as known
 from sklearn import neighbors
 
@@ -88,6 +89,9 @@ def test_multilabel(batch_size, weighted):
     off = [abs(np.sum((weight * (labels[:, k] - p[:, k]))[bins == b])) for b in range(15)]
     gaps.append(sum(off) / weight.sum())
   assert found["ece"] == pytest.approx(np.mean(gaps), rel=1e-4)
+  kept = {"scores": scores, "labels": labels, "where": np.repeat(weight[:, None], 4, 1)}
+  by_label = tasks.multilabel().shown.parts(kept)["label_ece"]
+  assert by_label == pytest.approx(dict(enumerate(gaps)), rel=1e-4)
   q = 1 / (1 + np.exp(-teacher))
   kl = q * np.log(q / p) + (1 - q) * np.log((1 - q) / (1 - p))
   assert found["kl"] == pytest.approx(np.average(kl.mean(axis=1), weights=weight), rel=1e-4)
@@ -136,6 +140,23 @@ def test_regression(batch_size, several):
   assert found["rmse_to_teacher"] == pytest.approx(1.0, rel=1e-3)  # float32 at 1000
 
 
+def test_intervals_hold_the_share_that_scipy_says():
+  labels, mean, log = RNG.normal(size=(3, SIZE, 2)).astype(np.float32).astype(np.float64)
+  weight = RNG.random(SIZE)
+  found = measured(
+    tasks.regression(variance=True), np.concatenate([mean, log], 1), labels, weight=weight
+  )
+  normal = scipy.stats.norm(mean, np.exp(log / 2))
+  over = np.repeat(weight[:, None], 2, axis=1)
+  assert found["nll"] == pytest.approx(np.average(-normal.logpdf(labels), weights=over), rel=1e-5)
+  ends = [(level, *normal.interval(level)) for level in np.arange(1, 10) / 10]
+  gaps = [
+    abs(np.average((low <= labels) & (labels <= high), weights=over) - level)
+    for level, low, high in ends
+  ]
+  assert found["interval_error"] == pytest.approx(np.mean(gaps), rel=1e-5)
+
+
 def test_a_variance_that_is_right_is_calibrated():
   count = 20_000
   spread = np.exp(RNG.normal(size=count))
@@ -173,6 +194,34 @@ def test_dense(batch_size):
   assert found["boundary_accuracy"] == pytest.approx(right.mean(), rel=1e-6)
   agreement = (teacher.argmax(axis=-1) == said).mean()  # a teacher is compared without labels
   assert found["agreement"] == pytest.approx(agreement, rel=1e-6)
+
+
+def test_volumes():
+  labels = RNG.integers(0, 3, (5, 4, 6, 5)).astype(np.uint8)
+  labels[RNG.random(labels.shape) < 0.2] = 255
+  logits = RNG.normal(size=(*labels.shape, 3))
+  found = measured(tasks.dense(), logits, labels, batch_size=4, ignore=255, num_classes=3)
+  there, said = labels != 255, logits.argmax(axis=-1)
+  flat = labels[there], said[there]
+  assert found["pixel_accuracy"] == pytest.approx(known.accuracy_score(*flat), rel=1e-6)
+  iou = known.jaccard_score(*flat, average=None)
+  assert found["miou"] == pytest.approx(np.mean(iou), rel=1e-6)
+  near = np.zeros(labels.shape, bool)
+  for at in np.ndindex(labels.shape):
+    window = tuple(slice(max(0, i - 1), i + 2) for i in at[1:])
+    around = labels[at[0]][window]
+    near[at] = len(set(around[around != 255].tolist())) > 1
+  right = (said == labels)[near & there]
+  assert found["boundary_accuracy"] == pytest.approx(right.mean(), rel=1e-6)
+  # A report has the confusion of each volume, and shows its slice in the middle.
+  examples = data.from_arrays(np.zeros((5, 1), np.float32), labels, ignore=255, num_classes=3)
+  batch = jax.tree.map(lambda leaf: leaf[0], data.evaluation_batches(examples, batch_size=5))
+  kept = tasks.dense().kept(Outputs(logits=jnp.asarray(logits, jnp.float32)), batch)
+  assert kept["said"].shape == (5, 6, 5)
+  np.testing.assert_array_equal(kept["said"], said[:, 2])
+  per_image = tasks.dense().shown.values({n: np.asarray(x) for n, x in kept.items()})
+  wanted = [known.accuracy_score(y[t], s[t]) for y, s, t in zip(labels, said, there, strict=True)]
+  np.testing.assert_allclose(per_image["pixel_accuracy"], wanted, rtol=1e-6)
 
 
 def test_tokens():
@@ -308,11 +357,108 @@ def test_embedding(batch_size):
   alike = pairs & (labels[:, None] == labels[None])
   assert found["alignment"] == pytest.approx(distance[alike].mean(), rel=1e-5)
   assert found["uniformity"] == pytest.approx(np.log(np.exp(-2 * distance[pairs]).mean()), rel=1e-5)
-  voted = [np.bincount(labels[row], minlength=4) for row in near]
-  sure = np.array([np.sum(votes == votes.max()) == 1 for votes in voted])
-  assert found["knn_accuracy"] <= np.mean(
-    [~s or votes.argmax() == label for s, votes, label in zip(sure, voted, labels, strict=True)]
+  close = {"knn_accuracy": np.ones(near.shape), "weighted_knn_accuracy": None}
+  for name, votes in close.items():
+    cosines = np.take_along_axis(unit @ unit.T, near, 1)
+    votes = np.exp(cosines / 0.07) if votes is None else votes
+    counts = np.stack([(votes * (labels[near] == k)).sum(1) for k in range(4)], 1)
+    # Of classes with as many votes that of the nearest.
+    ties = counts == counts.max(1, keepdims=True)
+    first = [next(k for k in labels[row] if tie[k]) for row, tie in zip(near, ties, strict=True)]
+    assert found[name] == pytest.approx(np.mean(first == labels)), name
+  # And scikit-learn's own vote, whose classes are left to the smallest number where they tie.
+  theirs = neighbors.KNeighborsClassifier(3, metric="cosine").fit(vectors, labels)
+  clear = [np.bincount(labels[row], minlength=4).max() > 1 for row in near]
+  known_to_both = theirs.predict(None) == labels  # None asks each of the others
+  mine = evaluation.ranking.hits(vectors, labels, np.ones(SIZE, bool), 3)[:, 0]
+  np.testing.assert_array_equal(mine[clear], known_to_both[clear])
+
+
+def test_embedding_by_weights():
+  """Copies are no weights (they are near), so by hand: pairs count by the product of both."""
+  labels, vectors = RNG.integers(0, 3, SIZE), RNG.normal(size=(SIZE, 4))
+  weight, labelled = RNG.integers(0, 3, SIZE) / 2, np.arange(SIZE) % 5 > 0
+  task = tasks.embedding(neighbours=3)
+  found = measured(
+    task, vectors, labels, batch_size=8, weight=weight, labelled=labelled.astype(float)
   )
+  there = weight > 0
+  w, y, known_too = weight[there], labels[there], labelled[there]
+  unit = vectors[there] / np.linalg.norm(vectors[there], axis=1, keepdims=True)
+  distance = ((unit[:, None] - unit[None]) ** 2).sum(-1)
+  pairs = np.where(np.eye(len(w)), 0, w[:, None] * w[None])
+  alike = pairs * (y[:, None] == y[None]) * known_too[:, None] * known_too[None]
+  assert found["alignment"] == pytest.approx(np.average(distance, weights=alike), rel=1e-5)
+  potential = np.average(np.exp(-2 * distance), weights=pairs)
+  assert found["uniformity"] == pytest.approx(np.log(potential), rel=1e-5)
+  nearest = neighbors.NearestNeighbors(n_neighbors=3, metric="cosine").fit(unit[known_too])
+  rows = nearest.kneighbors(return_distance=False)
+  right = y[known_too][rows] == y[known_too][:, None]
+  for name, each in (("recall_at_1", right[:, 0]), ("recall_at_k", right.any(1))):
+    assert found[name] == pytest.approx(np.average(each, weights=w[known_too])), name
+
+
+def test_a_vector_for_each_position():
+  """The same as positions that are examples of their own; padding is nobody's neighbour."""
+  labels, vectors = RNG.integers(0, 3, (9, 5)), RNG.normal(size=(9, 5, 4))
+  weight = (np.arange(5) < RNG.integers(1, 6, 9)[:, None]).astype(float)
+  vectors[weight == 0] = 1e3
+  task, teacher = tasks.embedding(neighbours=3), vectors + 0.3 * RNG.normal(size=vectors.shape)
+  found = measured(task, vectors, labels, batch_size=4, weight=weight, teacher=teacher)
+  there = weight > 0
+  flat = measured(task, vectors[there], labels[there], teacher=teacher[there])
+  assert found == pytest.approx(flat, rel=1e-5)
+  # An example's own label is that of its positions.
+  of_one = measured(task, vectors, labels[:, 0])
+  spread = np.repeat(labels[:, :1], 5, axis=1)
+  assert of_one == pytest.approx(measured(task, vectors, spread), rel=1e-6)
+  kept = {"vectors": vectors, "labels": labels, "weight": weight, "known": np.ones((9, 5))}
+  shown = task.shown.values(kept)["recall_at_1"]
+  assert np.average(shown, weights=weight.sum(1)) == pytest.approx(found["recall_at_1"])
+  assert task.shown.tells(kept, 2)[0] == labels[2, 0]
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_two_towers(labelled):
+  images = RNG.normal(size=(SIZE, 5))
+  texts = images + RNG.normal(size=images.shape)
+  weight, labels = RNG.random(SIZE), RNG.integers(0, 9, SIZE)
+
+  def towers(*both):
+    rows = tuple(jnp.asarray(one, jnp.float32) for one in both)
+    names = ("image", "text")
+    return Teacher(
+      rows,
+      lambda v, b: Outputs(features={n: x[b.index] for n, x in zip(names, v, strict=True)}),
+    )
+
+  examples = data.from_arrays(
+    np.zeros((SIZE, 1), np.float32), labels if labelled else None, weight=weight
+  )
+  batches = data.evaluation_batches(examples, batch_size=8)
+  task = tasks.retrieval("image", "text", at=(1, 4))
+  found = evaluation.evaluate(
+    towers(images, texts), batches, teacher=towers(images, images), task=task
+  )
+  a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, texts))
+  right = labels[:, None] == labels[None] if labelled else np.eye(SIZE, dtype=bool)
+  same = []
+  for way, scores in (("image_to_text", a @ b.T), ("text_to_image", b @ a.T)):
+    order = np.argsort(-scores, axis=1)
+    ranks = np.take_along_axis(right, order, 1).argmax(1)
+    for k in (1, 4):
+      # The best of those that are right has so many wrong ones before it.
+      wanted = np.average(ranks < k, weights=weight)
+      assert found[f"{way}_at_{k}"] == pytest.approx(wanted), (way, k)
+    same.append(np.average(order[:, 0] == np.arange(SIZE), weights=weight))
+  assert found["agreement"] == pytest.approx(np.mean(same))
+  # A split without labels is one to choose by.
+  assert search.Choice(batches, task=task).metric == "image_to_text_at_1"
+  asked = evaluation.validator(batches, task=task)
+  assert asked.task.first == "image_to_text_at_1"
+  # What is the same everywhere finds nothing.
+  flat = evaluation.evaluate(towers(images, 0 * texts + 1), batches, task=task)
+  assert labelled or float(flat["image_to_text_at_4"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -323,7 +469,8 @@ def test_embedding(batch_size):
     (tasks.dense(), np.zeros((4, 2, 2, 3)), np.zeros((4, 3, 3), int)),
     (tasks.multilabel(), np.zeros((4, 3)), np.zeros((4, 2), int)),
     (tasks.regression(), np.zeros((4, 3)), np.zeros((4, 2))),
-    (tasks.embedding(), np.zeros((4, 2, 3)), np.zeros(4, int)),
+    (tasks.embedding(), np.zeros((4, 2, 2, 3)), np.zeros(4, int)),
+    (tasks.embedding(), np.zeros((4, 2, 3)), np.zeros((4, 3), int)),
   ],
 )
 def test_labels_of_another_task_are_refused(task, outputs, labels):

@@ -164,6 +164,7 @@ MANY = {
   "srrl": functools.partial(recipes.srrl, {"kernel": normal(7, 6, 3)}, student_layer="b"),
   "catkd": functools.partial(recipes.catkd, student_layer="a", teacher_layer="d"),
   "vkd": functools.partial(recipes.vkd, student_layer="v"),
+  "affinity": functools.partial(recipes.affinity, student_towers=("v", "v")),
   "similarity_preserving": functools.partial(recipes.similarity_preserving, student_layer="a"),
   "rkd": functools.partial(recipes.rkd, student_layer="v"),
   "pkt": functools.partial(recipes.pkt, student_layer="h"),

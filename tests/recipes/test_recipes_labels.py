@@ -40,6 +40,7 @@ OTHER_LABELS = {
 PARTS = ("combine", "fold_many_to_one", "hint", "overhaul_margins", "recipe")
 PARTS += ("with_class_maps", "with_generator", "with_many_to_one", "with_views")
 PARTS += ("dafl",)  # without data there are no labels either
+PARTS += ("affinity",)  # of two towers, without logits or labels
 PARTS += ("dml", "each")  # what takes a cohort (`test_online.py`)
 OF_ALL = [name for name in recipes.__all__ if name not in PARTS]
 RECIPES = [name for name in OF_ALL if name != "labels"]

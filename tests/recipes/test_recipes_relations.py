@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdistill import train
+import small_networks
+from jaxdistill import recipes, train
 from jaxdistill.recipes import (
   combine,
   correlation_congruence,
@@ -357,3 +358,42 @@ def test_correlation_congruence_leaves_pairs_with_a_skipped_example_out(answered
   moved = np.any(np.asarray(grads[1]) != 0, axis=1)
   assert sorted(np.flatnonzero(moved)) == sorted({j for i in pairs for j in (i, i + 1)})
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_affinity_of_two_towers_by_hand():
+  """Both terms in float64; padding is nobody's pair, and without a weight no teacher is asked."""
+  names = ("image", "text")
+  ours, theirs = (
+    {n: normal(s + i, 5, w) for i, n in enumerate(names)} for s, w in ((0, 4), (5, 6))
+  )
+  weight = np.array([1, 1, 1, 1, 0.0])
+  batch = make_batch(jnp.ones((5, 1)), None, weight=jnp.asarray(weight))
+  student, teacher = (
+    Outputs(None, {n: jnp.asarray(x) for n, x in one.items()}) for one in (ours, theirs)
+  )
+  objective = recipes.affinity(student_temperature=0.5, teacher_temperature=0.2)
+  terms, _ = as_objective(objective).apply({}, {}, student, teacher, batch, key=None)
+  _, sums = train.reduce_terms(terms, batch)
+
+  def shares(arrays, temperature):
+    a, b = (x[:4] / np.linalg.norm(x[:4], axis=1, keepdims=True) for x in map(np.float64, arrays))
+    scores = [np.exp(s / temperature) for s in (a @ b.T, b @ a.T)]
+    return [s / s.sum(1, keepdims=True) for s in scores]
+
+  q, p = shares(ours.values(), 0.5), shares(theirs.values(), 0.2)
+  want = {
+    "pairs": -0.5 * sum(np.log(np.diag(one)).sum() for one in q),
+    "affinity": 0.5 * sum((b * np.log(b / a)).sum() for a, b in zip(q, p, strict=True)),
+  }
+  for name, value in want.items():
+    np.testing.assert_allclose(sums[name][0], value, rtol=1e-5)
+    assert float(sums[name][1]) == 4
+  alone = as_objective(recipes.affinity(affinity_weight=None))
+  assert set(alone.apply({}, {}, student, None, batch, key=None)[0]) == {"pairs"}
+  for wrong in ("image", ("image",), ("image", 1)):
+    with pytest.raises(TypeError, match="student_towers"), small_networks.untyped():
+      recipes.affinity(student_towers=wrong)
+  with pytest.raises(ValueError, match="teacher_towers='text'"):
+    as_objective(objective).apply(
+      {}, {}, student, Outputs(None, {"image": teacher.features["image"]}), batch, key=None
+    )

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxdistill import recipes
-from jaxdistill.types import Outputs, as_objective
+from jaxdistill.train import reduce_terms
+from jaxdistill.types import Outputs, as_objective, make_batch
 from test_losses_logits import (
   FORMULAS,
   kl,
@@ -429,3 +430,88 @@ def test_numbers_of_each_place_are_as_those_of_as_many_examples(name):
   got = compute({}, {}, Outputs(s), Outputs(t), whole)
   want = compute({}, {}, Outputs(flat(s)), Outputs(flat(t)), alone)
   assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("masks", ["by position", "by example"])
+def test_uskd_of_tokens_is_uskd_of_as_many_examples(masks):
+  rng = np.random.default_rng(3)
+  logits, layer = rng.normal(size=(3, 4, 5)), rng.normal(size=(3, 4, 6))
+  labels = rng.integers(0, 5, (3, 4))
+  weight = rng.integers(0, 2, (3, 4)).astype(np.float32)
+  labelled = (np.arange(12).reshape(3, 4) % 5 > 0).astype(np.float32)
+  if masks == "by example":
+    weight, labelled = np.array([1.0, 0, 1], np.float32), np.ones(3, np.float32)
+  full = [np.broadcast_to(m.reshape(3, -1), (3, 4)) for m in (weight, labelled)]
+  objective = recipes.uskd(student_layer="map")
+
+  def sums(logits, layer, labels, weight, labelled):
+    student = Outputs(jnp.asarray(logits, jnp.float32), {"map": jnp.asarray(layer, jnp.float32)})
+    batch = make_batch(jnp.zeros((len(logits), 1)), labels, weight=weight, labelled=labelled)
+    params, state = objective.init(KEY, student, None)
+    terms, _ = objective.apply(params, state, student, None, batch, key=KEY)
+    return reduce_terms(terms, batch)[1]
+
+  flat = [x.reshape(12, *x.shape[2:]) for x in (logits, layer, labels, *full)]
+  found, want = sums(logits, layer, labels, weight, labelled), sums(*flat)
+  for name in want:
+    np.testing.assert_allclose(found[name], want[name], rtol=1e-5, err_msg=name)
+
+
+def test_uskds_exit_of_a_smaller_map_is_resized_and_a_vectors_is_refused():
+  logits = jnp.zeros((2, 4, 4, 3))
+  objective = recipes.uskd(student_layer="map")
+  labels = jnp.zeros((2, 4, 4), jnp.int32)
+  batch = make_batch(jnp.zeros((2, 1)), labels, labelled=jnp.ones((2, 4, 4)))
+  student = Outputs(logits, {"map": jnp.ones((2, 2, 2, 5))})
+  params, state = objective.init(KEY, student, None)
+  terms, _ = objective.apply(params, state, student, None, batch, key=KEY)
+  assert terms["weak"].values.shape == terms["nontarget"].values.shape == (2, 4, 4)
+  with pytest.raises(ValueError, match="a feature with as many axes"):
+    objective.init(KEY, Outputs(logits, {"map": jnp.ones((2, 5))}), None)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 4)], ids=["classes", "tokens"])
+def test_pskd_remembers_what_it_said_of_each_example(shape):
+  """Two epochs in NumPy: labels at first, then its own predictions of the time before."""
+  rng = np.random.default_rng(2)
+  objective, share = recipes.pskd(6, hard_weight=0.5), 0.3
+  labels = rng.integers(0, 4, (6, *shape[:-1]))
+  params, state = objective.init(KEY, Outputs(jnp.zeros((3, *shape))), None)
+  remembered = np.eye(4)[labels]
+  for index, weight in (([0, 4, 2], [1, 1, 1]), ([5, 1, 3], [1, 0, 1]), ([4, 5, 1], [1, 1, 1])):
+    z = rng.normal(size=(3, *shape))
+    batch = make_batch(
+      jnp.zeros((3, 1)), labels[index], index=jnp.array(index), weight=jnp.array(weight, float)
+    )
+    student = Outputs(jnp.asarray(z, jnp.float32))
+    terms, state = objective.apply(
+      params, state, student, None, batch, key=KEY, hard_weight=0.5, past_share=share
+    )
+    q = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    want = -(remembered[index] * np.log(q)).sum(-1)
+    there = np.array(weight) > 0
+    np.testing.assert_allclose(np.asarray(terms["past"].values)[there], want[there], rtol=1e-5)
+    np.testing.assert_allclose(terms["labels"].weight, 0.5 * (1 - share), rtol=1e-6)
+    for i, row, one in zip(index, q, there, strict=True):
+      remembered[i] = row if one else remembered[i]
+  np.testing.assert_array_equal(state["seen"], [1, 1, 1, 1, 1, 1])
+
+
+def test_pskd_knows_no_past_of_what_it_never_saw_and_refuses_a_teacher():
+  objective = recipes.pskd(3)
+  student = Outputs(jnp.ones((3, 4)))
+  _, state = objective.init(KEY, student, None)
+  known = {"labelled": jnp.array([1.0, 0, 0]), "index": jnp.array([0, 1, 3])}
+  batch = make_batch(jnp.zeros((3, 1)), jnp.zeros(3, int), **known)
+  given = {"key": KEY, "past_share": 0.5}
+  terms, state = objective.apply({}, state, student, None, batch, **given)
+  np.testing.assert_array_equal(terms["past"].where, [True, False, False])
+  assert np.isnan(terms["past"].values[2])  # an index beyond the examples
+  np.testing.assert_array_equal(state["seen"], [True, True, False])
+  terms, _ = objective.apply({}, state, student, None, batch, **given)
+  np.testing.assert_array_equal(terms["past"].where, [True, True, False])
+  with pytest.raises(ValueError, match="teacher is not None"):
+    objective.init(KEY, student, student)
+  for wrong in (0, -1):
+    with pytest.raises(ValueError, match="examples"):
+      recipes.pskd(wrong)

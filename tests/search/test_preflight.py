@@ -815,3 +815,31 @@ def test_a_teacher_that_has_read_the_text_is_named():
   assert found.values["train"] < found.values["held_out"]
   assert token_checks.memorised(*batches[::-1]) is None
   assert token_checks.memorised(batches[0], batches[0]) is None
+
+
+@pytest.mark.slow_but("asked")
+@pytest.mark.parametrize("kept", [False, True], ids=["asked", "cached"])
+def test_a_teacher_of_another_program_is_checked_like_ours(kept):
+  """The findings are those of the same numbers from a function that JAX can trace."""
+  rng = np.random.default_rng(0)
+  inputs = rng.normal(size=(64, 6)).astype(np.float32)
+  wrong = rng.normal(size=(6, 3)).astype(np.float32)  # it is sure, and knows nothing
+  labels = np.argmax(inputs[:, :3], axis=1)
+  examples = data.from_arrays(inputs, labels)
+  source = data.on_device(examples, batch_size=16, data_seed=0)
+  batches = data.evaluation_batches(examples, batch_size=16)
+  student = networks.linen(models.MLP((4,), num_classes=3))
+  given = {"objective": recipes.kd(temperature=4.0), "validation": batches, "warn": False}
+
+  def findings(teacher, source):
+    return search.preflight(student, data=source, teacher=teacher, baseline=[0.9], **given)
+
+  foreign = teachers.foreign(lambda x: 50 * np.asarray(x) @ wrong, gives="logits")
+  ours = Teacher(jnp.asarray(wrong), lambda v, batch: Outputs(50 * batch.inputs @ v))
+  seen = teachers.cached(foreign, source, progress=None) if kept else source
+  found, wanted = findings(foreign, seen), findings(ours, source)
+  names = [one.check for one in wanted]
+  assert "hardly_better" in names
+  assert "calibration" in names
+  # Of a foreign network the size is not known, by which two networks are compared.
+  assert [one.check for one in found] == [name for name in names if name != "capacity_gap"]

@@ -548,6 +548,54 @@ def test_what_is_deployed_is_said(capsys, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_learns_from_its_past_goes_on_with_the_same_bits(tmp_path):
+  given = {"student": mlp(), "objective": recipes.pskd(24, growth_steps=4), "seed": [0, 1]}
+  whole = fit(**given, log_every=2)
+  assert_same_bits(raw(killed(tmp_path, **given).state), raw(whole.state))
+  past = np.asarray(whole.state.objective_state["past"])
+  assert past.shape == (2, 24, 3)
+  np.testing.assert_allclose(past.sum(-1), 1, rtol=1e-5)
+  assert not np.allclose(past[0], past[1])
+  one = fit(mlp(), given["objective"], seed=0)
+  mapped = recipes.pskd(24, growth_steps=4, axis_name=train.AXIS)
+  spread = fit(mlp(), mapped, seed=0, dispatch=train.with_pmap())
+  assert_close(spread.state.objective_state["past"], one.state.objective_state["past"], 1e-4)
+  assert_close(spread.variables, one.variables, 1e-4)
+
+
+@pytest.mark.slow
+def test_generations_that_were_killed_within_one_end_with_the_same_bits(tmp_path):
+  class KilledError(Exception):
+    pass
+
+  def born(folder, kill=None):
+    seen = []
+
+    def called(step, record):
+      seen.append(step)
+      if kill is not None and len(seen) == kill:
+        raise KilledError
+
+    return train.born_again(
+      mlp(),
+      generations=3,
+      data=source(),
+      optimizer=optax.sgd(0.1, momentum=0.9),
+      steps=STEPS,
+      watch=train.Watch(callback=called, log_every=2),
+      run=train.Run(folder, checkpoint_every=2, progress=None),
+    )
+
+  whole = born(tmp_path / "whole")
+  # Three records a generation: the fifth is within the second.
+  with pytest.raises(KilledError):
+    born(tmp_path / "killed", kill=5)
+  assert not (tmp_path / "killed" / "generation3").exists()
+  for again, one in zip(born(tmp_path / "killed"), whole, strict=True):
+    assert_same_bits(raw(again.state), raw(one.state))
+
+
+@pytest.mark.slow
 def test_each_seed_is_taught_by_its_own_predecessor(tmp_path):
   given = {"data": source(), "optimizer": optax.sgd(0.1), "steps": STEPS}
   found = train.born_again(
