@@ -237,9 +237,14 @@ def export_all(config: Config, options: Options) -> None:
   _, candidates = build_networks(config)
   told = search.read_choice(options.out)
   kinds = ["stablehlo", "safetensors"]
-  needed = {"onnx": ("jax2onnx", "onnxruntime"), "int8_weights": ("qwix",)}
+  needed = {
+    "onnx": ("jax2onnx", "onnxruntime"),
+    "int8_onnx": ("jax2onnx", "onnx", "onnxruntime"),
+    "int8_weights": ("qwix",),
+    "litert": ("ai_edge_litert", "litert_converter"),
+  }
   for kind, libraries in needed.items():
-    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export]'
+    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export]', '.[litert]'
       kinds.append(kind)
   found = export.export(
     options.out,
@@ -247,6 +252,7 @@ def export_all(config: Config, options: Options) -> None:
     kinds=kinds,
     network=candidates[told["chosen"]],
     normalize=normalize(config),
+    calibration=load(config, "train", options.data_dir).inputs[:256],
     instance=told["instance"],
     check=export.Check(batch_size=config.at_batch),
   )

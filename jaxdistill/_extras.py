@@ -8,14 +8,17 @@ __all__ = ["EXTRAS", "MissingExtraError", "need", "there"]
 
 # What is imported, and which extra of pyproject.toml installs it; the rest is always there.
 EXTRAS = {
+  "ai_edge_litert": "litert",
   "array_record": "data",
   "grain": "data",
   "jax2onnx": "export",
   "jinja2": "report",
   "jsonschema": "report",
+  "litert_converter": "litert",
   "magika": "foreign",
   "matplotlib": "report",
   "mlflow": "mlflow",
+  "onnx": "export",
   "onnxruntime": "export",
   "optuna": "optuna",
   "qwix": "export",
