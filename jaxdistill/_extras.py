@@ -10,6 +10,7 @@ __all__ = ["EXTRAS", "MissingExtraError", "need", "there"]
 EXTRAS = {
   "ai_edge_litert": "litert",
   "array_record": "data",
+  "coremltools": "coreml",
   "grain": "data",
   "jax2onnx": "export",
   "jinja2": "report",
@@ -25,6 +26,7 @@ EXTRAS = {
   "safetensors": "weights",
   "scipy": "report",
   "sklearn": "data",
+  "stablehlo_coreml": "coreml",
   "tensorboardX": "tensorboard",
   "tensorflow": "prepare",
   "tensorflow_datasets": "data",

@@ -159,6 +159,7 @@ DECODER = networks.models.DecoderConfig(8, 4, layers=1, heads=1, kv_heads=1, hea
 NEEDS = [
   ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
+  ("coremltools", export_kinds("coreml")),
   ("grain", lambda f: teachers.cached(None, source(), folder=f)),
   ("grain", stream),
   ("jax2onnx", export_kinds("onnx")),
@@ -187,6 +188,7 @@ NEEDS = [
   ("scipy", lambda f: reports.compare_runs(f, f)),
   ("scipy", lambda f: reports.render_report(f)),
   ("sklearn", lambda f: data.load("digits", data_dir=f)),
+  ("stablehlo_coreml", export_kinds("coreml")),
   ("tensorboardX", lambda f: runs.TensorBoard()),
   ("tensorflow_datasets", lambda f: data.load("digits", data_dir=f)),
   ("tokenizers", lambda f: data.tokenizers.load(f)),

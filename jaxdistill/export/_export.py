@@ -9,7 +9,8 @@ out on the held-out examples. One float32 operation rounds by 6e-8 of its result
 of the sums in a hundred layers comes to less than 1e-4 of the logits: that is the tolerance of
 float32. Networks that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64
 1e-9. Where the student's margin is larger, the top-1 must be the same. Files in int8 are judged by
-their accuracy instead; where there is none, by how far they agree with the student.
+their accuracy instead; where there is none, by how far they agree with the student. Core ML runs on a Mac
+alone: a package is read back, and ``remaining`` says what is still to be checked.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 from jaxdistill import _check, _extras, runs
 from jaxdistill.data import Examples
 from jaxdistill.export import (
+  _coreml,
   _folding,
   _inputs,
   _int8,
@@ -65,6 +67,7 @@ KINDS = {
   "stablehlo": ("student.stablehlo", "float"),
   "onnx": ("student.onnx", "float"),
   "litert": ("student.tflite", "float"),
+  "coreml": ("student.mlpackage.zip", "float"),
   "safetensors": ("student.safetensors", "float"),
   "int8_weights": ("student.int8_weights.stablehlo", "int8_weights"),
   "int8_weights_onnx": ("student.int8_weights.onnx", "int8_weights"),
@@ -76,13 +79,15 @@ KINDS = {
 _NEEDS = {
   ".onnx": ("jax2onnx", "onnxruntime"),
   ".tflite": ("litert_converter", "ai_edge_litert"),
+  ".zip": ("stablehlo_coreml", "coremltools"),
   ".safetensors": ("safetensors",),
   "int8_weights": ("qwix",),
   "int8": ("qwix",),
   "int8_onnx": ("onnx",),
 }
 # Whose libraries no other extra brings: tried by default where they are there.
-_APART = ("litert",)
+_APART = ("coreml", "litert")
+_SUFFIXES = (".stablehlo", ".onnx", ".tflite", ".mlpackage.zip", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +142,7 @@ def export(
       every file is compared with the student on all of them. The files put out what the saved
       student does, and take the inputs that it takes.
     kinds: which of `KINDS`, one or several; by default all that can be made of what is given,
-      LiteRT where its extra is installed.
+      LiteRT and Core ML where their extras are installed.
     network: the student's network, for ONNX, folding and int8 activations; without it, its saved
       program is all there is.
     normalize: what is done to stored inputs before the network sees them.
@@ -400,8 +405,9 @@ def export_file(
 
   Args:
     path: ``.stablehlo`` (any JAX from ``least_jax`` on, which the ``.json`` beside it names),
-      ``.onnx``, ``.tflite`` (LiteRT, for batches of ``check.batch_size``), or ``.safetensors`` (the
-      weights by path; checked by running the program with what is read).
+      ``.onnx``, ``.tflite`` (LiteRT, for batches of ``check.batch_size``), ``.mlpackage.zip``
+      (Core ML, likewise; read back, not run), or ``.safetensors`` (the weights by path; checked by
+      running the program with what is read).
     program: from `load_student` or `as_program`, folded or quantised or not.
     held_out: examples as stored, or ``(inputs, labels)``; labels may be None.
     student: the logits ``[N, ..., K]`` that the file is compared with, or a dict of outputs; the
@@ -431,8 +437,8 @@ def export_file(
   (1.0, 1.0, [])
   """
   target = _check.folder("path", path)
-  if target.suffix not in (".stablehlo", ".onnx", ".tflite", ".safetensors"):
-    raise ValueError(f"path={target} must end in .stablehlo, .onnx, .tflite or .safetensors.")
+  if not target.name.endswith(_SUFFIXES):
+    raise ValueError(f"path={target} must end in one of {', '.join(_SUFFIXES)}.")
   if calibration is not None and target.suffix != ".onnx":
     raise ValueError(
       f"calibration is given for path={target.name!r}, and only .onnx is quantised by it: give "
@@ -452,8 +458,12 @@ def export_file(
       made = pathlib.Path(folder, target.name)
       with writes(target):
         about = _write(made, program, calibration, check)
-      ran = _run(made, program, _by_name(program, inputs), check)
-      result = _judged(ran.outputs, wanted, labels, None if rounded else tolerance, check)
+      if target.suffix == ".zip":
+        found = _coreml.check_coreml(made, program, check.batch_size, check.time_limit)
+        ran, result = _unrun(found, wanted, labels)
+      else:
+        ran = _run(made, program, _by_name(program, inputs), check)
+        result = _judged(ran.outputs, wanted, labels, None if rounded else tolerance, check)
       if result["problem"]:
         raise ExportError(f"{target.name} is not kept: {result['problem']}.")
       if about:
@@ -477,6 +487,15 @@ def export_file(
     "unfolded": list(program.unfolded),
     "least_jax": about.get("least_jax"),
   }
+
+
+def _unrun(
+  found: Mapping[str, str], student: Mapping[str, np.ndarray], labels: Any
+) -> tuple[Ran, dict[str, Any]]:
+  """What is said of a file that was read back and could not be run: nothing of its outputs."""
+  unknown = ("accuracy", "agreement", "largest_difference", "decided", "problem", "tolerance")
+  told = {"student_accuracy": top1(student.get("logits"), labels), **dict.fromkeys(unknown)}
+  return Ran({}, found["runtime"], "none", None), {**told, "remaining": found["remaining"]}
 
 
 def _judged(
@@ -522,7 +541,7 @@ def problem_of(
   problem = runs.altered(path, entry)
   if problem:
     return f"it {problem}"
-  if path.suffix == ".safetensors":
+  if path.suffix in (".safetensors", ".zip"):
     return None
   wide = any(array.dtype.itemsize == 8 for array in (*example.values(), *student.values()))
   try:
@@ -547,6 +566,9 @@ def _write(
     return {}
   if path.suffix == ".tflite":
     path.write_bytes(_litert.litert_bytes(program, check.batch_size, check.time_limit))
+    return {}
+  if path.suffix == ".zip":
+    path.write_bytes(_coreml.coreml_bytes(program, check.batch_size, check.time_limit))
     return {}
   if path.suffix == ".safetensors":
     safetensors.save_safetensors(path, program.leaves)

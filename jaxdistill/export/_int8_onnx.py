@@ -78,7 +78,7 @@ def quantized_onnx(model: bytes, calibration: Mapping[str, Any], batch_size: int
 def _reader(quantization: Any, batches: Iterator[Mapping[str, np.ndarray]]) -> Any:
   """The batches in the form that the quantiser reads."""
 
-  class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+  class Reader(quantization.CalibrationDataReader):
     def get_next(self) -> dict[str, np.ndarray] | None:
       return next(({n: np.asarray(a) for n, a in batch.items()} for batch in batches), None)
 

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from jaxdistill import data, export, networks
-from jaxdistill.export import _onnx, _process, _program, command
+from jaxdistill.export import _coreml, _onnx, _process, _program, command
 from jaxdistill.export.runtimes import run_stablehlo
 from jaxdistill.networks import models, weights
 from jaxdistill.types import Model
@@ -29,10 +29,12 @@ QUICK = export.Check(seconds=0.02)
 LOOSE = export.Check(seconds=0.02, accuracy_loss=0.1)
 RUNTIMES = pathlib.Path(_process.__file__).parent / "runtimes"
 RAN = {".onnx": "onnxruntime", ".tflite": "ai-edge-litert"}
-# An extra of its own, which the other tests' environment need not have.
+# Extras of their own, which the other tests' environment need not have.
 LITERT = all(map(importlib.util.find_spec, ("ai_edge_litert", "litert_converter")))
+COREML = all(map(importlib.util.find_spec, ("coremltools", "stablehlo_coreml")))
 needs_litert = pytest.mark.skipif(not LITERT, reason="needs the extra: pip install '.[litert]'")
-EVERY = [kind for kind in export.KINDS if kind != "litert" or LITERT]
+needs_coreml = pytest.mark.skipif(not COREML, reason="needs the extra: pip install '.[coreml]'")
+EVERY = [k for k in export.KINDS if {"litert": LITERT, "coreml": COREML}.get(k, True)]
 
 
 class Small(nn.Module):
@@ -143,6 +145,10 @@ def test_every_kind_is_checked_in_its_own_process(small, folder, kinds):
     assert path.stat().st_size == entry["bytes"]
     assert entry["folded"] == ["BatchNorm_0", "BatchNorm_1"]
     assert not entry["unfolded"]
+    if entry["kind"] == "coreml":
+      assert "Mac" in entry["remaining"]
+      assert entry["agreement"] is entry["accuracy"] is entry["latency_ms"] is None
+      continue
     assert 0 < entry["latency_ms"]["median"] <= entry["latency_ms"]["p95"]
     assert entry["runtime"].startswith(RAN.get(path.suffix, "jax "))
   for kind in {"stablehlo", "onnx", "safetensors", "litert"} & set(kinds):
@@ -256,6 +262,35 @@ def test_litert_takes_several_inputs_in_batches_of_its_own_size(tmp_path):
     # float32's rounding of sums of a dozen terms below 40.
     np.testing.assert_allclose(ran.outputs["logits"], expected, rtol=1e-5, atol=1e-5)
   assert entry["batch_size"] == 3
+
+
+@pytest.mark.slow
+@needs_coreml
+def test_core_ml_is_read_back_with_the_students_inputs_and_outputs(tmp_path):
+  stored = {"b": Shape((4,), jnp.float32), "a": Shape((3,), jnp.uint8)}
+
+  def call(leaves, inputs):
+    whole = inputs["a"].astype(jnp.float32).sum(1, keepdims=True)
+    logits = inputs["b"] @ leaves["params/kernel"] + whole
+    return {"hidden": jnp.tanh(logits), "logits": logits}
+
+  leaves = {"params/kernel": np.ones((4, 2), np.float32)}
+  made = export.Program("two", leaves, call, stored, outputs=("hidden", "logits"))
+  inputs = {"b": np.ones((7, 4), np.float32), "a": np.ones((7, 3), np.uint8)}
+  path = tmp_path / "two.mlpackage.zip"
+  entry = export.export_file(
+    path, made, (inputs, None), check=dataclasses.replace(QUICK, batch_size=3)
+  )
+  assert entry["runtime"].endswith("not run")
+  told = tmp_path / "told.json"
+  _process.run_script("check_coreml.py", [str(path), str(told)], 100, path)
+  found = json.loads(told.read_text())
+  assert found["inputs"] == {"inputs_a": [[3, 3], "INT32"], "inputs_b": [[3, 4], "FLOAT32"]}
+  assert set(found["outputs"]) == {"hidden", "logits"}
+  # One that holds another program's inputs is not kept.
+  other = made.changed(inputs={"b": stored["b"], "a": Shape((5,), jnp.uint8)})
+  with pytest.raises(export.ExportError, match="inputs_a"):
+    _coreml.check_coreml(path, other, 3, 100)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Runs an exported LiteRT file in its own interpreter, without JAX: ``run_litert.py FILE INPUTS OUT``.
+"""Runs an exported LiteRT file in its interpreter, without JAX: ``run_litert.py FILE INPUTS OUT``.
 
 INPUTS is a ``.npz`` with an array ``[N, ...]`` for each of the model's inputs, by name; with its
 outputs too (``logits``), as in ``example.npz``, the difference from them is printed. OUT.npz
