@@ -9,8 +9,8 @@ out on the held-out examples. One float32 operation rounds by 6e-8 of its result
 of the sums in a hundred layers comes to less than 1e-4 of the logits: that is the tolerance of
 float32. Networks that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64
 1e-9. Where the student's margin is larger, the top-1 must be the same. Files in int8 are judged by
-their accuracy instead; where there is none, by how far they agree with the student. Core ML runs on a Mac
-alone: a package is read back, and ``remaining`` says what is still to be checked.
+their accuracy instead; where there is none, by how far they agree with the student. Core ML runs on
+a Mac alone: a package is read back, and ``remaining`` says what is still to be checked.
 """
 
 from __future__ import annotations
