@@ -55,6 +55,7 @@ __all__ = [
   "problem_of",
   "split_examples",
   "verify_exports",
+  "write_stablehlo",
 ]
 
 PyTree = Any
@@ -573,11 +574,20 @@ def _write(
   if path.suffix == ".safetensors":
     safetensors.save_safetensors(path, program.leaves)
     return {}
-  return _write_stablehlo(path, program, weights=True)
+  return write_stablehlo(path, program, weights=True)
 
 
-def _write_stablehlo(path: pathlib.Path, program: Program, *, weights: bool) -> dict[str, Any]:
-  """Writes a program, and beside it what it takes and puts out."""
+def write_stablehlo(path: pathlib.Path, program: Program, *, weights: bool) -> dict[str, Any]:
+  """Writes a program, and beside it what it takes and puts out.
+
+  Args:
+    path: the file; ``path + ".json"`` is written beside it.
+    program: the program.
+    weights: whether they are inside; else they are its first argument, by name.
+
+  Returns:
+    What `_program.stablehlo` says of it.
+  """
   serialized, about = _program.stablehlo(program, weights=weights)
   path.write_bytes(serialized)
   shapes = jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs)
@@ -597,7 +607,7 @@ def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], check: Ch
   if path.suffix != ".safetensors":
     return run_file(path, inputs, **options)
   runner = path.with_name("runner.stablehlo")
-  _write_stablehlo(runner, program, weights=False)
+  write_stablehlo(runner, program, weights=False)
   return run_file(runner, inputs, weights=path, **options)
 
 
