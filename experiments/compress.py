@@ -237,9 +237,15 @@ def export_all(config: Config, options: Options) -> None:
   _, candidates = build_networks(config)
   told = search.read_choice(options.out)
   kinds = ["stablehlo", "safetensors"]
-  needed = {"onnx": ("jax2onnx", "onnxruntime"), "int8_weights": ("qwix",)}
+  needed = {
+    "coreml": ("coremltools", "stablehlo_coreml"),
+    "onnx": ("jax2onnx", "onnxruntime"),
+    "int8_onnx": ("jax2onnx", "onnx", "onnxruntime"),
+    "int8_weights": ("qwix",),
+    "litert": ("ai_edge_litert", "litert_converter"),
+  }
   for kind, libraries in needed.items():
-    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export]'
+    if all(map(importlib.util.find_spec, libraries)):  # pip install '.[export,coreml,litert]'
       kinds.append(kind)
   found = export.export(
     options.out,
@@ -247,11 +253,14 @@ def export_all(config: Config, options: Options) -> None:
     kinds=kinds,
     network=candidates[told["chosen"]],
     normalize=normalize(config),
+    calibration=load(config, "train", options.data_dir).inputs[:256],
     instance=told["instance"],
     check=export.Check(batch_size=config.at_batch),
   )
   for file in found["files"]:
-    state = f"{file['bytes']:,} bytes, checked" if file["passed"] else f"failed: {file['problem']}"
+    state = f"failed: {file['problem']}"
+    if file["passed"]:
+      state = f"{file['bytes']:,} bytes, {'not run' if file.get('remaining') else 'checked'}"
     print(f"{options.out / 'exports' / file['file']}: {state}")
 
 

@@ -159,12 +159,14 @@ DECODER = networks.models.DecoderConfig(8, 4, layers=1, heads=1, kv_heads=1, hea
 NEEDS = [
   ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
+  ("coremltools", export_kinds("coreml")),
   ("grain", lambda f: teachers.cached(None, source(), folder=f)),
   ("grain", stream),
   ("jax2onnx", export_kinds("onnx")),
   ("jinja2", lambda f: reports.render_report(f)),
   ("jsonschema", compare),
   ("jsonschema", lambda f: reports.compare_runs(f, f)),
+  ("litert_converter", export_kinds("litert")),
   ("matplotlib", sweep),
   ("matplotlib", compress),
   ("matplotlib", compare),
@@ -174,6 +176,7 @@ NEEDS = [
     lambda f: reports.figures.curves(None, [1], {"a": ([1], None)}, xlabel="", ylabel=""),
   ),
   ("mlflow", lambda f: runs.MLflow()),
+  ("onnx", export_kinds("int8_onnx")),
   ("onnxruntime", export_kinds("onnx")),
   ("optuna", lambda f: search.Proposals({"temperature": None}, trials=1)),
   ("qwix", export_kinds("int8")),
@@ -186,6 +189,7 @@ NEEDS = [
   ("scipy", lambda f: reports.compare_runs(f, f)),
   ("scipy", lambda f: reports.render_report(f)),
   ("sklearn", lambda f: data.load("digits", data_dir=f)),
+  ("stablehlo_coreml", export_kinds("coreml")),
   ("tensorboardX", lambda f: runs.TensorBoard()),
   ("tensorflow_datasets", lambda f: data.load("digits", data_dir=f)),
   ("tokenizers", lambda f: data.tokenizers.load(f)),
@@ -215,8 +219,8 @@ def test_a_call_that_needs_more_names_the_extra(library, call, tmp_path, monkeyp
 
 def test_every_library_has_a_call_that_names_it():
   # TensorFlow is asked for by TFDS (test_data), tyro and magika by the experiments; without tqdm
-  # there are lines, which is no error.
-  elsewhere = {"magika", "tensorflow", "tqdm", "tyro"}
+  # there are lines, which is no error; LiteRT's interpreter comes with its converter.
+  elsewhere = {"ai_edge_litert", "magika", "tensorflow", "tqdm", "tyro"}
   assert {library for library, _ in NEEDS} == set(_extras.EXTRAS) - elsewhere
 
 

@@ -6,6 +6,7 @@ from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.export._export import KINDS, Check, export, export_file, verify_exports
+  from jaxdistill.export._folder import load_folder, save_folder
   from jaxdistill.export._folding import fold
   from jaxdistill.export._inputs import as_batch
   from jaxdistill.export._int8 import quantize_activations, quantize_weights
@@ -25,10 +26,12 @@ __all__ = [
   "export",  # exports the student of a finished run into ``<run>/exports``, and checks every file
   "export_file",  # exports a program as one file, runs it in a process of its own
   "fold",  # folds every BatchNorm into the linear layer before it, where that is exact
+  "load_folder",  # the student of a folder that `save_folder` wrote, as a program
   "load_student",  # loads the deployed network of a finished run from its folder alone
   "quantize_activations",  # computes convolutions and matrix products in int8
   "quantize_weights",  # stores the weights as int8
   "run_file",  # runs an exported file in a new process, which imports neither jaxdistill nor Flax
+  "save_folder",  # the student as a folder for a hub of models: safetensors, program, config
   "save_student",  # saves a network, ready to call, in the folder ``student`` of a run
   "verify_exports",  # looks whether the exports of a run are what was checked
 ]

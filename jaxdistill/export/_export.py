@@ -9,7 +9,8 @@ out on the held-out examples. One float32 operation rounds by 6e-8 of its result
 of the sums in a hundred layers comes to less than 1e-4 of the logits: that is the tolerance of
 float32. Networks that compute in bfloat16 or float16 (a step is 0.8% there) have 0.05, float64
 1e-9. Where the student's margin is larger, the top-1 must be the same. Files in int8 are judged by
-their accuracy instead; where there is none, by how far they agree with the student.
+their accuracy instead; where there is none, by how far they agree with the student. Core ML runs on
+a Mac alone: a package is read back, and ``remaining`` says what is still to be checked.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ import numpy as np
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill.data import Examples
-from jaxdistill.export import _folding, _inputs, _int8, _onnx, _program, _student
+from jaxdistill.export import (
+  _coreml,
+  _folding,
+  _inputs,
+  _int8,
+  _int8_onnx,
+  _litert,
+  _onnx,
+  _program,
+  _student,
+)
 from jaxdistill.export._process import ExportError, Ran, compare, run_file, top1
 from jaxdistill.export._program import Program
 from jaxdistill.networks import weights as safetensors
@@ -44,6 +55,7 @@ __all__ = [
   "problem_of",
   "split_examples",
   "verify_exports",
+  "write_stablehlo",
 ]
 
 PyTree = Any
@@ -55,19 +67,28 @@ _OF_ONE_EXPORT = ("batch_size", "examples", "split", "student_accuracy")
 KINDS = {
   "stablehlo": ("student.stablehlo", "float"),
   "onnx": ("student.onnx", "float"),
+  "litert": ("student.tflite", "float"),
+  "coreml": ("student.mlpackage.zip", "float"),
   "safetensors": ("student.safetensors", "float"),
   "int8_weights": ("student.int8_weights.stablehlo", "int8_weights"),
   "int8_weights_onnx": ("student.int8_weights.onnx", "int8_weights"),
   "int8_weights_safetensors": ("student.int8_weights.safetensors", "int8_weights"),
   "int8": ("student.int8.stablehlo", "int8"),
+  "int8_onnx": ("student.int8.onnx", "int8_onnx"),
 }
 # What a file of that suffix, and weights of that kind, are made and checked with.
 _NEEDS = {
   ".onnx": ("jax2onnx", "onnxruntime"),
+  ".tflite": ("litert_converter", "ai_edge_litert"),
+  ".zip": ("stablehlo_coreml", "coremltools"),
   ".safetensors": ("safetensors",),
   "int8_weights": ("qwix",),
   "int8": ("qwix",),
+  "int8_onnx": ("onnx",),
 }
+# Whose libraries no other extra brings: tried by default where they are there.
+_APART = ("coreml", "litert")
+_SUFFIXES = (".stablehlo", ".onnx", ".tflite", ".mlpackage.zip", ".safetensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +142,13 @@ def export(
     held_out: examples as stored, of a split that training did not see, or ``(inputs, labels)``;
       every file is compared with the student on all of them. The files put out what the saved
       student does, and take the inputs that it takes.
-    kinds: which of `KINDS`, one or several; by default all that can be made of what is given.
+    kinds: which of `KINDS`, one or several; by default all that can be made of what is given,
+      LiteRT and Core ML where their extras are installed.
     network: the student's network, for ONNX, folding and int8 activations; without it, its saved
       program is all there is.
     normalize: what is done to stored inputs before the network sees them.
-    calibration: inputs of the training split, as stored, for int8 activations.
+    calibration: inputs of the training split, as stored, for int8 activations: by qwix
+      (``"int8"``) and by ONNX Runtime's own quantiser (``"int8_onnx"``).
     fold: whether BatchNorm is folded into the layers before it.
     skip: names of kernels, ``params/Dense_0/kernel``, that int8 activations leave in floats.
     instance: which of the networks of a run over several seeds; the list names it.
@@ -176,6 +199,7 @@ def export(
   for kind in chosen:
     name, which = KINDS[kind]
     options: dict[str, Any] = {"student": student, "rounded": which != "float", "check": check}
+    options["calibration"] = calibration if which == "int8_onnx" else None
     try:
       entry = export_file(folder / name, makers[which](), held_out, **options)
     except Exception as error:  # The other kinds are as good as before.
@@ -195,8 +219,8 @@ def verify_exports(
 ) -> dict[str, str | None]:
   """Looks whether the exports of a run are what was checked, and still load and compute the same.
 
-  Each file's size and digest are compared with ``exports.json``; StableHLO and ONNX are run again,
-  in a process of their own, on the examples of ``example.npz``.
+  Each file's size and digest are compared with ``exports.json``; StableHLO, ONNX and LiteRT are
+  run again, in a process of their own, on the examples of ``example.npz``.
 
   Args:
     run: the run's folder.
@@ -228,12 +252,13 @@ def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]
   """The kinds, if what they need is given."""
   lacks: dict[str, list[str]] = {
     "network": [k for k in KINDS if network is None and (k.endswith("onnx") or k == "int8")],
-    "calibration": [k for k in KINDS if calibration is None and k == "int8"],
+    "calibration": [k for k in KINDS if calibration is None and k in ("int8", "int8_onnx")],
   }
   if fold and network is None:
     raise ValueError("fold=True needs network=, whose operations can be seen; the run has none.")
   if kinds is None:
-    return [k for k in KINDS if not any(k in lacking for lacking in lacks.values())]
+    away = [k for k in _APART if not all(_extras.there(one) for one in _libraries(k))]
+    return [k for k in KINDS if not any(k in lacking for lacking in (away, *lacks.values()))]
   kinds = [kinds] if isinstance(kinds, str) else list(kinds)
   if not kinds:
     raise ValueError("kinds is empty; leave it out for all that can be made.")
@@ -245,10 +270,14 @@ def _chosen(kinds: Any, network: Any, calibration: Any, fold: bool) -> list[str]
     if missing:
       raise ValueError(f"kinds={missing} need {need}=, which is not given.")
   for kind in kinds:
-    file, which = KINDS[kind]
-    libraries = [*_NEEDS.get(which, ()), *_NEEDS.get(pathlib.PurePath(file).suffix, ())]
-    _extras.need(f"kinds={kind!r}", *libraries)
+    _extras.need(f"kinds={kind!r}", *_libraries(kind))
   return [kind for kind in KINDS if kind in kinds]
+
+
+def _libraries(kind: str) -> list[str]:
+  """What a kind is made and checked with, beyond the core."""
+  file, which = KINDS[kind]
+  return [*_NEEDS.get(which, ()), *_NEEDS.get(pathlib.PurePath(file).suffix, ())]
 
 
 def _makers(
@@ -264,6 +293,7 @@ def _makers(
   return {
     "float": floats,
     "int8_weights": remembered("int8_weights", lambda: _int8.quantize_weights(floats())),
+    "int8_onnx": floats,  # ONNX Runtime quantises the file
     "int8": remembered(
       "int8", lambda: _int8.quantize_activations(floats(), calibration, skip=skip)
     ),
@@ -369,19 +399,23 @@ def export_file(
   *,
   student: np.ndarray | Mapping[str, np.ndarray] | None = None,
   rounded: bool = False,
+  calibration: PyTree = None,
   check: Check = Check(),
 ) -> dict[str, Any]:
   """Exports a program as one file, runs it in a process of its own, and keeps it if that is right.
 
   Args:
     path: ``.stablehlo`` (any JAX from ``least_jax`` on, which the ``.json`` beside it names),
-      ``.onnx``, or ``.safetensors`` (the weights by path; checked by running the program with what
-      is read).
+      ``.onnx``, ``.tflite`` (LiteRT, for batches of ``check.batch_size``), ``.mlpackage.zip``
+      (Core ML, likewise; read back, not run), or ``.safetensors`` (the weights by path; checked by
+      running the program with what is read).
     program: from `load_student` or `as_program`, folded or quantised or not.
     held_out: examples as stored, or ``(inputs, labels)``; labels may be None.
     student: the logits ``[N, ..., K]`` that the file is compared with, or a dict of outputs; the
       program's by default.
     rounded: whether it is judged by its accuracy (int8) instead of its logits.
+    calibration: of an ``.onnx``: inputs of the training split, as stored, with which ONNX Runtime's
+      static quantiser makes its activations int8; None leaves them.
     check: how it is checked and timed.
 
   Returns:
@@ -404,8 +438,13 @@ def export_file(
   (1.0, 1.0, [])
   """
   target = _check.folder("path", path)
-  if target.suffix not in (".stablehlo", ".onnx", ".safetensors"):
-    raise ValueError(f"path={target} must end in .stablehlo, .onnx or .safetensors.")
+  if not target.name.endswith(_SUFFIXES):
+    raise ValueError(f"path={target} must end in one of {', '.join(_SUFFIXES)}.")
+  if calibration is not None and target.suffix != ".onnx":
+    raise ValueError(
+      f"calibration is given for path={target.name!r}, and only .onnx is quantised by it: give "
+      "quantize_activations(program, calibration) for another."
+    )
   _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))
   inputs, labels, split = _given(held_out, check)
   wanted = _reference(program, inputs) if student is None else program.named(student)
@@ -419,9 +458,13 @@ def export_file(
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".checking-") as folder:
       made = pathlib.Path(folder, target.name)
       with writes(target):
-        about = _write(made, program)
-      ran = _run(made, program, _by_name(program, inputs), check)
-      result = _judged(ran.outputs, wanted, labels, None if rounded else tolerance, check)
+        about = _write(made, program, calibration, check)
+      if target.suffix == ".zip":
+        found = _coreml.check_coreml(made, program, check.batch_size, check.time_limit)
+        ran, result = _unrun(found, wanted, labels)
+      else:
+        ran = _run(made, program, _by_name(program, inputs), check)
+        result = _judged(ran.outputs, wanted, labels, None if rounded else tolerance, check)
       if result["problem"]:
         raise ExportError(f"{target.name} is not kept: {result['problem']}.")
       if about:
@@ -445,6 +488,15 @@ def export_file(
     "unfolded": list(program.unfolded),
     "least_jax": about.get("least_jax"),
   }
+
+
+def _unrun(
+  found: Mapping[str, str], student: Mapping[str, np.ndarray], labels: Any
+) -> tuple[Ran, dict[str, Any]]:
+  """What is said of a file that was read back and could not be run: nothing of its outputs."""
+  unknown = ("accuracy", "agreement", "largest_difference", "decided", "problem", "tolerance")
+  told = {"student_accuracy": top1(student.get("logits"), labels), **dict.fromkeys(unknown)}
+  return Ran({}, found["runtime"], "none", None), {**told, "remaining": found["remaining"]}
 
 
 def _judged(
@@ -490,7 +542,7 @@ def problem_of(
   problem = runs.altered(path, entry)
   if problem:
     return f"it {problem}"
-  if path.suffix == ".safetensors":
+  if path.suffix in (".safetensors", ".zip"):
     return None
   wide = any(array.dtype.itemsize == 8 for array in (*example.values(), *student.values()))
   try:
@@ -502,19 +554,40 @@ def problem_of(
   return compare(student, ran.outputs, each, within=allowed is not None)["problem"]
 
 
-def _write(path: pathlib.Path, program: Program) -> dict[str, Any]:
+def _write(
+  path: pathlib.Path, program: Program, calibration: PyTree, check: Check
+) -> dict[str, Any]:
   """Writes a file in the form of its suffix; what is known of it, and written beside a program."""
   if path.suffix == ".onnx":
-    path.write_bytes(_onnx.onnx_bytes(program))
+    made = _onnx.onnx_bytes(program)
+    if calibration is not None:
+      accepted, _ = program.accepted(calibration)
+      made = _int8_onnx.quantized_onnx(made, _by_name(program, accepted))
+    path.write_bytes(made)
+    return {}
+  if path.suffix == ".tflite":
+    path.write_bytes(_litert.litert_bytes(program, check.batch_size, check.time_limit))
+    return {}
+  if path.suffix == ".zip":
+    path.write_bytes(_coreml.coreml_bytes(program, check.batch_size, check.time_limit))
     return {}
   if path.suffix == ".safetensors":
     safetensors.save_safetensors(path, program.leaves)
     return {}
-  return _write_stablehlo(path, program, weights=True)
+  return write_stablehlo(path, program, weights=True)
 
 
-def _write_stablehlo(path: pathlib.Path, program: Program, *, weights: bool) -> dict[str, Any]:
-  """Writes a program, and beside it what it takes and puts out."""
+def write_stablehlo(path: pathlib.Path, program: Program, *, weights: bool) -> dict[str, Any]:
+  """Writes a program, and beside it what it takes and puts out.
+
+  Args:
+    path: the file; ``path + ".json"`` is written beside it.
+    program: the program.
+    weights: whether they are inside; else they are its first argument, by name.
+
+  Returns:
+    What `_program.stablehlo` says of it.
+  """
   serialized, about = _program.stablehlo(program, weights=weights)
   path.write_bytes(serialized)
   shapes = jax.tree.map(lambda s: {"shape": s.shape, "dtype": str(s.dtype)}, program.inputs)
@@ -534,7 +607,7 @@ def _run(path: pathlib.Path, program: Program, inputs: dict[str, Any], check: Ch
   if path.suffix != ".safetensors":
     return run_file(path, inputs, **options)
   runner = path.with_name("runner.stablehlo")
-  _write_stablehlo(runner, program, weights=False)
+  write_stablehlo(runner, program, weights=False)
   return run_file(runner, inputs, weights=path, **options)
 
 

@@ -84,12 +84,31 @@ def onnx_bytes(program: Program) -> bytes:
           input_names=input_names(program),
           output_names=list(program.outputs),
         )
+      _without_zeros(model)
       return model.SerializeToString()
     except Exception as error:  # A converter may fail on anything that nobody has tried.
       problems.append(error)
   raise ValueError(
     f"{program.name} cannot be converted into ONNX: {_check.short(problems[0])}"
   ) from problems[0]
+
+
+def _without_zeros(model: Any) -> None:
+  """Takes out a Gemm's third operand where it is one 0, which ONNX Runtime's quantiser trips over.
+
+  The converter adds it to a product that has no bias, where ONNX has left it out since opset 11.
+  """
+  zeros = {
+    one.name
+    for one in model.graph.initializer
+    if not one.dims and one.raw_data and not any(one.raw_data)
+  }
+  for node in model.graph.node:
+    if node.op_type == "Gemm" and len(node.input) == 3 and node.input[2] in zeros:
+      node.input.pop()
+  read = {name for node in model.graph.node for name in node.input}
+  for one in [one for one in model.graph.initializer if one.name in zeros - read]:
+    model.graph.initializer.remove(one)
 
 
 def _paddings(found: Operations) -> dict[Any, Rule]:

@@ -15,10 +15,14 @@ import numpy as np
 
 from jaxdistill import _check
 
-__all__ = ["ExportError", "Ran", "compare", "compare_outputs", "run_file", "top1"]
+__all__ = ["ExportError", "Ran", "compare", "compare_outputs", "run_file", "run_script", "top1"]
 
 _SCRIPTS = pathlib.Path(__file__).parent / "runtimes"
-_PROGRAMS = {".onnx": "run_onnx.py", ".stablehlo": "run_stablehlo.py"}
+_PROGRAMS = {
+  ".onnx": "run_onnx.py",
+  ".stablehlo": "run_stablehlo.py",
+  ".tflite": "run_litert.py",
+}
 # The parent's devices, precision and flags are not those of a deployed process.
 _KEPT = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE")
 
@@ -61,10 +65,11 @@ def run_file(
   """Runs an exported file in a new process, which imports neither jaxdistill nor Flax.
 
   Args:
-    path: ``.onnx``, run by ONNX Runtime without JAX, or ``.stablehlo``, run by JAX.
+    path: ``.onnx``, run by ONNX Runtime without JAX; ``.tflite``, by LiteRT's interpreter without
+      JAX; or ``.stablehlo``, by JAX.
     inputs: arrays ``[N, ...]`` by name, in the program's order.
     weights: a safetensors file that is the program's first argument.
-    batch_size: how many examples at once; the last batch is padded.
+    batch_size: how many examples at once; the last batch is padded. A ``.tflite`` has its own.
     latency_batch: how many at once when a call is timed.
     calls: how many calls to time at most; 0 for none.
     seconds: how long to time at most.
@@ -78,7 +83,7 @@ def run_file(
   Raises:
     ExportError: the file cannot be loaded there, or the process failed; the message has its reason.
     FileNotFoundError: there is no such file.
-    ValueError: the suffix is neither.
+    ValueError: the suffix is none of these.
   """
   file = _check.folder("path", path)
   if file.suffix not in _PROGRAMS:
@@ -90,20 +95,15 @@ def run_file(
   if strange:
     kinds = [str(arrays[name].dtype) for name in strange]
     raise ExportError(f"inputs {strange} are {kinds}, which another process cannot be handed.")
-  environment = {
-    name: value
-    for name, value in os.environ.items()
-    if not name.startswith(("JAX_", "XLA_FLAGS")) or name.startswith(_KEPT)
-  }
-  environment |= {"JAX_PLATFORMS": platform, "JAX_ENABLE_X64": str(int(wide))}
   with tempfile.TemporaryDirectory() as folder:
     given, out = pathlib.Path(folder, "inputs.npz"), pathlib.Path(folder, "out")
     np.savez(given, **arrays)
-    command = [sys.executable, "-P", str(_SCRIPTS / _PROGRAMS[file.suffix]), str(file)]
-    command += [str(given), str(out), "--batch-size", str(batch_size), "--calls", str(calls)]
-    command += ["--latency-batch", str(latency_batch), "--seconds", str(seconds)]
-    command += ["--weights", str(pathlib.Path(weights).absolute())] if weights else []
-    _wait(command, environment, time_limit, file)
+    words = [str(file), str(given), str(out), "--batch-size", str(batch_size)]
+    words += ["--calls", str(calls), "--latency-batch", str(latency_batch)]
+    words += ["--seconds", str(seconds)]
+    words += ["--weights", str(pathlib.Path(weights).absolute())] if weights else []
+    jax_there = {"JAX_PLATFORMS": platform, "JAX_ENABLE_X64": str(int(wide))}
+    run_script(_PROGRAMS[file.suffix], words, time_limit, file, jax_there)
     about = json.loads(out.with_name("out.json").read_text())
     with np.load(out.with_name("out.npz"), allow_pickle=False) as arrays_out:
       outputs = {name: arrays_out[name] for name in arrays_out.files}
@@ -117,7 +117,27 @@ def run_file(
   return Ran(outputs, about["runtime"], about["platform"], latency)
 
 
-def _wait(command: list[str], environment: dict[str, str], limit: float, file: Any) -> None:
+def run_script(
+  script: str, words: list[str], limit: float, file: Any, more: Mapping[str, str] | None = None
+) -> None:
+  """Runs one of the scripts of ``runtimes`` in a new process, and waits for it.
+
+  Args:
+    script: its file's name.
+    words: its command line.
+    limit: seconds after which it is ended.
+    file: what it is about, for messages.
+    more: of the environment, beside what this process has without JAX's own.
+
+  Raises:
+    ExportError: it failed, or was not done in time.
+  """
+  command = [sys.executable, "-P", str(_SCRIPTS / script), *words]
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("JAX_", "XLA_FLAGS")) or name.startswith(_KEPT)
+  } | dict(more or {})
   try:
     ended = subprocess.run(
       command, env=environment, capture_output=True, text=True, errors="replace", timeout=limit

@@ -43,6 +43,7 @@ __all__ = [
   "export_program",
   "host",
   "is_literal",
+  "portable",
   "shapes_of",
   "stablehlo",
   "trace_operations",
@@ -436,6 +437,32 @@ def stablehlo(program: Program, *, weights: bool = True) -> tuple[bytes, dict[st
   told = ("jax", "stablehlo", "calling_convention", "platforms")
   told_too = {"least_jax": about["jax"], "outputs": list(program.outputs)}
   return serialized, {**told_too, **{name: about[name] for name in told}}
+
+
+def portable(program: Program, batch_size: int) -> bytes:
+  """A program as StableHLO for other compilers: of one batch size, weights inside, for a CPU.
+
+  Args:
+    program: the program.
+    batch_size: how many examples a call takes.
+
+  Returns:
+    A portable artifact of StableHLO.
+
+  Raises:
+    ValueError: it cannot be lowered, or what it puts out is not ``[batch_size, ..., K]``.
+  """
+  called = functools.partial(program.call, host(program.leaves))
+  try:
+    with _one_device():
+      exporter = jax.export.export(jax.jit(called), platforms=("cpu",))
+      exported = exporter(batched(program.inputs, batch_size))
+  except Exception as error:  # Anything may be wrong with a module that nobody here wrote.
+    raise ValueError(f"{program.name} cannot be lowered: {_check.short(error)}") from error
+  out = [aval.shape for aval in exported.out_avals]
+  if not all(len(shape) > 1 and shape[0] == batch_size for shape in out):
+    raise ValueError(f"{program.name} puts out the shapes {out}, not [{batch_size}, ..., K].")
+  return bytes(exported.mlir_module_serialized)
 
 
 def _one_device() -> AbstractContextManager[Any]:

@@ -118,6 +118,9 @@ def _line(entry: dict[str, Any]) -> str:
     return f"{entry['file']}: {entry['problem']}"
   accuracy = "" if entry["accuracy"] is None else f"accuracy {entry['accuracy']:.2%}, "
   latency = f"{entry['latency_ms']['median']:.3f} ms" if entry["latency_ms"] else "not timed"
+  if entry.get("remaining"):
+    read = f"{entry['file']}: {entry['bytes'] / 1e3:.1f} kB, read back by {entry['runtime']}"
+    return f"{read}; still to be checked: {entry['remaining']}"
   return (
     f"{entry['file']}: {entry['bytes'] / 1e3:.1f} kB, {accuracy}agrees with the student on "
     f"{entry['agreement']:.2%}, {latency} in {entry['runtime']} on {entry['platform']}"

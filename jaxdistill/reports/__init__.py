@@ -10,6 +10,7 @@ from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.reports import figures as figures
+  from jaxdistill.reports._card import write_model_folder
   from jaxdistill.reports._compare import compare_students, gather_predictions
   from jaxdistill.reports._format import Markup, csv_text, grid, plain, with_std
   from jaxdistill.reports._pages.summary import markdown, picture, table
@@ -44,6 +45,7 @@ __all__ = [
   "table",  # the one table: quality, agreement with the teacher, and cost of the models
   "with_std",  # a mean and its standard deviation, which one run has not
   "write_comparison",  # writes the page, and beside it the same as ``.md`` and ``.json``
+  "write_model_folder",  # the student as a folder for a hub of models, its card from the report
   "write_report",  # writes ``report.json``, ``report.md``, ``report.html`` and a picture
   "write_texts",  # draws sample texts, which a report shows side by side
 ]

@@ -19,7 +19,7 @@ import pytest
 from flax import nnx
 
 from jaxdistill import data, export, networks
-from jaxdistill.export import _onnx, _process, _program, command
+from jaxdistill.export import _coreml, _onnx, _process, _program, command
 from jaxdistill.export.runtimes import run_stablehlo
 from jaxdistill.networks import models, weights
 from jaxdistill.types import Model
@@ -28,6 +28,13 @@ Shape = jax.ShapeDtypeStruct
 QUICK = export.Check(seconds=0.02)
 LOOSE = export.Check(seconds=0.02, accuracy_loss=0.1)
 RUNTIMES = pathlib.Path(_process.__file__).parent / "runtimes"
+RAN = {".onnx": "onnxruntime", ".tflite": "ai-edge-litert"}
+# Extras of their own, which the other tests' environment need not have.
+LITERT = all(map(importlib.util.find_spec, ("ai_edge_litert", "litert_converter")))
+COREML = all(map(importlib.util.find_spec, ("coremltools", "stablehlo_coreml")))
+needs_litert = pytest.mark.skipif(not LITERT, reason="needs the extra: pip install '.[litert]'")
+needs_coreml = pytest.mark.skipif(not COREML, reason="needs the extra: pip install '.[coreml]'")
+EVERY = [k for k in export.KINDS if {"litert": LITERT, "coreml": COREML}.get(k, True)]
 
 
 class Small(nn.Module):
@@ -116,7 +123,7 @@ def primitives(made):
   "kinds",
   [
     ["stablehlo", "onnx", "safetensors", "int8_weights_onnx", "int8"],
-    pytest.param(list(export.KINDS), marks=pytest.mark.slow),
+    pytest.param(EVERY, marks=pytest.mark.slow),
   ],
 )
 def test_every_kind_is_checked_in_its_own_process(small, folder, kinds):
@@ -125,7 +132,7 @@ def test_every_kind_is_checked_in_its_own_process(small, folder, kinds):
   network, _, images, labels, logits = small
   held_out = data.from_arrays(images, labels)
   options = {"network": network, "normalize": normalize, "calibration": images[:50]}
-  options |= {"kinds": None if kinds == list(export.KINDS) else kinds}
+  options |= {"kinds": None if kinds == EVERY else kinds}
   listed = export.export(folder, held_out, fold=True, check=LOOSE, **options)
   assert listed == json.loads((folder / "exports" / "exports.json").read_text())
   assert [entry["kind"] for entry in listed["files"]] == kinds
@@ -138,17 +145,22 @@ def test_every_kind_is_checked_in_its_own_process(small, folder, kinds):
     assert path.stat().st_size == entry["bytes"]
     assert entry["folded"] == ["BatchNorm_0", "BatchNorm_1"]
     assert not entry["unfolded"]
+    if entry["kind"] == "coreml":
+      assert "Mac" in entry["remaining"]
+      assert entry["agreement"] is entry["accuracy"] is entry["latency_ms"] is None
+      continue
     assert 0 < entry["latency_ms"]["median"] <= entry["latency_ms"]["p95"]
-    assert entry["runtime"].startswith("onnxruntime" if path.suffix == ".onnx" else "jax ")
-  for kind in ("stablehlo", "onnx", "safetensors"):
+    assert entry["runtime"].startswith(RAN.get(path.suffix, "jax "))
+  for kind in {"stablehlo", "onnx", "safetensors", "litert"} & set(kinds):
     assert files[kind]["accuracy"] == pytest.approx(0.9)
     assert files[kind]["agreement"] == 1
     assert files[kind]["largest_difference"] <= files[kind]["tolerance"]
     # A float32 of the size of the logits is known to 6e-8 of it, and there are four layers.
     assert files[kind]["tolerance"] == pytest.approx(1e-4 * np.abs(logits).max(), rel=1e-3)
-  assert files["int8"]["largest_difference"] > files["onnx"]["tolerance"]
-  for kind in {"int8_weights_onnx", "int8_weights_safetensors"} & set(kinds):
-    whole = files[kind.removeprefix("int8_weights_")]
+  for kind in {"int8", "int8_onnx"} & set(kinds):
+    assert files[kind]["largest_difference"] > files["onnx"]["tolerance"]
+  for kind in {"int8_weights_onnx", "int8_weights_safetensors", "int8_onnx"} & set(kinds):
+    whole = files[kind.removeprefix("int8_weights_").removeprefix("int8_")]
     assert files[kind]["bytes"] < 0.5 * whole["bytes"]
   assert files["stablehlo"]["least_jax"] == jax.__version__
   assert files["onnx"]["least_jax"] is None
@@ -176,6 +188,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
   [
     ("onnx", {"jax", "jaxlib", "flax", "jaxdistill", "jax2onnx", "optax"}),
     ("stablehlo", {"flax", "jaxdistill", "optax", "orbax", "qwix"}),
+    pytest.param(
+      "tflite",
+      {"jax", "jaxlib", "flax", "jaxdistill", "litert_converter", "optax", "tensorflow"},
+      marks=needs_litert,
+    ),
   ],
 )
 def test_it_runs_where_the_libraries_that_made_it_are_absent(
@@ -187,7 +204,7 @@ def test_it_runs_where_the_libraries_that_made_it_are_absent(
   path = tmp_path / f"net.{suffix}"
   made = export.export_file(path, program, (images, labels), check=QUICK)
   np.savez(tmp_path / "in.npz", inputs=images, logits=logits)
-  script = str(RUNTIMES / f"run_{suffix}.py")
+  script = str(RUNTIMES / _process._PROGRAMS[f".{suffix}"])
   argv = [script, str(path), str(tmp_path / "in.npz"), str(tmp_path / "out"), "--calls", "0"]
   code = BLOCKED.format(blocked=blocked, argv=argv)
   done = subprocess.run(
@@ -218,6 +235,83 @@ def test_any_batch_size(small, program, size):
   session = runtime.InferenceSession(_onnx.onnx_bytes(program))
   (found,) = session.run(None, {"inputs": images[:size]})
   np.testing.assert_allclose(found, logits[:size], atol=1e-4)
+
+
+@pytest.mark.slow
+@needs_litert
+def test_litert_takes_several_inputs_in_batches_of_its_own_size(tmp_path):
+  stored = {"b": Shape((4,), jnp.float32), "a": Shape((3,), jnp.int32)}
+
+  def call(leaves, inputs):
+    return inputs["b"] @ leaves["params/kernel"] + inputs["a"].sum(1, keepdims=True)
+
+  kernel = np.arange(8, dtype=np.float32).reshape(4, 2)
+  made = export.Program("two", {"params/kernel": kernel}, call, stored)
+  rng = np.random.default_rng(0)
+  inputs = {
+    "b": rng.normal(size=(7, 4)).astype(np.float32),
+    "a": rng.integers(0, 5, (7, 3), np.int32),
+  }
+  check = export.Check(seconds=0.02, batch_size=3)
+  entry = export.export_file(tmp_path / "two.tflite", made, (inputs, None), check=check)
+  # One example, three and seven: a call takes three, and what fills it up is cut off.
+  for rows in (1, 3, 7):
+    some = {f"inputs/{name}": array[:rows] for name, array in inputs.items()}
+    ran = export.run_file(tmp_path / "two.tflite", some, calls=0)
+    expected = inputs["b"][:rows] @ kernel + inputs["a"][:rows].sum(1, keepdims=True)
+    # float32's rounding of sums of a dozen terms below 40.
+    np.testing.assert_allclose(ran.outputs["logits"], expected, rtol=1e-5, atol=1e-5)
+  assert entry["batch_size"] == 3
+
+
+@pytest.mark.slow
+@needs_coreml
+def test_core_ml_is_read_back_with_the_students_inputs_and_outputs(tmp_path):
+  stored = {"b": Shape((4,), jnp.float32), "a": Shape((3,), jnp.uint8)}
+
+  def call(leaves, inputs):
+    whole = inputs["a"].astype(jnp.float32).sum(1, keepdims=True)
+    logits = inputs["b"] @ leaves["params/kernel"] + whole
+    return {"hidden": jnp.tanh(logits), "logits": logits}
+
+  leaves = {"params/kernel": np.ones((4, 2), np.float32)}
+  made = export.Program("two", leaves, call, stored, outputs=("hidden", "logits"))
+  inputs = {"b": np.ones((7, 4), np.float32), "a": np.ones((7, 3), np.uint8)}
+  path = tmp_path / "two.mlpackage.zip"
+  entry = export.export_file(
+    path, made, (inputs, None), check=dataclasses.replace(QUICK, batch_size=3)
+  )
+  assert entry["runtime"].endswith("not run")
+  told = tmp_path / "told.json"
+  _process.run_script("check_coreml.py", [str(path), str(told)], 100, path)
+  found = json.loads(told.read_text())
+  assert found["inputs"] == {"inputs_a": [[3, 3], "INT32"], "inputs_b": [[3, 4], "FLOAT32"]}
+  assert set(found["outputs"]) == {"hidden", "logits"}
+  # One that holds another program's inputs is not kept.
+  other = made.changed(inputs={"b": stored["b"], "a": Shape((5,), jnp.uint8)})
+  with pytest.raises(export.ExportError, match="inputs_a"):
+    _coreml.check_coreml(path, other, 3, 100)
+
+
+@pytest.mark.slow
+@needs_litert
+def test_what_litert_cannot_hold_is_said(tmp_path):
+  def call(leaves, x):
+    return jnp.real(jnp.fft.fft(x.astype(jnp.complex64) * leaves["params/scale"]))
+
+  made = export.Program("waves", {"params/scale": np.ones((1, 4))}, call, Shape((4,), jnp.float32))
+  x = np.eye(4, dtype=np.float32)
+  with pytest.raises(export.ExportError, match="waves as LiteRT"):
+    export.export_file(tmp_path / "waves.tflite", made, (x, None), check=QUICK)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_calibration_is_for_onnx_alone(small, program, tmp_path):
+  _, _, images, labels, _ = small
+  with pytest.raises(ValueError, match=r"calibration .* quantize_activations"):
+    export.export_file(
+      tmp_path / "net.stablehlo", program, (images, labels), calibration=images[:50]
+    )
 
 
 @pytest.mark.slow

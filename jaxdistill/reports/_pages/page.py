@@ -726,6 +726,8 @@ def _exported(one: Mapping[str, Any], exports: Mapping[str, Any]) -> list[Cell]:
   told = f"{one['problem'] or ''}"
   if one["passed"]:
     told = f"passed; needs jax {one['least_jax']} or newer" if one["least_jax"] else "passed"
+    if one.get("remaining"):  # it could be read back, and not be run
+      told = f"read back; still to be checked: {one['remaining']}"
     # What was another for a file that an earlier export left than the text above the table says.
     forms = {"batch_size": "batch {}", "examples": "{} examples", "split": "{} split"}
     other = [form.format(one[n]) for n, form in forms.items() if one[n] != exports[n]]
