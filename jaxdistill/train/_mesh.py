@@ -363,9 +363,13 @@ def with_jit(
       return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
       return leaf.update(sharding=replicated)
-    if several and is_key(leaf):  # device_put knows no keys on other processes' devices
-      words = jax.device_put(jax.random.key_data(leaf), replicated)
-      return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+    if several and isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+      # From this process's devices (what `fit` has returned) to all: device_put knows such a way of
+      # host arrays alone, of which it sees that they are the same everywhere.
+      if is_key(leaf):
+        words = jax.device_put(np.asarray(jax.random.key_data(leaf)), replicated)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
+      leaf = np.asarray(leaf)
     # The compiled call donates the state, and device_put hands the caller's own buffer back where
     # that lies right already: what is donated must own its buffers, or the caller's variables (a
     # student that starts from its teacher's) would be gone after the first step.

@@ -470,9 +470,11 @@ def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path, 
     shutil.copytree(tmp_path / "broken", tmp_path / copy)
   again = at("broken", 2)
   monkeypatch.undo()
-  # Neither a save nor a restore nor a look at the numbers takes the whole of what is in parts.
+  # Neither a save nor a restore nor a look at the numbers takes the whole of what is in parts; the
+  # teacher's outputs for all examples are another thing.
+  state = {leaf.shape for leaf in jax.tree.leaves(again.state)}
   assert fetched
-  assert all(x.is_fully_replicated for x in fetched)
+  assert not [x.shape for x in fetched if not x.is_fully_replicated and x.shape in state]
   for a, b in zip(jax.tree.leaves(again.state), jax.tree.leaves(unbroken.state), strict=True):
     assert a.sharding == b.sharding
     if not runs.is_key(a):
