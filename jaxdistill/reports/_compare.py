@@ -80,12 +80,7 @@ def compare_students(
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
   _check_kinds(task, texts, examples)
-  if isinstance(batches, Batches) and isinstance(examples, int):
-    raise ValueError(
-      f"examples={examples} is a number, and of batches that are streamed examples are read anew "
-      "to be shown: give the records that the batches are made of."
-    )
-  told = _told(batches)
+  told = _told(batches, examples)
   columns = _columns(metadata, told, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
   costs = {"teacher": evaluation.costs(teacher, batches)}
@@ -130,10 +125,15 @@ def compare_students(
   return _report.write_report(folder, result, predictions=kept), result
 
 
-def _told(batches: Batch | Batches) -> Batch:
+def _told(batches: Batch | Batches, examples: Any) -> Batch:
   """The batches, leaves ``[N, B, ...]``; of those that are streamed all but what is large."""
   if isinstance(batches, Batch):
     return batches
+  if isinstance(examples, int):
+    raise ValueError(
+      f"examples={examples} is a number, and of batches that are streamed examples are read anew "
+      "to be shown: give the records that the batches are made of."
+    )
   each = [dataclasses.replace(batch, inputs=None, teacher=None) for batch in batches]
   stacked: Batch = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
   return stacked
