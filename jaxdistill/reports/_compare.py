@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxdistill import _check, _extras, evaluation, teachers
-from jaxdistill.data import Examples, Records
+from jaxdistill.data import Batches, Examples, Records
 from jaxdistill.evaluation import predictions, tasks
 from jaxdistill.evaluation.predictions import Answers, Predictions
 from jaxdistill.evaluation.tasks import Shows, Task
@@ -33,7 +35,7 @@ def compare_students(
   *,
   network: Network | Mapping[str, Model],
   teacher: Teacher,
-  batches: Batch,
+  batches: Batch | Batches,
   examples: Examples | Records | int,
   descriptions: Mapping[str, str] | None = None,
   metadata: Mapping[str, Any] | None = None,
@@ -70,14 +72,16 @@ def compare_students(
   Raises:
     FileNotFoundError: a run has no usable checkpoint.
     TypeError: the task, or the models, are of another kind.
-    ValueError: a run is not finished, or a column of metadata does not fit.
+    ValueError: a run is not finished, or a column of metadata does not fit; or batches are streamed
+      and ``examples`` is a number.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
   _check_kinds(task, texts, examples)
-  columns = _columns(metadata, batches, size, task)  # a wrong one says so before the long work
+  told = _told(batches, examples)
+  columns = _columns(metadata, told, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
   costs = {"teacher": evaluation.costs(teacher, batches)}
   for name, model in models.items():
@@ -107,7 +111,7 @@ def compare_students(
   )
   found = gather_predictions(
     measured,
-    batches,
+    told,
     dataset=result["dataset"],
     split=result["split"],
     seeds=result["seeds"],
@@ -119,6 +123,20 @@ def compare_students(
     write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
   kept = found if found.models or found.details else None
   return _report.write_report(folder, result, predictions=kept), result
+
+
+def _told(batches: Batch | Batches, examples: Any) -> Batch:
+  """The batches, leaves ``[N, B, ...]``; of those that are streamed all but what is large."""
+  if isinstance(batches, Batch):
+    return batches
+  if isinstance(examples, int):
+    raise ValueError(
+      f"examples={examples} is a number, and of batches that are streamed examples are read anew "
+      "to be shown: give the records that the batches are made of."
+    )
+  each = [dataclasses.replace(batch, inputs=None, teacher=None) for batch in batches]
+  stacked: Batch = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+  return stacked
 
 
 def _check_kinds(task: Any, texts: Any, examples: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxdistill import _check, _extras, evaluation, runs
+from jaxdistill.data import Batches
 from jaxdistill.evaluation import metrics, tasks
 from jaxdistill.evaluation.predictions import Answers, Predictions, column
 from jaxdistill.evaluation.predictions import save as save_predictions
@@ -59,7 +60,7 @@ class Measured:
 
 def measure_model(
   model: Model | Teacher,
-  batches: Batch,
+  batches: Batch | Batches,
   *,
   teacher: Teacher | None = None,
   costs: Mapping[str, Any] | None = None,
