@@ -72,7 +72,7 @@ def int8_weights(model: Model) -> Model:
   >>> from jaxdistill import networks
   >>> network = networks.linen(networks.models.MLP([64], num_classes=8))
   >>> model = Model(network, network.init(jax.random.key(0), jnp.ones((1, 32))))
-  >>> kernel = int8_weights(model).variables["params"]["hidden1"]["kernel"]
+  >>> kernel = int8_weights(model).variables["params"]["hidden_layer1"]["kernel"]
   >>> kernel.int8.shape, kernel.int8.dtype.name, kernel.int8_scale.shape
   ((32, 64), 'int8', (1, 64))
   """

@@ -218,6 +218,8 @@ def test_a_device_holds_an_eighth_and_the_teacher_is_there_once(kind, monkeypatc
   )
   assert fetched, "nothing was counted: the loss at least comes to the host"
   assert not [n for n, dtype in fetched if dtype == jnp.bfloat16], "the teacher was on the host"
+  # Labels, what the teacher says of 32 images, sums: not what the student has, nor its optimiser.
+  assert sum(n for n, _ in fetched) < size(made.state.params) / 4, fetched
   assert pointers(params) == before
   assert seen == [there] * 3
   parts = {"parameters": made.state.params, "optimizer": made.state.opt_state, "teacher": params}
