@@ -230,3 +230,45 @@ def norm_and_direction(student, teacher, labels, means):
   longest = torch.maximum(student.norm(dim=1), teacher.norm(dim=1))
   towards = functional.normalize(means)[labels]
   return (1 - (student * towards).sum(1) / longest).mean()
+
+
+def regions(student, teacher, labels, temperature):
+  """SDD: regions ``[B, N, K]``, the whole first; twice where it is right of but one of the two."""
+  q, p = ((x / temperature).log_softmax(2) for x in (student, teacher))
+  each = temperature**2 * functional.kl_div(q, p, reduction="none", log_target=True).sum(2)
+  right = teacher.argmax(2) == labels[:, None]
+  return (each * torch.where(right == right[:, :1], 1.0, 2.0)).sum() / each.numel()
+
+
+def self_nontarget(student, weak, labels, by_log):
+  """USKD's other classes. Its code ranks by log q, since a name is reused; the paper by q."""
+  size, classes = student.shape
+  w, q = weak.softmax(1), student.softmax(1)
+  own = labels[:, None]
+  ranked = student.log_softmax(1) if by_log else q
+  order = w / (1 - w.gather(1, own) + 1e-6) + ranked / (1 - ranked.gather(1, own) + 1e-6)
+  places = order.argsort(1, descending=True).argsort(1)
+  zipf = 1 / torch.arange(1, classes + 1).to(student)
+  others = functional.one_hot(labels, classes) == 0
+  target = zipf[places][others].reshape(size, -1)
+  target = (target / target.sum(1, keepdim=True)).detach()
+  return -(target * student[others].reshape(size, -1).log_softmax(1)).sum(1).mean()
+
+
+def past_and_labels(student, past, labels, share):
+  """PS-KD: one soft target, of the label and of what was said an epoch ago."""
+  own = functional.one_hot(labels, student.shape[1]).to(student)
+  target = (1 - share) * own + share * past
+  return (-target * student.log_softmax(1)).mean(0).sum()
+
+
+def mean_squares(student, teacher):
+  """Mean teacher: squares of softmaxes apart, over classes and batch."""
+  q, p = student.softmax(1), teacher.softmax(1)
+  return functional.mse_loss(q, p, reduction="sum") / student.shape[1] / len(student)
+
+
+def softmax_regression(features, taught, said, logits, feature_weight, regression_weight):
+  """SRRL, from pooled features and the logits that the teacher's classifier says of both."""
+  matched = (features - taught).square().mean(1).mean()
+  return feature_weight * matched + regression_weight * functional.mse_loss(said, logits)

@@ -374,3 +374,18 @@ def test_torchdistills_standardized_kd_has_a_gradient_of_1e7_at_equal_logits():
   assert np.abs(theirs[1][0][1]).max() > 1e4
   hard = evaluate_ours(lambda s, t, y: losses.cross_entropy(s, y), student, teacher, labels)
   close(mine[1][0][1], hard[1][0][1])
+
+
+def test_the_published_uskd_ranks_by_logarithms():
+  """A name is reused there: log q stands where the paper has q, which is another order."""
+  rng = np.random.default_rng(0)
+  student, weak = 3 * rng.normal(size=(8, 6)), 3 * rng.normal(size=(8, 6))
+  labels = rng.integers(0, 6, 8)
+  by_log = differ(
+    losses.self_nontarget,
+    lambda s, w, y: published.self_nontarget(s, w, y, by_log=True),
+    student,
+    weak,
+    labels,
+  )
+  assert np.isfinite(by_log)

@@ -165,3 +165,68 @@ def test_norm_and_direction():
     shared=(3,),
     alone=True,
   )
+
+
+@SIZED
+def test_regions_of_an_image(batch, classes):
+  shape = batch, 5, classes
+  student, teacher = numbers(45, *shape, scale=2.0), numbers(46, *shape, scale=2.0)
+  check(
+    losses.scale_decoupled_kd,
+    lambda s, t, y: published.regions(s, t, y, 4.0),
+    student,
+    teacher,
+    integers(47, batch, classes),
+    alone=True,
+  )
+
+
+@SIZED
+def test_labels_that_give_way_to_the_past(batch, classes):
+  student = logits(48, batch, classes)[0]
+  past = torch.tensor(logits(49, batch, classes)[0]).softmax(1).numpy()
+
+  def ours(s, p, y):
+    return 0.3 * losses.cross_entropy(s, p) + 0.7 * losses.cross_entropy(s, y)
+
+  check(
+    ours,
+    lambda s, p, y: published.past_and_labels(s, p, y, 0.3),
+    student,
+    past,
+    integers(50, batch, classes),
+    alone=True,
+  )
+
+
+@SIZED
+def test_a_student_beside_its_average(batch, classes):
+  check(losses.consistency, published.mean_squares, *logits(51, batch, classes), alone=True)
+
+
+@SIZED
+def test_other_classes_by_zipfs_law(batch, classes):
+  student, weak = logits(52, batch, classes)
+  check(
+    losses.self_nontarget,
+    lambda s, w, y: published.self_nontarget(s, w, y, by_log=False),
+    student,
+    weak,
+    integers(53, batch, classes),
+    constant=(1,),
+    alone=True,
+  )
+
+
+def test_a_feature_as_the_teachers_classifier_reads_it():
+  features, taught = numbers(54, 6, 5), numbers(55, 6, 5)
+  said, told = logits(56, 6, 4)
+  check(
+    lambda f, t, s, z: losses.hint_l2(f, t) + 5 * losses.logit_l2(s, z),
+    lambda f, t, s, z: published.softmax_regression(f, t, s, z, 1.0, 5.0),
+    features,
+    taught,
+    said,
+    told,
+    alone=True,
+  )
