@@ -12,8 +12,8 @@ spans, the labels' weight 0.1 throughout:
 
 Both have Optuna's TPE and no pruner, so that a trial is a trained student, the same number of
 trials, and ``repeats`` seeds of the sampler, since how long a search takes is chance; the second
-and later ones are in a process that is warm. A trial counts as the first that is as good as the grid's
-best or better; where none is, that is written, not extrapolated.
+and later ones are in a process that is warm. A trial counts as the first that is as good as the
+grid's best or better; where none is, that is written, not extrapolated.
 Each side is a process of its own; its seconds are those from the process's start to the end of the
 trial, so imports and compilation count. TPE proposes a batch at once with less known, which costs
 trials, and it draws from the box between the grid's points too, where the target may be passed.
