@@ -159,7 +159,6 @@ DECODER = networks.models.DecoderConfig(8, 4, layers=1, heads=1, kv_heads=1, hea
 NEEDS = [
   ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
-  ("coremltools", export_kinds("coreml")),
   ("grain", lambda f: teachers.cached(None, source(), folder=f)),
   ("grain", stream),
   ("jax2onnx", export_kinds("onnx")),
@@ -219,8 +218,9 @@ def test_a_call_that_needs_more_names_the_extra(library, call, tmp_path, monkeyp
 
 def test_every_library_has_a_call_that_names_it():
   # TensorFlow is asked for by TFDS (test_data), tyro and magika by the experiments; without tqdm
-  # there are lines, which is no error; LiteRT's interpreter comes with its converter.
-  elsewhere = {"ai_edge_litert", "magika", "tensorflow", "tqdm", "tyro"}
+  # there are lines, which is no error; LiteRT's interpreter and Apple's tools come with the
+  # converters.
+  elsewhere = {"ai_edge_litert", "coremltools", "magika", "tensorflow", "tqdm", "tyro"}
   assert {library for library, _ in NEEDS} == set(_extras.EXTRAS) - elsewhere
 
 
