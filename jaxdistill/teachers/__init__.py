@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from jaxdistill._door import lazy
 
 if TYPE_CHECKING:  # what `lazy` imports when it is asked for
-  from jaxdistill.teachers._cache import Filler, cached, compare_cache, with_outputs
+  from jaxdistill.teachers._cache import Filler, cached, check_source, compare_cache, with_outputs
   from jaxdistill.teachers._cache_files import CacheError, verify_cache
   from jaxdistill.teachers._foreign import foreign
   from jaxdistill.teachers._frozen import (
@@ -39,6 +39,7 @@ __all__ = [
   "answered",  # a teacher that can be compiled, for one batch
   "asked_on_host",  # whether a teacher is another program's
   "cached",  # a source whose batches bring the teacher's outputs along
+  "check_source",  # whether a teacher's outputs can be kept beside a source's examples
   "check_tokenizer",  # a teacher reads the tokens that it was trained on, or it is an error
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again

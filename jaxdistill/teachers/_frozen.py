@@ -156,6 +156,11 @@ def _kept_in(dtype: Any, variables: PyTree) -> PyTree:
     kind = None
   if kind is None or not jnp.issubdtype(kind, jnp.floating):
     raise TypeError(f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or None.")
+  if jax.dtypes.canonicalize_dtype(kind) != kind:
+    raise ValueError(
+      f"dtype={kind} is made float32 while JAX's 64 bits are off: jax.config.update("
+      '"jax_enable_x64", True) before, or leave it out.'
+    )
 
   def kept(leaf: Any) -> Any:
     found = getattr(leaf, "dtype", kind)

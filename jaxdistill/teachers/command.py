@@ -10,11 +10,10 @@ teacher's, and computes a sample of it again.
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxdistill.teachers import _cache_files
 from jaxdistill.teachers._cache_files import CacheError, verify_cache
@@ -28,13 +27,14 @@ _EXAMPLES = """examples:
   jaxdistill cache verify runs/outputs --teacher my_module:teacher_and_source"""
 
 
-def _recomputed(folder: pathlib.Path, module: str, function: str) -> list[str]:
-  """What differs from the teacher that a function gives."""
-  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-  teacher, source = getattr(importlib.import_module(module), function)()
-  from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
+def _pair(given: str) -> tuple[Any, Any]:
+  """The teacher and the source that a function gives."""
+  from jaxdistill import _check  # JAX, which the rest does without
 
-  return compare_cache(teacher, source, folder)
+  made = _check.returned("--teacher", given)
+  if not isinstance(made, tuple) or len(made) != 2:
+    raise ValueError(f"--teacher {given} must return (teacher, source), got {_check.show(made)}.")
+  return made
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -63,13 +63,11 @@ def main(args: Sequence[str] | None = None) -> int:
     "--drop", action="store_true", help="drop the damaged views; the next run fills them again"
   )
   options = parser.parse_args(args)
-  module, _, function = (options.teacher or "").partition(":")
-  if options.teacher and not (module and function):
-    parser.error(f"--teacher {options.teacher} must be module:function")
   try:
+    pair = _pair(options.teacher) if options.teacher else None  # before every digest is computed
     problems = verify_cache(options.path)
     manifest = _cache_files.read_manifest(options.path)
-  except (CacheError, OSError) as error:
+  except (CacheError, OSError, ValueError) as error:
     print(error, file=sys.stderr)
     return 1
   for problem, views in problems.items():
@@ -87,7 +85,11 @@ def main(args: Sequence[str] | None = None) -> int:
     f"{len(shards)} shards, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; every digest "
     "and count is right"
   )
-  different = _recomputed(options.path, module, function) if options.teacher else []
+  different = []
+  if pair is not None:
+    from jaxdistill.teachers._cache import compare_cache
+
+    different = compare_cache(*pair, options.path)
   for line in different:
     print(line, file=sys.stderr)
   if options.teacher and not different:
