@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import operator
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 import jax
@@ -19,6 +21,7 @@ __all__ = [
   "folder",
   "function",
   "number",
+  "returned",
   "scheduled",
   "shapes",
   "short",
@@ -120,6 +123,7 @@ def number(
   """
   if above is not None:
     wanted = "positive" if above == 0 else f"above {above:g}"
+    wanted += f" and at most {most:g}" if math.isfinite(most) else ""
   elif math.isfinite(least) and math.isfinite(most):
     wanted = f"in [{least:g}, {most:g}]"
   else:
@@ -191,6 +195,41 @@ def function(
     pass  # builtins without a signature
 
 
+def returned(option: str, given: str) -> Any:
+  """What a function returns that a command line names, ``module:function``, without arguments.
+
+  Args:
+    option: the command line's: ``"--with"``.
+    given: what was given. The module is found from the current folder too.
+
+  Raises:
+    ValueError: it is not written so, there is no such module or function, or it wants arguments.
+
+  >>> returned("--with", "os:getpid") == os.getpid()
+  True
+  """
+  module, _, name = given.partition(":")
+  if not (module and name and module[0] != "."):
+    raise ValueError(f"{option} {given} must be module:function, as in my_module:given.")
+  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
+  try:
+    make = getattr(importlib.import_module(module), name, None)
+  except ImportError as error:
+    raise ValueError(
+      f"{option} {given}: {short(error)}. MODULE is a name as import takes it, found from the "
+      "current folder; what it imports must be installed."
+    ) from error
+  if not callable(make):
+    raise ValueError(f"{option} {given}: {module} has no function {name}.")
+  try:
+    inspect.signature(make).bind()
+  except TypeError as error:
+    raise ValueError(f"{option} {given} must take no arguments: {error}.") from error
+  except ValueError:
+    pass  # builtins without a signature
+  return make()
+
+
 def switch(name: str, value: Any) -> None:
   """A bool, where a word would pass for True.
 
@@ -229,8 +268,12 @@ def tokens(name: str, value: np.ndarray, vocabulary: int | None) -> None:
 def folder(name: str, value: Any) -> pathlib.Path:
   """An absolute path of this machine, whatever the working directory is later.
 
+  ``~/`` in front is the user's home, as a shell has it; ``--out=~/run`` comes as it was typed.
+
   >>> folder("run", "runs/a").name
   'a'
+  >>> folder("run", "~/a") == pathlib.Path.home() / "a"
+  True
   >>> folder("run", "gs://bucket/run")
   Traceback (most recent call last):
   ValueError: run='gs://bucket/run' is an address, and runs are kept on local disks, where files \
@@ -245,7 +288,11 @@ can be verified and replaced whole: give a local folder, and copy it there when 
       "can be verified and replaced whole: give a local folder, and copy it there when the run is "
       "over."
     )
-  return pathlib.Path(value).absolute()
+  path = pathlib.Path(value)
+  if "\0" in os.fspath(path):
+    raise ValueError(f"{name}={os.fspath(path)!r} holds the character 0, which no path may.")
+  # Left alone it would be a folder "~" in the working directory, which nobody asked for.
+  return (path.expanduser() if path.parts[:1] == ("~",) else path).absolute()
 
 
 def shapes(value: Any) -> str:

@@ -59,6 +59,10 @@ TRAIN = "train/test_train.py::"
 ONLINE = "train/test_online.py::"
 DOT = "train/test_dot.py::"
 SWEEP = "search/test_sweep.py::"
+STUDY = "search/test_study.py::"
+SHARDING = "train/test_sharding.py::"
+TWICE = "train/test_nothing_twice.py::"
+TOKENS = "data/test_tokens.py::"
 METRICS = "evaluation/test_metrics.py::"
 CHECKPOINTS = "runs/test_checkpoints.py::"
 CACHED = "teachers/test_cached.py::"
@@ -811,6 +815,70 @@ MUTANTS = [
     "part",
     "positions that two chunks share keep the gradient of the later one, which is 0",
     (CHUNKS + "test_the_loss_in_chunks_and_all_its_gradients",),
+  ),
+  Mutant(
+    "sharding: what is whole stays whole",
+    "train/_sharding.py",
+    "    if not at.is_fully_replicated or at.is_equivalent_to(sharding, np.ndim(leaf)):",
+    "    if at is not None:",
+    "a teacher that lies on every device of the mesh is not cut by its rules",
+    (SHARDING + "test_a_teacher_in_parts_is_moved_once_and_kept_in_its_dtype",),
+  ),
+  Mutant(
+    "sharding: the smallest axis",
+    "train/_sharding.py",
+    "max(sizes)[1]",
+    "min(sizes)[1]",
+    "FSDP cuts a bias-sized axis of each kernel",
+    (SHARDING + "test_fsdp_cuts_the_largest_axis_that_divides",),
+  ),
+  Mutant(
+    "shared teacher: though answers depend on the batch",
+    "train/_shared_teacher.py",
+    "if not fill.alone():",
+    "if False:",
+    "a teacher that relates examples is asked about other batches than the student sees",
+    (TWICE + "test_a_teacher_whose_answers_depend_on_the_batch_is_run_in_every_step",),
+  ),
+  Mutant(
+    "shared teacher: for a few steps",
+    "train/_shared_teacher.py",
+    "or passes < source.whole.size",
+    "or False",
+    "a short run waits until the teacher has seen all examples",
+    (TWICE + "test_a_run_shorter_than_the_examples_asks_of_those_it_sees_alone",),
+  ),
+  Mutant(
+    "tokens: weights are not shifted",
+    "data/_tokens.py",
+    "return tokens[:, :-1], tokens[:, 1:], known[:, 1:]",
+    "return tokens[:, :-1], tokens[:, 1:], known[:, :-1]",
+    "the last token of a prompt is learnt and the answer's last is not",
+    (TOKENS + "test_the_shift_by_hand",),
+  ),
+  Mutant(
+    "tokens: a packed document's weights are those of what is read",
+    "data/_tokens.py",
+    "piece[:-1], piece[1:], known[1:]",
+    "piece[:-1], piece[1:], known[:-1]",
+    "packed answers lose their first token",
+    (TOKENS + "test_prompts_are_read_and_not_learnt",),
+  ),
+  Mutant(
+    "study: what was trained is forgotten",
+    "search/_study.py",
+    'if row is not None and trial.state.name != "RUNNING":',
+    "if False:",
+    "a study that goes on trains its best student again",
+    (STUDY + "test_a_finished_study_is_given_back",),
+  ),
+  Mutant(
+    "study: nothing is pruned",
+    "search/_study.py",
+    "pruned = not last and bool(trial.should_prune())",
+    "pruned = False",
+    "hopeless trials are trained to their end",
+    (STUDY + "test_the_pruner_masks_a_trial",),
   ),
   Mutant(
     "teacher: classes in their own order",

@@ -222,6 +222,9 @@ FIT = [
   (lambda j: {"student": model(j, KERNEL)}, r"start has \(4, 9\) at"),
   (lambda j: {"student": model(j, "runs/first")}, "student.variables is no array"),
   (lambda j: {"student": model(j, STACKED, seeds=1), "seed": (0, 1)}, "1 seeds, and seed has 2"),
+  (lambda j: moving(j, lambda step: -1.0), r"decay at step 0 must be in \[0, 1\]"),
+  (lambda j: moving(j, lambda step: NAN), "decay at step 0 must be in"),
+  (lambda j: moving(j, lambda step: 0.9 if step < 2 else 0.99), "decay cannot be compiled"),
   # the objective
   (told(objective="kd"), "objective must be a function"),
   (lambda j: {"objective": j.recipes.kd}, r"Call a recipe, recipes\.kd\(\)"),
@@ -283,6 +286,11 @@ FIT = [
   (told(optimizer=optax.adam), r"call it: optax\.adam"),
   (lambda j: {"dispatch": j.train.with_jit}, "dispatch must be what"),
 ]
+
+
+def moving(j, decay):
+  """A teacher that is an average of its student, by a schedule."""
+  return {"teacher": j.teachers.moving_average(decay), "objective": j.recipes.mean_teacher()}
 
 
 def model(j, values=None, **options):
@@ -377,7 +385,20 @@ DATA = [
   ),
   (lambda j: j.data.shifted(TOKENS, where=TOKENS * NAN), r"where\[0\] must be finite"),
   (lambda j: j.data.pack([TOKENS[0], TOKENS[0, :1]], length=4), r"documents\[1\] has 1 tokens"),
-  (lambda j: j.data.from_text("a", j.data.tokenizers.utf8(), length=4), "has 1 tokens"),
+  (lambda j: j.data.pack(None, length=4), "documents=None must be a sequence"),
+  (lambda j: j.data.pack("abc", length=4), "documents='abc' must be a sequence"),
+  (lambda j: j.data.pack([[1, [2, 3]]], length=4), r"documents\[0\]=.* must be integers"),
+  (lambda j: j.data.pack([TOKENS[0]], length=4, where=3), "where=3 must be a sequence"),
+  (lambda j: j.data.shifted(TOKENS, where=[["a"] * 5] * 16), "where=.* must be numbers"),
+  (lambda j: j.data.tokenizers.utf8().decode([104, 300]), "token 300 at position 1"),
+  (lambda j: j.data.tokenizers.utf8().decode(np.array([300])), "token 300"),
+  (lambda j: j.data.tokenizers.characters("abc").decode([-1]), "token -1"),
+  (lambda j: j.data.tokenizers.characters("abc").decode([0.5]), "must be integers"),
+  (
+    lambda j: j.data.from_text(__file__, j.data.tokenizers.utf8(), length=4),
+    "is the name of a file",
+  ),
+  (lambda j: j.data.from_text("a", j.data.tokenizers.utf8(), length=4), r"texts\[0\] has 1 tokens"),
   (windows(labels=TOKENS), r"labels .* 5 positions and tokens 4: .*data\.shifted"),
   (windows(TOKENS), r"labels .* 4 positions and tokens 5: .*data\.shifted"),
   (lambda j: j.data.from_arrays(TOKENS, TOKENS[:, 1:]), "4 positions and tokens 5"),
@@ -412,6 +433,19 @@ def labelled(j):
 
 def unlabelled(j):
   return j.data.evaluation_batches(j.data.from_arrays(X, None), batch_size=8)
+
+
+def own_task(j, sums):
+  tasks = j.evaluation.tasks
+  return tasks.Task("mine", {"a": tasks.Metric("lower")}, sums)
+
+
+def of_task(j, task):
+  return evaluated(j, variables(), task=task)
+
+
+def with_layers(j, layers):
+  return j.networks.models.with_layers({"params": {}}, small_decoder(j), layers)
 
 
 S = jax.ShapeDtypeStruct((2, 3), jnp.float32)
@@ -466,6 +500,34 @@ PARTS = [
   (lambda j: j.train.fsdp(None), "axis=None must name an axis of the mesh"),
   (lambda j: j.train.annotated(["embed"]), "names=.* must say what becomes of a module's names"),
   (lambda j: j.train.shardings({"a": X}, j.train.mesh(), {"b": None}), "rules must be train.fsdp"),
+  (lambda j: j.train.annotated(None), "names=None must say what becomes"),
+  (lambda j: j.train.with_jit(batch_axes=3), "batch_axes=3 must be axes of the mesh"),
+  (lambda j: j.train.Run("r", outputs=[3]), r"outputs=\[3\] must be 'logits' and names"),
+  (lambda j: j.train.Run("r", trackers=[j.runs.CSV(), j.runs.CSV()]), "CSV more than once"),
+  (lambda j: j.runs.claim("a\0b", {}), "holds the character 0"),
+  (
+    lambda j: j.networks.models.with_layers(model(j), small_decoder(j), [0]),
+    "variables=.* must be",
+  ),
+  (lambda j: with_layers(j, None), "layers=None must be the numbers of layers"),
+  (lambda j: with_layers(j, [0.5]), "layers=0.5 must be an integer"),
+  (lambda j: j.networks.sample(model(j), [[1]], key=0, length=1), "key=0 must be one random key"),
+  (
+    lambda j: j.reports.Texts(j.data.tokenizers.utf8(), decoders={"pupil": 3}),
+    "decoders=.* must be",
+  ),
+  (lambda j: j.evaluation.tasks.multilabel(threshold=2.0), "positive and at most 1, got 2.0"),
+  (lambda j: of_task(j, j.evaluation.tasks.dense()), r"logits are \[8, 3\].*classification\(\)"),
+  (
+    lambda j: of_task(j, own_task(j, lambda o, b: 1 / 0)),
+    "sums of the task 'mine' fails on outputs",
+  ),
+  (lambda j: of_task(j, own_task(j, lambda o, b: {"a": o.logits})), "must give {name: .sum, count"),
+  (lambda j: own_task(j, lambda o: {}), "sums of the task 'mine' must be a function"),
+  (
+    lambda j: j.search.affordable({"a": network(j)}, j.search.Budget(bytes=9**9), None),
+    "data=None",
+  ),
   (lambda j: sharded(j, {"Dense_1/bias": jax.P("data")}), r"bias \[3\].*axis 0 of 3.*divide by 2"),
   (lambda j: sharded(j, {"Dense_9": jax.P("data")}), "'Dense_9', which matches no variable"),
   (lambda j: sharded(j, j.train.fsdp()), "'fsdp', which is no axis of the mesh"),
@@ -511,6 +573,16 @@ TEACHERS = [
   (lambda j: j.teachers.ensemble([j.teachers.moving_average()]), "is made of nothing yet"),
   (lambda j: j.teachers.restore("runs/teacher", None), "network=None must be a Network"),
   (lambda j: j.teachers.frozen(model(j), tokenizer="utf8"), "tokenizer='utf8' must be one of"),
+  (lambda j: j.teachers.frozen(model(j), dtype=np.float64), "dtype=float64 is made float32"),
+  (lambda j: foreign(j, {"logits": A[:2], "where": np.array([NAN, 1])}), "where must be 0 or 1"),
+  (lambda j: foreign(j, np.full((2, 3), 1e300)), "a number that float32 has not"),
+  (lambda j: foreign(j, [[1.0], [1.0, 2.0]]), "logits are no array"),
+  (lambda j: born_again(j, "kd"), "objective must be a function"),
+  (lambda j: born_again(j, []), "objective must be a function"),
+  (lambda j: born_again(j, j.recipes.hint("gone", "mid")), "'gone' is not among"),
+  (lambda j: born_again(j, student=model(j)), "student=.* must be a Network"),
+  (lambda j: born_again(j, seed=2**32 - 1), "beyond 2.*32 - 1"),
+  (lambda j: born_again(j, data=views(j), seed=(0, 1)), "views that come again"),
   (lambda j: j.teachers.vocabulary(model(j), 0), "size=0"),
   (lambda j: j.teachers.vocabulary(network(j), 3), "teacher=.* must be a Model"),
   (
@@ -518,6 +590,26 @@ TEACHERS = [
     "size=2 is below the 256 tokens",
   ),
 ]
+
+
+def foreign(j, said):
+  return j.teachers.foreign(lambda inputs: said)(j.types.make_batch(X[:2]))
+
+
+def views(j):
+  return source(j, augmentation=j.data.Augmentation(lambda x, key: x, None))
+
+
+def born_again(j, objective=None, student=None, **options):
+  """Two generations; what is wrong with the second is said before the first makes a step."""
+
+  def trained(step, record):
+    raise AssertionError("the first generation was trained")
+
+  given = {"data": source(j), "optimizer": optax.adam(1e-2), "steps": 1, "generations": 2}
+  given["watch"] = j.train.Watch(callback=trained)
+  student = network(j) if student is None else student
+  return j.train.born_again(student, objective, **{**given, **options})
 
 
 @pytest.mark.parametrize(("call", "message"), TEACHERS)
@@ -585,6 +677,66 @@ FILES = [
 ]
 
 
+def tracked(**options):
+  return lambda j, p: j.runs.track([], {}, **{"folder": p, **options})
+
+
+def own_cache(**options):
+  given = {"folder": "cache", "rows": X[:, :3], "ids": range(16), "name": "arrays", **options}
+  return lambda j, p: j.teachers.write(**{**given, "folder": given["folder"] or p})
+
+
+FILES += [
+  (tracked(numbers={"a": 1.0}), ValueError, "step=None and numbers"),
+  (tracked(step=1.5, numbers={"a": 1.0}), TypeError, "step=1.5 must be an integer"),
+  (tracked(step=1, numbers={"a": "b"}), TypeError, "'a': 'b', which is no number"),
+  (tracked(files=["gone.html"]), FileNotFoundError, "gone.html'.* not there"),
+  (tracked(files="gone.html"), TypeError, "files='gone.html' must be a list"),
+  (tracked(folder="gone"), FileNotFoundError, "folder='.*gone' is not there"),
+  (own_cache(folder="gs://bucket/cache"), ValueError, "is an address"),
+  (own_cache(name=None), TypeError, "name=None must be a text"),
+  (own_cache(ids="0123456789abcdef"), TypeError, "ids=.* must be several texts"),
+  (own_cache(view=0.0), TypeError, "view=0.0 must be an integer"),
+  (own_cache(floor="a"), TypeError, "floor='a' must be a number"),
+  (
+    lambda j, p: own_cache(folder=written(p / "manifest.json", b"{").parent)(j, p),
+    ValueError,
+    "damaged manifest.json",
+  ),
+  (lambda j, p: own_cache(folder=written(p / "a"))(j, p), ValueError, "is a file"),
+  (
+    lambda j, p: j.data.from_text(p, j.data.tokenizers.utf8(), length=4),
+    FileNotFoundError,
+    "is a folder",
+  ),
+  (
+    lambda j, p: j.reports.render_report(p, split="../x"),
+    ValueError,
+    "split='../x' must be a word",
+  ),
+  (lambda j, p: config(j, num_attention_heads=0), ValueError, "num_attention_heads=0"),
+  (lambda j, p: config(j, rope_scaling=[1]), ValueError, "must be an object"),
+  (lambda j, p: config(j, architectures="LlamaForCausalLM"), ValueError, "must be a list"),
+  (lambda j, p: config(j, tie_word_embeddings="no"), TypeError, "tie_word_embeddings='no'"),
+  (
+    lambda j, p: j.networks.pretrained.variables(p, small_decoder(j), dtype="words"),
+    TypeError,
+    "dtype='words'",
+  ),
+  (
+    lambda j, p: j.networks.pretrained.save(written(p / "a"), {}, small_decoder(j)),
+    NotADirectoryError,
+    "is a file",
+  ),
+]
+
+
+def config(j, **fields):
+  told = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 32}
+  told |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+  return j.networks.pretrained.config({**told, "intermediate_size": 16, **fields})
+
+
 def small_decoder(j):
   return j.networks.models.DecoderConfig(
     9, 8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=8, tied=True
@@ -613,6 +765,35 @@ def damaged(path):
 @pytest.mark.parametrize(("call", "error", "message"), FILES)
 def test_files_and_folders_refuse(j, tmp_path, call, error, message):
   check(lambda: call(j, tmp_path), error, message)
+
+
+def test_outputs_are_looked_at_before_a_run_and_those_of_a_finished_one_are_made_anew(j, tmp_path):
+  def run(outputs):
+    made = j.train.Run(tmp_path / "run", outputs=outputs, progress=None)
+    return j.train.fit(
+      network(j), j.recipes.labels(), data=source(j), optimizer=optax.sgd(0.1), steps=1, run=made
+    )
+
+  check(lambda: run(["gone"]), ValueError, r"outputs=\['gone'\] must be some of")
+  assert not (tmp_path / "run").exists()
+  for outputs in (None, ["logits", "mid"], "mid", None):
+    run(outputs)
+    wanted = sorted([outputs] if isinstance(outputs, str) else outputs or ["logits"])
+    assert list(j.export.load_student(tmp_path / "run").info["outputs"]) == wanted
+
+
+def test_a_home_is_the_users_and_a_link_is_not_written_through(j, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  monkeypatch.chdir(tmp_path)
+  assert j.runs.claim("~/run", {}) == tmp_path / "home" / "run"
+  assert not (tmp_path / "~").exists()
+  (tmp_path / "elsewhere").mkdir()
+  (tmp_path / "home" / "run" / "tensorboard").symlink_to(tmp_path / "elsewhere")
+  with pytest.warns(j.runs.TrackerWarning, match="is a link out of its folder"):
+    j.runs.track(
+      [j.runs.TensorBoard()], {}, folder=tmp_path / "home" / "run", step=1, numbers={"a": 1.0}
+    )
+  assert not any((tmp_path / "elsewhere").iterdir())
 
 
 def test_nan_in_a_loss_stops_at_its_step_and_the_folder_is_free_again(j, tmp_path):

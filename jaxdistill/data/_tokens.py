@@ -85,7 +85,15 @@ def shifted(
   if vocabulary is not None:
     _check.whole("vocabulary", vocabulary)
   xp = np if isinstance(tokens, np.ndarray) else jnp
-  known = xp.ones(shape, np.float32) if where is None else xp.asarray(where, np.float32)
+  if where is None:
+    known = xp.ones(shape, np.float32)
+  else:
+    try:
+      known = xp.asarray(where, np.float32)
+    except (TypeError, ValueError) as error:
+      raise ValueError(
+        f"where={_check.show(where)} must be numbers, one a token: {_check.short(error)}."
+      ) from error
   if known.shape != shape:
     raise ValueError(f"where has the shape {known.shape}, and tokens {shape}; give one a token.")
   if xp is np:
@@ -141,7 +149,8 @@ def pack(
   check_seed(data_seed)
   if split not in ("cut", "drop", "pad"):
     raise ValueError(f"split={split!r} must be 'cut', 'drop' or 'pad'.")
-  if where is not None and len(where) != len(documents):
+  documents = _several("documents", documents)
+  if where is not None and len(where := _several("where", where)) != len(documents):
     raise ValueError(f"where has {len(where)} entries for {len(documents)} documents.")
   pieces: list[tuple[np.ndarray, np.ndarray]] = []
   lost = 0
@@ -210,9 +219,21 @@ def _first_fit(sizes: Sequence[int], length: int) -> list[int]:
   return rows
 
 
+def _several(name: str, value: Any) -> Sequence[Any]:
+  """What can be gone through, once for all: of a generator its values."""
+  if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
+    raise TypeError(f"{name}={_check.show(value)} must be a sequence, one entry a document.")
+  return value if isinstance(value, Sequence) else list(value)
+
+
 def _document(document: Any, number: int, vocabulary: int | None) -> np.ndarray:
   """A document's tokens as int32."""
-  tokens = np.asarray(document)
+  try:
+    tokens = np.asarray(document)
+  except ValueError as error:  # nested and of several lengths
+    raise ValueError(
+      f"documents[{number}]={_check.show(document)} must be integers [T]: {_check.short(error)}."
+    ) from error
   if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
     raise ValueError(
       f"documents[{number}] must be integers [T], got {tokens.dtype} of shape {tokens.shape}."
@@ -302,6 +323,11 @@ def from_text(
   for before, text in _texts(texts, field, prompt):
     parts = [tokenizer.encode(before) if before else close[:0], tokenizer.encode(text), close]
     documents.append(np.concatenate(parts))
+    if len(documents[-1]) < 2:
+      raise ValueError(
+        f"texts[{len(documents) - 1}] has {len(documents[-1])} tokens, and nothing to predict: "
+        "leave it out, or join it with its neighbour."
+      )
     known.append(np.arange(len(documents[-1])) >= len(parts[0]))
   packed = pack(
     documents,
@@ -346,9 +372,22 @@ def _texts(texts: Any, field: str, prompt: str | None) -> Iterator[tuple[str, st
     yield "" if prompt is None else _text(one[prompt], i), _text(one[field], i)
 
 
+# The longest name that a file has on common systems: what is longer names none.
+_NAME = 255
+
+
 def _text(value: Any, number: int) -> str:
   if isinstance(value, pathlib.Path):
+    if not value.is_file():
+      kind = "a folder" if value.is_dir() else "not there"
+      raise FileNotFoundError(f"texts[{number}]={str(value)!r} is {kind}: give files of UTF-8.")
     value = value.read_bytes()
+  short = isinstance(value, str) and len(value) <= _NAME and value.isprintable()
+  if short and pathlib.Path(value).is_file():  # it would be trained on its name
+    raise ValueError(
+      f"texts[{number}]={value!r} is the name of a file, and texts are taken as they are: give "
+      "pathlib.Path(...) for what is in it."
+    )
   if isinstance(value, bytes):
     try:
       return value.decode("utf-8")

@@ -29,7 +29,7 @@ class Tokenizer:
 
   Attributes:
     encode: ``text -> [T]`` int32; adds no tokens of its own.
-    decode: ``[T] -> text``.
+    decode: ``[T] -> text``; the library's own refuse a token that is none.
     vocabulary: V; tokens are 0 .. V-1.
     bytes: ``[V]`` int32, UTF-8 bytes of text that each stands for, 0 for special ones: bits a
       byte are Σ nll / (ln 2 · Σ bytes). None where the tokenizer's kind does not tell.
@@ -55,7 +55,7 @@ def utf8() -> Tokenizer:
   """
   return Tokenizer(
     encode=lambda text: np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32),
-    decode=lambda tokens: bytes(np.asarray(tokens, np.uint8)).decode("utf-8", "replace"),
+    decode=lambda tokens: bytes(_known(tokens, 256)).decode("utf-8", "replace"),
     vocabulary=256,
     bytes=np.ones(256, np.int32),
     digest=runs.short_digest({"kind": "utf8"}),
@@ -94,7 +94,7 @@ def characters(texts: str | Iterable[str]) -> Tokenizer:
 
   return Tokenizer(
     encode=encode,
-    decode=lambda tokens: "".join(alphabet[i] for i in np.asarray(tokens).tolist()),
+    decode=lambda tokens: "".join(alphabet[i] for i in _known(tokens, len(alphabet))),
     vocabulary=len(alphabet),
     bytes=np.array([len(character.encode()) for character in alphabet], np.int32),
     digest=runs.short_digest({"kind": "characters", "alphabet": alphabet}),
@@ -167,12 +167,21 @@ def _wrapped(made: Any) -> Tokenizer:
   vocabulary = max(made.get_vocab(with_added_tokens=True).values()) + 1
   return Tokenizer(
     encode=lambda text: np.array(made.encode(text, add_special_tokens=False).ids, np.int32),
-    decode=lambda tokens: made.decode(np.asarray(tokens).tolist(), skip_special_tokens=False),
+    decode=lambda tokens: made.decode(_known(tokens, vocabulary), skip_special_tokens=False),
     vocabulary=vocabulary,
     bytes=_bytes(json.loads(definition), made.get_vocab(with_added_tokens=True), vocabulary),
     digest=runs.short_digest(json.loads(definition)),
     definition=definition,
   )
+
+
+def _known(tokens: Any, vocabulary: int) -> list[int]:
+  """Tokens of the vocabulary: others would be wrapped, or counted from the end, to other text."""
+  numbers = np.asarray(tokens)
+  if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+    raise ValueError(f"tokens={_check.show(tokens)} must be integers [T].")
+  _check.tokens("tokens", numbers, vocabulary)
+  return [int(one) for one in numbers]
 
 
 def _bytes(told: Any, numbers: dict[str, int], vocabulary: int) -> np.ndarray | None:

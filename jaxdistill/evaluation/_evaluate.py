@@ -317,16 +317,17 @@ class _Measure:
     both = dataclasses.replace(batch, weight=batch.weight * told)
 
     def each_of(outputs: Outputs) -> Any:
-      return {} if task.each is None or not self.labels else task.each(outputs, batch)
+      none = task.each is None or not self.labels
+      return {} if none else tasks.asked(task, "each", outputs, batch)
 
     def measure(outputs: Outputs) -> _Measured:
       # Of classes three numbers an example, which cost less than a program without them.
       asked = self.labels and self.examined
       return _Measured(
-        quality={} if task.sums is None or not self.labels else task.sums(outputs, batch),
-        fidelity={} if task.compared is None else task.compared(outputs, said, both),
+        quality=tasks.pairs(task, "sums", outputs, batch) if task.sums and self.labels else {},
+        fidelity=tasks.pairs(task, "compared", outputs, said, both) if task.compared else {},
         each=each_of(outputs),
-        answers=task.kept(outputs, batch) if asked else {},
+        answers=tasks.asked(task, "kept", outputs, batch) if asked else {},
       )
 
     found = (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
@@ -541,6 +542,8 @@ def _fitting(seeds: int | None) -> Iterator[None]:
   uneven = () if seeds is None else (ValueError,)  # vmap's, over leaves of different lengths
   try:
     yield
+  except tasks.TaskError:  # the network ran, and what was asked of it did not
+    raise
   except (*_MISFITS, *uneven) as error:
     raise ValueError(
       f"the variables (or the teacher's) do not fit the network, with seeds={seeds}: "

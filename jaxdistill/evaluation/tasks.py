@@ -38,6 +38,8 @@ __all__ = [
   "Metric",
   "Shows",
   "Task",
+  "TaskError",
+  "asked",
   "classification",
   "counted",
   "dense",
@@ -46,6 +48,7 @@ __all__ = [
   "multilabel",
   "of_shapes",
   "on_host",
+  "pairs",
   "ratios",
   "regression",
   "retrieval",
@@ -54,6 +57,57 @@ __all__ = [
 
 # ``{name: (sum, count)}``.
 Sums = Mapping[str, Any]
+
+
+_TAKES = {
+  "sums": "(outputs, batch) -> {name: (sum, count)}",
+  "compared": "(student, teacher, batch) -> {name: (sum, count)}",
+  "each": "(outputs, batch) -> {name: [B, ...]}",
+  "keeps": "(outputs, batch) -> {name: [B, ...]}",
+  "of_all": "(kept, the teacher's or None) -> {name: number}",
+}
+
+
+class TaskError(ValueError):
+  """A task's function does not take what the network and the data give, or gives what is none."""
+
+
+def pairs(task: Task, field: str, *given: Any) -> Sums:
+  """What a task's ``sums`` or ``compared`` gives, traced, in words of the task where it fails.
+
+  Raises:
+    TaskError: it fails, or gives something else than ``{name: (sum, count)}``.
+  """
+  found = asked(task, field, *given)
+  whole = isinstance(found, Mapping)
+  if whole and task.finish is ratios:  # a finish of one's own takes what sums of its own are
+    kinds = [(type(pair) is tuple and len(pair) == 2, pair) for pair in found.values()]
+    whole = all(two and not any(map(np.ndim, pair)) for two, pair in kinds)
+  if not whole:
+    shown = _check.shapes(found) if isinstance(found, Mapping) else _check.show(found)
+    raise TaskError(
+      f"{field} of the task {task.name!r} gives {shown}; it must give {{name: (sum, count)}}, two "
+      "numbers each: tasks.mean(values, tasks.counted(batch, values))."
+    )
+  return found
+
+
+def asked(task: Task, field: str, *given: Any) -> Any:
+  """What one of a task's functions gives, traced, in words of the task where it fails.
+
+  Raises:
+    TaskError: it fails.
+  """
+  try:
+    return getattr(task, field)(*given)
+  except Exception as error:
+    outputs, batch = given[0], given[-1]
+    there = {"logits": outputs.logits, **outputs.features}
+    seen = {name: value.shape for name, value in there.items() if value is not None}
+    raise TaskError(
+      f"{field} of the task {task.name!r} fails on outputs {seen} and labels "
+      f"{np.shape(batch.labels)} of a batch: {_check.short(error)}"
+    ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +244,12 @@ class Task:
   leads: tuple[str, ...] = ()
 
   def __post_init__(self) -> None:
+    if not isinstance(self.name, str) or not self.name:
+      raise TypeError(f"name={_check.show(self.name)} must be a text.")
+    for field, count in (("sums", 2), ("compared", 3), ("each", 2), ("keeps", 2), ("of_all", 2)):
+      value = getattr(self, field)
+      if value is not None:
+        _check.function(f"{field} of the task {self.name!r}", value, _TAKES[field], arguments=count)
     if self.sums is None and self.each is None:
       raise ValueError(f"task {self.name!r} measures nothing: give it sums, or each and of_all.")
     if (self.each is None) != (self.of_all is None):
@@ -312,6 +372,11 @@ def mean(values: Any, where: Any) -> tuple[jax.Array, jax.Array]:
 def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
   """Raises for labels that are no classes of the logits, which would count as errors."""
   labels, logits = np.asarray(batches.labels), outputs.logits
+  if logits.ndim <= shape.count(","):
+    raise TypeError(
+      f"the network's logits are {list(logits.shape)}, and the labels of this task {shape}: of one "
+      "class an example it is evaluation.tasks.classification()."
+    )
   axes = labels.shape[1:]  # the batches' own axis in front
   if not np.issubdtype(labels.dtype, np.integer) or axes != logits.shape[:-1]:
     raise TypeError(

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import inspect
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -58,9 +56,6 @@ def main(args: Sequence[str] | None = None) -> int:
   options = parser.parse_args(args)
   asked = {"kinds": options.kinds, "fold": options.fold, "batch_size": options.batch_size}
   asked = {name: value for name, value in asked.items() if value is not None}
-  module, _, function = (options.given or "").partition(":")
-  if options.given and not (module and function and module[0] != "."):
-    parser.error(f"--with {options.given} must be module:function, as in my_export:given")
   if asked and not options.given:
     words = ", ".join(f"--{name.replace('_', '-')}" for name in asked)
     parser.error(
@@ -86,18 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _keywords(folder: pathlib.Path, given: str, asked: dict[str, Any]) -> dict[str, Any]:
   """The keywords of `export`, of ``module:function`` and then of the command line."""
-  module, _, function = given.partition(":")
-  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-  try:
-    make = getattr(importlib.import_module(module), function, None)
-    if not callable(make):
-      raise ValueError(f"--with {given}: {module} has no function {function}.")
-    made = make()
-  except ImportError as error:
-    raise ValueError(
-      f"--with {given}: {_check.short(error)}. MODULE is a name as import takes it, found from "
-      "the current folder; what it imports must be installed."
-    ) from error
+  made = _check.returned("--with", given)
   if not isinstance(made, Mapping):
     raise ValueError(
       f"--with {given} must return a dict of keywords of export.export, got {_check.show(made)}."

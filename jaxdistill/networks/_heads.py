@@ -87,14 +87,34 @@ class _Headed:
   network: Network
   hidden: str
   head: Callable[[PyTree], Head]
+  # Where parameters are taken as they lie on a mesh: what was compared before, and how.
+  compared: _Headed | None = None
+  taken: Callable[[PyTree], PyTree] = lambda params: params
 
   def made(self) -> Network:
-    rest = self.network.at_rest
-    at_rest = None if rest is None else lambda paths: self.at_rest(rest(paths))
-    return Network(self.init, self.apply, self.network.name, at_rest)
+    rest, use = self.network.at_rest, self.network.at_use
+    return Network(
+      self.init,
+      self.apply,
+      self.network.name,
+      None if rest is None else lambda paths: self.at_rest(rest(paths)),
+      self.network.axes,
+      None if use is None else lambda specs, read: self.at_use(use(specs, read), specs, read),
+    )
 
   def at_rest(self, network: Network) -> Network:
-    return dataclasses.replace(self, network=network).made()
+    return dataclasses.replace(self, network=network, compared=None).made()
+
+  def at_use(self, network: Network, specs: Mapping[str, Any], read: Any) -> Network:
+    def taken(params: PyTree) -> PyTree:
+      def place(path: Any, leaf: Any) -> Any:
+        spec = specs.get(f"params/{jax.tree_util.keystr(path, simple=True, separator='/')}")
+        return leaf if spec is None else read(leaf, spec)
+
+      return jax.tree_util.tree_map_with_path(place, params)
+
+    before = self.compared or self
+    return dataclasses.replace(self, network=network, compared=before, taken=taken).made()
 
   def init(self, key: Any, inputs: Any) -> dict[str, PyTree]:
     variables = self.network.init(key, inputs)
@@ -107,7 +127,7 @@ class _Headed:
     self.check(variables, inputs)
     outputs, state = self.network.apply(variables, inputs, train=train, key=key)
     found = outputs.features[self.hidden]
-    head = self.head(variables["params"])
+    head = self.head(self.taken(variables["params"]))
     return dataclasses.replace(outputs, logits=None, hidden=found, head=head), state
 
   def check(self, variables: Mapping[str, PyTree], inputs: Any) -> None:
@@ -115,7 +135,9 @@ class _Headed:
     leaves, tree = jax.tree.flatten((dict(variables), inputs))
     kinds = tuple((jnp.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
     if all(isinstance(size, int) for shape, _ in kinds for size in shape):
-      _compared(self, tree, kinds)  # an export's sizes may be unknowns, of what was compared before
+      _compared(
+        self.compared or self, tree, kinds
+      )  # an export's sizes may be unknowns, of what was compared before
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,7 +152,12 @@ def _compared(headed: _Headed, tree: Any, kinds: tuple[tuple[Any, Any], ...]) ->
   def both(params: PyTree, rest: Any, inputs: Any) -> tuple[Any, Any, Any]:
     made = _plain(headed)({**rest, "params": params}, inputs)
     hidden = made.features[headed.hidden]
-    head = headed.head(params)
+    try:
+      head = headed.head(params)
+    except KeyError as error:
+      raise ValueError(
+        f"head finds no {error} in the parameters of {name}, which has {sorted(params)}."
+      ) from error
     if not isinstance(head, Head):
       raise TypeError(f"head returns {_check.show(head)} for {name}; it must return a types.Head.")
     try:

@@ -7,7 +7,7 @@ keeps the keys and values of the tokens before (`models.decoder.Cache`), and dra
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,8 @@ __all__ = ["sample"]
 
 # Of the logits' size: what rounding may change where later tokens are others.
 _ROUNDING = 1e-3
+# And where a cache takes the place of the whole window; bfloat16, of three digits, changes 1e-2.
+_BY_CACHE = 0.05
 
 
 def sample(
@@ -64,8 +66,8 @@ def sample(
   Raises:
     TypeError: an argument is of another kind than it must be.
     ValueError: one is out of range, a prompt has a token that is none, the model holds several
-      seeds or puts out no logits of tokens, or it is not causal: earlier logits change with later
-      tokens.
+      seeds or puts out no logits of tokens, or NaN, or it is not causal: earlier logits change with
+      later tokens; or ``decoder`` is another than the model's.
 
   >>> from jaxdistill import networks
   >>> from jaxdistill.networks.models import DecoderConfig
@@ -86,14 +88,10 @@ def sample(
     model = Model(model.network, model.variables)
   if decoder is not None and not isinstance(decoder, Decoder):
     raise TypeError(f"decoder={_check.show(decoder)} must be the models.Decoder of the model.")
-  given = np.asarray(prompts)
-  if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
-    raise ValueError(
-      f"prompts={_check.show(prompts)} must be integers [B, P], at least one token each."
-    )
-  rows = np.arange(len(given)) if index is None else np.asarray(index)
-  if rows.shape != given.shape[:1] or rows.dtype.kind not in "iu":
-    raise ValueError(f"index={_check.show(index)} must be {len(given)} integers, one a prompt.")
+  _check_key(key)
+  if inputs is not None:
+    _check.function("inputs", inputs, "tokens -> inputs", arguments=1)
+  given, rows = _rows(prompts, index)
   whole = given.shape[1] + length
   seen = whole if window is None else min(whole, _check.whole("window", window))
   asked = jax.ShapeDtypeStruct((len(given), seen), np.int32)
@@ -108,17 +106,71 @@ def sample(
   _check.tokens("prompts", given, shapes.shape[-1])
   drawn = {"length": length, "greedy": temperature == 0}
   rest = (given.astype(np.int32), rows.astype(np.uint32), key, max(temperature, 1e-30))
-  if decoder is not None and seen == whole:
-    return np.asarray(_by_cache(model.variables, *rest, decoder=decoder, **drawn))
-  tokens, apart = jax.device_get(_anew(model, *rest, inputs=inputs, window=seen, **drawn))
-  if np.isnan(apart):
-    raise ValueError("model puts out NaN for the prompts: look whether it was trained.")
-  if not apart <= _ROUNDING:
+  by_cache = decoder is not None and seen == whole
+  if by_cache:
+    _check_decoder(decoder, model.variables)
+    made = _by_cache(model, *rest, inputs=inputs, decoder=decoder, **drawn)
+  else:
+    made = _anew(model, *rest, inputs=inputs, window=seen, **drawn)
+  tokens, apart, finite = jax.device_get(made)
+  _check_drawn(apart, finite, by_cache=by_cache)
+  return np.asarray(tokens)
+
+
+def _rows(prompts: Any, index: Any) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts ``[B, P]``, and which example each is ``[B]``."""
+  try:
+    given = np.asarray(prompts)
+  except ValueError as error:  # of several lengths
+    raise ValueError(
+      f"prompts={_check.show(prompts)} must be integers [B, P], of one length: draw those of "
+      "another apart."
+    ) from error
+  if given.ndim != 2 or given.dtype.kind not in "iu" or not given.size:
+    raise ValueError(
+      f"prompts={_check.show(prompts)} must be integers [B, P], at least one token each."
+    )
+  rows = np.arange(len(given)) if index is None else np.asarray(index)
+  if rows.shape != given.shape[:1] or rows.dtype.kind not in "iu":
+    raise ValueError(f"index={_check.show(index)} must be {len(given)} integers, one a prompt.")
+  return given, rows
+
+
+def _check_drawn(apart: Any, finite: Any, *, by_cache: bool) -> None:
+  """Raises where tokens were drawn of no numbers, or of others than the model's."""
+  if np.isnan(apart) or not finite:
+    raise ValueError("model puts out NaN: look whether it was trained.")
+  if by_cache and not apart <= _BY_CACHE:
+    raise ValueError(
+      f"decoder is not what the model is: their logits are {apart:.2g} of their size apart. Give "
+      "the models.Decoder that the network was made of, or leave it out."
+    )
+  if not by_cache and not apart <= _ROUNDING:
     raise ValueError(
       f"model is not causal: the logits of a first token change by {apart:.2g} of their size with "
       "the tokens after it, so that it cannot be asked for the next."
     )
-  return np.asarray(tokens)
+
+
+def _check_key(key: Any) -> None:
+  """A random key, new or old, and one of them."""
+  dtype: Any = getattr(key, "dtype", np.dtype(object))
+  typed = jnp.issubdtype(dtype, jax.dtypes.prng_key) and np.shape(key) == ()
+  if not typed and (dtype != np.uint32 or np.shape(key) != (2,)):
+    raise TypeError(f"key={_check.show(key)} must be one random key: jax.random.key(0).")
+
+
+def _check_decoder(decoder: Any, variables: Any) -> None:
+  """Raises where a decoder has other parameters than there are."""
+  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
+  own = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
+  found = variables.get("params") if isinstance(variables, Mapping) else None
+  shapes = [jax.tree.map(np.shape, tree) for tree in (own, found)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(
+      "decoder has other parameters than the model: give the models.Decoder that the network was "
+      "made of, or leave it out."
+    )
 
 
 def _outputs(model: Model | Teacher, tokens: Any, inputs: Any) -> Outputs:
@@ -139,8 +191,10 @@ def _anew(
   window: int,
   length: int,
   greedy: bool,
-) -> tuple[Any, Any]:
-  """Tokens of a network that is run over the window again for each; and how little it looks ahead.
+) -> tuple[Any, Any, Any]:
+  """Tokens of a network that is run over the window again for each; how little it looks ahead.
+
+  And whether no logit was NaN.
 
   The window has one length throughout, so that one program serves. Tokens that are not drawn yet
   are 0, and a causal network does not see them.
@@ -158,19 +212,26 @@ def _anew(
     )
     return (one if whole else out.head(one))[:, 0].astype(jnp.float32)  # [B, V]
 
-  def draw(i: Any, tokens: Any) -> Any:
-    made = _drawn(logits_at(tokens, P + i - 1), keys, P + i, temperature, greedy)
-    return jax.lax.dynamic_update_slice_in_dim(tokens, made[:, None], P + i, axis=1)
+  def draw(i: Any, carry: Any) -> Any:
+    tokens, finite = carry
+    logits = logits_at(tokens, P + i - 1)
+    made = _drawn(logits, keys, P + i, temperature, greedy)
+    tokens = jax.lax.dynamic_update_slice_in_dim(tokens, made[:, None], P + i, axis=1)
+    return tokens, finite & ~jnp.isnan(logits).any()
 
   begin = jnp.concatenate([prompts, jnp.zeros((B, length), jnp.int32)], axis=1)
   # Of the whole window at its first token, where all the rest comes later.
   pair = jnp.concatenate([begin, begin.at[:, 1:].set(begin[:, :1])])
   before, other = jnp.split(logits_at(pair, jnp.int32(0)), 2)
-  # −∞ of padded columns is no distance, and no size.
+  tokens, finite = jax.lax.fori_loop(0, length, draw, (begin, jnp.array(True)))
+  return tokens, _apart(before, other), finite
+
+
+def _apart(before: Any, other: Any) -> Any:
+  """How far apart logits are, of the size of the first; −∞ of padded columns is neither."""
   apart = jnp.max(jnp.where(before == other, 0, jnp.abs(before - other)))
   size = jnp.max(jnp.where(jnp.isinf(before), 0, jnp.abs(before)))
-  apart = apart / jnp.maximum(size, 1e-30)
-  return jax.lax.fori_loop(0, length, draw, begin), apart
+  return apart / jnp.maximum(size, 1e-30)
 
 
 def _drawn(logits: Any, keys: Any, position: Any, temperature: Any, greedy: bool) -> Any:
@@ -181,20 +242,25 @@ def _drawn(logits: Any, keys: Any, position: Any, temperature: Any, greedy: bool
   return jax.vmap(jax.random.categorical)(own, logits / temperature).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "length", "greedy"))
+@functools.partial(jax.jit, static_argnames=("inputs", "decoder", "length", "greedy"))
 def _by_cache(
-  variables: Any,
+  model: Model | Teacher,
   prompts: Any,
   index: Any,
   key: Any,
   temperature: Any,
   *,
+  inputs: Any,
   decoder: Decoder,
   length: int,
   greedy: bool,
-) -> Any:
-  """The same tokens of our decoder, each of which is read once."""
+) -> tuple[Any, Any, Any]:
+  """The same tokens of our decoder, each of which is read once; how far it is from the model.
+
+  And whether no logit was NaN.
+  """
   B, P = prompts.shape
+  variables: Any = model.variables
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
   dtype = decoder.dtype or variables["params"]["embed"]["embedding"].dtype
 
@@ -206,8 +272,12 @@ def _by_cache(
   def draw(carry: tuple[Any, Cache], i: Any) -> tuple[tuple[Any, Cache], Any]:
     logits, cache = carry
     token = _drawn(logits, keys, P + i, temperature, greedy)
-    return read(token[:, None], cache), token
+    return read(token[:, None], cache), (token, ~jnp.isnan(logits).any())
 
   begin = read(prompts, Cache.empty(decoder.config, B, P + length, dtype))
-  _, tokens = jax.lax.scan(draw, begin, jnp.arange(length))
-  return jnp.concatenate([prompts, tokens.T], axis=1)
+  out = _outputs(model, prompts, inputs)
+  last = out.logits[:, -1] if out.hidden is None else out.head(out.hidden[:, -1:])[:, 0]
+  same = last.shape == begin[0].shape
+  apart = _apart(last.astype(jnp.float32), begin[0]) if same else jnp.array(jnp.inf)
+  _, (tokens, finite) = jax.lax.scan(draw, begin, jnp.arange(length))
+  return jnp.concatenate([prompts, tokens.T], axis=1), apart, finite.all()

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
@@ -191,7 +192,15 @@ def _parsed(told: Mapping[str, Any]) -> DecoderConfig:
   if missing:
     raise ValueError(f"config.json has no {first_few(missing)}; every decoder has these.")
   _refuse(given)
-  sizes = {ours: given[theirs] for ours, theirs in _SIZES.items()}
+  sizes: dict[str, Any] = {
+    ours: _check.whole(theirs, given[theirs]) for ours, theirs in _SIZES.items()
+  }
+  _check.switch("tie_word_embeddings", given["tie_word_embeddings"])
+  if sizes["heads"] > sizes["width"] and not given.get("head_dim"):
+    raise ValueError(
+      f"hidden_size={sizes['width']} has no channel for each of num_attention_heads="
+      f"{sizes['heads']}: config.json lacks head_dim."
+    )
   pattern = _pattern(given, family)
   rope, window_rope = _ropes(given, family)
   attention_bias = bool("attention_bias" in family.fields and given["attention_bias"])
@@ -223,6 +232,8 @@ def _parsed(told: Mapping[str, Any]) -> DecoderConfig:
 def _family(told: Mapping[str, Any]) -> _Family:
   """By ``architectures``, or ``model_type`` where there are none; both must be known."""
   architectures, kind = told.get("architectures") or (), told.get("model_type")
+  if not isinstance(architectures, list | tuple):
+    raise ValueError(f"architectures={_check.show(architectures)} of config.json must be a list.")
   known = {family.name: family for family in _FAMILIES.values()}
   for name in architectures:
     if name not in _FAMILIES:
@@ -299,6 +310,10 @@ def _ropes(given: Mapping[str, Any], family: _Family) -> tuple[Rope, Rope | None
   told = given.get("rope_parameters")  # transformers 5
   if told is None:  # transformers 4, whose scaling is of the layers that see everything
     told = given.get("rope_scaling") or {}
+  if not isinstance(told, Mapping):
+    raise ValueError(
+      f"the rotations of config.json are {_check.show(told)}, and must be an object."
+    )
   if "full_attention" in told or "sliding_attention" in told:
     full, near = told.get("full_attention") or {}, told.get("sliding_attention") or {}
   else:
@@ -362,6 +377,12 @@ def variables(
       first; a tensor is no float; or the head differs from the embedding and ``config.tied``.
     CheckpointError: a file is damaged.
   """
+  try:
+    kind = None if dtype is None else jnp.dtype(dtype)
+  except TypeError:
+    kind = np.dtype(object)
+  if kind is not None and not jnp.issubdtype(kind, jnp.floating):
+    raise TypeError(f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or None.")
   shapes = traverse_util.flatten_dict(_shapes(config))
   one = sharding is None or isinstance(sharding, jax.sharding.Sharding)
   places = dict.fromkeys(shapes, sharding) if one else _shardings(sharding, shapes)
@@ -535,6 +556,8 @@ def save(
   _extras.need("networks.pretrained.save", "safetensors")
   _check.whole("shard_bytes", shard_bytes)
   place = _check.folder("folder", folder)
+  if place.is_file():
+    raise NotADirectoryError(f"folder={place} is a file: give another.")
   leaves = traverse_util.flatten_dict(dict(variables))
   told = _told(config)
   given = dict(more or {})

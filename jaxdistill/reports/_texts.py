@@ -66,6 +66,12 @@ class Texts:
       _check.whole(name, getattr(self, name))
     _check.number("temperature", self.temperature, least=0)
     _check.whole("seed", self.seed, least=0)
+    named = isinstance(self.decoders, Mapping) and set(self.decoders) <= set(MODELS)
+    if not named or not all(isinstance(one, Decoder) for one in self.decoders.values()):
+      raise TypeError(
+        f"decoders={_check.show(self.decoders)} must be models.Decoder by the names of models, of "
+        f"{list(MODELS)}."
+      )
 
 
 def write_texts(
@@ -95,10 +101,13 @@ def write_texts(
       `networks.sample`.
   """
   place = _check.folder("folder", folder)
+  if not isinstance(models, Mapping):
+    raise TypeError(f"models={_check.show(models)} must be models by name, of {list(MODELS)}.")
   unknown = sorted(set(models) - set(MODELS))
   if unknown or not models:
     raise ValueError(f"models has {unknown or 'none'}; they are some of {list(MODELS)}.")
   rows, prompts = _beginnings(texts, examples)
+  path = place / TEXTS.format(suffix(split))
   found: dict[str, Any] = {}
   for name in (name for name in MODELS if name in models):
     model = models[name]
@@ -115,7 +124,6 @@ def write_texts(
     )
   told = texts.tokenizer.decode
   place.mkdir(parents=True, exist_ok=True)
-  path = place / TEXTS.format(suffix(split))
   runs.write_json(
     path,
     {

@@ -176,15 +176,18 @@ def track(
     files: what is to be kept with the run.
 
   Raises:
-    FileNotFoundError: no config is given, and the folder holds no run.
-    TypeError: a tracker is none.
+    FileNotFoundError: no config is given, and the folder holds no run; the folder or a file is not
+      there.
+    TypeError: a tracker is none, the step no integer, or a number none.
+    ValueError: there are numbers without a step, or a step without numbers.
 
   >>> track([], {}, folder=None, name="mine", step=1, numbers={"accuracy": 0.9})
   """
   check_trackers(trackers, folder)
+  path = None if folder is None else _check.folder("folder", folder)
+  kept = _given(path, step, numbers, files)
   if not trackers:
     return
-  path = None if folder is None else _check.folder("folder", folder)
   if config is None:
     config = read_config("" if folder is None else folder)
   lines = []
@@ -199,7 +202,32 @@ def track(
   )
   if numbers is not None and step is not None:
     tracked.log(step, numbers)
-  tracked.finish([_check.folder("files", file) for file in files])
+  tracked.finish(kept)
+
+
+def _given(folder: pathlib.Path | None, step: Any, numbers: Any, files: Any) -> list[pathlib.Path]:
+  """The files, after what `track` was given has been looked at: a tracker's failure is not said."""
+  if (numbers is None) != (step is None):
+    raise ValueError(
+      f"step={_check.show(step)} and numbers={_check.show(numbers)}: numbers are of a step, give "
+      "both or neither."
+    )
+  if step is not None:
+    _check.whole("step", step, least=0)
+    if not isinstance(numbers, Mapping):
+      raise TypeError(f"numbers={_check.show(numbers)} must be numbers by name.")
+    for name, value in numbers.items():
+      if np.asarray(value).dtype.kind not in "biuf":
+        raise TypeError(f"numbers has {name!r}: {_check.show(value)}, which is no number.")
+  if folder is not None and not folder.is_dir():
+    raise FileNotFoundError(f"folder={os.fspath(folder)!r} is not there: give a run's.")
+  if isinstance(files, str | os.PathLike):
+    raise TypeError(f"files={_check.show(files)} must be a list of paths.")
+  found = [_check.folder("files", file) for file in files]
+  missing = [os.fspath(file) for file in found if not file.is_file()]
+  if missing:
+    raise FileNotFoundError(f"files has {missing}, which are not there, or are no files.")
+  return found
 
 
 def check_trackers(trackers: Any, folder: Any) -> None:
@@ -223,9 +251,15 @@ def check_trackers(trackers: Any, folder: Any) -> None:
         f"trackers has {_check.show(one)}, which is none: give runs.TensorBoard(), runs.MLflow(), "
         "runs.Wandb() or runs.CSV(), or an object with start, log and finish (runs.Tracker)."
       )
-    if isinstance(one, CSV | TensorBoard) and folder is None:
+    if not isinstance(one, CSV | TensorBoard):
+      continue
+    if folder is None:
       raise ValueError(
         f"trackers has {type(one).__name__}, which writes into the run's folder, and there is none."
+      )
+    if sum(isinstance(other, type(one)) for other in trackers) > 1:
+      raise ValueError(
+        f"trackers has {type(one).__name__} more than once, and both would write the same file."
       )
 
 
@@ -239,7 +273,13 @@ class CSV:
     self._rows: list[dict[str, Any]] = []
     if self._path.is_file():
       found = csv.DictReader(io.StringIO(read_text(self._path)))
-      self._rows = [row for row in found if int(row["step"]) <= about["resumed_from"]]
+      try:
+        self._rows = [row for row in found if int(row["step"]) <= about["resumed_from"]]
+      except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+          f"{self._path} is damaged, or no table of ours: move it away, and metrics.jsonl has all "
+          "lines before."
+        ) from error
     self._write()
 
   def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -279,8 +319,10 @@ class TensorBoard:
     import tensorboardX
 
     about = config["run"]
-    folder = str(pathlib.Path(about["folder"]) / "tensorboard")
-    self._writer = tensorboardX.SummaryWriter(folder, purge_step=about["resumed_from"] + 1)
+    folder = pathlib.Path(about["folder"]) / "tensorboard"
+    if folder.is_symlink():  # a folder from elsewhere says where nothing is written
+      raise OSError(f"{folder} is a link out of its folder: remove it.")
+    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=about["resumed_from"] + 1)
 
   def log(self, step: int, numbers: Mapping[str, float]) -> None:
     """Writes a scalar for each number."""
@@ -305,10 +347,15 @@ class MLflow:
 
   Raises:
     MissingExtraError: MLflow is not installed.
+    TypeError: an argument is no text.
   """
 
   def __init__(self, tracking_uri: str | None = None, *, experiment: str = "jaxdistill") -> None:
     _extras.need("runs.MLflow", "mlflow")
+    if not isinstance(tracking_uri, str | None):
+      raise TypeError(f"tracking_uri={_check.show(tracking_uri)} must be an address, or None.")
+    if not isinstance(experiment, str) or not experiment:
+      raise TypeError(f"experiment={_check.show(experiment)} must be a name.")
     self.tracking_uri, self.experiment = tracking_uri, experiment
     self._run: str | None = None
 
@@ -387,10 +434,13 @@ class Wandb:
 
   Raises:
     MissingExtraError: wandb is not installed.
+    TypeError: ``project`` is no text.
   """
 
   def __init__(self, project: str = "jaxdistill", **init: Any) -> None:
     _extras.need("runs.Wandb", "wandb")
+    if not isinstance(project, str) or not project:
+      raise TypeError(f"project={_check.show(project)} must be a name.")
     self.project, self.init = project, init
     self._about: dict[str, Any] = {}
 

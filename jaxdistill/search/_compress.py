@@ -31,7 +31,14 @@ from jaxdistill.search import _budget, _preflight, _sweep
 from jaxdistill.search._budget import UNITS, Budget, BudgetError
 from jaxdistill.search._checks import findings
 from jaxdistill.search._choice import Choice, Halving, Result, Row, standard_error
-from jaxdistill.search._grid import OneStudent, Point, one_student, product, seed_pairs
+from jaxdistill.search._grid import (
+  OneStudent,
+  Point,
+  check_points,
+  one_student,
+  product,
+  seed_pairs,
+)
 from jaxdistill.train import Optimizer, example_key, inputs_of
 from jaxdistill.types import Model, Network, Teacher
 
@@ -138,6 +145,8 @@ def affordable(candidates: Mapping[str, Network], within: Budget, data: Source) 
     raise TypeError(f"candidates {wrong} are no networks; give networks.linen(module).")
   if not isinstance(within, Budget):
     raise TypeError(f"within={_check.show(within)} must be a search.Budget.")
+  if not isinstance(data, Source):
+    raise TypeError(f"data={_check.show(data)} must be a Source, such as data.on_device makes.")
   costs = {
     name: _budget.measure_network(
       network, data.stored, normalize=data.normalize, batch_size=within.batch_size
@@ -248,6 +257,11 @@ def compress(
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   train.with_students()  # says first that its sweeps are of one process
+  check_points(points)
+  if not isinstance(assistants, Assistants | None):
+    raise TypeError(
+      f"assistants={_check.show(assistants)} must be search.Assistants(networks, gap=...), or None."
+    )
   _extras.need("search.compress, which draws a picture,", "matplotlib")
   job = Job(
     teacher=teacher,

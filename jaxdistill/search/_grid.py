@@ -22,6 +22,7 @@ __all__ = [
   "OneStudent",
   "Point",
   "Student",
+  "check_points",
   "grouped",
   "one_student",
   "product",
@@ -124,7 +125,7 @@ def grouped(
     TypeError: an argument is of another kind than it must be.
     ValueError: a keyword is nobody's, a value does not fit, or a point is there twice.
   """
-  keys = _check_points(points)
+  keys = check_points(points)
   networks = _check_students(student, points)
   rates = _keywords(optimizer)
   recipe = None if _is_objective(objective) else _keywords(objective)
@@ -253,7 +254,7 @@ def seed_pairs(seeds: Any) -> list[tuple[int, int]]:
   return pairs
 
 
-def _check_points(points: Any) -> list[str]:
+def check_points(points: Any) -> list[str]:
   if isinstance(points, str | Mapping) or not isinstance(points, Sequence) or not points:
     raise TypeError(
       f"points={_check.show(points)} must be a list of dicts with a point in it, such as "

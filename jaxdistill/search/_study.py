@@ -311,14 +311,21 @@ def _opened(proposals: Proposals, choice: Choice, folder: pathlib.Path | None) -
 
   higher = choice.of.metric(choice.metric).sign > 0
   direction: Any = "maximize" if higher else "minimize"
-  made = optuna.create_study(
-    study_name=proposals.name,
-    storage=_storage(proposals, folder),
-    sampler=_sampler(proposals.seed) if proposals.sampler is None else proposals.sampler,
-    pruner=optuna.pruners.MedianPruner() if proposals.pruner is None else proposals.pruner,
-    direction=direction,
-    load_if_exists=True,
-  )
+  try:
+    made = optuna.create_study(
+      study_name=proposals.name,
+      storage=_storage(proposals, folder),
+      sampler=_sampler(proposals.seed) if proposals.sampler is None else proposals.sampler,
+      pruner=optuna.pruners.MedianPruner() if proposals.pruner is None else proposals.pruner,
+      direction=direction,
+      load_if_exists=True,
+    )
+  except Exception as error:  # each kind of storage fails in words of its own
+    raise ValueError(
+      f"storage={_check.show(proposals.storage or folder)} cannot be opened as Optuna's: "
+      f"{_check.short(error)} Give the path of a journal file, a new one or a study's, or the "
+      "address of a database that is there, such as 'sqlite:///study.db'."
+    ) from error
   found = [one.name.lower() for one in made.directions]
   if found != [direction]:
     raise ValueError(

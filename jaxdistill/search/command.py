@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from jaxdistill import _check
 from jaxdistill.search._budget import UNITS, Budget, measure_run
 
 __all__ = ["main"]
@@ -27,7 +28,8 @@ def main(args: Sequence[str] | None = None) -> int:
     args: the command line, without the program's name.
 
   Returns:
-    The exit status: 0 inside the budget, 1 beyond it, 2 for wrong arguments.
+    The exit status: 0 inside the budget, 1 beyond it; with 2 it leaves for wrong arguments, a run
+    that is not there among them.
   """
   parser = argparse.ArgumentParser(
     prog="jaxdistill budget",
@@ -51,16 +53,21 @@ def main(args: Sequence[str] | None = None) -> int:
   parser.add_argument("--parameters", type=int, metavar="N", help="the most parameters")
   parser.add_argument("--json", action="store_true", help="print the costs alone, as JSON")
   given = parser.parse_args(args)
-  costs = measure_run(given.run, batch_size=given.batch_size, instance=given.instance)
+  limits = {name: getattr(given, name) for name in UNITS}
+  try:
+    _check.whole("--batch-size", given.batch_size)
+    asked = any(limit is not None for limit in limits.values())
+    budget = Budget(batch_size=given.batch_size, spare=0, **limits) if asked else None
+    costs = measure_run(given.run, batch_size=given.batch_size, instance=given.instance)
+  except (IndexError, OSError, ValueError) as error:
+    parser.exit(2, f"{error}\n")
   if given.json:
     print(json.dumps(costs))
     return 0
   for name, unit in UNITS.items():
     print(f"{costs[name]:>16,.6g} {unit}" if costs[name] is not None else f"{'unknown':>16} {unit}")
-  limits = {name: getattr(given, name) for name in UNITS}
-  if all(limit is None for limit in limits.values()):
+  if budget is None:
     return 0
-  budget = Budget(batch_size=given.batch_size, spare=0, **limits)
   inside = budget.inside(costs)
   print(f"{'inside' if inside else 'NOT inside'} the budget of {budget.describe()}")
   return 0 if inside else 1

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     Filled,
     Filler,
     cached,
+    check_source,
     compare_cache,
     fill,
     with_outputs,
@@ -47,6 +48,7 @@ __all__ = [
   "answered",  # a teacher that can be compiled, for one batch
   "asked_on_host",  # whether a teacher is another program's
   "cached",  # a source whose batches bring the teacher's outputs along
+  "check_source",  # whether a teacher's outputs can be kept beside a source's examples
   "check_tokenizer",  # a teacher reads the tokens that it was trained on, or it is an error
   "combine_logits",  # combines the members' logits into one teacher's, at temperature 1
   "compare_cache",  # computes a sample of a cache again

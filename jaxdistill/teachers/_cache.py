@@ -51,6 +51,7 @@ __all__ = [
   "Filler",
   "Store",
   "cached",
+  "check_source",
   "compare_cache",
   "fill",
   "fill_as_it_is",
@@ -122,7 +123,8 @@ def cached(
       there; ``folder`` holds another cache, and the message says in what they differ.
     CacheError: the folder's files are damaged.
   """
-  _check_arguments(source, dtype, features, progress)
+  check_source(source)
+  _check_arguments(dtype, features, progress)
   for name, value in (("limit", limit), ("batch_size", batch_size)):
     _check.whole(name, value)
   _check.switch("in_advance", in_advance)
@@ -412,9 +414,17 @@ def _outputs(rows: Mapping[str, Any], *, widen: bool = True) -> Outputs:
   )
 
 
-def _check_arguments(
-  source: Any, dtype: str, features: Sequence[str], progress: str | None
-) -> None:
+def check_source(source: Any) -> None:
+  """Raises where a teacher's outputs cannot be kept beside a source's examples.
+
+  Args:
+    source: what was given.
+
+  Raises:
+    TypeError: it is no source.
+    ValueError: it brings outputs along already, is transformed, iterates only, or its views do not
+      come again.
+  """
   if not isinstance(source, Source):
     raise TypeError(
       f"source must be a Source (from data.on_device, streamed or mixed), got "
@@ -437,6 +447,9 @@ def _check_arguments(
       f"source {source.name!r} shows a new view of {source.augmentation} in every epoch, and a "
       "cache needs views that come again: make it with views=8, say."
     )
+
+
+def _check_arguments(dtype: str, features: Sequence[str], progress: str | None) -> None:
   if dtype not in DTYPES:
     raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}.")
   if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != dtype:

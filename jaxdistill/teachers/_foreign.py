@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxdistill import _check
 from jaxdistill.teachers import cache_writer
@@ -49,7 +50,13 @@ class OnHost:
       floor=self.floor,
       name_of=lambda row: f"example {int(host.index[row])} (row {row} of a batch)",
     )
-    there = {name: jnp.asarray(values) for name, values in made.items()}
+    with np.errstate(over="ignore"):  # said below, by name
+      there = {name: jnp.asarray(values) for name, values in made.items()}
+    for name, values in there.items():
+      if not jnp.isfinite(values).all():  # they were, in the dtype that the function gave
+        raise ValueError(
+          f"the teacher's {name} have a number that {values.dtype} has not: scale them."
+        )
     features = {n.split("/", 1)[1]: v for n, v in there.items() if n.startswith("features/")}
     where = there["where"].astype(jnp.float32) if "where" in there else None
     return Outputs(logits=there.get("logits"), features=features, where=where)

@@ -164,6 +164,11 @@ def _kept_in(dtype: Any, variables: PyTree) -> PyTree:
     raise TypeError(
       f"dtype={_check.show(dtype)} must be of real numbers, jnp.bfloat16, or 'int8', or None."
     )
+  if jax.dtypes.canonicalize_dtype(kind) != kind:
+    raise ValueError(
+      f"dtype={kind} is made float32 while JAX's 64 bits are off: jax.config.update("
+      '"jax_enable_x64", True) before, or leave it out.'
+    )
 
   def kept(leaf: Any) -> Any:
     found = getattr(leaf, "dtype", kind)

@@ -96,6 +96,10 @@ def outputs_of(
   made: Rows = {}
   answered = np.ones(size, bool)
   if "where" in arrays:
+    if arrays["where"].size != size or not np.isin(arrays["where"], (0, 1)).all():
+      raise ValueError(
+        f"the teacher's where must be 0 or 1 for each of {size} examples: whether it has an answer."
+      )
     answered = arrays["where"].reshape(size) != 0
     made["where"] = answered.astype(np.uint8)
   rows = np.flatnonzero(answered)
@@ -111,7 +115,10 @@ def outputs_of(
 
 def _array(name: str, value: Any, size: int) -> np.ndarray:
   """An array of numbers with an example a row."""
-  array = np.asarray(value)
+  try:
+    array = np.asarray(value)
+  except ValueError as error:  # rows of several lengths
+    raise ValueError(f"the teacher's {name} are no array: {error}") from error
   if array.dtype.kind not in "fiub":
     raise TypeError(f"the teacher's {name} are {type(value).__name__} {array.dtype}, no numbers.")
   if array.shape[:1] != (size,):
@@ -230,10 +237,13 @@ def write(
     data_seed: decides what the views show; None for ``"identity"``.
 
   Raises:
+    TypeError: an argument is of another kind than it must be.
     ValueError: ``rows`` cannot be a teacher's outputs (see `outputs_of`), ids are there twice, or
-      the folder holds something else; the message names it.
+      the folder holds something else, or is none; the message names it.
   """
-  folder, named = pathlib.Path(folder), [str(id) for id in ids]
+  _check_words(folder, ids, name=name, version=version, augmentation=augmentation)
+  _check_numbers(floor, view=view, views=views, data_seed=data_seed)
+  folder, named = pathlib.Path(folder).expanduser(), [str(id) for id in ids]
   if len(set(named)) < len(named) or not named or any("\0" in id for id in named):
     raise ValueError("ids must be different texts, at least one, without the character 0.")
   if not 0 <= view < views:
@@ -278,9 +288,32 @@ def write(
   _write_manifest(folder, {**there, "views": {**there["views"], str(view): [a for a, _ in shards]}})
 
 
+def _check_words(folder: Any, ids: Any, **texts: Any) -> None:
+  """Raises for what `write` takes as text, and is none, or is an address."""
+  for argument, value in texts.items():
+    if not isinstance(value, str):
+      raise TypeError(f"{argument}={value!r} must be a text, as the source has it.")
+  if "://" in os.fspath(folder):  # pathlib makes a folder "gs:" of an address
+    raise ValueError(f"folder={os.fspath(folder)!r} is an address: give a local folder.")
+  if isinstance(ids, str):
+    raise TypeError(f"ids={ids[:20]!r} must be several texts, one an example.")
+
+
+def _check_numbers(floor: Any, **integers: Any) -> None:
+  """Raises for what `write` takes as a number, and is none."""
+  for argument, value in integers.items():
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole and (argument != "data_seed" or value is not None):
+      raise TypeError(f"{argument}={value!r} must be an integer.")
+  if isinstance(floor, bool) or not isinstance(floor, int | float):
+    raise TypeError(f"floor={floor!r} must be a number between 0 and 0.5.")
+
+
 def _begun(folder: pathlib.Path, body: dict[str, Any], ids: bytes) -> dict[str, Any]:
   """The manifest of the cache that is there, if it is this one; or of one that is begun."""
   path = folder / MANIFEST
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"folder={str(folder)!r} is a file: name another one.")
   if not path.exists():
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(one.name for one in folder.iterdir())
@@ -290,7 +323,15 @@ def _begun(folder: pathlib.Path, body: dict[str, Any], ids: bytes) -> dict[str, 
     _replace(folder / IDS, ids)
     _write_manifest(folder, {**body, "views": {}})
     return {**body, "views": {}}
-  there: dict[str, Any] = json.loads(path.read_text())
+  try:
+    there = json.loads(path.read_text())
+    if not isinstance(there, dict) or not isinstance(there.get("views"), dict):
+      raise ValueError("it is no manifest")
+  except (ValueError, RecursionError) as error:
+    raise ValueError(
+      f"folder={str(folder)!r} has a damaged {MANIFEST} ({error}): take another folder, or delete "
+      "it."
+    ) from error
   there.pop("digest", None)
   for key, value in body.items():
     if there.get(key) != value:

@@ -14,8 +14,6 @@ whether the cache is that teacher's, and computes a sample of it again.
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import pathlib
 import re
 import sys
@@ -52,18 +50,14 @@ def _part(text: str) -> tuple[int, int]:
   return number - 1, of
 
 
-def _named(text: str) -> tuple[str, str]:
-  """``module:function``."""
-  module, _, function = text.partition(":")
-  if not (module and function):
-    raise argparse.ArgumentTypeError(f"{text} must be module:function")
-  return module, function
+def _pair(given: str) -> tuple[Any, Any]:
+  """The teacher and the source that a function gives."""
+  from jaxdistill import _check  # JAX, which the rest does without
 
-
-def _taught(name: tuple[str, str]) -> Any:
-  """What a function of a module gives: (teacher, source)."""
-  sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
-  return getattr(importlib.import_module(name[0]), name[1])()
+  made = _check.returned("--teacher", given)
+  if not isinstance(made, tuple) or len(made) != 2:
+    raise ValueError(f"--teacher {given} must return (teacher, source), got {_check.show(made)}.")
+  return made
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -83,9 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     formatter_class=raw,
   )
   fill.add_argument("path", type=pathlib.Path, help="the cache's folder")
-  fill.add_argument(
-    "--teacher", metavar="MODULE:FUNCTION", type=_named, required=True, help=_TEACHER
-  )
+  fill.add_argument("--teacher", metavar="MODULE:FUNCTION", required=True, help=_TEACHER)
   fill.add_argument(
     "--part", type=_part, default=(0, 1), metavar="P/PARTS", help="one part alone, from 1 on"
   )
@@ -109,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
   verify.add_argument(
     "--teacher",
     metavar="MODULE:FUNCTION",
-    type=_named,
     help=f"also: is it this teacher's? {_TEACHER}",
   )
   verify.add_argument(
@@ -132,29 +123,25 @@ def main(args: Sequence[str] | None = None) -> int:
   options = _parser().parse_args(args)
   try:
     return _fill(options) if options.command == "fill" else _verify(options)
-  except (CacheError, OSError) as error:
+  except (CacheError, OSError, ValueError) as error:
     print(error, file=sys.stderr)
     return 1
 
 
 def _fill(options: argparse.Namespace) -> int:
-  teacher, source = _taught(options.teacher)
+  teacher, source = _pair(options.teacher)
   from jaxdistill.teachers._cache import fill  # JAX, which the rest does without
 
-  try:
-    made = fill(
-      teacher,
-      source,
-      options.path,
-      part=options.part,
-      dtype=options.dtype,
-      features=tuple(options.features),
-      limit=round(1e9 * options.limit_gb),
-      batch_size=options.batch_size,
-    )
-  except ValueError as error:  # another cache's folder, too small a limit
-    print(error, file=sys.stderr)
-    return 1
+  made = fill(
+    teacher,
+    source,
+    options.path,
+    part=options.part,
+    dtype=options.dtype,
+    features=tuple(options.features),
+    limit=round(1e9 * options.limit_gb),
+    batch_size=options.batch_size,
+  )
   dead = f", {made.taken_over} of them left by a process that died" if made.taken_over else ""
   rest = f"{made.lacking:,} examples lack, which others fill" if made.lacking else "it is complete"
   print(f"{options.path}: filled {made.shards} files{dead}; {rest}")
@@ -162,6 +149,7 @@ def _fill(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+  pair = _pair(options.teacher) if options.teacher else None  # before every digest is computed
   problems = verify_cache(options.path)
   for problem, views in problems.items():
     print(f"views {views}: {problem}" if len(views) > 1 else problem, file=sys.stderr)
@@ -171,8 +159,7 @@ def _verify(options: argparse.Namespace) -> int:
     print(f"dropped views {views}; the next run fills them again", file=sys.stderr)
   if problems and not options.complete:
     return 1
-  given = _taught(options.teacher) if options.teacher else None
-  lacks = options.complete and not _completed(options.path, given)
+  lacks = options.complete and not _completed(options.path, pair)
   manifest = _cache_files.read_manifest(options.path)
   shards = [shard for found in manifest["views"].values() for shard in found]
   size = manifest["data"]["size"]
@@ -185,16 +172,15 @@ def _verify(options: argparse.Namespace) -> int:
     + (f", and {begun:,} examples of other views" if begun else "")
     + "; every digest and count is right"
   )
-  if given is None:
+  if pair is None:
     return int(lacks)
   from jaxdistill.teachers._cache import compare_cache  # JAX, which the rest does without
 
-  teacher, source = given
-  different = compare_cache(teacher, source, options.path)
+  different = compare_cache(*pair, options.path)
   for line in different:
     print(line, file=sys.stderr)
   if not different:
-    print(f"{':'.join(options.teacher)}: the same teacher, and a sample comes out the same")
+    print(f"{options.teacher}: the same teacher, and a sample comes out the same")
   return int(bool(different) or lacks)
 
 

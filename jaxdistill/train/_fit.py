@@ -38,7 +38,14 @@ from jaxdistill.train._processes import together
 from jaxdistill.train._program import Program, with_teacher_placed
 from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.train._state import State
-from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Teacher
+from jaxdistill.types import (
+  Model,
+  Network,
+  Objective,
+  ObjectiveFunction,
+  Teacher,
+  with_logits,
+)
 
 __all__ = ["Fitted", "Run", "Watch", "check_run", "fit"]
 
@@ -121,6 +128,11 @@ class Run:
     if not isinstance(self.progress, str | bool | None):
       raise TypeError(f"progress={self.progress!r} must be the bar's label, or None for no bar.")
     _check.switch("longer", self.longer)
+    names = self.outputs if isinstance(self.outputs, Collection) else [self.outputs]
+    if self.outputs is not None and not all(isinstance(name, str) for name in names):
+      raise TypeError(
+        f"outputs={_check.show(self.outputs)} must be 'logits' and names of features, or None."
+      )
     if self.stop_after is not None:
       _check.number("stop_after", self.stop_after, above=0)
       if self.folder is None:
@@ -299,6 +311,7 @@ def fit(
   plan, said = with_teacher_placed(plan, dispatch)  # first: it may be run over the examples at once
   program = Program(with_answers(plan, label), dispatch, longest=every.longest)
   program.trace()  # what does not fit says so before a folder is claimed
+  _check_outputs(plan, program, run.outputs)
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
   return _trained(plan, program, every, watch, run, seed, left, said)
 
@@ -461,6 +474,20 @@ def _say_memory(program: Program, log: Log) -> None:
       log.say(line)
 
 
+def _check_outputs(plan: Plan, program: Program, outputs: Collection[str] | None) -> None:
+  """Raises where the deployed network does not put out what is asked, before it is trained."""
+  if outputs is None:
+    return
+  asked = (outputs,) if isinstance(outputs, str) else outputs
+
+  def named(state: Any, inputs: Any) -> Any:
+    return with_logits(plan.model(state).instance(0)(inputs)).named(asked)
+
+  source = program.source
+  batch = jax.eval_shape(source.cut, source.shared, program.first_item)
+  jax.eval_shape(named, program.shapes, batch.inputs)
+
+
 def _drop_deployed(path: pathlib.Path) -> None:
   """Removes the deployed network of a run that is not at its end, as one made longer is not."""
   if jax.process_index() == 0:
@@ -470,11 +497,23 @@ def _drop_deployed(path: pathlib.Path) -> None:
 def _save_deployed(
   path: pathlib.Path, source: Source, fitted: Fitted, outputs: Collection[str] | None
 ) -> None:
-  """Leaves the deployed network in the folder, once; what lies in parts, each process its own."""
+  """Leaves the deployed network in the folder, once; anew where it is asked for other outputs.
+
+  What lies in parts, each process writes its own of.
+  """
+  given: dict[str, Any] = {
+    "stored": source.stored,
+    "normalize": source.normalize,
+    "outputs": outputs,
+  }
   missing = bool(_mesh.agree(int(not (path / "student").is_dir())))
+  if not missing:
+    there = runs.read_object(path / "student" / "student.json").get("outputs")
+    missing = there != list(export.as_program(fitted.instance(0), **given).outputs)
+    if missing and jax.process_index() == 0:
+      _drop_deployed(path)
   if missing and (jax.process_index() == 0 or runs.lies_in_parts(fitted.variables)):
-    stored, normalize = source.stored, source.normalize
-    export.save_student(path, fitted, stored=stored, normalize=normalize, outputs=outputs)
+    export.save_student(path, fitted, **given)
   _mesh.barrier("deployed")
 
 

@@ -9,16 +9,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxdistill import _check, recipes
 from jaxdistill.data import Source
-from jaxdistill.teachers import cached, frozen
+from jaxdistill.teachers import cached, check_source, frozen
 from jaxdistill.train._fit import Fitted, Run, Watch, check_run, fit
-from jaxdistill.train._mesh import Dispatch
+from jaxdistill.train._mesh import Dispatch, with_jit
 from jaxdistill.train._optax import Transformation
-from jaxdistill.train._plan import check_seeds
-from jaxdistill.types import Network, Objective, ObjectiveFunction
+from jaxdistill.train._plan import Plan, check_seeds
+from jaxdistill.train._program import Program
+from jaxdistill.train._side_by_side import example_key, inputs_of
+from jaxdistill.types import Model, Network, Objective, ObjectiveFunction, Outputs, Teacher
 
 __all__ = ["born_again"]
 
@@ -72,14 +75,30 @@ def born_again(
     What `fit` returned of each generation, from the first to the last.
 
   Raises:
-    TypeError, ValueError: as `fit` does; and of several seeds, the data have no finite views.
+    TypeError, ValueError: as `fit` does, of all generations before the first is trained; and of
+      several seeds, the data have no finite views.
     Stopped: as `fit` does; ``stop_after`` is of all generations together.
   """
   called = time.monotonic()
   _check.whole("generations", generations)
+  if not isinstance(student, Network):
+    raise TypeError(
+      f"student={_check.show(student)} must be a Network, which each generation begins anew: of a "
+      "model, model.network."
+    )
   run = check_run(run)
   seeds, sources = check_seeds(seed, data)
   stride = max(seeds) - min(seeds) + 1
+  last = max(seeds) + (generations - 1) * stride
+  if last >= 2**32:
+    raise ValueError(
+      f"seed={_check.show(seed)}: the last of {generations} generations would have {last}, which "
+      "is beyond 2**32 - 1; begin lower."
+    )
+  later = _soft_targets() if objective is None else objective
+  if generations > 1:  # before the first is trained
+    how = {"optimizer": optimizer, "steps": steps, "seed": seeds[0], "average": average}
+    _check_later(student, later, sources, dispatch, alone=len(seeds) == 1, **how)
   found: list[Fitted] = []
   for g in range(generations):
     mine = [one + g * stride for one in seeds]
@@ -91,10 +110,9 @@ def born_again(
       else:
         pairs = zip(teachers, sources, strict=True)
         taught["data"] = [cached(teacher, one, progress=None) for teacher, one in pairs]
-    born = recipes.labels() if not found else objective or _soft_targets()
     fitted = fit(
       student,
-      born,
+      later if found else recipes.labels(),
       optimizer=optimizer,
       steps=steps,
       seed=mine if np.ndim(seed) else mine[0],
@@ -106,6 +124,29 @@ def born_again(
     )
     found.append(fitted)
   return found
+
+
+def _check_later(
+  student: Network,
+  objective: Any,
+  sources: Sequence[Source],
+  dispatch: Dispatch | None,
+  *,
+  alone: bool,
+  **how: Any,
+) -> None:
+  """Raises for what only the generations after the first would say, by shapes alone."""
+  source = sources[0]
+  variables = jax.eval_shape(student.init, example_key(), inputs_of(source))
+  zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), variables)
+  teacher = frozen(Model(student, zeros))
+  if not alone:  # what a cache in memory keeps
+    for one in sources:
+      check_source(one)
+    whole = teacher
+    teacher = Teacher(zeros, lambda _, batch: Outputs(logits=whole(batch).logits))
+  plan = Plan.of(student, objective, data=source, teacher=teacher, **how)
+  Program(plan, with_jit() if dispatch is None else dispatch, longest=1).trace()
 
 
 def _soft_targets() -> Objective:

@@ -243,7 +243,7 @@ def _over(mesh: Mesh, axes: Any) -> tuple[str, ...]:
   """The axes over which a batch is split."""
   if axes is None:
     return tuple(axis for axis in mesh.axis_names if axis in (AXIS, _FSDP))
-  found = (axes,) if isinstance(axes, str) else tuple(axes)
+  found = (axes,) if not isinstance(axes, Sequence) or isinstance(axes, str) else tuple(axes)
   if AXIS not in found or not set(found) <= set(mesh.axis_names) or len(set(found)) < len(found):
     raise ValueError(
       f"batch_axes={_check.show(axes)} must be axes of the mesh {dict(mesh.shape)}, each once, and "

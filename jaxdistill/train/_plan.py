@@ -18,7 +18,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill.data import Source
 from jaxdistill.runs import holding
-from jaxdistill.teachers import asked_on_host, check_tokenizer
+from jaxdistill.teachers import asked_on_host, check_tokenizer, decay_of
 from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._optax import Transformation
 from jaxdistill.train._state import State, deployed_variables
@@ -112,6 +112,8 @@ class Plan:
       _check.number("average", average, least=0, most=1)
     made = in_chunks(objective, tokens_at_once=tokens_at_once)
     check_hyper(made, steps)
+    if callable(decay := decay_of(teacher)):
+      _check_schedule("the teacher's decay", decay, steps, least=0, most=1)
     seeds, sources = check_seeds(seed, data)
     for source in sources:
       check_tokenizer(teacher, source.tokenizer, source.name)
@@ -232,7 +234,8 @@ def check_hyper(objective: Objective, steps: int) -> None:
     )
   for name, value in objective.hyper.items():
     if callable(value):
-      _check_schedule(name, value, steps)
+      above = 0 if name == "temperature" else None
+      _check_schedule(f"the schedule {name}", value, steps, above=above)
     elif not _numeric(value) or isinstance(value, jax.core.Tracer):
       continue  # a switch, a layer's name: the objective's own affair
     elif name == "temperature":
@@ -248,16 +251,14 @@ def _numeric(value: Any) -> bool:
   return isinstance(value, bool | int | float)
 
 
-def _check_schedule(name: str, schedule: Callable[[Any], Any], steps: int) -> None:
+def _check_schedule(label: str, schedule: Callable[[Any], Any], steps: int, **within: Any) -> None:
   """A schedule on the host, at three steps, and once as the compiled step will call it."""
-  label = f"the schedule {name}"
   for step in sorted({0, steps // 2, steps - 1}):
     try:
       value = schedule(step)
     except Exception as error:
       raise ValueError(f"{label} fails at step {step}: {_check.short(error)}") from error
-    above = 0 if name == "temperature" else None
-    _check.number(f"{label} at step {step}", value, above=above)
+    _check.number(f"{label} at step {step}", value, **within)
   try:
     jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
   except Exception as error:

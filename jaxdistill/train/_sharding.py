@@ -171,12 +171,15 @@ def annotated(names: Mapping[str, Any] | Sequence[tuple[str, Any]] = ()) -> Rule
   >>> tuple(rule(embedding, Mesh(devices, ("data", "model"))))
   ('model', None)
   """
-  pairs = tuple(names.items()) if isinstance(names, Mapping) else tuple(names)
-  if not all(isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs):
+  several = isinstance(names, Sequence) and not isinstance(names, str)
+  pairs: Any = tuple(names.items()) if isinstance(names, Mapping) else names
+  if not (isinstance(names, Mapping) or several) or not all(
+    isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str) for p in pairs
+  ):
     raise TypeError(
       f"names={_check.show(names)} must say what becomes of a module's names: {{'embed': 'fsdp'}}."
     )
-  return _Annotated(pairs)
+  return _Annotated(tuple(pairs))
 
 
 def check_rules(name: str, rules: Any) -> tuple[tuple[str, Rule], ...]:

@@ -296,6 +296,27 @@ def test_a_head_that_is_the_modules_is_taken(dtype):
   assert mapped(both).shape == (2, *TOKENS.shape, 8)
 
 
+def test_a_head_keeps_the_names_of_axes_and_reads_what_is_cut():
+  class Named(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+      x = nn.Embed(V, 8, name="embed")(tokens)
+      ways = nn.with_partitioning(nn.initializers.lecun_normal(), ("width", "words"))
+      return nn.Dense(V, name="out", kernel_init=ways)(x)
+
+  plain = networks.linen(Named(), features=["embed"], train_flag=None)
+  headed = networks.with_head(plain, hidden="embed", head=dense)
+  assert headed.axes is not None
+  assert headed.axes(TOKENS) == plain.axes(TOKENS)
+  seen = []
+  spec = jax.sharding.PartitionSpec("data")
+  cut = headed.at_use({"params/out/kernel": spec}, lambda leaf, at: seen.append(at) or leaf * 2)
+  variables = plain.init(jax.random.key(0), TOKENS)
+  outputs, _ = cut.apply(variables, TOKENS, train=False, key=None)
+  assert spec in seen
+  np.testing.assert_array_equal(outputs.head.kernel, 2 * variables["params"]["out"]["kernel"])
+
+
 def test_a_head_needs_logits_and_a_network():
   with untyped():
     with pytest.raises(TypeError, match=r"networks\.linen"):

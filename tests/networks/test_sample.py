@@ -79,6 +79,16 @@ def test_the_cache_draws_the_same_tokens():
   again = networks.sample(made, **options)
   np.testing.assert_array_equal(networks.sample(made, **options, decoder=DECODER), again)
   assert len(set(again[:, 3:].ravel().tolist())) > 2
+  # A decoder that is not the model's draws of other numbers, and one of NaN always draws 0.
+  other = Decoder(dataclasses.replace(DECODER.config, window=None, pattern=()))
+  with pytest.raises(ValueError, match="decoder is not what the model is"):
+    networks.sample(made, **options, decoder=other)
+  narrower = teachers.vocabulary(made, V - 1)
+  with pytest.raises(ValueError, match="decoder is not what the model is"):
+    networks.sample(narrower, **options, decoder=DECODER)
+  lost = dataclasses.replace(made, variables=jax.tree.map(lambda x: x * np.nan, made.variables))
+  with pytest.raises(ValueError, match="puts out NaN"):
+    networks.sample(lost, **options, decoder=DECODER)
 
 
 def test_of_a_long_text_the_latest_tokens_are_seen():
@@ -114,6 +124,8 @@ def test_inputs_may_be_others_than_tokens():
     ({"prompts": [[1, V]]}, rf"prompts\[0\] has the token {V} at position 1"),
     ({"index": [1, 2]}, "index=.* 1 integers"),
     ({"window": 0}, "window=0"),
+    ({"prompts": [[1, 2], [3]]}, "prompts=.* of one length"),
+    ({"decoder": DECODER}, "decoder has other parameters"),
     ({"model": model(Table("all"))}, "is not causal"),
     ({"model": model(nn.Embed(V, 3), 1)}, "prompts"),
   ],
@@ -124,6 +136,17 @@ def test_what_cannot_be_drawn_is_refused(options, message):
     given["prompts"] = [[1, 3]]
   with pytest.raises(ValueError, match=message):
     networks.sample(given.pop("model"), given.pop("prompts"), **given)
+
+
+def test_no_token_is_drawn_of_nan():
+  class Late(nn.Module):  # finite for the prompt, and not for what comes of it
+    @nn.compact
+    def __call__(self, tokens):
+      z = self.param("table", nn.initializers.normal(1.5), (V, V))[tokens]
+      return jnp.where(jnp.arange(tokens.shape[1])[:, None] > 1, jnp.nan, z)
+
+  with pytest.raises(ValueError, match="puts out NaN"):
+    networks.sample(model(Late()), [[1]], key=KEY, length=4)
 
 
 def test_models_of_several_seeds_are_refused():

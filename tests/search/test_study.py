@@ -213,6 +213,8 @@ def test_a_student_that_is_not_finite_ends_its_trial():
     ({"pruner": 3}, TypeError, "pruner=3 must be one of Optuna's"),
     ({"storage": 3}, TypeError, "storage=3"),
     ({"grace": 0}, ValueError, "grace"),
+    ({"storage": __file__}, ValueError, "storage=.*cannot be opened as Optuna's"),
+    ({"storage": "nosuch://host/db"}, ValueError, "storage=.*cannot be opened as Optuna's"),
     ({"student": {"a": small_networks.dense(3)}}, TypeError, "program of its own"),
     (
       {"space": {"temperature": FloatDistribution(-1, 2)}},

@@ -199,7 +199,7 @@ def test_arguments_that_are_none_are_refused():
   for options, message in (
     ({"gives": "logit"}, "gives='logit' must be one of logits, probabilities"),
     ({"takes": "items"}, "takes='items' must be one of inputs, batch"),
-    ({"floor": 0.0}, "floor must be positive, got 0.0"),
+    ({"floor": 0.0}, "floor must be positive and at most 0.5, got 0.0"),
     ({"name": 3}, "name=3 must be a text"),
   ):
     with untyped(), pytest.raises((TypeError, ValueError), match=message):

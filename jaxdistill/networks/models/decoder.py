@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -869,7 +868,14 @@ def with_layers(
   >>> own.layers, smaller["params"]["layer_1"] is variables["params"]["layer_3"]
   (2, True)
   """
-  numbers = [operator.index(i) for i in layers]
+  if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
+    raise TypeError(
+      f"variables={_check.show(variables)} must be {{'params': ...}} of Decoder(config): of a "
+      "model, model.variables."
+    )
+  if isinstance(layers, str) or not isinstance(layers, Iterable):
+    raise TypeError(f"layers={_check.show(layers)} must be the numbers of layers: spread(4, 2).")
+  numbers = [_check.whole("layers", i, least=None) for i in layers]
   if not numbers or min(numbers) < 0 or max(numbers) >= config.layers:
     raise ValueError(
       f"layers={numbers} must be some of the numbers from 0 to {config.layers - 1}, of the "

@@ -89,7 +89,15 @@ def _places(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def suffix(split: str) -> str:
-  """What a report on another split than the test's has in its files' names."""
+  """What a report on another split than the test's has in its files' names.
+
+  Raises:
+    ValueError: it is no word that a file's name may have.
+  """
+  if not isinstance(split, str) or not split or set(split) & set("/\\\0") or split[0] == ".":
+    raise ValueError(
+      f"split={split!r} must be a word, such as 'validation': names of files are made of it."
+    )
   return "" if split == "test" else f"-{split}"
 
 
