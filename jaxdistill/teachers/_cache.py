@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill._compile import by_work, quarter
+from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers, shapes_of
 from jaxdistill.data import Part, Source, record_files
 from jaxdistill.runs import MANIFEST, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
@@ -440,8 +441,10 @@ class Filler:
 
     on_host = asked_on_host(teacher)
     outputs = _function(source.cut, dtype, features, on_host)
+    self._looked_up: tuple[Lookup, ...] = ()
     given = teacher, source.shared, next(self.items(0))
     self._first: Any = None
+    self._looked_up = () if on_host else self._lookups(given[2])
     if on_host:
       # Nobody knows what it puts out before it is asked: about those examples by which a cache is
       # told too, once.
@@ -457,8 +460,27 @@ class Filler:
     }
 
   def items(self, view: int) -> Iterator[PyTree]:
-    """The batches of a view."""
-    return iter(self.every(self.source.data_seed, self.batch_size, view))
+    """The batches of a view; those of a stream are looked at when they come."""
+    for item in self.every(self.source.data_seed, self.batch_size, view):
+      self._look_at(None, item)
+      yield item
+
+  def _lookups(self, item: PyTree) -> tuple[Lookup, ...]:
+    """What the teacher looks up of the inputs; raises where what is there is not in its tables."""
+    source = self.source
+    teacher, *given = shapes_of((self.teacher, source.shared, item))
+    if not of_integers(jax.eval_shape(source.cut, *given).inputs):
+      return ()
+    found = looked_up(lambda t, shared, item: t(source.cut(shared, item)), teacher, *given)
+    self._looked_up = found
+    self._look_at(source.shared, item)
+    return found
+
+  def _look_at(self, shared: PyTree, item: PyTree) -> None:
+    """Raises where the teacher would look up what is not in its tables."""
+    found, name, who = self._looked_up, repr(self.source.name), "the teacher"
+    check_values(found, (shared, None), name=name, who=who)
+    check_values(found, (None, item), name=name, who=who)
 
   def probe(self) -> dict[str, Any]:
     """What the teacher puts out for the first examples, as sketches."""
