@@ -17,10 +17,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill._lookups import Lookup, check_values, in_jaxpr, of_integers
 from jaxdistill._reach import depend_on
 from jaxdistill.data import Batches
 from jaxdistill.evaluation import cost, predictions, tasks
 from jaxdistill.evaluation._programs import (
+  Kept,
   batches_of,
   beside,
   count_of,
@@ -258,7 +260,8 @@ class _Teacher:
   A head is a kernel ``[D, V]``, which a program that gives it back would copy at each call.
 
   Attributes:
-    outputs: the shapes of what it says of a batch.
+    program: of all that it says of a batch.
+    outputs: its shapes.
   """
 
   def __init__(self, task: Task, teacher: Teacher, batch: Batch) -> None:
@@ -269,8 +272,9 @@ class _Teacher:
       teacher: the teacher, or its shapes.
       batch: one like those that it will be asked about.
     """
-    self._each, self._head = kept(_Asked(task), teacher, batch), None
-    self.outputs: Outputs = self._each.outputs
+    self.program = kept(_Asked(task), teacher, batch)
+    self._each, self._head = self.program, None
+    self.outputs: Outputs = self.program.outputs
     if not jax.tree.leaves(self.outputs.head):
       return
     parts = [_Asked(task, part="rest"), _Asked(task, part="head")]
@@ -332,6 +336,13 @@ class _Measure:
 
     found = (measure if _seeds(model) is None else jax.vmap(measure))(self.outputs(model, batch))
     return dataclasses.replace(found, beside=(each_of(said), said.where))
+
+
+def _lookups(program: Kept, model: Any, batch: Batch) -> tuple[Lookup, ...]:
+  """What the program of a model and a batch looks up of the batch's inputs."""
+  if not of_integers(batch.inputs):
+    return ()
+  return in_jaxpr(program.jaxpr, len(jax.tree.leaves(model)), (batch,))
 
 
 def _outputs(model: Model | Teacher, batch: Batch) -> Any:
@@ -423,6 +434,7 @@ class _Pass:
     with _fitting(_seeds(model)):
       model = _of_batch(model, first)
       outputs = kept(asks, model, self._shown(first))
+    self.looked_up = [("the model", _lookups(outputs, model, self._shown(first)))]
     of_one = outputs.outputs
     if _seeds(model) is not None:
       of_one = jax.tree.map(lambda leaf: leaf.update(shape=leaf.shape[1:]), of_one)
@@ -440,13 +452,21 @@ class _Pass:
       said: Any = self.mute
       if teacher is not None:
         self.asked = _Teacher(task, teacher, first)
+        self.looked_up.append(("the teacher", _lookups(self.asked.program, teacher, first)))
         said = self.asked.outputs
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
+      if isinstance(self.batches, Batch):
+        self._check_inputs(self.batches, axes=2)
       self.first = self._shown(first)
       # Of classes what is said of each example costs little, and one program serves both.
       measures = _Measure(outputs.traced, task, self.labels, examined or task.shown.classes)
       self.program = kept(measures, model, said, self.first)
+
+  def _check_inputs(self, batch: Batch, axes: int) -> None:
+    """Raises where a network would look up what is not in its tables."""
+    for who, looked in self.looked_up:
+      check_values(looked, (batch,), name="batches", who=who, axes=axes)
 
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch, on its devices: a network sees no teacher's outputs."""
@@ -466,6 +486,7 @@ class _Pass:
     for batch in batches_of(self.batches):
       if isinstance(self.batches, Batches):
         batch, _ = _with_labels_of_one(batch, self.of_one, self.task, self.labels)
+        self._check_inputs(batch, axes=1)
       yield batch
 
   def __call__(self, calls: float = 1) -> list[_Measured]:

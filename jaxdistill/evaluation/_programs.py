@@ -56,6 +56,11 @@ class Kept:
     self._plain = False
 
   @functools.cached_property
+  def jaxpr(self) -> Any:
+    """The program as it was traced, closed."""
+    return self.traced.trace(*self._shapes).jaxpr
+
+  @functools.cached_property
   def _bytes(self) -> int:
     return max(1, activations(self._own, *self._shapes))
 

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill._compile import by_work, quarter
+from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers, shapes_of
 from jaxdistill.data import Part, Source, made_ahead, record_files
 from jaxdistill.runs import MANIFEST, Progress, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity
@@ -590,8 +591,10 @@ class Filler:
       if not _lies_on_several(teacher):
         self.teacher = jax.device_put(teacher, everywhere)
     outputs = _function(source.cut, dtype, features, on_host, self._mesh)
+    self._looked_up: tuple[Lookup, ...] = ()
     given = self.teacher, self.shared, self._item(0, 0)
     self._first: Any = None
+    self._looked_up = () if on_host else self._lookups(given[2])
     if on_host:
       # Nobody knows what it puts out before it is asked: about those examples by which a cache is
       # told too, once.
@@ -620,10 +623,12 @@ class Filler:
     return jax.tree.map(put, item)
 
   def items(self, view: int, numbers: Sequence[int] | None = None) -> Iterator[PyTree]:
-    """The batches of a view, or those of some numbers; what is read is read ahead."""
+    """The batches of a view, or those of some numbers, read ahead and looked at as they come."""
     numbers = range(self.steps) if numbers is None else numbers
     make = functools.partial(self._item, view)
-    return made_ahead(make, numbers) if self.whole.reads else map(make, numbers)
+    for item in made_ahead(make, numbers) if self.whole.reads else map(make, numbers):
+      self._look_at(None, item)
+      yield item
 
   def order(self) -> np.ndarray:
     """All examples in the order in which the batches of a view show them first."""
@@ -631,6 +636,23 @@ class Filler:
     every, first = np.unique(np.concatenate(shown), return_index=True)
     ordered: np.ndarray = every[np.argsort(first)]
     return ordered
+
+  def _lookups(self, item: PyTree) -> tuple[Lookup, ...]:
+    """What the teacher looks up of the inputs; raises where what is there is not in its tables."""
+    source = self.source
+    teacher, *given = shapes_of((self.teacher, self.shared, item))
+    if not of_integers(jax.eval_shape(source.cut, *given).inputs):
+      return ()
+    found = looked_up(lambda t, shared, item: t(source.cut(shared, item)), teacher, *given)
+    self._looked_up = found
+    self._look_at(self.shared, item)
+    return found
+
+  def _look_at(self, shared: PyTree, item: PyTree) -> None:
+    """Raises where the teacher would look up what is not in its tables."""
+    found, name, who = self._looked_up, repr(self.source.name), "the teacher"
+    check_values(found, (shared, None), name=name, who=who)
+    check_values(found, (None, item), name=name, who=who)
 
   def probe(self) -> dict[str, Any]:
     """What the teacher puts out for the first examples, as sketches."""

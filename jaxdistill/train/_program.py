@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxdistill._check import LabelsError
 from jaxdistill._compile import CompiledOnce, computed, quick
+from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers, shapes_of
 from jaxdistill.data import Source
 from jaxdistill.teachers import decay_of, networks_of, with_networks
 from jaxdistill.train._mesh import Dispatch, check_divides
@@ -109,6 +110,7 @@ class Program:
     self.source = self.sources[0]
     self._check_batch()
     shared, axes = shared_arrays(self.sources)
+    self._looked_up: list[tuple[str, tuple[Lookup, ...]]] = []  # before anything is known of it
     head = self._read(0, 1)
     self._split(head)  # a batch that does not divide by the devices says so here
     first = jax.tree.map(lambda leaf: leaf[0, 0] if plan.stacked else leaf[0], head)
@@ -129,6 +131,7 @@ class Program:
     begun = jax.make_jaxpr(initial, return_shape=True)(*given)
     self.begins: Any = begun[0]
     self.shapes: State = begun[1]
+    self._looked_up = self._lookups(head)
     inputs = functools.partial(inputs_of, plan.sources[0])
     self.layout = layout_of(plan.student, dispatch, self.shapes, inputs, over=int(plan.stacked))
     self._where = None if self.layout is None else self.layout.state
@@ -252,8 +255,50 @@ class Program:
     found = cut_over(self.dispatch, {"params": self._where.params})
     return {path: spec[int(self.stacked) :] for path, spec in found.items()}
 
+  def _lookups(self, head: PyTree) -> list[tuple[str, tuple[Lookup, ...]]]:
+    """What student and teacher look up of the inputs; raises where that is not in their tables.
+
+    Arrays on the device are looked at here, whole, the rows of a stream when they are read.
+    """
+    source, student = self.source, self.plan.student
+    each = [jax.tree.map(lambda leaf, i=i: leaf[i], head) for i in range(len(self.sources))]
+    pieces = each if self.stacked else [head]
+    given = shapes_of((source.shared, jax.tree.map(lambda leaf: leaf[0], pieces[0])))
+    if not of_integers(jax.eval_shape(source.cut, *given).inputs):
+      return []
+
+    def said(variables: PyTree, batch: Batch) -> Any:
+      return student.apply(variables, batch.inputs, train=False, key=None)[0]
+
+    params, rest = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[self.stacked :], leaf.dtype),
+      (self.shapes.params, self.shapes.model_state),
+    )
+    asked: dict[str, tuple[Any, Any]] = {
+      f"the student {student.name!r}": (said, {"params": params, **rest})
+    }
+    if self.plan.teacher is not None:
+      asked["the teacher"] = (Teacher.__call__, shapes_of(self.plan.teacher))
+    found = []
+    for who, (ask, variables) in asked.items():
+      looked = looked_up(
+        lambda fixed, shared, item, ask=ask: ask(fixed, source.cut(shared, item)), variables, *given
+      )
+      found.append((who, looked))
+      for one in {id(one.shared): one for one in self.sources}.values():
+        check_values(looked, (one.shared, None), name=repr(one.name), who=who)
+    self._check_items(found, pieces)
+    return found
+
+  def _check_items(self, found: list[tuple[str, tuple[Lookup, ...]]], pieces: Any) -> None:
+    """Looks at what sources have read, ``[count, B, ...]``."""
+    for piece, source in zip(pieces, self.sources, strict=True):
+      for who, looked in found:
+        check_values(looked, (None, piece), name=repr(source.name), who=who, axes=2)
+
   def _read(self, at: int, count: int) -> PyTree:
     pieces = [source.items(at, count, self.dispatch.part) for source in self.sources]
+    self._check_items(self._looked_up, pieces)
     return jax.tree.map(lambda *leaves: np.stack(leaves), *pieces) if self.stacked else pieces[0]
 
   def _split(self, items: PyTree) -> PyTree:
