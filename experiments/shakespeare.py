@@ -246,8 +246,6 @@ def train_all(config: Config, options: Options) -> None:
 
   def fit(name, network, objective, source, seeds, steps, teacher=None):
     began = time.perf_counter()
-    if config.tokens_at_once is not None:
-      objective = train.in_chunks(objective, tokens_at_once=config.tokens_at_once)
     schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 20, steps)
     fitted = train.fit(
       network,
@@ -257,6 +255,7 @@ def train_all(config: Config, options: Options) -> None:
       steps=steps,
       seed=seeds,
       teacher=teacher,
+      dispatch=train.with_jit(tokens_at_once=config.tokens_at_once),
       run=train.Run(folder / name, config={"experiment": f"shakespeare/{name}"}),
     )
     # A run that is found finished says nothing of how long it took.
@@ -271,11 +270,12 @@ def train_all(config: Config, options: Options) -> None:
   (taught,) = fit("teacher", teacher, objective, source, [100], config.teacher_steps).unstack()
   seeds = list(range(config.seeds))
   soft = recipes.kd(temperature=1.0, soft_weight=config.soft_weight, hard_weight=config.hard_weight)
+  asked = teachers.frozen(taught, tokenizer=tokenizer)
   for name, source in sources.items():
     more = longer(config, teacher, student, len(windows[name].labels))
     fit(f"{name}-labels", student, objective, source, seeds, config.steps)
     fit(f"{name}-longer", student, objective, source, seeds, more)
-    fit(f"{name}-distilled", student, soft, source, seeds, config.steps, teachers.frozen(taught))
+    fit(f"{name}-distilled", student, soft, source, seeds, config.steps, asked)
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
@@ -286,6 +286,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   teacher, student = build_networks(config, tokenizer.vocabulary)
   (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
   task = evaluation.tasks.tokens(token_bytes=tokenizer.bytes)
+  asked = teachers.frozen(taught, tokenizer=tokenizer)
   found = {"teacher": evaluation.examine(taught, batches, task=task)}
   rows = [{"name": "teacher", "text": "full"}]
   for part in ("few", "full"):
@@ -293,9 +294,9 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     for kind in ("labels", "longer", "distilled"):
       name = f"{part}-{kind}"
       models[kind] = model = teachers.restore(folder / name, student)
-      found[name] = evaluation.examine(model, batches, task=task, teacher=teachers.frozen(taught))
+      found[name] = evaluation.examine(model, batches, task=task, teacher=asked)
       rows.append({"name": kind, "text": part})
-    report_of(config, options, folder, part, examples, models, taught, task)
+    report_of(config, options, folder, part, examples, models, asked, task)
   for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
     bits = np.atleast_1d(metrics["bits_per_byte"])
     row["bits"], row["std"] = evaluation.metrics.mean_std(bits)
@@ -340,7 +341,7 @@ def report_of(
   part: str,
   examples: data.Examples,
   models: dict[str, Any],
-  taught: Any,
+  teacher: Any,
   task: evaluation.tasks.Task,
 ) -> None:
   """The report of the students with few text, or with all of it; its page shows what they write."""
@@ -348,7 +349,7 @@ def report_of(
   reports.compare_students(
     folder / part,
     network={"baseline": models["labels"], "student": models["distilled"]},
-    teacher=teachers.frozen(taught, tokenizer=tokenizer),
+    teacher=teacher,
     batches=data.evaluation_batches(examples, batch_size=64),
     examples=examples,
     descriptions={

@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     measure_network,
     measure_run,
   )
-  from jaxdistill.search._checks.findings import Finding, PreflightWarning
+  from jaxdistill.search._checks.findings import Finding, PreflightError, PreflightWarning
   from jaxdistill.search._choice import Choice, Halving, Result, Row, best_of
   from jaxdistill.search._compress import (
     Affordable,
@@ -42,6 +42,7 @@ __all__ = [
   "Execution",  # how a sweep is carried out: devices, memory
   "Finding",  # what a check has found
   "Halving",  # successive halving: after each rung the best 1/factor of the points go on
+  "PreflightError",  # the labels look shifted: a run would learn something else
   "PreflightWarning",  # something about a run that is about to start deserves a look
   "Proposals",  # what an Optuna study proposes, how many trials it has, and where it is kept
   "Result",  # what `jaxdistill.search.sweep` and `study` return

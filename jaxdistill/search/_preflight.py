@@ -21,7 +21,7 @@ from jaxdistill import _check, evaluation, runs, teachers
 from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import cost, logits_of, predictions, tasks
 from jaxdistill.search._checks import pair_checks, teacher_checks, token_checks
-from jaxdistill.search._checks.findings import Finding, PreflightWarning
+from jaxdistill.search._checks.findings import Finding, PreflightError, PreflightWarning
 from jaxdistill.search._checks.probes import (
   batches_of,
   curve,
@@ -47,6 +47,8 @@ __all__ = ["FILE", "preflight"]
 PyTree = Any
 # In the run's folder: [{"check", "message", "fix", "values"}].
 FILE = "preflight.json"
+# Of these a run learns something else than it is meant to, whatever comes of it.
+_STOPS = ("shifted_labels",)
 # Steps on a copy of the teacher, and the most examples in each: seconds on two cores of a CPU.
 _PROBE_STEPS, _PROBE_BATCH = 20, 64
 # Tokens that a language model's teacher is asked about, of training and of held-out text each.
@@ -68,7 +70,7 @@ def preflight(
   folder: str | os.PathLike[str] | None = None,
   warn: bool = True,
 ) -> list[Finding]:
-  """Runs all checks that the arguments allow, and warns of what it finds.
+  """Runs all checks that the arguments allow, and warns of what it finds; shifted labels stop it.
 
   =================  ===============================================================
   check              needs
@@ -124,7 +126,10 @@ def preflight(
 
   Raises:
     TypeError: an argument is of another kind than it must be.
-    ValueError: the arguments allow no check, or do not fit together.
+    ValueError: the arguments allow no check, or do not fit together; the teacher reads tokens of
+      another tokenizer than the data has.
+    PreflightError: the labels look shifted (``shifted_labels``), so that a run would learn to
+      predict something else; it has all findings, which are written and warned of before.
     FileNotFoundError: ``teacher_run`` holds no run.
   """
   _check.switch("warn", warn)
@@ -147,7 +152,11 @@ def preflight(
   if place is not None:
     runs.write_json(place / FILE, [dataclasses.asdict(finding) for finding in findings])
   for finding in findings if warn else ():
-    warnings.warn(f"{finding.check}: {finding}", PreflightWarning, stacklevel=2)
+    if finding.check not in _STOPS:
+      warnings.warn(f"{finding.check}: {finding}", PreflightWarning, stacklevel=2)
+  stops = [finding for finding in findings if finding.check in _STOPS]
+  if stops:
+    raise PreflightError(" ".join(map(str, stops)), findings)
   return findings
 
 
@@ -222,6 +231,8 @@ class _Asked:
         "teacher is a moving average of the student, of which there is nothing to check before the "
         "run: it begins as the student."
       )
+    if self.source is not None:
+      teachers.check_tokenizer(self.teacher, self.source.tokenizer, self.source.name)
     _ = self.ran  # what is amiss with it says so before anything is measured
     if self.baseline is not None and not (self.student and self.teacher and self.has_labels):
       raise ValueError(

@@ -723,9 +723,13 @@ def read(examples):
 @pytest.mark.parametrize("shift", [-1, 0, 1])
 def test_labels_that_are_shifted_wrongly_are_seen_by_the_teachers_loss(shift):
   examples = told_of(chain()[0], shift)
-  found = quiet(data=read(examples), teacher=knows())
-  assert names(found) == ([] if shift == 0 else ["shifted_labels"])
-  for one in found:
+  if shift == 0:
+    assert quiet(data=read(examples), teacher=knows()) == []
+  else:
+    with pytest.raises(search.PreflightError, match=f"shifted by {shift}") as stopped:
+      quiet(data=read(examples), teacher=knows())
+    assert names(stopped.value.findings) == ["shifted_labels"]
+    (one,) = stopped.value.findings
     assert one.values["shift"] == -shift
     assert "data.shifted" in one.fix
     assert min(one.values["nll"], key=one.values["nll"].get) == str(-shift)
@@ -733,6 +737,15 @@ def test_labels_that_are_shifted_wrongly_are_seen_by_the_teachers_loss(shift):
   held_out = data.evaluation_batches(examples, batch_size=16)
   asked = token_checks.probe_tokens(knows(), [jax.tree.map(lambda x: x[0], held_out)])
   assert (token_checks.shifted_labels(asked) is None) == (shift == 0)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_before_anything_is_asked():
+  ours, theirs = (data.tokenizers.characters(text) for text in ("abcde", "bcdef"))
+  examples = data.from_text("abcdeabcdeabcde", ours, length=4)
+  model = Model(networks.linen(models.MLP([4], num_classes=5)), {})  # which is not run
+  teacher = teachers.frozen(model, tokenizer=theirs)
+  with pytest.raises(ValueError, match=f"{theirs.digest}.*{ours.digest}"):
+    quiet(data=data.on_device(examples, batch_size=2, data_seed=0), teacher=teacher)
 
 
 def test_labels_of_other_documents_and_of_prompts_say_nothing_of_the_shift():

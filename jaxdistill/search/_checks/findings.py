@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["Finding", "PreflightWarning", "percent", "quoted"]
+__all__ = ["Finding", "PreflightError", "PreflightWarning", "percent", "quoted"]
 
 
 class PreflightWarning(UserWarning):
   """Something about a run that is about to start deserves a look."""
+
+
+class PreflightError(ValueError):
+  """A run that is about to start would learn something else than it is meant to.
+
+  Attributes:
+    findings: all that was found, the `Finding` that stops it among them.
+  """
+
+  def __init__(self, message: str, findings: Sequence[Finding] = ()) -> None:
+    super().__init__(message)
+    self.findings = list(findings)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -177,8 +177,9 @@ def shifted_labels(
   how = {-1: "shifted once too often", 1: "not shifted at all"}[SHIFTS[best]]
   return Finding(
     "shifted_labels",
-    f"The labels look {how}: of the label one position {'before' if best == 0 else 'later'} the "
-    f"teacher has an nll of {means[best]:.4g} nats, and of each position's own {means[1]:.4g}.",
+    f"The labels look shifted by {-SHIFTS[best]}, {how}: of the label one position "
+    f"{'before' if best == 0 else 'later'} the teacher has an nll of {means[best]:.4g} nats, and "
+    f"of each position's own {means[1]:.4g}.",
     "labels[l] is what position l predicts, the token after it. data.from_text, data.pack and "
     "data.shifted make such labels, once; nothing else shifts. If the labels are right, the "
     "teacher's own are not: look how it was trained.",
