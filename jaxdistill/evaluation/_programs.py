@@ -19,7 +19,7 @@ from jaxdistill._compile import BackgroundCompiled, activations, for_work, host_
 from jaxdistill.data import Batches
 from jaxdistill.types import Batch
 
-__all__ = ["Kept", "batches_of", "count_of", "first_of", "kept", "settled"]
+__all__ = ["Kept", "batches_of", "beside", "count_of", "first_of", "kept", "settled"]
 
 PyTree = Any
 # How many programs are kept. Each holds its network and what was compiled of it, and a search may

@@ -278,7 +278,7 @@ def uskd(
     if weak.shape != logits.shape:
       weak = jax.image.resize(weak, logits.shape, "bilinear")
     # Padding and what has no label are in no mean over the batch.
-    labelled = batch.replace(weight=batch.labelled)
+    labelled = dataclasses.replace(batch, weight=batch.labelled)
     there = present(batch, logits) & present(labelled, logits)
     known = jnp.broadcast_to(there[..., 0], logits.shape[:-1])
     values = {

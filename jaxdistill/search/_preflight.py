@@ -220,11 +220,11 @@ class _Asked:
         "tasks.regression()."
       )
     if isinstance(self.teacher, Teacher) and teachers.asked_on_host(self.teacher):
+      if split is not None:
+        told = evaluation.taught(self.teacher, split, task=self.task)
+        object.__setattr__(self, "validation", told)
       object.__setattr__(self, "foreign", self.teacher)
       object.__setattr__(self, "teacher", _BROUGHT)
-      if split is not None:
-        told = evaluation.taught(self.foreign, split, task=self.task)
-        object.__setattr__(self, "validation", told)
     check_teacher(self.teacher)
     if teachers.decay_of(self.teacher) is not None:
       raise ValueError(
@@ -275,7 +275,7 @@ class _Asked:
     """A training batch, with what a teacher of another program says of it."""
     if self.foreign is None or batch.teacher is not None:
       return batch
-    return batch.replace(teacher=self.foreign(batch))
+    return dataclasses.replace(batch, teacher=self.foreign(batch))
 
   @functools.cached_property
   def batch(self) -> Batch:
