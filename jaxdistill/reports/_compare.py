@@ -83,10 +83,7 @@ def compare_students(
   told = _told(batches, examples)
   columns = _columns(metadata, told, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)
-  costs = {"teacher": evaluation.costs(teacher, batches)}
-  for name, model in models.items():
-    alike = [n for n in costs if n != "teacher" and models[n].network is model.network]
-    costs[name] = costs[alike[0]] if alike else evaluation.costs(model, batches)
+  costs = _costs(teacher, models, batches)
   # The teacher is asked once, for itself and for all that are compared with it.
   taught = evaluation.taught(teacher, batches, task=task)
   asked: dict[str, Model | Teacher] = {"teacher": Teacher({}, _as_taught), **models}
@@ -123,6 +120,17 @@ def compare_students(
     write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
   kept = found if found.models or found.details else None
   return _report.write_report(folder, result, predictions=kept), result
+
+
+def _costs(
+  teacher: Teacher, models: Mapping[str, Model], batches: Batch | Batches
+) -> dict[str, Any]:
+  """What each model costs; one network is measured once."""
+  costs = {"teacher": evaluation.costs(teacher, batches)}
+  for name, model in models.items():
+    alike = [n for n in costs if n != "teacher" and models[n].network is model.network]
+    costs[name] = costs[alike[0]] if alike else evaluation.costs(model, batches)
+  return costs
 
 
 def _told(batches: Batch | Batches, examples: Any) -> Batch:
