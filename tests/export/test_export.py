@@ -692,7 +692,7 @@ def test_what_does_not_fit_is_named_before_long_work(small, folder, monkeypatch)
     export.export(folder / "nothing", held_out)
   with pytest.raises(ValueError, match="cannot be folded"):
     export.fold(export.load_student(folder))
-  with pytest.raises(ValueError, match=r"must end in \.stablehlo"):
+  with pytest.raises(ValueError, match=r"must end in .*\.stablehlo"):
     export.export_file(folder / "net.pb", export.load_student(folder), held_out)
   assert not (folder / "exports").exists()
   monkeypatch.setitem(sys.modules, "jax2onnx", None)
