@@ -865,14 +865,6 @@ MUTANTS = [
     (TOKENS + "test_prompts_are_read_and_not_learnt",),
   ),
   Mutant(
-    "study: what was trained is forgotten",
-    "search/_study.py",
-    'if row is not None and trial.state.name != "RUNNING":',
-    "if False:",
-    "a study that goes on trains its best student again",
-    (STUDY + "test_a_finished_study_is_given_back",),
-  ),
-  Mutant(
     "study: nothing is pruned",
     "search/_study.py",
     "pruned = not last and bool(trial.should_prune())",
