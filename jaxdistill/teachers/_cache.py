@@ -196,7 +196,8 @@ def fill(
     ValueError: as in `cached`; or ``part`` is none.
     CacheError: the folder's files are damaged.
   """
-  _check_arguments(source, dtype, features, progress)
+  check_source(source)
+  _check_arguments(dtype, features, progress)
   for name, value in (("limit", limit), ("batch_size", batch_size)):
     _check.whole(name, value)
   part = _checked_part(part)
