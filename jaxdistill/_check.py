@@ -227,7 +227,12 @@ def returned(option: str, given: str) -> Any:
     raise ValueError(f"{option} {given} must take no arguments: {error}.") from error
   except ValueError:
     pass  # builtins without a signature
-  return make()
+  try:
+    return make()
+  except ImportError as error:
+    raise ValueError(
+      f"{option} {given}: {short(error)}. What it imports must be installed."
+    ) from error
 
 
 def switch(name: str, value: Any) -> None:

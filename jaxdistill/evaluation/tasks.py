@@ -372,7 +372,7 @@ def mean(values: Any, where: Any) -> tuple[jax.Array, jax.Array]:
 def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
   """Raises for labels that are no classes of the logits, which would count as errors."""
   labels, logits = np.asarray(batches.labels), outputs.logits
-  if logits.ndim <= shape.count(","):
+  if logits.ndim <= shape.partition(" or ")[0].count(","):
     raise TypeError(
       f"the network's logits are {list(logits.shape)}, and the labels of this task {shape}: of one "
       "class an example it is evaluation.tasks.classification()."
