@@ -31,7 +31,11 @@ ROOT = pathlib.Path(jd.__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 BROUGHT = PROJECT["optional-dependencies"]
 # Where what is imported is not what is installed.
-DISTRIBUTIONS = {"mlflow": "mlflow-skinny", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {
+  "cv2": "opencv-python-headless",
+  "mlflow": "mlflow-skinny",
+  "sklearn": "scikit-learn",
+}
 
 
 def names(requirements):
@@ -159,6 +163,8 @@ DECODER = networks.models.DecoderConfig(8, 4, layers=1, heads=1, kv_heads=1, hea
 NEEDS = [
   ("array_record", lambda f: teachers.cached(None, source(), folder=f)),
   ("array_record", lambda f: teachers.verify_cache(f)),
+  ("cv2", lambda f: data.central_crop(8)),
+  ("cv2", lambda f: data.random_resized_crop(8)),
   ("grain", lambda f: teachers.cached(None, source(), folder=f)),
   ("grain", stream),
   ("jax2onnx", export_kinds("onnx")),
