@@ -255,6 +255,12 @@ def seed_pairs(seeds: Any) -> list[tuple[int, int]]:
 
 
 def check_points(points: Any) -> list[str]:
+  """The keywords that the points give values for.
+
+  Raises:
+    TypeError: it is no sequence of mappings with words for keywords.
+    ValueError: points give other keywords than the first, a seed, or the same values twice.
+  """
   if isinstance(points, str | Mapping) or not isinstance(points, Sequence) or not points:
     raise TypeError(
       f"points={_check.show(points)} must be a list of dicts with a point in it, such as "
