@@ -275,9 +275,11 @@ def _by_cache(
     return read(token[:, None], cache), (token, ~jnp.isnan(logits).any())
 
   begin = read(prompts, Cache.empty(decoder.config, B, P + length, dtype))
-  out = _outputs(model, prompts, inputs)
+  (end, _), (tokens, finite) = jax.lax.scan(draw, begin, jnp.arange(length))
+  whole = jnp.concatenate([prompts, tokens.T], axis=1)
+  # At its end, where all that the cache kept has a part.
+  out = _outputs(model, whole, inputs)
   last = out.logits[:, -1] if out.hidden is None else out.head(out.hidden[:, -1:])[:, 0]
-  same = last.shape == begin[0].shape
-  apart = _apart(last.astype(jnp.float32), begin[0]) if same else jnp.array(jnp.inf)
-  _, (tokens, finite) = jax.lax.scan(draw, begin, jnp.arange(length))
-  return jnp.concatenate([prompts, tokens.T], axis=1), apart, finite.all()
+  same = last.shape == end.shape
+  apart = _apart(last.astype(jnp.float32), end) if same else jnp.array(jnp.inf)
+  return whole, apart, finite.all()
