@@ -39,7 +39,7 @@ def applied(objective, student=STUDENT, teacher=TEACHER, batch=BATCH, **hyper):
 
 
 def test_recipes_that_learn_nothing_are_functions():
-  assert len(FUNCTIONS) == 29
+  assert len(FUNCTIONS) == 28
   assert {"labels", "kd", "dkd", "attention_transfer", "pkt"} < set(FUNCTIONS)
 
 
