@@ -711,9 +711,11 @@ def test_the_command(small, folder, monkeypatch, capsys):
   assert "accuracy 90.00%" in capsys.readouterr().out
   assert command.main([str(folder)]) == 0
   assert "student.stablehlo: as it was checked" in capsys.readouterr().out
-  for words in (["--with", "my_export"], ["--with", ".my_export:given"], ["--fold"]):
-    with pytest.raises(SystemExit):
-      command.main([str(folder), *words])
+  for given in ("my_export", ".my_export:given"):
+    assert command.main([str(folder), "--with", given]) == 1
+    assert f"--with {given} must be module:function" in capsys.readouterr().err
+  with pytest.raises(SystemExit):
+    command.main([str(folder), "--fold"])
   assert "--fold without --with" in capsys.readouterr().err
   with pytest.raises(SystemExit):
     command.main([str(folder), "--kinds", "onnx", "--batch-size", "4"])
