@@ -279,7 +279,8 @@ def load(
   else:
     asked = {"inputs": inputs, "labels": labels, "num_classes": num_classes, "ignore": repr(ignore)}
     # Named only where there is one: what was kept of sets without stays good.
-    asked |= {} if weight is None else {"weight": weight}
+    if weight is not None:
+      asked["weight"] = weight
     arrays = kept(folder, part.name, {**decides, **asked}, decode)
   counts = part.has_labels and not part.num_classes
   return Examples(
