@@ -115,6 +115,7 @@ def records(
   data_dir: str | pathlib.Path | None = None,
   inputs: str = "image",
   labels: str | None = "label",
+  weight: str | None = None,
   transform: Callable[[Any], Any] | None = None,
   num_classes: int | None = None,
   ignore: float | None = None,
@@ -128,6 +129,7 @@ def records(
     inputs: the feature that is the input.
     labels: the feature that is the label: a class, a number, an array of one shape in all rows, a
       picture whose pixels are classes; None for sets without.
+    weight: the feature that says how much an example counts, or each of its labels; None for 1.
     transform: applied to each input when it is read (a resize and a crop, say).
     num_classes: K, where the set does not say it of integer labels.
     ignore: the label that stands for none, see `Examples`.
@@ -141,7 +143,7 @@ def records(
     ModuleNotFoundError: preparing the set needs TensorFlow; raised before any download.
   """
   builder = _prepared(name, data_dir)
-  found = _records(builder, name, split, inputs, labels, num_classes, ignore)
+  found = _records(builder, name, split, inputs, labels, weight, num_classes, ignore)
   found = dataclasses.replace(found, transform=transform)
   if labels is not None and not found.num_classes:
     check_classes("records", found, found.read(np.arange(1))["labels"])
@@ -154,12 +156,13 @@ def _records(
   split: str,
   inputs: str,
   labels: str | None,
+  weight: str | None,
   num_classes: int | None,
   ignore: float | None,
 ) -> Records:
   """The records of a split of a set that is prepared; all but the builder is checked here."""
   features = builder.info.features
-  for argument, feature in (("inputs", inputs), ("labels", labels)):
+  for argument, feature in (("inputs", inputs), ("labels", labels), ("weight", weight)):
     if feature is not None and feature not in features:
       raise ValueError(
         f"{argument}={feature!r} is not a feature of {name!r}, which has: {sorted(features)}."
@@ -168,14 +171,15 @@ def _records(
   classes, names = _classes(label)
   if num_classes is not None:
     _check.whole("num_classes", num_classes)
-  if label is not None and not (
-    isinstance(label, tfds.features.Image)
-    or (isinstance(label, tfds.features.Tensor) and np.dtype(label.np_dtype).kind in "biuf")
-  ):
+  if label is not None and not (isinstance(label, tfds.features.Image) or _is_number(label)):
     raise ValueError(
       f"labels={labels!r} of {name!r} is no class, number, array or picture of classes but "
       f"{label!r}: read the set with labels=None, make numbers of what you need, and use "
       "from_arrays."
+    )
+  if weight is not None and not _is_number(features[weight]):
+    raise ValueError(
+      f"weight={weight!r} of {name!r} is no number or array of numbers but {features[weight]!r}."
     )
   _check_split(builder, name, split)
   # Decoding is most of the reading: leave out pictures that nobody asked for.
@@ -194,8 +198,15 @@ def _records(
     split=split,
     label_names=names if num_classes in (None, len(names)) else (),
     ids=None if "id" not in features else lambda: _ids(builder, split),
+    weight=weight,
     ignore=ignore,
   )
+
+
+def _is_number(feature: Any) -> bool:
+  """Whether a feature is a class, a number or an array of numbers."""
+  tensor = isinstance(feature, tfds.features.Tensor)
+  return tensor and np.dtype(feature.np_dtype).kind in "biuf"
 
 
 def _classes(label: Any) -> tuple[int, tuple[str, ...]]:
@@ -221,6 +232,7 @@ def load(
   data_dir: str | pathlib.Path | None = None,
   inputs: str = "image",
   labels: str | None = "label",
+  weight: str | None = None,
   cache: bool | str | os.PathLike[str] = True,
   num_classes: int | None = None,
   ignore: float | None = None,
@@ -241,6 +253,7 @@ def load(
     inputs: the feature that is the input.
     labels: the feature that is the label: a class, a number, an array of one shape in all rows, a
       picture whose pixels are classes; None for sets without.
+    weight: the feature that says how much an example counts, or each of its labels; None for 1.
     cache: where decoded arrays are kept: True for ``jaxdistill/data`` in the user's cache folder
       (``$XDG_CACHE_HOME``, else ``~/.cache``), a folder, or False for nowhere. One that cannot be
       written to is no error, but a warning.
@@ -258,13 +271,16 @@ def load(
   """
   folder = folder_of(cache)
   builder = _prepared(name, data_dir)
-  part = _records(builder, name, split, inputs, labels, num_classes, ignore)
+  part = _records(builder, name, split, inputs, labels, weight, num_classes, ignore)
   decides = None if folder is None else decided_by(builder, split)
   decode = functools.partial(_decoded, part)
   if folder is None or decides is None:
     arrays = decode()
   else:
     asked = {"inputs": inputs, "labels": labels, "num_classes": num_classes, "ignore": repr(ignore)}
+    # Named only where there is one: what was kept of sets without stays good.
+    if weight is not None:
+      asked["weight"] = weight
     arrays = kept(folder, part.name, {**decides, **asked}, decode)
   counts = part.has_labels and not part.num_classes
   return Examples(
@@ -280,7 +296,7 @@ def load(
 
 
 def _decoded(part: Records) -> dict[str, Any]:
-  """The inputs, labels and ids of all records, by the names that `Examples` gives them."""
+  """The inputs, labels, ids and weights, if any, of all records, named as in `Examples`."""
   size, blocks, ids = len(part), [], []
   for start in range(0, size, _BLOCK):
     rows = np.arange(start, min(start + _BLOCK, size))
@@ -288,7 +304,7 @@ def _decoded(part: Records) -> dict[str, Any]:
     blocks.append(part.stack(decoded, rows))
     ids += [_text(one.get("id", row)) for row, one in zip(rows.tolist(), decoded, strict=True)]
   return {
-    **{key: np.concatenate([block[key] for block in blocks]) for key in ("inputs", "labels")},
+    **{key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]},
     "ids": np.array(ids),
   }
 

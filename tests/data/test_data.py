@@ -115,6 +115,8 @@ def test_what_needs_tensorflow_stops_before_the_download(tmp_path):
     ({"split": "train[:0%]"}, "is empty"),
     ({"inputs": "picture"}, r"inputs='picture' is not a feature.*'image'"),
     ({"labels": "id"}, "labels='id' of 'digits' is no class"),
+    ({"weight": "many"}, "weight='many' is not a feature"),
+    ({"weight": "id"}, "weight='id' of 'digits' is no number"),
   ],
 )
 def test_load_explains(digits_dir, arguments, message):

@@ -1,6 +1,7 @@
 """Labels of any shape and dtype, with weights and masks, from every constructor to the batch."""
 
 import dataclasses
+import io
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
 
 from jaxdistill import data, losses, networks, recipes, train
 from jaxdistill.types import Term
@@ -210,3 +213,74 @@ def test_numbers_are_not_taken_for_distributions():
     (numbers, squared),
   ):
     assert np.isfinite(fitted(labels, objective).history[-1]["loss"])
+
+
+class MadeShapes(tfds.core.GeneratorBasedBuilder):
+  """Pictures with a mask of classes, a picture of numbers and how much each of them counts."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    floats = tfds.features.Tensor(shape=(4, 3), dtype=np.float32)
+    features = {
+      "image": tfds.features.Image(shape=(4, 3, 3)),
+      "mask": tfds.features.Image(shape=(4, 3, 1)),
+      "depth": floats,
+      "sure": floats,
+      "counts": tfds.features.Scalar(np.float32),
+    }
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+  def _split_generators(self, dl_manager):
+    return {"train": self._generate_examples()}
+
+  def _generate_examples(self):
+    for i, row in enumerate(made_shapes()):
+      # As files: TFDS encodes arrays with TensorFlow.
+      yield i, {**row, **{name: png(row[name]) for name in ("image", "mask")}}
+
+
+def png(array):
+  file = io.BytesIO()
+  Image.fromarray(array.squeeze()).save(file, "PNG")
+  file.seek(0)
+  return file
+
+
+def made_shapes():
+  rng = np.random.default_rng(0)
+  return [
+    {
+      "image": rng.integers(0, 256, (4, 3, 3)).astype(np.uint8),
+      "mask": rng.integers(0, 5, (4, 3, 1)).astype(np.uint8),
+      "depth": np.full((4, 3), i, np.float32),
+      "sure": rng.random((4, 3), np.float32),
+      "counts": np.float32(i + 0.5),
+    }
+    for i in range(4)
+  ]
+
+
+def test_masks_numbers_and_weights_of_a_set_that_tfds_prepared(tmp_path):
+  MadeShapes(data_dir=str(tmp_path)).download_and_prepare(file_format="array_record")
+  given = {"data_dir": tmp_path, "cache": tmp_path / "kept"}
+  depth = data.load("made_shapes", labels="depth", weight="sure", **given)
+  # TFDS stores rows in an order of its own; what a row's depth is says which it was.
+  rows = [made_shapes()[int(i)] for i in depth.labels[:, 0, 0]]
+  assert sorted(depth.labels[:, 0, 0]) == [0, 1, 2, 3]
+
+  def stored(name):
+    return np.stack([row[name] for row in rows])
+
+  np.testing.assert_array_equal(depth.inputs, stored("image"))
+  np.testing.assert_array_equal(depth.weight, stored("sure"))
+  # What was kept of the one is not taken for the other, and is read again with its weights.
+  masks = data.load("made_shapes", labels="mask", weight="counts", num_classes=5, **given)
+  np.testing.assert_array_equal(masks.labels, stored("mask")[..., 0])
+  np.testing.assert_array_equal(masks.weight, stored("counts"))
+  assert data.load("made_shapes", labels="depth", **given).weight is None
+  again = data.load("made_shapes", labels="depth", weight="sure", **given)
+  np.testing.assert_array_equal(again.weight, depth.weight)
+  opened = data.records("made_shapes", data_dir=tmp_path, labels="depth", weight="sure")
+  order = np.array([2, 0])
+  np.testing.assert_array_equal(opened.read(order)["weight"], depth.weight[order])

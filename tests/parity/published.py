@@ -272,3 +272,96 @@ def softmax_regression(features, taught, said, logits, feature_weight, regressio
   """SRRL, from pooled features and the logits that the teacher's classifier says of both."""
   matched = (features - taught).square().mean(1).mean()
   return feature_weight * matched + regression_weight * functional.mse_loss(said, logits)
+
+
+def softened(student, teacher, temperature=1.0):
+  """T² KL of each example."""
+  q, p = soften(student, temperature), soften(teacher, temperature)
+  return temperature**2 * kl_divergence(p, q)
+
+
+def cross_view(weak, strong, weak_teacher, strong_teacher, temperature, least):
+  """CRLD: the mask of the weak view is of the pairs within a view, the strong one's of the rest."""
+  w, s = weak_teacher.detach(), strong_teacher.detach()
+  sure = [x.softmax(1).amax(1) >= bound for x, bound in zip((w, s), least, strict=True)]
+  within = softened(weak, w, temperature) + softened(strong, s, temperature)
+  across = softened(strong, w, temperature) + softened(weak, s, temperature)
+  return (2 * sure[0] * within).mean() + (0.5 * sure[1] * across).mean()
+
+
+def focal(logits, labels, focus, positive_share):
+  """Detectron's and torchvision's: of the probability of what is the case, each label's own."""
+  y = labels.to(logits)
+  off = 1 - (logits.sigmoid() * y + (1 - logits.sigmoid()) * (1 - y))
+  share = positive_share * y + (1 - positive_share) * (1 - y)
+  entropy = functional.binary_cross_entropy_with_logits(logits, y, reduction="none")
+  return (share * off**focus * entropy).sum(1).mean()
+
+
+def mutual(each, labels):
+  """DML: the labels and the mean of what the others say, which stay as they are."""
+  total = 0
+  for i, mine in enumerate(each):
+    others = [softened(mine, peer.detach()).mean() for j, peer in enumerate(each) if j != i]
+    total = total + functional.cross_entropy(mine, labels) + sum(others) / len(others)
+  return total
+
+
+def without_data(student, logits, feature):
+  """DAFL, with its weights for CIFAR: 1, 5 and 0.1, and a logarithm to base 10."""
+  sure = functional.cross_entropy(logits, logits.argmax(1))
+  mean = logits.softmax(1).mean(0)
+  balance = (mean * mean.log10()).sum()
+  taught = softened(student, logits.detach()).mean()
+  return taught + sure + 5 * balance - 0.1 * feature.abs().mean()
+
+
+def convolved(x, kernel, bias=None):
+  """A convolution that keeps the size; x channels first, the kernel as Flax has it."""
+  return functional.conv2d(x, kernel.permute(3, 2, 0, 1), bias, padding="same")
+
+
+def generated(student, teacher, keep, align, first, second):
+  """MGD, a sum over all of the map and the mean over the batch; each layer a kernel and a bias."""
+  x = convolved(student, *align)
+  x = convolved(functional.relu(convolved(x * keep, *first)), *second)
+  return functional.mse_loss(x, teacher, reduction="sum") / len(teacher)
+
+
+def connected(features, kernel, scale, bias, slope=0.0):
+  """A convolution, BatchNorm by the batch, and a ReLU: SRRL's connector, with a slope FCFD's."""
+  x = functional.batch_norm(convolved(features, kernel), None, None, scale, bias, training=True)
+  return functional.leaky_relu(x, slope)
+
+
+def function_consistent(lower, upper, lower_target, upper_target):
+  """FCFD: all maps that came to a layer beside the teacher's; of the last one, what is pooled."""
+
+  def pooled(x):
+    return functional.adaptive_avg_pool2d(x.relu(), 1).flatten(1)
+
+  below = sum(functional.mse_loss(x, lower_target) for x in lower)
+  above = sum(functional.mse_loss(x, upper_target) for x in upper)
+  return below + above + sum(functional.mse_loss(pooled(x), pooled(upper_target)) for x in upper)
+
+
+def two_momenta(weights, gradients, rate, momentum, delta, weight_decay):
+  """DOT, from each step's (labels', distilled) gradients, None where there is no path; → weights.
+
+  The published optimiser keeps a velocity only of what has a gradient, and what has but one of the
+  two goes by the mean of both momenta.
+  """
+  velocity = {}
+  for pair in gradients:
+    alone = any(gradient is None for gradient in pair)
+    began, moved = weights, 0
+    for name, gradient, sign in zip(("labels", "distilled"), pair, (-1, 1), strict=True):
+      if gradient is None:
+        continue
+      if name == "labels" or alone:
+        gradient = gradient + weight_decay * began
+      keeps = momentum if alone else momentum + sign * delta
+      velocity[name] = keeps * velocity[name] + gradient if name in velocity else gradient
+      moved = moved + velocity[name]
+    weights = began - rate * moved
+  return weights

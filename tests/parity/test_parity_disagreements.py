@@ -389,3 +389,23 @@ def test_the_published_uskd_ranks_by_logarithms():
     labels,
   )
   assert np.isfinite(by_log)
+
+
+def test_the_published_focal_loss_mixes_probabilities():
+  # One power of a mixture of both cases' probabilities, where ours mixes two losses.
+  logits, labels = numbers(60, 4, 5), np.full((4, 5), 0.3)
+
+  def ours(z):
+    return losses.binary_focal(z, labels)
+
+  def theirs(z):
+    return published.focal(z, torch.tensor(labels), 2.0, 0.25)
+
+  differ(ours, theirs, logits)
+  # At 0 and at 1 there is nothing to mix.
+  for y in (np.zeros((4, 5)), np.ones((4, 5))):
+    check(
+      lambda z, y=y: losses.binary_focal(z, y),
+      lambda z, y=y: published.focal(z, torch.tensor(y), 2.0, 0.25),
+      logits,
+    )
