@@ -1,8 +1,8 @@
 """Programs as Core ML packages, from StableHLO by stablehlo-coreml and Apple's coremltools.
 
 The conversion runs anywhere, Core ML itself on a Mac alone. So a file is read back in another
-process, where its program and weights must load and its inputs and outputs be the student's; what
-it computes remains to be checked on a Mac, and every list and report says so.
+process, where its program and weights must load, its inputs be the student's and its outputs have
+the student's names; what it computes remains to be checked on a Mac, as every list and report says.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def check_coreml(
     ``runtime``, and ``remaining``: what is still to be checked.
 
   Raises:
-    ExportError: it does not load, or takes and puts out something else than the program.
+    ExportError: it does not load, takes something else than the program, or has other outputs by name.
   """
   with tempfile.TemporaryDirectory() as folder:
     told = pathlib.Path(folder, "told.json")
