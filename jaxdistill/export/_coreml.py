@@ -80,7 +80,8 @@ def check_coreml(
     ``runtime``, and ``remaining``: what is still to be checked.
 
   Raises:
-    ExportError: it does not load, takes something else than the program, or has other outputs by name.
+    ExportError: it does not load, takes something else than the program, or its outputs have other
+      names.
   """
   with tempfile.TemporaryDirectory() as folder:
     told = pathlib.Path(folder, "told.json")
