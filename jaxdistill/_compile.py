@@ -233,6 +233,8 @@ def for_work(work: float) -> dict[str, Any] | None:
 def host_view(leaf: Any) -> np.ndarray | None:
   """An array's memory as NumPy sees it, where that is the host's; None where it is a device's.
 
+  None too of an array that is traced, which has no memory yet.
+
   What looks at every number of a tree does so here without a compilation, and on an accelerator
   without a copy to the host.
 
@@ -241,6 +243,8 @@ def host_view(leaf: Any) -> np.ndarray | None:
   """
   if not isinstance(leaf, jax.Array):
     return np.asarray(leaf)
+  if isinstance(leaf, jax.core.Tracer):
+    return None
   whole = leaf.is_fully_addressable and (leaf.is_fully_replicated or len(leaf.devices()) == 1)
   on_host = all(device.platform == "cpu" for device in leaf.devices())
   numbers = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -768,11 +768,11 @@ def test_files_and_folders_refuse(j, tmp_path, call, error, message):
 
 
 def test_outputs_are_looked_at_before_a_run_and_those_of_a_finished_one_are_made_anew(j, tmp_path):
-  def run(outputs):
-    made = j.train.Run(tmp_path / "run", outputs=outputs, progress=None)
-    return j.train.fit(
-      network(j), j.recipes.labels(), data=source(j), optimizer=optax.sgd(0.1), steps=1, run=made
-    )
+  how = {"data": source(j), "optimizer": optax.sgd(0.1), "steps": 1}
+
+  def run(outputs, folder="run", **seeds):
+    made = j.train.Run(tmp_path / folder, outputs=outputs, progress=None)
+    return j.train.fit(network(j), j.recipes.labels(), run=made, **how, **seeds)
 
   check(lambda: run(["gone"]), ValueError, r"outputs=\['gone'\] must be some of")
   assert not (tmp_path / "run").exists()
@@ -780,6 +780,9 @@ def test_outputs_are_looked_at_before_a_run_and_those_of_a_finished_one_are_made
     run(outputs)
     wanted = sorted([outputs] if isinstance(outputs, str) else outputs or ["logits"])
     assert list(j.export.load_student(tmp_path / "run").info["outputs"]) == wanted
+  for outputs in ("mid", "mid", None):  # of several seeds too
+    run(outputs, "several", seed=[0, 1])
+  assert j.export.load_student(tmp_path / "several").outputs == ("logits",)
 
 
 def test_a_home_is_the_users_and_a_link_is_not_written_through(j, tmp_path, monkeypatch):

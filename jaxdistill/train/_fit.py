@@ -311,7 +311,8 @@ def fit(
   plan, said = with_teacher_placed(plan, dispatch)  # first: it may be run over the examples at once
   program = Program(with_answers(plan, label), dispatch, longest=every.longest)
   program.trace()  # what does not fit says so before a folder is claimed
-  _check_outputs(plan, program, run.outputs)
+  if run.outputs is not None:
+    _put_out(plan, program, run.outputs)
   left = None if run.stop_after is None else max(0, run.stop_after - time.monotonic() + called)
   return _trained(plan, program, every, watch, run, seed, left, said)
 
@@ -368,7 +369,7 @@ def _trained(
     fitted = Fitted(made.network, made.variables, made.seeds, final, _History(log.history))
     if path is not None and saved is not None:
       saved.wait()
-      _save_deployed(path, program.source, fitted, run.outputs)
+      _save_deployed(path, plan, program, fitted, run.outputs)
     if tracked is not None:
       tracked.finish([] if path is None else _worth_keeping(path))
   if path is not None:
@@ -474,10 +475,8 @@ def _say_memory(program: Program, log: Log) -> None:
       log.say(line)
 
 
-def _check_outputs(plan: Plan, program: Program, outputs: Collection[str] | None) -> None:
-  """Raises where the deployed network does not put out what is asked, before it is trained."""
-  if outputs is None:
-    return
+def _put_out(plan: Plan, program: Program, outputs: Collection[str] | None) -> list[str]:
+  """What the deployed network puts out, by name, by shapes alone; raises for what it does not."""
   asked = (outputs,) if isinstance(outputs, str) else outputs
 
   def named(state: Any, inputs: Any) -> Any:
@@ -485,7 +484,7 @@ def _check_outputs(plan: Plan, program: Program, outputs: Collection[str] | None
 
   source = program.source
   batch = jax.eval_shape(source.cut, source.shared, program.first_item)
-  jax.eval_shape(named, program.shapes, batch.inputs)
+  return sorted(jax.eval_shape(named, program.shapes, batch.inputs))
 
 
 def _drop_deployed(path: pathlib.Path) -> None:
@@ -495,25 +494,30 @@ def _drop_deployed(path: pathlib.Path) -> None:
 
 
 def _save_deployed(
-  path: pathlib.Path, source: Source, fitted: Fitted, outputs: Collection[str] | None
+  path: pathlib.Path,
+  plan: Plan,
+  program: Program,
+  fitted: Fitted,
+  outputs: Collection[str] | None,
 ) -> None:
   """Leaves the deployed network in the folder, once; anew where it is asked for other outputs.
 
-  What lies in parts, each process writes its own of.
+  What lies in parts, each process writes its own of. Process 0 alone looks at what is there, and
+  says it to the others, which would read while it is cleared away.
   """
-  given: dict[str, Any] = {
-    "stored": source.stored,
-    "normalize": source.normalize,
-    "outputs": outputs,
-  }
-  missing = bool(_mesh.agree(int(not (path / "student").is_dir())))
-  if not missing:
-    there = runs.read_object(path / "student" / "student.json").get("outputs")
-    missing = there != list(export.as_program(fitted.instance(0), **given).outputs)
-    if missing and jax.process_index() == 0:
-      _drop_deployed(path)
+  missing = False
+  if jax.process_index() == 0:
+    missing = not (path / "student").is_dir()
+    if not missing:
+      there = runs.read_object(path / "student" / "student.json").get("outputs")
+      missing = sorted(there or ()) != _put_out(plan, program, outputs)
+      if missing:
+        _drop_deployed(path)
+  missing = bool(_mesh.agree(int(missing)))
   if missing and (jax.process_index() == 0 or runs.lies_in_parts(fitted.variables)):
-    export.save_student(path, fitted, **given)
+    source = program.source
+    stored, normalize = source.stored, source.normalize
+    export.save_student(path, fitted, stored=stored, normalize=normalize, outputs=outputs)
   _mesh.barrier("deployed")
 
 

@@ -175,6 +175,8 @@ def in_parts(folder, kind):
   assert fetched
   assert all(x.is_fully_replicated or len(x.devices()) == 1 for x in fetched), "a whole leaf came"
   run(folder / "begun", "parts", dispatch)  # by one process
+  found = run(folder / "whole", "parts", dispatch)  # which is finished, and is left as it is
+  assert runs.lies_in_parts(found.variables)
   with pytest.raises(ValueError, match="lies on devices of other processes, and a file of weights"):
     export.as_program(whole.unstack()[0], stored=jax.ShapeDtypeStruct((4,), float))
 
