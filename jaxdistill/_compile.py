@@ -38,6 +38,7 @@ __all__ = [
   "long",
   "quarter",
   "quick",
+  "shapes_of",
   "that_fit",
 ]
 
@@ -129,6 +130,16 @@ def available(devices: Sequence[jax.Device]) -> int:
   if all("bytes_limit" in found for found in stats):
     return int(_SHARE * min(found["bytes_limit"] - found["bytes_in_use"] for found in stats))
   return int(_SHARE * _of_machine() / len(devices))
+
+
+def shapes_of(leaves: Any) -> Any:
+  """Shapes and dtypes of arrays, without their devices; numbers have those that JAX gives them.
+
+  >>> shapes_of({"scale": 2.0})
+  {'scale': ShapeDtypeStruct(shape=(), dtype=float32)}
+  """
+  known = jax.eval_shape(lambda tree: tree, leaves)
+  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), known)
 
 
 def limit_of(devices: Sequence[jax.Device]) -> int | None:

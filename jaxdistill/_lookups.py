@@ -18,7 +18,7 @@ from jax.extend.core import Literal
 
 from jaxdistill._compile import host_view
 
-__all__ = ["Lookup", "check_values", "in_jaxpr", "looked_up", "of_integers", "shapes_of"]
+__all__ = ["Lookup", "check_values", "in_jaxpr", "looked_up", "of_integers"]
 
 # What hands the values of its first operand on, in another shape or dtype, or some of them.
 _HANDS_ON = {
@@ -61,11 +61,6 @@ _CONSTANT = _Value()
 def of_integers(tree: Any) -> bool:
   """Whether any leaf may be an index, so that a program is worth reading."""
   return any(np.issubdtype(leaf.dtype, np.integer) for leaf in jax.tree.leaves(tree))
-
-
-def shapes_of(tree: Any) -> Any:
-  """The shapes and dtypes of a tree's arrays, wherever they lie."""
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype), tree)
 
 
 def looked_up(function: Callable[..., Any], fixed: Any, *inputs: Any) -> tuple[Lookup, ...]:

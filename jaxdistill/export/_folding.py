@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdistill._compile import shapes_of
 from jaxdistill.export import _program
 from jaxdistill.export._program import Operations, Program, Rule, is_literal
 
@@ -87,7 +88,7 @@ def fold(program: Program) -> Program:
     along = tuple(-1 if axis == one.axis else 1 for axis in range(kernel.ndim))
     leaves[one.kernel] = (kernel * factor.reshape(along)).astype(kernel.dtype)
     leaves[one.bias] = shift
-  base, shapes = program.call, _program.shapes_of(program.leaves)
+  base, shapes = program.call, shapes_of(program.leaves)
 
   def call(given: Mapping[str, Any], inputs: Any) -> Any:
     again = _program.trace_operations(base, shapes, inputs)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _extras
+from jaxdistill._compile import shapes_of
 from jaxdistill.export import _inputs, _program
 from jaxdistill.export._program import Operations, Program, Rule, is_literal
 
@@ -131,7 +132,7 @@ def quantize_activations(
     value = found.run(program.leaves, [None] * len(found.inputs), until=site.kernel)
     made = qwix.quantize(jnp.asarray(value), jnp.int8, channelwise_axes=site.channels)
     leaves[stored[name]], leaves[stored[name] + _SCALE] = made.qvalue, made.scale
-  base, shapes = program.call, _program.shapes_of(program.leaves)
+  base, shapes = program.call, shapes_of(program.leaves)
 
   def call(given: Mapping[str, Any], inputs: PyTree) -> Any:
     again = _program.trace_operations(base, shapes, inputs)

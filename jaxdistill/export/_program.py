@@ -26,6 +26,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from jaxdistill import _check
+from jaxdistill._compile import shapes_of
 from jaxdistill._reach import narrowed
 from jaxdistill.export import _inputs
 from jaxdistill.runs import is_key, named_leaves
@@ -44,7 +45,6 @@ __all__ = [
   "host",
   "is_literal",
   "portable",
-  "shapes_of",
   "stablehlo",
   "trace_operations",
   "traced",
@@ -296,16 +296,6 @@ def batched(inputs: PyTree, size: Any) -> PyTree:
   (4, 8)
   """
   return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), inputs)
-
-
-def shapes_of(leaves: PyTree) -> PyTree:
-  """Shapes and dtypes of arrays, without their devices; numbers have those that JAX gives them.
-
-  >>> shapes_of({"scale": 2.0})
-  {'scale': ShapeDtypeStruct(shape=(), dtype=float32)}
-  """
-  known = jax.eval_shape(lambda tree: tree, leaves)
-  return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), known)
 
 
 def host(leaves: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, runs
+from jaxdistill._compile import shapes_of
 from jaxdistill.evaluation import cost
 from jaxdistill.export import _program
 from jaxdistill.export._program import Program
@@ -252,7 +253,7 @@ def _about(folder: pathlib.Path) -> dict[str, Any]:
 
 def _of_one_seed(model: Model) -> Model:
   """The model with the shapes of one seed's variables, without devices."""
-  shapes = _program.shapes_of(model.variables)
+  shapes = shapes_of(model.variables)
   if model.seeds is None:
     return Model(model.network, shapes)
   axes = sorted({leaf.shape[:1] for leaf in jax.tree.leaves(shapes)})

@@ -134,10 +134,9 @@ class _Headed:
     """Compares the two ways to logits, once for each shape of the variables and inputs."""
     leaves, tree = jax.tree.flatten((dict(variables), inputs))
     kinds = tuple((jnp.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+    # An export's sizes may be unknowns, of what was compared before.
     if all(isinstance(size, int) for shape, _ in kinds for size in shape):
-      _compared(
-        self.compared or self, tree, kinds
-      )  # an export's sizes may be unknowns, of what was compared before
+      _compared(self.compared or self, tree, kinds)
 
 
 @functools.lru_cache(maxsize=64)

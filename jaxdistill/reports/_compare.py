@@ -20,7 +20,7 @@ from jaxdistill.evaluation.tasks import Shows, Task
 from jaxdistill.reports import _report
 from jaxdistill.reports._pages import analysis, document, exhibits
 from jaxdistill.reports._texts import Texts, write_texts
-from jaxdistill.types import Batch, Model, Network, Outputs, Teacher
+from jaxdistill.types import Batch, Model, Network, Teacher
 
 __all__ = ["compare_students", "gather_predictions"]
 
@@ -86,7 +86,7 @@ def compare_students(
   costs = _costs(teacher, models, batches)
   # The teacher is asked once, for itself and for all that are compared with it.
   taught = evaluation.taught(teacher, batches, task=task)
-  asked: dict[str, Model | Teacher] = {"teacher": Teacher({}, _as_taught), **models}
+  asked: dict[str, Model | Teacher] = {"teacher": teachers.brought(), **models}
   measured = {
     name: _report.measure_model(
       model,
@@ -157,12 +157,6 @@ def _check_kinds(task: Any, texts: Any, examples: Any) -> None:
     raise TypeError(
       f"texts={_check.show(texts)} must be reports.Texts(tokenizer), and examples data.Examples."
     )
-
-
-def _as_taught(variables: Any, batch: Batch) -> Outputs:
-  """The teacher's outputs as they came along."""
-  assert batch.teacher is not None
-  return batch.teacher
 
 
 def _models(folder: pathlib.Path, network: Network | Mapping[str, Model]) -> dict[str, Model]:

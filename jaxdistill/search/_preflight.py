@@ -176,15 +176,6 @@ def _deployed(model: Model | Teacher, batch: Batch) -> dict[str, Any]:
   return model(batch).named()
 
 
-def _brought(variables: Any, batch: Batch) -> Outputs:
-  """What came along with the batch."""
-  assert batch.teacher is not None
-  return batch.teacher
-
-
-_BROUGHT = Teacher({}, _brought)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Asked:
   """What `preflight` was given; what several checks need is measured once."""
@@ -224,7 +215,7 @@ class _Asked:
         told = evaluation.taught(self.teacher, split, task=self.task)
         object.__setattr__(self, "validation", told)
       object.__setattr__(self, "foreign", self.teacher)
-      object.__setattr__(self, "teacher", _BROUGHT)
+      object.__setattr__(self, "teacher", teachers.brought())
     check_teacher(self.teacher)
     if teachers.decay_of(self.teacher) is not None:
       raise ValueError(
@@ -268,7 +259,7 @@ class _Asked:
   def taught(self) -> Teacher | None:
     """The teacher, from wherever its outputs come."""
     if self.source is not None and self.source.teacher is not None:
-      return _BROUGHT
+      return teachers.brought()
     return self.teacher
 
   def asked(self, batch: Batch) -> Batch:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     RULES,
     answered,
     asked_on_host,
+    brought,
     check_tokenizer,
     combine_logits,
     ensemble,
@@ -47,6 +48,7 @@ __all__ = [
   "Filler",  # runs the teacher over every example of a view
   "answered",  # a teacher that can be compiled, for one batch
   "asked_on_host",  # whether a teacher is another program's
+  "brought",  # a teacher whose outputs come along with the batches
   "cached",  # a source whose batches bring the teacher's outputs along
   "check_source",  # whether a teacher's outputs can be kept beside a source's examples
   "check_tokenizer",  # a teacher reads the tokens that it was trained on, or it is an error

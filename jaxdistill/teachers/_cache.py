@@ -26,8 +26,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check, _extras, runs
-from jaxdistill._compile import by_work, quarter
-from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers, shapes_of
+from jaxdistill._compile import by_work, quarter, shapes_of
+from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers
 from jaxdistill.data import Part, Source, made_ahead, record_files
 from jaxdistill.runs import MANIFEST, Progress, progress_bar, say_saved
 from jaxdistill.teachers import _cache_files, _identity

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill._check import LabelsError
-from jaxdistill._compile import CompiledOnce, computed, quick
-from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers, shapes_of
+from jaxdistill._compile import CompiledOnce, computed, quick, shapes_of
+from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers
 from jaxdistill.data import Source
 from jaxdistill.teachers import decay_of, networks_of, with_networks
 from jaxdistill.train._mesh import Dispatch, check_divides
