@@ -767,6 +767,7 @@ def test_files_and_folders_refuse(j, tmp_path, call, error, message):
   check(lambda: call(j, tmp_path), error, message)
 
 
+@pytest.mark.slow
 def test_outputs_are_looked_at_before_a_run_and_those_of_a_finished_one_are_made_anew(j, tmp_path):
   how = {"data": source(j), "optimizer": optax.sgd(0.1), "steps": 1}
 

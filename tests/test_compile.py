@@ -303,6 +303,7 @@ def test_a_sweeps_teacher_runs_when_its_outputs_are_needed():
   assert found.tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_an_objective_may_branch_on_a_keyword_that_is_not_swept():
   """What is swept is traced; the others are the numbers that they are, in training and before."""
   model, source, batches = parts()

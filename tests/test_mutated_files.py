@@ -7,6 +7,7 @@ import pytest
 import mutated_files
 
 
+@pytest.mark.slow  # two Pythons started anew, and every kind of file made
 @pytest.mark.skipif(sys.platform != "linux", reason="it looks at /proc")
 def test_no_broken_file_leaves_its_folder_or_raises_what_a_reader_does_not_tell():
   bad = [(what, found) for _, what, found in mutated_files.run(len(mutated_files.cases())) if found]

@@ -175,6 +175,7 @@ def test_what_labels_hold_is_part_of_what_a_run_is():
   assert one != contents(ignore=2, num_classes=256)
 
 
+@pytest.mark.slow
 def test_numbers_are_not_taken_for_distributions():
   """The loss of a regression's targets under a softmax is a number like any other: said before."""
   rng = np.random.default_rng(0)

@@ -344,6 +344,7 @@ def masks(**options):
   return dataclasses.replace(batch, labels=numbers + of_rows, **options)
 
 
+@pytest.mark.slow
 def test_cutmix_moves_masks_with_their_images_and_what_says_which_pixels_count():
   labelled = jnp.ones((SIZE, 4, 5)).at[2].set(0.0).at[:, 0, 0].set(0.0)
   batch = masks(labelled=labelled, weight=jnp.array([1.0, 1, 1, 1, 0, 1]))

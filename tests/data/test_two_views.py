@@ -70,6 +70,7 @@ def test_each_operation_is_pils(channels, share):
   assert sum(seen) >= len(names) - 2
 
 
+@pytest.mark.slow
 def test_rand_augment_draws_all_and_covers_with_grey():
   strong = data.rand_augment(operations=1, cutout=0.0)
   image = jnp.asarray(picture(3))
@@ -99,6 +100,7 @@ def cut(source, step):
   return jax.jit(source.cut)(source.shared, items)
 
 
+@pytest.mark.slow
 def test_a_batch_has_two_looks_and_one_label_wherever_its_rows_lie():
   # The strong look by a key, the weak one by a number.
   pair = data.two_views(data.crop_flip(2), data.rand_augment(after=data.crop(1)))

@@ -204,6 +204,7 @@ def test_a_chunk_of_a_stream_has_no_more_bytes_than_it_may(monkeypatch):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *made)
 
 
+@pytest.mark.slow
 def test_devices_share_each_batch(strict_promotion):
   examples, task, classes = case("classification")
   whole, parts = pair(examples)

@@ -224,6 +224,7 @@ def test_it_runs_where_the_libraries_that_made_it_are_absent(
   np.testing.assert_allclose(found, logits, atol=made["tolerance"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_any_batch_size(small, program, size):
   runtime = pytest.importorskip("onnxruntime")
@@ -402,6 +403,7 @@ def test_damage_is_noticed_and_named(copied, damage, capsys):
   assert words[damage] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_unreadable_and_newer_files_say_so(small, program, tmp_path):
   _, _, images, _, _ = small
   path = tmp_path / "net.stablehlo"
@@ -503,6 +505,7 @@ def resnet(conv):
   return networks.linen(models.ResNet(8, conv=conv, **fields))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("network", "shape", "folded", "unfolded"),
   [
@@ -602,6 +605,7 @@ def test_int8_activations_multiply_integers():
   assert product.outvars[0].aval.dtype == jnp.int32
 
 
+@pytest.mark.slow
 def test_int8_of_foreign_networks_and_skipped_kernels(small, program):
   pytest.importorskip("qwix")
   images, logits = small[2], small[4]

@@ -57,6 +57,7 @@ def two_towers(student, teacher, batch):
   return {"pairs": Term(both / 2)}
 
 
+@pytest.mark.slow
 def test_two_towers_from_arrays_to_the_loaded_student(tmp_path, pairs):
   examples = data.from_arrays(pairs, np.arange(50) % 5)
   source = data.on_device(examples, batch_size=16, data_seed=0)

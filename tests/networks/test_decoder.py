@@ -202,7 +202,7 @@ def packed(lengths, length, seed=3):
   return row, documents
 
 
-@pytest.mark.slow_but("gemma 3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama 3", "gemma 3"])
 def test_packed_documents_are_as_each_alone(name):
   config, variables = FAMILIES[name], made(FAMILIES[name])
@@ -218,6 +218,7 @@ def test_packed_documents_are_as_each_alone(name):
     at += len(document)
 
 
+@pytest.mark.slow
 def test_a_row_of_padding_makes_nothing_nan():
   config, variables = FAMILIES["gemma 3"], made(FAMILIES["gemma 3"])
   row = {**packed([2], 6)[0], "segments": np.zeros((1, 6), np.int32)}
@@ -230,7 +231,7 @@ def test_a_row_of_padding_makes_nothing_nan():
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((value, gradient)))
 
 
-@pytest.mark.slow_but("False-gemma 3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama 3", "gemma 2", "gemma 3"])
 @pytest.mark.parametrize("scan", [False, True])
 def test_token_by_token_through_the_cache_is_the_whole(name, scan):
@@ -270,7 +271,7 @@ def gradients(config, variables, tokens):
   return value, sown["intermediates"], found
 
 
-@pytest.mark.slow_but("qwen 3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen 3", "gemma 3"])
 def test_scanned_and_recomputed_layers_are_the_same_network(name):
   config, variables = FAMILIES[name], made(FAMILIES[name])
@@ -313,7 +314,7 @@ def sown(config, variables, tokens):
   return outputs, jnp.stack([there[f"layer_{i}"]["output"][0] for i in range(config.layers)])
 
 
-@pytest.mark.slow_but("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_copied_layers_do_what_the_teachers_do(scan):
   teacher = dataclasses.replace(FAMILIES["gemma 3"], scan=scan)

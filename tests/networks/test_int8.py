@@ -76,6 +76,7 @@ def test_half_of_bfloat16_of_shapes_alone():
   assert params["embed"]["embedding"].int8_scale.shape == (32_000, 1)
 
 
+@pytest.mark.slow
 def test_it_teaches_frozen_and_in_one_program():
   network = small_networks.dense(64)
   x = np.random.default_rng(1).normal(size=(8, 40)).astype(np.float32)

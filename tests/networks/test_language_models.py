@@ -140,6 +140,7 @@ def started(network, seed=0):
   return jax.jit(network.init)(jax.random.key(seed), rows())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "name", ["lm1b", pytest.param("lm1b, tied", marks=pytest.mark.slow), "gemma"]
 )
@@ -159,6 +160,7 @@ def test_hidden_states_and_head_make_the_modules_own_logits(name):
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("lm1b", marks=pytest.mark.slow), "gemma"])
 def test_position_l_says_what_follows_it_and_sees_nothing_later(name):
   network = FOREIGN[name]()
@@ -179,6 +181,7 @@ def test_position_l_says_what_follows_it_and_sees_nothing_later(name):
   assert not changed[first:][np.asarray(inputs["segments"][0][first:]) > 0].any()
 
 
+@pytest.mark.slow
 def test_a_flag_in_a_modules_config_is_told():
   network = lm1b(dropout_rate=0.5, attention_dropout_rate=0.5)
   variables = started(network)
@@ -434,6 +437,7 @@ HYPER = recipes.kd(temperature=2.0).hyper
 # A teacher in its own dtype, whose head has what heads have.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("qwen 2", marks=pytest.mark.slow), "gemma 2"])
 def test_a_decoder_in_bfloat16_teaches_in_chunks_as_whole(name):
   teacher = short_decoder(name)

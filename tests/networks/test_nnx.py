@@ -768,6 +768,7 @@ class TestInputsAndOutputs:
 
 
 class TestPurity:
+  @pytest.mark.slow
   def test_seeds_under_vmap_are_single_runs(self):
     network = nnx(build, features=["hidden"])
     keys = jax.random.split(KEY, 2)
@@ -875,6 +876,7 @@ class TestPurity:
     assert np.isfinite(model(X)).all()
 
 
+@pytest.mark.slow
 def test_distilling_one_nnx_network_into_another():
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 16)

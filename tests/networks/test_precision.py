@@ -59,6 +59,7 @@ def trained():
   return fit(plain, teacher), mixed
 
 
+@pytest.mark.slow
 @pytest.mark.device
 def test_training_stays_close_to_float32(trained):
   plain, mixed = trained

@@ -156,7 +156,7 @@ def test_what_is_not_known_is_refused_by_name(told, message):
     pretrained.config(told)
 
 
-@pytest.mark.slow_but("llama 3", "gemma 3")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_comes_back_as_it_was_saved(name, tmp_path):
   config, there = FAMILIES[name], made(FAMILIES[name])
@@ -222,6 +222,7 @@ def test_maps_are_turned_and_heads_have_their_axis(tmp_path):
   assert "head" not in read
 
 
+@pytest.mark.slow
 def test_shards_dtypes_layouts_and_shardings(tmp_path):
   there = made(SMALL)
   pretrained.save(tmp_path, there, SMALL, shard_bytes=9_000)

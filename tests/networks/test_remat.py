@@ -64,6 +64,7 @@ def gradients(network, inputs):
   return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("make", "shape", "keep"),
   [

@@ -270,6 +270,7 @@ def test_resampling_is_the_formula(ours, theirs, old, new):
   np.testing.assert_allclose(module.apply({"params": params}, x, train=True), want, **CLOSE)
 
 
+@pytest.mark.slow
 def test_every_position_of_a_larger_feature_has_a_gradient():
   x = draw(1, 12, 12, 3)
   module = projectors.Resampled(2, (5,))

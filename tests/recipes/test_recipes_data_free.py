@@ -85,6 +85,7 @@ def test_the_terms_are_the_papers():
   assert terms_of(variables, train=False)[2] == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["soft", "one_hot", "activation", "balance"])
 def test_the_student_is_trained_by_the_soft_targets_and_the_generator_by_the_rest(name):
   *_, variables = built()

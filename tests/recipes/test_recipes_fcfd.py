@@ -130,7 +130,7 @@ def test_only_the_maps_warm_up():
   assert fcfd(TAILS, TAUGHT, warmup_steps=0).hyper["map_warmup"] == 1.0
 
 
-@pytest.mark.slow_but("function-learns1")
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "learns"),
   [
@@ -224,6 +224,7 @@ def resnet_tail(after):
   return networks.linen(MODULE.clone(after=after), features=names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["stem", *STAGES])
 def test_a_resnet_goes_on_from_its_own_map(after):
   whole = ask(taught(), INPUTS)

@@ -392,6 +392,7 @@ def seeded(seeds, student, objective, optimizer, batch):
   )
 
 
+@pytest.mark.slow
 def test_all_train_side_by_side_on_two_devices():
   by_row = projectors.LearnedTemperature(hidden=4)
   special = {"ofa": {"head": lambda feature, classes: NormedHead(classes)}}

@@ -47,6 +47,7 @@ def trained():
   return jax.tree_util.tree_map_with_path(moved, variables)
 
 
+@pytest.mark.slow
 def test_the_block_stands_behind_the_last_map_and_beside_the_network():
   variables = grown().init(KEY, INPUTS)
   alone = plain().init(KEY, INPUTS)
@@ -89,6 +90,7 @@ def test_in_training_it_goes_by_the_batch_and_moves_its_averages():
   assert np.all(np.asarray(before) != np.asarray(after))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [None, 2])
 def test_folded_it_is_the_plain_student_that_says_the_same(seeds):
   variables = trained()

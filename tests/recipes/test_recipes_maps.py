@@ -186,7 +186,7 @@ def test_vkd(layer):
   assert set(run(recipes.vkd(student_layer=layer, soft_weight=None))[0]) == {"labels", "hint"}
 
 
-@pytest.mark.slow_but("6-2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "features"), [(3, 5), (4, 4), (6, 2)])
 def test_an_orthogonal_projector_keeps_lengths_at_every_step(width, features):
   module = projectors.Orthogonal(features)
@@ -261,6 +261,7 @@ def network(width):
   return recipes.with_class_maps(made)
 
 
+@pytest.mark.slow
 def test_class_maps_average_to_the_logits_and_train_the_classifier():
   rng = np.random.default_rng(0)
   inputs = rng.normal(size=(6, 8, 8, 3)).astype(np.float32)

@@ -319,7 +319,7 @@ def test_what_is_missing_or_wrong_is_named():
     crd(LABELS, negatives=0)
 
 
-@pytest.mark.slow_but("answered1")
+@pytest.mark.slow
 @pytest.mark.parametrize("answered", [(1, 1, 1, 0, 1, 1, 1), (1, 0, 1, 0, 1, 0, 1), (0,) * 7])
 def test_correlation_congruence_leaves_pairs_with_a_skipped_example_out(answered):
   """Of seven neighbours, and of one padded: the pairs of which the teacher knows both."""

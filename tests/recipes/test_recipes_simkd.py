@@ -137,6 +137,7 @@ def test_it_learns_through_the_projector_and_leaves_both_classifiers(run):
   assert np.abs(np.asarray(averaged) - averages).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_what_is_loaded_is_what_was_trained_and_validated(run):
   folder, fitted = run
   for seed, model in enumerate(fitted.unstack()):

@@ -99,6 +99,7 @@ def ran():
   return steps({name: recipe() for name, (recipe, _) in RECIPES.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_both_stages_at_once_are_the_formula_and_train(name):
   for term, (by_hand, weight) in RECIPES[name][1].items():
@@ -179,7 +180,7 @@ METHODS = {
 }
 
 
-@pytest.mark.slow_but("fitnet")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_second_stage_goes_on_from_the_first(method):
   before, after, term = METHODS[method]
@@ -226,6 +227,7 @@ def test_the_paraphraser_is_handed_over_and_frozen():
   assert np.all(kernels[0] != kernels[1])
 
 
+@pytest.mark.slow
 def test_a_paraphraser_that_was_not_handed_over_is_noticed_at_once():
   with pytest.raises(FloatingPointError, match="factor"):
     fit(recipes.factor_transfer(stage=2, student_layer="stage1"), count=1)

@@ -294,6 +294,7 @@ def test_labels_that_are_not_known_of_an_example_that_has_others():
   assert float(sums["labels"][1]) == weight.sum()
 
 
+@pytest.mark.slow
 def test_norm_and_direction_with_and_without_a_projector(strict_promotion):
   student, teacher, batch = draw(np.float32)
   rng = np.random.default_rng(7)
@@ -432,6 +433,7 @@ def test_numbers_of_each_place_are_as_those_of_as_many_examples(name):
   assert float(got[0]) == pytest.approx(float(want[0]), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masks", ["by position", "by example"])
 def test_uskd_of_tokens_is_uskd_of_as_many_examples(masks):
   rng = np.random.default_rng(3)
@@ -457,6 +459,7 @@ def test_uskd_of_tokens_is_uskd_of_as_many_examples(masks):
     np.testing.assert_allclose(found[name], want[name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_uskds_exit_of_a_smaller_map_is_resized_and_a_vectors_is_refused():
   logits = jnp.zeros((2, 4, 4, 3))
   objective = recipes.uskd(student_layer="map")

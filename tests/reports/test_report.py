@@ -479,6 +479,7 @@ def test_without_a_baseline_the_gain_is_unknown(tmp_path):
   assert "undefined. There is no baseline" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_accuracies_that_are_no_numbers_are_left_out_and_said(tmp_path):
   found = fabricated.gathered()
   student = fabricated.measured(found, "student")

@@ -96,6 +96,7 @@ def noisy(truth, scales, seed=0):
 NEAR = {"teacher": 0.2, "baseline": 1.0, "student": 0.5}
 
 
+@pytest.mark.slow
 def test_a_regression(tmp_path):
   truth = 10 + 3 * np.random.default_rng(1).normal(size=(SIZE, 2))
   outputs = noisy(truth, NEAR)

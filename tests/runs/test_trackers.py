@@ -128,6 +128,7 @@ def examples():
   return data.from_arrays(inputs.astype(np.float32), labels, num_classes=3)
 
 
+@pytest.mark.slow
 def test_fit_tells_what_its_log_has_and_goes_on_in_the_same_run(tmp_path):
   recorder, folder = Recorder(), tmp_path / "runs" / "a"
 
@@ -246,6 +247,7 @@ def found_in(tracking_uri, run="mine"):
   return one, steps, files
 
 
+@pytest.mark.slow
 def test_mlflow_in_a_local_store(tmp_path, monkeypatch):
   pytest.importorskip("mlflow", reason="needs the extra: pip install '.[mlflow]'")
   monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which it keeps for those that have one

@@ -231,6 +231,7 @@ def test_a_budget_that_nothing_meets_names_the_nearest():
     affordable(4, 2, parameters=20)
 
 
+@pytest.mark.slow
 def test_one_that_is_slow_in_a_process_of_its_own_is_passed_over(tmp_path, monkeypatch):
   """The better one of two, by timings that are made up; the answers are kept."""
   students = mlps(2, 4)

@@ -830,7 +830,7 @@ def test_a_teacher_that_has_read_the_text_is_named():
   assert token_checks.memorised(batches[0], batches[0]) is None
 
 
-@pytest.mark.slow_but("asked")
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True], ids=["asked", "cached"])
 def test_a_teacher_of_another_program_is_checked_like_ours(kept):
   """The findings are those of the same numbers from a function that JAX can trace."""

@@ -110,7 +110,7 @@ def test_every_student_is_the_one_trained_alone(parts, plain):
     assert_same(of_seed(plain.students(index), s), expected, atol=1e-5)
 
 
-@pytest.mark.slow_but("4")
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 4])
 def test_a_few_side_by_side_at_a_time_are_the_same_students(parts, plain, monkeypatch, at_once):
   """On a CPU, caches limit them: fewer than there are data seeds, or some points of all."""
@@ -146,6 +146,7 @@ def test_in_float64_over_the_whole_run(parts):
       assert_same(of_seed(result.students(index), 0), expected, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_one_batch_and_one_teacher_pass_for_all_students_of_a_data_seed(parts):
   calls = []
 
@@ -250,6 +251,7 @@ def test_values_that_are_no_numbers_make_programs_of_their_own(parts):
   ]
 
 
+@pytest.mark.slow
 def test_a_point_that_is_not_finite_is_marked_and_the_others_go_on(parts, plain, tmp_path):
   points = [POINTS[0], {**POINTS[0], "learning_rate": 1e30}, POINTS[6]]
   result = swept(parts, points, seeds=SEEDS, folder=tmp_path / "sweep", devices=jax.devices()[:1])
@@ -274,6 +276,7 @@ def test_a_point_whose_weights_are_finite_and_whose_outputs_are_not_is_marked_to
   assert result.best == 0
 
 
+@pytest.mark.slow
 def test_halving_drops_points_and_the_others_are_trained_as_ever(parts, plain):
   result = swept(
     parts, POINTS, seeds=SEEDS, halving=search.Halving(factor=2, rungs=3), devices=jax.devices()[:1]

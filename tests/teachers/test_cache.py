@@ -87,6 +87,7 @@ def shards(folder):
   return sorted(path.name for path in folder.glob("*.array_record"))
 
 
+@pytest.mark.slow
 def test_shards_are_array_records_that_grain_opens(complete):
   assert len(shards(complete)) == VIEWS * 3  # 8, 8 and 4 records
   paths = [str(complete / name) for name in shards(complete)[:3]]

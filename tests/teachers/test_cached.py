@@ -218,7 +218,7 @@ def test_features_of_an_ensemble(examples, teacher):
     teachers.cached(teach, source, features=["last"])
 
 
-@pytest.mark.slow_but("True")
+@pytest.mark.slow
 @pytest.mark.parametrize("in_advance", [True, False])
 def test_several_seeds_take_a_cache_each(examples, teacher, in_advance):
   source, seeds = source_of("on_device", examples), (3, 5)

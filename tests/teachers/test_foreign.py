@@ -447,7 +447,7 @@ METHODS = {
 }
 
 
-@pytest.mark.slow_but("kd", "pkt", "hint")
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_learns_from_those_that_were_answered_alone(method):
   """Terms of the teacher as on a batch without the others; those of labels as on all of it."""
@@ -489,7 +489,7 @@ def test_a_method_learns_from_those_that_were_answered_alone(method):
     np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow_but("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_step_counts_each_example_where_it_belongs(accumulate):
   """One step of gradient descent by hand, in float64: labels of all, soft targets of the others."""

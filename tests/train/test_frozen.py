@@ -130,7 +130,7 @@ def check(first, last):
   assert statistics == {"backbone": False, "norm": True}
 
 
-@pytest.mark.slow_but("multi_transform", "frozen after AdamW")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FREEZING)
 def test_however_it_is_frozen_its_averages_stay(name):
   check(*after(NETWORKS["linen"](), FREEZING[name]))
@@ -193,7 +193,7 @@ def test_a_flag_that_is_not_heard_is_an_error_where_others_are_frozen():
   assert not any(moved(first.model_state["batch_stats"], last.model_state["batch_stats"]).values())
 
 
-@pytest.mark.slow_but("with_jit")
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
 def test_in_a_run_over_two_devices_and_seeds(dispatch, capsys):
   source = data.on_device(data.from_arrays(INPUTS, LABELS), batch_size=6, data_seed=0)

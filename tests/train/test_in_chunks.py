@@ -322,7 +322,7 @@ def ways():
   }
 
 
-@pytest.mark.slow_but("features beside it, a schedule")
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ways())
 def test_fit_in_chunks_is_the_same_training(way):
   objective, beside, how = ways()[way]

@@ -55,7 +55,7 @@ def trained(teacher, given, steps=12, **options):
   )
 
 
-@pytest.mark.slow_but("with_jit")
+@pytest.mark.slow
 @pytest.mark.parametrize("dispatch", [train.with_jit, train.with_pmap])
 def test_a_teacher_run_once_gives_what_it_gives_in_every_step(dispatch):
   calls, in_step = [], []
@@ -141,7 +141,7 @@ def test_whole_chunks_know_their_turns_on_a_gpu(monkeypatch, seed):
     np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.slow_but("0-2")
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("seed", [0, [0, 1, 2]])
 def test_what_is_compiled_for_validations_beside_the_steps_serves_them_all(devices, seed):

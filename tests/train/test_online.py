@@ -90,6 +90,7 @@ def killed(folder, **options):
 # --- A cohort. ---
 
 
+@pytest.mark.slow
 def test_a_cohort_is_its_members_side_by_side():
   x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 4, 1)), jnp.float32)
   both, alone = twins(norm=True, dropout=0.5), small_networks.dense(6, norm=True, dropout=0.5)
@@ -255,6 +256,7 @@ def taught_each_other():
   return fit(cohort(), seed=[3, 4])
 
 
+@pytest.mark.slow
 def test_a_trained_cohort_comes_apart(taught_each_other, tmp_path):
   """Each member is a model over the seeds: evaluated, saved, loaded, one seed by itself."""
   each = networks.members(taught_each_other)

@@ -102,7 +102,7 @@ EXTRA = {
 }
 
 
-@pytest.mark.slow_but("plateau", "lbfgs")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXTRA)
 def test_extra_arguments_are_those_of_a_loop_by_hand(name):
   optimizer, extra = EXTRA[name]
@@ -261,6 +261,7 @@ def test_schedule_free_in_a_part_of_the_network():
   assert np.any(made["Dense_0"]["kernel"] != state.params["Dense_0"]["kernel"])
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_is_validated_chosen_deployed_and_averaged(tmp_path):
   seen = []
 
@@ -299,7 +300,7 @@ def test_an_average_is_of_what_would_be_deployed_without_it():
   assert_close(deployed_variables(states[-1], recipes.labels())["params"], average)
 
 
-@pytest.mark.slow_but("schedule-free")
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "optimizer",
   [

@@ -134,7 +134,7 @@ def test_the_limit_of_pmap_relations_see_their_share():
   assert differ(run(train.with_jit()), run(train.with_pmap()), tolerance=1e-3)
 
 
-@pytest.mark.slow_but("vmap-True")
+@pytest.mark.slow
 @pytest.mark.device
 @pytest.mark.parametrize(("seeds_by", "scan"), [("vmap", True), ("unroll", False)])
 def test_every_seed_of_one_program_is_the_run_alone(seeds_by, scan):
