@@ -6,9 +6,11 @@ it was given, to the bit: float64 too, where JAX's arrays have none.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import contextvars
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ __all__ = ["Meetings", "alone", "company"]
 _PATIENCE = 3_600_000
 # Bytes that each process tells at once: what the store, which is process 0's, holds is bounded.
 _AT_ONCE = 2**20
+_LOOK_AGAIN = 0.5  # seconds
 _ALONE = contextvars.ContextVar("alone", default=False)
 
 
@@ -54,23 +57,27 @@ class Meetings:
   def __init__(self, name: str) -> None:
     self._name, self._numbers = f"jaxdistill/{name}", itertools.count()
 
-  def each(self, work: Callable[[], bytes], failed: type[Exception]) -> list[bytes]:
+  def each(
+    self, work: Callable[[], bytes], failed: type[Exception], *, watched: bool = False
+  ) -> list[bytes]:
     """What each process has to say, once all of them have done their work.
 
     Args:
       work: this process's; it returns what it says, no more than a megabyte.
       failed: what is raised where another process's work failed.
+      watched: whether the work is left alone, in a thread of its own, as soon as another process's
+        has failed: it may wait for that one, and for minutes.
 
     Raises:
       Exception: what this process's own work raised, or ``failed``, which names the others that
         failed and says why.
     """
-    problem: BaseException | None = None
+    number, problem = next(self._numbers), None
     try:
-      word = b"+" + work()
+      word = b"+" + (self._watched(work, number) if watched else work())
     except Exception as error:
       problem, word = error, b"-" + _check.short(error).encode()
-    said = self._exchanged(word)
+    said = self._exchanged(word, number)
     if problem is not None:
       raise problem
     bad = [f"process {i}: {one[1:].decode()}" for i, one in enumerate(said) if one[:1] == b"-"]
@@ -86,16 +93,35 @@ class Meetings:
     """
     parts: list[list[bytes]] = [[] for _ in range(jax.process_count())]
     for begin in range(0, len(mine), _AT_ONCE):
-      for part, piece in zip(parts, self._exchanged(mine[begin : begin + _AT_ONCE]), strict=True):
+      said = self._exchanged(mine[begin : begin + _AT_ONCE], next(self._numbers))
+      for part, piece in zip(parts, said, strict=True):
         part.append(piece)
     return [b"".join(part) for part in parts]
 
-  def _exchanged(self, word: bytes) -> list[bytes]:
-    """What all processes say at this meeting, in their order."""
-    from jax._src import distributed  # JAX has no public name for its store
+  def _watched(self, work: Callable[[], bytes], number: int) -> bytes:
+    """What a piece of work says; nothing where another process has failed at it meanwhile."""
+    done: concurrent.futures.Future[bytes] = concurrent.futures.Future()
 
-    client: Any = distributed.global_state.client
-    me, number = jax.process_index(), next(self._numbers)
+    def run() -> None:
+      try:
+        done.set_result(work())
+      except BaseException as error:
+        done.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    others = [process for process in range(jax.process_count()) if process != jax.process_index()]
+    while True:
+      with contextlib.suppress(TimeoutError):
+        return done.result(_LOOK_AGAIN)
+      for process in others:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has said nothing yet
+          key = f"{self._name}/{number}/{process}"
+          if _client().key_value_try_get_bytes(key)[:1] == b"-":
+            return b""
+
+  def _exchanged(self, word: bytes, number: int) -> list[bytes]:
+    """What all processes say at this meeting, in their order."""
+    client, me = _client(), jax.process_index()
     client.key_value_set_bytes(f"{self._name}/{number}/{me}", word)
     said = [
       client.blocking_key_value_get_bytes(f"{self._name}/{number}/{process}", _PATIENCE)
@@ -104,3 +130,9 @@ class Meetings:
     if number:  # whoever is here has read what was said before
       client.key_value_delete(f"{self._name}/{number - 1}/{me}")
     return said
+
+
+def _client() -> Any:
+  from jax._src import distributed  # JAX has no public name for its store
+
+  return distributed.global_state.client

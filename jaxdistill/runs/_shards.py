@@ -116,18 +116,19 @@ class Together:
     several = jax.process_count() > 1 if tree is None else several
     self.me, self.count = company() if several else (0, 1)
 
-  def each(self, work: Callable[[], str | None]) -> list[str]:
+  def each(self, work: Callable[[], str | None], *, watched: bool = False) -> list[str]:
     """What each process has to say, once all of them have done their work.
 
     Args:
       work: this process's; it returns what it says.
+      watched: whether it is left, in a thread of its own, as soon as another process has failed.
 
     Raises:
       CheckpointError: another process failed; names it, and says why. What this one raises comes.
     """
     if self.count == 1:
       return [work() or ""]
-    said = _MEETINGS.each(lambda: (work() or "").encode(), CheckpointError)
+    said = _MEETINGS.each(lambda: (work() or "").encode(), CheckpointError, watched=watched)
     return [one.decode() for one in said]
 
   def first(self, work: Callable[[], Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -42,6 +43,7 @@ import test_processes
 works = {
   "stopped": test_processes.stopped, "left": test_processes.left,
   "parts": test_processes.in_parts, "evaluated": test_processes.evaluated,
+  "full": test_processes.full,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
@@ -231,6 +233,17 @@ def wrong_label():
   return dataclasses.replace(batches, make=make)
 
 
+def full(folder, kind):
+  """A run in parts whose process 1 finds no room on its disk when it saves."""
+  if jax.process_index() == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+  began = time.monotonic()
+  try:
+    run(folder, "parts", of_parts(data=1, fsdp=4))
+  finally:
+    print(f"left after {time.monotonic() - began:.0f} s")
+
+
 def evaluated(folder, kind):
   """What each of several processes evaluates, and what it says where one of them cannot."""
   jax.config.update("jax_enable_x64", False)
@@ -316,6 +329,21 @@ def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves
   assert "StopError: of its own" in outputs[leaves]
   said = f"process {leaves} of 2 left the training by StopError: of its own, and process"
   assert said in outputs[1 - leaves]
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_all_of_them(tmp_path):
+  """Orbax's own barrier would hold the others for five minutes."""
+  children = two_processes(tmp_path / "run", "full", devices=2)
+  try:
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [1, 1], outputs
+  assert "saving the checkpoint of step 4" in outputs[1]
+  assert "saving the checkpoint of step 4" in outputs[0] or "process 1 of 2 left" in outputs[0]
+  assert "process 1" in outputs[0]
 
 
 @pytest.mark.slow
