@@ -584,6 +584,12 @@ class Filler:
     if not on_host and devices is not None:
       here = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
       self._mesh = mesh_of(teacher) or here
+      if any(device.process_index != jax.process_index() for device in self._mesh.devices.flat):
+        raise ValueError(
+          "teacher lies on devices of several processes, and each fills a cache by itself: put it "
+          "on those of this one (jax.device_put, teachers.restore), or train with the teacher in "
+          "the step, without a cache."
+        )
     over = 1 if self._mesh is None else self._mesh.shape.get(AXIS, 1)
     # A multiple of the devices: the last batch repeats an example anyway.
     self.batch_size = -(-min(batch_size, self.size) // over) * over

@@ -43,7 +43,7 @@ import test_processes
 works = {
   "stopped": test_processes.stopped, "left": test_processes.left,
   "parts": test_processes.in_parts, "evaluated": test_processes.evaluated,
-  "full": test_processes.full,
+  "full": test_processes.full, "filled": test_processes.filled,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
@@ -244,6 +244,39 @@ def full(folder, kind):
     print(f"left after {time.monotonic() - began:.0f} s")
 
 
+def cache_of(folder):
+  """A source, a teacher whose outputs are cached, and where."""
+  rng = np.random.default_rng(0)
+  inputs = rng.integers(0, 256, (96, 3, 3, 1)).astype(np.uint8)
+  examples = data.from_arrays(inputs, rng.integers(0, 3, 96))
+  source = data.on_device(examples, batch_size=16, data_seed=0, views=4, augmentation=data.crop(1))
+  network = small_networks.dense(7)
+  variables = on_own_devices(network.init(jax.random.key(9), inputs[:1] / 255))
+  return source, teachers.frozen(Model(network, variables)), folder / "outputs"
+
+
+def filled(folder, kind):
+  """What each of several processes does that fill one cache, and train with it."""
+  jax.config.update("jax_enable_x64", False)
+  source, teacher, place = cache_of(pathlib.Path(folder))
+  made = teachers.fill(teacher, source, place, batch_size=16, progress=None)
+  print(f"filled {made.records} rows")
+  cached = teachers.cached(teacher, source, folder=place, batch_size=16, progress=None)
+  fitted = small_networks.fit(
+    small_networks.dense(5), recipes.kd(), data=cached, optimizer=optax.sgd(0.1), steps=30
+  )
+  np.savez(pathlib.Path(folder) / f"{jax.process_index()}.npz", *jax.tree.leaves(fitted.variables))
+  everywhere = NamedSharding(train.data_parallel(), PartitionSpec())
+  far = jax.tree.map(
+    lambda leaf: jax.make_array_from_callback(
+      leaf.shape, everywhere, lambda index: np.asarray(leaf)[index]
+    ),
+    teacher,
+  )
+  with pytest.raises(ValueError, match="each fills a cache by itself"):
+    teachers.fill(far, source, place, batch_size=16, progress=None)
+
+
 def evaluated(folder, kind):
   """What each of several processes evaluates, and what it says where one of them cannot."""
   jax.config.update("jax_enable_x64", False)
@@ -442,6 +475,33 @@ def test_two_processes_evaluate_as_one(tmp_path, kind):
           np.testing.assert_array_equal(found[name], value, err_msg=name)
         else:
           np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_that_talk_fill_one_cache(tmp_path):
+  """The files that one process of as many devices writes, and the student trained on them."""
+  children = two_processes(tmp_path, "filled", devices=2)
+  (tmp_path / "alone").mkdir()
+  source, teacher, place = cache_of(tmp_path / "alone")
+  teachers.fill(teacher, source, place, batch_size=16, progress=None)
+  outputs = finish(children)
+  rows = [int(re.search(r"filled (\d+) rows", output)[1]) for output in outputs]
+  assert sum(rows) == 4 * 96
+  names = sorted(path.name for path in place.rglob("*.array_record"))
+  found = tmp_path / "outputs"
+  assert names
+  assert names == sorted(path.name for path in found.rglob("*.array_record"))
+  for path in place.rglob("*.array_record"):
+    assert path.read_bytes() == (found / path.relative_to(place)).read_bytes()
+  cached = teachers.cached(teacher, source, folder=place, batch_size=16, progress=None)
+  fitted = small_networks.fit(
+    small_networks.dense(5), recipes.kd(), data=cached, optimizer=optax.sgd(0.1), steps=30
+  )
+  for process in range(2):
+    with np.load(tmp_path / f"{process}.npz") as leaves:
+      for a, b in zip(leaves.values(), jax.tree.leaves(fitted.variables), strict=True):
+        # Thirty steps in float32 in which only the order of additions differs.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def of_one():
