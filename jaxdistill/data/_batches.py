@@ -66,8 +66,16 @@ class Batches:
 
   def __iter__(self) -> Iterator[Batch]:
     """All batches in their order; a few are made ahead, and no more are in memory."""
+    return self.some(range(self.count))
+
+  def some(self, numbers: Sequence[int]) -> Iterator[Batch]:
+    """Batches by number, in this order, as a process of several takes its share of them.
+
+    Args:
+      numbers: each from 0 on; a few are made ahead.
+    """
     _extras.need("data.evaluation_batches of what is streamed", "grain")
-    return made_ahead(self.__getitem__, range(self.count))
+    return made_ahead(self.__getitem__, numbers)
 
 
 def made_ahead(make: Callable[[int], Made], numbers: Sequence[int]) -> Iterator[Made]:

@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill._among import company
+from jaxdistill._devices import AXIS, batch_axes, mesh_of
 from jaxdistill._lookups import Lookup, check_values, in_jaxpr, of_integers
 from jaxdistill._reach import depend_on
 from jaxdistill.data import Batches
@@ -30,6 +32,7 @@ from jaxdistill.evaluation._programs import (
   kept,
   settled,
 )
+from jaxdistill.evaluation._shared import Rows, everywhere, gathered, over, share, whole
 from jaxdistill.evaluation.tasks import Task
 from jaxdistill.teachers import answered, asked_on_host
 from jaxdistill.types import Batch, Model, Outputs, Teacher, with_logits
@@ -45,8 +48,6 @@ __all__ = [
 ]
 
 Split = TypeVar("Split", bound=Batch | Batches)
-# The axes of a mesh over which batches are split: `jaxdistill.train.mesh`, of a room above.
-_DATA, _FSDP = "data", "fsdp"
 # What comes of variables that belong to another network.
 _MISFITS = (
   _check.VariablesError,
@@ -71,6 +72,14 @@ def evaluate(
   as after a training over them, these share each batch whose size they divide. Sums of batches are
   added up in float64 on the host; of a split that is streamed, five batches at most are in memory.
 
+  In a program of several processes all of them call this, with the same arguments, and get the same
+  numbers. Each reads and evaluates every P-th batch on its own devices, and all add up the sums of
+  all batches in their order: to the bit what one process of as many devices gives, since a batch's
+  sums come of the same program. A model or a teacher that lies in parts over the processes goes
+  through every batch with all of them, which each reads; then the numbers are those of one device,
+  to float32's rounding. What process 0 is to evaluate alone, it does so in
+  ``runs.Together().first(...)``.
+
   Args:
     model: what `jaxdistill.fit` returned, ``Model(network, variables)``, or a teacher (an ensemble,
       say).
@@ -89,6 +98,7 @@ def evaluate(
   Raises:
     TypeError: an argument is of another kind, or labels are not what the task takes.
     ValueError: variables do not fit their network, or labels lie beyond its classes.
+    RuntimeError: another process could not evaluate its batches; says which, and why.
   """
   return _Pass(model, batches, teacher, _task(task)).finished()
 
@@ -145,29 +155,49 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
   _check_batches(batches)
   _check_teacher(teacher)
   task = _task(task)
+  count, at = count_of(batches), None if asked_on_host(teacher) else over(teacher)
+  say, every = _saying(teacher, batches, task, at), at is not None
+  each = batches_of(batches, share(count, every=every))
+  told, heads = Rows(count), list[Any]()
+
+  def one() -> list[Outputs]:
+    said = say(next(each))
+    if not heads:  # the first one's is everybody's
+      heads.append(said.head)
+    return [dataclasses.replace(said, head=None)]
+
+  together = 1 if every else company()[1]
+  for begin in range(0, count, together):  # a batch of each process at a time
+    for i, said in enumerate(gathered(one, min(together, count - begin), every=every)):
+      told.put(begin + i, said)
+  head = jax.tree.map(lambda x: np.broadcast_to(x, (count, *np.shape(x))), heads[0])
+  return dataclasses.replace(batches, teacher=dataclasses.replace(told.tree, head=head))
+
+
+def _saying(
+  teacher: Teacher, batches: Batch | Batches, task: Task, at: NamedSharding | None
+) -> Callable[[Batch], Outputs]:
+  """What gives a teacher's outputs of a batch, on the host; the head with the first alone."""
   if asked_on_host(teacher):
-    said = [jax.device_get(teacher(batch)) for batch in batches_of(batches)]
-    found = [dataclasses.replace(task.reads(one), where=one.where) for one in said]
-  else:
-    first = first_of(batches)
-    teacher = beside(settled(teacher), first)
-    with _fitting(None):
-      asked = _Teacher(task, teacher, first)
-    ask = asked.compiled(count_of(batches))
-    found = []
-    for batch in batches_of(batches):
-      one = dataclasses.replace(ask(teacher, batch), where=None)
-      # The first one's head is everybody's.
-      found.append(jax.device_get(dataclasses.replace(one, head=None) if found else one))
-  return dataclasses.replace(batches, teacher=_stacked(found))
 
+    def on_host(batch: Batch) -> Outputs:
+      said = jax.device_get(teacher(batch))
+      return dataclasses.replace(task.reads(said), where=said.where)
 
-def _stacked(found: Sequence[Outputs]) -> Outputs:
-  """Outputs of batches side by side, ``[N, B, ...]``; their one head is there once."""
-  told = [dataclasses.replace(one, head=None) for one in found]
-  one: Outputs = jax.tree.map(lambda *x: np.stack(x), *told)
-  head = jax.tree.map(lambda x: np.broadcast_to(x, (len(found), *np.shape(x))), found[0].head)
-  return dataclasses.replace(one, head=head)
+    return on_host
+  first = first_of(batches)
+  teacher = beside(settled(teacher), first) if at is None else everywhere(teacher, at)
+  with _fitting(None):
+    asked = _Teacher(task, teacher, first)
+  ask, given = asked.compiled(count_of(batches)), list[bool]()
+
+  def say(batch: Batch) -> Outputs:
+    said = ask(teacher, batch if at is None else everywhere(batch, at))
+    said = dataclasses.replace(said, where=None, head=None if given else said.head)
+    given[:] = [True]
+    return jax.device_get(said if at is None else whole(said, at))
+
+  return say
 
 
 def logits_of(model: Model | Teacher, batch: Batch) -> jax.Array:
@@ -382,16 +412,10 @@ def _shares_of(model: Any) -> NamedSharding | None:
   Students of several seeds are left as they are: the compiler, left to share out what vmap makes of
   their convolutions, fails at those in groups.
   """
-  if _seeds(model) is not None:
+  mesh = mesh_of(model) if _seeds(model) is None else None
+  if mesh is None or mesh.shape.get(AXIS, 1) == 1:
     return None
-  for leaf in jax.tree.leaves(model):
-    where = getattr(leaf, "sharding", None)
-    if not isinstance(where, NamedSharding) or not isinstance(where.mesh, Mesh):
-      continue
-    if where.mesh.shape.get(_DATA, 1) > 1 and where.is_fully_addressable:
-      over = tuple(axis for axis in (_DATA, _FSDP) if axis in where.mesh.shape)
-      return NamedSharding(where.mesh, PartitionSpec(over))
-  return None
+  return NamedSharding(mesh, PartitionSpec(batch_axes(mesh)))
 
 
 def _task(task: Any) -> Task:
@@ -426,7 +450,13 @@ class _Pass:
     if isinstance(model, Model):  # without what a run's state and history add to it
       model = Model(model.network, model.variables, model.seeds)
     first = first_of(batches)
-    self.model, self.teacher = beside(settled((model, teacher)), first)
+    # The devices of several processes, of which each then takes part in every batch.
+    self.over, self.examined = over((model, teacher)), examined
+    both = model, teacher
+    if self.over is None:
+      self.model, self.teacher = beside(settled(both), first)
+    else:
+      self.model, self.teacher = everywhere(both, self.over)
     self.shares = _shares_of(self.model)
     self.task, self.compared = task, teacher is not None or batches.teacher is not None
     self.asked: _Teacher | None = None
@@ -448,7 +478,7 @@ class _Pass:
       # Where no teacher is, a mute one takes its place and what comes of it is not looked at: the
       # program is the same, and compiling another takes longer than its few sums ever will.
       mute = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), of_one)
-      self.mute = settled((self.model, _said(mute, len(first.weight))))[1]
+      self.mute = self._beside_model(_said(mute, len(first.weight)))
       said: Any = self.mute
       if teacher is not None:
         self.asked = _Teacher(task, teacher, first)
@@ -471,19 +501,29 @@ class _Pass:
   def _shown(self, batch: Batch) -> Batch:
     """What the model sees of a batch, on its devices: a network sees no teacher's outputs."""
     shown = dataclasses.replace(batch, teacher=None) if isinstance(self.model, Model) else batch
-    if self.shares is None or len(batch.weight) % math.prod(self.shares.mesh.shape.values()):
-      return shown
     # Each device has its rows of the batch, and their sums are added up by the program.
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, self.shares), shown)
+    at = self.shares
+    if at is not None and len(batch.weight) % math.prod(at.mesh.shape.values()):
+      at = None
+    if self.over is not None:
+      return everywhere(shown, at or self.over)
+    return shown if at is None else jax.tree.map(lambda leaf: jax.device_put(leaf, at), shown)
+
+  def _beside_model(self, said: Outputs) -> Outputs:
+    """A teacher's outputs, of the host, where the model lies."""
+    beside_it: Outputs = (
+      settled((self.model, said))[1] if self.over is None else everywhere(said, self.over)
+    )
+    return beside_it
 
   def compile(self, calls: float) -> None:
     """Begins to compile in the background, for so many passes without a teacher."""
     count = count_of(self.batches)
     self.program.compiled(calls * count).compile(self.model, self.mute, self.first)
 
-  def _each(self) -> Iterator[Batch]:
-    """The batches; those that are streamed are checked when they come."""
-    for batch in batches_of(self.batches):
+  def _each(self, numbers: Sequence[int]) -> Iterator[Batch]:
+    """Batches by number; those that are streamed are checked when they come."""
+    for batch in batches_of(self.batches, numbers):
       if isinstance(self.batches, Batches):
         batch, _ = _with_labels_of_one(batch, self.of_one, self.task, self.labels)
         self._check_inputs(batch, axes=1)
@@ -491,20 +531,28 @@ class _Pass:
 
   def __call__(self, calls: float = 1) -> list[_Measured]:
     """Goes through the batches, once of so many times; waits for nothing but a stream's."""
-    calls = calls * count_of(self.batches)
+    count, every = count_of(self.batches), self.over is not None
+    numbers = share(count, every=every)
+    return gathered(lambda: self._measured(numbers, calls * count), count, every=every)
+
+  def _measured(self, numbers: Sequence[int], calls: float) -> list[_Measured]:
+    """What is measured on these batches, by programs that are compiled for so many calls."""
     program = self.program.compiled(calls)
     ask = None if self.asked is None else self.asked.compiled(calls)
     found: list[_Measured] = []
-    for batch in self._each():
+    for batch in self._each(numbers):
       said = self.mute
       if ask is not None:
-        said = ask(self.teacher, batch)
+        shown = batch if self.over is None else everywhere(batch, self.over)
+        said = ask(self.teacher, shown)
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
-        said = settled((self.model, told))[1]
+        said = self._beside_model(told)
       made = program(_of_batch(self.model, batch), said, self._shown(batch))
-      there = tasks.on_host(batch)
-      found.append(dataclasses.replace(made, there=there))
+      made = made if self.over is None else whole(made, self.over)
+      if not self.examined:
+        made = dataclasses.replace(made, answers={})
+      found.append(dataclasses.replace(made, there=tasks.on_host(batch)))
       if isinstance(self.batches, Batches) and len(found) > 2:
         jax.block_until_ready(found[-3].quality)  # no more of a stream lies on the device
     return found

@@ -8,7 +8,7 @@ so a validation, a final evaluation and a measurement of time share what they ha
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -170,21 +170,22 @@ def beside(tree: PyTree, batch: Batch) -> PyTree:
   return jax.tree.map(put, tree)
 
 
-def batches_of(batches: Batch | Batches) -> Iterator[Batch]:
+def batches_of(batches: Batch | Batches, numbers: Sequence[int] | None = None) -> Iterator[Batch]:
   """The batches of a split one by one, so that no program knows how many there are.
 
   Args:
     batches: leaves ``[N, B, ...]``, or what makes them.
+    numbers: which of them, from 0 on; all where left out.
 
   Yields:
-    N batches, leaves ``[B, ...]``: views of the host's memory where they lie there.
+    Batches, leaves ``[B, ...]``: views of the host's memory where they lie there.
   """
   if isinstance(batches, Batches):
-    yield from batches
+    yield from batches if numbers is None else batches.some(numbers)
     return
   leaves, structure = jax.tree.flatten(batches)
   views = [host_view(leaf) for leaf in leaves]
-  for i in range(len(batches.weight)):
+  for i in range(len(batches.weight)) if numbers is None else numbers:
     if any(view is None for view in views):
       yield _cut(batches, i)
     else:

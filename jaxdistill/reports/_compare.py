@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxdistill import _check, _extras, evaluation, teachers
+from jaxdistill import _check, _extras, evaluation, runs, teachers
 from jaxdistill.data import Batches, Examples, Records
 from jaxdistill.evaluation import predictions, tasks
 from jaxdistill.evaluation.predictions import Answers, Predictions
@@ -46,7 +46,8 @@ def compare_students(
 ) -> tuple[pathlib.Path, dict[str, Any]]:
   """Compares the runs ``baseline`` and ``student`` of an experiment's folder with their teacher.
 
-  Where there is no ``baseline``, the report says that what distillation gained is unknown.
+  Where there is no ``baseline``, the report says that what distillation gained is unknown. In a
+  program of several processes all call this, evaluate together, and process 0 writes what it timed.
 
   Args:
     folder: the experiment's folder; the report is written there.
@@ -97,7 +98,6 @@ def compare_students(
     )
     for name, model in asked.items()
   }
-  folder.mkdir(parents=True, exist_ok=True)
   instances = models["student"].seeds or 1
   result = _report.build_report(
     teacher=measured["teacher"],
@@ -116,10 +116,16 @@ def compare_students(
     columns=columns,
     show=show,
   )
-  if texts is not None and isinstance(examples, Examples):
-    write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
-  kept = found if found.models or found.details else None
-  return _report.write_report(folder, result, predictions=kept), result
+
+  def write() -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if texts is not None and isinstance(examples, Examples):
+      write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
+    kept = found if found.models or found.details else None
+    _report.write_report(folder, result, predictions=kept)
+
+  runs.Together().first(write)
+  return folder / "report.md", result
 
 
 def _costs(

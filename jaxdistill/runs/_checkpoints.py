@@ -96,6 +96,9 @@ class Checkpoints:
     folder: where the checkpoints are; made at the first save.
     keep_last: how many of the last ones to keep, at least 1.
     keep_best: whether to keep the one with the highest score as well.
+    together: whether all processes of the program call `latest`, `best` and `restore`: each then
+      digests its share of the files, and believes the others theirs. By default a process reads by
+      itself.
 
   Raises:
     ValueError: ``keep_last`` is below 1.
@@ -109,12 +112,18 @@ class Checkpoints:
   """
 
   def __init__(
-    self, folder: str | os.PathLike[str], *, keep_last: int = 2, keep_best: bool = True
+    self,
+    folder: str | os.PathLike[str],
+    *,
+    keep_last: int = 2,
+    keep_best: bool = True,
+    together: bool = False,
   ) -> None:
     _check.whole("keep_last", keep_last)
     self.folder = _check.folder("folder", folder)
     self.keep_last = keep_last
     self.keep_best = keep_best
+    self._together = Together(None if together else {})
     self._thread: threading.Thread | None = None
     self._error: tuple[int, BaseException] | None = None
 
@@ -216,7 +225,7 @@ class Checkpoints:
   def _first_verified(self, steps: list[int]) -> int | None:
     for step in steps:
       try:
-        verify(locate(self.folder / str(step)))
+        _verify(locate(self.folder / str(step)), None, self._together)
       except CheckpointError as error:
         _warn_skipped(error)
       else:
@@ -230,7 +239,9 @@ class Checkpoints:
       CheckpointWarning: names the folder, the file, and what is wrong with it.
     """
     self._join()
-    return self._first_verified(self._present()[::-1])
+    # Those that process 0 sees: a disk of several machines may show each another list.
+    seen = self._together.each(lambda: json.dumps(self._present()))[0]
+    return self._first_verified(json.loads(seen)[::-1])
 
   def best(self) -> int | None:
     """The step of the highest score that verifies, the earliest among equals; None without any.
@@ -262,7 +273,7 @@ class Checkpoints:
       ValueError: an unknown item, or another structure, shape or dtype than was saved.
     """
     self._join()
-    return _read(self._existing(step), like)
+    return _read(self._existing(step), like, self._together)
 
   def items(self, step: int) -> list[str]:
     """The names of what a checkpoint holds.
@@ -393,7 +404,16 @@ def load_variables(path: str | os.PathLike[str], like: PyTree | None = None) -> 
   target = locate(_check.folder("path", path))
   if not target.is_dir():
     raise FileNotFoundError(f"there is no checkpoint at path={target}.")
-  return _read(target, {_VARIABLES: like})[_VARIABLES]
+  return _read(target, {_VARIABLES: like}, Together({}))[_VARIABLES]
+
+
+def _verify(folder: pathlib.Path, items: list[str] | None, together: Together) -> None:
+  """Raises, in all processes that read together, where one finds its share of the files damaged."""
+
+  def mine() -> None:
+    verify(folder, items, (together.me, together.count))
+
+  together.each(mine)
 
 
 def _warn_skipped(error: CheckpointError) -> None:
@@ -434,7 +454,8 @@ def _commit(
   try:
     together.first(try_out)
     if arrays:
-      together.each(write)
+      # Where one cannot write, Orbax keeps the others five minutes, out of reach of Python.
+      together.each(write, watched=True)
     files = {n: one for said in together.each(read_back) for n, one in json.loads(said).items()}
     together.first(lambda: publish(target, body, files))
   except OSError:
@@ -510,7 +531,9 @@ def _check_stored(folder: pathlib.Path, described: dict[str, Any], liked: Contai
   check_size(folder, size, sum(about["bytes"] for about in read_manifest(folder)["files"].values()))
 
 
-def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyTree]:
+def _read(
+  folder: pathlib.Path, like: dict[str, PyTree] | None, together: Together
+) -> dict[str, PyTree]:
   described = _described(folder)
   wanted = dict.fromkeys(described) if like is None else like
   unknown = sorted(set(wanted) - set(described))
@@ -522,7 +545,7 @@ def _read(folder: pathlib.Path, like: dict[str, PyTree] | None) -> dict[str, PyT
   liked = {item: named_leaves(item, tree) for item, tree in wanted.items() if tree is not None}
   for item, leaves in liked.items():
     check_like(item, folder, described[item]["leaves"], leaves)
-  verify(folder, list(wanted))
+  _verify(folder, list(wanted), together)
   stored = [item for item in wanted if (folder / item).is_dir()]
   in_place = {
     item: {

@@ -126,8 +126,24 @@ def _check_body(folder: pathlib.Path, body: dict[str, Any]) -> None:
     entry(body, "score", (float, type(None)))
 
 
-def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, Any]:
-  """Compares the files with the manifest; the digests only of these items, if they are given."""
+def verify(
+  folder: pathlib.Path,
+  items: list[str] | None = None,
+  part: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+  """Compares the files with the manifest.
+
+  Args:
+    folder: the folder.
+    items: of which alone the digests are compared; None for all.
+    part: ``(p, P)``: the p-th of P processes that each compare the digests of some of the files.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    CheckpointError: a file is missing, too many, or not what was written.
+  """
   body = read_manifest(folder)
   expected, found = body["files"], file_names(folder)
   for name in sorted(set(expected) - set(found)):
@@ -136,8 +152,9 @@ def verify(folder: pathlib.Path, items: list[str] | None = None) -> dict[str, An
     extra = first_few(sorted(set(found) - set(expected)))
     raise damaged(folder, extra, f"was not written with it ({body['file_count']} files were)")
   try:
-    for name, about in expected.items():
+    for number, (name, about) in enumerate(sorted(expected.items())):
       asked = items is None or "/" not in name or name.split("/")[0] in items
+      asked = asked and number % part[1] == part[0]
       problem = altered(folder / name, about, whole=asked)
       if problem:
         raise damaged(folder, name, problem)

@@ -1,13 +1,11 @@
 """Arrays in parts, part by part: no host ever has more of one than its devices hold.
 
 And the processes of a program that write such arrays into one folder together: what one of them
-could not do, all of them hear of. They talk through JAX's own store of words, which needs no
-device, so that a thread can wait while the others compute.
+could not do, all of them hear of.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,16 +13,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from jaxdistill import _check
+from jaxdistill._among import Meetings, alone, company
 from jaxdistill.runs._manifest import CheckpointError
 
 __all__ = ["Together", "by_part", "in_parts", "kept", "same_bits"]
 
 PyTree = Any
-# Milliseconds: a process that has died is noticed elsewhere, see `jaxdistill.train`.
-_PATIENCE = 3_600_000
-# How often the processes have met; all of them meet in the same order.
-_MEETINGS = itertools.count()
+_MEETINGS = Meetings("saving")
 
 
 def in_parts(leaf: Any) -> bool:
@@ -119,35 +114,27 @@ class Together:
     leaves = (leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array))
     several = any(not leaf.is_fully_addressable for leaf in leaves)
     several = jax.process_count() > 1 if tree is None else several
-    self.me = jax.process_index() if several else 0
-    self.count = jax.process_count() if several else 1
+    self.me, self.count = company() if several else (0, 1)
 
-  def each(self, work: Callable[[], str | None]) -> list[str]:
+  def each(self, work: Callable[[], str | None], *, watched: bool = False) -> list[str]:
     """What each process has to say, once all of them have done their work.
 
     Args:
       work: this process's; it returns what it says.
+      watched: whether it is left, in a thread of its own, as soon as another process has failed.
 
     Raises:
       CheckpointError: another process failed; names it, and says why. What this one raises comes.
     """
     if self.count == 1:
       return [work() or ""]
-    problem: BaseException | None = None
-    try:
-      word = "+" + (work() or "")
-    except Exception as error:
-      problem, word = error, "-" + _check.short(error)
-    said = _exchanged(word, self.me, self.count)
-    if problem is not None:
-      raise problem
-    failed = [f"process {i}: {one[1:]}" for i, one in enumerate(said) if one[0] == "-"]
-    if failed:
-      raise CheckpointError("; ".join(failed))
-    return [one[1:] for one in said]
+    said = _MEETINGS.each(lambda: (work() or "").encode(), CheckpointError, watched=watched)
+    return [one.decode() for one in said]
 
   def first(self, work: Callable[[], Any]) -> None:
     """Does something in process 0 alone, for whose end the others wait: an hour, and no longer.
+
+    What it evaluates is shared out over no other processes, since these wait.
 
     Raises:
       CheckpointError: it failed there.
@@ -155,22 +142,7 @@ class Together:
 
     def mine() -> None:
       if self.me == 0:
-        work()
+        with alone():
+          work()
 
     self.each(mine)
-
-
-def _exchanged(word: str, me: int, count: int) -> list[str]:
-  """What all processes say at this meeting, in their order."""
-  from jax._src import distributed  # JAX has no public name for its store
-
-  client: Any = distributed.global_state.client
-  number = next(_MEETINGS)
-  client.key_value_set(f"jaxdistill/meeting/{number}/{me}", word)
-  said = [
-    client.blocking_key_value_get(f"jaxdistill/meeting/{number}/{process}", _PATIENCE)
-    for process in range(count)
-  ]
-  if number:  # whoever is here has read what was said before
-    client.key_value_delete(f"jaxdistill/meeting/{number - 1}/{me}")
-  return said

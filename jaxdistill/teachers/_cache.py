@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check, _extras, runs
 from jaxdistill._compile import by_work, quarter, shapes_of
+from jaxdistill._devices import AXIS, mesh_of
 from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers
 from jaxdistill.data import Part, Source, made_ahead, record_files
 from jaxdistill.runs import MANIFEST, Progress, progress_bar, say_saved
@@ -69,8 +70,6 @@ PART_SECONDS = 10.0
 _MEASURED = 5
 # How long one waits for what others are filling before it looks again.
 _LOOK_AGAIN = 1.0
-# The axis of a mesh over which batches are split: `jaxdistill.train.AXIS`, of a room above.
-_DATA = "data"
 
 
 def cached(
@@ -581,15 +580,24 @@ class Filler:
     self.source, self.teacher, self.dtype, self.nan = source, teacher, dtype, nan
     self.shared, self.size, self.whole = source.shared, whole.size, whole
     on_host = asked_on_host(teacher)
-    self._mesh = None if on_host or devices is None else _mesh_of(teacher, devices)
-    over = 1 if self._mesh is None else self._mesh.shape.get(_DATA, 1)
+    self._mesh: Mesh | None = None
+    if not on_host and devices is not None:
+      here = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
+      self._mesh = mesh_of(teacher) or here
+      if any(device.process_index != jax.process_index() for device in self._mesh.devices.flat):
+        raise ValueError(
+          "teacher lies on devices of several processes, and each fills a cache by itself: put it "
+          "on those of this one (jax.device_put, teachers.restore), or train with the teacher in "
+          "the step, without a cache."
+        )
+    over = 1 if self._mesh is None else self._mesh.shape.get(AXIS, 1)
     # A multiple of the devices: the last batch repeats an example anyway.
     self.batch_size = -(-min(batch_size, self.size) // over) * over
     self.steps: int = whole.count(self.batch_size)
     if self._mesh is not None:
       everywhere = NamedSharding(self._mesh, PartitionSpec())
       self.shared = jax.device_put(self.shared, everywhere)
-      if not _lies_on_several(teacher):
+      if mesh_of(teacher) is None:
         self.teacher = jax.device_put(teacher, everywhere)
     outputs = _function(source.cut, dtype, features, on_host, self._mesh)
     self._looked_up: tuple[Lookup, ...] = ()
@@ -615,11 +623,11 @@ class Filler:
     item = self.whole.item(self.source.data_seed, self.batch_size, view, number)
     if self._mesh is None:
       return item
-    mesh, over = self._mesh, self._mesh.shape.get(_DATA, 1)
+    mesh, over = self._mesh, self._mesh.shape.get(AXIS, 1)
 
     def put(leaf: Any) -> Any:
       cut = over > 1 and np.ndim(leaf) and len(leaf) % over == 0
-      return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[_DATA] * bool(cut))))
+      return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*[AXIS] * bool(cut))))
 
     return jax.tree.map(put, item)
 
@@ -774,9 +782,9 @@ def _function(
 
   def outputs(teacher: Teacher, shared: PyTree, item: PyTree) -> Any:
     batch = shown(shared, item)
-    if mesh is not None and batch.index.shape[0] % mesh.shape.get(_DATA, 1) == 0:
+    if mesh is not None and batch.index.shape[0] % mesh.shape.get(AXIS, 1) == 0:
       # Without it the compiler is free to gather what is cut out of arrays on every device.
-      rows = PartitionSpec(*[_DATA] * (_DATA in mesh.shape))
+      rows = PartitionSpec(*[AXIS] * (AXIS in mesh.shape))
       batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, rows))
     made = _picked(teacher(batch), features, all_of_them=on_host)
     where = made.pop("where", None)
@@ -790,22 +798,6 @@ def _function(
     return batch.index, {**kept, **mask}, problems
 
   return outputs
-
-
-def _mesh_of(teacher: Teacher, devices: Sequence[jax.Device]) -> Mesh:
-  """The mesh on which a teacher lies, or one of these devices."""
-  for leaf in jax.tree.leaves(teacher):
-    where = getattr(leaf, "sharding", None)
-    if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) and where.mesh.size > 1:
-      return where.mesh
-  return Mesh(np.asarray(devices), (_DATA,), axis_types=(AxisType.Auto,))
-
-
-def _lies_on_several(teacher: Teacher) -> bool:
-  return any(
-    isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
-    for leaf in jax.tree.leaves(teacher)
-  )
 
 
 def _picked(

@@ -339,7 +339,7 @@ def _trained(
       settings = {**(run.config or {}), "seed": seed, **about}
     if run.folder is not None:
       path = stack.enter_context(_claimed(run, plan, program, settings))
-      kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last)
+      kept = Checkpoints(path / "checkpoints", keep_last=watch.keep_last, together=True)
       saved = stack.enter_context(kept)
     state, at = start_or_resume(program, saved)
     if path is not None and at < plan.steps:

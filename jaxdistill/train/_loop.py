@@ -63,7 +63,7 @@ def start_or_resume(program: Program, saved: Checkpoints | None) -> tuple[State,
   Returns:
     The last good checkpoint's, else that at step 0.
   """
-  found = saved.latest() if saved is not None and jax.process_index() == 0 else None
+  found = None if saved is None else saved.latest()
   step = _mesh.agree(-1 if found is None else found)
   if step < program.plan.steps:
     program.compile(begin=step < 0)  # in the background, while the state is made or read

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill._compile import CompiledOnce, limit_of
+from jaxdistill._compile import CompiledOnce, limit_of, shapes_of
 from jaxdistill.data import Source
 from jaxdistill.train import _mesh
 from jaxdistill.train._in_chunks import in_chunks
@@ -266,7 +266,7 @@ def _shapes_of(data: Any) -> Batch:
       f"data={_check.show(data)} must be a Source, or a Batch of arrays or shapes: "
       "types.make_batch(inputs, labels)."
     )
-  shapes: Batch = jax.eval_shape(lambda leaves: leaves, data)
+  shapes: Batch = shapes_of(data)
   return shapes
 
 

@@ -25,6 +25,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
 from jaxdistill._compile import CompiledOnce
+from jaxdistill._devices import AXIS, batch_axes
 from jaxdistill.runs import is_key
 from jaxdistill.train._sharding import Rules, Sharding, check_rules, laid, lies_on, put
 
@@ -41,9 +42,6 @@ __all__ = [
   "with_students",
 ]
 
-AXIS = "data"
-# What shards parameters over data-parallel devices: batches are split over it too.
-_FSDP = "fsdp"
 PyTree = Any
 
 
@@ -146,7 +144,7 @@ class Dispatch:
     split: ``(items, batch_axis)``: shares out the batch axis of the leaves that have one; the
       others, which have no axis beyond those before it, go to every device.
     constrain: keeps a batch's leading axis split, inside the program.
-    collect: one copy of what `compile`'s function returned, on this process's devices; what is in
+    collect: what `compile`'s function returned, whole on each of this process's devices; what is in
       parts on the devices of several processes stays there.
     accumulate: into how many micro-batches a step cuts its batch.
     tokens_at_once: how many tokens' logits a step has at any time; None for those of its batch.
@@ -242,7 +240,7 @@ def _usable(mesh: Any) -> Mesh:
 def _over(mesh: Mesh, axes: Any) -> tuple[str, ...]:
   """The axes over which a batch is split."""
   if axes is None:
-    return tuple(axis for axis in mesh.axis_names if axis in (AXIS, _FSDP))
+    return batch_axes(mesh)
   found = (axes,) if not isinstance(axes, Sequence) or isinstance(axes, str) else tuple(axes)
   if AXIS not in found or not set(found) <= set(mesh.axis_names) or len(set(found)) < len(found):
     raise ValueError(
@@ -433,12 +431,15 @@ def _moved(leaf: Any, sharding: NamedSharding) -> Any:
 
 
 def _local(leaf: Any) -> Any:
-  """This process's copy of a replicated array, by itself."""
+  """This process's copies of a replicated array, by themselves; no number is moved."""
   if is_key(leaf):
     return jax.random.wrap_key_data(
       _local(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf)
     )
-  return leaf.addressable_data(0)
+  copies = [shard.data for shard in leaf.addressable_shards]
+  here = data_parallel([device for copy in copies for device in copy.devices()])
+  sharding = NamedSharding(here, PartitionSpec())
+  return jax.make_array_from_single_device_arrays(leaf.shape, sharding, copies)
 
 
 def with_students(
@@ -463,7 +464,8 @@ def with_students(
   if jax.process_count() > 1:
     raise ValueError(
       f"a sweep is of one process, and there are {jax.process_count()}: start it in one, whose "
-      "devices share its students; train.fit takes several."
+      "devices share its students. search.study(storage=...) shares trials out over processes that "
+      "are started one by one; train.fit takes several."
     )
   _check_form(seeds_by, scan)
   mesh = data_parallel() if mesh is None else mesh

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import data, evaluation, networks, recipes, search, teachers, train
-from jaxdistill.evaluation import _evaluate, tasks
+from jaxdistill.evaluation import _evaluate, _shared, tasks
 from jaxdistill.train import _program
 from jaxdistill.types import Batch, Model
 from small_networks import dense, untyped
@@ -222,3 +222,14 @@ def test_devices_share_each_batch(strict_promotion):
       np.testing.assert_allclose(found[1][name], value, rtol=1e-6, atol=1e-7, err_msg=name)
   odd = data.evaluation_batches(examples, batch_size=7, most=0)  # no two equal shares
   assert evaluation.evaluate(both, odd)["accuracy"] == evaluation.evaluate(one, odd)["accuracy"]
+
+
+def test_what_a_teacher_said_lies_in_a_file_where_it_is_large():
+  rows = [{"a": np.full((2, 3), i, np.float32), "none": np.zeros(0)} for i in range(4)]
+  for most, kind in ((0, np.memmap), (2**20, np.ndarray)):
+    told = _shared.Rows(4, most=most)
+    for number in (2, 0, 3, 1):
+      told.put(number, rows[number])
+    assert type(told.tree["a"]) is kind
+    np.testing.assert_array_equal(told.tree["a"], np.stack([row["a"] for row in rows]))
+    assert told.tree["none"].shape == (4, 0)

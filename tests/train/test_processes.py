@@ -1,10 +1,12 @@
 """Two processes of one program, over loopback: one run folder, and the numbers of one process."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,9 +21,10 @@ import optax
 import pytest
 from jax._src import array
 from jax._src import distributed as distributed_jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 import small_networks
-from jaxdistill import data, export, recipes, runs, search, teachers, train
+from jaxdistill import data, evaluation, export, recipes, runs, search, teachers, train
 from jaxdistill.runs import Checkpoints
 from jaxdistill.train import _mesh
 from jaxdistill.types import Model
@@ -38,7 +41,9 @@ jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
 import test_processes
 works = {
-  "stopped": test_processes.stopped, "left": test_processes.left, "parts": test_processes.in_parts
+  "stopped": test_processes.stopped, "left": test_processes.left,
+  "parts": test_processes.in_parts, "evaluated": test_processes.evaluated,
+  "full": test_processes.full, "filled": test_processes.filled,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
@@ -64,7 +69,7 @@ def run(folder, kind, dispatch=None, **options):
     teacher=teacher,
     average=0.9,
     accumulate=2,
-    validate=lambda m: {"accuracy": float(jnp.mean(m.variables["params"]["Dense_0"]["bias"]))},
+    validate=evaluation.validator(data.evaluation_batches(examples, batch_size=16)),
     folder=folder,
     dispatch=dispatch,
     **{"steps": 8, "validate_every": 4, "log_every": 2, **options},
@@ -181,6 +186,120 @@ def in_parts(folder, kind):
     export.as_program(whole.unstack()[0], stored=jax.ShapeDtypeStruct((4,), float))
 
 
+def everything(place, seeds=True):
+  """What is evaluated of models whose variables are put somewhere; arrays by name."""
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 3, 71)  # five batches of 16, of which the last has nine of padding
+  inputs = (rng.normal(size=(71, 4)) + np.eye(3, 4)[labels]).astype(np.float32)
+  examples = data.from_arrays(inputs, labels, num_classes=3)
+  network = small_networks.dense(16)
+  variables = [network.init(jax.random.key(seed), inputs[:1]) for seed in (1, 2)]
+  models = {"one": Model(network, place(variables[0]))}
+  if seeds:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *variables)
+    models["two seeds"] = Model(network, stacked, 2)
+  teacher = teachers.frozen(Model(network, place(variables[1])))
+  found = {}
+  for how, most in (("stacked", None), ("streamed", 0)):
+    batches = data.evaluation_batches(examples, batch_size=16, most=most)
+    taught = evaluation.taught(teacher, batches)
+    found[f"{how}/logits"] = taught.teacher.logits
+    for name, model in models.items():
+      asked = (batches, teacher) if name == "one" else (taught, None)
+      metrics, answers = evaluation.examine(model, asked[0], teacher=asked[1])
+      near = evaluation.evaluate(model, batches, task=evaluation.tasks.embedding("mid"))
+      validated = evaluation.validator(batches)(model)
+      validated = {f"validated {metric}": number for metric, number in validated.items()}
+      for about in (metrics, vars(answers), near, validated):
+        found |= {f"{name}/{how}/{key}": value for key, value in about.items()}
+  return found
+
+
+def on_own_devices(tree):
+  """Whole on each device of this process, as `fit` gives a student back."""
+  here = train.data_parallel(jax.local_devices()[:2])
+  return jax.device_put(tree, NamedSharding(here, PartitionSpec()))
+
+
+def wrong_label():
+  """A stream whose second batch, which process 1 reads, has a label that is none."""
+  examples = data.from_arrays(np.ones((8, 4), np.float32), np.zeros(8, int), num_classes=3)
+  batches = data.evaluation_batches(examples, batch_size=4, most=0)
+
+  def make(number):
+    batch = batches[number]
+    return dataclasses.replace(batch, labels=batch.labels + 7 * number)
+
+  return dataclasses.replace(batches, make=make)
+
+
+def full(folder, kind):
+  """A run in parts whose process 1 finds no room on its disk when it saves."""
+  if jax.process_index() == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+  began = time.monotonic()
+  try:
+    run(folder, "parts", of_parts(data=1, fsdp=4))
+  finally:
+    print(f"left after {time.monotonic() - began:.0f} s")
+
+
+def cache_of(folder):
+  """A source, a teacher whose outputs are cached, and where."""
+  rng = np.random.default_rng(0)
+  inputs = rng.integers(0, 256, (96, 3, 3, 1)).astype(np.uint8)
+  examples = data.from_arrays(inputs, rng.integers(0, 3, 96))
+  source = data.on_device(examples, batch_size=16, data_seed=0, views=4, augmentation=data.crop(1))
+  network = small_networks.dense(7)
+  variables = on_own_devices(network.init(jax.random.key(9), inputs[:1] / 255))
+  return source, teachers.frozen(Model(network, variables)), folder / "outputs"
+
+
+def filled(folder, kind):
+  """What each of several processes does that fill one cache, and train with it."""
+  jax.config.update("jax_enable_x64", False)
+  source, teacher, place = cache_of(pathlib.Path(folder))
+  made = teachers.fill(teacher, source, place, batch_size=16, progress=None)
+  print(f"filled {made.records} rows")
+  cached = teachers.cached(teacher, source, folder=place, batch_size=16, progress=None)
+  fitted = small_networks.fit(
+    small_networks.dense(5), recipes.kd(), data=cached, optimizer=optax.sgd(0.1), steps=30
+  )
+  np.savez(pathlib.Path(folder) / f"{jax.process_index()}.npz", *jax.tree.leaves(fitted.variables))
+  everywhere = NamedSharding(train.data_parallel(), PartitionSpec())
+  far = jax.tree.map(
+    lambda leaf: jax.make_array_from_callback(
+      leaf.shape, everywhere, lambda index: np.asarray(leaf)[index]
+    ),
+    teacher,
+  )
+  with pytest.raises(ValueError, match="each fills a cache by itself"):
+    teachers.fill(far, source, place, batch_size=16, progress=None)
+
+
+def evaluated(folder, kind):
+  """What each of several processes evaluates, and what it says where one of them cannot."""
+  jax.config.update("jax_enable_x64", False)
+  if kind == "evaluated parts":
+    mesh = train.mesh(data=2, fsdp=jax.device_count() // 2)
+    found = everything(
+      lambda tree: jax.tree.map(_mesh.put, tree, train.shardings(tree, mesh, train.fsdp())), False
+    )
+  else:
+    found = everything(on_own_devices)
+    network = small_networks.dense(3)
+    model = Model(network, network.init(jax.random.key(0), np.zeros((1, 4))))
+    wanted = ValueError if jax.process_index() == 1 else RuntimeError
+    with pytest.raises(wanted, match="7" if wanted is ValueError else "process 1: .*7"):
+      evaluation.evaluate(model, wrong_label())
+    good = wrong_label().make(0)
+    alone = []
+    whole = jax.tree.map(lambda leaf: leaf[None], good)
+    runs.Together().first(lambda: alone.append(evaluation.evaluate(model, whole)))
+    assert len(alone) == (jax.process_index() == 0)
+  np.savez(pathlib.Path(folder) / f"{jax.process_index()}.npz", **found)
+
+
 def two_processes(folder, kind, devices=1):
   """Starts them, of so many devices each."""
   with socket.socket() as probe:
@@ -246,6 +365,21 @@ def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves
 
 
 @pytest.mark.slow
+def test_a_disk_that_is_full_for_one_process_ends_all_of_them(tmp_path):
+  """Orbax's own barrier would hold the others for five minutes."""
+  children = two_processes(tmp_path / "run", "full", devices=2)
+  try:
+    outputs = [child.communicate(timeout=200)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  assert [child.returncode for child in children] == [1, 1], outputs
+  assert "saving the checkpoint of step 4" in outputs[1]
+  assert "saving the checkpoint of step 4" in outputs[0] or "process 1 of 2 left" in outputs[0]
+  assert "process 1" in outputs[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
 def test_two_processes_are_one(tmp_path, kind):
   children = two_processes(tmp_path / "two", kind)
@@ -263,7 +397,9 @@ def test_two_processes_are_one(tmp_path, kind):
   lines = [json.loads(t) for t in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [2, 4, 6, 8]
   for line, other in zip(lines, one.history, strict=True):
-    np.testing.assert_allclose(line["loss"], other["loss"], rtol=1e-6)
+    for name in ("loss", *(name for name in other if name.startswith("validation/"))):
+      np.testing.assert_allclose(line[name], other[name], rtol=1e-6, err_msg=name)
+  assert "validation/nll" in lines[-1]
 
 
 @pytest.fixture
@@ -322,6 +458,50 @@ def test_two_processes_of_two_devices_in_parts_are_one(tmp_path, kind):
       the_same(student(np.ones((2, 4))), one.unstack()[0](np.ones((2, 4))).logits)
   lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
   np.testing.assert_allclose([json.loads(t)["loss"] for t in lines], losses(one), rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["evaluated", "evaluated parts"])
+def test_two_processes_evaluate_as_one(tmp_path, kind):
+  """Bit for bit where each batch is one process's; in parts, to float32's rounding of its sums."""
+  children = two_processes(tmp_path, kind, devices=2)
+  one = everything(on_own_devices, seeds=kind == "evaluated")
+  finish(children)
+  for process in range(2):
+    with np.load(tmp_path / f"{process}.npz") as found:
+      assert sorted(found) == sorted(one)
+      for name, value in one.items():
+        if kind == "evaluated":
+          np.testing.assert_array_equal(found[name], value, err_msg=name)
+        else:
+          np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_processes_that_talk_fill_one_cache(tmp_path):
+  """The files that one process of as many devices writes, and the student trained on them."""
+  children = two_processes(tmp_path, "filled", devices=2)
+  (tmp_path / "alone").mkdir()
+  source, teacher, place = cache_of(tmp_path / "alone")
+  teachers.fill(teacher, source, place, batch_size=16, progress=None)
+  outputs = finish(children)
+  rows = [int(re.search(r"filled (\d+) rows", output)[1]) for output in outputs]
+  assert sum(rows) == 4 * 96
+  names = sorted(path.name for path in place.rglob("*.array_record"))
+  found = tmp_path / "outputs"
+  assert names
+  assert names == sorted(path.name for path in found.rglob("*.array_record"))
+  for path in place.rglob("*.array_record"):
+    assert path.read_bytes() == (found / path.relative_to(place)).read_bytes()
+  cached = teachers.cached(teacher, source, folder=place, batch_size=16, progress=None)
+  fitted = small_networks.fit(
+    small_networks.dense(5), recipes.kd(), data=cached, optimizer=optax.sgd(0.1), steps=30
+  )
+  for process in range(2):
+    with np.load(tmp_path / f"{process}.npz") as leaves:
+      for a, b in zip(leaves.values(), jax.tree.leaves(fitted.variables), strict=True):
+        # Thirty steps in float32 in which only the order of additions differs.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def of_one():
