@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -80,9 +81,22 @@ def _logits(rows: int = 1) -> Given:
     "student_logits": student,
     "logits": student,
     "teacher_logits": _fixed(teacher),
-    "weak_logits": _fixed(teacher[:, ::-1]),
     "labels": _fixed(jnp.zeros(rows, jnp.int32)),
     "inside": _fixed(jnp.asarray([[True, True, False, False]])),
+  }
+
+
+def _zipf() -> Given:
+  """Of a loss that looks at no logit of the label: another one moves."""
+
+  def student(x: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.float32(2), x, jnp.float32(0), jnp.float32(-1)])[None]
+
+  weak = jnp.asarray([[1.0, 0.5, 0.2, -0.5]])
+  return {
+    "student_logits": student,
+    "weak_logits": _fixed(weak),
+    "labels": _fixed(jnp.zeros(1, jnp.int32)),
   }
 
 
@@ -108,15 +122,17 @@ def _views() -> Given:
 def _bank() -> Given:
   """Four examples beside banks of twelve, of three classes."""
   labels = jnp.arange(12) % 3
-  banks = losses.init_banks(jax.random.key(0), labels, 6)
-  return {
+  given = {
     **_blend(4, 6),
     "labels": _fixed(labels[:4]),
     "index": _fixed(jnp.arange(4)),
-    "banks": _fixed(banks),
+    "banks": _fixed(losses.init_banks(jax.random.key(0), labels, 6)),
     "key": _fixed(jax.random.key(1)),
     "negatives": _fixed(4),
   }
+  # The first batch sets the normalisers, which stay for the rest of a run, as here.
+  first: dict[str, Any] = {name: make(jnp.float32(0)) for name, make in given.items()}
+  return {**given, "banks": _fixed(losses.contrastive_bank(**first)[1])}
 
 
 def _pairs() -> Given:
@@ -176,6 +192,7 @@ _LOGIT = (
 _FEATURE = "from features drawn at random (0) to the teacher's (1), and on"
 _BATCH = "; three more examples stay as they are"
 _WHOLE = _LOGIT.replace("logit of", "logit (of the whole, or the weak view) of")
+_OTHER = "the student's logit of a class that is not the label; the others are 2 (its), 0 and −1"
 _TAG = "the student's logit of one label, which is on; the teacher's is 1"
 _NUMBER = "the student's number; the teacher's is 1, the label 0"
 _MEAN = "the student's mean, at a variance of 1; the teacher's is 1, the label 0"
@@ -209,6 +226,7 @@ OTHERS: dict[str, tuple[Given, str, float, float, float | None]] = {
   "intra_class_correlation": _several,
   "many_to_one": (_wide(), _FEATURE, -1, 3, 1),
   "overhaul": ({**_blend(1, 4, 4, 3), "margin": _fixed(jnp.full(3, -0.5))}, _FEATURE, -1, 3, 1),
+  "self_nontarget": (_zipf(), _OTHER, -4, 8, None),
   "self_target": _several,
   "variational_information": (
     {
