@@ -4,9 +4,10 @@
     python docs/losses.py --check    # fails where the page is not what would be written
 
 It reads the source and imports nothing of it, so that any Python runs it. A loss's docstring is
-paragraphs in this order: one line with the acronym in brackets; the formula, shown as it is laid
-out; remarks, if any; the sections Args (or Attributes), Returns and Raises; ``Source: authors,
-"title", year``; ``Other codes:``, what they do and which one this is; an example.
+paragraphs in this order: one line with the acronym in brackets; the formula; remarks, if any; the
+sections Args (or Attributes), Returns and Raises; ``Source: authors, "title", year``; ``Other
+codes:``, what they do and which one this is; an example. `docs/losses.toml` has the formulas once
+more, to be typeset, and what each loss was compared with.
 """
 
 from __future__ import annotations
@@ -18,13 +19,25 @@ import inspect
 import pathlib
 import re
 import sys
+import tomllib
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Docstring", "Entry", "command", "families", "main", "page", "parse"]
+__all__ = [
+  "Docstring",
+  "Entry",
+  "averaged",
+  "command",
+  "families",
+  "main",
+  "page",
+  "parse",
+  "typeset",
+]
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LOSSES = ROOT / "jaxdistill" / "losses"
 PAGE = ROOT / "docs" / "losses.md"
+BESIDE = tomllib.loads((ROOT / "docs" / "losses.toml").read_text("utf-8"))
 FAMILIES = (
   "logits",
   "partitions",
@@ -58,7 +71,7 @@ PREFACE = """\
 
 Every loss here is one function: `from jaxdistill import losses`, then `losses.soft_target_kl(...)`.
 The page is made from the docstrings by `{command}`; to change it, change those.
-`help(losses.soft_target_kl)` has the errors and an example that runs, too.
+`help(losses.soft_target_kl)` has the formula as text, the errors and an example that runs, too.
 
 ## What all of them keep to
 
@@ -85,6 +98,11 @@ The page is made from the docstrings by `{command}`; to change it, change those.
   and its kin), `cross_entropy`, `generalized_jsd`, `reverse_kl`, `skew_kl`, `skew_reverse_kl`,
   `soft_label_weight`, `soft_target_kl`, `total_variation`, `transformed_teacher`,
   `weighted_soft_labels` and `weighted_transformed_teacher`.
+
+Under **Compared with** stands the code beside which value and every gradient are put in float64, to
+1e-10 of the largest number (`tests/parity`), and what differs there. PyTorch 2.13 and torchdistill
+1.1.5 are run as they were released; of other published codes and papers the formula is written anew
+in PyTorch.
 
 Logarithms are natural, ‖·‖ is the Euclidean norm, and `mean_c` is a mean over what the index c
 counts.
@@ -251,6 +269,31 @@ def _entry(node: ast.FunctionDef | ast.ClassDef) -> Entry:
   return Entry(node.name, defaults, keywords, True, doc)
 
 
+def averaged() -> dict[str, list[str]]:
+  """The losses proper, by family.
+
+  Returns:
+    The names of the functions whose values are averaged: all but transforms and pieces of losses.
+  """
+  return {
+    family: [entry.name for entry in entries if entry.name not in PIECES]
+    for family, (_, entries) in families().items()
+  }
+
+
+def typeset(name: str) -> list[str]:
+  """A loss's formula as equations.
+
+  Args:
+    name: of the loss.
+
+  Returns:
+    LaTeX of each; none for a class.
+  """
+  lines = BESIDE.get(name, {}).get("formula", "").splitlines()
+  return [BESIDE["shared"][line[1:]] if line.startswith("@") else line for line in lines]
+
+
 def page() -> str:
   """The whole page.
 
@@ -291,8 +334,8 @@ def _section(entry: Entry, names: Iterable[str]) -> list[str]:
   doc = entry.doc
   lines = [f"### {entry.name}", "", _prose(doc.summary, names), ""]
   lines += ["```python", *_signature(entry), "```", ""]
-  if entry.formula:
-    lines += ["```text", *entry.formula.splitlines(), "```", ""]
+  for equation in typeset(entry.name):
+    lines += ["```math", equation, "```", ""]
   for remark in entry.remarks:
     lines += [_prose(remark, names), ""]
   items = doc.sections.get("Args") or doc.sections.get("Attributes") or {}
@@ -301,7 +344,9 @@ def _section(entry: Entry, names: Iterable[str]) -> list[str]:
     lines.append(f"- returns{_mark(entry)} {_prose(_lower(entry.returns), names)}")
   authors, title, year, rest = entry.source
   lines += ["", f"**Paper:** {_prose(authors, names)}, *{title}*, {year}{_prose(rest, names)}", ""]
-  lines.append(f"**Other codes:** {_prose(doc.labelled.get('Other codes', ''), names)}")
+  lines += [f"**Other codes:** {_prose(doc.labelled.get('Other codes', ''), names)}", ""]
+  compared = BESIDE.get(entry.name, {}).get("compared", "none.")
+  lines.append(f"**Compared with:** {_prose(compared, names)}")
   return lines
 
 

@@ -32,7 +32,6 @@ EXTRAS = {
   "tensorflow": "prepare",
   "tensorflow_datasets": "data",
   "tokenizers": "text",
-  "tqdm": "experiments",
   "tyro": "experiments",
   "wandb": "wandb",
 }

@@ -4,7 +4,10 @@ import importlib.util
 import pathlib
 import re
 import sys
+import xml.etree.ElementTree
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxdistill import losses
@@ -191,3 +194,83 @@ def test_a_docstring_is_taken_apart():
   assert doc.paragraphs == ["x_k =\n  2"]
   assert doc.sections == {"Args": {"x": "``[B]``, more: of it.", "y": "last."}}
   assert doc.labelled == {"Source": 'D, "E", 2020.'}
+
+
+PARITY = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "parity").glob("*.py"))
+TYPESET = {name: "\n".join(docs.typeset(name)) for name in docs.BESIDE if name != "shared"}
+
+
+def test_every_function_is_typeset_and_nothing_else_is():
+  assert sorted(TYPESET) == sorted(FUNCTIONS)
+  assert all(TYPESET.values())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_typeset_is_the_docstrings_formula(name):
+  formula, typeset = ENTRIES[name].formula, TYPESET[name]
+  for argument in ENTRIES[name].defaults:
+    if re.search(rf"\b{argument}(?![a-z])", formula):
+      assert re.search(rf"\\text{{[^}}]*\b{argument}\b", typeset), f"{argument} is not typeset"
+  for power in re.findall(r"\b1e-0?(\d+)", formula):
+    assert f"10^{{-{power}}}" in typeset, f"1e-{power} is not typeset"
+  assert typeset.count("{") == typeset.count("}")
+  assert typeset.count(r"\left") == typeset.count(r"\right")
+
+
+def test_who_was_compared_is_what_the_parity_tests_compare():
+  compared = {name for name in TYPESET if "compared" in docs.BESIDE[name]}
+  assert compared == set(re.findall(r"losses\.(\w+)", PARITY)) & set(FUNCTIONS)
+  for name in compared:
+    # Who is named as run is run.
+    for run in re.findall(r"torchdistill's `(\w+)`", docs.BESIDE[name]["compared"]):
+      assert f"torchdistill.{run}(" in PARITY, f"no parity test of torchdistill's {run}"
+
+
+def test_every_loss_has_a_curve(monkeypatch):
+  pytest.importorskip("matplotlib", reason="needs the extra: pip install '.[report]'")
+  monkeypatch.syspath_prepend(ROOT / "docs")
+  import curves
+
+  drawn = curves.curves(docs.averaged())
+  assert set(drawn) == set(FUNCTIONS) - docs.PIECES
+  drawing = curves.drawing("logit_l2", drawn["logit_l2"])
+  assert drawing == curves.drawing("logit_l2", drawn["logit_l2"])
+  # Both curves, in the colours of the theme alone.
+  assert drawing.count("<polyline") == 2
+  assert "equal" in drawing
+  assert not re.search("#[0-9a-f]{3}|fill=|stroke=", drawing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - docs.PIECES))
+def test_a_curves_gradient_is_its_slope(name, monkeypatch):
+  pytest.importorskip("matplotlib", reason="needs the extra: pip install '.[report]'")
+  monkeypatch.syspath_prepend(ROOT / "docs")
+  import curves
+
+  curve = curves.curves(docs.averaged())[name]
+  where = jnp.linspace(curve.low, curve.high, 400, dtype=jnp.float32)
+  value, gradient = (np.asarray(y, np.float64) for y in curves._along(curve.value, where))
+  assert np.isfinite(gradient).all()
+  assert np.ptp(value) > 1e-3, "a level line shows nothing"
+  # No gradient passes through a part of the first three, and the last two jump.
+  if name in {
+    "adaptive_kl",
+    "self_target",
+    "weighted_soft_labels",
+    "self_nontarget",
+    "teacher_bounded",
+  }:
+    return
+  # Trapezoids of the gradient are the value; jumps and knees cost a step's width.
+  area = np.concatenate([[0], np.cumsum((gradient[1:] + gradient[:-1]) / 2 * np.diff(where))])
+  np.testing.assert_allclose(area, value - value[0], atol=2e-2 * np.ptp(value) + 1e-5)
+
+
+def test_formulas_are_mathml():
+  converter = pytest.importorskip("latex2mathml.converter", reason="needs the extra: '.[docs]'")
+  for name in FUNCTIONS:
+    for equation in docs.typeset(name):
+      made = converter.convert(equation, display="block")
+      xml.etree.ElementTree.fromstring(re.sub(r"&(\w+);", "", made))
+      assert "\\" not in made, f"{name}: {equation}"

@@ -51,6 +51,7 @@ def test_each_library_is_in_the_extra_that_is_named():
 
 def test_what_is_imported_comes_with_the_core_or_with_an_extra():
   core = {
+    "IPython",
     "absl",
     "flax",
     "jax",
@@ -58,8 +59,9 @@ def test_what_is_imported_comes_with_the_core_or_with_an_extra():
     "numpy",
     "optax",
     "orbax",
+    "rich",
     "jaxdistill",
-  }  # absl: optax
+  }  # absl: optax; IPython: the notebook, in which alone it is asked for
   for path in (ROOT / "jaxdistill").rglob("*.py"):
     for node in ast.walk(ast.parse(path.read_text())):
       found = []
@@ -223,10 +225,9 @@ def test_a_call_that_needs_more_names_the_extra(library, call, tmp_path, monkeyp
 
 
 def test_every_library_has_a_call_that_names_it():
-  # TensorFlow is asked for by TFDS (test_data), tyro and magika by the experiments; without tqdm
-  # there are lines, which is no error; LiteRT's interpreter and Apple's tools come with the
-  # converters.
-  elsewhere = {"ai_edge_litert", "coremltools", "magika", "tensorflow", "tqdm", "tyro"}
+  # TensorFlow is asked for by TFDS (test_data), tyro and magika by the experiments; LiteRT's
+  # interpreter and Apple's tools come with the converters.
+  elsewhere = {"ai_edge_litert", "coremltools", "magika", "tensorflow", "tyro"}
   assert {library for library, _ in NEEDS} == set(_extras.EXTRAS) - elsewhere
 
 

@@ -21,7 +21,6 @@ HEAVY = (
   "tensorboardX",
   "tensorflow_datasets",
   "tokenizers",
-  "tqdm",
   "wandb",
 )
 

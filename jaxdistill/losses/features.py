@@ -836,11 +836,12 @@ def _mean_square(x: Array) -> Array:
 
 def _max_pool(maps: Array, window: int) -> Array:
   """Largest entries over windows that do not overlap, PyTorch's with ``ceil_mode``."""
-  batch, height, width, channels = maps.shape
-  high, wide = -(-height // window), -(-width // window)
-  margins = ((0, 0), (0, high * window - height), (0, wide * window - width), (0, 0))
-  padded = jnp.pad(maps, margins, constant_values=-jnp.inf)
-  return jnp.max(padded.reshape(batch, high, window, wide, window, channels), axis=(2, 4))
+  # Not by `jnp.max`: its gradient compares entries with the maximum, and where the compiler makes
+  # them twice and rounds them otherwise (XLA, at optimisation level 0), none is equal.
+  cut_off = [(0, -side % window) for side in maps.shape[1:3]]
+  size = (1, window, window, 1)
+  padding = ((0, 0), *cut_off, (0, 0))
+  return jax.lax.reduce_window(maps, -jnp.inf, jax.lax.max, size, size, padding)
 
 
 def _attention(maps: Array) -> Array:
