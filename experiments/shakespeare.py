@@ -379,25 +379,22 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   return write(config, options, folder, rows, len(text))
 
 
-def over_passages(ours: Any, theirs: Any, examples: data.Examples, lengths: np.ndarray) -> float:
+def over_passages(
+  ours: Any, theirs: Any, examples: data.Examples, lengths: np.ndarray
+) -> float | None:
   """Standard error over passages of the text of the bits a byte between two kinds of students.
 
   The next character's loss depends on the last one's, so no character is an independent draw. A
-  passage is about a thousand bytes of windows that follow one another, the seeds' mean of each.
+  passage is about a thousand bytes of windows that follow one another, and stands for a document.
   """
-  nats = np.mean(ours["nll"] - theirs["nll"][: len(ours["nll"])], axis=0)  # [N, L]
-  where = ours["where"][0]
-  size = where * lengths[np.where(where > 0, examples.labels, 0)]
+  size = ours["where"][0] * lengths[examples.labels]
   windows = max(1, round(1000 / size.sum(axis=1).mean()))
-  starts = np.arange(0, len(where), windows)
-  if len(starts) < 2:
-    return float("nan")  # one passage tells nothing of another
-  total = np.add.reduceat((nats * where).sum(axis=1), starts)
-  weight = np.add.reduceat(size.sum(axis=1), starts)
-  # A ratio of sums: the linearised error of Σ total / Σ weight.
-  residual = total - weight * total.sum() / weight.sum()
-  n = len(starts)
-  return float(np.sqrt(n / (n - 1) * np.sum(residual**2)) / weight.sum() / np.log(2))
+  passages = np.broadcast_to(np.arange(len(size))[:, None] // windows, size.shape)
+  theirs = {name: values[: len(ours[name])] for name, values in theirs.items()}
+  found = evaluation.metrics.over_documents(
+    ours, passages, beside=theirs, sizes=lengths[examples.labels]
+  )
+  return found["bits_per_byte"]["standard_error"]
 
 
 BESIDE = ("agreement", "kl", "ece", "acceptance")

@@ -68,6 +68,8 @@ class Examples:
     weight: ``[N]``, or the leading axes of the labels: how much each counts in losses and metrics;
       None for 1.
     tokenizer: the digest of the tokenizer whose tokens they are; empty where nobody said.
+    documents: ``[N, L]`` int32, which document each token is of, from 0, −1 at padding; None where
+      the examples are no tokens, or nobody said. See `evaluation.metrics.over_documents`.
   """
 
   inputs: Any
@@ -82,6 +84,7 @@ class Examples:
   ignore: float | None = None
   weight: np.ndarray | None = None
   tokenizer: str = ""
+  documents: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
