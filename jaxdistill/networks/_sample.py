@@ -141,14 +141,14 @@ def sample(
   _check.tokens("prompts", given, shapes.shape[-1])
   drawn = {"length": length, "greedy": temperature == 0}
   rest = (given.astype(np.int32), rows.astype(np.uint32), key, max(temperature, 1e-30))
-  by_cache = decoder is not None and seen == whole
-  if by_cache:
-    _check_fits(decoder, model.variables, asked)
-    made = _by_cache(model, *rest, inputs=inputs, decoder=decoder, **drawn)
+  caching = decoder if seen == whole else None
+  if caching is not None:
+    _check_fits(caching, model.variables, asked)
+    made = _by_cache(model, *rest, inputs=inputs, decoder=caching, **drawn)
   else:
     made = _anew(model, *rest, inputs=inputs, window=seen, **drawn)
   tokens, apart, finite = jax.device_get(made)
-  _check_drawn(apart, finite, by_cache=by_cache)
+  _check_drawn(apart, finite, by_cache=caching is not None)
   return np.asarray(tokens)
 
 
