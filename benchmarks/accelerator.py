@@ -1032,6 +1032,44 @@ def sweep_table(found: dict[str, Any]) -> str:
   )
 
 
+def vocabulary_table(found: dict[str, Any]) -> str:
+  """The figures of benchmarks/vocabulary.py: bytes and seconds of each side, over naive's."""
+  cells = sorted(found["cells"], key=lambda cell: (cell["vocabulary"], cell["tokens"]))
+  ours = list(dict.fromkeys(side for cell in cells for side in cell.get("bytes", {})))
+  timed = list(dict.fromkeys(side for cell in cells for side in cell.get("seconds", {})))
+
+  def shown(values: dict[str, float], side: str) -> str:
+    if side not in values:
+      return "–"
+    over = "" if side == "naive" else f" ({values[side] / values['naive']:.2f})"
+    return f"{number(values[side])}{over}"
+
+  rows = []
+  for cell in cells:
+    used = {side: sum(parts.values()) / 1e9 for side, parts in cell.get("bytes", {}).items()}
+    took = cell.get("seconds", {})
+    cost = [shown(used, side) for side in ours] + [shown(took, side) for side in timed]
+    rows.append([f"{cell['vocabulary']:,}", f"{cell['tokens']:,}", *cost])
+  about, options = found["environment"], found["options"]
+  hardware = f"{about['cores']} cores, {about['processor']}, jax {about['jax']}"
+  grown = "; ".join(
+    f"{side} {slope['with bfloat16 in and out']:.3f}"
+    for side, slope in found["megabytes a token"].items()
+  )
+  return "\n\n".join(
+    [
+      f"{hardware}. Widths {options['memory_width']:,} (student) and "
+      f"{options['memory_teacher_width']:,} for memory, {options['width']} and "
+      f"{options['teacher_width']} for seconds.",
+      table(
+        ["words", "tokens", *(f"GB, {side}" for side in ours), *(f"s, {side}" for side in timed)],
+        rows,
+      ),
+      *([f"MB a token with bfloat16 in and out, at the most words: {grown}."] if grown else []),
+    ]
+  )
+
+
 def write_tables(readme: pathlib.Path, kept: pathlib.Path) -> None:
   """Puts the tables of the results between their marks in README.md."""
   sys.path.insert(0, str(HERE))
@@ -1042,6 +1080,8 @@ def write_tables(readme: pathlib.Path, kept: pathlib.Path) -> None:
     bodies["accelerator"] = f"Nothing has been measured on an accelerator yet: {listed}."
   if (kept / "sweep.json").is_file():
     bodies["sweep"] = sweep_table(json.loads((kept / "sweep.json").read_text()))
+  if (kept / "vocabulary.json").is_file():
+    bodies["vocabulary"] = vocabulary_table(json.loads((kept / "vocabulary.json").read_text()))
   text = readme.read_text()
   for name, body in bodies.items():
     marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""A large vocabulary's loss in chunks of tokens, beside the whole and PyTorch, in one run.
+"""A large vocabulary's loss in chunks of tokens, beside the whole and PyTorch, over both sizes.
 
 The loss is labels and soft targets (`recipes.kd`) of a student's and a teacher's hidden states and
 heads, forward and backward. Sides:
@@ -9,13 +9,17 @@ heads, forward and backward. Sides:
   ``torch.utils.checkpoint`` in the backward pass;
 - Liger, on a GPU where it is installed: its fused linear JSD.
 
-Memory is XLA's own analysis of the compiled program at the large sizes, in float32, in which a CPU
-makes no copies of its own: nothing is run. What grows with tokens is split into what goes in and
-comes out (hidden states and their gradient, half as large in bfloat16) and what lies beside.
-Seconds are of the process's CPU time on one thread where there is no accelerator, each side's best
-of some rounds in turn.
+Memory is XLA's own analysis of the compiled program, in float32, in which a CPU makes no copies of
+its own: nothing is run, so widths are those of real models. What grows with tokens is split into
+what goes in and comes out (hidden states and their gradient, half as large in bfloat16) and what
+lies beside, between the two largest numbers of tokens at the largest vocabulary. Seconds are of
+small widths, where the vocabulary is nearly all there is; of the process's CPU time on one thread
+where there is no accelerator; each side's best of some rounds in turn. A cell is not timed where a
+side would take longer than ``--longest``, by what the cell before it took, or where the logits as a
+whole need half of the machine's memory. Every cell is written when it is done.
 
 Command:   python benchmarks/vocabulary.py      (results: benchmarks/results/vocabulary.json)
+Tables:    python benchmarks/accelerator.py --tables
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -36,28 +41,27 @@ class Options:
   """Sizes; the defaults are those of the published figures."""
 
   out: pathlib.Path = pathlib.Path(__file__).parent / "results" / "vocabulary.json"
+  tokens: tuple[int, ...] = (512, 2048, 8192)
+  vocabulary: tuple[int, ...] = (16_384, 128_256)
   # What is timed.
-  tokens: int = 1024
-  vocabulary: int = 16_384
+  seconds: bool = True
   width: int = 128
   teacher_width: int = 128
   tokens_at_once: int = 256
   rounds: int = 4
+  # Seconds: a side that would need more for one run is not run, and no further round begins after.
+  longest: float = 30.0
   # What is analysed.
-  memory_tokens: tuple[int, int] = (4096, 8192)
-  memory_vocabulary: int = 128_256
+  memory: bool = True
   memory_width: int = 2048
   memory_teacher_width: int = 4096
   memory_tokens_at_once: int = 512
-  memory: bool = True
-  # Whether anything is timed: without, nothing is run.
-  seconds: bool = True
 
 
 KD = {"temperature": 2.0, "soft_weight": 0.5, "hard_weight": 0.5}
 
 
-def ours(options: Options):
+def ours(tokens_at_once: int):
   """``{side: (hidden, kernel, teacher's hidden, its kernel, labels) -> loss}``."""
   import jax
   import jax.numpy as jnp
@@ -77,61 +81,57 @@ def ours(options: Options):
     terms, _ = objective.apply({}, {}, *seen, batch, key=jax.random.key(0))
     return train.reduce_terms(terms, batch)[0]
 
-  def chunked(backward, tokens):
-    objective = train.in_chunks(recipes.kd(**KD), tokens_at_once=tokens, backward=backward)
+  def chunked(backward):
+    objective = train.in_chunks(recipes.kd(**KD), tokens_at_once=tokens_at_once, backward=backward)
     return functools.partial(loss, objective, False)
 
-  return lambda tokens: {
+  return {
     "naive": functools.partial(loss, recipes.kd(**KD), True),
-    "kept": chunked("kept", tokens),
-    "again": chunked("again", tokens),
+    "kept": chunked("kept"),
+    "again": chunked("again"),
   }
 
 
-def analysed(options: Options) -> dict:
-  """Bytes of each side's compiled program, at both numbers of tokens."""
+def analysed(options: Options, tokens: int, vocabulary: int) -> dict:
+  """Bytes of each side's compiled program."""
   import jax
   import jax.numpy as jnp
 
+  widths = (options.memory_width, options.memory_teacher_width)
+  hidden, taught = (jax.ShapeDtypeStruct((4, tokens // 4, D), jnp.float32) for D in widths)
+  kernels = [jax.ShapeDtypeStruct((D, vocabulary), jnp.float32) for D in widths]
+  labels = jax.ShapeDtypeStruct((4, tokens // 4), jnp.int32)
   found = {}
-  for side, loss in ours(options)(options.memory_tokens_at_once).items():
-    found[side] = {}
-    for tokens in options.memory_tokens:
-      hidden, taught = (
-        jax.ShapeDtypeStruct((4, tokens // 4, width), jnp.float32)
-        for width in (options.memory_width, options.memory_teacher_width)
-      )
-      kernels = [
-        jax.ShapeDtypeStruct((x.shape[-1], options.memory_vocabulary), jnp.float32)
-        for x in (hidden, taught)
-      ]
-      labels = jax.ShapeDtypeStruct((4, tokens // 4), jnp.int32)
-      step = jax.jit(jax.value_and_grad(loss, (0, 1)))
-      used = step.lower(hidden, kernels[0], taught, kernels[1], labels).compile().memory_analysis()
-      found[side][tokens] = {
-        "arguments": used.argument_size_in_bytes,
-        "results": used.output_size_in_bytes,
-        "temporaries": used.temp_size_in_bytes,
-      }
-      print(
-        f"{side}, {tokens:,} tokens: {sum(found[side][tokens].values()) / 1e9:.2f} GB", flush=True
-      )
+  for side, loss in ours(options.memory_tokens_at_once).items():
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    used = step.lower(hidden, kernels[0], taught, kernels[1], labels).compile().memory_analysis()
+    found[side] = {
+      "arguments": used.argument_size_in_bytes,
+      "results": used.output_size_in_bytes,
+      "temporaries": used.temp_size_in_bytes,
+    }
   return found
 
 
-def slopes(options: Options, found: dict) -> dict:
+def slopes(options: Options, cells: list) -> dict:
   """MB a token of each side: beside what goes in and out, and with that in bfloat16 and float32."""
-  few, many = options.memory_tokens
+  there = {
+    cell["tokens"]: cell["bytes"]
+    for cell in cells
+    if cell["vocabulary"] == max(options.vocabulary) and "bytes" in cell
+  }
+  if len(there) < 2:
+    return {}
+  few, many = sorted(there)[-2:]
   in_and_out = 2 * options.memory_width + options.memory_teacher_width
   made = {}
-  for side, by_tokens in found.items():
-    beside = (by_tokens[many]["temporaries"] - by_tokens[few]["temporaries"]) / (many - few)
-    total = sum(by_tokens[many].values())
+  for side, used in there[many].items():
+    beside = (used["temporaries"] - there[few][side]["temporaries"]) / (many - few)
     made[side] = {
       "temporaries": beside / 1e6,
       "with bfloat16 in and out": (beside + 2 * in_and_out) / 1e6,
       "with float32 in and out": (beside + 4 * in_and_out) / 1e6,
-      "times below naive": sum(found["naive"][many].values()) / total,
+      "times below naive": sum(there[many]["naive"].values()) / sum(used.values()),
     }
   return made
 
@@ -143,7 +143,7 @@ def calls_of_ours(options: Options, numbers: dict) -> dict:
 
   given = {name: jnp.asarray(value) for name, value in numbers.items()}
   calls = {}
-  for side, loss in ours(options)(options.tokens_at_once).items():
+  for side, loss in ours(options.tokens_at_once).items():
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     calls[side] = functools.partial(lambda step: jax.block_until_ready(step(*given.values())), step)
   return calls
@@ -204,59 +204,94 @@ def calls_of_pytorch(options: Options, numbers: dict) -> dict:
   return calls
 
 
-def timed(options: Options) -> dict:
+def timed(options: Options, tokens: int, vocabulary: int) -> dict:
   """The best seconds of each side, which take turns."""
   import jax
   import numpy as np
 
   rng = np.random.default_rng(0)
-  shape = (4, options.tokens // 4)
+  shape = (4, tokens // 4)
 
   def normal(*axes):
-    return rng.normal(size=axes).astype(np.float32)
+    return rng.standard_normal(axes, np.float32)
 
   numbers = {
     "hidden": normal(*shape, options.width),
-    "kernel": normal(options.width, options.vocabulary) / options.width**0.5,
+    "kernel": normal(options.width, vocabulary) / options.width**0.5,
     "taught": normal(*shape, options.teacher_width),
-    "its_kernel": normal(options.teacher_width, options.vocabulary) / options.teacher_width**0.5,
-    "labels": rng.integers(0, options.vocabulary, shape).astype(np.int32),
+    "its_kernel": normal(options.teacher_width, vocabulary) / options.teacher_width**0.5,
+    "labels": rng.integers(0, vocabulary, shape).astype(np.int32),
   }
+  numbers = {name: np.asarray(x, "i4" if name == "labels" else "f4") for name, x in numbers.items()}
   calls = {**calls_of_ours(options, numbers), **calls_of_pytorch(options, numbers)}
   clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
   for call in calls.values():
-    call()
+    call()  # compiles
   best: dict = {}
-  for _ in range(options.rounds):
+  began = time.perf_counter()
+  for i in range(options.rounds):
+    if i and time.perf_counter() - began > options.longest:
+      break
     for side, call in calls.items():
-      began = clock()
+      start = clock()
       call()
-      best[side] = min(best.get(side, float("inf")), clock() - began)
+      best[side] = min(best.get(side, float("inf")), clock() - start)
   return best
+
+
+def left_out(options: Options, cells: list, tokens: int, vocabulary: int) -> str | None:
+  """Why a cell is not run, by those before it; None where it is."""
+  size = tokens * vocabulary
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  if 8 * 4 * size > memory / 2:  # logits of two networks, and what softmaxes make of them
+    return "memory"
+  measured = [cell for cell in cells if cell.get("seconds")]
+  if measured:
+    last = measured[-1]
+    slowest = max(last["seconds"].values())
+    if slowest * size / (last["tokens"] * last["vocabulary"]) > options.longest:
+      return "seconds"
+  return None
+
+
+def measured(options: Options, cells: list, tokens: int, vocabulary: int) -> dict:
+  """One cell: seconds and bytes of each side, and what was left out."""
+  import jax
+
+  cell: dict = {"tokens": tokens, "vocabulary": vocabulary}
+  print(f"{tokens:,} tokens, {vocabulary:,} words, {jax.default_backend()}", flush=True)
+  why = left_out(options, cells, tokens, vocabulary)
+  if options.seconds and why is None:
+    cell["seconds"] = timed(options, tokens, vocabulary)
+    naive = cell["seconds"]["naive"]
+    for side, seconds in cell["seconds"].items():
+      print(f"  {side:16} {seconds:8.3f} s   {seconds / naive:.2f} of naive", flush=True)
+  elif options.seconds:
+    cell["left out"] = why
+  if options.memory:
+    cell["bytes"] = analysed(options, tokens, vocabulary)
+    for side, used in cell["bytes"].items():
+      print(f"  {side:16} {sum(used.values()) / 1e9:8.2f} GB", flush=True)
+  return cell
 
 
 def main(options: Options) -> None:
   """Measures, prints, writes."""
   # Before JAX is imported: CPU seconds of several threads that wait for each other say little.
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
-  import jax
-
   from jaxdistill import runs
 
-  best = timed(options) if options.seconds else {}
-  print(f"{options.tokens:,} tokens, {options.vocabulary:,} words, {jax.default_backend()}")
-  for side, seconds in best.items():
-    print(f"  {side:16} {seconds:8.3f} s   {seconds / best['naive']:.2f} of naive")
-  result = {"options": dataclasses.asdict(options), "seconds": best}
-  result["options"]["out"] = str(options.out.name)
-  if options.memory:
-    result["bytes"] = analysed(options)
-    result["megabytes a token"] = slopes(options, result["bytes"])
-    for side, slope in result["megabytes a token"].items():
-      print(f"  {side:16} " + ", ".join(f"{name} {value:.4f}" for name, value in slope.items()))
-  result["environment"] = runs.environment()
+  cells: list = []
+  said = {**dataclasses.asdict(options), "out": options.out.name}
   options.out.parent.mkdir(parents=True, exist_ok=True)
-  options.out.write_text(json.dumps(result, indent=1) + "\n")
+  pairs = itertools.product(options.tokens, options.vocabulary)
+  for tokens, vocabulary in sorted(pairs, key=lambda pair: pair[0] * pair[1]):  # small ones first
+    cells.append(measured(options, cells, tokens, vocabulary))
+    result = {"options": said, "cells": cells, "megabytes a token": slopes(options, cells)}
+    result["environment"] = runs.environment()
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+  for side, slope in result["megabytes a token"].items():
+    print(f"  {side:16} " + ", ".join(f"{name} {value:.4f}" for name, value in slope.items()))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,29 @@ Short:     python experiments/shakespeare.py --short --out runs/shakespeare-shor
 Large:     python experiments/shakespeare.py --large --text TEXT --out runs/text
 Hardware:  two cores of an Intel Xeon at 2.5 GHz, no accelerator (Python 3.11, jax 0.10.2), commit
            d52810b
-Time:      441 seconds with other work beside it, 12 minutes of CPU time, no compilation kept
+Time:      441 seconds with other work beside it, 12 minutes of CPU time, no compilation kept,
+           before students were trained for as many seconds
 Expected:  with few text a student that is distilled gains a quarter of a bit a byte or more over
            one of as many steps on the text alone; with all of it a few hundredths
 Got:       bits a byte on the 55,770 characters of the test split; teacher 2.591. Few text: alone
            3.386 ± 0.027, distilled 3.100 ± 0.025, a gain of 0.286 (standard error 0.016 over seeds,
-           0.005 over passages), and of 0.225 (0.014) over as many operations on the text alone. All
-           of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain of 0.134 (0.015); but as many
-           operations on the text alone reach 2.770 ± 0.019, which is 0.171 better. Where there is
-           text that a student has not read yet, reading it is worth more than this teacher.
+           0.005 over passages). All of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain of
+           0.134 (0.015); but 1,466 steps on the text alone, as many operations as a student needs
+           that is distilled alone, reach 2.770 ± 0.019, which is 0.171 better. Where there is text
+           that a student has not read yet, reading it is worth more than this teacher. The gain at
+           equal seconds: not measured yet.
 
-Two comparisons, since distilling costs more: the same steps, and the same floating-point
-operations, where the student without a teacher trains for as many more steps as the teacher's
-answers cost. Nothing is augmented, so `fit` asks it once for each window of the text. Students of
-several seeds share that pass; here each bears all of it, as one that is trained alone would. The
-teacher's own training is in neither; its seconds are in the table. The teacher read all of the
-text, so with few text it stands for one that was trained on much more than the students are given.
+Three comparisons, since distilling costs more: the same steps; the same seconds, of the distilled
+students' steps and the teacher's answers to them; and the same seconds with the teacher's training
+too. There the students without a teacher train for as many more steps as those seconds are worth,
+by what a step of theirs took in the same run. Seconds are measured without compilation, at the
+median rate of a run's log, and written in ``few-seconds.json`` and ``full-seconds.json``, so that a
+run which is stopped goes on with the steps that it had. Nothing is augmented, so `fit` asks the
+teacher once for each window of the text, and students of all seeds share its answers and its
+training, as they would in use; one that is trained alone bears all of it. With the teacher's
+training it is few text and two seeds alone that eight minutes have room for, and with all of the
+text the text alone is ahead without. The teacher read all of the text, so with few text it stands
+for one that was trained on much more than the students are given.
 Rates and sizes were fixed before anything was measured; steps are as many as eight minutes allow,
 which is far from what either kind of student would still learn. ``few`` and ``full`` of the run's
 folder have a report each, with texts that teacher, baseline and student write;
@@ -79,6 +86,8 @@ class Config:
   few: int = 100_000
   """Characters of the training text that students with few text have."""
   seeds: int = 5
+  taught_seeds: int = 2
+  """How many of them train for as many seconds as the teacher's training takes too."""
   teacher_layers: int = 3
   teacher_width: int = 96
   teacher_heads: int = 4
@@ -215,21 +224,79 @@ def build_networks(config: Config, vocabulary: int):
   )
 
 
-def longer(config: Config, teacher: Any, student: Any, windows: int) -> int:
-  """Steps on a text alone that cost what ``config.steps`` with the teacher's answers cost."""
-  tokens = jnp.zeros((1, config.length), jnp.int32)
+KINDS = {
+  "few": ("labels", "seconds", "taught", "distilled"),
+  # With all of the text, the text alone was ahead before the teacher's training was counted.
+  "full": ("labels", "seconds", "distilled"),
+}
 
-  def forward(network: Any) -> int:
-    variables = jax.eval_shape(network.init, jax.random.key(0), tokens)
 
-    def logits(variables: Any, tokens: Any) -> Any:
-      return types.with_logits(network.apply(variables, tokens, train=False, key=None)[0]).logits
+def seeds_of(config: Config, kind: str) -> list[int]:
+  """The seeds of a kind of students; the teacher's is its own, so that no data order is shared."""
+  if kind == "teacher":
+    return [100]
+  return list(range(min(config.seeds, config.taught_seeds) if kind == "taught" else config.seeds))
 
-    return evaluation.cost.flops(logits, variables, tokens)
 
-  answered = min(config.steps, windows / config.batch_size)  # batches; each window once
-  # Forward and backward are three times the forward pass; the teacher has no backward.
-  return round(config.steps + answered * forward(teacher) / (3 * forward(student)))
+def steady(folder: pathlib.Path, config: Config) -> dict[str, Any]:
+  """A run's steps, and the seconds of all of them at the rate of most: there nothing is compiled.
+
+  They are read from the run's log, so that one which was stopped and went on, and one that is found
+  finished, have them too.
+  """
+  lines, _ = runs.read_metrics(folder)
+  rate = float(np.median([line["examples_per_second"] for line in lines]))
+  kind = folder.name.rpartition("-")[2]
+  size = config.teacher_batch_size if kind == "teacher" else config.batch_size
+  steps = lines[-1]["step"]
+  return {"steps": steps, "seconds": steps * size * len(seeds_of(config, kind)) / rate}
+
+
+def seconds_of_answers(
+  config: Config, folder: pathlib.Path, teacher: types.Network, windows: data.Examples
+) -> float:
+  """Seconds in which the teacher says what follows each character of some windows.
+
+  `fit` asks it once about each of them, before the steps, where each is seen at least once and the
+  logits are whole. Elsewhere the steps ask it, and their seconds have it.
+  """
+  count = len(windows.labels)
+  if config.tokens_at_once is not None or config.steps * config.batch_size * config.seeds < count:
+    return 0.0
+  # As it was saved: what training gives back may lie in parts on other processes' devices.
+  (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
+  few = types.make_batch(
+    jax.tree.map(lambda x: x[:256], windows.inputs)
+  )  # as many as `fit` asks about at a time
+  once = evaluation.cost.latency(types.Teacher.__call__, teachers.frozen(taught), few, repeats=20)
+  return once["median"] / 1000 * count / len(few.weight)
+
+
+def equal_seconds(
+  config: Config, folder: pathlib.Path, part: str, teacher: types.Network, windows: data.Examples
+) -> dict[str, Any]:
+  """What students with a teacher took, and in how many steps those without one take as long.
+
+  It is written down once: clocks never say the same twice, and a run that goes on, or is started
+  again, has the steps that it had.
+  """
+  path = folder / f"{part}-seconds.json"
+
+  def write() -> None:
+    if path.exists():
+      return
+    names = {"labels": f"{part}-labels", "distilled": f"{part}-distilled", "teacher": "teacher"}
+    took = {kind: steady(folder / name, config)["seconds"] for kind, name in names.items()}
+    took["answers"] = seconds_of_answers(config, folder, teacher, windows)
+    there = took["distilled"] + took["answers"]  # seconds where the teacher is there already
+    seconds = {"seconds": there, "taught": there + took["teacher"]}
+    a_step = took["labels"] / config.steps
+    steps = {kind: max(1, round(total / a_step)) for kind, total in seconds.items()}
+    runs.write_json(path, {"seconds": took, "steps": steps})
+
+  command_line.first(write)  # where there are several processes, by the clock of one
+  found: dict[str, Any] = runs.read_json(path)
+  return found
 
 
 def train_all(config: Config, options: Options) -> None:
@@ -245,9 +312,9 @@ def train_all(config: Config, options: Options) -> None:
   }
 
   def fit(name, network, objective, source, seeds, steps, teacher=None):
-    began = time.perf_counter()
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, steps // 20, steps)
-    fitted = train.fit(
+    line = max(1, steps // 20)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.rate, line, steps)
+    return train.fit(
       network,
       objective,
       data=[dataclasses.replace(source, data_seed=seed) for seed in seeds],
@@ -256,26 +323,28 @@ def train_all(config: Config, options: Options) -> None:
       seed=seeds,
       teacher=teacher,
       dispatch=train.with_jit(tokens_at_once=config.tokens_at_once),
-      run=train.Run(folder / name, config={"experiment": f"shakespeare/{name}"}),
+      # Twenty lines, each with its rate: enough for the first, which waits for the compiler, and
+      # for those that have a checkpoint in them, not to matter.
+      watch=train.Watch(log_every=line, validate_every=steps),
+      run=train.Run(
+        folder / name, config={"experiment": f"shakespeare/{name}"}, checkpoint_every=5 * line
+      ),
     )
-    # A run that is found finished says nothing of how long it took.
-    if not (folder / name / "cost.json").exists():
-      cost = {"steps": steps, "seconds": time.perf_counter() - began}
-      runs.write_json(folder / name / "cost.json", cost)
-    return fitted
 
-  # A seed of its own, so that no student shares its data order with the teacher.
   objective = recipes.labels()
   source = dataclasses.replace(sources["full"], batch_size=config.teacher_batch_size)
-  (taught,) = fit("teacher", teacher, objective, source, [100], config.teacher_steps).unstack()
-  seeds = list(range(config.seeds))
+  alone = seeds_of(config, "teacher")
+  (taught,) = fit("teacher", teacher, objective, source, alone, config.teacher_steps).unstack()
+  seeds = seeds_of(config, "distilled")
   soft = recipes.kd(temperature=1.0, soft_weight=config.soft_weight, hard_weight=config.hard_weight)
   asked = teachers.frozen(taught, tokenizer=tokenizer)
   for name, source in sources.items():
-    more = longer(config, teacher, student, len(windows[name].labels))
     fit(f"{name}-labels", student, objective, source, seeds, config.steps)
-    fit(f"{name}-longer", student, objective, source, seeds, more)
     fit(f"{name}-distilled", student, soft, source, seeds, config.steps, asked)
+    found = equal_seconds(config, folder, name, teacher, windows[name])
+    for kind in (kind for kind in KINDS[name] if kind in found["steps"]):
+      some = seeds_of(config, kind)
+      fit(f"{name}-{kind}", student, objective, source, some, found["steps"][kind])
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
@@ -291,7 +360,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   rows = [{"name": "teacher", "text": "full"}]
   for part in ("few", "full"):
     models = {}
-    for kind in ("labels", "longer", "distilled"):
+    for kind in KINDS[part]:
       name = f"{part}-{kind}"
       models[kind] = model = teachers.restore(folder / name, student)
       found[name] = evaluation.examine(model, batches, task=task, teacher=asked)
@@ -300,35 +369,32 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
     bits = np.atleast_1d(metrics["bits_per_byte"])
     row["bits"], row["std"] = evaluation.metrics.mean_std(bits)
-    row |= runs.read_json(folder / name / "cost.json")
+    row |= steady(folder / name, config)
     row |= {one: np.mean(metrics[one]) for one in BESIDE if one in metrics}
-    if row["name"] in ("labels", "longer"):
+    if row["name"] not in ("teacher", "distilled"):
       distilled, theirs = found[f"{row['text']}-distilled"]
-      gain = evaluation.metrics.difference(bits, distilled["bits_per_byte"])
+      gain = evaluation.metrics.difference(bits, distilled["bits_per_byte"][: len(bits)])
       row |= {"gain": gain["mean"], "gain_error": gain["standard_error"]}
       row["text_error"] = over_passages(kept, theirs, examples, tokenizer.bytes)
   return write(config, options, folder, rows, len(text))
 
 
-def over_passages(ours: Any, theirs: Any, examples: data.Examples, lengths: np.ndarray) -> float:
+def over_passages(
+  ours: Any, theirs: Any, examples: data.Examples, lengths: np.ndarray
+) -> float | None:
   """Standard error over passages of the text of the bits a byte between two kinds of students.
 
   The next character's loss depends on the last one's, so no character is an independent draw. A
-  passage is about a thousand bytes of windows that follow one another, the seeds' mean of each.
+  passage is about a thousand bytes of windows that follow one another, and stands for a document.
   """
-  nats = np.mean(ours["nll"] - theirs["nll"], axis=0)  # [N, L]
-  where = ours["where"][0]
-  size = where * lengths[np.where(where > 0, examples.labels, 0)]
+  size = ours["where"][0] * lengths[examples.labels]
   windows = max(1, round(1000 / size.sum(axis=1).mean()))
-  starts = np.arange(0, len(where), windows)
-  if len(starts) < 2:
-    return float("nan")  # one passage tells nothing of another
-  total = np.add.reduceat((nats * where).sum(axis=1), starts)
-  weight = np.add.reduceat(size.sum(axis=1), starts)
-  # A ratio of sums: the linearised error of Σ total / Σ weight.
-  residual = total - weight * total.sum() / weight.sum()
-  n = len(starts)
-  return float(np.sqrt(n / (n - 1) * np.sum(residual**2)) / weight.sum() / np.log(2))
+  passages = np.broadcast_to(np.arange(len(size))[:, None] // windows, size.shape)
+  theirs = {name: values[: len(ours[name])] for name, values in theirs.items()}
+  found = evaluation.metrics.over_documents(
+    ours, passages, beside=theirs, sizes=lengths[examples.labels]
+  )
+  return found["bits_per_byte"]["standard_error"]
 
 
 BESIDE = ("agreement", "kl", "ece", "acceptance")
@@ -378,9 +444,22 @@ def commands_of(config: Config, options: Options, folder: pathlib.Path) -> list[
 WORDS = {
   "teacher": "teacher",
   "labels": "text alone, as many steps",
-  "longer": "text alone, as many operations",
+  "seconds": "text alone, as many seconds",
+  "taught": "text alone, the teacher's training too",
   "distilled": "distilled",
 }
+
+
+def said_seconds(config: Config, folder: pathlib.Path, part: str) -> str:
+  """A line of what counts as equal seconds of a text's students."""
+  found = runs.read_json(folder / f"{part}-seconds.json")
+  took, steps = found["seconds"], found["steps"]
+  return (
+    f"- {part}: the distilled students' steps take {took['distilled']:.1f} s, the teacher's "
+    f"answers {took['answers']:.1f} s: as long as {steps['seconds']:,} steps on the text alone, of "
+    f"which {config.steps:,} take {took['labels']:.1f} s. With the teacher's training, "
+    f"{took['teacher']:.1f} s, it is {steps['taught']:,} steps."
+  )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -425,12 +504,15 @@ def write(
   lines = [
     f"# {'Shakespeare' if options.text is None else options.text.name}, {options.split} split",
     "",
-    f"{length:,} characters. Mean ± standard deviation over {config.seeds} seeds, with "
-    "initialisation and data order both varied; one teacher. Behind a gain its standard error "
-    "over the seeds, and then over passages of the text. The last step of every run. Seconds are "
-    "of all seeds together, compilation included.",
+    f"{length:,} characters. Mean ± standard deviation over {config.seeds} seeds "
+    f"({len(seeds_of(config, 'taught'))} where the teacher's training counts), with initialisation "
+    "and data order both varied; one teacher. Behind a gain its standard error over the seeds, and "
+    "then over passages of the text. The last step of every run. Seconds are of the steps of all "
+    "seeds together, without compilation.",
     "",
     table(rows),
+    "",
+    *(said_seconds(config, folder, part) for part in KINDS),
     "",
     "```",
     *commands_of(config, options, folder),

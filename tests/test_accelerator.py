@@ -176,3 +176,44 @@ def test_every_figure_comes_to_the_tables(accelerator):
   assert "| 300 MLP, stacked | 25 | 2.5 |" in text
   assert "| teacher | 77 | 12,345 |" in text
   assert "PyTorch compiled/64 (not installed: torch)" in text
+
+
+def test_the_vocabularys_table_has_every_cell_and_what_was_not_run(accelerator, tmp_path):
+  used = {"arguments": 1e9, "results": 1e9, "temporaries": 2e9}
+  less = {**used, "temporaries": 0.0}
+  cells = [
+    {
+      "tokens": 8,
+      "vocabulary": 9000,
+      "left out": "seconds",
+      "bytes": {"naive": used, "kept": less},
+    },
+    {
+      "tokens": 8,
+      "vocabulary": 50,
+      "seconds": {"naive": 2.0, "kept": 1.5, "PyTorch eager": 4.0},
+      "bytes": {"naive": used, "kept": less},
+    },
+  ]
+  widths = ("memory_width", "memory_teacher_width", "width", "teacher_width")
+  found = {
+    "cells": cells,
+    "options": dict.fromkeys(widths, 16),
+    "environment": {"cores": 2, "processor": "X", "jax": "0"},
+    "megabytes a token": {"kept": {"with bfloat16 in and out": 0.0164}},
+  }
+  (tmp_path / "vocabulary.json").write_text(json.dumps(found))
+  copy = tmp_path / "README.md"
+  copy.write_text((ROOT / "benchmarks" / "README.md").read_text())
+  accelerator.write_tables(copy, tmp_path)
+  lines = copy.read_text().splitlines()
+  assert (
+    "| words | tokens | GB, naive | GB, kept | s, naive | s, kept | s, PyTorch eager |" in lines
+  )
+  small, large = (
+    "| 50 | 8 | 4 | 2 (0.50) | 2 | 1.5 (0.75) | 4 (2.00) |",
+    "| 9,000 | 8 | 4 | 2 (0.50) |",
+  )
+  assert small in lines
+  assert f"{large} – | – | – |" in lines
+  assert "kept 0.016" in copy.read_text()

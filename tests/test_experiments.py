@@ -198,7 +198,8 @@ def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
     rows = list(csv.DictReader(file))
   assert [(row["text"], row["name"]) for row in rows] == [
     ("full", "teacher"),
-    *((text, name) for text in ("few", "full") for name in ("labels", "longer", "distilled")),
+    *(("few", name) for name in ("labels", "seconds", "taught", "distilled")),
+    *(("full", name) for name in ("labels", "seconds", "distilled")),
   ]
   by = {(row["text"], row["name"]): row for row in rows}
   assert all(1 < float(row["bits"]) < 8 for row in rows)
@@ -206,8 +207,21 @@ def test_shakespeare_fills_its_table(tfds_dir, tmp_path):
   assert float(few["gain"]) == pytest.approx(
     float(few["bits"]) - float(by["few", "distilled"]["bits"]), abs=1e-6
   )
-  # A student without a teacher trains for longer, where operations are to be equal.
-  assert int(by["few", "longer"]["steps"]) > int(few["steps"]) == 20
+  # What was measured decides how long students without a teacher train at equal seconds.
+  found = read(tmp_path, "few-seconds.json")
+  took = found["seconds"]
+  there = took["distilled"] + took["answers"]
+  assert all(0 < one < 600 for one in took.values())
+  for name, seconds in (("seconds", there), ("taught", there + took["teacher"])):
+    steps = max(1, round(20 * seconds / took["labels"]))
+    assert int(by["few", name]["steps"]) == found["steps"][name] == steps
+  assert float(few["seconds"]) == pytest.approx(took["labels"])
+  # Started again it keeps those steps, by whatever clock, and finds all runs finished.
+  before = (tmp_path / "shakespeare.csv").read_text()
+  took["labels"] *= 3
+  (tmp_path / "few-seconds.json").write_text(json.dumps(found))
+  run("shakespeare", [*SHAKESPEARE, "--out", tmp_path, "--data-dir", tfds_dir])
+  assert (tmp_path / "shakespeare.csv").read_text() == before
   assert "python experiments/shakespeare.py --evaluate" in (tmp_path / "shakespeare.md").read_text()
   for part in ("few", "full"):
     report, texts = read(tmp_path / part), read(tmp_path / part, "texts.json")
@@ -228,9 +242,9 @@ def test_shakespeare_reads_any_text_by_an_encoding_of_its_own(tmp_path):
   run("shakespeare", given)
   with (tmp_path / "run" / "shakespeare.csv").open() as file:
     rows = list(csv.DictReader(file))
-  assert len(rows) == 7
+  assert len(rows) == 8
   assert all(0 < float(row["bits"]) < 8 for row in rows)
-  assert all(float(row["text_error"]) > 0 for row in rows if row["name"] in ("labels", "longer"))
+  assert all(float(row["text_error"]) > 0 for row in rows if row.get("gain"))
   assert f"--text {tmp_path}" in (tmp_path / "run" / "shakespeare.md").read_text()
 
 

@@ -68,6 +68,8 @@ class Examples:
     weight: ``[N]``, or the leading axes of the labels: how much each counts in losses and metrics;
       None for 1.
     tokenizer: the digest of the tokenizer whose tokens they are; empty where nobody said.
+    documents: ``[N, L]`` int32, which document each token is of, from 0, −1 at padding; None where
+      the examples are no tokens, or nobody said. See `evaluation.metrics.over_documents`.
   """
 
   inputs: Any
@@ -82,6 +84,7 @@ class Examples:
   ignore: float | None = None
   weight: np.ndarray | None = None
   tokenizer: str = ""
+  documents: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -545,7 +548,7 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   """How much each example, or each of its labels, counts: float32, of leading axes of the labels.
 
   Raises:
-    ValueError: its shape is another, or a weight is negative or not finite.
+    ValueError: its shape is another, or a weight is negative or not finite, or all are 0.
   """
   found = np.asarray(weight)
   if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or found.dtype.kind not in "biuf":
@@ -556,6 +559,11 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   found = found.astype(np.float32)
   if not np.isfinite(found).all() or (found < 0).any():
     raise ValueError(f"weight of {name!r} must be finite and not negative.")
+  if found.size and not found.any():
+    raise ValueError(
+      f"weight of {name!r} is 0 throughout: nothing would be learned of it, or measured. Of text, "
+      "look whether all of it is prompt."
+    )
   return found
 
 

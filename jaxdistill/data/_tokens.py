@@ -37,6 +37,8 @@ class Packed:
     weight: ``[N, L]`` float32, 0 where there is nothing to predict or nothing to be learnt.
     segments: ``[N, L]`` int32, which document of its row a token is of, from 1; 0 is padding.
     positions: ``[N, L]`` int32, inside the document, from 0.
+    documents: ``[N, L]`` int32, which of the documents given a token is of, from 0, all pieces of
+      one that was cut alike; −1 at padding.
     lost: how many predictions were left out (``split="drop"``).
   """
 
@@ -45,6 +47,7 @@ class Packed:
   weight: np.ndarray
   segments: np.ndarray
   positions: np.ndarray
+  documents: np.ndarray
   lost: int = 0
 
   @property
@@ -152,7 +155,7 @@ def pack(
   documents = _several("documents", documents)
   if where is not None and len(where := _several("where", where)) != len(documents):
     raise ValueError(f"where has {len(where)} entries for {len(documents)} documents.")
-  pieces: list[tuple[np.ndarray, np.ndarray]] = []
+  pieces: list[tuple[np.ndarray, np.ndarray, int]] = []
   lost = 0
   for i, document in enumerate(documents):
     tokens = _document(document, i, vocabulary)
@@ -162,7 +165,7 @@ def pack(
       continue
     for start in range(0, len(tokens) - 1, length):
       here = slice(start, start + length + 1)
-      pieces.append((tokens[here], known[here]))
+      pieces.append((tokens[here], known[here], i))
   if not pieces:
     raise ValueError(
       f"documents has {len(documents)} entries, and none of at most length={length} predictions: "
@@ -177,7 +180,7 @@ def pack(
 
 
 def _laid(
-  pieces: Sequence[tuple[np.ndarray, np.ndarray]],
+  pieces: Sequence[tuple[np.ndarray, np.ndarray, int]],
   order: np.ndarray,
   rows: Sequence[int],
   length: int,
@@ -187,17 +190,18 @@ def _laid(
   shape = (max(rows) + 1, length)
   tokens, labels = np.full(shape, pad, np.int32), np.full(shape, pad, np.int32)
   segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  weight = np.zeros(shape, np.float32)
+  weight, documents = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
   ends, counts = np.zeros(shape[0], int), np.zeros(shape[0], int)
   for i, row in zip(order.tolist(), rows, strict=True):
-    piece, known = pieces[i]
+    piece, known, document = pieces[i]
     size = len(piece) - 1
     here = slice(ends[row], ends[row] + size)
     ends[row] += size
     counts[row] += 1
     tokens[row, here], labels[row, here], weight[row, here] = piece[:-1], piece[1:], known[1:]
     segments[row, here], positions[row, here] = counts[row], np.arange(size)
-  return Packed(tokens, labels, weight, segments, positions)
+    documents[row, here] = document
+  return Packed(tokens, labels, weight, segments, positions, documents)
 
 
 def _first_fit(sizes: Sequence[int], length: int) -> list[int]:
@@ -300,7 +304,8 @@ def from_text(
   Returns:
     Examples: ``inputs`` a dict of ``tokens``, ``positions`` and ``segments`` ``[N, L]``, ``labels``
     and ``weight`` ``[N, L]``, ``num_classes`` V. ``version`` has the tokenizer's digest, so that a
-    run or a cache of other tokens is another, and ``tokenizer`` is it.
+    run or a cache of other tokens is another, and ``tokenizer`` is it. ``documents`` says which
+    text each token is of.
 
   Raises:
     TypeError: ``texts`` is nothing of these, or ``tokenizer`` is none.
@@ -346,7 +351,9 @@ def from_text(
     packed.inputs, packed.labels, num_classes=tokenizer.vocabulary, weight=packed.weight, name=name
   )
   digest = tokenizer.digest
-  return dataclasses.replace(examples, version=f"tokenizer {digest}", tokenizer=digest)
+  return dataclasses.replace(
+    examples, version=f"tokenizer {digest}", tokenizer=digest, documents=packed.documents
+  )
 
 
 def _texts(texts: Any, field: str, prompt: str | None) -> Iterator[tuple[str, str]]:

@@ -18,6 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 from numpy.typing import NDArray
 
+from jaxdistill import _check
+
 __all__ = [
   "add_sums",
   "answers",
@@ -27,6 +29,7 @@ __all__ = [
   "finish",
   "gap_closed",
   "mean_std",
+  "over_documents",
 ]
 
 BINS = 15  # Guo et al. 2017
@@ -303,6 +306,97 @@ def difference(student: Values, baseline: Values) -> dict[str, float | None]:
   if min(side.size for side in runs) > 1:
     error = float(np.sqrt(sum(side.var(ddof=1) / side.size for side in runs)))
   return {"mean": float(runs[0].mean() - runs[1].mean()), "standard_error": error}
+
+
+# What the task of tokens keeps of each.
+_OF_TOKENS = {"nll", "accuracy", "where"}
+
+
+def over_documents(
+  kept: Mapping[str, Any],
+  documents: Any,
+  *,
+  beside: Mapping[str, Any] | None = None,
+  sizes: Any = None,
+) -> dict[str, dict[str, float | None]]:
+  """Means over tokens with their standard errors over documents, of one model or of a difference.
+
+  The next token's loss depends on the last one's, so no token is an independent draw; a document
+  is. A mean over tokens is a ratio of sums over documents, Σ_d t_d / Σ_d w_d = R, and its error is
+  the linearised one, sqrt(D / (D − 1) · Σ_d (t_d − R w_d)²) / Σ_d w_d (Cochran, "Sampling
+  Techniques", 1977, section 6.4). Of two models it is that of their paired difference, in which
+  what makes a document hard for both cancels.
+
+  Args:
+    kept: what `jaxdistill.evaluation.examine` keeps of a model by the task
+      `jaxdistill.evaluation.tasks.tokens`: ``nll`` (nats), ``accuracy`` and ``where`` (how much a
+      token counts), ``[S, N, L]`` of S seeds, whose mean each token's value is. The error over
+      seeds is another: `difference`.
+    documents: ``[N, L]`` integers, which document each token is of, as
+      `jaxdistill.data.from_text` says it (``examples.documents``); any where nothing counts. Of a
+      single long text, numbers of passages that follow one another.
+    beside: of another model, on the same examples; figures are then of ``kept`` − ``beside``.
+    sizes: ``[N, L]``, the bytes of each label's text (``tokenizer.bytes[labels]``), for
+      ``bits_per_byte`` too.
+
+  Returns:
+    ``{"nll" | "accuracy" | "bits_per_byte": {"mean", "standard_error", "documents"}}``: the error
+    is None of a single document, and ``documents`` how many counted.
+
+  Raises:
+    TypeError: what was kept is not of tokens.
+    ValueError: shapes differ, the two models count other tokens, or nothing counts.
+
+  >>> kept = {"nll": [[[1.0, 1.0], [3.0, 3.0]]], "accuracy": np.ones((1, 2, 2))}
+  >>> kept["where"] = np.ones((1, 2, 2))
+  >>> over_documents(kept, [[0, 0], [1, 1]])["nll"]
+  {'mean': 2.0, 'standard_error': 1.0, 'documents': 2}
+  """
+  for name, one in (("kept", kept), ("beside", beside)):
+    if one is not None and not (isinstance(one, Mapping) and set(one) >= _OF_TOKENS):
+      raise TypeError(
+        f"{name}={_check.show(one)} must be what evaluation.examine(..., task=tasks.tokens()) "
+        f"keeps, with {sorted(_OF_TOKENS)}."
+      )
+  where = np.asarray(kept["where"], np.float64)[0]
+  shapes = {"documents": np.shape(documents), "beside": where.shape, "sizes": where.shape}
+  if beside is not None:
+    shapes["beside"] = np.shape(beside["where"])[1:]
+  if sizes is not None:
+    shapes["sizes"] = np.shape(sizes)
+  for name, shape in shapes.items():
+    if shape != where.shape:
+      raise ValueError(
+        f"{name} has the shape {list(shape)}, and kept is of {list(where.shape)} tokens: give one "
+        "of the same examples for each, without rows that count nowhere."
+      )
+  if beside is not None and not np.array_equal(where, np.asarray(beside["where"])[0]):
+    raise ValueError("beside counts other tokens than kept: examine both on the same examples.")
+  counted = where > 0
+  if not counted.any():
+    raise ValueError("kept has no token that counts.")
+  _, group = np.unique(np.asarray(documents)[counted], return_inverse=True)
+
+  def ratio(name: str, weight: Any, unit: float = 1.0) -> dict[str, float | None]:
+    values = [np.asarray(one[name], np.float64).mean(axis=0) for one in (kept, beside or kept)]
+    each = values[0] - values[1] if beside is not None else values[0]
+    t = np.bincount(group, (where * each)[counted])
+    w = np.bincount(group, (where * weight)[counted]) * unit
+    if not w.sum() > 0:  # of tokens that are no text
+      raise ValueError("sizes are 0 wherever a token counts: there are no bits a byte.")
+    mean, n = t.sum() / w.sum(), len(t)
+    residual = t - w * mean
+    error = np.sqrt(n / (n - 1) * np.sum(residual**2)) / w.sum() if n > 1 else None
+    return {
+      "mean": float(mean),
+      "standard_error": None if error is None else float(error),
+      "documents": n,
+    }
+
+  found = {name: ratio(name, 1.0 + 0 * where) for name in ("nll", "accuracy")}
+  if sizes is not None:
+    found["bits_per_byte"] = ratio("nll", np.asarray(sizes, np.float64), float(np.log(2)))
+  return found
 
 
 def gap_closed(

@@ -372,10 +372,11 @@ def mean(values: Any, where: Any) -> tuple[jax.Array, jax.Array]:
 def _check_classes(shape: str, batches: Batch, outputs: Outputs) -> None:
   """Raises for labels that are no classes of the logits, which would count as errors."""
   labels, logits = np.asarray(batches.labels), outputs.logits
-  if logits.ndim <= shape.partition(" or ")[0].count(","):
+  if logits.ndim not in [one.count(",") + 1 for one in shape.split(" or ")]:
     raise TypeError(
-      f"the network's logits are {list(logits.shape)}, and the labels of this task {shape}: of one "
-      "class an example it is evaluation.tasks.classification()."
+      f"the network's logits are {list(logits.shape)}, and the labels of this task {shape}: take "
+      "evaluation.tasks.classification() for one class an example, tokens() for one a token, "
+      "dense() for one a pixel."
     )
   axes = labels.shape[1:]  # the batches' own axis in front
   if not np.issubdtype(labels.dtype, np.integer) or axes != logits.shape[:-1]:
@@ -531,7 +532,7 @@ def _tokens(measured: _Tokens) -> Task:
     measured.compared,
     finish=measured.finish,
     reads=_tokens_read,
-    check=lambda batches, outputs: _check_classes("[N, B, L]", batches, of_shapes(outputs)),
+    check=measured.check,
     classes=True,
     others=_OTHERS | {"position_nll": Metric("lower", title="negative log-likelihood by position")},
     fidelity=_FIDELITY | beside,
@@ -566,6 +567,22 @@ class _Tokens:
   top_mass: tuple[int, ...]
   by_position: int
   at_once: int
+
+  def check(self, batches: Batch, outputs: Outputs) -> None:
+    """Raises for labels that are no tokens of the logits, or have no number of bytes."""
+    shapes = of_shapes(outputs)
+    _check_classes("[N, B, L]", batches, shapes)
+    if self.token_bytes is None:
+      return
+    labels, told = np.asarray(batches.labels), len(self.token_bytes)
+    largest = labels[counted(on_host(batches), labels) > 0].max(initial=0)
+    # Columns that only pad the logits stand for no token; the other way round there is no such.
+    if told <= largest or told > shapes.logits.shape[-1]:
+      raise ValueError(
+        f"token_bytes tells {told} tokens, the network puts out {shapes.logits.shape[-1]} and a "
+        f"label is {largest}: give the bytes of the tokenizer that made the labels, "
+        "tokenizer.bytes."
+      )
 
   def sums(self, outputs: Outputs, batch: Batch) -> Sums:
     """Of a batch."""

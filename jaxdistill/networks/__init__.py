@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.networks._nnx import nnx, nnx_variables
   from jaxdistill.networks._precision import count_products, mixed_precision
   from jaxdistill.networks._remat import remat
-  from jaxdistill.networks._sample import sample
+  from jaxdistill.networks._sample import CachingDecoder, check_decoder, sample
 
 __all__ = [
+  "CachingDecoder",  # what `sample` asks of a module in order that each token is read once
   "Int8",  # a weight in eight bits, and what its integers are multiplied by
   "Path",  # where a feature comes from, when a string does not say enough
   "capturable",  # what can be captured from a network, by abstract evaluation only
+  "check_decoder",  # raises where an argument is no `CachingDecoder`
   "cohort",  # several networks as one, trained side by side, each deployed by itself
   "count_products",  # counts a network's matrix products and convolutions by the dtype that they
   "int8_weights",  # a model whose kernels and embeddings are kept in eight bits

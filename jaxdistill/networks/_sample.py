@@ -1,30 +1,66 @@
 """Text of a language model: tokens drawn one after another, from any causal network.
 
-A network is run again over the whole window for every token, which asks nothing of it; our decoder
-keeps the keys and values of the tokens before (`models.decoder.Cache`), and draws the same tokens.
+A network is run again over the whole window for every token, which asks nothing of it. One that
+keeps what it made of the tokens before (`CachingDecoder`, as `models.Decoder` is) reads each token
+once, and the same ones are drawn.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill.networks.models import Decoder
-from jaxdistill.networks.models.decoder import Cache
 from jaxdistill.types import Model, Outputs, Teacher, make_batch, with_logits
 
-__all__ = ["sample"]
+__all__ = ["CachingDecoder", "check_decoder", "sample"]
+
+PyTree = Any
 
 # Of the logits' size: what rounding may change where later tokens are others.
 _ROUNDING = 1e-3
 # And where a cache takes the place of the whole window; bfloat16, of three digits, changes 1e-2.
 _BY_CACHE = 0.05
+
+
+@runtime_checkable
+class CachingDecoder(Protocol):
+  """What `sample` asks of a module in order that each token is read once.
+
+  A Linen module whose ``__call__`` takes ``cache`` has the second already; of an NNX module, or of
+  functions, two methods of a frozen dataclass are enough. It is hashed: programs are told apart by
+  it.
+  """
+
+  def empty_cache(self, variables: PyTree, batch_size: int, length: int) -> PyTree:
+    """A cache in which no token is.
+
+    Args:
+      variables: the model's.
+      batch_size: B, how many rows are gone on with.
+      length: how many tokens of each it has to have room for.
+
+    Returns:
+      Arrays, in a tree of the module's own.
+    """
+
+  def apply(self, variables: PyTree, tokens: Any, *, cache: PyTree) -> tuple[Outputs, PyTree]:
+    """Reads the next tokens of every row, after those that are in the cache.
+
+    Args:
+      variables: the model's.
+      tokens: ``[B, L]`` int32; all of a prompt, then one at a time.
+      cache: with the tokens before.
+
+    Returns:
+      ``(outputs, cache)``: logits ``[B, L, V]``, or ``hidden`` and ``head``; and a cache of the
+      same shapes that these tokens are in too.
+    """
 
 
 def sample(
@@ -36,7 +72,7 @@ def sample(
   temperature: float = 1.0,
   index: Any = None,
   inputs: Callable[[Any], Any] | None = None,
-  decoder: Decoder | None = None,
+  decoder: CachingDecoder | None = None,
   window: int | None = None,
 ) -> np.ndarray:
   """Continues prompts, token by token, in one compiled program.
@@ -55,8 +91,8 @@ def sample(
     index: ``[B]``, which example each row is; ``0 .. B-1`` by default.
     inputs: ``tokens [B, W] -> inputs`` of the network, where it takes other than tokens
       alone. Later tokens than those it is asked about are 0 then, and it must not look at them.
-    decoder: where the model is a `models.Decoder`, that module: the cache takes the place of
-      running it again, which costs the square of the length.
+    decoder: the model's module where it keeps a cache (`CachingDecoder`; `models.Decoder` is one):
+      that takes the place of running it again, which costs the square of the length.
     window: how many tokens the model sees at most, as many as it was trained on: of longer texts
       the latest. The cache, which forgets nothing, serves up to there. None for all.
 
@@ -70,7 +106,7 @@ def sample(
       later tokens; or ``decoder`` is another than the model's.
 
   >>> from jaxdistill import networks
-  >>> from jaxdistill.networks.models import DecoderConfig
+  >>> from jaxdistill.networks.models import Decoder, DecoderConfig
   >>> decoder = Decoder(DecoderConfig(9, 8, layers=1, heads=2, kv_heads=1, head_dim=4, hidden=8))
   >>> network = networks.linen(decoder)
   >>> model = Model(network, network.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
@@ -86,8 +122,7 @@ def sample(
     )
   if isinstance(model, Model):  # without what a run's state and history add to it
     model = Model(model.network, model.variables)
-  if decoder is not None and not isinstance(decoder, Decoder):
-    raise TypeError(f"decoder={_check.show(decoder)} must be the models.Decoder of the model.")
+  check_decoder("decoder", decoder)
   _check_key(key)
   if inputs is not None:
     _check.function("inputs", inputs, "tokens -> inputs", arguments=1)
@@ -106,14 +141,14 @@ def sample(
   _check.tokens("prompts", given, shapes.shape[-1])
   drawn = {"length": length, "greedy": temperature == 0}
   rest = (given.astype(np.int32), rows.astype(np.uint32), key, max(temperature, 1e-30))
-  by_cache = decoder is not None and seen == whole
-  if by_cache:
-    _check_decoder(decoder, model.variables)
-    made = _by_cache(model, *rest, inputs=inputs, decoder=decoder, **drawn)
+  caching = decoder if seen == whole else None
+  if caching is not None:
+    _check_fits(caching, model.variables, asked)
+    made = _by_cache(model, *rest, inputs=inputs, decoder=caching, **drawn)
   else:
     made = _anew(model, *rest, inputs=inputs, window=seen, **drawn)
   tokens, apart, finite = jax.device_get(made)
-  _check_drawn(apart, finite, by_cache=by_cache)
+  _check_drawn(apart, finite, by_cache=caching is not None)
   return np.asarray(tokens)
 
 
@@ -143,7 +178,7 @@ def _check_drawn(apart: Any, finite: Any, *, by_cache: bool) -> None:
   if by_cache and not apart <= _BY_CACHE:
     raise ValueError(
       f"decoder is not what the model is: their logits are {apart:.2g} of their size apart. Give "
-      "the models.Decoder that the network was made of, or leave it out."
+      "the module that the network was made of, or leave it out."
     )
   if not by_cache and not apart <= _ROUNDING:
     raise ValueError(
@@ -160,16 +195,59 @@ def _check_key(key: Any) -> None:
     raise TypeError(f"key={_check.show(key)} must be one random key: jax.random.key(0).")
 
 
-def _check_decoder(decoder: Any, variables: Any) -> None:
-  """Raises where a decoder has other parameters than there are."""
-  tokens = jax.ShapeDtypeStruct((1, 1), np.int32)
-  own = jax.eval_shape(decoder.init, jax.random.key(0), tokens)["params"]
-  found = variables.get("params") if isinstance(variables, Mapping) else None
-  shapes = [jax.tree.map(np.shape, tree) for tree in (own, found)]
-  if shapes[0] != shapes[1]:
+def check_decoder(name: str, value: Any) -> None:
+  """Raises where an argument is neither None nor a `CachingDecoder`.
+
+  Args:
+    name: the argument's.
+    value: what was given.
+
+  Raises:
+    TypeError: it is a class, or lacks a method, or cannot be hashed.
+  """
+  if value is None:
+    return
+  if isinstance(value, type) or not isinstance(value, CachingDecoder):
+    raise TypeError(
+      f"{name}={_check.show(value)} must be a networks.CachingDecoder, with empty_cache(variables, "
+      "batch_size, length) and apply(variables, tokens, cache=): the model's models.Decoder, or a "
+      "module of your own. Any other is run without: leave it out."
+    )
+  try:
+    hash(value)
+  except TypeError as error:
+    raise TypeError(
+      f"{name}={_check.show(value)} must have a hash, by which programs are told apart: a Linen "
+      "module, or a frozen dataclass."
+    ) from error
+
+
+def _check_fits(decoder: CachingDecoder, variables: Any, asked: Any) -> None:
+  """Raises where a decoder cannot read a token with the model's variables, or keeps none."""
+  tokens = jax.ShapeDtypeStruct((asked.shape[0], 1), np.int32)
+  caches: list[dict[str, str]] = []  # their arrays by name, before and after
+
+  def read(variables: Any, tokens: Any) -> Any:
+    before = decoder.empty_cache(variables, *asked.shape)
+    outputs, after = decoder.apply(variables, tokens, cache=before)
+    for cache in (before, after):
+      leaves = jax.tree_util.tree_leaves_with_path(cache)
+      caches.append({jax.tree_util.keystr(path): str(jnp.shape(leaf)) for path, leaf in leaves})
+    return with_logits(outputs).logits
+
+  try:
+    logits = jax.eval_shape(read, variables, tokens)
+  except Exception as error:
     raise ValueError(
-      "decoder has other parameters than the model: give the models.Decoder that the network was "
-      "made of, or leave it out."
+      f"decoder cannot read a token with the model's variables ({_check.short(error)}): give the "
+      "module that the network was made of, or leave it out."
+    ) from error
+  if logits is None or logits.shape[:2] != tokens.shape or caches[0] != caches[1]:
+    raise ValueError(
+      f"decoder must give (outputs, cache) with logits {[*tokens.shape, 'V']}, or hidden and head, "
+      "and a cache of the shapes that it had; it gives logits "
+      f"{None if logits is None else list(logits.shape)}, and of a cache {caches[0]} one "
+      f"{caches[1]}."
     )
 
 
@@ -242,6 +320,14 @@ def _drawn(logits: Any, keys: Any, position: Any, temperature: Any, greedy: bool
   return jax.vmap(jax.random.categorical)(own, logits / temperature).astype(jnp.int32)
 
 
+def _last(out: Outputs) -> Any:
+  """Logits ``[B, V]`` of the last position; of hidden states, no other's are made."""
+  if out.logits is not None:
+    return out.logits[:, -1]
+  assert out.head is not None  # of one that has neither nothing is asked
+  return out.head(out.hidden[:, -1:])[:, 0]
+
+
 @functools.partial(jax.jit, static_argnames=("inputs", "decoder", "length", "greedy"))
 def _by_cache(
   model: Model | Teacher,
@@ -251,35 +337,32 @@ def _by_cache(
   temperature: Any,
   *,
   inputs: Any,
-  decoder: Decoder,
+  decoder: CachingDecoder,
   length: int,
   greedy: bool,
 ) -> tuple[Any, Any, Any]:
-  """The same tokens of our decoder, each of which is read once; how far it is from the model.
+  """The same tokens of a decoder, which reads each once; how far it is from the model.
 
   And whether no logit was NaN.
   """
   B, P = prompts.shape
   variables: Any = model.variables
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-  dtype = decoder.dtype or variables["params"]["embed"]["embedding"].dtype
 
-  def read(tokens: Any, cache: Cache) -> tuple[Any, Cache]:
-    made: Any = decoder.apply(variables, tokens, cache=cache)
-    out, cache = made
-    return out.head(out.hidden[:, -1:])[:, 0].astype(jnp.float32), cache
+  def read(tokens: Any, cache: Any) -> tuple[Any, Any]:
+    out, cache = decoder.apply(variables, tokens, cache=cache)
+    return _last(out).astype(jnp.float32), cache
 
-  def draw(carry: tuple[Any, Cache], i: Any) -> tuple[tuple[Any, Cache], Any]:
+  def draw(carry: tuple[Any, Any], i: Any) -> tuple[tuple[Any, Any], Any]:
     logits, cache = carry
     token = _drawn(logits, keys, P + i, temperature, greedy)
     return read(token[:, None], cache), (token, ~jnp.isnan(logits).any())
 
-  begin = read(prompts, Cache.empty(decoder.config, B, P + length, dtype))
+  begin = read(prompts, decoder.empty_cache(variables, B, P + length))
   (end, _), (tokens, finite) = jax.lax.scan(draw, begin, jnp.arange(length))
   whole = jnp.concatenate([prompts, tokens.T], axis=1)
   # At its end, where all that the cache kept has a part.
-  out = _outputs(model, whole, inputs)
-  last = out.logits[:, -1] if out.hidden is None else out.head(out.hidden[:, -1:])[:, 0]
+  last = _last(_outputs(model, whole, inputs))
   same = last.shape == end.shape
   apart = _apart(last.astype(jnp.float32), end) if same else jnp.array(jnp.inf)
   return whole, apart, finite.all()

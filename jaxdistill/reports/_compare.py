@@ -74,13 +74,15 @@ def compare_students(
     FileNotFoundError: a run has no usable checkpoint.
     TypeError: the task, or the models, are of another kind.
     ValueError: a run is not finished, or a column of metadata does not fit; or batches are streamed
-      and ``examples`` is a number.
+      and ``examples`` is a number; or they are not of the teacher's tokenizer.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
   _check_kinds(task, texts, examples)
+  if isinstance(examples, Examples) and isinstance(teacher, Teacher):
+    teachers.check_tokenizer(teacher, examples.tokenizer, examples.name)
   told = _told(batches, examples)
   columns = _columns(metadata, told, size, task)  # a wrong one says so before the long work
   models = _models(folder, network)

@@ -20,7 +20,6 @@ import numpy as np
 from jaxdistill import _check, networks, runs
 from jaxdistill.data import Examples
 from jaxdistill.data.tokenizers import Tokenizer
-from jaxdistill.networks.models import Decoder
 from jaxdistill.reports._format import MODELS
 from jaxdistill.reports._pages.evidence import TEXTS, suffix
 from jaxdistill.types import Model, Teacher
@@ -40,8 +39,8 @@ class Texts:
       have: it was hardly trained on more.
     temperature: 0 takes the most likely token throughout; 1 the model's own distribution.
     seed: of the random key, which every model is given: the same noise for all.
-    decoders: by the model's name, the `networks.models.Decoder` that it is, where it is one: its
-      cache then saves running it again for each token.
+    decoders: by the model's name, its module where that keeps a cache (`networks.CachingDecoder`,
+      as `networks.models.Decoder` is), which saves running it again for each token.
 
   Raises:
     TypeError: an attribute is of another kind.
@@ -54,7 +53,7 @@ class Texts:
   length: int = 128
   temperature: float = 0.8
   seed: int = 0
-  decoders: Mapping[str, Decoder] = dataclasses.field(default_factory=dict)
+  decoders: Mapping[str, networks.CachingDecoder] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self) -> None:
     if not isinstance(self.tokenizer, Tokenizer):
@@ -66,12 +65,13 @@ class Texts:
       _check.whole(name, getattr(self, name))
     _check.number("temperature", self.temperature, least=0)
     _check.whole("seed", self.seed, least=0)
-    named = isinstance(self.decoders, Mapping) and set(self.decoders) <= set(MODELS)
-    if not named or not all(isinstance(one, Decoder) for one in self.decoders.values()):
+    if not isinstance(self.decoders, Mapping) or not set(self.decoders) <= set(MODELS):
       raise TypeError(
-        f"decoders={_check.show(self.decoders)} must be models.Decoder by the names of models, of "
+        f"decoders={_check.show(self.decoders)} must be modules by the names of models, of "
         f"{list(MODELS)}."
       )
+    for name, one in self.decoders.items():
+      networks.check_decoder(f"decoders[{name!r}]", one)
 
 
 def write_texts(

@@ -43,7 +43,7 @@ from jaxdistill.teachers._cache_shards import (
 from jaxdistill.teachers._frozen import asked_on_host, check_tokenizer
 from jaxdistill.teachers._identity import PROBES, sketch
 from jaxdistill.teachers.cache_writer import row_type
-from jaxdistill.types import Batch, Outputs, Teacher
+from jaxdistill.types import Batch, Head, Outputs, Teacher, with_logits
 
 __all__ = [
   "DTYPES",
@@ -815,13 +815,25 @@ def _picked(
       f"{sorted(outputs.features)}."
     )
   if outputs.logits is None and not features:
-    raise ValueError(
-      "the teacher puts out no logits (hidden and head may stand for them), and a cache holds "
-      "logits and features: name features=[...] of it, let it multiply its logits out, or leave "
-      "cached out."
-    )
+    raise ValueError(_no_logits(outputs))
   made = {"logits": outputs.logits, **{f"features/{n}": outputs.features[n] for n in features}}
   return {n: v for n, v in {**made, "where": outputs.where}.items() if v is not None}
+
+
+def _no_logits(outputs: Outputs) -> str:
+  """Why what a teacher puts out is not kept, and what it would take."""
+  instead = "name features=[...] of it, or leave cached out, so that the steps ask it"
+  if outputs.hidden is None or not isinstance(outputs.head, Head):
+    return f"the teacher puts out no logits, and a cache holds logits and features: {instead}."
+  width, words = outputs.hidden.shape[-1], jax.eval_shape(with_logits, outputs).logits.shape[-1]
+  return (
+    "the teacher puts out hidden states and a head, and a cache holds logits and features. Each "
+    f"token's hidden states are {width:,} numbers, {2 * width:,} bytes in bfloat16, and its logits "
+    f"{words:,}, {2 * words:,} bytes, where its 32 most likely tokens would take about 136: "
+    f"{instead} (with tokens_at_once= no more of its logits are made than a chunk's), or, where "
+    "that many bytes are few, let it put out its logits: networks.linen(module, logits=lambda out: "
+    "out.head(out.hidden))."
+  )
 
 
 def _skipped(progress: str | None, count: int, size: int) -> str:

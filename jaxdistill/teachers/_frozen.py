@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdistill import _check, runs
+from jaxdistill.data import tokenizers
 from jaxdistill.data.tokenizers import Tokenizer
 from jaxdistill.networks import int8_weights
 from jaxdistill.teachers import _identity
@@ -66,7 +67,12 @@ class _Inference:
     return self.network.apply(variables, batch.inputs, train=False, key=None)[0]
 
 
-def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = None) -> Teacher:
+def frozen(
+  model: Model,
+  *,
+  dtype: Any = None,
+  tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
+) -> Teacher:
   """A network and its variables as a teacher: evaluated in inference mode, gradients stopped.
 
   Args:
@@ -77,7 +83,8 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
       affair: most take the longer one of inputs and parameters,
       `jaxdistill.networks.mixed_precision` the one it is told.
     tokenizer: of a language model, the tokenizer whose tokens it was trained on: it is then refused
-      to teach on tokens of another, which as large a vocabulary would not show. None does not ask.
+      to teach on tokens of another, which as large a vocabulary would not show; or the folder that
+      a pretrained model was read from, with its ``tokenizer.json``. None does not ask.
 
   Returns:
     The teacher; its variables are the model's, no copy of them but for those of another dtype,
@@ -86,7 +93,8 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
   Raises:
     TypeError: ``model`` is none, ``dtype`` no dtype of real numbers, or ``tokenizer`` none.
     ValueError: it holds the variables of several seeds; or none that could be in eight bits.
-    MissingExtraError: ``dtype="int8"`` without qwix.
+    FileNotFoundError: there is no tokenizer in the folder.
+    MissingExtraError: ``dtype="int8"`` without qwix; a folder without the library ``tokenizers``.
   """
   if not isinstance(model, Model):
     raise TypeError(
@@ -100,20 +108,23 @@ def frozen(model: Model, *, dtype: Any = None, tokenizer: Tokenizer | None = Non
     )
   one, read = model.instance(0), {}
   if tokenizer is not None:
-    read = {"tokenizer": _digest(tokenizer)}
+    read = {"tokenizer": _read_by(tokenizer).digest}
   if isinstance(dtype, str) and dtype == "int8":
     one, dtype = int8_weights(one), None
   variables = one.variables if dtype is None else _kept_in(dtype, one.variables)
   return Teacher(variables, _Inference(one.network), _asked("frozen", **read))
 
 
-def _digest(tokenizer: Any) -> str:
+def _read_by(tokenizer: Any) -> Tokenizer:
+  """The tokenizer that was given, or the one in a folder."""
+  if isinstance(tokenizer, str | os.PathLike):
+    return tokenizers.load(tokenizer)
   if not isinstance(tokenizer, Tokenizer):
     raise TypeError(
       f"tokenizer={_check.show(tokenizer)} must be one of data.tokenizers: utf8(), "
-      "characters(...), load('tokenizer.json')."
+      "characters(...), load('tokenizer.json'); or the folder of a pretrained model."
     )
-  return tokenizer.digest
+  return tokenizer
 
 
 def tokenizer_of(teacher: Teacher) -> str | None:
@@ -604,7 +615,10 @@ class _Vocabulary:
 
 
 def vocabulary(
-  teacher: Model | Teacher, size: int, *, tokenizer: Tokenizer | None = None
+  teacher: Model | Teacher,
+  size: int,
+  *,
+  tokenizer: Tokenizer | str | os.PathLike[str] | None = None,
 ) -> Teacher:
   """A language model whose vocabulary was padded to another size, as a teacher of this size.
 
@@ -619,7 +633,8 @@ def vocabulary(
   Args:
     teacher: a model, or a teacher, with logits ``[..., V]``.
     size: the student's vocabulary.
-    tokenizer: the student's. It must be the teacher's, where that is known (`frozen`).
+    tokenizer: the student's, or a folder that holds it. It must be the teacher's, where that is
+      known (`frozen`).
 
   Returns:
     A teacher with logits ``[..., size]``, which are made where somebody looks at them, and the
@@ -639,11 +654,12 @@ def vocabulary(
   _check.whole("size", size)
   whole = _teacher("teacher", teacher)
   if tokenizer is not None:
-    check_tokenizer(whole, _digest(tokenizer), "the student's text")
-    if size < tokenizer.vocabulary:
+    read = _read_by(tokenizer)
+    check_tokenizer(whole, read.digest, "the student's text")
+    if size < read.vocabulary:
       raise ValueError(
-        f"size={size} is below the {tokenizer.vocabulary} tokens of the tokenizer, of which the "
-        f"last would be cut off: give at least {tokenizer.vocabulary}."
+        f"size={size} is below the {read.vocabulary} tokens of the tokenizer, of which the last "
+        f"would be cut off: give at least {read.vocabulary}."
       )
   return Teacher(
     whole.variables, _Vocabulary(whole.apply, size), _asked("vocabulary", whole, size=size)

@@ -449,6 +449,8 @@ def _say_form(plan: Plan, program: Program, log: Log, said: Sequence[str]) -> No
   if program.plan.teacher is not plan.teacher:
     size = program.source.size
     log.say(f"the teacher is run once over the {size} examples, since nothing is augmented.")
+  if rounded := _rounded(plan, program.dispatch):
+    log.say(rounded)
   if decay_of(plan.teacher) is not None:
     what = "the student" if plan.average is None else f"its average (average={plan.average:g})"
     log.say(f"the teacher is a moving average of the student; {what} is deployed.")
@@ -464,6 +466,18 @@ def _say_form(plan: Plan, program: Program, log: Log, said: Sequence[str]) -> No
       "steps are dispatched one by one: a CPU computes lax convolutions slowly in a loop "
       "(dispatch=train.with_jit(scan=True) for a loop all the same)."
     )
+
+
+def _rounded(plan: Plan, dispatch: Dispatch) -> str:
+  """A line where chunks have more tokens than were asked for; empty where they have as many."""
+  shares = dispatch.accumulate * (1 if dispatch.axis_name is None else dispatch.devices)
+  asked, rows = dispatch.tokens_at_once, plan.sources[0].batch_size // shares
+  if asked is None or asked % rows == 0:
+    return ""
+  return (
+    f"tokens_at_once={asked:,} is taken as {-(-asked // rows) * rows:,}, a multiple of the {rows} "
+    "examples that a step sees at once: each has a position in every chunk."
+  )
 
 
 def _say_memory(program: Program, log: Log) -> None:

@@ -105,6 +105,11 @@ def test_long_documents_are_cut_or_dropped():
   rows = sorted(cut.tokens.tolist())
   assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 0, 0, 0]]
   assert sorted(cut.labels[cut.weight > 0].tolist()) == list(range(1, 10))
+  # Whatever row a piece is in, it is of its document; a document that was dropped has no number.
+  both = data.pack([document, np.arange(20, 23)], length=4)
+  own = (both.tokens >= 20).astype(np.int32)
+  np.testing.assert_array_equal(both.documents, np.where(both.segments > 0, own, -1))
+  assert data.pack([document, np.arange(3)], length=4, split="drop").documents.max() == 1
   dropped = data.pack([document, np.arange(3)], length=4, split="drop")
   assert dropped.lost == 9
   assert dropped.tokens.tolist() == [[0, 1, 0, 0]]

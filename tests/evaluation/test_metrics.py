@@ -414,3 +414,72 @@ def test_agreement_needs_no_labels():
   assert none.keys() == {"agreement", "kl"}
   some = fidelity(student, teacher, labels, where, jnp.array([1.0, 1.0, 0.0]))
   assert [float(some[name]) for name in ("fidelity_examples", "teacher_wrong")] == [3, 0]
+
+
+def kept_of(nll, where=None):
+  nll = np.asarray(nll, np.float32)
+  where = np.ones(nll.shape[1:]) if where is None else np.asarray(where)
+  where = np.broadcast_to(where, nll.shape)
+  return {"nll": nll, "accuracy": (nll < 1).astype(np.float32), "where": where}
+
+
+def test_errors_over_documents_are_those_of_independent_documents():
+  random = np.random.default_rng(0)
+  documents, seeds = 400, 3
+
+  def drawn():
+    """Tokens of a document share its difficulty, so that they are no independent draws."""
+    sizes = random.integers(2, 9, documents)
+    group = np.repeat(np.arange(documents), sizes)
+    hard = 2 + random.normal(size=documents)
+    nll = hard[group] + 0.1 * random.normal(size=(seeds, len(group)))
+    return kept_of(nll[:, None]), group[None], nll.mean(axis=0)
+
+  found = []
+  for _ in range(100):
+    kept, group, each = drawn()
+    one = metrics.over_documents(kept, group)["nll"]
+    assert one["mean"] == pytest.approx(each.mean(), rel=1e-6)
+    found.append((one["mean"], one["standard_error"]))
+  means, errors = np.transpose(found)
+  # Over 100 texts the spread of the means is known to 7 %: four times that.
+  assert np.mean(errors) == pytest.approx(means.std(ddof=1), rel=0.28)
+  naive = each.std() / np.sqrt(len(each))  # as if tokens were independent
+  assert np.mean(errors) > 1.8 * naive
+
+
+def test_two_models_are_compared_document_by_document():
+  # Two rows hold three documents, the second in both; one token does not count, whatever it is.
+  documents = np.array([[0, 0, 1, 1], [1, 2, 2, 9]])
+  where = np.array([[1.0, 1, 1, 1], [1, 1, 0.5, 0]])
+  nll = np.array([[[1.0, 2, 3, 4], [5, 6, 7, np.nan]]])
+  kept, beside = kept_of(nll, where), kept_of(nll - [[[0.5, 0.5, 0, 0], [0, 1, 1, 0]]], where)
+  apart = metrics.over_documents(kept, documents, beside=beside)["nll"]
+  totals, weights = np.array([1.0, 0, 1.5]), np.array([2, 3, 1.5])  # of each document, by hand
+  mean = totals.sum() / weights.sum()
+  error = np.sqrt(3 / 2 * np.sum((totals - mean * weights) ** 2)) / weights.sum()
+  assert apart == pytest.approx({"mean": mean, "standard_error": error, "documents": 3})
+  same = metrics.over_documents(kept, documents, beside=kept)["nll"]
+  assert (same["mean"], same["standard_error"]) == (0, 0)
+  # Two bytes a token are half the bits a byte, and one document has no error.
+  sizes = np.full(where.shape, 2)
+  found = metrics.over_documents(kept, np.zeros_like(documents), sizes=sizes)
+  assert found["bits_per_byte"]["mean"] == pytest.approx(found["nll"]["mean"] / 2 / np.log(2))
+  assert found["bits_per_byte"]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"documents": [[0]]}, "documents has the shape"),
+    ({"sizes": [[1]]}, "sizes has the shape"),
+    ({"sizes": [[0, 0]]}, "no bits a byte"),
+    ({"beside": {"nll": 1}}, "beside=.* must be what"),
+    ({"kept": kept_of([[[1.0, 2]]], [[0, 0]])}, "no token that counts"),
+    ({"beside": kept_of([[[1.0, 2]]], [[1, 0]])}, "beside counts other tokens"),
+  ],
+)
+def test_what_has_no_error_over_documents_is_refused(given, message):
+  given = {"kept": kept_of([[[1.0, 2]]]), "documents": [[0, 1]], **given}
+  with pytest.raises((TypeError, ValueError), match=message):
+    metrics.over_documents(given.pop("kept"), **given)

@@ -334,6 +334,23 @@ def test_eight_bits_a_byte_of_who_knows_nothing_of_bytes():
       tasks.tokens(**wrong)
 
 
+def test_what_would_be_counted_of_other_tokens_is_refused():
+  logits, labels = np.zeros((8, 3, 5), np.float32), np.full((8, 3), 4)
+  # Fewer than the labels, or more than the logits: another tokenizer's. Padding of logits has none.
+  for told in (4, 6):
+    with pytest.raises(ValueError, match=f"token_bytes tells {told} tokens.*a label is 4"):
+      measured(tasks.tokens(token_bytes=[1] * told), logits, labels)
+  padded = np.zeros((8, 3, 7), np.float32)
+  found = measured(tasks.tokens(token_bytes=[1] * 5), padded, labels)
+  assert found["bits_per_byte"] == pytest.approx(np.log2(7))
+  with pytest.raises(TypeError, match=r"logits are \[8, 3, 5\].*tokens\(\) for one a token"):
+    measured(tasks.classification(), logits, labels)
+  for task, ours in ((tasks.tokens(), logits), (tasks.classification(), logits[:, 0])):
+    theirs = np.zeros((*ours.shape[:-1], 7), np.float32)
+    with pytest.raises(ValueError, match=r"5 classes and the teacher 7.*vocabulary\(teacher, 5\)"):
+      measured(task, ours, labels if ours is logits else labels[:, 0], teacher=theirs)
+
+
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_embedding(batch_size):
   labels = RNG.integers(0, 4, SIZE)

@@ -11,7 +11,7 @@ import pytest
 import small_networks
 from jaxdistill import networks, teachers
 from jaxdistill.networks.models import Decoder, DecoderConfig
-from jaxdistill.types import Model
+from jaxdistill.types import Head, Model, Outputs
 
 V = 7
 DECODER = Decoder(
@@ -91,6 +91,50 @@ def test_the_cache_draws_the_same_tokens():
     networks.sample(lost, **options, decoder=DECODER)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sums:
+  """Somebody's functions beside `Table("past")`: its sums of all tokens so far are the cache."""
+
+  gives: str = "both"
+
+  def empty_cache(self, variables, batch_size, length):
+    return {"sums": jnp.zeros((batch_size, V)), "read": jnp.int32(0)}
+
+  def apply(self, variables, tokens, *, cache):
+    sums = cache["sums"][:, None] + jnp.cumsum(variables["params"]["table"][tokens], axis=1)
+    if self.gives == "hidden":  # and a head, whose logits are made of the last place alone
+      out = Outputs(hidden=-sums, head=Head(jnp.eye(V)))
+    else:
+      out = Outputs(logits=-sums)
+    after = {"sums": sums[:, -1], "read": cache["read"] + tokens.shape[1]}
+    return out, {"sums": after["sums"]} if self.gives == "less" else after
+
+
+def test_a_cache_of_ones_own_draws_the_same_tokens():
+  made = model(Table("past"))
+  options = {"prompts": [[1, 2], [4, 0]], "key": KEY, "length": 5, "temperature": 3.0}
+  again = networks.sample(made, **options)
+  assert isinstance(Sums(), networks.CachingDecoder)
+  assert isinstance(DECODER, networks.CachingDecoder)
+  for gives in ("both", "hidden"):
+    found = networks.sample(made, **options, decoder=Sums(gives))
+    np.testing.assert_array_equal(found, again)
+  # The latest tokens alone: there the cache, which forgets nothing, has no part.
+  some = networks.sample(made, **options, window=3)
+  np.testing.assert_array_equal(networks.sample(made, **options, window=3, decoder=Sums()), some)
+  with pytest.raises(ValueError, match="a cache of the shapes that it had.*'read'"):
+    networks.sample(made, **options, decoder=Sums("less"))
+  with pytest.raises(ValueError, match="decoder cannot read a token with the model's variables"):
+    networks.sample(made, **options, decoder=DECODER)
+  for wrong in (Sums, Table(), "decoder"):
+    with pytest.raises(TypeError, match="decoder=.* must be a networks.CachingDecoder"):
+      networks.sample(made, **options, decoder=wrong)
+  unhashable = dataclasses.make_dataclass("Unhashable", [], bases=(Sums,), eq=True, frozen=True)()
+  object.__setattr__(unhashable, "gives", [])
+  with pytest.raises(TypeError, match="must have a hash"):
+    networks.sample(made, **options, decoder=unhashable)
+
+
 def test_of_a_long_text_the_latest_tokens_are_seen():
   made = model(Table("past"))
   table = np.asarray(made.variables["params"]["table"])
@@ -125,7 +169,7 @@ def test_inputs_may_be_others_than_tokens():
     ({"index": [1, 2]}, "index=.* 1 integers"),
     ({"window": 0}, "window=0"),
     ({"prompts": [[1, 2], [3]]}, "prompts=.* of one length"),
-    ({"decoder": DECODER}, "decoder has other parameters"),
+    ({"decoder": DECODER}, "decoder cannot read a token"),
     ({"model": model(Table("all"))}, "is not causal"),
     ({"model": model(nn.Embed(V, 3), 1)}, "prompts"),
   ],

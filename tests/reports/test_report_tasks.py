@@ -416,6 +416,20 @@ def test_texts_that_cannot_be_drawn_are_refused(tmp_path, options, message):
   assert not (tmp_path / "texts.json").exists()
 
 
+def test_a_teacher_of_another_tokenizer_is_refused_before_the_work(tmp_path):
+  tokenizer, bytes_ = data.tokenizers.characters(PLAY), data.tokenizers.utf8()
+  examples = data.from_text(PLAY, tokenizer, length=24)
+  with pytest.raises(ValueError, match=rf"{bytes_.digest}.*{tokenizer.digest}"):
+    reports.compare_students(
+      tmp_path,
+      network={"student": writer(tokenizer, 1)},
+      teacher=teachers.frozen(writer(tokenizer, 0), tokenizer=bytes_),
+      batches=data.evaluation_batches(examples, batch_size=8),
+      examples=examples,
+      task=tasks.tokens(),
+    )
+
+
 def sums(outputs, batch):
   error = jnp.abs(outputs.logits[..., 0] - batch.labels)
   where = tasks.counted(batch, error)

@@ -11,7 +11,7 @@ import pytest
 
 from jaxdistill import data, recipes, teachers, train
 from jaxdistill.teachers import _cache, _identity
-from jaxdistill.types import Model, Outputs, Teacher
+from jaxdistill.types import Head, Model, Outputs, Teacher
 from small_networks import dense, untyped
 
 SIZE = 20
@@ -286,6 +286,8 @@ def refused(examples, teacher):
     views=2,
   )
   done = teachers.cached(teacher, source, progress=None)
+  head = Head(jnp.zeros((3, 1000)))
+  hidden = Teacher({}, lambda _, batch: Outputs(hidden=jnp.zeros((len(batch.index), 3)), head=head))
   no_logits = Teacher({}, lambda _, batch: Outputs(hidden=batch.inputs, head=1))
   return {
     r"shows a new view of crop\(1\) in every epoch.*views=8": {
@@ -309,6 +311,8 @@ def refused(examples, teacher):
       "source": data.transformed(source, lambda key, batch: batch)
     },
     "puts out no logits": {"teacher": no_logits},
+    # What it would take a token: hidden states, logits, and the most likely tokens.
+    r"hidden states and a head.* 6 bytes.* 2,000 bytes.* 136": {"teacher": hidden},
     "source must be a Source": {"source": examples},
     "dtype='int8' must be one of float16, float32, float64": {"dtype": "int8"},
     "features='mid' must be a sequence": {"features": "mid"},

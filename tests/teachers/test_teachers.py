@@ -493,6 +493,19 @@ def test_a_vocabulary_is_padded_where_logits_are_made():
   assert types.with_logits(found).logits.shape == (3, 4, 8)
 
 
+def test_a_pretrained_teacher_reads_the_tokens_of_its_folder(tmp_path):
+  pytest.importorskip("tokenizers")
+  own = data.tokenizers.trained(["to be, or not to be"] * 9, 260)
+  (tmp_path / "tokenizer.json").write_text(own.definition)
+  for folder in (tmp_path, str(tmp_path), tmp_path / "tokenizer.json"):
+    taught = teachers.frozen(model(3), tokenizer=folder)
+    assert teachers.tokenizer_of(taught) == own.digest
+  with pytest.raises(ValueError, match="size=9 is below the"):
+    teachers.vocabulary(taught, 9, tokenizer=tmp_path)
+  with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    teachers.frozen(model(3), tokenizer=tmp_path / "elsewhere")
+
+
 def test_a_teacher_reads_the_tokens_of_its_own_tokenizer():
   ours, theirs = tokenizers_of("abc", "abd")
   assert ours.vocabulary == theirs.vocabulary  # which proves nothing
@@ -506,6 +519,8 @@ def test_a_teacher_reads_the_tokens_of_its_own_tokenizer():
   with pytest.raises(ValueError, match=digests):
     teachers.vocabulary(taught, 3, tokenizer=ours)
   assert teachers.tokenizer_of(teachers.vocabulary(taught, 3, tokenizer=theirs)) == theirs.digest
+  with pytest.raises(TypeError, match="tokenizer=3 must be one of"):
+    teachers.frozen(made, tokenizer=3)
   read = data.from_text("abcabcab", ours, length=2)
   assert read.tokenizer == ours.digest
   for make in (data.on_device, data.streamed):

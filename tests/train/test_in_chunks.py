@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxdistill import data, evaluation, losses, networks, recipes, search, teachers, train
-from jaxdistill.train import in_chunks, reduce_terms
+from jaxdistill.train import _fit, in_chunks, reduce_terms
 from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.types import (
   Head,
@@ -490,6 +490,22 @@ def test_what_chunks_cannot_do_says_so():
   for dispatch in (train.with_jit, train.with_pmap):
     with pytest.raises(ValueError, match="tokens_at_once=0 must be at least 1"):
       dispatch(tokens_at_once=0)
+
+
+def test_chunks_of_more_tokens_than_were_asked_for_are_said():
+  plan = train.Plan.of(
+    network(6), recipes.kd(), data=source(), optimizer=optax.sgd(0.5), steps=3, teacher=taught(7)
+  )
+
+  def said(dispatch, **how):
+    return _fit._rounded(plan, dispatch(**how))
+
+  # Eight examples of a batch; four of a micro-batch; and two devices with four of these each.
+  assert "tokens_at_once=20 is taken as 24" in said(train.with_jit, tokens_at_once=20)
+  assert said(train.with_jit, tokens_at_once=24) == said(train.with_jit) == ""
+  assert said(train.with_jit, tokens_at_once=20, accumulate=2) == ""
+  assert "taken as 12" in said(train.with_jit, tokens_at_once=9, accumulate=2)
+  assert "taken as 12" in said(train.with_pmap, tokens_at_once=9)
 
 
 @pytest.mark.slow

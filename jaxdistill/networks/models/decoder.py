@@ -667,6 +667,20 @@ class Decoder(nn.Module):
     outputs = Outputs(hidden=hidden, head=Head(kernel, softcap=c.softcap, transposed=c.tied))
     return outputs if cache is None else (outputs, cache)
 
+  @nn.nowrap
+  def empty_cache(self, variables: PyTree, batch_size: int, length: int) -> Cache:
+    """A cache without tokens, of the dtype in which the variables are computed with.
+
+    See `jaxdistill.networks.CachingDecoder`, which this module is.
+
+    Args:
+      variables: the module's.
+      batch_size: how many rows it has.
+      length: how many tokens of each there is room for.
+    """
+    dtype = self.dtype or variables["params"]["embed"]["embedding"].dtype
+    return Cache.empty(self.config, batch_size, length, dtype)
+
   def _layers(self, x: Array, memory: Any, shared: Shared, train: bool) -> tuple[Array, Any]:
     """All layers, one after the other."""
     c = self.config
