@@ -36,9 +36,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
-import test_processes
+import test_processes, test_processes_labels
 works = {
-  "stopped": test_processes.stopped, "left": test_processes.left, "parts": test_processes.in_parts
+  "stopped": test_processes.stopped, "left": test_processes.left, "parts": test_processes.in_parts,
+  "labels": test_processes_labels.work,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
