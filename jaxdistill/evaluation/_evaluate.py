@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
+from jaxdistill._compile import placed
 from jaxdistill._lookups import Lookup, check_values, in_jaxpr, of_integers
 from jaxdistill._reach import depend_on
 from jaxdistill.data import Batches
@@ -156,7 +157,7 @@ def taught(teacher: Teacher, batches: Split, *, task: Task | None = None) -> Spl
     ask = asked.compiled(count_of(batches))
     found = []
     for batch in batches_of(batches):
-      one = dataclasses.replace(ask(teacher, batch), where=None)
+      one = dataclasses.replace(ask(teacher, placed(batch, teacher)), where=None)
       # The first one's head is everybody's.
       found.append(jax.device_get(dataclasses.replace(one, head=None) if found else one))
   return dataclasses.replace(batches, teacher=_stacked(found))
@@ -472,7 +473,7 @@ class _Pass:
     """What the model sees of a batch, on its devices: a network sees no teacher's outputs."""
     shown = dataclasses.replace(batch, teacher=None) if isinstance(self.model, Model) else batch
     if self.shares is None or len(batch.weight) % math.prod(self.shares.mesh.shape.values()):
-      return shown
+      return placed(shown, self.model)
     # Each device has its rows of the batch, and their sums are added up by the program.
     return jax.tree.map(lambda leaf: jax.device_put(leaf, self.shares), shown)
 
@@ -498,10 +499,10 @@ class _Pass:
     for batch in self._each():
       said = self.mute
       if ask is not None:
-        said = ask(self.teacher, batch)
+        said = placed(ask(self.teacher, placed(batch, self.teacher)), self.model)
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
-        said = settled((self.model, told))[1]
+        said = placed(settled((self.model, told))[1], self.model)
       made = program(_of_batch(self.model, batch), said, self._shown(batch))
       there = tasks.on_host(batch)
       found.append(dataclasses.replace(made, there=there))
