@@ -119,6 +119,8 @@ class Outputs:
       program may; None where it answers them all. The step leaves these out of every term that
       looks at the teacher, and counts their labels as before.
     members: of a cohort (`jaxdistill.networks.cohort`), by name what each network of it puts out.
+    variables: the network's own, in training, for methods that call a part of it once more
+      (`jaxdistill.recipes.with_variables`); None of all others.
   """
 
   logits: Any = None
@@ -127,6 +129,7 @@ class Outputs:
   head: Any = None
   where: Any = None
   members: dict[str, Outputs] = flax.struct.field(default_factory=dict)
+  variables: Any = None
 
   def named(self, names: Collection[str] | None = None) -> dict[str, Any]:
     """What a network is deployed for, by name: its logits, or all features where it has none.
