@@ -151,9 +151,14 @@ class Known:
       self.teacher, [f"stage{i}_block{last}/norm2" for i in (1, 2, 3)]
     )
 
-  def tails(self) -> dict[str, Any]:
-    """The teacher from its first and from its second stage on."""
-    whole = resnet(self.config, self.config.teacher_depth, self.config.teacher_width)
+  def tails(self, who: Literal["teacher", "student"] = "teacher") -> dict[str, Any]:
+    """A network from its first and from its second stage on."""
+    config = self.config
+    size = {
+      "teacher": (config.teacher_depth, config.teacher_width),
+      "student": (config.student_depth, config.student_width),
+    }
+    whole = resnet(config, *size[who])
     later = {"stage1": ["stage2", "stage3"], "stage2": ["stage3"]}
     return {
       name: networks.linen(whole.clone(after=name), features=names) for name, names in later.items()
@@ -237,6 +242,15 @@ METHODS = {
   "fcfd": Method(
     lambda known: recipes.fcfd(known.tails(), known.teacher, warmup_steps=known.share(20)),
     ("map_weight", "soft_weight", "mixed_weight"),
+  ),
+  # Both ways, as its code has it by default.
+  "fcfd_back": Method(
+    lambda known: recipes.combine(
+      recipes.fcfd(known.tails(), known.teacher, warmup_steps=known.share(20)),
+      recipes.fcfd_back(known.tails("student")),
+    ),
+    ("map_weight", "soft_weight", "mixed_weight"),
+    shows=recipes.with_variables,
   ),
   "simkd": Method(
     lambda known: recipes.simkd(known.teacher["params"]["classifier"]), ("simkd_weight",)

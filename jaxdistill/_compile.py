@@ -4,7 +4,8 @@
 `quick`, `brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at
 numbers compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled
 while Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same
-program was compiled before. A `Deferred` array is computed when it is first needed.
+program was compiled before. A `Deferred` array is computed when it is first needed. `placed` brings
+what a program reads to where the rest of it lies.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 __all__ = [
   "BackgroundCompiled",
@@ -36,6 +38,7 @@ __all__ = [
   "host_view",
   "limit_of",
   "long",
+  "placed",
   "quarter",
   "quick",
   "shapes_of",
@@ -260,6 +263,43 @@ def host_view(leaf: Any) -> np.ndarray | None:
   on_host = all(device.platform == "cpu" for device in leaf.devices())
   numbers = not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
   return np.asarray(leaf) if whole and on_host and numbers else None
+
+
+def placed(tree: Any, like: Any) -> Any:
+  """The tree on the devices of another one, which a program reads together with it.
+
+  ``jax.jit`` moves what is committed to no device, and refuses what is committed to another one.
+
+  Args:
+    tree: arrays. What lies elsewhere is copied, to each of several devices; what is traced or lies
+      on the host stays.
+    like: arrays, or their shapes and shardings. Where they lie in several places, that of the most
+      devices is meant; where in none, nothing is moved.
+  """
+  found = [_home(leaf) for leaf in jax.tree.leaves(like)]
+  homes = [home for home in found if home is not None]
+  if not homes:
+    return tree
+  home = max(homes, key=lambda one: len(one.device_set))
+
+  def put(leaf: Any) -> Any:
+    lies = _home(leaf)
+    away = lies is not None and lies.device_set != home.device_set
+    return jax.device_put(leaf, home) if away else leaf
+
+  return jax.tree.map(put, tree)
+
+
+def _home(leaf: Any) -> Sharding | None:
+  """Where an array is committed to, whole on each device; None where it is not, or none can say."""
+  traced = isinstance(leaf, jax.core.Tracer) or not getattr(leaf, "committed", True)
+  over = None if traced else getattr(leaf, "sharding", None)
+  if not isinstance(over, Sharding):
+    return None
+  if len(over.device_set) == 1:
+    return SingleDeviceSharding(*over.device_set)
+  mesh = over.mesh if isinstance(over, NamedSharding) else None
+  return NamedSharding(mesh, PartitionSpec()) if isinstance(mesh, Mesh) else None
 
 
 def quick() -> dict[str, Any] | None:

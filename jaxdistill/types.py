@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdistill import _check
-from jaxdistill._compile import host_view
+from jaxdistill._compile import host_view, placed
 
 __all__ = [
   "Batch",
@@ -119,6 +119,8 @@ class Outputs:
       program may; None where it answers them all. The step leaves these out of every term that
       looks at the teacher, and counts their labels as before.
     members: of a cohort (`jaxdistill.networks.cohort`), by name what each network of it puts out.
+    variables: the network's own, in training, for methods that call a part of it once more
+      (`jaxdistill.recipes.with_variables`); None of all others.
   """
 
   logits: Any = None
@@ -127,6 +129,7 @@ class Outputs:
   head: Any = None
   where: Any = None
   members: dict[str, Outputs] = flax.struct.field(default_factory=dict)
+  variables: Any = None
 
   def named(self, names: Collection[str] | None = None) -> dict[str, Any]:
     """What a network is deployed for, by name: its logits, or all features where it has none.
@@ -438,7 +441,8 @@ class Model:
     """The outputs in inference mode.
 
     Args:
-      inputs: what the network sees, ``[B, ...]`` or a pytree of such arrays; or a `Batch`.
+      inputs: what the network sees, ``[B, ...]`` or a pytree of such arrays; or a `Batch`. What
+        lies on other devices than the variables is copied to theirs.
 
     Raises:
       ValueError: these are the variables of several seeds.
@@ -448,7 +452,7 @@ class Model:
         f"these are the variables of {self.seeds} seeds of {self.network.name!r}; call one of "
         "model.unstack()."
       )
-    inputs = inputs.inputs if isinstance(inputs, Batch) else inputs
+    inputs = placed(inputs.inputs if isinstance(inputs, Batch) else inputs, self.variables)
     return self.network.apply(self.variables, inputs, train=False, key=None)[0]
 
   def unstack(self) -> list[Model]:
@@ -496,9 +500,9 @@ class Teacher:
   asked: str = flax.struct.field(pytree_node=False, default="")
 
   def __call__(self, batch: Batch) -> Outputs:
-    """The outputs, frozen: no gradient gets past them."""
+    """The outputs, frozen: no gradient gets past them; the batch is brought to the variables."""
     variables = jax.lax.stop_gradient(self.variables)
-    return jax.lax.stop_gradient(self.apply(variables, batch))
+    return jax.lax.stop_gradient(self.apply(variables, placed(batch, variables)))
 
 
 # ``(key, batch) -> batch``: mixes or changes examples before both networks see them.

@@ -75,7 +75,7 @@ def test_a_finished_run_is_measured_again_without_training(script, finished):
 
 def test_every_recipe_is_a_method_whose_own_weights_are_scaled(script):
   parts = {"combine", "each", "hint", "labels", "overhaul_margins", "recipe", "with_class_maps"}
-  parts |= {"with_views", "with_many_to_one", "fold_many_to_one"}
+  parts |= {"with_views", "with_variables", "with_many_to_one", "fold_many_to_one"}
   parts |= {"dafl", "with_generator"}  # without data, which is another protocol
   parts |= {"multi_label", "regression", "teacher_bounded", "gaussian_regression"}  # other tasks
   parts |= {"affinity"}  # two towers

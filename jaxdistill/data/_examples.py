@@ -338,12 +338,7 @@ class Records:
         f"{where} is a picture with a palette, whose numbers are no colours: convert it, e.g. "
         "transform=lambda row: row['image'].convert('RGB')."
       )
-    try:
-      array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError, OSError) as error:
-      raise ValueError(
-        f"{where} cannot be made an array ({error}): make it one of fixed shape in transform=."
-      ) from error
+    array = as_numpy(value, where)
     if array.dtype.kind in "OSU":
       raise ValueError(
         f"{where} is {'text' if array.dtype.kind in 'SU' else type(value).__name__}, not numbers: "
@@ -493,6 +488,30 @@ def check_tokens(inputs: Any, labels: np.ndarray, name: str, rows: Any = None) -
       )
 
 
+def as_numpy(value: Any, what: str) -> np.ndarray:
+  """An array of NumPy, JAX, torch or lists as NumPy's, none of whose values gets lost on the way.
+
+  Args:
+    value: the array.
+    what: it is, for messages: ``"labels"``.
+
+  Raises:
+    ValueError: it cannot be made one array, or some of its values are masked.
+  """
+  if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
+    raise ValueError(
+      f"{what} is a masked array, and NumPy keeps a number under each mask: labels that stand for "
+      "none are filled with a number, array.filled(255), that ignore=255 names, or weigh 0 by "
+      "weight=; inputs are filled, or left out."
+    )
+  try:
+    return np.asarray(value)
+  except (TypeError, ValueError, RuntimeError, OSError) as error:
+    raise ValueError(
+      f"{what} cannot be made one array ({error}): give all examples one shape."
+    ) from error
+
+
 def ignored(labels: Any, ignore: float | None) -> Any:
   """Which labels stand for none; of NumPy's arrays, or JAX's. None where none does."""
   if ignore is None:
@@ -512,6 +531,11 @@ def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
     ValueError: one is no number, or no class.
   """
   numbers = range(len(labels)) if rows is None else rows
+  if 0 in labels.shape[1:]:
+    raise ValueError(
+      f"labels of {of.name!r} are of shape {labels.shape}, which holds none: labels=None is of a "
+      "set without labels."
+    )
   if labels.dtype.kind == "b":
     labels = labels.astype(np.float32)
   none = ignored(labels, of.ignore)
@@ -521,7 +545,7 @@ def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
     found = np.argwhere(wrong)
     return tuple(found[0].tolist()) if len(found) else None
 
-  if labels.dtype.kind == "f":
+  if jax.dtypes.issubdtype(labels.dtype, np.floating):  # bfloat16 too, which NumPy does not know
     at = first(~np.isfinite(labels))
     if at is not None:
       raise ValueError(
@@ -550,8 +574,9 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   Raises:
     ValueError: its shape is another, or a weight is negative or not finite, or all are 0.
   """
-  found = np.asarray(weight)
-  if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or found.dtype.kind not in "biuf":
+  found = as_numpy(weight, f"weight of {name!r}")
+  number = found.dtype.kind in "biu" or jax.dtypes.issubdtype(found.dtype, np.floating)
+  if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or not number:
     raise ValueError(
       f"weight of {name!r} must be numbers of the leading axes of the labels {labels.shape}, got "
       f"{found.dtype} of shape {found.shape}."
@@ -586,12 +611,7 @@ def _as_arrays(inputs: Any) -> Any:
     what = "inputs" if key is None else f"inputs[{key!r}]"
     if isinstance(value, Mapping):
       raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
-    try:
-      array = np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-      raise ValueError(
-        f"{what} cannot be made one array ({error}): give all examples one shape."
-      ) from error
+    array = as_numpy(value, what)
     if array.dtype.kind == "c" or (
       array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
     ):
@@ -661,7 +681,7 @@ def from_arrays(
         "num_classes, label_names and ignore are of labels, and labels is None: leave them out."
       )
     labels, num_classes = np.zeros(size, np.int32), 0
-  labels = np.asarray(labels)
+  labels = as_numpy(labels, "labels")
   if labels.shape[:1] != (size,):
     raise ValueError(
       f"labels must have the {size} examples of inputs on their first axis, got {labels.shape}."
@@ -847,7 +867,7 @@ def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
   # In the loss it is a mask; a set without labels is the mask that is 0 everywhere.
   if labelled is None:
     return np.full(len(examples), float(examples.has_labels), np.float32)
-  mask = np.asarray(labelled)
+  mask = as_numpy(labelled, "labelled")
   shape = examples.labels.shape if isinstance(examples, Examples) else (len(examples),)
   if not mask.ndim or mask.shape != shape[: mask.ndim] or not np.isin(mask, (0, 1)).all():
     raise ValueError(

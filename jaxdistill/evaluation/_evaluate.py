@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxdistill import _check
 from jaxdistill._among import company
+from jaxdistill._compile import placed
 from jaxdistill._devices import AXIS, batch_axes, mesh_of
 from jaxdistill._lookups import Lookup, check_values, in_jaxpr, of_integers
 from jaxdistill._reach import depend_on
@@ -192,7 +193,7 @@ def _saying(
   ask, given = asked.compiled(count_of(batches)), list[bool]()
 
   def say(batch: Batch) -> Outputs:
-    said = ask(teacher, batch if at is None else everywhere(batch, at))
+    said = ask(teacher, placed(batch, teacher) if at is None else everywhere(batch, at))
     said = dataclasses.replace(said, where=None, head=None if given else said.head)
     given[:] = [True]
     return jax.device_get(said if at is None else whole(said, at))
@@ -523,12 +524,16 @@ class _Pass:
       at = None
     if self.over is not None:
       return everywhere(shown, at or self.over)
-    return shown if at is None else jax.tree.map(lambda leaf: jax.device_put(leaf, at), shown)
+    if at is None:
+      return placed(shown, self.model)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, at), shown)
 
   def _beside_model(self, said: Outputs) -> Outputs:
     """A teacher's outputs, of the host, where the model lies."""
     beside_it: Outputs = (
-      settled((self.model, said))[1] if self.over is None else everywhere(said, self.over)
+      placed(settled((self.model, said))[1], self.model)
+      if self.over is None
+      else everywhere(said, self.over)
     )
     return beside_it
 
@@ -559,8 +564,10 @@ class _Pass:
     for batch in self._each(numbers):
       said = self.mute
       if ask is not None:
-        shown = batch if self.over is None else everywhere(batch, self.over)
-        said = ask(self.teacher, shown)
+        if self.over is None:
+          said = placed(ask(self.teacher, placed(batch, self.teacher)), self.model)
+        else:
+          said = ask(self.teacher, everywhere(batch, self.over))
       elif batch.teacher is not None:
         told = _said(self.task.reads(batch.teacher), len(batch.weight), batch.teacher.where)
         said = self._beside_model(told)

@@ -24,7 +24,7 @@ from jaxdistill.recipes.basics import (
 from jaxdistill.recipes.classifiers import catkd, srrl, with_class_maps
 from jaxdistill.recipes.crd import crd
 from jaxdistill.recipes.data_free import dafl, with_generator
-from jaxdistill.recipes.fcfd import fcfd
+from jaxdistill.recipes.fcfd import fcfd, fcfd_back, with_variables
 from jaxdistill.recipes.features import (
   attention_transfer,
   cwd,
@@ -74,6 +74,7 @@ __all__ = [
   "each",  # an objective for each member of a cohort
   "factor_transfer",  # factor transfer (FT)
   "fcfd",  # function consistency (FCFD): the teacher goes on from the student's maps
+  "fcfd_back",  # its other half: the student goes on from the teacher's maps
   "fitnet",  # fitNets in one stage, as RepDistiller and mdistiller run it
   "fold_many_to_one",  # the student alone: the block of `many_to_one` folded into its classifier
   "fsp",  # flow of the solution procedure (FSP): how each layer's channels go with the next one's
@@ -116,6 +117,7 @@ __all__ = [
   "with_class_maps",  # a network that also puts out the maps of `catkd`
   "with_generator",  # a student that sees what a generator makes of noise
   "with_many_to_one",  # the student with the block that `many_to_one` matches in
+  "with_variables",  # a network that brings its variables along, for `fcfd_back`
   "with_views",  # a network that is shown two looks at each example
   "wsl",  # weighted soft labels (WSL)
   "wttm",  # weighted transformed teacher matching (WTTM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from jaxdistill.recipes.parts import (
 )
 from jaxdistill.types import Batch, Network, Objective, Outputs, Term, compute_dtype
 
-__all__ = ["fcfd"]
+__all__ = ["fcfd", "fcfd_back", "with_variables"]
 
 PyTree = Any
 
@@ -67,9 +68,8 @@ def fcfd(
       objective = fcfd(tails, teacher.variables)
 
   Source: Liu, Kan, Shan, Chen, "Function-Consistent Feature Distillation", 2023. This is its code
-  with ``--extra_type s2t``. Left out is the other half of its default, in which the student's later
-  stages also go on from the teacher's maps, and two of all mixed paths are drawn for each step;
-  here those from the student to the teacher all count, which are two for three stages. Its teacher
+  with ``--extra_type s2t``; the other half of its default is `fcfd_back`. There two of all mixed
+  paths are drawn for each step; here all count, which are two for three stages. Its teacher
   goes by the batch's statistics throughout, and keeps averages of their own for mixed paths, which
   nothing reads; here it is in inference, as every teacher, on both sides of the comparison.
 
@@ -119,7 +119,7 @@ def fcfd(
   """
   pairs = layer_pairs(student_layers, teacher_layers, least=2)
   names = [theirs for _, theirs in pairs]
-  _check_tails(tails, names)
+  _check_tails(tails, names, "teacher_layers")
   made = projector or functools.partial(_published, axis_name)
 
   def modules(student: Outputs, teacher: Outputs | None) -> Modules:
@@ -129,7 +129,7 @@ def fcfd(
   def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
     params, state = init_modules(key, modules(student, teacher))
     for name in tails:
-      _check_tail(tails[name], variables, teacher, names[names.index(name) :])
+      _check_tail(tails[name], variables, teacher, names[names.index(name) :], "teacher_layers")
     # State and no parameter: nothing trains it, and it travels with the checkpoint.
     return params, {**state, "teacher": jax.tree.map(jnp.asarray, variables)}
 
@@ -179,6 +179,137 @@ def fcfd(
   return learned(modules, method, hyper, hard_weight, init=init)
 
 
+def fcfd_back(
+  tails: Mapping[str, Network],
+  *,
+  student_layers: Sequence[str] = STAGES,
+  teacher_layers: Sequence[str] | None = None,
+  mixed_weight: float = 1.0,
+  temperature: float = 4.0,
+  projector: Callable[[Any, Any], nn.Module | None] | None = None,
+  axis_name: str | None = None,
+) -> Objective:
+  """The other half of `fcfd`: the student goes on from the teacher's maps as from its own.
+
+  ``mixed_weight * Σ_i soft_target_kl(m_i, t)``, m_i the logits that the student's later stages say
+  of the teacher's map at layer i, behind a bridge to the student's width and size. The gradient
+  trains the bridges and the student's later stages, and stops at the teacher's maps. ::
+
+      student = with_variables(linen(module, features=["stage1", "stage2", "stage3"]))
+      objective = combine(fcfd(tails, teacher.variables), fcfd_back(student_tails))
+
+  Both with weights of a half are on average the code's default, ``--extra_type bi``, which draws
+  two of all four mixed paths for each step.
+
+  Source: as `fcfd`'s, with ``--extra_type t2s``. What it compares on such a path is the logits
+  alone. There as here, the student's BatchNorms go by the statistics of the mixed batch; its code
+  keeps averages of these, which nothing reads, and here there are none: those of the student are of
+  its own maps.
+
+  Args:
+    tails: the student from each of its layers on but the last, by the layer's name, as `fcfd` has
+      the teacher's.
+    student_layers: maps ``[B, H, W, C]`` from the bottom to the top, at least two.
+    teacher_layers: the teacher's, one for each; None for the same names.
+    mixed_weight: 1 in the published configurations, 0.2 for WRN-40-2 to 16-2. It and the
+      temperature are keywords of the objective.
+    temperature: as `fcfd`'s.
+    projector: ``(teacher, student) -> module`` from two maps' shapes; by default `fcfd`'s bridge.
+    axis_name: as `fcfd`'s.
+
+  Returns:
+    An `Objective` with the term ``back``.
+
+  Raises:
+    TypeError: ``tails`` is no mapping to networks, or an argument is of another kind than it must
+      be.
+    ValueError: ``tails`` are of other layers, or a weight is negative; when it is initialised, the
+      student is not one of `with_variables`, a layer is missing or no map, or a tail says something
+      else of the student's map than the student's shapes.
+
+  >>> from jaxdistill import networks
+  >>> module = networks.models.resnet8(10)
+  >>> tail = networks.linen(module.clone(after="stage2"), features=["stage3"])
+  >>> fcfd_back({"stage2": tail}, student_layers=("stage2", "stage3")).hyper
+  {'mixed_weight': 1.0, 'temperature': 4.0}
+  """
+  pairs = layer_pairs(student_layers, teacher_layers, least=2)
+  names = [ours for ours, _ in pairs]
+  _check_tails(tails, names, "student_layers")
+  made = projector or functools.partial(_published, axis_name)
+
+  def modules(student: Outputs, teacher: Outputs | None) -> Modules:
+    found = map_pairs(student, teacher, pairs)[:-1]
+    return {f"bridge{i}": (made(theirs, ours), theirs) for i, (ours, theirs) in enumerate(found)}
+
+  def init(key: Any, student: Outputs, teacher: Outputs | None) -> tuple[PyTree, PyTree]:
+    if student.variables is None:
+      raise ValueError(
+        "fcfd_back calls the student's later stages once more, and student does not bring its "
+        "variables: train recipes.with_variables(student)."
+      )
+    for name in tails:
+      below = names[names.index(name) :]
+      _check_tail(tails[name], student.variables, student, below, "student_layers")
+    return init_modules(key, modules(student, teacher))
+
+  def method(
+    running: Running,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Batch,
+    *,
+    mixed_weight: Any,
+    temperature: Any,
+    key: Any,
+  ) -> dict[str, Term]:
+    mixed = []
+    for i, (name, maps) in enumerate(zip(names[:-1], running.each(), strict=True)):
+      drawn = None if key is None else jax.random.fold_in(key, i)  # dropout of its own on each path
+      mixed.append(tails[name].apply(student.variables, maps, train=True, key=drawn)[0])
+    said = (
+      losses.soft_target_kl(one.logits, teacher.logits, temperature=temperature) for one in mixed
+    )
+    return {"back": Term(sum(said), weight=mixed_weight)}
+
+  hyper = {"mixed_weight": mixed_weight, "temperature": temperature}
+  return learned(modules, method, hyper, init=init)
+
+
+def with_variables(network: Network) -> Network:
+  """A network that in training puts out its own variables too, for a method that calls it again.
+
+  Args:
+    network: any.
+
+  Returns:
+    The network, with the same variables; deployed it is as ever.
+
+  >>> from jaxdistill import networks
+  >>> network = with_variables(networks.linen(networks.models.MLP([4], num_classes=3)))
+  >>> variables = network.init(jax.random.key(0), jnp.zeros((1, 5)))
+  >>> outputs, _ = network.apply(variables, jnp.zeros((1, 5)), train=True, key=None)
+  >>> sorted(outputs.variables)
+  ['params']
+  """
+
+  def apply(
+    variables: PyTree, inputs: Any, *, train: bool, key: Any = None
+  ) -> tuple[Outputs, dict[str, PyTree]]:
+    outputs, state = network.apply(variables, inputs, train=train, key=key)
+    return dataclasses.replace(outputs, variables=variables if train else None), state
+
+  def of(made: Callable[..., Network]) -> Callable[..., Network]:
+    return lambda *args: with_variables(made(*args))
+
+  return dataclasses.replace(
+    network,
+    apply=apply,
+    at_rest=None if network.at_rest is None else of(network.at_rest),
+    at_use=None if network.at_use is None else of(network.at_use),
+  )
+
+
 def _apart(maps: Mapping[str, Any], teacher: Outputs, name: str, last: bool) -> jax.Array:
   """``[B]``: how far a map is from the teacher's; of the last layer, also what its head reads."""
   ours, theirs = maps[name], teacher.features[name]
@@ -222,40 +353,42 @@ def _published(axis_name: str | None, student: Any, teacher: Any) -> nn.Module:
   return _Bridge(teacher.shape[-1], tuple(teacher.shape[1:3]), axis_name)
 
 
-def _check_tails(tails: Any, names: Sequence[str]) -> None:
+def _check_tails(tails: Any, names: Sequence[str], argument: str) -> None:
   """Raises where there is not one network for each layer but the last."""
   if not isinstance(tails, Mapping) or not all(isinstance(n, Network) for n in tails.values()):
     raise TypeError(
-      f"tails={_check.show(tails)} must map the teacher's layers to networks that start there, "
+      f"tails={_check.show(tails)} must map layers to networks that start there, "
       "as {'stage2': networks.linen(module.clone(after='stage2'), features=['stage3'])}."
     )
   if sorted(tails) != sorted(names[:-1]):
     raise ValueError(
       f"tails are of {sorted(tails)} and must be of {sorted(names[:-1])}: one for each of "
-      f"teacher_layers={tuple(names)} but the last."
+      f"{argument}={tuple(names)} but the last."
     )
 
 
-def _check_tail(tail: Network, variables: PyTree, teacher: Any, names: Sequence[str]) -> None:
-  """Raises where a tail's outputs have not the shapes of the teacher's, from its own map on."""
-  # By shapes, at the first step: the tail of another network may well take this teacher's map.
-  start = feature(teacher, names[0], "teacher_layers")
+def _check_tail(
+  tail: Network, variables: PyTree, whole: Any, names: Sequence[str], argument: str
+) -> None:
+  """Raises where a tail's outputs have not the shapes of the whole's, from its own map on."""
+  # By shapes, at the first step: the tail of another network may well take this one's map.
+  start = feature(whole, names[0], argument)
   start = jax.ShapeDtypeStruct(start.shape, start.dtype)
   apply = functools.partial(tail.apply, train=False, key=None)
   try:
     seen, _ = jax.eval_shape(apply, variables, start)
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"tails[{names[0]!r}] does not take the teacher's map {tuple(start.shape)} with these "
+      f"tails[{names[0]!r}] does not take the map {tuple(start.shape)} of that name with these "
       f"variables: {_check.short(error)}"
     ) from error
   said, want = (
-    {name: tuple(feature(outputs, name, "teacher_layers").shape) for name in names[1:]}
+    {name: tuple(feature(outputs, name, argument).shape) for name in names[1:]}
     | {"logits": getattr(outputs.logits, "shape", None)}
-    for outputs in (seen, teacher)
+    for outputs in (seen, whole)
   )
   if said != want:
     raise ValueError(
-      f"tails[{names[0]!r}] says {said} of the teacher's map {tuple(start.shape)}, and the teacher "
-      f"{want}: give the rest of this very teacher, and its variables."
+      f"tails[{names[0]!r}] says {said} of the map {tuple(start.shape)} of that name, and the "
+      f"whole network {want}: give the rest of this very network, and its variables."
     )

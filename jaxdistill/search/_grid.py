@@ -335,6 +335,14 @@ def _takes(keywords: set[str] | None, name: str) -> bool:
 
 
 def _made(recipe: Callable[..., Any], keywords: Mapping[str, Any]) -> Objective:
+  try:
+    inspect.signature(recipe).bind(**keywords)
+  except TypeError as error:
+    raise TypeError(
+      f"objective={_check.show(recipe)} must be an objective, or a recipe that is called with "
+      f"keywords alone, here {dict(keywords)}: {error}. What trains by itself, as "
+      "train.born_again does, is neither: search a generation's, with the one before as teacher."
+    ) from error
   made = recipe(**keywords)
   if not _is_objective(made) or not callable(getattr(made, "apply", made)):
     raise TypeError(

@@ -21,6 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from jaxdistill import _check, runs
+from jaxdistill._compile import placed
 from jaxdistill.data import tokenizers
 from jaxdistill.data.tokenizers import Tokenizer
 from jaxdistill.networks import int8_weights
@@ -465,8 +466,9 @@ def ensemble(
     weights: ``[M]``; equal by default.
 
   Returns:
-    A teacher whose variables are a list with one entry for each member. Features are named
-    ``"<member>/<feature>"``, members counted from 0.
+    A teacher whose variables are a list with one entry for each member; those of members on several
+    devices are where the one of the most is. Features are named ``"<member>/<feature>"``, members
+    counted from 0.
 
   Raises:
     TypeError: a member is neither a model nor a teacher.
@@ -486,7 +488,8 @@ def ensemble(
     raise ValueError(f"members read tokens of different tokenizers, {read}: give those of one.")
   apply = _Ensemble(tuple(one.apply for one in taught), rule, tuple(share))
   asked = _asked("ensemble", *taught, rule=rule, weights=share)
-  return Teacher([one.variables for one in taught], apply, asked)
+  variables = [one.variables for one in taught]
+  return Teacher(placed(variables, variables), apply, asked)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -285,3 +285,26 @@ def test_masks_numbers_and_weights_of_a_set_that_tfds_prepared(tmp_path):
   opened = data.records("made_shapes", data_dir=tmp_path, labels="depth", weight="sure")
   order = np.array([2, 0])
   np.testing.assert_array_equal(opened.read(order)["weight"], depth.weight[order])
+
+
+def test_no_label_gets_lost_on_its_way():
+  """A number lies under each of NumPy's masks; bfloat16 is a float; an axis of 0 holds no label."""
+  inputs = np.zeros((4, 2), np.float32)
+  classes = np.ma.masked_array([0, 1, 2, 0], mask=[0, 0, 1, 0])
+  rows = [{"image": x, "label": y} for x, y in zip(inputs, classes, strict=True)]
+  for read in (lambda: data.from_arrays(inputs, classes), lambda: data.from_dicts(rows)):
+    with pytest.raises(ValueError, match="masked array.*ignore=255"):
+      read()
+  filled = data.from_arrays(inputs, classes.filled(255), ignore=255)
+  assert filled.num_classes == 2
+  for given in (inputs, classes[:, None] * inputs, classes):
+    with pytest.raises(ValueError, match="masked"):
+      data.from_arrays(given, None if given is not inputs else [0, 1, 0, 1], weight=classes)
+  half = jnp.asarray([[0.5], [1.0], [2.0], [3.0]], jnp.bfloat16)
+  found = data.from_arrays(inputs, half, weight=half[:, 0])
+  assert found.labels.dtype == found.weight.dtype == np.float32
+  np.testing.assert_array_equal(found.labels, np.asarray(half, np.float32))
+  with pytest.raises(ValueError, match="holds none"):
+    data.from_arrays(inputs, np.zeros((4, 0)))
+  with pytest.raises(ValueError, match="labels cannot be made one array"):
+    data.from_arrays(inputs, [[0], [1, 2], [3], [4]])

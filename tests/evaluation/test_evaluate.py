@@ -175,3 +175,22 @@ def test_a_model_on_one_device_meets_batches_that_are_cut_over_two(batches, seve
       assert set(one) == set(whole)
       for name, value in whole.items():
         np.testing.assert_allclose(one[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_what_lies_on_other_devices_comes_to_the_variables(batches, several):
+  """Inputs to a model, a batch to a teacher, and members of an ensemble to the largest of them."""
+  first, second = jax.devices()[:2]
+  mesh = NamedSharding(train.data_parallel([first, second]), PartitionSpec())
+  one, batch = several.instance(0), jax.tree.map(lambda leaf: leaf[0], batches)
+  want = np.asarray(one(batch).logits)
+  on_both, on_second = jax.device_put(one, mesh), jax.device_put(one, second)
+  for model, away in ((on_both, first), (on_second, first), (on_second, mesh)):
+    there = jax.device_put(batch, away)
+    home = jax.tree.leaves(model)[0].sharding.device_set
+    for asked in (model, teachers.frozen(model), teachers.ensemble([model, one, model])):
+      found = asked(there).logits
+      assert found.sharding.device_set == home
+      np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)
+  # Each where it is, and what they say side by side where the model is.
+  measured = evaluation.evaluate(on_second, batches, teacher=teachers.frozen(on_both))
+  assert measured["agreement"] == 1

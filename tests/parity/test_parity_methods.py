@@ -1,5 +1,6 @@
 """Recipes and optimisers beside their published code, with every parameter that they train."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -191,6 +192,40 @@ def test_function_consistency():
     *(numbers(60, 3, 3, 2, 3), numbers(61, 3), numbers(62, 3)),
     *(numbers(63, 3, 3, 2, 4), numbers(64, 4), numbers(65, 4)),
   )
+
+
+def test_function_consistency_back():
+  """The student's later stage, of BatchNorm by the mixed batch, on the teacher's bridged map."""
+
+  def rest(variables, maps, *, train, key):
+    x = maps @ variables["kernel"]
+    if train:
+      over = {"axis": (0, 1, 2), "keepdims": True}
+      x = (x - jnp.mean(x, **over)) / jnp.sqrt(jnp.var(x, **over) + 1e-5)
+    x = nn.relu(x)
+    return Outputs(jnp.mean(x, (1, 2)) @ variables["head"], {"stage2": x}), {}
+
+  layers = ("stage1", "stage2")
+  objective = recipes.fcfd_back({"stage1": Network(init=None, apply=rest)}, student_layers=layers)
+
+  def ours(told, maps, kernel, head, conv, scale, bias):
+    upper = jnp.zeros((*maps.shape[:3], kernel.shape[1]))
+    own = dict(zip(layers, (jnp.zeros((*maps.shape[:3], kernel.shape[0])), upper), strict=True))
+    variables = {"kernel": kernel, "head": head}
+    student = Outputs(jnp.zeros_like(told), own, variables=variables)
+    teacher = Outputs(told, dict(zip(layers, (maps, upper), strict=True)))
+    _, state = objective.init(KEY, student, teacher)
+    params = {"bridge0": {"conv": {"kernel": conv}, "norm": {"scale": scale, "bias": bias}}}
+    return total(objective, student, teacher, params=params, state=state)
+
+  def theirs(told, maps, kernel, head, *bridge):
+    x = published.connected(first(maps), *bridge, slope=0.1)
+    x = torch.einsum("bchw,cd->bdhw", x, kernel)
+    x = functional.batch_norm(x, None, None, training=True).relu()
+    return published.softened(x.mean((2, 3)) @ head, told, 4.0).mean()
+
+  sizes = ((B, 3), (B, 4, 4, 5), (2, 4), (4, 3), (3, 3, 5, 2), (2,), (2,))
+  check(ours, theirs, *(numbers(70 + i, *size) for i, size in enumerate(sizes)))
 
 
 @pytest.mark.parametrize("reached", ["both", "labels", "distilled"])

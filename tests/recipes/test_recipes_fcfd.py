@@ -13,7 +13,7 @@ from scipy.special import log_softmax
 
 import small_networks
 from jaxdistill import data, networks, teachers
-from jaxdistill.recipes import fcfd
+from jaxdistill.recipes import combine, fcfd, fcfd_back, with_variables
 from jaxdistill.types import Model, Network, Outputs, make_batch
 
 RNG = np.random.default_rng(0)
@@ -259,7 +259,7 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn():
 def test_what_does_not_fit_is_named():
   with (
     small_networks.untyped(),
-    pytest.raises(TypeError, match="tails=.* must map the teacher's layers to networks"),
+    pytest.raises(TypeError, match="tails=.* must map layers to networks"),
   ):
     fcfd({"stage1": goes_on, "stage2": goes_on}, TAUGHT)
   with pytest.raises(ValueError, match=r"tails are of \['stage1'\] and must be of \['stage1', 's"):
@@ -272,10 +272,109 @@ def test_what_does_not_fit_is_named():
   with pytest.raises(ValueError, match=r"tails\['stage1'\] says .*'logits': \(4, 7\). of"):
     fcfd(TAILS, other).init(KEY, *both())
   swapped = {"stage1": TAILS["stage1"], "stage2": tail("stage3")}
-  with pytest.raises(ValueError, match=r"tails\['stage2'\] does not take .* \(4, 4, 4, 4\) with"):
+  with pytest.raises(ValueError, match=r"tails\['stage2'\] does not take .* \(4, 4, 4, 4\) of"):
     fcfd(swapped, TAUGHT).init(KEY, *both())
   silent = dataclasses.replace(TAILS["stage1"], apply=lambda *_, **__: (Outputs(), {}))
   with pytest.raises(ValueError, match="'stage2' is not among the teacher's features"):
     fcfd({**TAILS, "stage1": silent}, TAUGHT).init(KEY, *both())
   with pytest.raises(ValueError, match="teacher, and there is none"):
     fcfd(TAILS, TAUGHT).init(KEY, both()[0], None)
+
+
+def back_tail(after):
+  """The rest of a student of three products and a classifier, in training."""
+
+  def apply(variables, maps, *, train, key):
+    del train, key
+    found = {}
+    for name in STAGES[STAGES.index(after) + 1 :]:
+      maps = found[name] = nn.relu(maps @ variables["params"][name]["kernel"])
+    return Outputs(maps.mean((1, 2)) @ variables["params"]["out"]["kernel"], found), {}
+
+  return Network(init=lambda key, maps: {}, apply=apply)
+
+
+BACK = {name: back_tail(name) for name in STAGES[:2]}
+
+
+def test_the_student_goes_on_from_the_teachers_maps():
+  """By hand; what is taught are the student's later stages, and never the teacher's maps."""
+  own = {name: RNG.normal(size=(2, 2)).astype(np.float32) for name in STAGES[1:]}
+  own = {name: {"kernel": leaf} for name, leaf in own.items()}
+  own["out"] = {"kernel": RNG.normal(size=(2, 3)).astype(np.float32)}
+  seen, _ = back_tail("stage1").apply({"params": own}, OURS["stage1"], train=True, key=None)
+  student = outputs(seen.logits, {"stage1": OURS["stage1"], **seen.features})
+  student = student.replace(variables={"params": jax.tree.map(jnp.asarray, own)})
+  _, teacher = both()
+  objective = fcfd_back(BACK)
+  params, state = objective.init(KEY, student, teacher)
+  assert set(params) == {"bridge0", "bridge1"}
+  params = small_networks.drawn(params, seed=4)
+
+  def value(params, variables, taught):
+    seen = student.replace(variables=variables)
+    said = teacher.replace(features=taught)
+    terms, _ = objective.apply(params, state, seen, said, BATCH, key=None)
+    assert set(terms) == {"back"}
+    return jnp.sum(terms["back"].values), terms["back"].values
+
+  (_, found), gradients = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+    params, student.variables, teacher.features
+  )
+  weights = jax.tree.map(np.float64, own)
+  want = 0
+  for i, name in enumerate(STAGES[:2]):
+    x = bridged(params[f"bridge{i}"], np.asarray(teacher.features[name]))
+    for later in STAGES[i + 1 :]:
+      x = np.maximum(x @ weights[later]["kernel"], 0)
+    said = x.mean((1, 2)) @ weights["out"]["kernel"]
+    want = want + divergence(said, np.float64(teacher.logits), 4.0)
+  np.testing.assert_allclose(found, want, rtol=1e-5)
+  assert all(np.any(np.asarray(leaf) != 0) for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_student_without_its_variables_is_told_how_to_bring_them():
+  with pytest.raises(ValueError, match=r"with_variables\(student\)"):
+    fcfd_back(BACK).init(KEY, *both())
+  with pytest.raises(ValueError, match="and must be of .*student_layers"):
+    fcfd_back({"stage1": BACK["stage1"]})
+
+
+@pytest.mark.slow
+def test_a_run_both_ways_deploys_the_student_alone():
+  def whole(variables, inputs, **_):
+    rest, _ = TAILS["stage1"].apply(variables, inputs, train=False, key=None)
+    return rest.replace(features={"stage1": inputs, **rest.features}), {}
+
+  def rest(after):
+    def apply(variables, maps, *, train, key):
+      names = (*STAGES[STAGES.index(after) + 1 :], "Dense_0")
+      found = {}
+      for name in names[:-1]:
+        layer = variables["params"][name]
+        maps = found[name] = nn.relu(nn.Dense(2).apply({"params": layer}, maps))
+      layer = variables["params"]["Dense_0"]
+      return Outputs(nn.Dense(3).apply({"params": layer}, maps.mean((1, 2))), found), {}
+
+    return Network(init=lambda key, maps: {}, apply=apply)
+
+  teacher = Model(Network(init=lambda key, x: TAUGHT, apply=whole), TAUGHT)
+  plain = networks.linen(Small(), features=STAGES)
+  student = with_variables(plain)
+  there = fcfd(TAILS, teacher.variables, warmup_steps=0)
+  fitted = small_networks.fit(
+    student,
+    combine(there, fcfd_back({name: rest(name) for name in STAGES[:2]})),
+    data=data.on_device(data.from_arrays(FIRST, LABELS, num_classes=3), batch_size=4, data_seed=0),
+    optimizer=optax.adam(1e-2),
+    steps=30,
+    teacher=teachers.frozen(teacher),
+    log_every=1,
+    seed=[0, 1],
+  )
+  first, last = (fitted.history[i] for i in (0, -1))
+  assert np.all(np.asarray(last["back"]) < np.asarray(first["back"]))
+  own = jax.eval_shape(plain.init, KEY, FIRST)
+  one = fitted.instance(0)
+  assert jax.tree.structure(one.variables) == jax.tree.structure(own)
+  assert one(FIRST).variables is None

@@ -39,6 +39,7 @@ OTHER_LABELS = {
 }
 PARTS = ("combine", "fold_many_to_one", "hint", "overhaul_margins", "recipe")
 PARTS += ("with_class_maps", "with_generator", "with_many_to_one", "with_views")
+PARTS += ("fcfd_back", "with_variables")  # what is added to `fcfd`, which has the labels
 PARTS += ("dafl",)  # without data there are no labels either
 PARTS += ("affinity",)  # of two towers, without logits or labels
 PARTS += ("dml", "each")  # what takes a cohort (`test_online.py`)

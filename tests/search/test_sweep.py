@@ -616,3 +616,9 @@ def test_halving_of_points_and_steps_that_do_not_divide():
     ("finished", 50),
     ("finished", 50),
   ]
+
+
+def test_what_trains_by_itself_is_refused_as_an_objective():
+  """Before anything is trained, and with what to do instead."""
+  with pytest.raises(TypeError, match="train.born_again does, is neither: search a generation's"):
+    grouped([{"generations": 2}], small_networks.dense(3), train.born_again, optax.sgd(0.1), 1)

@@ -39,11 +39,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
 jax.config.update("jax_enable_x64", True)
-import test_processes
+import test_processes, test_processes_labels
 works = {
   "stopped": test_processes.stopped, "left": test_processes.left,
   "parts": test_processes.in_parts, "evaluated": test_processes.evaluated,
   "full": test_processes.full, "filled": test_processes.filled,
+  "labels": test_processes_labels.work,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
