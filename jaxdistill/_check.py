@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import math
@@ -32,6 +33,10 @@ __all__ = [
 ]
 
 
+# So long may a name be that is put below a folder: a checkpoint's, say.
+_BELOW = 128
+
+
 class LabelsError(ValueError):
   """Labels are taken for what they are not."""
 
@@ -48,7 +53,10 @@ def show(value: Any) -> str:
   """
   if hasattr(value, "shape") and hasattr(value, "dtype") and np.shape(value) != ():
     return f"an array of {value.dtype} and shape {tuple(value.shape)}"
-  text = " ".join(repr(value).split())
+  try:
+    text = " ".join(repr(value).split())
+  except Exception:  # it is nested too deeply, or its own repr fails
+    return f"something of type {type(value).__name__}"
   return text if len(text) <= 100 else f"{text[:100]}... ({type(value).__name__})"
 
 
@@ -297,7 +305,21 @@ can be verified and replaced whole: give a local folder, and copy it there when 
   if "\0" in os.fspath(path):
     raise ValueError(f"{name}={os.fspath(path)!r} holds the character 0, which no path may.")
   # Left alone it would be a folder "~" in the working directory, which nobody asked for.
-  return (path.expanduser() if path.parts[:1] == ("~",) else path).absolute()
+  whole = (path.expanduser() if path.parts[:1] == ("~",) else path).absolute()
+  try:
+    os.lstat(whole / ("_" * _BELOW))
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name}={os.fspath(path)!r} has a character that no file's name can have here: {error}."
+    ) from error
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      raise ValueError(
+        f"{name}={show(os.fspath(path))} is too long: a name has {max(map(len, whole.parts))} "
+        f"characters and the path {len(os.fspath(whole))}, more than the disk takes. Give a "
+        "shorter one."
+      ) from error
+  return whole
 
 
 def shapes(value: Any) -> str:
