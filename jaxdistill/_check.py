@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ __all__ = [
   "VariablesError",
   "folder",
   "function",
+  "is_ours",
   "number",
   "returned",
   "scheduled",
@@ -222,10 +224,10 @@ def returned(option: str, given: str) -> Any:
   sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
   try:
     make = getattr(importlib.import_module(module), name, None)
-  except ImportError as error:
+  except Exception as error:  # what is imported is the user's
     raise ValueError(
-      f"{option} {given}: {short(error)}. MODULE is a name as import takes it, found from the "
-      "current folder; what it imports must be installed."
+      f"{option} {given}: {short(error)}{_place(error)}. MODULE is a name as import takes it, "
+      "found from the current folder; what it imports must be installed."
     ) from error
   if not callable(make):
     raise ValueError(f"{option} {given}: {module} has no function {name}.")
@@ -237,10 +239,29 @@ def returned(option: str, given: str) -> Any:
     pass  # builtins without a signature
   try:
     return make()
-  except ImportError as error:
+  except Exception as error:
     raise ValueError(
-      f"{option} {given}: {short(error)}. What it imports must be installed."
+      f"{option} {given}: {short(error)}{_place(error)}. It must run, and what it imports must be "
+      "installed."
     ) from error
+
+
+def _place(error: BaseException) -> str:
+  """Where an error was raised, for a message that shows no frames."""
+  frames = list(traceback.walk_tb(error.__traceback__))
+  frame, line = frames[-1]
+  return f" ({frame.f_code.co_filename}, line {line})"
+
+
+def is_ours(error: BaseException) -> bool:
+  """Whether an error was raised by a line of this package, and so says what to do in its message.
+
+  >>> is_ours(ValueError("raised by nobody"))
+  False
+  """
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  here = pathlib.Path(__file__).parent
+  return bool(frames) and here in pathlib.Path(frames[-1].f_code.co_filename).parents
 
 
 def switch(name: str, value: Any) -> None:

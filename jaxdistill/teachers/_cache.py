@@ -505,6 +505,8 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
     program wrote, only the sample is compared.
   """
   _extras.need("reading a cache of a teacher's outputs", "array_record")
+  _check_teacher(teacher)
+  check_source(source)
   path = _check.folder("folder", folder)
   manifest = _cache_files.read_manifest(path)
   fill = Filler(teacher, source, manifest["dtype"], _features(manifest), 64)
