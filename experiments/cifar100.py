@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Literal
 
@@ -139,6 +138,7 @@ def train_all(config: Config, options: Options) -> None:
     )
 
   teacher, student = build_networks(config, axis_name)  # a wrong name says so before the claim
+  command_line.look_at(examples, teacher, student, batch_size=config.batch_size)
   folder = runs.claim(options.out, {"experiment": "cifar100", **dataclasses.asdict(config)})
 
   def fit(name, network, objective, seeds, epochs, teacher=None):
@@ -238,4 +238,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

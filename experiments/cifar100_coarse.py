@@ -26,7 +26,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from typing import Literal
 
@@ -169,6 +168,8 @@ def train_all(config: Config, options: Options) -> None:
   fewer = dataclasses.replace(
     coarse, inputs=coarse.inputs[:seen], labels=coarse.labels[:seen], ids=coarse.ids[:seen]
   )
+  command_line.look_at(fine, teacher, batch_size=config.teacher_batch_size)
+  command_line.look_at(fewer, student, batch_size=config.batch_size)
   folder = runs.claim(options.out, {"experiment": "cifar100-coarse", **dataclasses.asdict(config)})
   runs.write_json(folder / "coarse_of_fine.json", groups)
 
@@ -269,4 +270,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from jaxdistill import _extras, runs, train
+import jax
+import jax.numpy as jnp
 
-__all__ = ["first", "parse"]
+from jaxdistill import _check, _extras, runs, train
+
+__all__ = ["check", "first", "look_at", "parse", "run"]
 
 # Of the extra `experiments`, what there is no doing without.
 _NEEDED = ("tyro", "tensorflow_datasets", "sklearn", "matplotlib", "scipy", "safetensors")
 Config = TypeVar("Config")
 Options = TypeVar("Options")
+# What a number may be, by the names that the settings of all experiments have in common, the first
+# that matches. Any other whole number is at least 1, and any other number at least 0.
+_RANGES: dict[str, dict[str, Any]] = {
+  "*seed": {"least": 0, "most": 2**31 - 1},
+  "*shift": {"least": 0},
+  "workers": {"least": 0},
+  "prefetch": {"least": 0},
+  "process": {"least": 0},
+  "*rate": {"above": 0},
+  "temperature*": {"above": 0},
+  "factors": {"above": 0},
+  "stop_after": {"above": 0},
+  "max_latency_ms": {"above": 0},
+  "cache_limit_gb": {"above": 0},
+  "gap": {"least": 0, "most": 1},
+  "shares": {"least": 0, "most": 1},
+  "held_out": {"above": 0, "most": 0.9},
+  "teacher_dropout": {"least": 0, "most": 0.9},
+  "fraction": {"least": 1, "most": 100},
+}
+_MOST = 2**31 - 1  # more than there is of anything that is counted
+# The options that say how a run is measured; the others, and all settings, say how it is trained.
+_MEASURING = {"evaluate", "split", "data_dir", "text", "workers", "prefetch"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +80,85 @@ def first(work: Callable[..., Any], *args: Any) -> None:
   runs.Together().first(lambda: work(*args))
 
 
+def check(settings: Any) -> None:
+  """Raises for a setting that is out of range, before anything is read or trained.
+
+  Args:
+    settings: a dataclass of an experiment; numbers, texts, paths, tuples of them, and None.
+
+  Raises:
+    TypeError: one is of another kind than it must be.
+    ValueError: one is out of range, not finite, or an empty list; the message names its flag.
+  """
+  for field in dataclasses.fields(settings):
+    value, default = getattr(settings, field.name), field.default
+    flag = f"--{field.name.replace('_', '-')}"
+    if isinstance(default, tuple) and default and not value:
+      raise ValueError(f"{flag} has no value: give at least one, or leave it out.")
+    if isinstance(value, pathlib.Path) or (field.name == "data_dir" and value):
+      _check_path(field.name, flag, _check.folder(flag, value))
+    within = next((r for n, r in _RANGES.items() if fnmatch.fnmatch(field.name, n)), {})
+    for one in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(one, bool) or not isinstance(one, int | float):
+        continue
+      if isinstance(one, float):
+        _check.number(flag, one, **{"least": 0.0, **within} if "above" not in within else within)
+      else:
+        _check.whole(flag, one, least=within.get("least", 1), most=within.get("most", _MOST))
+
+
+def _check_path(name: str, flag: str, path: pathlib.Path) -> None:
+  """Whether a text is there to be read, and a folder is none of a file's name, and may be written.
+
+  Raises:
+    OSError: it is not; the message names the flag.
+  """
+  if name == "text" and not path.is_file():
+    raise FileNotFoundError(f"{flag} {path} is no file: name one that is there.")
+  there = next(one for one in (path, *path.parents) if one.exists())
+  if name != "text" and not there.is_dir():
+    raise NotADirectoryError(f"{flag} {path}: {there} is a file; name a folder.")
+  if name == "out" and not os.access(there, os.W_OK | os.X_OK):
+    raise PermissionError(f"{flag} {path}: you may not write into {there}; name another folder.")
+
+
+def look_at(examples: Any, *networks: Any, batch_size: int) -> None:
+  """Raises where a network does not take the examples, before the first one is trained.
+
+  Args:
+    examples: what it is trained on; pictures are seen as floats.
+    *networks: the teacher, the student: they are made of shapes alone.
+    batch_size: the largest that any of them is trained with.
+
+  Raises:
+    ValueError: there are fewer examples than a batch has, or a network does not take them.
+  """
+  _check.whole("--batch-size", batch_size, most=len(examples))
+
+  def shown(leaf: Any) -> jax.ShapeDtypeStruct:
+    is_picture = leaf.dtype == jnp.uint8
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jnp.float32 if is_picture else leaf.dtype)
+
+  inputs = jax.tree.map(shown, examples.inputs)
+  for network in networks:
+    jax.eval_shape(network.init, jax.random.key(0), inputs)
+
+
+def run(main: Callable[[Any, Any], None], parse: Callable[[list[str]], tuple[Any, Any]]) -> None:
+  """Runs a script: what the library refuses is said in a line, and not under Python's frames.
+
+  Args:
+    main: takes settings and options.
+    parse: reads them off the words of the command line.
+  """
+  try:
+    main(*parse(sys.argv[1:]))
+  except (OSError, TypeError, ValueError) as error:
+    if not _check.is_ours(error):
+      raise  # nobody's words: what went wrong is in the frames
+    sys.exit(f"{type(error).__name__}: {error}")
+
+
 def parse(
   args: Sequence[str],
   config: Config,
@@ -74,6 +182,10 @@ def parse(
 
   Returns:
     Both, with what was said.
+
+  Raises:
+    SystemExit: a word is wrong, a number out of range, or ``--evaluate`` names no run of this
+      experiment or stands beside what it does not use; in a line.
   """
   try:  # now, and not where the first picture is drawn, after the training
     _extras.need(f"python {sys.argv[0]}", *_NEEDED)
@@ -97,7 +209,38 @@ def parse(
     config=(tyro.conf.OmitArgPrefixes,),
     description=(about or "").partition("\n")[0],
   )
+  try:
+    for part in (said.config, said.execution, said.processes):
+      check(part)
+    _check_measured(said.config, config, said.execution, options)
+  except (OSError, TypeError, ValueError) as error:
+    sys.exit(str(error))
   said.processes.begin(sweeps=sweeps)
   if said.keep_compiled:
     runs.keep_compiled()
   return said.config, said.execution
+
+
+def _check_measured(config: Any, plain: Any, options: Any, otherwise: Any) -> None:
+  """Whether ``--evaluate`` names a run of this experiment, and nothing is said beside it in vain.
+
+  Raises:
+    OSError: there is no such run.
+    TypeError: its settings are of another kind.
+    ValueError: it is another experiment's, or flags beside it would change nothing.
+  """
+  folder = getattr(options, "evaluate", None)
+  if folder is None:
+    return
+  check(runs.restore_config(folder, type(config)))
+  vain = [
+    f"--{field.name.replace('_', '-')}"
+    for one, other in ((config, plain), (options, otherwise))
+    for field in dataclasses.fields(one)
+    if getattr(one, field.name) != getattr(other, field.name) and field.name not in _MEASURING
+  ]
+  if vain:
+    raise ValueError(
+      f"--evaluate {folder} measures that run with the settings that it was trained with: "
+      f"{', '.join(vain)} would change nothing. Leave it out, or train another run."
+    )

@@ -36,7 +36,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import pathlib
-import sys
 import time
 from typing import Literal
 
@@ -309,4 +308,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

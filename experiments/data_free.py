@@ -27,7 +27,6 @@ import csv
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Any, Literal
 
@@ -144,9 +143,10 @@ def apart(config: Config) -> Any:
 def train_all(config: Config, options: Options) -> dict[str, Any]:
   """The teacher, and the students by how they were taught."""
   teacher, student, generator = build_networks(config)
-  folder = runs.claim(options.out, {"experiment": "data_free", **dataclasses.asdict(config)})
   names = data.splits("digits")
   examples = data.load("digits", names["train"], data_dir=options.data_dir)
+  command_line.look_at(examples, teacher, student, batch_size=config.batch_size)
+  folder = runs.claim(options.out, {"experiment": "data_free", **dataclasses.asdict(config)})
   seeds = range(config.seeds)
 
   def fit(
@@ -259,4 +259,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Literal
 
@@ -103,7 +102,8 @@ def train_all(config: Config, options: Options) -> None:
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
 
-  teacher, student = build_networks(config)  # a wrong name says so before the folder is claimed
+  teacher, student = build_networks(config)
+  command_line.look_at(examples, teacher, student, batch_size=config.batch_size)
   folder = runs.claim(options.out, {"experiment": "digits", **dataclasses.asdict(config)})
 
   def fit(name, network, objective, seeds, epochs, rate, shift=0, teacher=None):
@@ -207,4 +207,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -30,7 +30,6 @@ import csv
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -118,6 +117,7 @@ def train_all(config: Config, options: Options) -> None:
   held_out = data.load("digits", data.splits("digits")["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
   teacher, student = build_networks(config)
+  command_line.look_at(examples, teacher, student, batch_size=config.batch_size)
   folder = runs.claim(options.out, {"experiment": "few-labels", **dataclasses.asdict(config)})
 
   def source_of(seed: int, shift: int = 0, labelled: Any = None) -> data.Source:
@@ -329,4 +329,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

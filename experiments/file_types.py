@@ -272,4 +272,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 
 import jax
@@ -220,8 +219,11 @@ def main(config: Config, options: Options) -> None:
 
 
 def parse(args: list[str]) -> tuple[Config, Options]:
-  return command_line.parse(args, SHORT if "--short" in args else Config(), Options(), __doc__)
+  config = SHORT if "--short" in args else Config()
+  config, options = command_line.parse(args, config, Options(), __doc__)
+  part_of(options.cache_part)  # what is no part says so before anything is read
+  return config, options
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -42,7 +42,6 @@ import csv
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -378,6 +377,8 @@ class Bench:
     self.twice = data.two_views(self.plain, data.rand_augment(after=self.plain, largest=largest))
     self.teacher = self.network(config.teacher_depth, config.teacher_width, "teacher")
     self.student = self.network(config.student_depth, config.student_width, "student")
+    both, size = (self.teacher, self.student), config.batch_size
+    command_line.look_at(self.examples, *both, batch_size=size)
     settings = {"experiment": "methods", **dataclasses.asdict(config)}
     self.folder = runs.claim(options.out, settings)
 
@@ -671,4 +672,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

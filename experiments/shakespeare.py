@@ -303,13 +303,14 @@ def train_all(config: Config, options: Options) -> None:
   text = read(options, "train")[: config.characters]
   tokenizer = tokenizer_of(config, options)
   teacher, student = build_networks(config, tokenizer.vocabulary)
-  folder = runs.claim(options.out, {"experiment": "shakespeare", **dataclasses.asdict(config)})
   texts = {"few": text[: config.few], "full": text}
   windows = {name: examples_of(config, options, part, tokenizer) for name, part in texts.items()}
   sources = {
     name: data.on_device(examples, batch_size=config.batch_size, data_seed=0)
     for name, examples in windows.items()
   }
+  command_line.look_at(windows["full"], teacher, student, batch_size=config.teacher_batch_size)
+  folder = runs.claim(options.out, {"experiment": "shakespeare", **dataclasses.asdict(config)})
 
   def fit(name, network, objective, source, seeds, steps, teacher=None):
     line = max(1, steps // 20)
@@ -540,9 +541,11 @@ def main(config: Config, options: Options) -> None:
 
 def parse(args: list[str]) -> tuple[Config, Options]:
   settings = {"--short": SHORT, "--large": LARGE}
+  if settings.keys() <= set(args):
+    sys.exit("--short and --large are two settings: say one of them.")
   config = next((settings[one] for one in args if one in settings), Config())
   return command_line.parse(args, config, Options(), __doc__)
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -29,7 +29,6 @@ import dataclasses
 import gc
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Sequence
 from typing import Literal
@@ -172,4 +171,4 @@ if __name__ == "__main__":
   jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
   # The garbage collector need not walk all that was imported, again and again and at the end.
   gc.freeze()
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -29,7 +29,6 @@ import csv
 import dataclasses
 import functools
 import pathlib
-import sys
 import time
 from typing import Any, Literal
 
@@ -110,6 +109,7 @@ def train_all(config: Config, options: Options) -> None:
   held_out = data.load("digits", names["validation"], data_dir=options.data_dir)
   validation = data.evaluation_batches(held_out, batch_size=128, normalize=data.DIGITS)
   teacher, student = build_networks(config)
+  command_line.look_at(examples, teacher, student, batch_size=config.batch_size)
   folder = runs.claim(options.out, {"experiment": "views", **dataclasses.asdict(config)})
 
   def source_of(views: int | None) -> data.Source:
@@ -284,4 +284,4 @@ def parse(args: list[str]) -> tuple[Config, Options]:
 
 
 if __name__ == "__main__":
-  main(*parse(sys.argv[1:]))
+  command_line.run(main, parse)

@@ -54,7 +54,11 @@ def main(args: Sequence[str] | None = None) -> int:
     return 2
   try:
     code: int = importlib.import_module(COMMANDS[words[0]][0]).main(words[1:])
-  except MissingExtraError as error:
+  except (MissingExtraError, TypeError, ValueError) as error:
+    from jaxdistill import _check  # JAX, which a command may do without
+
+    if not _check.is_ours(error):
+      raise  # a fault of the library's, or of what it calls: what went wrong is in the frames
     print(error, file=sys.stderr)
     return 1
   return code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import math
@@ -10,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ __all__ = [
   "VariablesError",
   "folder",
   "function",
+  "is_ours",
   "number",
   "returned",
   "scheduled",
@@ -30,6 +33,10 @@ __all__ = [
   "tokens",
   "whole",
 ]
+
+
+# So long may a name be that is put below a folder: a checkpoint's, say.
+_BELOW = 128
 
 
 class LabelsError(ValueError):
@@ -48,7 +55,10 @@ def show(value: Any) -> str:
   """
   if hasattr(value, "shape") and hasattr(value, "dtype") and np.shape(value) != ():
     return f"an array of {value.dtype} and shape {tuple(value.shape)}"
-  text = " ".join(repr(value).split())
+  try:
+    text = " ".join(repr(value).split())
+  except Exception:  # it is nested too deeply, or its own repr fails
+    return f"something of type {type(value).__name__}"
   return text if len(text) <= 100 else f"{text[:100]}... ({type(value).__name__})"
 
 
@@ -214,10 +224,10 @@ def returned(option: str, given: str) -> Any:
   sys.path.insert(0, os.getcwd())  # as `python -m` has it, and a console script has not
   try:
     make = getattr(importlib.import_module(module), name, None)
-  except ImportError as error:
+  except Exception as error:  # what is imported is the user's
     raise ValueError(
-      f"{option} {given}: {short(error)}. MODULE is a name as import takes it, found from the "
-      "current folder; what it imports must be installed."
+      f"{option} {given}: {short(error)}{_place(error)}. MODULE is a name as import takes it, "
+      "found from the current folder; what it imports must be installed."
     ) from error
   if not callable(make):
     raise ValueError(f"{option} {given}: {module} has no function {name}.")
@@ -229,10 +239,29 @@ def returned(option: str, given: str) -> Any:
     pass  # builtins without a signature
   try:
     return make()
-  except ImportError as error:
+  except Exception as error:
     raise ValueError(
-      f"{option} {given}: {short(error)}. What it imports must be installed."
+      f"{option} {given}: {short(error)}{_place(error)}. It must run, and what it imports must be "
+      "installed."
     ) from error
+
+
+def _place(error: BaseException) -> str:
+  """Where an error was raised, for a message that shows no frames."""
+  frames = list(traceback.walk_tb(error.__traceback__))
+  frame, line = frames[-1]
+  return f" ({frame.f_code.co_filename}, line {line})"
+
+
+def is_ours(error: BaseException) -> bool:
+  """Whether an error was raised by a line of this package, and so says what to do in its message.
+
+  >>> is_ours(ValueError("raised by nobody"))
+  False
+  """
+  frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+  here = pathlib.Path(__file__).parent
+  return bool(frames) and here in pathlib.Path(frames[-1].f_code.co_filename).parents
 
 
 def switch(name: str, value: Any) -> None:
@@ -297,7 +326,21 @@ can be verified and replaced whole: give a local folder, and copy it there when 
   if "\0" in os.fspath(path):
     raise ValueError(f"{name}={os.fspath(path)!r} holds the character 0, which no path may.")
   # Left alone it would be a folder "~" in the working directory, which nobody asked for.
-  return (path.expanduser() if path.parts[:1] == ("~",) else path).absolute()
+  whole = (path.expanduser() if path.parts[:1] == ("~",) else path).absolute()
+  try:
+    os.lstat(whole / ("_" * _BELOW))
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{name}={os.fspath(path)!r} has a character that no file's name can have here: {error}."
+    ) from error
+  except OSError as error:
+    if error.errno == errno.ENAMETOOLONG:
+      raise ValueError(
+        f"{name}={show(os.fspath(path))} is too long: a name has {max(map(len, whole.parts))} "
+        f"characters and the path {len(os.fspath(whole))}, more than the disk takes. Give a "
+        "shorter one."
+      ) from error
+  return whole
 
 
 def shapes(value: Any) -> str:

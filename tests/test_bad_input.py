@@ -444,6 +444,13 @@ def of_task(j, task):
   return evaluated(j, variables(), task=task)
 
 
+def circular():
+  """A config that holds itself."""
+  config = {"rate": 1}
+  config["all"] = config
+  return config
+
+
 def with_layers(j, layers):
   return j.networks.models.with_layers({"params": {}}, small_decoder(j), layers)
 
@@ -505,6 +512,12 @@ PARTS = [
   (lambda j: j.train.Run("r", outputs=[3]), r"outputs=\[3\] must be 'logits' and names"),
   (lambda j: j.train.Run("r", trackers=[j.runs.CSV(), j.runs.CSV()]), "CSV more than once"),
   (lambda j: j.runs.claim("a\0b", {}), "holds the character 0"),
+  (lambda j: j.runs.claim("\ud800", {}), "has a character that no file's name can have"),
+  (lambda j: j.train.Run("n" * 300), "is too long: a name has 300 characters"),
+  (lambda j: j.train.Run("/".join(["n" * 200] * 30)), "is too long"),
+  (lambda j: j.train.Run("r", config=circular()), "config cannot be kept as JSON: .* holds itself"),
+  (lambda j: j.runs.claim("r", {"a": circular()}), "holds itself, or is nested too deeply"),
+  (lambda j: j.train.Run("r", config={1: 0, "1": 1}), "two keys that are one in JSON"),
   (
     lambda j: j.networks.models.with_layers(model(j), small_decoder(j), [0]),
     "variables=.* must be",
@@ -532,6 +545,10 @@ PARTS = [
   (lambda j: sharded(j, {"Dense_9": jax.P("data")}), "'Dense_9', which matches no variable"),
   (lambda j: sharded(j, j.train.fsdp()), "'fsdp', which is no axis of the mesh"),
   (lambda j: sharded(j, teacher=j.train.fsdp("x")), "'x', which is no axis of the mesh"),
+  (lambda j: sharded(j, lambda v, mesh: {}[v.path]), "fails on params/Dense_0/bias .*KeyError"),
+  (lambda j: sharded(j, lambda v: None), r"must be a function \(variable, mesh\)"),
+  (lambda j: sharded(j, {"kernel": lambda v: None}), r"of 'kernel' must be a function"),
+  (lambda j: j.train.shardings({"a": X}, None, j.train.fsdp()), "mesh=None must be a mesh"),
   (lambda j: j.teachers.frozen(model(j), dtype="words"), "dtype='words' must be of real numbers"),
   (lambda j: j.teachers.frozen(model(j), dtype=jnp.int8), "dtype=.*int8.* must be of real numbers"),
   (lambda j: evaluated(j, OTHER), "do not fit the network"),
@@ -666,6 +683,14 @@ FILES = [
     "b.safetensors",
   ),
   (lambda j, p: j.export.save_student(p, Net(), stored=S), TypeError, "must be a Model"),
+  *[
+    (lambda j, p, save=save: save(j, p / "none"), ValueError, "holds NaN")
+    for save in (
+      lambda j, p: j.export.save_student(p, model(j, BAD), stored=S),
+      lambda j, p: j.export.export_file(p.with_suffix(".onnx"), program(j, BAD), (X, Y)),
+      lambda j, p: j.networks.pretrained.save(p, BAD, small_decoder(j)),
+    )
+  ],
   (lambda j, p: j.teachers.restore(p, network(j)), FileNotFoundError, "holds no checkpoints"),
   (lambda j, p: j.runs.read_config(p), FileNotFoundError, "no config.json"),
   (lambda j, p: j.runs.claim(written(p / "a"), {}), NotADirectoryError, "is a file"),
@@ -735,6 +760,11 @@ def config(j, **fields):
   told = {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "vocab_size": 32}
   told |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
   return j.networks.pretrained.config({**told, "intermediate_size": 16, **fields})
+
+
+def program(j, values):
+  stored = jax.ShapeDtypeStruct((4,), jnp.float32)
+  return j.export.as_program(j.types.Model(network(j, 7), values), stored=stored)
 
 
 def small_decoder(j):
@@ -837,6 +867,28 @@ def test_labels_that_nobody_has_teach_nothing(j):
     ValueError,
     "has no labels, and no term",
   )
+
+
+def test_a_number_that_a_task_makes_nan_was_not_measured(j):
+  tasks, batches = j.evaluation.tasks, labelled(j)
+
+  def task(bad):
+    metrics = {"odd": tasks.Metric("lower"), "even": tasks.Metric("lower")}
+    return tasks.Task("mine", metrics, lambda o, b: {"odd": (bad, 1.0), "even": (2.0, 1.0)})
+
+  one, two = j.types.Model(network(j, 7), variables()), j.types.Model(network(j, 7), BAD)
+  with pytest.warns(UserWarning, match="'mine' gives NaN for odd"):
+    found = j.evaluation.evaluate(one, batches, task=task(NAN))
+  assert found == {"even": 2.0}
+  # That of outputs which are not finite says so.
+  assert np.isnan(j.evaluation.evaluate(two, batches)["nll"])
+
+
+def test_what_a_config_says_is_the_same_text_in_every_process(j):
+  told = {"of": {"b", "a", "c"}, "by": fit, "at": pathlib.PurePosixPath("x")}
+  found = j.runs.to_json(told)
+  assert found["of"] == ["a", "b", "c"]
+  assert " at 0x" not in found["by"]
 
 
 def test_a_batch_in_which_nothing_counts_is_0_and_measures_nothing(j):

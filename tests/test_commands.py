@@ -3,8 +3,24 @@
 import numpy as np
 import pytest
 
-from jaxdistill import teachers
+from jaxdistill import data, teachers
 from jaxdistill.__main__ import main
+
+
+def broken():
+  """Fails, as a user's function may."""
+  raise KeyError("inside")
+
+
+def pair():
+  """No teacher and no source."""
+  return 1, 2
+
+
+def made():
+  """A teacher and a source."""
+  examples = data.from_arrays(np.eye(4, dtype=np.float32), np.arange(4))
+  return teachers.foreign(lambda x: 3 * x), data.on_device(examples, batch_size=4, data_seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +39,17 @@ def cache(tmp_path_factory):
     (["budget", "gone", "--bytes", "0"], "bytes must be positive"),
     (["report", "gone", "--split", "../x"], "split='../x' must be a word"),
     (["report", "gone"], "has neither report.json"),
+    (["report", "gone", "--split", "n" * 300], "must be a word"),
+    (["report", "gone", "--metadata", "gone.csv"], "gone.csv is no file"),
+    (["budget", ""], "run='' must be a path"),
+    (["budget", "n" * 300], "is too long"),
+    (["export", "gone", "--with", "test_commands:broken"], "KeyError: 'inside' ("),
+    (["cache", "verify", __file__], "is no cache"),
+    (["cache", "verify", "n" * 300], "is no cache"),
+    (["cache", "verify", "CACHE", "--teacher", "test_commands:pair"], "must return (teacher, sour"),
+    (["cache", "fill", "c", "--teacher", "test_commands:made", "--limit-gb", "nan"], "--limit-gb"),
+    (["cache", "fill", "c", "--teacher", "test_commands:made", "--limit-gb", "inf"], "--limit-gb"),
+    (["cache", "fill", __file__, "--teacher", "test_commands:made"], "is in the way"),
     (["export", "gone", "--with", "nosuch:given"], "No module named 'nosuch'"),
     (["export", "gone", "--with", "json:loads"], "must take no arguments"),
     (["export", "gone", "--with", "json"], "must be module:function"),

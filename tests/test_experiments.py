@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from jaxdistill import data, reports
+from jaxdistill import data, reports, runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -378,8 +379,89 @@ def test_help_is_a_page_and_loads_no_data(name):
 
 
 def test_evaluating_what_is_no_run_says_so(tmp_path):
-  with pytest.raises(FileNotFoundError, match="is not a run's folder"):
+  with pytest.raises(SystemExit, match="is not a run's folder"):
     run("digits", ["--evaluate", tmp_path])
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(SystemExit, match="is a run of another experiment"):
+    run("digits", ["--evaluate", tmp_path])
+
+
+def test_what_would_change_nothing_is_refused_beside_evaluate(tmp_path):
+  script = importlib.import_module("digits")
+  runs.write_json(tmp_path / "config.json", dataclasses.asdict(script.Config()))
+  script.parse(["--evaluate", str(tmp_path), "--split", "validation"])
+  with pytest.raises(SystemExit, match="--epochs, --dispatch would change nothing"):
+    script.parse(["--evaluate", str(tmp_path), "--epochs", "3", "--dispatch", "pmap"])
+  runs.write_json(tmp_path / "config.json", dataclasses.asdict(script.Config()) | {"seeds": 0})
+  with pytest.raises(SystemExit, match="--seeds=0 must be"):
+    script.parse(["--evaluate", str(tmp_path)])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_numbers_have_a_range_in_every_experiment(name):
+  script = importlib.import_module(name)
+  command_line = sys.modules["command_line"]
+  settings = [one for one in vars(script).values() if isinstance(one, script.Config)]
+  for given in (script.Config(), script.Options(), *settings):
+    command_line.check(given)
+    for field in dataclasses.fields(given):
+      value = getattr(given, field.name)
+      one = value[0] if isinstance(value, tuple) and value else value
+      bad = [math.nan, math.inf, -0.5] if isinstance(one, float) else [-1, 10**12]
+      if isinstance(one, bool) or not isinstance(one, int | float):
+        continue
+      for number in bad:
+        other = (number,) if isinstance(value, tuple) else number
+        with pytest.raises(ValueError, match=f"--{field.name.replace('_', '-')}"):
+          command_line.check(dataclasses.replace(given, **{field.name: other}))
+
+
+@pytest.mark.parametrize(
+  ("name", "words", "said"),
+  [
+    ("digits", ["--rate", "0"], "--rate must be positive"),
+    ("digits", ["--epochs", "0"], "--epochs=0 must be in 1"),
+    ("digits", ["--student-channels"], "--student-channels has no value"),
+    ("digits", ["--out", __file__], "is a file; name a folder"),
+    ("digits", ["--out", f"{__file__}/run"], "is a file; name a folder"),
+    ("digits", ["--data-dir", __file__], "is a file; name a folder"),
+    ("digits", ["--out", "gs://bucket/run"], "is an address"),
+    ("digits", ["--stop-after", "nan"], "--stop-after must be positive"),
+    ("few_labels", ["--shares", "0.1", "2"], "--shares must be in"),
+    ("shakespeare", ["--text", "gone.txt"], "gone.txt is no file"),
+    ("shakespeare", ["--short", "--large"], "say one of them"),
+    ("imagenet", ["--cache-part", "4/3"], "--cache-part 4/3"),
+  ],
+)
+def test_a_wrong_flag_is_said_in_a_line_before_anything_is_read(name, words, said):
+  with pytest.raises(SystemExit, match=re.escape(said)):
+    importlib.import_module(name).parse(words)
+
+
+def test_a_network_that_does_not_fit_is_refused_before_the_first_is_trained(tmp_path):
+  for words, said in (
+    (["--student-channels", "8"], "strides"),
+    (["--batch-size", "100000"], "--batch-size=100000 must be in"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      run("digits", [*words, "--out", tmp_path / "run", "--data-dir", tmp_path / "tfds"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_says_what_the_library_refuses_in_a_line(monkeypatch):
+  importlib.import_module("digits")
+  command_line = sys.modules["command_line"]
+
+  def refused(config, options):
+    runs.read_config("gone")
+
+  def broken(config, options):
+    raise ValueError("of the script")
+
+  with pytest.raises(SystemExit, match="FileNotFoundError: 'gone' is not a run's folder"):
+    command_line.run(refused, lambda words: (None, None))
+  with pytest.raises(ValueError, match="of the script"):
+    command_line.run(broken, lambda words: (None, None))
 
 
 @pytest.mark.slow

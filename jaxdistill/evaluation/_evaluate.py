@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -94,7 +95,8 @@ def evaluate(
     (nats), ``ece`` (15 bins), ``brier``, and with a teacher ``agreement``, ``kl`` (nats, teacher to
     student) and ``accuracy_where_teacher_wrong``. Each is of shape ``[S]`` for a model of S seeds,
     else ``[]``. What could not be measured is absent: without labels there is what compares with
-    the teacher alone. NaN says that the model's outputs are.
+    the teacher alone. NaN says that the model's outputs are; what a task makes NaN of finite ones
+    is absent, and a warning says so.
 
   Raises:
     TypeError: an argument is of another kind, or labels are not what the task takes.
@@ -597,12 +599,37 @@ class _Pass:
       if all(np.all(where > 0) for where in jax.device_get(told)):
         theirs = _joined(beside, there, axis=0)
     if seeds is None:
-      return self._of_one(sums, rows, theirs)
+      return self._measured(self._of_one(sums, rows, theirs))
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
     made = [self._of_one(mine, kept_of_it, theirs) for mine, kept_of_it in each]
     # What some students lack, of all that were measured alike, is NaN: 0 / 0.
     names = list(dict.fromkeys(name for one in made for name in one))
-    return {name: np.stack([one.get(name, np.array(np.nan)) for one in made]) for name in names}
+    none = np.array(np.nan)
+    return self._measured({n: np.stack([one.get(n, none) for one in made]) for n in names})
+
+  def _measured(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The numbers that were measured: NaN of finite outputs is none, and is said and left out."""
+    unknown = [name for name, value in numbers.items() if np.isnan(value).all()]
+    if not unknown or not self._finite():
+      return numbers
+    warnings.warn(
+      f"the task {self.task.name!r} gives NaN for {', '.join(unknown)}, though the model's outputs "
+      "are finite: these are left out, as what was not measured. Give no number, or a count of 0.",
+      stacklevel=4,
+    )
+    return {name: value for name, value in numbers.items() if name not in unknown}
+
+  def _finite(self) -> bool:
+    """Whether all that the model says of the examples is finite, for which it is asked again."""
+    ask = kept(_Asked(self.task, _mesh_of(self.model)), self.model, self.first).compiled(1)
+    for batch in self._each():
+      said = ask(_of_batch(self.model, batch), self._shown(batch))
+      there = _present(tasks.on_host(batch))
+      axis = int(_seeds(self.model) is not None)
+      leaves = jax.device_get(jax.tree.leaves(dataclasses.replace(said, where=None, head=None)))
+      if not all(np.isfinite(np.compress(there, leaf, axis)).all() for leaf in leaves):
+        return False
+    return True
 
   def _of_one(self, sums: Any, rows: Any, theirs: Any) -> dict[str, np.ndarray]:
     found = dict(self.task.finish(sums)) if sums else {}

@@ -259,6 +259,8 @@ def read_columns(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
   try:
     with path.open(newline="", encoding="utf-8-sig") as file:
       head, *rows = list(csv.reader(file)) or [[]]
+  except (FileNotFoundError, IsADirectoryError) as error:
+    raise type(error)(f"{path} is no file: name a CSV file that is there.") from error
   except (UnicodeDecodeError, csv.Error) as error:
     raise ValueError(f"{path} must be CSV in UTF-8: {error}.") from error
   uneven = [i for i, row in enumerate(rows) if len(row) != len(head)]

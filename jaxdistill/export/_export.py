@@ -426,7 +426,8 @@ def export_file(
   Raises:
     ExportError: it cannot be loaded or fails its comparison; no file of that name is left.
     ImportError: a library is missing; the message names the extra that brings it.
-    ValueError: the program cannot be exported in this form, or an argument does not fit.
+    ValueError: the program cannot be exported in this form, its weights hold NaN, or an argument
+      does not fit.
 
   >>> call = lambda leaves, x: x @ leaves["params/kernel"]
   >>> inputs = jax.ShapeDtypeStruct((2,), jnp.float32)
@@ -446,6 +447,7 @@ def export_file(
       "quantize_activations(program, calibration) for another."
     )
   _extras.need(f"path={target.name!r}", *_NEEDS.get(target.suffix, ()))
+  runs.check_nan("program.leaves", program.leaves)
   inputs, labels, split = _given(held_out, check)
   wanted = _reference(program, inputs) if student is None else program.named(student)
   if check.tolerance is None:

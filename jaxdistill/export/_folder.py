@@ -52,7 +52,7 @@ def save_folder(
     FileExistsError: the folder holds something else.
     FileNotFoundError: there is no finished run.
     ImportError: safetensors is not installed.
-    ValueError: the program cannot take batches of any size.
+    ValueError: the program cannot take batches of any size, or the weights hold NaN.
   """
   _extras.need("export.save_folder", "safetensors")
   target = _check.folder("folder", folder)
@@ -62,6 +62,7 @@ def save_folder(
       f"folder={target} holds something that is no student of ours; take another."
     )
   student = _student.load_student(run, instance=instance)
+  runs.check_nan("the student's weights", student.leaves)
   with runs.writes(target):
     target.mkdir(parents=True, exist_ok=True)
   about = _export.write_stablehlo(target / _PROGRAM, student, weights=False)

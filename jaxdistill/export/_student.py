@@ -78,8 +78,8 @@ def save_student(
     FileExistsError: the run holds something else of that name.
     TypeError: ``model``, ``normalize`` or ``stored`` is not of the kind described, or a leaf is no
       array.
-    ValueError: the model's ``seeds`` do not fit its variables, or it puts out nothing of a name in
-      ``outputs``.
+    ValueError: the model's ``seeds`` do not fit its variables, these hold NaN, or it puts out
+      nothing of a name in ``outputs``.
 
   Warns:
     DeployedWarning: the program could not be made as meant.
@@ -102,6 +102,7 @@ def save_student(
     raise FileExistsError(f"{target} is no student of ours; move it, or take another folder.")
   one = _of_one_seed(model) if isinstance(model, Model) else model  # else `untraced` says it
   program = _program.untraced(one, stored=stored, normalize=normalize, name=name, outputs=outputs)
+  runs.check_nan("model.variables", model.variables)
   serialized, about = _program.export_program(program, weights=False)
   together = runs.Together(model.variables)
   if about["problem"] and together.me == 0:

@@ -550,14 +550,15 @@ def save(
     shard_bytes: how large a file may be, if it holds more than one tensor; as transformers has it.
 
   Raises:
-    ValueError: the variables do not fit, no family is such a network, ``more`` contradicts it, or
-      the folder holds other safetensors.
+    ValueError: the variables do not fit or hold NaN, no family is such a network, ``more``
+      contradicts it, or the folder holds other safetensors.
   """
   _extras.need("networks.pretrained.save", "safetensors")
   _check.whole("shard_bytes", shard_bytes)
   place = _check.folder("folder", folder)
   if place.is_file():
     raise NotADirectoryError(f"folder={place} is a file: give another.")
+  runs.check_nan("variables", variables)
   leaves = traverse_util.flatten_dict(dict(variables))
   told = _told(config)
   given = dict(more or {})

@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.runs._fingerprints import fingerprint, short_digest, tree_identity
   from jaxdistill.runs._folder import (
     Metrics,
+    check_config,
     claim,
     command,
     commands,
@@ -80,6 +81,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     track,
   )
   from jaxdistill.runs._trees import (
+    check_nan,
     from_outline,
     holding,
     is_key,
@@ -106,6 +108,8 @@ __all__ = [
   "TrackerWarning",  # a tracker failed; the run goes on
   "Wandb",  # a tracker: runs of a Weights & Biases project
   "altered",  # how a file differs from what a manifest says of it, in words
+  "check_config",  # what defines a run, as its folder keeps it
+  "check_nan",  # raises where variables hold NaN
   "check_trackers",  # trackers, and a folder for those that write into the run's
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind

@@ -62,6 +62,8 @@ _REFUSED = {
   errno.ENOSPC: f"the disk is full: {_ROOM}",
   errno.EDQUOT: f"your quota is used up: {_ROOM}",
   errno.EFBIG: f"it would be larger than a file may be: {_ROOM}",
+  errno.EEXIST: f"a file of that name is in the way: {_RIGHT}",
+  errno.EISDIR: f"a folder of that name is in the way: {_RIGHT}",
   errno.EROFS: f"the disk is only to be read: {_RIGHT}",
   errno.EACCES: f"you have no right to: {_RIGHT}",
   errno.EPERM: f"you have no right to: {_RIGHT}",

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import shlex
 import threading
 import time
@@ -29,6 +30,7 @@ from jaxdistill.runs._traced import Traced, difference
 
 __all__ = [
   "Metrics",
+  "check_config",
   "claim",
   "command",
   "commands",
@@ -53,15 +55,33 @@ _TOUCHED = 4  # seconds after which a lock's file is touched again
 def to_json(value: Any) -> Any:
   """Turns arrays, paths and numbers that JSON does not know into ones that it does.
 
-  NaN and infinity become None: JSON has neither.
+  NaN and infinity become None: JSON has neither. A set is sorted, and a function or object is told
+  without its address, so that the same value is the same text in every process.
+
+  Raises:
+    ValueError: it holds itself, is nested too deeply, or has two keys that are one in JSON.
 
   >>> to_json({"a": np.array([1.0, np.nan]), "b": pathlib.PurePosixPath("x"), "c": range(2)})
   {'a': [1.0, None], 'b': 'x', 'c': [0, 1]}
   """
+  try:
+    return _to_json(value)
+  except RecursionError as error:
+    raise ValueError("a value for JSON holds itself, or is nested too deeply.") from error
+
+
+def _to_json(value: Any) -> Any:
   if isinstance(value, Mapping):
-    return {str(k): to_json(v) for k, v in value.items()}
+    found = {str(k): _to_json(v) for k, v in value.items()}
+    if len(found) < len(value):
+      raise ValueError(
+        f"{_check.show(dict(value))} has two keys that are one in JSON, where keys are texts."
+      )
+    return found
   if isinstance(value, list | tuple | range):
-    return [to_json(v) for v in value]
+    return [_to_json(v) for v in value]
+  if isinstance(value, set | frozenset):  # in whose order each process has its own
+    return sorted((_to_json(v) for v in value), key=repr)
   if isinstance(value, os.PathLike):
     return os.fspath(value)
   if isinstance(value, float):
@@ -69,8 +89,30 @@ def to_json(value: Any) -> Any:
   if value is None or isinstance(value, bool | int | str):
     return value
   if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
-    return to_json(np.asarray(value).tolist())
-  return str(value)
+    return _to_json(np.asarray(value).tolist())
+  return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def check_config(config: Any) -> dict[str, Any]:
+  """What defines a run, as its folder keeps it.
+
+  Args:
+    config: a mapping of settings, of anything that `to_json` takes.
+
+  Raises:
+    TypeError: it is no mapping.
+    ValueError: JSON cannot hold it.
+
+  >>> check_config({"rate": np.float32(0.5)})
+  {'rate': 0.5}
+  """
+  if not isinstance(config, Mapping):
+    raise TypeError(f"config must be a mapping of settings, got {_check.show(config)}.")
+  try:
+    found: dict[str, Any] = to_json(config)
+  except ValueError as error:
+    raise ValueError(f"config cannot be kept as JSON: {error}") from error
+  return found
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -197,12 +239,10 @@ def claim(
     UserWarning: what is computed is traced otherwise, by other versions of the libraries than the
       run began with; whether it is the same, nobody can tell.
   """
-  folder = _check.folder("folder", folder)
-  if not isinstance(config, Mapping):
-    raise TypeError(f"config must be a mapping of settings, got {_check.show(config)}.")
+  folder, wanted = _check.folder("folder", folder), check_config(config)
   traced = {} if traced is None else traced
   digests = {name: one.digest for name, one in traced.items()}
-  wanted, longer = to_json(config), False
+  longer = False
   if (folder / "config.json").exists():
     there = read_config(folder)
     known = there.pop(_TRACED, None)

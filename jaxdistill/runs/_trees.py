@@ -23,6 +23,7 @@ from jaxdistill.runs._shards import by_part, in_parts, kept
 __all__ = [
   "check_items",
   "check_like",
+  "check_nan",
   "from_outline",
   "holding",
   "is_key",
@@ -82,6 +83,21 @@ def holding(bad: str, trees: Mapping[str, PyTree]) -> list[str]:
   for some, bads in zip(away.values(), flags, strict=True):
     names |= {name for (name, _), flag in zip(some, bads, strict=True) if flag}
   return [name for name in trees if name in names]
+
+
+def check_nan(name: str, tree: PyTree) -> None:
+  """Raises where variables hold NaN, which nobody starts from or deploys; infinities may be meant.
+
+  Args:
+    name: of the argument, which the message begins with.
+    tree: arrays; they are looked at where they lie.
+
+  Raises:
+    ValueError: one holds NaN; names it.
+  """
+  found = jax.tree_util.tree_leaves_with_path(tree)
+  for where in holding("nan", {name + jax.tree_util.keystr(path): leaf for path, leaf in found}):
+    raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
 
 
 def _devices(leaf: jax.Array) -> tuple[int, ...]:

@@ -220,9 +220,21 @@ def measure_run(
 
   Returns:
     As `measure_network`.
+
+  Raises:
+    FileNotFoundError: there is no finished run.
+    IndexError: there is no such instance.
+    ValueError: the inputs of a batch do not fit into memory.
   """
   student = export.load_student(run, instance=instance)
-  some = jax.tree.map(lambda leaf: np.zeros((batch_size, *leaf.shape), leaf.dtype), student.inputs)
+  try:
+    some = jax.tree.map(
+      lambda leaf: np.zeros((batch_size, *leaf.shape), leaf.dtype), student.inputs
+    )
+  except (MemoryError, OverflowError, ValueError) as error:  # "array is too big"
+    raise ValueError(
+      f"batch_size={batch_size}: no memory holds so many inputs ({_check.short(error)})."
+    ) from error
   return {
     "latency_ms": _slowest(lambda: jax.device_get(student(some)), seconds),
     "bytes": cost.size_bytes(student.variables),

@@ -63,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.exit(2, f"{error}\n")
   if given.json:
     print(json.dumps(costs))
-    return 0
+    return int(budget is not None and not budget.inside(costs))
   for name, unit in UNITS.items():
     print(f"{costs[name]:>16,.6g} {unit}" if costs[name] is not None else f"{'unknown':>16} {unit}")
   if budget is None:

@@ -504,6 +504,8 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
     program wrote, only the sample is compared.
   """
   _extras.need("reading a cache of a teacher's outputs", "array_record")
+  _check_teacher(teacher)
+  check_source(source)
   path = _check.folder("folder", folder)
   manifest = _cache_files.read_manifest(path)
   fill = Filler(teacher, source, manifest["dtype"], _features(manifest), 64)
@@ -533,6 +535,18 @@ def compare_cache(teacher: Teacher, source: Source, folder: str | os.PathLike[st
 
 # float16 and TF32 are ten times better than that.
 _ROUNDING = 0.01
+
+
+def _check_repeats(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+  """Raises where a teacher of another program, asked twice about the same, answers twice."""
+  for name, values in first.items():
+    one, other = np.asarray(values), np.asarray(second.get(name))
+    if one.shape != other.shape or not _off(other, one) <= _ROUNDING:
+      raise ValueError(
+        f"the teacher's {name} for the same {len(one)} examples, asked twice, are two answers: a "
+        "cache would keep one of them by chance. Give it a seed of its own at each call, "
+        "temperature 0, or its evaluation mode (no dropout)."
+      )
 
 
 def _off(found: np.ndarray, right: np.ndarray) -> float:
@@ -610,6 +624,7 @@ class Filler:
       self.outputs = outputs
       few = jax.tree.map(lambda leaf: leaf[:PROBES] if np.ndim(leaf) else leaf, given[2])
       self._first = made = outputs(teacher, self.shared, few)[1]
+      _check_repeats(made, outputs(teacher, self.shared, few)[1])
     else:
       _, made, _ = jax.eval_shape(outputs, *given)
       options = by_work(outputs, *given, calls=self.steps * (source.views or 1))

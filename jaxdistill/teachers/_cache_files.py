@@ -110,6 +110,8 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
   """
   path = folder / MANIFEST
   try:
+    if not os.path.isdir(folder):  # nor where its name is none that the disk takes
+      raise FileNotFoundError
     body = read_digested(path)
   except FileNotFoundError:
     raise FileNotFoundError(f"{os.fspath(folder)!r} is no cache: it has no {MANIFEST}.") from None

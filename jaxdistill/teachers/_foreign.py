@@ -91,7 +91,7 @@ def foreign(
     takes: ``"inputs"``, or ``"batch"`` for a function of the whole `Batch` of NumPy arrays, whose
       ``index`` tells which examples they are: ``lambda batch: answers[batch.index]``.
     name: of the teacher and its version; a cache is told by it, and by what the teacher says of the
-      first eight examples. The function's own name by default.
+      first eight examples, of which it is asked twice. The function's own name by default.
 
   Returns:
     The teacher; it has no variables. It may be a member of an `ensemble`, and be narrowed by
@@ -101,7 +101,7 @@ def foreign(
     TypeError: ``function`` is none, or ``name`` no text.
     ValueError: ``gives``, ``takes`` or ``floor`` is out of range. When it is asked: it gave what is
       no logits, probabilities or features; the message names the example, as
-      `cache_writer.outputs_of` does.
+      `cache_writer.outputs_of` does. When a cache is filled: it answers the same question twice.
 
   >>> import numpy as np
   >>> from jaxdistill.types import make_batch

@@ -53,9 +53,12 @@ def _part(text: str) -> tuple[int, int]:
 def _pair(given: str) -> tuple[Any, Any]:
   """The teacher and the source that a function gives."""
   from jaxdistill import _check  # JAX, which the rest does without
+  from jaxdistill.data import Source
+  from jaxdistill.types import Teacher
 
   made = _check.returned("--teacher", given)
-  if not isinstance(made, tuple) or len(made) != 2:
+  pair = isinstance(made, tuple) and len(made) == 2
+  if not pair or not (isinstance(made[0], Teacher) and isinstance(made[1], Source)):
     raise ValueError(f"--teacher {given} must return (teacher, source), got {_check.show(made)}.")
   return made
 
@@ -130,8 +133,10 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _fill(options: argparse.Namespace) -> int:
   teacher, source = _pair(options.teacher)
+  from jaxdistill import _check
   from jaxdistill.teachers._cache import fill  # JAX, which the rest does without
 
+  _check.number("--limit-gb", options.limit_gb, above=0, most=1e9)
   made = fill(
     teacher,
     source,

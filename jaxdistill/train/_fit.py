@@ -121,8 +121,8 @@ class Run:
     runs.check_trackers(self.trackers, self.folder)
     if self.folder is not None:
       _check.folder("folder", self.folder)
-    if self.config is not None and not isinstance(self.config, Mapping):
-      raise TypeError(f"config must be a mapping of settings, got {_check.show(self.config)}.")
+    if self.config is not None:
+      runs.check_config(self.config)
     if self.checkpoint_every is not None:
       _check.whole("checkpoint_every", self.checkpoint_every)
     if not isinstance(self.progress, str | bool | None):

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill.data import Source
-from jaxdistill.runs import holding
+from jaxdistill.runs import check_nan
 from jaxdistill.teachers import asked_on_host, check_tokenizer, decay_of
 from jaxdistill.train._in_chunks import in_chunks
 from jaxdistill.train._optax import Transformation
@@ -207,7 +207,6 @@ def check_start(name: str, tree: PyTree) -> None:
 
   The numbers are looked at on the device where they lie: no leaf is brought to the host.
   """
-  found: dict[str, Any] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     where = f"{name}{jax.tree_util.keystr(path)}"
     if isinstance(leaf, jax.core.Tracer):
@@ -215,9 +214,7 @@ def check_start(name: str, tree: PyTree) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float | complex):
       how = "runs.load_variables and weights read files" if isinstance(leaf, str) else ""
       raise TypeError(f"{where} is no array, but {_check.show(leaf)}; {how or 'leave it out'}.")
-    found[where] = leaf
-  for where in holding("nan", found):
-    raise ValueError(f"{where} holds NaN; take a checkpoint from before the run went wrong.")
+  check_nan(name, tree)
 
 
 def check_hyper(objective: Objective, steps: int) -> None:

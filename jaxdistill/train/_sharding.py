@@ -201,18 +201,19 @@ def check_rules(name: str, rules: Any) -> tuple[tuple[str, Rule], ...]:
     f"{name} must be train.fsdp(), train.annotated(...), or rules by path such as "
     "{'kernel$': jax.sharding.PartitionSpec(None, 'model')}"
   )
-  if isinstance(rules, PartitionSpec) or callable(rules):
-    return (("", rules),)
-  if isinstance(rules, str) or not isinstance(rules, Mapping | Sequence):
+  one = isinstance(rules, PartitionSpec) or callable(rules)
+  if not one and (isinstance(rules, str) or not isinstance(rules, Mapping | Sequence)):
     raise TypeError(f"{how}; got {_check.show(rules)}.")
-  pairs = tuple(rules.items()) if isinstance(rules, Mapping) else tuple(rules)
+  pairs: Any = (("", rules),) if one else rules
+  pairs = tuple(pairs.items() if isinstance(pairs, Mapping) else pairs)
   if not pairs:
     raise ValueError(f"{how}; got none: leave it out for variables that are on every device.")
   for pair in pairs:
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
       raise TypeError(f"{how}; got {_check.show(pair)}.")
-    if not (isinstance(pair[1], PartitionSpec) or callable(pair[1])):
-      raise TypeError(f"{how}; got {_check.show(pair[1])} for {pair[0]!r}.")
+    if not isinstance(pair[1], PartitionSpec):
+      what = f"{how}; {name} of {pair[0]!r}" if pair[0] else name
+      _check.function(what, pair[1], "(variable, mesh) -> PartitionSpec or None", arguments=2)
     try:
       re.compile(pair[0])
     except re.error as error:
@@ -289,8 +290,7 @@ def _decided(
     spec = None
     if first is not None:
       used[first] = True
-      rule: Any = pairs[first][1]
-      spec = rule if isinstance(rule, PartitionSpec) else rule(variable, mesh)
+      spec = _asked(name, pairs[first][1], variable, mesh)
     found[path] = None if spec is None else _checked(spec, variable, mesh)
   for (text, _), was in zip(pairs, used, strict=True):
     if was:
@@ -306,6 +306,21 @@ def _decided(
       f"{', ...' if len(variables) > 8 else ''}: mend the expression, or leave it out."
     )
   return found
+
+
+def _asked(name: str, rule: Any, variable: Variable, mesh: Mesh) -> Any:
+  """What a rule says of an array; of a user's own, what it raises is said in words of the rules."""
+  if isinstance(rule, PartitionSpec):
+    return rule
+  if isinstance(rule, _Fsdp | _Annotated):
+    return rule(variable, mesh)
+  try:
+    return rule(variable, mesh)
+  except Exception as error:
+    raise ValueError(
+      f"{name} has the rule {_check.show(rule)}, which fails on {variable.path} "
+      f"{list(variable.shape)} ({_check.short(error)}); it must give a PartitionSpec, or None."
+    ) from error
 
 
 def _scale_follows(spec: PartitionSpec | None, scale: Variable) -> PartitionSpec | None:
@@ -346,9 +361,9 @@ def shardings(
     The same tree of ``NamedSharding``.
 
   Raises:
-    TypeError: ``rules`` are none.
-    ValueError: a rule matches nothing, names no axis of the mesh or one twice, or an axis of an
-      array does not divide.
+    TypeError: ``rules`` are none, or ``mesh`` is none.
+    ValueError: a rule matches nothing, fails, names no axis of the mesh or one twice, or an axis of
+      an array does not divide.
 
   >>> devices = np.array(jax.devices()[:1]).reshape(1, 1)
   >>> tree = {"params": {"kernel": np.ones((2, 4)), "bias": np.ones(4)}}
@@ -356,6 +371,8 @@ def shardings(
   >>> tuple(made["params"]["kernel"].spec), tuple(made["params"]["bias"].spec)
   (('model',), ())
   """
+  if not isinstance(mesh, Mesh):
+    raise TypeError(f"mesh={_check.show(mesh)} must be a mesh: train.mesh(model=2), say.")
   if isinstance(variables, Model | Teacher):
     inner = shardings(variables.variables, mesh, rules, names=names)
     return dataclasses.replace(variables, variables=inner)

@@ -17,7 +17,7 @@ import pytest
 
 import small_networks
 from jaxdistill import data, recipes, search, teachers, train
-from jaxdistill.search import _trials
+from jaxdistill.search import _study, _trials
 
 optuna = pytest.importorskip("optuna", reason="needs the extra: pip install '.[optuna]'")
 from optuna.distributions import (
@@ -141,8 +141,13 @@ def test_the_folder_has_the_table_and_the_picture(whole):
   assert json.loads((folder / "chosen.json").read_text())["values"] == result.chosen
 
 
-def test_a_finished_study_is_given_back(whole):
+def test_a_finished_study_is_given_back(whole, monkeypatch):
   result, folder, _ = whole
+
+  def again(*_):
+    raise AssertionError("its best student was trained again")
+
+  monkeypatch.setattr(_study._Worker, "trained_again", again)
   with small_networks.compiled() as names:
     again = studied(folder, trials=5, **SAME)
   assert not [name for name in names if "chunk" in name]

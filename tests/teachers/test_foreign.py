@@ -226,11 +226,20 @@ def test_it_is_asked_once_and_never_in_the_step(tmp_path):
     jax.jit(lambda batch: teacher(batch))(first_batch(source))
   assert not asked
   cached = teachers.cached(teacher, source, batch_size=8, progress=None)
-  assert asked == [8, 8, 8, 8]  # what it puts out is seen on eight, then the three batches
+  # What it puts out is seen on eight, twice, and then on the three batches.
+  assert asked == [8, 8, 8, 8, 8]
   batch = first_batch(cached)
   np.testing.assert_allclose(batch.teacher.logits, said(batch.inputs), rtol=1e-5, atol=1e-6)
   fit(cached, recipes.kd())
-  assert len(asked) == 4
+  assert len(asked) == 5
+
+
+def test_one_that_draws_its_answers_is_refused(tmp_path):
+  drawn = np.random.default_rng(0)
+  teacher = teachers.foreign(lambda inputs: said(inputs) + drawn.normal(size=3))
+  with pytest.raises(ValueError, match="asked twice, are two answers"):
+    teachers.cached(teacher, source_of(), folder=tmp_path / "cache", progress=None)
+  assert not (tmp_path / "cache").exists()
 
 
 def test_it_may_be_asked_by_the_number_of_an_example():
@@ -301,13 +310,13 @@ def fill(function, folder):
 def test_a_view_that_was_begun_is_gone_on_with(tmp_path):
   folder = tmp_path / "c"
   paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "tests" / "teachers")])
-  program = [sys.executable, "-c", KILLED, str(folder), paths, "5"]
+  program = [sys.executable, "-c", KILLED, str(folder), paths, "6"]
   killed = subprocess.run(program, capture_output=True, text=True, timeout=120)
   assert killed.returncode == -signal.SIGKILL, killed.stderr
   assert not teachers.verify_cache(folder)
   manifest = _cache_files.read_manifest(folder)
   assert not manifest["views"]
-  # Of the four answers, one is of the first look.
+  # Of the five answers, two are of the first look.
   assert _cache_files.lacking(folder, manifest) == SIZE - 12
   asked = []
 
@@ -316,7 +325,7 @@ def test_a_view_that_was_begun_is_gone_on_with(tmp_path):
     return said(inputs)
 
   cached = fill(function, folder)
-  assert asked == [4, 4, 4]  # a first look, and two of five batches
+  assert asked == [4, 4, 4, 4]  # a first look, twice, and two of five batches
   batch = first_batch(cached)
   np.testing.assert_allclose(batch.teacher.logits, said(batch.inputs), rtol=1e-5, atol=1e-6)
   manifest = _cache_files.read_manifest(folder)
@@ -342,7 +351,7 @@ def test_a_part_is_of_the_right_examples_in_any_source(tmp_path, monkeypatch, ki
 
   def function(inputs):
     calls.append(1)
-    if len(calls) == 4:
+    if len(calls) == 5:
       raise ConnectionError("the server is gone")
     return said(inputs)
 
@@ -363,7 +372,7 @@ def test_a_damaged_part_is_named_and_dropped(tmp_path, capsys, monkeypatch):
 
   def function(inputs):
     calls.append(1)
-    if len(calls) == 4:
+    if len(calls) == 5:
       raise ConnectionError
     return said(inputs)
 

@@ -35,6 +35,7 @@ __all__ = ["TEXTS", "Evidence", "read", "suffix", "values"]
 
 # Sample texts, of a split.
 TEXTS = "texts{}.json"
+_LONGEST = 100  # letters of a split's name, of which names of files are made
 _EXPORTS = 1  # the version of exports.json that is known
 # What follows from the rest, and is made anew.
 _DERIVED = (
@@ -94,9 +95,11 @@ def suffix(split: str) -> str:
   Raises:
     ValueError: it is no word that a file's name may have.
   """
-  if not isinstance(split, str) or not split or set(split) & set("/\\\0") or split[0] == ".":
+  word = isinstance(split, str) and 0 < len(split) <= _LONGEST
+  if not word or set(split) & set("/\\\0") or split[0] == ".":
     raise ValueError(
-      f"split={split!r} must be a word, such as 'validation': names of files are made of it."
+      f"split={_check.show(split)} must be a word, such as 'validation': names of files are made "
+      "of it."
     )
   return "" if split == "test" else f"-{split}"
 
