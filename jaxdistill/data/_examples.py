@@ -338,7 +338,7 @@ class Records:
         f"{where} is a picture with a palette, whose numbers are no colours: convert it, e.g. "
         "transform=lambda row: row['image'].convert('RGB')."
       )
-    array = as_numpy(value, where)
+    array = _as_numpy(value, where)
     if array.dtype.kind in "OSU":
       raise ValueError(
         f"{where} is {'text' if array.dtype.kind in 'SU' else type(value).__name__}, not numbers: "
@@ -488,7 +488,7 @@ def check_tokens(inputs: Any, labels: np.ndarray, name: str, rows: Any = None) -
       )
 
 
-def as_numpy(value: Any, what: str) -> np.ndarray:
+def _as_numpy(value: Any, what: str) -> np.ndarray:
   """An array of NumPy, JAX, torch or lists as NumPy's, none of whose values gets lost on the way.
 
   Args:
@@ -574,7 +574,7 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   Raises:
     ValueError: its shape is another, or a weight is negative or not finite, or all are 0.
   """
-  found = as_numpy(weight, f"weight of {name!r}")
+  found = _as_numpy(weight, f"weight of {name!r}")
   number = found.dtype.kind in "biu" or jax.dtypes.issubdtype(found.dtype, np.floating)
   if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or not number:
     raise ValueError(
@@ -611,7 +611,7 @@ def _as_arrays(inputs: Any) -> Any:
     what = "inputs" if key is None else f"inputs[{key!r}]"
     if isinstance(value, Mapping):
       raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
-    array = as_numpy(value, what)
+    array = _as_numpy(value, what)
     if array.dtype.kind == "c" or (
       array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
     ):
@@ -681,7 +681,7 @@ def from_arrays(
         "num_classes, label_names and ignore are of labels, and labels is None: leave them out."
       )
     labels, num_classes = np.zeros(size, np.int32), 0
-  labels = as_numpy(labels, "labels")
+  labels = _as_numpy(labels, "labels")
   if labels.shape[:1] != (size,):
     raise ValueError(
       f"labels must have the {size} examples of inputs on their first axis, got {labels.shape}."
@@ -867,7 +867,7 @@ def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
   # In the loss it is a mask; a set without labels is the mask that is 0 everywhere.
   if labelled is None:
     return np.full(len(examples), float(examples.has_labels), np.float32)
-  mask = as_numpy(labelled, "labelled")
+  mask = _as_numpy(labelled, "labelled")
   shape = examples.labels.shape if isinstance(examples, Examples) else (len(examples),)
   if not mask.ndim or mask.shape != shape[: mask.ndim] or not np.isin(mask, (0, 1)).all():
     raise ValueError(

@@ -599,15 +599,15 @@ class _Pass:
       if all(np.all(where > 0) for where in jax.device_get(told)):
         theirs = _joined(beside, there, axis=0)
     if seeds is None:
-      return self._measured(self._of_one(sums, rows, theirs))
+      return self._known(self._of_one(sums, rows, theirs))
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
     made = [self._of_one(mine, kept_of_it, theirs) for mine, kept_of_it in each]
     # What some students lack, of all that were measured alike, is NaN: 0 / 0.
     names = list(dict.fromkeys(name for one in made for name in one))
     none = np.array(np.nan)
-    return self._measured({n: np.stack([one.get(n, none) for one in made]) for n in names})
+    return self._known({n: np.stack([one.get(n, none) for one in made]) for n in names})
 
-  def _measured(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  def _known(self, numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The numbers that were measured: NaN of finite outputs is none, and is said and left out."""
     unknown = [name for name, value in numbers.items() if np.isnan(value).all()]
     if not unknown or not self._finite():
@@ -622,8 +622,9 @@ class _Pass:
   def _finite(self) -> bool:
     """Whether all that the model says of the examples is finite, for which it is asked again."""
     ask = kept(_Asked(self.task, _mesh_of(self.model)), self.model, self.first).compiled(1)
-    for batch in self._each():
+    for batch in self._each(range(count_of(self.batches))):
       said = ask(_of_batch(self.model, batch), self._shown(batch))
+      said = said if self.over is None else whole(said, self.over)
       there = _present(tasks.on_host(batch))
       axis = int(_seeds(self.model) is not None)
       leaves = jax.device_get(jax.tree.leaves(dataclasses.replace(said, where=None, head=None)))
