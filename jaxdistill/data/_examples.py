@@ -548,7 +548,7 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   """How much each example, or each of its labels, counts: float32, of leading axes of the labels.
 
   Raises:
-    ValueError: its shape is another, or a weight is negative or not finite, or all are 0.
+    ValueError: its shape is another, or a weight is negative or not finite.
   """
   found = np.asarray(weight)
   if found.ndim == 0 or found.shape != labels.shape[: found.ndim] or found.dtype.kind not in "biuf":
@@ -559,11 +559,6 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   found = found.astype(np.float32)
   if not np.isfinite(found).all() or (found < 0).any():
     raise ValueError(f"weight of {name!r} must be finite and not negative.")
-  if found.size and not found.any():
-    raise ValueError(
-      f"weight of {name!r} is 0 throughout: nothing would be learned of it, or measured. Of text, "
-      "look whether all of it is prompt."
-    )
   return found
 
 
