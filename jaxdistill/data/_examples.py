@@ -572,7 +572,7 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   """How much each example, or each of its labels, counts: float32, of leading axes of the labels.
 
   Raises:
-    ValueError: its shape is another, or a weight is negative or not finite, or all are 0.
+    ValueError: its shape is another, or a weight is negative or not finite.
   """
   found = _as_numpy(weight, f"weight of {name!r}")
   number = found.dtype.kind in "biu" or jax.dtypes.issubdtype(found.dtype, np.floating)
@@ -584,11 +584,6 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
   found = found.astype(np.float32)
   if not np.isfinite(found).all() or (found < 0).any():
     raise ValueError(f"weight of {name!r} must be finite and not negative.")
-  if found.size and not found.any():
-    raise ValueError(
-      f"weight of {name!r} is 0 throughout: nothing would be learned of it, or measured. Of text, "
-      "look whether all of it is prompt."
-    )
   return found
 
 

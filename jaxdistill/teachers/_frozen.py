@@ -118,12 +118,12 @@ def frozen(
 
 def _read_by(tokenizer: Any) -> Tokenizer:
   """The tokenizer that was given, or the one in a folder."""
-  if isinstance(tokenizer, str | os.PathLike):
+  if isinstance(tokenizer, str | os.PathLike) and os.path.exists(tokenizer):
     return tokenizers.load(tokenizer)
   if not isinstance(tokenizer, Tokenizer):
     raise TypeError(
       f"tokenizer={_check.show(tokenizer)} must be one of data.tokenizers: utf8(), "
-      "characters(...), load('tokenizer.json'); or the folder of a pretrained model."
+      "characters(...), load('tokenizer.json'); or a pretrained model's folder, which is there."
     )
   return tokenizer
 

@@ -502,8 +502,11 @@ def test_a_pretrained_teacher_reads_the_tokens_of_its_folder(tmp_path):
     assert teachers.tokenizer_of(taught) == own.digest
   with pytest.raises(ValueError, match="size=9 is below the"):
     teachers.vocabulary(taught, 9, tokenizer=tmp_path)
-  with pytest.raises(FileNotFoundError, match="no tokenizer"):
+  with pytest.raises(TypeError, match="must be one of .* which is there"):
     teachers.frozen(model(3), tokenizer=tmp_path / "elsewhere")
+  (tmp_path / "empty").mkdir()
+  with pytest.raises(FileNotFoundError, match="no tokenizer"):
+    teachers.frozen(model(3), tokenizer=tmp_path / "empty")
 
 
 def test_a_teacher_reads_the_tokens_of_its_own_tokenizer():
