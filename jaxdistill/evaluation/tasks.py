@@ -1065,7 +1065,8 @@ def regression(*, variance: bool = False) -> Task:
   Measured are ``rmse``, ``mae`` and ``r2``, each the mean over the D targets, and with a variance
   ``nll`` (nats a target) and ``interval_error``: how far the shares of labels inside the central
   10, 20 ... 90 % of the predicted normal distributions are from these, on average. Beside a
-  teacher, ``rmse_to_teacher``. On the host in float64. A target without spread has no ``r2``.
+  teacher, ``rmse_to_teacher``, of all targets together. On the host in float64. A target without
+  spread has no ``r2``.
 
   Args:
     variance: whether logits are ``[B, 2 D]``: predictions, and the logarithms of their variances.

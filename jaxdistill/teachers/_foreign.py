@@ -85,8 +85,9 @@ def foreign(
       examples of which the teacher says nothing. They teach nothing, in no term that looks at the
       teacher; their labels count as before.
     gives: what an array is: ``"logits"``; ``"probabilities"``, a softmax's (``predict_proba``),
-      which become ``log(max(p, floor))``; ``"binary_probabilities"``, of K yes-or-no questions,
-      which become ``log(p) - log(1 - p)``; or ``"features"``, kept as the feature ``"output"``.
+      which become ``log(max(p, floor))``; ``"binary_probabilities"``, of K yes-or-no questions
+      (``[B, K]``, or K of ``[B, 2]``, of no and yes, as scikit-learn gives several labels), which
+      become ``log(p) - log(1 - p)``; or ``"features"``, kept as the feature ``"output"``.
     floor: the least probability, 1e-7 by default: a class of probability 0 has the logit −16.1.
     takes: ``"inputs"``, or ``"batch"`` for a function of the whole `Batch` of NumPy arrays, whose
       ``index`` tells which examples they are: ``lambda batch: answers[batch.index]``.

@@ -115,6 +115,10 @@ def outputs_of(
 
 def _array(name: str, value: Any, size: int) -> np.ndarray:
   """An array of numbers with an example a row."""
+  each = value if name == "binary_probabilities" and isinstance(value, list | tuple) else ()
+  # As scikit-learn's predict_proba has several labels: for each [B, 2], of no and of yes.
+  if len(each) and all(np.shape(one) == (size, 2) for one in each):
+    value = np.stack([np.asarray(one)[:, 1] for one in each], axis=1)
   try:
     array = np.asarray(value)
   except ValueError as error:  # rows of several lengths

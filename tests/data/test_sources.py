@@ -309,7 +309,7 @@ GOOD = {"image": [1.0, 2.0], "label": 0}
     ([{"img": [1.0], "fine_label": 0}], {}, r"no 'image'.*Did you mean 'img'"),
     ([{"img": [1.0], "fine_label": 0}], {"inputs": "img"}, "Did you mean 'fine_label'"),
     ([GOOD, GOOD, {"image": [1.0], "label": 0}], {}, r"row 0 has \(2,\), row 2 has \(1,\)"),
-    ([GOOD, {"image": [[1.0], [2.0, 3.0]], "label": 0}], {}, "row 1 of 'rows' cannot be made an"),
+    ([GOOD, {"image": [[1.0], [2.0, 3.0]], "label": 0}], {}, "row 1 of 'rows' cannot be made one"),
     ([{"image": "a cat", "label": 0}], {}, "'image' of row 0 of 'rows' is text.*tokenize"),
     ([{"image": PIL.Image.new("P", (2, 2)), "label": 0}], {}, r"palette.*convert\('RGB'\)"),
     ([GOOD, {"image": None, "label": 0}], {}, "'image' of row 1 of 'rows' is None"),

@@ -743,3 +743,15 @@ def test_shards_of_numpy_are_verified(tmp_path, change, message):
   (tmp_path / "c" / name).write_bytes(b"no array")
   (problem,) = teachers.verify_cache(tmp_path / "c")
   assert f"{name} has 8 bytes" in problem or "is not as it was" in problem or name in problem
+
+
+def test_a_forest_of_several_labels_answers_as_scikit_learn_has_it():
+  """A list of [B, 2] for each label; as many labels as examples are no other thing."""
+  x = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+  for labels in (x > 0, x[:, :3] > 0.2):
+    forest = sklearn.ensemble.RandomForestClassifier(5, random_state=0).fit(x, labels)
+    teacher = teachers.foreign(forest.predict_proba, gives="binary_probabilities", floor=1e-3)
+    said = np.asarray(teacher(make_batch(x[:4])).logits)
+    yes = np.stack([one[:, 1] for one in forest.predict_proba(x[:4])], axis=1)
+    bounded = np.clip(yes, 1e-3, 1 - 1e-3)
+    np.testing.assert_allclose(said, np.log(bounded / (1 - bounded)), rtol=1e-5)
