@@ -115,6 +115,8 @@ def outputs_of(
 
 def _array(name: str, value: Any, size: int) -> np.ndarray:
   """An array of numbers with an example a row."""
+  if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
+    raise ValueError(f"the teacher's {name} have masked numbers: fill them, .filled(...).")
   try:
     array = np.asarray(value)
   except ValueError as error:  # rows of several lengths
