@@ -31,6 +31,7 @@ __all__ = [
   "show",
   "switch",
   "tokens",
+  "unmasked",
   "whole",
 ]
 
@@ -145,6 +146,8 @@ def number(
     return
   try:
     found = float(value)
+  except OverflowError as error:
+    raise ValueError(f"{name} must be {wanted} and finite, got {show(value)}.") from error
   except (TypeError, ValueError) as error:
     raise TypeError(f"{name} must be {wanted}: one number, got {show(value)}.") from error
   inside = least <= found <= most and (above is None or found > above)
@@ -297,6 +300,28 @@ def tokens(name: str, value: np.ndarray, vocabulary: int | None) -> None:
       f"{where} has the token {value[(*row, position)]} at position {position}; tokens lie in "
       f"0 .. {most - 1}{' (vocabulary)' if vocabulary else ''}."
     )
+
+
+def unmasked(name: str, value: Any) -> np.ndarray:
+  """An array of NumPy's, where nothing is masked: what a mask hides would count as it stands.
+
+  Args:
+    name: the argument's.
+    value: an array, or what becomes one.
+
+  Raises:
+    ValueError: a number is masked.
+
+  >>> unmasked("weight", [1.0, 0.5]).shape
+  (2,)
+  """
+  hidden = int(np.ma.getmaskarray(value).sum()) if isinstance(value, np.ma.MaskedArray) else 0
+  if hidden:
+    raise ValueError(
+      f"{name} has {hidden} masked numbers, which would count as they stand: fill them, "
+      ".filled(...), and say by weight= or ignore= what does not count."
+    )
+  return np.asarray(value)
 
 
 def folder(name: str, value: Any) -> pathlib.Path:

@@ -881,6 +881,14 @@ MUTANTS = [
     (STUDY + "test_a_finished_study_is_given_back",),
   ),
   Mutant(
+    "sweep: a point's schedule is passed over",
+    "search/_grid.py",
+    "made = as_objective(made, **own)",
+    "pass",
+    "a point of the table was trained with the objective's default",
+    (SWEEP + "test_what_is_no_number_reaches_the_objective",),
+  ),
+  Mutant(
     "teacher: one that draws its answers is cached",
     "teachers/_cache.py",
     "if one.shape != other.shape or not _off(other, one) <= _ROUNDING:",

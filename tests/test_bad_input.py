@@ -264,7 +264,7 @@ FIT = [
     r"outside, recipes\.combine",
   ),
   # numbers and functions
-  *[(told(steps=n), "steps=") for n in (0, -3, 4.0, None, "4", True)],
+  *[(told(steps=n), "steps=") for n in (0, -3, 4.0, None, "4", True, 2**31)],
   *[(told(seed=s), "seed") for s in (-1, 1.5, None, "a", (1, 1), (), 2**40, {1, 2}, [1, 2.5])],
   *[
     (told(**{f"{name}_every": 0}), f"{name}_every=0") for name in ("log", "validate", "checkpoint")
@@ -333,6 +333,17 @@ DATA = [
   (arrays(labels=Y + 2**40), "num_classes=1099511627779 must be in"),
   (arrays(num_classes=3.0), "num_classes=3.0 must be an integer"),
   (arrays(X[:0], Y[:0]), "must hold at least one example"),
+  (arrays(X[:, :0]), "must hold a number at least of each example"),
+  (arrays(X.astype("M8[s]")), "must be real numbers"),
+  (arrays(np.zeros(16, [("a", "f4")])), "must be real numbers"),
+  (arrays(np.ma.array(X, mask=X == 0)), "inputs has 64 masked numbers"),
+  (arrays(labels=np.ma.array(Y, mask=Y == 1)), "labels has 5 masked numbers"),
+  (arrays(weight=np.ma.array(Y, mask=Y == 1)), "weight of 'arrays' has 5 masked"),
+  (arrays(weight=np.full(16, 1e-300)), "1e-300, which is 0 to a device"),
+  (arrays({1: X, "1": X}), "inputs has the key 1, which must be a text"),
+  (arrays(label_names=["a", "a", "b"]), "no two the same"),
+  (arrays(label_names="abc"), "label_names='abc' must be texts"),
+  (arrays(name=3), "name=3 must be a text"),
   (arrays(X * NAN), "hold NaN in 16 of 16 rows"),
   (arrays(X.astype(complex)), "must be real numbers"),
   (arrays(np.array([object()] * 16)), "must be real numbers"),
@@ -473,7 +484,10 @@ PARTS = [
   (lambda j: j.recipes.each("kd"), "objective must be a function"),
   (lambda j: j.recipes.mean_teacher(warmup_steps=1.5), "warmup_steps=1.5"),
   (lambda j: j.networks.mixed_precision(network(j), compute="bf16"), "must be a floating dtype"),
-  *[(lambda j, t=t: j.recipes.kd(temperature=t), "temperature") for t in (0, -1.0, NAN, ONE, "4")],
+  *[
+    (lambda j, t=t: j.recipes.kd(temperature=t), "temperature")
+    for t in (0, -1.0, NAN, ONE, "4", 10**400)
+  ],
   (lambda j: j.recipes.kd(soft_weight=-1.0), "soft_weight must be at least 0"),
   (lambda j: j.recipes.labels(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]"),
   (lambda j: j.recipes.hint("mid", 0), "teacher_layer=0 must be"),
@@ -559,6 +573,12 @@ PARTS = [
   (lambda j: j.evaluation.costs(network(j), source(j)), "must be a Model"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
   (lambda j: j.evaluation.validator(source(j)), "batches must be"),
+  (
+    lambda j: j.evaluation.validator(jax.tree.map(lambda x: x[:0], labelled(j))),
+    "batches hold no batch",
+  ),
+  (lambda j: program(j, variables())(np.full((2, 4), 1e300)), "infinite in float32"),
+  (lambda j: program(j, variables())(np.ma.array(X, mask=X == 0)), "64 masked numbers"),
   (lambda j: j.reports.Texts("utf8"), "tokenizer='utf8' must be one of data.tokenizers"),
   (lambda j: j.networks.sample(network(j), [[1]], key=None, length=1), "must be a Model of one"),
   (lambda j: jax.jit(lambda x: fit(j) and x)(1.0), "call it outside of jit"),
@@ -594,6 +614,7 @@ TEACHERS = [
   (lambda j: foreign(j, {"logits": A[:2], "where": np.array([NAN, 1])}), "where must be 0 or 1"),
   (lambda j: foreign(j, np.full((2, 3), 1e300)), "a number that float32 has not"),
   (lambda j: foreign(j, [[1.0], [1.0, 2.0]]), "logits are no array"),
+  (lambda j: foreign(j, np.ma.array(A[:2], mask=A[:2] == 0)), "logits have masked numbers"),
   (lambda j: born_again(j, "kd"), "objective must be a function"),
   (lambda j: born_again(j, []), "objective must be a function"),
   (lambda j: born_again(j, j.recipes.hint("gone", "mid")), "'gone' is not among"),

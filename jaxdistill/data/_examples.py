@@ -498,12 +498,8 @@ def _as_numpy(value: Any, what: str) -> np.ndarray:
   Raises:
     ValueError: it cannot be made one array, or some of its values are masked.
   """
-  if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
-    raise ValueError(
-      f"{what} is a masked array, and NumPy keeps a number under each mask: labels that stand for "
-      "none are filled with a number, array.filled(255), that ignore=255 names, or weigh 0 by "
-      "weight=; inputs are filled, or left out."
-    )
+  if isinstance(value, np.ma.MaskedArray):
+    _check.unmasked(what, value)
   try:
     return np.asarray(value)
   except (TypeError, ValueError, RuntimeError, OSError) as error:
@@ -581,10 +577,16 @@ def as_weight(weight: Any, labels: np.ndarray, name: str) -> np.ndarray:
       f"weight of {name!r} must be numbers of the leading axes of the labels {labels.shape}, got "
       f"{found.dtype} of shape {found.shape}."
     )
-  found = found.astype(np.float32)
-  if not np.isfinite(found).all() or (found < 0).any():
+  with np.errstate(over="ignore"):  # said below
+    made = found.astype(np.float32)
+  if not np.isfinite(made).all() or (made < 0).any():
     raise ValueError(f"weight of {name!r} must be finite and not negative.")
-  return found
+  if ((found > 0) & (made < np.finfo(np.float32).tiny)).any():
+    raise ValueError(
+      f"weight of {name!r} has {found[found > 0].min()}, which is 0 to a device in float32: scale "
+      "all of them, since only their ratios count."
+    )
+  return made
 
 
 def _wrong_label(label: int, row: int, inside: tuple[int, ...], of: Any) -> str:
@@ -607,16 +609,25 @@ def _as_arrays(inputs: Any) -> Any:
     if isinstance(value, Mapping):
       raise ValueError(f"{what} is a dict within a dict: inputs are an array or a dict of arrays.")
     array = _as_numpy(value, what)
-    if array.dtype.kind == "c" or (
-      array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
+    if (
+      array.dtype.kind in "cMm"
+      or array.dtype.names
+      or (
+        array.dtype.kind == "O" and not all(isinstance(x, bytes | str) for x in array.ravel()[:8])
+      )
     ):
       raise ValueError(f"{what} must be real numbers (or text), got {_check.show(array)}.")
     if array.ndim == 0 or len(array) == 0:
       raise ValueError(f"{what} must hold at least one example, got an array of {array.shape}.")
+    if array.size == 0:
+      raise ValueError(f"{what} must hold a number at least of each example, got {array.shape}.")
     return array
 
   if not isinstance(inputs, Mapping):
     return as_array(None, inputs)
+  odd = [key for key in inputs if not isinstance(key, str)]
+  if odd:
+    raise TypeError(f"inputs has the key {odd[0]!r}, which must be a text: files keep it as one.")
   made = {key: as_array(key, value) for key, value in inputs.items()}
   sizes = {key: len(value) for key, value in made.items()}
   if len(set(sizes.values())) != 1:
@@ -657,7 +668,9 @@ def from_arrays(
     The examples; arrays are not copied where their types fit.
 
   Raises:
-    ValueError: lengths differ, there is no example, an input is NaN, or a label is out of range.
+    TypeError: a key of the inputs, or ``name``, is no text.
+    ValueError: lengths differ, there is no example, an input is NaN, something is masked, a label
+      is out of range, or two classes have one name.
 
   >>> examples = from_arrays(np.zeros((3, 2), np.float32), [0, 2, 1])
   >>> len(examples), examples.num_classes, examples.labels.dtype.name
@@ -687,6 +700,12 @@ def from_arrays(
   ids = np.arange(size).astype(str) if ids is None else np.asarray(ids).astype(str)
   if ids.shape != (size,):
     raise ValueError(f"ids must be of shape ({size},) like inputs, got {ids.shape}.")
+  if isinstance(label_names, str) or len(set(label_names)) < len(label_names):
+    raise ValueError(
+      f"label_names={_check.show(label_names)} must be texts, one a class, and no two the same."
+    )
+  if not isinstance(name, str):
+    raise TypeError(f"name={_check.show(name)} must be a text.")
   if label_names and len(label_names) != num_classes:
     raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(label_names)}.")
   examples = Examples(

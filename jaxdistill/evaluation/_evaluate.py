@@ -721,6 +721,8 @@ def _with_labels_of_one(
 def _check_batches(batches: Any) -> None:
   if isinstance(batches, Batches):
     return
+  if isinstance(batches, Batch) and np.ndim(batches.weight) > 1 and not len(batches.weight):
+    raise ValueError("batches hold no batch: give a split that has examples.")
   if not isinstance(batches, Batch) or np.ndim(batches.weight) < 2:
     raise TypeError(
       f"batches must be what data.evaluation_batches makes, leaves [N, B, ...], got "

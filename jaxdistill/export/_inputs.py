@@ -94,6 +94,8 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _array(label: str, value: Any, expected: Any) -> Any:
   """A value as an array of the expected shape and dtype, cast only where its meaning is sure."""
+  if isinstance(value, np.ma.MaskedArray):
+    _check.unmasked(label, value)
   try:
     array = value if isinstance(value, jax.Array) else np.asarray(value)
     if array.dtype == np.object_:
@@ -125,4 +127,8 @@ def _array(label: str, value: Any, expected: Any) -> Any:
     limits, low, high = jnp.iinfo(wanted), array.min(), array.max()
     if not limits.min <= low <= high <= limits.max:
       raise ValueError(f"{label} has values in {low} .. {high}, which do not fit {wanted}.")
-  return array.astype(wanted)
+  with np.errstate(over="ignore"):
+    made = array.astype(wanted)
+  if isinstance(made, np.ndarray) and not whole and (np.isinf(made) & np.isfinite(array)).any():
+    raise ValueError(f"{label} has numbers that are infinite in {wanted}: scale them.")
+  return made

@@ -157,6 +157,9 @@ def grouped(
     if key not in groups:
       if recipe is not None:  # the moving values are no part of the program
         made = _made(objective, {n: v for n, v in fixed.items() if _takes(recipe, n)})
+      # A schedule, say: what is no number is part of the program, and not passed over.
+      own = {n: v for n, v in fixed.items() if n in made.hyper and not _takes(recipe, n)}
+      made = as_objective(made, **own)
       groups[key], members[key] = Group(network, fixed, made, [], {}, {}), []
     groups[key].indices.append(i)
     members[key].append(point)

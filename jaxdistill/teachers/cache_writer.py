@@ -119,6 +119,8 @@ def _array(name: str, value: Any, size: int) -> np.ndarray:
   # As scikit-learn's predict_proba has several labels: for each [B, 2], of no and of yes.
   if len(each) and all(np.shape(one) == (size, 2) for one in each):
     value = np.stack([np.asarray(one)[:, 1] for one in each], axis=1)
+  if isinstance(value, np.ma.MaskedArray) and np.ma.getmaskarray(value).any():
+    raise ValueError(f"the teacher's {name} have masked numbers: fill them, .filled(...).")
   try:
     array = np.asarray(value)
   except ValueError as error:  # rows of several lengths

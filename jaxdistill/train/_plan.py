@@ -106,7 +106,7 @@ class Plan:
     network, start = check_student(student)
     check_teacher(teacher)
     check_start("objective.start", getattr(objective, "start", None))
-    _check.whole("steps", steps)
+    _check.whole("steps", steps, most=2**31 - 1)  # the state counts them in int32
     _check.whole("accumulate", accumulate)
     if average is not None:
       _check.number("average", average, least=0, most=1)

@@ -622,3 +622,15 @@ def test_what_trains_by_itself_is_refused_as_an_objective():
   """Before anything is trained, and with what to do instead."""
   with pytest.raises(TypeError, match="train.born_again does, is neither: search a generation's"):
     grouped([{"generations": 2}], small_networks.dense(3), train.born_again, optax.sgd(0.1), 1)
+
+
+def test_what_is_no_number_reaches_the_objective(parts):
+  # A made objective takes a schedule as it takes a number: each is a program of its own.
+  one, other = optax.constant_schedule(2.0), optax.constant_schedule(8.0)
+  points = [{"temperature": one}, {"temperature": other}, {"temperature": 3.0}]
+  student = small_networks.dense(3)
+  groups = grouped(points, student, recipes.kd(), optax.adam(1e-2), 4)
+  told = [group.objective.hyper["temperature"] for group in groups if group.fixed]
+  assert [schedule(0) for schedule in told] == [2.0, 8.0]
+  with pytest.raises((TypeError, ValueError), match="temperature"):
+    swept(parts, [{"temperature": "4"}])
