@@ -1,7 +1,8 @@
 """What a program costs before it runs, and how it is compiled.
 
 `activations`, `available`, `limit_of` and `that_fit` are about memory, measured and not guessed.
-`quick`, `brief`, `long`, `by_work` and `for_work` are options of the compiler. What only looks at
+`quick`, `brief`, `long`, `by_work` and `for_work` are options of the compiler, and `compares` what
+the first of them gets wrong. What only looks at
 numbers compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled
 while Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same
 program was compiled before. A `Deferred` array is computed when it is first needed. `placed` brings
@@ -32,6 +33,7 @@ __all__ = [
   "available",
   "brief",
   "by_work",
+  "compares",
   "computed",
   "convolves",
   "for_work",
@@ -41,6 +43,7 @@ __all__ = [
   "placed",
   "quarter",
   "quick",
+  "quickly",
   "shapes_of",
   "that_fit",
 ]
@@ -98,6 +101,41 @@ def _bodies(equation: Any) -> Iterator[Any]:
     inner = getattr(value, "jaxpr", value)
     if hasattr(inner, "eqns"):
       yield inner
+
+
+def compares(function: Callable[..., Any], *args: Any) -> bool:
+  """Whether a function asks of floats that it computed whether they are equal.
+
+  The gradients of `jax.numpy.max` and `jax.numpy.maximum` do: the entry that equals the maximum
+  gets it. XLA may compute the entry once more where it compares, and at its optimisation level 0
+  rounds it otherwise there, so that no entry is equal, and the gradient 0 or NaN. At level 1 it
+  does not.
+
+  Args:
+    function: traced, not run.
+    *args: its arguments, or their shapes.
+
+  >>> compares(jax.grad(lambda x: (2 * x).max()), jax.ShapeDtypeStruct((3,), "float32"))
+  True
+  >>> compares(lambda x: x == 0.0, jax.ShapeDtypeStruct((3,), "float32"))
+  False
+  """
+  return _compares(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _compares(jaxpr: Any) -> bool:
+  def of_floats(equation: Any) -> bool:
+    told = equation.invars
+    return equation.primitive.name in ("eq", "ne") and all(
+      hasattr(v.aval, "dtype")
+      and jax.dtypes.issubdtype(v.aval.dtype, np.inexact)
+      and not hasattr(v, "val")  # a number of the program's text
+      for v in told
+    )
+
+  return any(
+    of_floats(equation) or any(map(_compares, _bodies(equation))) for equation in jaxpr.eqns
+  )
 
 
 def convolves(function: Callable[..., Any], *args: Any) -> bool:
@@ -229,19 +267,21 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
-  return for_work(activations(function, *args) * calls)
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return for_work(_computed_bytes(jaxpr) * calls, exact=_compares(jaxpr))
 
 
-def for_work(work: float) -> dict[str, Any] | None:
+def for_work(work: float, *, exact: bool) -> dict[str, Any] | None:
   """Compiler options for a program that computes so many bytes in all its calls.
 
   Args:
     work: from `activations`.
+    exact: whether the program `compares` what it computes, for which `quick` is no good.
 
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
-  return quick() if work < _LITTLE else brief() if work < _MUCH else long()
+  return (brief() if exact else quick()) if work < _LITTLE else brief() if work < _MUCH else long()
 
 
 def host_view(leaf: Any) -> np.ndarray | None:
@@ -303,8 +343,20 @@ def _home(leaf: Any) -> Sharding | None:
 
 
 def quick() -> dict[str, Any] | None:
-  """Compiler options for a program that costs more to compile than to run."""
+  """Compiler options for a program that costs more to compile than to run, and no `compares`."""
   return _on_cpu(_QUICK)
+
+
+def quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+  """A function under ``jax.jit`` with `quick`; with `brief` where the program `compares`."""
+  fast: Any = jax.jit(function, compiler_options=quick())
+  exact: Any = jax.jit(function, compiler_options=brief())
+
+  def call(*args: Any) -> Any:
+    # `jax.jit` keeps what it traced of arguments like these.
+    return (exact if _compares(fast.trace(*args).jaxpr.jaxpr) else fast)(*args)
+
+  return call
 
 
 def brief() -> dict[str, Any] | None:
@@ -469,8 +521,12 @@ class CompiledOnce:
       self.trace(*args)
     stage, self._stage = self._stage, None
     if hasattr(stage, "lower"):
+      jaxpr = stage.jaxpr.jaxpr
+      exact = _compares(jaxpr)
       if calls is not None:
-        options = for_work(_computed_bytes(stage.jaxpr.jaxpr) * calls)
+        options = for_work(_computed_bytes(jaxpr) * calls, exact=exact)
+      elif exact and options == quick():
+        options = brief()
       stage = stage.lower()
     text = stage.as_text() if self._shared else "callback"
     # What calls back into Python has a function of its own behind the same text; and constants that

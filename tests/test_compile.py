@@ -367,3 +367,28 @@ def test_a_states_seed_is_the_key_that_jax_makes_of_it():
     program = Program(plan, with_jit(), longest=1)
     _, _, key = jax.random.split(jax.random.key(seed), 3)
     assert jax.random.key_data(program.initial().key).tolist() == jax.random.key_data(key).tolist()
+
+
+def pooled_similarity(x, y):
+  """A loss whose gradient asks which entry is the maximum of what was computed: [4, 4, 3] each."""
+
+  def similarity(maps):
+    highest = jnp.max(maps.reshape(2, 2, 2, 2, 3), axis=(1, 3)).reshape(4, 3)
+    return (highest / jnp.linalg.norm(highest, axis=1, keepdims=True)).sum(axis=0)
+
+  return jnp.sum((similarity(1.3 * x + jnp.sin(x)) - similarity(y)) ** 2)
+
+
+def test_a_gradient_through_a_maximum_is_that_of_each_operation_by_itself():
+  """XLA's optimisation level 0 computes the maximum's entries twice, and rounds them apart."""
+  x, y = np.random.default_rng(0).normal(size=(2, 50, 4, 4, 3)).astype(np.float32)
+  gradient = jax.vmap(jax.grad(pooled_similarity))
+  with jax.disable_jit():
+    alone = gradient(x, y)
+  once = _compile.CompiledOnce(gradient)
+  once.compile(x, y, calls=1)
+  told = _compile.CompiledOnce(gradient)
+  told.compile(x, y, options=_compile.quick())
+  for program in (once, told, _compile.quickly(gradient)):
+    # float32 in another order; entries are of about 1.
+    np.testing.assert_allclose(program(x, y), alone, rtol=1e-4, atol=1e-4)

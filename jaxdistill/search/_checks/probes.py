@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jaxdistill import _check, evaluation, losses, runs
-from jaxdistill._compile import quick
+from jaxdistill._compile import quickly
 from jaxdistill.data import Batches, Source
 from jaxdistill.evaluation import logits_of, tasks
 from jaxdistill.search._checks.calibration import calibrating_temperature, losses_at
@@ -195,7 +195,7 @@ def taught_further(
     updates, moments = adam.update(jax.grad(loss)(params, rest, batch), moments, params)
     return optax.apply_updates(params, jax.tree.map(lambda u: -rate * u, updates)), moments
 
-  compiled: Any = jax.jit(step, compiler_options=quick())
+  compiled = quickly(step)
   begin: Any = jax.jit(adam.init)
   rest = {name: value for name, value in variables.items() if name != "params"}
 
@@ -245,7 +245,7 @@ def probe_terms(
     ValueError: networks, objective and data do not fit together.
   """
   objective = as_objective(objective)
-  begin: Any = jax.jit(
+  begin = quickly(
     lambda key, teacher, batch: init_state(
       key,
       student,
@@ -256,7 +256,6 @@ def probe_terms(
       start=start,
       num_classes=num_classes,
     ),
-    compiler_options=quick(),
   )
   state = begin(jax.random.key(seed), teacher, batch)
   gradients = _gradients(student, objective, hyper)
@@ -328,7 +327,7 @@ def _gradients(
       for name, value in values.items()
     }
 
-  return jax.jit(run, compiler_options=quick())
+  return quickly(run)
 
 
 def _other(labels: Any, num_classes: int) -> Any:

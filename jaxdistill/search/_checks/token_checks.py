@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check
-from jaxdistill._compile import quick
+from jaxdistill._compile import quickly
 from jaxdistill.evaluation import tasks
 from jaxdistill.search._checks.findings import Finding, percent
 from jaxdistill.search._checks.teacher_checks import mean_and_error
@@ -97,7 +97,7 @@ def probe_tokens(
     found = jax.lax.map(lambda row: _of_window(row, outputs.head, vocabulary), one)
     return {**found, "where": where, "positions": inputs.get("positions", at)}
 
-  measure: Any = jax.jit(run, compiler_options=quick())
+  measure = quickly(run)
   parts: list[dict[str, np.ndarray]] = []
   for batch in batches:
     parts.append(jax.device_get(measure(teacher, batch)))
