@@ -17,6 +17,8 @@ from jaxdistill.types import Model
 
 V, L = 7, 5
 
+TOKENS = jd.evaluation.tasks.tokens()
+
 
 class Reads(nn.Module):
   """Tokens and positions, each in a table of its own."""
@@ -85,13 +87,13 @@ def test_of_the_teacher_too_wherever_it_is_asked():
     teachers.cached(small, where)
   batches = data.evaluation_batches(windows(value=V - 1), batch_size=4)
   with pytest.raises(ValueError, match=told):
-    jd.evaluation.evaluate(model(networks.linen(Reads())), batches, teacher=small)
+    jd.evaluation.evaluate(model(networks.linen(Reads())), batches, teacher=small, task=TOKENS)
 
 
 def test_what_is_evaluated_names_its_row_of_the_split():
   batches = data.evaluation_batches(windows(row=6), batch_size=4)
   with pytest.raises(ValueError, match=f"row 6 of batches has {V} at position 2"):
-    jd.evaluation.evaluate(model(networks.linen(Reads())), batches)
+    jd.evaluation.evaluate(model(networks.linen(Reads())), batches, task=TOKENS)
 
 
 @pytest.mark.parametrize(
