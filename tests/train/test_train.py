@@ -239,7 +239,7 @@ def test_a_term_that_is_not_finite_stops_at_its_step(tmp_path):
   ("options", "message"),
   [
     ({"data": lambda: source(batch_size=9)}, "batch_size=9 does not divide by the 2 devices"),
-    ({"steps": 0}, "steps=0 must be at least 1"),
+    ({"steps": 0}, "steps=0 must be in 1"),
     ({"seed": ()}, "seed is an empty sequence"),
     ({"seed": (1, 2, 3), "data": lambda: [source(1), source(2)]}, "2 sources for 3 seeds"),
     ({"form": {"seeds_by": "pmap"}}, "seeds_by='pmap'"),
