@@ -226,6 +226,7 @@ def test_who_was_compared_is_what_the_parity_tests_compare():
       assert f"torchdistill.{run}(" in PARITY, f"no parity test of torchdistill's {run}"
 
 
+@pytest.mark.slow
 def test_every_loss_has_a_curve(monkeypatch):
   pytest.importorskip("matplotlib", reason="needs the extra: pip install '.[report]'")
   monkeypatch.syspath_prepend(ROOT / "docs")

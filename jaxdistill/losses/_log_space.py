@@ -67,7 +67,9 @@ def bounded(x: Array) -> Array:
   >>> bounded(jnp.array([3e38, 1.0])).tolist() == [jnp.float32(1e30).item(), 1.0]
   True
   """
-  return jnp.clip(x, MASKED, -MASKED)
+  # Not `jnp.clip`, whose gradient asks which of x and a bound is equal to the result.
+  low, high = jnp.asarray(MASKED, x.dtype), jnp.asarray(-MASKED, x.dtype)
+  return jax.lax.clamp(low, x, high)
 
 
 def counted(where: Any, shape: tuple[int, ...]) -> Bool[Array, ...]:

@@ -55,7 +55,7 @@ def models(task, classes, batches):
   return Model(network, jax.vmap(network.init, (0, None))(keys, first), 2)
 
 
-@pytest.mark.slow_but("classification")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classification", "regression", "multilabel", "dense"])
 def test_streamed_batches_give_the_same_numbers(name):
   examples, task, classes = case(name)

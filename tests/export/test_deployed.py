@@ -107,6 +107,7 @@ def copied(dense, tmp_path):
 # Networks.
 
 
+@pytest.mark.slow
 @pytest.mark.device
 def test_images_with_norm_and_dropout_from_uint8(tmp_path):
   network = networks.linen(Convolutions())

@@ -294,6 +294,7 @@ def test_scanned_and_recomputed_layers_are_the_same_network(name):
       np.testing.assert_allclose(have, want, rtol=0, atol=2e-6 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_layers_are_stacked_and_back():
   variables = made(SMALL)
   back = unstacked(stacked(variables))

@@ -116,6 +116,7 @@ def test_the_backward_pass_keeps_less(keep, share):
   assert kept(networks.remat(network, keep=keep)) < share * kept(network)
 
 
+@pytest.mark.slow
 def test_evaluation_and_variables_are_the_network_s():
   network = deep()
   again = networks.remat(network, keep=["block1"])

@@ -243,6 +243,7 @@ def test_a_resnet_goes_on_from_its_own_map(after):
   assert set(own) == {*left, "classifier"}
 
 
+@pytest.mark.slow
 def test_a_student_that_is_the_teacher_has_nothing_to_learn():
   tails = {name: resnet_tail(name) for name in STAGES[:2]}
   objective = fcfd(tails, taught().variables, projector=lambda student, teacher: None)
@@ -297,6 +298,7 @@ def back_tail(after):
 BACK = {name: back_tail(name) for name in STAGES[:2]}
 
 
+@pytest.mark.slow
 def test_the_student_goes_on_from_the_teachers_maps():
   """By hand; what is taught are the student's later stages, and never the teacher's maps."""
   own = {name: RNG.normal(size=(2, 2)).astype(np.float32) for name in STAGES[1:]}

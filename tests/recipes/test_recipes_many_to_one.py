@@ -79,6 +79,7 @@ def moments(seen):
   return tuple(np.asarray(seen[name], np.float64) for name in ("mean", "var"))
 
 
+@pytest.mark.slow
 def test_in_training_it_goes_by_the_batch_and_moves_its_averages():
   variables = trained()
   outputs, state = applied(True)(variables, INPUTS)

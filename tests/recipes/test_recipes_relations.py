@@ -213,6 +213,7 @@ def fitted():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "term", ["loss", "labels", "similarity", "distance", "angle", "pkt", "correlation", "crd"]
 )
@@ -223,6 +224,7 @@ def test_a_run_over_seeds_and_devices_learns(fitted, term):
   assert (lines[-1] < 0.95 * lines[0]).all(), lines
 
 
+@pytest.mark.slow
 def test_both_embeddings_are_trained(fitted):
   for part in ("3", "4"):
     embeddings = fitted.state.objective_params[part]
@@ -232,6 +234,7 @@ def test_both_embeddings_are_trained(fitted):
       assert np.abs(embeddings[side]["dense"]["bias"]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_crd_banks_hold_every_example_that_was_seen(fitted):
   banks = fitted.state.objective_state["4"]["banks"]
   assert banks.student.shape == banks.teacher.shape == (2, 48, 128)

@@ -152,6 +152,7 @@ def test_what_is_loaded_is_what_was_trained_and_validated(run):
     assert fitted.history[-1]["validation/accuracy"][seed] == pytest.approx(right)
 
 
+@pytest.mark.slow
 def test_the_folder_gives_back_what_is_deployed(run):
   folder, fitted = run
   restored = teachers.restore(folder, fitted.network)
@@ -257,6 +258,7 @@ class _Same(nn.Module):
     return x
 
 
+@pytest.mark.slow
 def test_the_deployed_network_can_be_trained_on(run):
   _, fitted = run
   variables, inputs = fitted.unstack()[0].variables, jnp.asarray(INPUTS[:8])

@@ -16,6 +16,7 @@ from jaxdistill.reports._pages import analysis, exhibits
 from jaxdistill.types import Model, Network, Outputs
 
 
+@pytest.mark.slow
 def test_answers_give_the_metrics_of_the_same_logits():
   random = np.random.default_rng(0)
   logits = random.normal(0, 2, (500, 6)).astype(np.float32)
@@ -38,6 +39,7 @@ def test_answers_give_the_metrics_of_the_same_logits():
   assert analysis.quality(found.take(np.zeros(0, int)), "student") == {}
 
 
+@pytest.mark.slow
 def test_examine_is_evaluate_with_answers():
   random = np.random.default_rng(1)
   x = random.normal(size=(23, 3)).astype(np.float32)

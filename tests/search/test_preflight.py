@@ -171,6 +171,7 @@ def test_a_runs_curve_is_the_mean_over_seeds_without_torn_lines(tmp_path):
     quiet(teacher_run=tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_probe_steps_find_the_hasty_teacher_and_let_the_trained_one_pass(taught, hasty):
   for model, expected in ((hasty, ["not_trained"]), (taught, [])):
     assert names(quiet(data=source(), teacher=teachers.frozen(model))) == expected

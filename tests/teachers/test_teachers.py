@@ -186,7 +186,7 @@ def test_what_is_no_model_says_so(make, match):
     make(small_networks.dense(3))
 
 
-@pytest.mark.slow_but("0")
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, [0], [0, 1]])
 def test_a_run_is_restored_with_its_seeds(tmp_path, seed):
   examples = data.from_arrays(LOGITS[0].astype(np.float32), np.arange(4) % 3, num_classes=3)

@@ -136,7 +136,7 @@ def test_however_it_is_frozen_its_averages_stay(name):
   check(*after(NETWORKS["linen"](), FREEZING[name]))
 
 
-@pytest.mark.slow_but("linen", "nnx")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_whatever_the_network(kind):
   check(*after(NETWORKS[kind](), FREEZING["multi_transform"], accumulate=2))

@@ -152,7 +152,7 @@ def fit(optimizer, *, student=None, **options):
   )
 
 
-@pytest.mark.slow_but("jit over two")
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "dispatch", [train.with_jit, train.with_pmap], ids=["jit over two", "pmap over two"]
 )
@@ -178,6 +178,7 @@ def test_the_loss_again_has_the_same_dropout_and_batchnorm():
     assert_close(state.opt_state.slope, state.opt_state.grad)
 
 
+@pytest.mark.slow
 def test_the_value_of_micro_batches_is_the_batchs():
   optimizer = optax.chain(optax.sgd(0.1), contrib.reduce_on_plateau())
   whole, _ = trained(optimizer)
@@ -232,7 +233,7 @@ SCHEDULE_FREE = {
 }
 
 
-@pytest.mark.slow_but("alone")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULE_FREE)
 def test_schedule_free_is_evaluated_where_optax_says(name):
   optimizer, find = SCHEDULE_FREE[name]

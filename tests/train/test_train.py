@@ -259,6 +259,7 @@ def test_a_mesh_without_devices_is_refused():
     train.data_parallel([])
 
 
+@pytest.mark.slow
 def test_schedules_and_tensorboard_are_logged(tmp_path):
   fitted = distil(
     objective=recipes.kd(temperature=optax.linear_schedule(4.0, 2.0, STEPS)),
@@ -402,6 +403,7 @@ def test_accumulated_is_whole_in_float64(unroll, parts):
   assert_close(sums, others, tolerance=1e-6)
 
 
+@pytest.mark.slow
 def test_the_denominators_cost_no_forward_pass():
   """Masks depend on the batch alone: nothing of the networks is left in the program for them."""
   batch, student = unlabelled(), small_networks.dense(64)
@@ -429,6 +431,7 @@ def test_accumulation_keeps_the_rows_of_every_device_and_works_under_pmap():
         assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_limit_of_accumulation_batchnorm_and_relations_see_the_micro_batch():
   batch = unlabelled()
 
