@@ -8,18 +8,18 @@ Command:   python experiments/shakespeare.py --out runs/shakespeare
 Short:     python experiments/shakespeare.py --short --out runs/shakespeare-short
 Large:     python experiments/shakespeare.py --large --text TEXT --out runs/text
 Hardware:  two cores of an Intel Xeon at 2.5 GHz, no accelerator (Python 3.11, jax 0.10.2), commit
-           d52810b
-Time:      441 seconds with other work beside it, 12 minutes of CPU time, no compilation kept,
-           before students were trained for as many seconds
+           1ca3a21
+Time:      549 seconds, no compilation kept, 14 minutes of CPU time; it was to be eight minutes
 Expected:  with few text a student that is distilled gains a quarter of a bit a byte or more over
            one of as many steps on the text alone; with all of it a few hundredths
 Got:       bits a byte on the 55,770 characters of the test split; teacher 2.591. Few text: alone
            3.386 ± 0.027, distilled 3.100 ± 0.025, a gain of 0.286 (standard error 0.016 over seeds,
-           0.005 over passages). All of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain of
-           0.134 (0.015); but 1,466 steps on the text alone, as many operations as a student needs
-           that is distilled alone, reach 2.770 ± 0.019, which is 0.171 better. Where there is text
-           that a student has not read yet, reading it is worth more than this teacher. The gain at
-           equal seconds: not measured yet.
+           0.005 over passages); alone for as many seconds (552 steps for 500) 3.350 ± 0.017, a gain
+           of 0.250 (0.013); for the teacher's training too (2,323 steps, two seeds) 3.267 ± 0.026,
+           a gain of 0.161 (0.019). All of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain
+           of 0.134 (0.015); alone for as many seconds (699 steps) 2.935 ± 0.020, a gain of -0.006
+           (0.012): where there is text that a student has not read yet, reading it is worth as
+           much as this teacher, whose training does not even count there.
 
 Three comparisons, since distilling costs more: the same steps; the same seconds, of the distilled
 students' steps and the teacher's answers to them; and the same seconds with the teacher's training
@@ -29,11 +29,11 @@ median rate of a run's log, and written in ``few-seconds.json`` and ``full-secon
 run which is stopped goes on with the steps that it had. Nothing is augmented, so `fit` asks the
 teacher once for each window of the text, and students of all seeds share its answers and its
 training, as they would in use; one that is trained alone bears all of it. With the teacher's
-training it is few text and two seeds alone that eight minutes have room for, and with all of the
-text the text alone is ahead without. The teacher read all of the text, so with few text it stands
-for one that was trained on much more than the students are given.
-Rates and sizes were fixed before anything was measured; steps are as many as eight minutes allow,
-which is far from what either kind of student would still learn. ``few`` and ``full`` of the run's
+training it is few text and two seeds alone that there is time for; with all of the text nothing is
+gained without it. The teacher read all of the text, so with few text it stands for one that was
+trained on much more than the students are given.
+Rates and sizes were fixed before anything was measured; steps are as many as minutes allow, which
+is far from what either kind of student would still learn. ``few`` and ``full`` of the run's
 folder have a report each, with texts that teacher, baseline and student write;
 `python -m jaxdistill report runs/shakespeare/few runs/shakespeare/full` holds the two students
 against each other.
