@@ -66,8 +66,9 @@ DTYPES = ("float16", "float32", "float64")
 LIMIT = 4 * 2**30
 # Of a shard that is being filled, what is lost where the process is killed.
 PART_SECONDS = 10.0
-# By how many batches, after the first, the time of the rest is told.
-_MEASURED = 5
+# By how many batches, after the first, the time of the rest is told: at least so many, and those of
+# so many seconds, or of a twentieth of all that there is to do.
+_MEASURED, _MEASURED_SECONDS = 5, 10.0
 # How long one waits for what others are filling before it looks again.
 _LOOK_AGAIN = 1.0
 
@@ -890,21 +891,24 @@ class _Estimating:
 
   def __init__(self, shown: Progress, label: str | None, batch_size: int) -> None:
     self._shown, self._label, self._batch = shown, label, batch_size
+    self._few = shown.left / 20
     self._calls = self._rows = 0
-    self._began = 0.0
+    self._began, self._said = 0.0, False
 
   def __call__(self, rows: int) -> None:
     self._shown.update(rows)
-    self._calls += 1
+    self._calls, now = self._calls + 1, time.monotonic()
     if self._calls == 1:  # the first batch compiles
-      self._began = time.monotonic()
-    elif self._calls <= _MEASURED + 1:
+      self._began = now
+    elif not self._said:
       self._rows += rows
-      if self._calls == _MEASURED + 1 and self._rows:
-        each = (time.monotonic() - self._began) / self._rows
+      # A few batches alone are as fast as the machine happens to be in that second.
+      enough = now - self._began >= _MEASURED_SECONDS or self._rows >= self._few
+      if self._calls > _MEASURED and enough and self._rows:
+        self._said, each = True, (now - self._began) / self._rows
         self._shown.say(
           f"{self._label}: about {_spoken(each * self._shown.left)} more for one process, by "
-          f"{_MEASURED} batches of {each * self._batch:.2g} s"
+          f"{self._calls - 1} batches of {each * self._batch:.2g} s"
         )
 
 

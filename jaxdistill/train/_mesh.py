@@ -464,8 +464,8 @@ def with_students(
   if jax.process_count() > 1:
     raise ValueError(
       f"a sweep is of one process, and there are {jax.process_count()}: start it in one, whose "
-      "devices share its students. search.study(storage=...) shares trials out over processes that "
-      "are started one by one; train.fit takes several."
+      "devices share its students. search.study of Proposals(storage=...) shares trials out over "
+      "processes that are started one by one; train.fit takes several."
     )
   _check_form(seeds_by, scan)
   mesh = data_parallel() if mesh is None else mesh

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import grain
 import jax
@@ -532,6 +533,28 @@ def test_the_log_tells_bytes_batches_and_time(tmp_path, capsys, eight_a_shard):
   said = capsys.readouterr().err
   assert re.search(r"mine: 60 examples: 1\.2 MB in 9 files of .*, 9 batches of 8", said)
   assert re.search(r"mine: about \d+ s more for one process, by 5 batches of [\d.e-]+ s", said)
+
+
+@pytest.mark.parametrize(("rows", "batches"), [(10_000, 7), (1_200, 6), (40, None)])
+def test_the_time_of_the_rest_is_told_by_more_than_a_moment(monkeypatch, rows, batches):
+  """By ten seconds after the batch that compiles, or by a twentieth of all rows."""
+  clock, said = [0.0], []
+  monkeypatch.setattr(_cache, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+  shown = types.SimpleNamespace(left=rows, say=said.append)
+  shown.update = lambda count: setattr(shown, "left", shown.left - count)
+  told = _cache._Estimating(shown, "cache", 10)
+  for batch, seconds in enumerate([60, 1, 1, 1, 1, 1, 3, 3, 30]):
+    clock[0] += seconds
+    if batch < rows // 10:
+      told(10)
+  if batches is None:
+    assert said == []
+  else:
+    each = {6: 8, 7: 11}[batches] / batches  # seconds of these batches
+    left = _cache._spoken((rows / 10 - 1 - batches) * each)
+    assert said == [
+      f"cache: about {left} more for one process, by {batches} batches of {each:.2g} s"
+    ]
 
 
 def test_a_command_fills_parts_and_completes_what_lacks(tmp_path, complete, capsys, monkeypatch):
