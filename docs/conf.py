@@ -114,6 +114,8 @@ def with_curves(app: Sphinx, doctree: nodes.document) -> None:
     curve = drawn[name]
     last = [child for child in section.children if isinstance(child, nodes.math_block)][-1]
     caption = f"Along the line: {curve.moves}."
+    if curve.equal is not None:
+      caption += " Dashed: where the student is as the teacher."
     figure = f'{curves.drawing(name, curve)}\n<p class="caption">{caption}</p>'
     section.insert(section.index(last) + 1, nodes.raw("", figure, format="html"))
 

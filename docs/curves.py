@@ -4,7 +4,7 @@
 
 `docs/conf.py` draws them while the site is built, from the library's own functions, so that none is
 stored. What a loss is given goes by the names of its arguments and by its family; a line runs from
-one student to another, the dashed mark is where the student says what the teacher says.
+one student to another, the dashed mark is where the student is as the teacher.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def _logits(rows: int = 1) -> Given:
     "teacher_logits": _fixed(teacher),
     "labels": _fixed(jnp.zeros(rows, jnp.int32)),
     "inside": _fixed(jnp.asarray([[True, True, False, False]])),
+    "top": _fixed(2),  # of four classes five would leave no rest
   }
 
 
@@ -111,7 +112,7 @@ def _views() -> Given:
   return {
     "student_weak": student,
     "student_strong": _fixed(teacher / 2),
-    "teacher_weak": _fixed(2 * teacher),  # sure enough for the mask of the weak view
+    "teacher_weak": _fixed(3 * teacher),  # 0.95 of its label: both masks let the example in
     "teacher_strong": _fixed(teacher),
     "student_regions": regions,
     "teacher_regions": _fixed(jnp.concatenate([teacher, parts])[None]),
@@ -191,7 +192,11 @@ _LOGIT = (
 )
 _FEATURE = "from features drawn at random (0) to the teacher's (1), and on"
 _BATCH = "; three more examples stay as they are"
-_WHOLE = _LOGIT.replace("logit of", "logit (of the whole, or the weak view) of")
+_WHOLE = _LOGIT.replace("logit of", "logit, for the whole image, of") + "; its regions stay"
+_WEAK = (
+  "the student's logit of the label in the weak view; its others are 1, 0 and −1, the teacher's 6, "
+  "3, 0 and −3 there and 2, 1, 0 and −1 in the strong view"
+)
 _OTHER = "the student's logit of a class that is not the label; the others are 2 (its), 0 and −1"
 _TAG = "the student's logit of one label, which is on; the teacher's is 1"
 _NUMBER = "the student's number; the teacher's is 1, the label 0"
@@ -218,6 +223,7 @@ OTHERS: dict[str, tuple[Given, str, float, float, float | None]] = {
   "attention_relation": ({**_blend(1, 4, 6), "num_heads": _fixed(2)}, _FEATURE, -1, 3, 1),
   "batch_gram": _several,
   "class_gram": _several,
+  "cross_view_kd": (_views(), _WEAK, -4, 8, None),
   "contrastive_bank": (_bank(), _FEATURE, -1, 3, 1),
   "flow_of_solution": (_pairs(), _FEATURE, -1, 3, 1),
   "gaussian_kl": _gaussian,
@@ -262,15 +268,14 @@ def curves(families: Mapping[str, list[str]]) -> dict[str, Curve]:
 
 
 def _curve(name: str, given: Given, *line: str | float | None) -> Curve:
-  """The loss of what is given, at its own defaults."""
+  """The loss of what is given; what is not, at its own default."""
   loss = getattr(losses, name)
   parameters = inspect.signature(loss).parameters.values()
-  needed = {p.name: given[p.name] for p in parameters if p.default is p.empty}
-  chosen = {p.name: given[p.name] for p in parameters if p.name == "negatives"}
-  teacher = any(argument.startswith("teacher") for argument in needed)
+  used = {p.name: given[p.name] for p in parameters if p.default is p.empty or p.name in given}
+  teacher = any(argument.startswith("teacher") for argument in used)
 
   def value(x: jax.Array) -> jax.Array:
-    values = loss(**{key: make(x) for key, make in {**needed, **chosen}.items()})
+    values = loss(**{key: make(x) for key, make in used.items()})
     return jnp.mean(values[0] if isinstance(values, tuple) else values)
 
   moves, low, high, equal = line

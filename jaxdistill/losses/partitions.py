@@ -163,9 +163,9 @@ def generalized_decoupled_kd(
 ) -> PerExample:
   """Generalised decoupled knowledge distillation (GDKD): the teacher's first few classes apart.
 
-  temperature² · (pair_weight · KL([p_i, 1 − p_i] ‖ [q_i, 1 − q_i])
+  temperature² · (pair_weight · KL([p_I, 1 − p_I] ‖ [q_I, 1 − q_I])
     + top_weight · KL(p̂ ‖ q̂) + rest_weight · KL(p̌ ‖ q̌)),
-  p_i = Σ_k p_k over the top classes k of largest teacher_logits, p̂ and q̂ = p and q over these,
+  p_I = Σ_k p_k over the top classes k of largest teacher_logits, p̂ and q̂ = p and q over these,
   p̌ and q̌ over the rest, each divided by its sum, KL(a ‖ b) = Σ_k a_k log(a_k / b_k),
   p = softmax(teacher_logits / temperature), q = softmax(student_logits / temperature).
 

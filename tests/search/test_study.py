@@ -249,10 +249,12 @@ CHILD = """
 import os, sys
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
-import test_study
-test_study.studied(
-  sys.argv[1], storage=sys.argv[2], trials=8, at_once=2, grace=3.0, seeds=[0, 1], steps=40
-)
+import pathlib, small_networks, test_study
+with small_networks.compiled() as names:
+  test_study.studied(
+    sys.argv[1], storage=sys.argv[2], trials=8, at_once=2, grace=3.0, seeds=[0, 1], steps=40
+  )
+pathlib.Path(sys.argv[1], "compiled").write_text("\\n".join(names))
 """
 
 
@@ -304,6 +306,10 @@ def test_two_processes_work_on_one_study_and_one_is_killed(tmp_path, comes_back)
     for child in children:
       child.kill()
   chosen = json.loads((tmp_path / "b" / "chosen.json").read_text())
+  for folder in ("b", "a") if comes_back else ("b",):
+    # Whatever the number of its batches, each process compiled its students once.
+    names = (tmp_path / folder / "compiled").read_text().splitlines()
+    assert len([name for name in names if "chunk" in name]) == 1, names
   if comes_back:
     assert json.loads((tmp_path / "a" / "chosen.json").read_text()) == chosen
   study = optuna.load_study(
