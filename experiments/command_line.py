@@ -7,7 +7,7 @@ import fnmatch
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -166,6 +166,7 @@ def parse(
   about: str | None,
   *,
   sweeps: bool = False,
+  idle: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Config, Options]:
   """Reads a command line into two dataclasses, whose docstrings head their options in the help.
 
@@ -179,13 +180,15 @@ def parse(
     options: how a run is carried out, likewise.
     about: the script's docstring; the help begins with its first line.
     sweeps: whether it trains many students at once, which one process does.
+    idle: by data set, the settings that change nothing of it.
 
   Returns:
     Both, with what was said.
 
   Raises:
-    SystemExit: a word is wrong, a number out of range, or ``--evaluate`` names no run of this
-      experiment or stands beside what it does not use; in a line.
+    SystemExit: a word is wrong, a number out of range, ``--evaluate`` names no run of this
+      experiment or stands beside what it does not use, or a flag is none of the data set's; in a
+      line.
   """
   try:  # now, and not where the first picture is drawn, after the training
     _extras.need(f"python {sys.argv[0]}", *_NEEDED)
@@ -213,12 +216,27 @@ def parse(
     for part in (said.config, said.execution, said.processes):
       check(part)
     _check_measured(said.config, config, said.execution, options)
+    vain = _said(said.config, config, (idle or {}).get(getattr(said.config, "dataset", ""), ()))
+    if vain:
+      raise ValueError(
+        f"--dataset {said.config.dataset}: {', '.join(vain)} would change nothing of it. Leave it "
+        "out, or name another data set."
+      )
   except (OSError, TypeError, ValueError) as error:
     sys.exit(str(error))
   said.processes.begin(sweeps=sweeps)
   if said.keep_compiled:
     runs.keep_compiled()
   return said.config, said.execution
+
+
+def _said(settings: Any, plain: Any, names: Collection[str]) -> list[str]:
+  """The flags of those of these settings that are not as they are where nothing is said."""
+  return [
+    f"--{field.name.replace('_', '-')}"
+    for field in dataclasses.fields(settings)
+    if field.name in names and getattr(settings, field.name) != getattr(plain, field.name)
+  ]
 
 
 def _check_measured(config: Any, plain: Any, options: Any, otherwise: Any) -> None:
@@ -234,10 +252,9 @@ def _check_measured(config: Any, plain: Any, options: Any, otherwise: Any) -> No
     return
   check(runs.restore_config(folder, type(config)))
   vain = [
-    f"--{field.name.replace('_', '-')}"
+    flag
     for one, other in ((config, plain), (options, otherwise))
-    for field in dataclasses.fields(one)
-    if getattr(one, field.name) != getattr(other, field.name) and field.name not in _MEASURING
+    for flag in _said(one, other, {field.name for field in dataclasses.fields(one)} - _MEASURING)
   ]
   if vain:
     raise ValueError(

@@ -85,7 +85,7 @@ class Config:
   teacher_shift: int = 1
   """Pixels by which the digits' teacher sees its images shifted, as in digits.py."""
   fraction: int = 100
-  """Percent of the training split that is used."""
+  """Percent of CIFAR-100's training split that is used."""
   metric: Literal["accuracy", "nll"] = "nll"
   """What is chosen by: 110 validation images tell accuracies apart by steps of 0.9 points."""
   gap: float = 0.02
@@ -304,7 +304,8 @@ def main(config: Config, options: Options) -> None:
 
 def parse(args: list[str]) -> tuple[Config, Options]:
   config = SHORT if "--short" in args else Config()
-  return command_line.parse(args, config, Options(), __doc__, sweeps=True)
+  idle = {"digits": ("fraction",), "cifar100": ("teacher_shift",)}
+  return command_line.parse(args, config, Options(), __doc__, sweeps=True, idle=idle)
 
 
 if __name__ == "__main__":

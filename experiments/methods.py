@@ -668,7 +668,8 @@ def parse(args: list[str]) -> tuple[Config, Options]:
   config = CIFAR100 if "cifar100" in args else Config()
   if "--short" in args:
     config = dataclasses.replace(SHORT, dataset=config.dataset)
-  return command_line.parse(args, config, Options(), __doc__, sweeps=True)
+  idle = {"cifar100": ("teacher_shift",)}
+  return command_line.parse(args, config, Options(), __doc__, sweeps=True, idle=idle)
 
 
 if __name__ == "__main__":

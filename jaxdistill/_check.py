@@ -105,7 +105,7 @@ def whole(
       f"{name}={show(value)} must be {must}{instead}; got {type(value).__name__}."
     ) from error
   if (least is not None and found < least) or (most is not None and found > most):
-    raise ValueError(f"{name}={found} must be {within}{instead}.")
+    raise ValueError(f"{name}={show(found)} must be {within}{instead}.")
   return found
 
 

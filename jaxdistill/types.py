@@ -277,6 +277,8 @@ class Objective:
     start: parts of ``(params, state)`` that a run begins from in place of what ``init`` makes, as a
       stage before it left them: ``dataclasses.replace(objective, start=before.state.objective)``.
       With several seeds, leaves may have an axis over them in front.
+    check: ``(**keywords)``, raises for a number or a schedule that a keyword cannot have, where it
+      is given: a number that is traced, as a sweep's are, nobody looks at. None for any.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
@@ -284,6 +286,7 @@ class Objective:
   hyper: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   deployed: Deployed | None = None
   start: tuple[PyTree, PyTree] | None = None
+  check: Callable[..., None] | None = None
 
 
 def as_objective(objective: Any, **hyper: Any) -> Objective:
@@ -302,7 +305,7 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
 
   Raises:
     TypeError: ``objective`` is neither.
-    ValueError: it does not take one of these keywords.
+    ValueError: it does not take one of these keywords, or not that value of it.
 
   >>> def mine(student, teacher, batch, *, temperature=4.0):
   ...   return {"soft": Term(temperature * student.logits[:, 0])}
@@ -321,6 +324,8 @@ def as_objective(objective: Any, **hyper: Any) -> Objective:
     number = isinstance(made.hyper[name], int | float) and not isinstance(made.hyper[name], bool)
     if number and not (callable(value) or value is None or hasattr(value, "dtype")):
       _check.scheduled(name, value)
+  if made.check is not None:
+    made.check(**{name: value for name, value in hyper.items() if value is not None})
   # Schedules are resolved by the step, which hands their value over; numbers are handed over here,
   # and not through ``hyper`` alone: what nobody gives, each part of a sum keeps as its own.
   constants = {name: value for name, value in hyper.items() if not callable(value)}

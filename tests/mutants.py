@@ -920,6 +920,47 @@ MUTANTS = [
     "a narrowed teacher's classes are not the student's",
     ("teachers/test_teachers.py::test_a_subset_keeps_the_order_that_it_was_given",),
   ),
+  # --- What is refused before long work. ---
+  Mutant(
+    "step: labels that nobody may use",
+    "train/_program.py",
+    "raise nothing_counts(source.name)",
+    "return",
+    "a run is compiled, and ends after its first chunk",
+    (TRAIN + "test_labels_that_nobody_may_use_are_said_before_the_first_step",),
+  ),
+  Mutant(
+    "step: nothing counts and nobody says it",
+    "train/_loop.py",
+    "if not self._counted and end >= min(self._epoch, self._steps):",
+    "if False:",
+    "a stream whose weights are all 0 trains nothing",
+    (TRAIN + "test_an_epoch_in_which_nothing_counted_is_said_once",),
+  ),
+  Mutant(
+    "selection: a point's numbers are not looked at",
+    "types.py",
+    "if made.check is not None:",
+    "if False:",
+    "a student of a negative weight climbs, and may be chosen",
+    (SWEEP + "test_errors_say_what_to_do",),
+  ),
+  Mutant(
+    "selection: a point's rate is not looked at",
+    "search/_grid.py",
+    "_check_rates(optimizer, {n: value for n, value in point.items() if n not in mine})",
+    "_check_rates(optimizer, {})",
+    "a student of a rate of 0 is trained, and moves nowhere",
+    (SWEEP + "test_errors_say_what_to_do",),
+  ),
+  Mutant(
+    "resume: a folder of another kind",
+    "runs/_folder.py",
+    "other = _kind_in(place, kind) if there == place else None",
+    "other = None",
+    "a run is written into a teacher's cache",
+    ("test_bad_input.py::test_a_folder_is_of_one_kind",),
+  ),
 ]
 
 

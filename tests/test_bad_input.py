@@ -245,6 +245,7 @@ FIT = [
   (told(hyper={"temperature": optax.linear_schedule(1.0, -1.0, 2)}), "must be positive, got"),
   (told(hyper=HALF), "cannot be compiled"),
   (told(hyper={"soft_weight": -1.0}), "soft_weight must be at least 0, got -1.0"),
+  (lambda j: of_numbers(j), r"labels are of shape \(8,\) beside outputs of \(8, 3\)"),
   # the data
   (told(data=[X, Y]), r"data must be a Source.*data\.on_device"),
   (lambda j: {"data": j.data.from_arrays(X, Y)}, "data must be a Source"),
@@ -252,6 +253,10 @@ FIT = [
   (lambda j: {"data": source(j, batch_size=9)}, "batch_size=9 does not divide by the 2 devices"),
   (lambda j: {"data": source(j, normalize=lambda x: x[..., :3])}, r"float32\[8, 3\] once normali"),
   (lambda j: {"student": network(j, 5, 2), "teacher": None}, "labels of 3 classes.*puts out 2"),
+  (
+    lambda j: {"data": source(j, labelled=np.zeros(16)), "objective": j.recipes.labels()},
+    "no label that may be used",
+  ),
   # tokens
   (of_words(11), r"vocabulary of 9 and the teacher one of 11.*teachers\.vocabulary\(teacher, 9\)"),
   (of_words(tokenizer=lambda j: j.data.tokenizers.characters("abc")), "teacher reads tokens of"),
@@ -288,6 +293,12 @@ FIT = [
 ]
 
 
+def of_numbers(j):
+  """A regression of three outputs, and one number an example."""
+  numbers = j.data.on_device(j.data.from_arrays(X, Y / 2), batch_size=8, data_seed=0)
+  return {"data": numbers, "objective": j.recipes.regression(soft_weight=None), "teacher": None}
+
+
 def moving(j, decay):
   """A teacher that is an average of its student, by a schedule."""
   return {"teacher": j.teachers.moving_average(decay), "objective": j.recipes.mean_teacher()}
@@ -316,6 +327,10 @@ def test_fit_refuses_before_it_claims_a_folder(j, tmp_path, make, message):
 
 def arrays(inputs=X, labels=Y, **options):
   return lambda j: j.data.from_arrays(inputs, labels, **options)
+
+
+def weightless(j):
+  return arrays(weight=np.zeros(16))(j)
 
 
 def streams(rows, limit=None, **fields):
@@ -355,6 +370,10 @@ DATA = [
   (lambda j: source(j, normalize=((0.0,), (0.0,))), "one positive std"),
   (lambda j: source(j, normalize=((NAN,), (1.0,))), "needs one mean"),
   (lambda j: source(j, labelled=np.ones(3)), "labelled must be 16 zeros and ones"),
+  *[
+    (lambda j, m=m: getattr(j.data, m)(weightless(j), batch_size=8, data_seed=0), "0 for all 16")
+    for m in ("on_device", "streamed")
+  ],
   (lambda j: j.data.on_device((X, Y), batch_size=8, data_seed=0), "on_device needs Examples"),
   (lambda j: j.data.streamed(X, batch_size=8, data_seed=0), "streamed needs Examples"),
   (lambda j: source(j).items(1.5, 1), "step=1.5 must be an integer"),
@@ -402,6 +421,7 @@ DATA = [
   (lambda j: j.data.pack([TOKENS[0]], length=4, where=3), "where=3 must be a sequence"),
   (lambda j: j.data.shifted(TOKENS, where=[["a"] * 5] * 16), "where=.* must be numbers"),
   (lambda j: j.data.tokenizers.utf8().decode([104, 300]), "token 300 at position 1"),
+  (lambda j: j.data.tokenizers.utf8().encode("a\ud800"), "at 1, half of a character"),
   (lambda j: j.data.tokenizers.utf8().decode(np.array([300])), "token 300"),
   (lambda j: j.data.tokenizers.characters("abc").decode([-1]), "token -1"),
   (lambda j: j.data.tokenizers.characters("abc").decode([0.5]), "must be integers"),
@@ -446,9 +466,50 @@ def unlabelled(j):
   return j.data.evaluation_batches(j.data.from_arrays(X, None), batch_size=8)
 
 
+def both(j):
+  return j.recipes.combine(j.recipes.kd(), j.recipes.hint("mid", "mid"))
+
+
+def of_four(j):
+  """A teacher that puts out a number more than `variables` do."""
+  four = begun(7, 4)
+  return j.teachers.frozen(j.types.Model(network(j, 7, 4), {"params": dict(four["params"])}))
+
+
+def compared(j):
+  """Three numbers beside the teacher's four, in a task that knows no classes."""
+  batches = j.data.evaluation_batches(arrays(labels=np.eye(3)[Y])(j), batch_size=8)
+  made = j.types.Model(network(j, 7), variables())
+  return j.evaluation.evaluate(
+    made, batches, teacher=of_four(j), task=j.evaluation.tasks.multilabel()
+  )
+
+
 def own_task(j, sums):
   tasks = j.evaluation.tasks
   return tasks.Task("mine", {"a": tasks.Metric("lower")}, sums)
+
+
+def made_of(j, **functions):
+  """What a user's task makes of sums and rows."""
+  tasks, rows = j.evaluation.tasks, {"b": np.ones(2)}
+  task = dataclasses.replace(
+    own_task(j, lambda o, b: {}),
+    **{"each": lambda o, b: {}, "of_all": lambda rows, theirs: {}, **functions},
+  )
+  return tasks.finished(task, {"a": (np.ones(()), np.ones(()))}, rows, None)
+
+
+def named(j, name):
+  metrics = {name: j.evaluation.tasks.Metric("lower")}
+  return j.evaluation.tasks.Task("mine", metrics, lambda o, b: {})
+
+
+def twice(j):
+  """A number alone, and one beside the teacher, of one name."""
+  alone = lambda o, b: {"a": (jnp.sum(b.weight), 1.0)}  # noqa: E731
+  task = dataclasses.replace(own_task(j, alone), compared=lambda s, t, b: alone(s, b))
+  return evaluated(j, variables(), teacher=teacher(j), task=task)
 
 
 def of_task(j, task):
@@ -489,6 +550,10 @@ PARTS = [
     for t in (0, -1.0, NAN, ONE, "4", 10**400)
   ],
   (lambda j: j.recipes.kd(soft_weight=-1.0), "soft_weight must be at least 0"),
+  *[
+    (lambda j, n=n: j.types.as_objective(both(j), **{n: -1.0}), f"{n} must be")
+    for n in ("temperature", "hint_weight")
+  ],
   (lambda j: j.recipes.labels(label_smoothing=2.0), r"label_smoothing must be in \[0, 1\]"),
   (lambda j: j.recipes.hint("mid", 0), "teacher_layer=0 must be"),
   (lambda j: j.recipes.hint("mid", "mid", loss=None), "loss must be a function"),
@@ -551,6 +616,14 @@ PARTS = [
   ),
   (lambda j: of_task(j, own_task(j, lambda o, b: {"a": o.logits})), "must give {name: .sum, count"),
   (lambda j: own_task(j, lambda o: {}), "sums of the task 'mine' must be a function"),
+  *[
+    (lambda j, f=f: made_of(j, finish=f), "finish of the task 'mine' fails on .'a'")
+    for f in (lambda sums: 1 / 0, lambda sums: None, lambda sums: {"a": "b"})
+  ],
+  (lambda j: made_of(j, of_all=lambda rows, theirs: {"a": 1}), r"gives \['a'\], which is given"),
+  (lambda j: named(j, "bytes"), "has the metric 'bytes'.*none of what a report says"),
+  (lambda j: named(j, 3), "has the metric 3, which must be a text"),
+  (lambda j: twice(j), r"compared of the task 'mine' gives \['a'\], which is given already"),
   (
     lambda j: j.search.affordable({"a": network(j)}, j.search.Budget(bytes=9**9), None),
     "data=None",
@@ -569,6 +642,8 @@ PARTS = [
   (lambda j: evaluated(j, variables(), seeds=7), "with seeds=7"),
   (lambda j: evaluated(j, STACKED), "with seeds=None"),
   (lambda j: evaluated(j, variables(), teacher=model(j)), "must be a Teacher"),
+  (lambda j: evaluated(j, variables(), teacher=of_four(j)), "3 classes and the teacher 4"),
+  (compared, r"outputs .*\(8, 3\)}, of the teacher .*\(8, 4\)}"),
   (lambda j: j.evaluation.evaluate(network(j), source(j)), "batches must be"),
   (lambda j: j.evaluation.costs(network(j), source(j)), "must be a Model"),
   (lambda j: evaluated(j, variables(), classes=5), "have the label 4"),
@@ -692,6 +767,8 @@ FILES = [
   (lambda j, p: j.runs.Checkpoints(p, keep_last=1.5), TypeError, "keep_last=1.5"),
   (lambda j, p: j.runs.Checkpoints(p).save(1.5, {"a": ONE}), TypeError, "step=1.5"),
   (lambda j, p: j.runs.Checkpoints(p).save(1, ONE), TypeError, "items must be"),
+  (lambda j, p: j.runs.Checkpoints(p).save(10**300, {"a": ONE}), ValueError, r"step=1000.* in 0"),
+  (lambda j, p: j.runs.Checkpoints(p).save(1, {"n" * 300: ONE}), ValueError, "name of 300 bytes"),
   (lambda j, p: j.export.load_student(p / "none"), FileNotFoundError, "no such folder"),
   (
     lambda j, p: j.networks.pretrained.config(hugging_face(p, "MixtralForCausalLM")),
@@ -720,7 +797,16 @@ FILES = [
   (lambda j, p: fit(j, p / "run", **claimed_by(p)), ValueError, "holds a run of another config"),
   (lambda j, p: fit(j, p, **damaged(p)), ValueError, "config.json is damaged"),
   (lambda j, p: fit(j, written(p / "student").parent), FileExistsError, "student is not a run's"),
+  (lambda j, p: fit(j, linked(p / "run")), FileExistsError, "is a link to 'nowhere'"),
+  (lambda j, p: fit(j, linked(p / "run") / "below"), FileExistsError, "is a link to 'nowhere'"),
+  (lambda j, p: fit(j, linked(p / "student").parent), FileExistsError, "student is not a run's"),
 ]
+
+
+def linked(path):
+  """A link to nothing."""
+  path.symlink_to("nowhere")
+  return path
 
 
 def tracked(**options):
@@ -802,6 +888,55 @@ def hugging_face(path, architecture="LlamaForCausalLM"):
   return path
 
 
+# What a folder of each kind has in it.
+KINDS = {
+  "run": {"config.json": {"data_seed": 0, "accumulate": 1, "average": None, "student": {}}},
+  "sweep": {"config.json": {"points": [], "seeds": [], "retrain": []}},
+  "study": {"config.json": {"space": {}, "seeds": [], "retrain": []}},
+  "search within a budget": {"config.json": {"candidates": [], "budget": {}, "gap": 0.02}},
+  "network of export": {"config.json": {"library_name": "jaxdistill", "outputs": ["logits"]}},
+  "pretrained model": {"config.json": {"architectures": ["LlamaForCausalLM"]}},
+  "cache": {"manifest.json": {"format": 1}},
+  "report": {"report.json": {}},
+}
+
+
+@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize("asked", ["run", "sweep", "study", "search within a budget", "cache"])
+def test_a_folder_is_of_one_kind(j, tmp_path, there, asked):
+  for name, content in KINDS[there].items():
+    (tmp_path / name).write_text(json.dumps(content))
+  if asked == there or (asked, there) == ("cache", "report"):  # of which a cache says it itself
+    j.runs.check_place(tmp_path, asked)
+  else:
+    with pytest.raises(FileExistsError, match=f"holds a {there}.* a {asked} needs a folder"):
+      j.runs.check_place(tmp_path, asked)
+
+
+def test_what_a_folder_holds_is_asked_before_anything_is_traced(j, tmp_path):
+  cache, run = tmp_path / "cache", tmp_path / "run"
+  own_cache(folder=None)(j, cache)
+  run.mkdir()
+  (run / "config.json").write_text(json.dumps(KINDS["run"]["config.json"] | {"points": [1]}))
+  j.runs.check_place(run, "run")  # a setting of the user's own
+  small, choice = network(j), j.search.Choice(labelled(j))
+  options = {"data": source(j), "optimizer": optax.sgd(0.1), "steps": 1}
+
+  def unseen(student, teacher, batch):
+    raise AssertionError("the objective was traced")
+
+  for call, there in (
+    (lambda: j.train.fit(small, unseen, run=cache, **options), "cache"),
+    (
+      lambda: j.search.sweep(small, unseen, points=[{}], choice=choice, run=run, **options),
+      "run",
+    ),
+    (lambda: j.teachers.cached(teacher(j), source(j), folder=run), "run"),
+    (lambda: j.teachers.fill(teacher(j), source(j), run), "run"),
+  ):
+    check(call, FileExistsError, f"holds a {there}")
+
+
 def claimed_by(path):
   (path / "run").mkdir()
   (path / "run" / "config.json").write_text(json.dumps({"steps": 3}))
@@ -880,13 +1015,21 @@ def test_what_was_trained_is_kept_where_a_validation_fails(j, tmp_path):
   again = fit(j, validate=lambda m: {"accuracy": 1.0}, **run)
   assert [line["step"] for line in again.history] == [4]
 
+  def callback(step, record):
+    raise KeyError(step)
+
+  with pytest.raises(KeyError, match="2"):  # it is the user's own
+    fit(j, callback=callback, **{**run, "folder": tmp_path / "other"})
+  with j.runs.Checkpoints(tmp_path / "other" / "checkpoints") as saved:
+    assert saved.steps() == [2]
+
 
 def test_labels_that_nobody_has_teach_nothing(j):
   unlabelled = j.data.on_device(j.data.from_arrays(X, None), batch_size=8, data_seed=0)
   check(
     lambda: fit(j, data=unlabelled, teacher=None, devices=1, objective=j.recipes.labels()),
     ValueError,
-    "has no labels, and no term",
+    "has no label that may be used, and no term",
   )
 
 

@@ -49,7 +49,7 @@ def cache(tmp_path_factory):
     (["cache", "verify", "CACHE", "--teacher", "test_commands:pair"], "must return (teacher, sour"),
     (["cache", "fill", "c", "--teacher", "test_commands:made", "--limit-gb", "nan"], "--limit-gb"),
     (["cache", "fill", "c", "--teacher", "test_commands:made", "--limit-gb", "inf"], "--limit-gb"),
-    (["cache", "fill", __file__, "--teacher", "test_commands:made"], "is in the way"),
+    (["cache", "fill", __file__, "--teacher", "test_commands:made"], "is a file; name a folder"),
     (["export", "gone", "--with", "nosuch:given"], "No module named 'nosuch'"),
     (["export", "gone", "--with", "json:loads"], "must take no arguments"),
     (["export", "gone", "--with", "json"], "must be module:function"),

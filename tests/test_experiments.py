@@ -431,6 +431,9 @@ def test_numbers_have_a_range_in_every_experiment(name):
     ("shakespeare", ["--text", "gone.txt"], "gone.txt is no file"),
     ("shakespeare", ["--short", "--large"], "say one of them"),
     ("imagenet", ["--cache-part", "4/3"], "--cache-part 4/3"),
+    ("compress", ["--fraction", "50"], "digits: --fraction would change nothing"),
+    ("compress", ["--short", "--teacher-shift", "2"], "cifar100: --teacher-shift would change"),
+    ("methods", ["--dataset", "cifar100", "--teacher-shift", "2"], "--teacher-shift would change"),
   ],
 )
 def test_a_wrong_flag_is_said_in_a_line_before_anything_is_read(name, words, said):

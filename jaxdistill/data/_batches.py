@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxdistill import _check, _extras
 from jaxdistill._compile import brief, quarter
-from jaxdistill.data._examples import Examples, Records, label_mask
+from jaxdistill.data._examples import Examples, Records, label_mask, labels_count
 from jaxdistill.data._sources import (
   check_in_memory,
   counted_labels,
@@ -139,7 +139,7 @@ def evaluation_batches(
   def make(number: int) -> Batch:
     return _batch(examples, known, finish, np.arange(batch_size) + number * batch_size)
 
-  made = Batches(count, make, has_labels=bool(known.any()))
+  made = Batches(count, make, has_labels=labels_count(examples, known))
   first = read_rows(examples, known, np.arange(1))
   example_shapes(first["inputs"], examples.name)  # says of text that no device takes it
   if isinstance(examples, Records):

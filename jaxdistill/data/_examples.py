@@ -32,14 +32,17 @@ __all__ = [
   "as_weight",
   "check_classes",
   "check_tokens",
+  "check_weight",
   "count_classes",
   "from_arrays",
   "from_dicts",
   "from_sequence",
   "ignored",
   "label_mask",
+  "labels_count",
   "row_reader",
   "some_labels",
+  "told_by",
 ]
 
 # A label is an int32.
@@ -113,8 +116,8 @@ class Fields:
       shape in all rows; None without labels.
     transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
       looked at then.
-    num_classes: K; by default as many as there are names. Where there are neither, `from_dicts`,
-      which reads every label, takes one more than the largest.
+    num_classes: K; by default as many as there are names, or as truth values in a label. Where
+      there are neither, `from_dicts`, which reads every label, takes one more than the largest.
     label_names: K names; by default those that ``rows.features`` tells, as Hugging Face's do.
     weight: the key of how much a row counts, a number or an array of the label's leading axes; None
       where all count alike.
@@ -765,8 +768,10 @@ def from_dicts(
     raise TypeError(f"from_dicts needs an iterable of dicts, got {type(rows).__name__}.")
   if limit is not None:
     _check.whole("limit", limit, instead=", or None for all rows")
-  reader = row_reader(rows, fields, name)
-  found = reader.stack(itertools.islice(rows, limit))
+  ahead = itertools.islice(rows, limit)
+  begun = list(itertools.islice(ahead, 1))
+  reader = told_by(begun, row_reader(rows, fields, name))
+  found = reader.stack(itertools.chain(begun, ahead))
   return from_arrays(
     found["inputs"],
     None if fields.labels is None else found["labels"],
@@ -809,9 +814,10 @@ def from_sequence(rows: Any, fields: Fields = IMAGES, *, name: str = "rows") -> 
     )
   if len(rows) == 0:
     raise ValueError(f"rows of {name!r} are empty: a source needs at least one example.")
-  reader = row_reader(rows, fields, name)
-  records = dataclasses.replace(reader, source=rows)
-  check_classes("from_sequence", reader, records.read(np.arange(1))["labels"])
+  records = dataclasses.replace(row_reader(rows, fields, name), source=rows)
+  first = records.features(np.arange(1))
+  records = told_by(first, records)
+  check_classes("from_sequence", records, records.stack(first)["labels"])
   return records
 
 
@@ -848,6 +854,20 @@ def row_reader(rows: Any, fields: Fields, name: str) -> Records:
     weight=fields.weight,
     ignore=fields.ignore,
   )
+
+
+def told_by(first: Sequence[Any], reader: Records) -> Records:
+  """The reader with K, where nobody said it and labels are several truth values, as many in each.
+
+  Args:
+    first: the first row; or none, of rows that are empty.
+    reader: from `row_reader`.
+  """
+  if not first or reader.labels is None or reader.num_classes:
+    return reader
+  labels = np.asarray(reader._label(first[0], 0))[None]
+  several = count_classes(labels, reader.ignore) if labels.dtype.kind == "b" else 0
+  return dataclasses.replace(reader, num_classes=several)
 
 
 def check_classes(where: str, reader: Records, labels: np.ndarray) -> None:
@@ -892,6 +912,41 @@ def label_mask(examples: Examples | Records, labelled: Any) -> np.ndarray:
   if not examples.has_labels and mask.any():
     raise ValueError(f"labelled must be all 0: {examples.name!r} has no labels.")
   return mask.astype(np.float32)
+
+
+def labels_count(examples: Examples | Records, known: np.ndarray) -> bool:
+  """Whether any label of a split counts, as far as that is known before its rows are read.
+
+  Args:
+    examples: the split.
+    known: from `label_mask`.
+  """
+  if not isinstance(examples, Examples) or not known.any():
+    return bool(known.any())
+  none, counts = ignored(examples.labels, examples.ignore), known > 0
+  for also in (examples.weight, None if none is None else ~none):
+    if also is not None:
+      rank = max(also.ndim, counts.ndim)
+      one, other = (np.expand_dims(x, tuple(range(x.ndim, rank))) for x in (counts, also > 0))
+      counts = one & other
+  return bool(counts.any())
+
+
+def check_weight(examples: Examples | Records) -> None:
+  """Raises for what is to be trained on where no example counts.
+
+  A batch in which nothing counts is none of anybody's faults, and a step on it moves nothing. A
+  whole training of such steps would end like any other.
+
+  Raises:
+    ValueError: the weight of each is 0.
+  """
+  weight = examples.weight if isinstance(examples, Examples) else None
+  if weight is not None and not weight.any():
+    raise ValueError(
+      f"weight of {examples.name!r} is 0 for all {len(examples)} examples: nothing would be "
+      "learned. Look at the weights; of text, whether all of it is prompt."
+    )
 
 
 def some_labels(examples: Examples, share: float, *, data_seed: int) -> Float32[np.ndarray, " N"]:

@@ -18,7 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdistill import _check, runs
-from jaxdistill.data._examples import Examples, Records, ignored, label_mask
+from jaxdistill.data._examples import (
+  Examples,
+  Records,
+  check_weight,
+  ignored,
+  label_mask,
+  labels_count,
+)
 from jaxdistill.data._on_host import OnHost, shown_on_host
 from jaxdistill.data._views import (
   Augmentation,
@@ -131,7 +138,8 @@ class Source:
       that only iterate, of which name and size are all that is known.
     shown: ``() -> what is computed`` of an example before a network sees it, augmentation and
       normalisation, whichever way its rows come: by this too a run knows its data again.
-    has_labels: whether any example has a label.
+    has_labels: whether any example has a label that may be used and counts, as far as that is known
+      before rows are read.
     tokenizer: the digest of the tokenizer whose tokens the examples are; empty where nobody said.
   """
 
@@ -248,7 +256,8 @@ def on_device(
     The source.
 
   Raises:
-    ValueError: ``batch_size``, ``views``, ``data_seed`` or ``labelled`` does not fit.
+    ValueError: ``batch_size``, ``views``, ``data_seed`` or ``labelled`` does not fit; or every
+      example's weight is 0.
     TypeError: the inputs cannot lie on a device.
 
   >>> from jaxdistill.data import from_arrays
@@ -260,6 +269,7 @@ def on_device(
   (3, (3, 2), (2, 1))
   """
   check_in_memory("on_device", examples)
+  check_weight(examples)
   views = view_count(augmentation, views)
   known = label_mask(examples, labelled)
   latest: dict[int, tuple[int, np.ndarray]] = {}
@@ -299,7 +309,7 @@ def on_device(
     whole=whole_of(examples, lambda index, numbers: {"index": index, **numbers}),
     contents=functools.cache(lambda: contents_of(shared) | sample_of(examples, known)),
     shown=functools.partial(shown_by, cut, shared),
-    has_labels=examples.has_labels,
+    has_labels=labels_count(examples, known),
     tokenizer=examples.tokenizer,
   )
 

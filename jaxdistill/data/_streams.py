@@ -23,8 +23,11 @@ from jaxdistill.data._examples import (
   Fields,
   Records,
   check_classes,
+  check_weight,
   label_mask,
+  labels_count,
   row_reader,
+  told_by,
 )
 from jaxdistill.data._on_host import OnHost, checked_steps, named
 from jaxdistill.data._sources import (
@@ -94,7 +97,7 @@ def streamed(
 
   Raises:
     ValueError: ``batch_size``, ``views``, ``data_seed``, ``labelled``, ``prefetch`` or ``workers``
-      does not fit, or records that the host changes have a transform.
+      does not fit, records that the host changes have a transform, or every example's weight is 0.
     TypeError: the inputs are text, which no device takes, or something in ``on_host`` is no step.
   """
   _check.whole("prefetch", prefetch)
@@ -105,6 +108,7 @@ def streamed(
       f"streamed needs Examples or Records (from load, from_arrays, from_sequence), got "
       f"{_check.show(examples)}."
     )
+  check_weight(examples)
   steps = checked_steps(on_host)
   views = views if steps else view_count(augmentation, views)
   known = label_mask(examples, labelled)
@@ -142,7 +146,7 @@ def streamed(
     whole=whole_of(examples, functools.partial(_item, read_some), reads=True),
     contents=functools.partial(_contents, examples, known, read_some),
     shown=functools.partial(shown_by, cut, first),
-    has_labels=examples.has_labels,
+    has_labels=labels_count(examples, known),
     tokenizer=examples.tokenizer if isinstance(examples, Examples) else "",
   )
 
@@ -328,8 +332,9 @@ def iterated(
     )
   _check.whole("size", size)
   _check.whole("batch_size", batch_size, least=None)
-  reader = row_reader(again, fields, name)
-  first = reader.stack(itertools.islice(again, 1))
+  begun = list(itertools.islice(again, 1))
+  reader = told_by(begun, row_reader(again, fields, name))
+  first = reader.stack(begun)
   check_classes("iterated", reader, first["labels"])
   views = view_count(augmentation, views)
 

@@ -212,6 +212,8 @@ def _is_number(feature: Any) -> bool:
 def _classes(label: Any) -> tuple[int, tuple[str, ...]]:
   """How many classes a feature has, and what they are called; 0 where it does not say."""
   count = getattr(label, "num_classes", None) or 0
+  if not count and _is_number(label) and label.shape and np.dtype(label.np_dtype).kind == "b":
+    count = label.shape[-1] or 0  # several labels at once, each on or off
   return count, tuple(getattr(label, "names", None) or ()) if count else ()
 
 

@@ -54,12 +54,22 @@ def utf8() -> Tokenizer:
   ([110, 195, 169], 'né')
   """
   return Tokenizer(
-    encode=lambda text: np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32),
+    encode=_bytes_of,
     decode=lambda tokens: bytes(_known(tokens, 256)).decode("utf-8", "replace"),
     vocabulary=256,
     bytes=np.ones(256, np.int32),
     digest=runs.short_digest({"kind": "utf8"}),
   )
+
+
+def _bytes_of(text: str) -> np.ndarray:
+  try:
+    return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"the text has {text[error.start]!r} at {error.start}, half of a character, as reading bytes "
+      "that are no text leaves it: read the file by its own encoding, or errors='replace'."
+    ) from error
 
 
 def characters(texts: str | Iterable[str]) -> Tokenizer:

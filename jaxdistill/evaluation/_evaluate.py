@@ -360,9 +360,12 @@ class _Measure:
     def measure(outputs: Outputs) -> _Measured:
       # Of classes three numbers an example, which cost less than a program without them.
       asked = self.labels and self.examined
+      quality = tasks.pairs(task, "sums", outputs, batch) if task.sums and self.labels else {}
+      fidelity = tasks.pairs(task, "compared", outputs, said, both) if task.compared else {}
+      tasks.check_compared(task, quality, fidelity)
       return _Measured(
-        quality=tasks.pairs(task, "sums", outputs, batch) if task.sums and self.labels else {},
-        fidelity=tasks.pairs(task, "compared", outputs, said, both) if task.compared else {},
+        quality=quality,
+        fidelity=fidelity,
         each=each_of(outputs),
         answers=tasks.asked(task, "kept", outputs, batch) if asked else {},
       )
@@ -599,9 +602,9 @@ class _Pass:
       if all(np.all(where > 0) for where in jax.device_get(told)):
         theirs = _joined(beside, there, axis=0)
     if seeds is None:
-      return self._known(self._of_one(sums, rows, theirs))
+      return self._known(tasks.finished(self.task, sums, rows, theirs))
     each = [jax.tree.map(lambda leaf, s=s: leaf[s], (sums, rows)) for s in range(seeds)]
-    made = [self._of_one(mine, kept_of_it, theirs) for mine, kept_of_it in each]
+    made = [tasks.finished(self.task, mine, kept_of_it, theirs) for mine, kept_of_it in each]
     # What some students lack, of all that were measured alike, is NaN: 0 / 0.
     names = list(dict.fromkeys(name for one in made for name in one))
     none = np.array(np.nan)
@@ -631,12 +634,6 @@ class _Pass:
       if not all(np.isfinite(np.compress(there, leaf, axis)).all() for leaf in leaves):
         return False
     return True
-
-  def _of_one(self, sums: Any, rows: Any, theirs: Any) -> dict[str, np.ndarray]:
-    found = dict(self.task.finish(sums)) if sums else {}
-    if rows and self.task.of_all is not None:
-      found |= self.task.of_all(rows, theirs)
-    return {name: np.asarray(value, np.float64) for name, value in found.items()}
 
 
 def _present(host: Batch) -> np.ndarray:

@@ -40,10 +40,12 @@ __all__ = [
   "Task",
   "TaskError",
   "asked",
+  "check_compared",
   "classification",
   "counted",
   "dense",
   "embedding",
+  "finished",
   "mean",
   "multilabel",
   "of_shapes",
@@ -66,6 +68,11 @@ _TAKES = {
   "keeps": "(outputs, batch) -> {name: [B, ...]}",
   "of_all": "(kept, the teacher's or None) -> {name: number}",
 }
+
+
+# What a report says of a model beside its metrics.
+_TAKEN = {"description", "instances", "per_seed", "parameters", "bytes", "flops", "xla_flops"}
+_TAKEN |= {"latency_ms", "throughput", "throughput_batch"}
 
 
 class TaskError(ValueError):
@@ -101,13 +108,64 @@ def asked(task: Task, field: str, *given: Any) -> Any:
   try:
     return getattr(task, field)(*given)
   except Exception as error:
-    outputs, batch = given[0], given[-1]
-    there = {"logits": outputs.logits, **outputs.features}
-    seen = {name: value.shape for name, value in there.items() if value is not None}
+    *networks, batch = given
+    seen = [
+      {name: value.shape for name, value in there.items() if value is not None}
+      for there in ({"logits": one.logits, **one.features} for one in networks)
+    ]
+    shown = ", of the teacher ".join(map(str, seen))
     raise TaskError(
-      f"{field} of the task {task.name!r} fails on outputs {seen} and labels "
+      f"{field} of the task {task.name!r} fails on outputs {shown} and labels "
       f"{np.shape(batch.labels)} of a batch: {_check.short(error)}"
     ) from error
+
+
+def finished(task: Task, sums: Sums, kept: Any, theirs: Any) -> dict[str, np.ndarray]:
+  """What a task makes of a pass, on the host, in words of the task where that fails.
+
+  Args:
+    task: the task.
+    sums: of all examples, in float64; none where nothing was added up.
+    kept: what ``each`` gave of all examples; none where nothing was kept.
+    theirs: that of the teacher, or None.
+
+  Raises:
+    TaskError: ``finish`` or ``of_all`` fails, gives something else than ``{name: number}``, or both
+      give a number of one name.
+  """
+  found: dict[str, np.ndarray] = {}
+  for field, given in (("finish", (sums,)), ("of_all", (kept, theirs))):
+    function = getattr(task, field)
+    if function is None or not given[0]:
+      continue
+    try:
+      made = {n: np.asarray(value, np.float64) for n, value in dict(function(*given)).items()}
+    except Exception as error:
+      raise TaskError(
+        f"{field} of the task {task.name!r} fails on {sorted(given[0])}, or gives no {{name: "
+        f"number}}: {_check.short(error)}"
+      ) from error
+    _check_apart(task, found, made, field)
+    found |= made
+  return found
+
+
+def _check_apart(task: Task, one: Mapping[str, Any], other: Mapping[str, Any], field: str) -> None:
+  """Raises where two of a task's functions give something of one name: one would be lost."""
+  twice = sorted(set(one) & set(other))
+  if twice:
+    raise TaskError(
+      f"{field} of the task {task.name!r} gives {twice}, which is given already: rename one."
+    )
+
+
+def check_compared(task: Task, quality: Sums, fidelity: Sums) -> None:
+  """Raises where what is measured alone and beside a teacher has one name.
+
+  Raises:
+    TaskError: a name is in both.
+  """
+  _check_apart(task, quality, fidelity, "compared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +316,12 @@ class Task:
       raise ValueError(
         f"task {self.name!r} needs metrics={{name: Metric('higher')}}, at least one."
       )
+    for name in (*self.metrics, *self.others, *self.fidelity):
+      if not isinstance(name, str) or name in _TAKEN:
+        raise ValueError(
+          f"task {self.name!r} has the metric {name!r}, which must be a text, and none of what a "
+          f"report says beside metrics, {sorted(_TAKEN)}: rename it."
+        )
 
   @property
   def first(self) -> str:

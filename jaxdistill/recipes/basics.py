@@ -269,8 +269,11 @@ def gaussian_regression(
     terms["soft"] = Term(soft, weight=soft_weight)
   if hard_weight is None:
     return terms
-  loss = functools.partial(losses.gaussian_nll, floor=floor)
-  values = loss_of_numbers(loss, batch, (student.logits, label_numbers(batch, student.logits)))
+  loss, numbers = (
+    functools.partial(losses.gaussian_nll, floor=floor),
+    label_numbers(batch, student.logits, each=2),
+  )
+  values = loss_of_numbers(loss, batch, (student.logits, numbers))
   return {"labels": Term(values, weight=hard_weight, where=batch.labelled), **terms}
 
 
@@ -454,9 +457,14 @@ def combine(*objectives: Objective | ObjectiveFunction) -> Objective:
       terms.update(found)
     return terms, states
 
+  def check(**values: Any) -> None:
+    for part in parts:
+      if part.check is not None:
+        part.check(**{name: value for name, value in values.items() if name in part.hyper})
+
   # An earlier objective's default is the one that is shown; each part keeps its own.
   hyper = {name: value for part in reversed(parts) for name, value in part.hyper.items()}
-  return Objective(init=init, apply=apply, hyper=hyper, deployed=_deployed_of(parts))
+  return Objective(init=init, apply=apply, hyper=hyper, deployed=_deployed_of(parts), check=check)
 
 
 def _deployed_of(parts: list[Objective]) -> Deployed | None:

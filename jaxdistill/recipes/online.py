@@ -164,7 +164,7 @@ def each(objective: Objective | ObjectiveFunction) -> Objective:
       terms |= {f"{name}/{term}": value for term, value in found.items()}
     return terms, states
 
-  return Objective(init=init, apply=apply, hyper=one.hyper)
+  return Objective(init=init, apply=apply, hyper=one.hyper, check=one.check)
 
 
 def _ramp(warmup_steps: Any) -> Any:

@@ -214,7 +214,7 @@ def _objective(
     check_keywords(**now)
     return promoted.apply(*args, key=key, **now)
 
-  return Objective(init=promoted.init, apply=apply, hyper=dict(hyper))
+  return Objective(init=promoted.init, apply=apply, hyper=dict(hyper), check=check_keywords)
 
 
 def _names_of(maker: Callable[..., Any], keywords: Mapping[str, Any]) -> list[str]:
@@ -313,8 +313,16 @@ def hard_term(student: Outputs, batch: Batch, hard_weight: Number | None, *looks
   return Term(values, weight=hard_weight, where=batch.labelled)
 
 
-def label_numbers(batch: Batch, outputs: Any) -> Any:
+def label_numbers(batch: Batch, outputs: Any, *, each: int = 1) -> Any:
   """Labels that are numbers, ``[B, D]`` beside outputs; one an example, ``[B]``, is ``[B, 1]``.
+
+  Args:
+    batch: whose labels they are.
+    outputs: ``[B, D]`` numbers, or ``[B, 2D]`` means and logarithms of variances.
+    each: how many outputs there are for a number: 1, or 2.
+
+  Raises:
+    ValueError: there are not as many numbers as outputs for them.
 
   >>> from jaxdistill.types import make_batch
   >>> batch = make_batch(jnp.ones((2, 1)), jnp.array([0.5, 1.5]))
@@ -322,7 +330,15 @@ def label_numbers(batch: Batch, outputs: Any) -> Any:
   [[0.5], [1.5]]
   """
   values = jnp.asarray(batch.labels)
-  return values[..., None] if values.ndim == outputs.ndim - 1 else values
+  values = values[..., None] if values.ndim == outputs.ndim - 1 else values
+  if values.ndim != outputs.ndim or each * values.shape[-1] != outputs.shape[-1]:
+    wanted = f"{outputs.shape[-1] // each} numbers an example"
+    raise ValueError(
+      f"the data's labels are of shape {jnp.shape(batch.labels)} beside outputs of "
+      f"{outputs.shape}: they must be {wanted}, [B, {outputs.shape[-1] // each}], or the student "
+      f"puts out {each * values.shape[-1]}."
+    )
+  return values
 
 
 def _each_counts(batch: Batch) -> bool:
@@ -701,7 +717,9 @@ def learned(
     return {**made, **terms}, running.state
 
   known = {**hyper, **labels}
-  return Objective(init=init or initial, apply=apply, hyper=known, deployed=deployed)
+  return Objective(
+    init=init or initial, apply=apply, hyper=known, deployed=deployed, check=check_keywords
+  )
 
 
 def init_modules(key: Any, modules: Modules) -> tuple[dict[str, PyTree], dict[str, PyTree]]:

@@ -200,7 +200,7 @@ def pskd(
       "seen": state["seen"].at[written[0]].set(True, mode="drop"),
     }
 
-  return Objective(init=init, apply=apply, hyper=mixed.hyper)
+  return Objective(init=init, apply=apply, hyper=mixed.hyper, check=mixed.check)
 
 
 def _no_teacher(teacher: Outputs | None) -> None:

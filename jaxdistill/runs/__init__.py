@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.runs._folder import (
     Metrics,
     check_config,
+    check_place,
     claim,
     command,
     commands,
@@ -110,6 +111,7 @@ __all__ = [
   "altered",  # how a file differs from what a manifest says of it, in words
   "check_config",  # what defines a run, as its folder keeps it
   "check_nan",  # raises where variables hold NaN
+  "check_place",  # raises where a folder is another kind's, or none can be made
   "check_trackers",  # trackers, and a folder for those that write into the run's
   "claim",  # makes a run's folder, or goes on in one that holds the same configuration
   "clear_unfinished",  # finishes or removes what a killed process left behind

@@ -72,6 +72,8 @@ PyTree = Any
 _VARIABLES = "variables"
 # Bytes of the arrays in parts that are read back at a time, of each process's own.
 _AT_ONCE = 2**28
+# A folder is called so, and other programs count steps in 64 bits.
+_MOST_STEPS = 2**63 - 1
 # The threads that write, of all folders.
 _SAVING: set[threading.Thread] = set()
 
@@ -153,7 +155,7 @@ class Checkpoints:
       ValueError: a bad step, no items, a name that cannot be one, two leaves of one path, or an
         array on other processes' devices that lies on no mesh.
     """
-    step = _check.whole("step", step, least=0)
+    step = _check.whole("step", step, least=0, most=_MOST_STEPS)
     if not isinstance(items, Mapping):
       raise TypeError(f"items must be pytrees by name, got {_check.show(items)}.")
     if score is not None and not isinstance(score, float | int | np.number):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import importlib.metadata
@@ -31,6 +32,7 @@ from jaxdistill.runs._traced import Traced, difference
 __all__ = [
   "Metrics",
   "check_config",
+  "check_place",
   "claim",
   "command",
   "commands",
@@ -49,6 +51,21 @@ _METRICS, _LOCK = "metrics.jsonl", "lock"
 # What a run computes, for whoever wants to know in what another differs; its digests are in
 # ``config.json`` under the other name.
 _OPERATIONS, _TRACED = "operations.json", "traced"
+# What a folder of each kind is known by: some of the settings in its ``config.json``.
+_KINDS = {
+  "run": {"data_seed", "accumulate", "average", "student"},
+  "sweep": {"points", "seeds", "retrain"},
+  "study": {"space", "seeds", "retrain"},
+  "search within a budget": {"candidates", "budget", "gap"},
+  "network of export.save_folder": {"library_name", "outputs"},
+  "pretrained model": {"architectures"},
+}
+# And by a file, where there is no ``config.json``.
+_MARKS = {
+  "manifest.json": "cache of a teacher's outputs, or something saved",
+  "report.json": "report of a run that is gone",
+  "study.log": "study's journal",
+}
 _TOUCHED = 4  # seconds after which a lock's file is touched again
 
 
@@ -267,6 +284,54 @@ def claim(
     write_json(folder / _OPERATIONS, {"versions": _versions(), **listed})
   write_json(folder / "config.json", wanted | ({_TRACED: digests} if digests else {}))
   return folder
+
+
+def check_place(folder: str | os.PathLike[str], kind: str) -> None:
+  """Raises, before anything is traced, where something else lies in a folder, or none can be made.
+
+  What a run of the same kind has there is `claim`'s to compare.
+
+  Args:
+    folder: where something is to be kept.
+    kind: what: ``"run"``, ``"sweep"``, ``"study"``, ``"search within a budget"``, ``"cache"``.
+
+  Raises:
+    FileExistsError: it is another kind's, or a link to nothing.
+    OSError: it is a file, or lies below one, or you may not write there.
+  """
+  place = _check.folder("folder", folder)
+  there = next(one for one in (place, *place.parents) if os.path.lexists(one))
+  if os.path.islink(there) and not os.path.exists(there):
+    raise FileExistsError(
+      f"folder={os.fspath(place)!r}: {there} is a link to {os.readlink(there)!r}, which is not "
+      "there. Remove it, or make what it leads to."
+    )
+  if there == place and not place.is_dir():
+    raise NotADirectoryError(
+      f"folder={os.fspath(place)!r} is a file; name a folder for the {kind}."
+    )
+  if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    with writes(place):
+      raise OSError(errno.EACCES if there.is_dir() else errno.ENOTDIR, "")
+  other = _kind_in(place, kind) if there == place else None
+  if other is not None:
+    raise FileExistsError(
+      f"folder={os.fspath(place)!r} holds a {other}: a {kind} needs a folder of its own."
+    )
+
+
+def _kind_in(place: pathlib.Path, kind: str) -> str | None:
+  """What else than this kind a folder holds, if it is one of ours."""
+  if not (place / "config.json").is_file():
+    marks = {} if kind == "cache" else _MARKS
+    return next((what for name, what in marks.items() if (place / name).is_file()), None)
+  try:
+    settings = set(read_object(place / "config.json"))
+  except (OSError, ValueError):
+    return None  # whoever reads it says how it is damaged
+  if _KINDS.get(kind, {kind}) <= settings:  # settings of a user's may be called as another kind's
+    return None
+  return next((other for other, known in _KINDS.items() if known <= settings), None)
 
 
 def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxdistill import _check
 from jaxdistill._compile import host_view
 from jaxdistill.runs._files import entry
 from jaxdistill.runs._manifest import first_few
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 PyTree = Any
+_LONGEST = 128  # bytes of an item's name, a folder's in a checkpoint
 # What Orbax stores as it is; the other small floats and integers go as their bytes.
 _NATIVE = {"bool", "complex64", "complex128", "float16", "bfloat16", "float32", "float64"} | {
   f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
@@ -225,6 +227,11 @@ def snapshot(items: Mapping[str, PyTree]) -> tuple[dict[str, dict[str, Any]], di
   for item, tree in items.items():
     if not isinstance(item, str) or not item.isidentifier() or item in ("AUTO", "metrics"):
       raise ValueError(f"items has the name {item!r}: not an identifier, or one Orbax reserves.")
+    if len(item.encode()) > _LONGEST:
+      raise ValueError(
+        f"items has a name of {len(item.encode())} bytes, {_check.show(item)}: a folder is called "
+        f"so, and {_LONGEST} are the most."
+      )
     leaves = {n: _describe(f"{item}/{n}", leaf) for n, leaf in named_leaves(item, tree).items()}
     described[item] = {
       "outline": outline(tree),

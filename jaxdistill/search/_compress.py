@@ -269,7 +269,7 @@ def compress(
     optimizer=optimizer,
     steps=steps,
     choice=_checked(candidates, choice),
-    run=train.check_run(run),
+    run=train.check_run(run, "search within a budget"),
     objective=objective,
     points=list(points),
     seeds=seed_pairs(seeds),

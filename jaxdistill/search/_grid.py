@@ -135,6 +135,7 @@ def grouped(
   members: dict[str, list[Point]] = {}
   for i, point in enumerate(points):
     mine = {name: value for name, value in point.items() if not _takes(rates, name)}
+    _check_rates(optimizer, {n: value for n, value in point.items() if n not in mine})
     network = networks[mine.pop("student")] if isinstance(student, Mapping) else student
     if recipe is not None:
       made = _made(objective, {n: v for n, v in mine.items() if _takes(recipe, n)})
@@ -356,6 +357,20 @@ def _made(recipe: Callable[..., Any], keywords: Mapping[str, Any]) -> Objective:
 
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _check_rates(optimizer: Any, rates: Mapping[str, Any]) -> None:
+  """Raises for what the optimizer cannot be made with.
+
+  Inside the program the numbers are traced, and nobody looks at them: at a rate below 0 a student
+  climbs, and at 0 it stays where it is, both without a word.
+  """
+  numbers = {name: _number(name, value) for name, value in rates.items()}
+  for name, value in numbers.items():
+    if name == "lr" or name.endswith("rate"):
+      _check.number(name, value, above=0)
+  if numbers:
+    optimizer(**numbers)  # which says itself what it refuses, as those of train.optimizers do
 
 
 def _number(name: str, value: Any) -> float:

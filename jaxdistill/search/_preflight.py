@@ -501,10 +501,8 @@ class _Asked:
       num_classes=self.source.num_classes,
       seed=self.seed,
     )
-    shared = self.source.shared
-    usable = not isinstance(shared, Mapping) or np.any(shared.get("labelled", 1))
-    labelled = self.source.has_labels and bool(usable)
-    return [pair_checks.no_labels(terms, labelled=labelled), pair_checks.unequal_gradients(terms)]
+    no_labels = pair_checks.no_labels(terms, labelled=self.source.has_labels)
+    return [no_labels, pair_checks.unequal_gradients(terms)]
 
   def uniform_targets(self) -> list[Finding | None]:
     assert self.taught is not None

@@ -231,7 +231,7 @@ def study(
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   train.with_students()  # says first that a search is of one JAX process
-  run, execution = train.check_run(run), Execution() if execution is None else execution
+  run, execution = train.check_run(run, "study"), Execution() if execution is None else execution
   if run.folder is not None:
     _extras.need("search.study(run=folder), which draws a picture,", "matplotlib")
   _check_arguments(student, proposals, choice)

@@ -141,7 +141,7 @@ def sweep(
     jaxdistill.train.Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   train.with_students()  # says first that a sweep is of one process
-  run, execution = train.check_run(run), Execution() if execution is None else execution
+  run, execution = train.check_run(run, "sweep"), Execution() if execution is None else execution
   if run.folder is not None:
     _extras.need("search.sweep(run=folder), which draws a picture,", "matplotlib")
   if not isinstance(choice, Choice):

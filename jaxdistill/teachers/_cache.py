@@ -123,6 +123,7 @@ def cached(
     ValueError: the source has no finite views; the cache would exceed ``limit``; a feature is not
       there; ``folder`` holds another cache, and the message says in what they differ.
     CacheError: the folder's files are damaged.
+    FileExistsError: the folder holds a run, a sweep or a search.
   """
   check_source(source)
   _check_arguments(dtype, features, progress)
@@ -131,6 +132,7 @@ def cached(
   _check.switch("in_advance", in_advance)
   if folder is not None:
     _extras.need("teachers.cached(folder=...)", "array_record", "grain")
+    runs.check_place(folder, "cache")
   if teacher is None:
     store, about = _foreign(source, folder)
   else:
@@ -202,6 +204,7 @@ def fill(
     _check.whole(name, value)
   part = _checked_part(part)
   _extras.need("teachers.fill", "array_record", "grain")
+  runs.check_place(folder, "cache")
   made, about = _filler(teacher, source, dtype, features, batch_size, limit)
   files = _opened(_check.folder("folder", folder), made, about)
   return files.fill(share(shards_of(files.manifest), part), made, progress, wait=False)

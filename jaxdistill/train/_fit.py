@@ -207,20 +207,30 @@ def _chosen_by(watch: Watch) -> tuple[str, int]:
   return name, -1 if (watch.better or known) == "lower" else 1
 
 
-def check_run(run: Any) -> Run:
-  """A `Run`, of a folder's path too.
+def check_run(run: Any, kind: str | None = None) -> Run:
+  """A `Run`, of a folder's path too, whose folder is not another kind's.
 
   Args:
     run: a `Run`, a path, or None for a run that is not saved.
+    kind: what is kept in the folder, see `jaxdistill.runs.check_place`; None where each part of it
+      has a folder of its own below.
 
   Raises:
     TypeError: it is none of these.
+    OSError: the folder is something else's, or cannot be made.
   """
-  if isinstance(run, Run):
-    return run
-  if not isinstance(run, str | os.PathLike | None):
+  if not isinstance(run, Run | str | os.PathLike | None):
     raise TypeError(f"run={_check.show(run)} must be a folder, or train.Run(folder, ...).")
-  return Run(run)
+  run = run if isinstance(run, Run) else Run(run)
+  if run.folder is None or kind is None:
+    return run
+  runs.check_place(run.folder, kind)
+  place = _check.folder("folder", run.folder)
+  for taken in (place / "checkpoints", place / "student"):
+    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / runs.MANIFEST).is_file())
+    if os.path.lexists(taken) and not ours:
+      raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
+  return run
 
 
 @together()
@@ -284,13 +294,14 @@ def fit(
       folder holds another configuration; a keyword of the objective has no value; the variables to
       start from do not fit.
     CheckpointError: the folder's last checkpoint is not what this library writes.
-    FileExistsError: another process is at work in the folder.
+    FileExistsError: another process is at work in the folder, or it holds something else than a
+      run: a cache, a sweep, a report.
     OSError: the folder cannot be written, or a file of it not be read.
     FloatingPointError: a term was not finite; the message says which, and at which step.
     Stopped: the process was asked to stop, or ``stop_after`` is over.
   """
   called = time.monotonic()
-  run, watch = check_run(run), Watch() if watch is None else watch
+  run, watch = check_run(run, "run"), Watch() if watch is None else watch
   dispatch = _mesh.with_jit() if dispatch is None else dispatch
   _check_machinery(optimizer, dispatch, watch)
   plan = Plan.of(

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -30,8 +31,9 @@ from jaxdistill._beside import beside
 from jaxdistill._check import show
 from jaxdistill.runs import Checkpoints, progress_bar
 from jaxdistill.train import _mesh
-from jaxdistill.train._program import Program
+from jaxdistill.train._program import Program, nothing_counts
 from jaxdistill.train._state import State, from_items, to_items
+from jaxdistill.train._step import RESERVED
 from jaxdistill.types import Model
 
 __all__ = [
@@ -134,15 +136,15 @@ def run_steps(
     pending = _checked(pending, program, finite)
     if finite:
       check_state(now, at)
-    if validate is not None and validating:
-      try:
+    try:
+      if validate is not None and validating:
         extra = check_validation(validate(program.plan.model(now)), select[0] if saved else None)
-      except Exception:
-        # What was trained until here is not lost with it.
-        if saved is not None and writes:
-          saved.save(at, to_items(now, objective))
-        raise
-    log.write(**pending, validation=extra)
+      log.write(**pending, validation=extra)  # which calls the user's callback
+    except Exception:
+      # What was trained until here is not lost with it.
+      if saved is not None and writes:
+        saved.save(at, to_items(now, objective))
+      raise
     pending = None
     if saved is not None and saving and writes:
       score = select[1] * float(np.mean(extra[select[0]])) if select[0] in extra else None
@@ -202,9 +204,11 @@ class Log:
   ) -> None:
     self._metrics = runs.Metrics(folder, resumed_from=at)
     self._bar = progress_bar(steps, progress, unit="step", initial=at)
-    self._epoch, self._examples, self._schedules = epoch, examples, schedules
+    self._steps, self._epoch, self._examples = steps, epoch, examples
+    self._schedules = schedules
     self._select, self._callback, self._tracked = select, callback, tracked
     self._clock = time.perf_counter()
+    self._counted = at > 0  # whether any term counted an example until here, or that was said
 
   @property
   def history(self) -> list[dict[str, Any]]:
@@ -226,10 +230,22 @@ class Log:
     now = time.perf_counter()
     rate = self._examples * (end - begin) / (now - self._clock)
     self._clock = now
-    record |= {name: float(schedule(end - 1)) for name, schedule in self._schedules.items()}
+    for name, schedule in self._schedules.items():
+      # A keyword may be called as a term is, or as what else a line has: neither hides the other.
+      record[f"schedule/{name}" if name in sums or name in RESERVED else name] = float(
+        schedule(end - 1)
+      )
     record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
     record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
     self._metrics.write(end, record)
+    self._counted = self._counted or _counts_any(sums)
+    if not self._counted and end >= min(self._epoch, self._steps):
+      self._counted = True
+      warnings.warn(
+        f"in {end:,} steps no term of the objective has counted an example: every weight, or every "
+        "mask, was 0, and nothing was learned. Look at the data's weights and labels.",
+        stacklevel=2,
+      )
     if self._tracked is not None:
       self._tracked.log(end, record)
     shown = {"loss": record["loss"]}
@@ -283,16 +299,11 @@ def claimed_folder(
     The folder.
 
   Raises:
-    FileExistsError: it holds something else under a name of a run's, or another process is at work
-      in it.
+    FileExistsError: another process is at work in it.
     OSError: it cannot be written.
     ValueError: it holds another run.
   """
   place = _check.folder("folder", folder)
-  for taken in (place / "checkpoints", place / "student"):
-    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / "manifest.json").is_file())
-    if taken.exists() and not ours:
-      raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
   first = jax.process_index() == 0
   with contextlib.ExitStack() as stack:
     claim = functools.partial(runs.claim, place, settings, traced, shorter=shorter)
@@ -360,12 +371,14 @@ def check_counted(sums: PyTree, has_labels: bool, source: str) -> None:
   Raises:
     ValueError: nothing would ever be learned.
   """
+  if not has_labels and not _counts_any(sums):
+    raise nothing_counts(source)
+
+
+def _counts_any(sums: PyTree) -> bool:
+  """Whether an example counted in any term."""
   counts = [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
-  if not has_labels and not any(np.any(np.asarray(count)) for count in counts):
-    raise ValueError(
-      f"{source!r} has no labels, and no term of the objective counts an example without one: "
-      "nothing would be learned. Give the data labels, or an objective with a teacher (recipes.kd)."
-    )
+  return any(np.any(np.asarray(count)) for count in counts)
 
 
 def check_finite(sums: PyTree, begin: int) -> None:

@@ -19,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxdistill._check import LabelsError
 from jaxdistill._compile import CompiledOnce, computed, quick, shapes_of
 from jaxdistill._lookups import Lookup, check_values, looked_up, of_integers
+from jaxdistill._reach import depend_on
 from jaxdistill.data import Source
 from jaxdistill.teachers import decay_of, networks_of, with_networks
 from jaxdistill.train._mesh import Dispatch, check_divides
@@ -32,13 +34,14 @@ from jaxdistill.train._sharding import Layout
 from jaxdistill.train._side_by_side import form_of, inputs_of, turns_must_be_known
 from jaxdistill.train._state import State, init_state, trained_variables
 from jaxdistill.train._step import make_step
-from jaxdistill.types import Model, Network, Objective, Teacher
+from jaxdistill.types import Batch, Model, Network, Objective, Teacher
 
 __all__ = [
   "Program",
   "Values",
   "cut_over",
   "layout_of",
+  "nothing_counts",
   "of_group",
   "optimizer_of",
   "over_students",
@@ -398,6 +401,7 @@ class Program:
     """Traces what is compiled, so that what does not fit says so."""
     self._whole.trace(*self.arguments())
     self._check_labels()
+    self._check_counted()
 
   def _check_labels(self) -> None:
     """Raises where the objective takes labels for distributions, and they are none.
@@ -436,6 +440,42 @@ class Program:
       raise
     except Exception:  # Whatever else is wrong is wrong in the step too, and said there.
       return
+
+  def _check_counted(self) -> None:
+    """Raises where no label may be used, and no term counts an example without one.
+
+    Masks depend on the batch alone. So what counts is asked of the step outside of the program, of
+    the first batch as if all of it counted: the compiler leaves both networks out.
+    """
+    source = self.source
+    if source.has_labels or jax.process_count() > 1:
+      return  # else said of the first chunk
+    plan = dataclasses.replace(self.plan, accumulate=1)
+    shapes = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape[self.stacked :], leaf.dtype),
+      (dataclasses.replace(self.shapes, opt_state=optax.EmptyState()), shapes_of(self.values)),
+    )
+    given = (*shapes, None if plan.teacher is None else shapes_where_they_lie(plan.teacher))
+
+    def counts(given: tuple[State, Values, Any], batch: Batch) -> list[Any]:
+      state, mine, teacher = given
+      sums = step_of(plan, optax.identity(), mine)(state, teacher, batch)[1]
+      return [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
+
+    def of_zeros(batch: Batch) -> list[Any]:
+      return counts(
+        jax.tree.map(lambda leaf: jax.lax.full(leaf.shape, 0, leaf.dtype), given), batch
+      )
+
+    batch = jax.jit(source.cut, compiler_options=quick())(*computed(self._example))
+    batch = dataclasses.replace(batch, weight=jnp.ones_like(batch.weight))
+    if batch.teacher is not None and batch.teacher.where is not None:
+      every = jnp.ones_like(batch.teacher.where)
+      batch = dataclasses.replace(batch, teacher=dataclasses.replace(batch.teacher, where=every))
+    if any(depend_on(counts, given, batch)):
+      return  # a mask of what a network says, or of chance: nobody knows it before
+    if not any(np.any(count) for count in jax.jit(of_zeros, compiler_options=quick())(batch)):
+      raise nothing_counts(source.name)
 
   def compile(self, times: int = 1, *, begin: bool = False, count: int | None = None) -> None:
     """Begins to compile what `run` calls, which is then at work in the background.
@@ -628,6 +668,19 @@ def optimizer_of(plan: Plan, mine: Values) -> Transformation:
   given: Any = plan.optimizer
   made: Transformation = given if is_optimizer(given) else given(**mine["optimizer"])
   return made
+
+
+def nothing_counts(source: str) -> ValueError:
+  """What is said of data without labels, of which no term of the objective counts an example.
+
+  Args:
+    source: the data's name.
+  """
+  return ValueError(
+    f"{source!r} has no label that may be used, and no term of the objective counts an example "
+    "without one: nothing would be learned. Give the data labels (look at labelled= and weight=), "
+    "or an objective with a teacher (recipes.kd)."
+  )
 
 
 def step_of(

@@ -39,11 +39,11 @@ from jaxdistill.types import (
   with_logits,
 )
 
-__all__ = ["make_step", "mask_of", "reduce_terms", "right", "summed"]
+__all__ = ["RESERVED", "make_step", "mask_of", "reduce_terms", "right", "summed"]
 
 PyTree = Any
 # What a line of the log says beside the terms.
-_RESERVED = {"loss", "accuracy", "step", "epoch", "examples_per_second"}
+RESERVED = {"loss", "accuracy", "step", "epoch", "examples_per_second"}
 
 
 def _resolve(hyper: Mapping[str, Any], objective: Objective, step: jax.Array) -> dict[str, Any]:
@@ -390,7 +390,7 @@ def _checked(made: Any, state: PyTree) -> tuple[Terms, PyTree]:
         f"the objective's term {name!r} is {show(term)}; it must be a Term under a name of text: "
         "Term(values), with values [B] that the step averages."
       )
-  reserved = sorted(_RESERVED & set(terms))
+  reserved = sorted(RESERVED & set(terms))
   if reserved:
     raise ValueError(f"a term is named {reserved}, which is the log's own; rename the term.")
   shapes = [jax.tree.map(jnp.shape, tree) for tree in (state, remembered)]

@@ -308,3 +308,35 @@ def test_no_label_gets_lost_on_its_way():
     data.from_arrays(inputs, np.zeros((4, 0)))
   with pytest.raises(ValueError, match="labels cannot be made one array"):
     data.from_arrays(inputs, [[0], [1, 2], [3], [4]])
+
+
+def test_truth_values_are_as_many_classes_by_every_way():
+  several = np.array([[True, False, True], [False, False, True]])
+  rows = [{"image": [float(i)], "label": one} for i, one in enumerate(several)]
+  made = [
+    data.from_arrays(np.ones((2, 1)), several),
+    data.from_dicts(rows),
+    data.from_dicts(iter(rows)),
+    data.from_sequence(rows),
+    data.iterated(lambda epoch: rows, data.IMAGES, size=2, batch_size=1, data_seed=0),
+  ]
+  assert [one.num_classes for one in made] == [3] * 5
+  np.testing.assert_array_equal(made[2].labels, several)
+  once = data.from_dicts([{"image": [0.0], "label": True}])
+  assert once.num_classes == data.from_arrays(np.ones((1, 1)), [True]).num_classes == 0
+
+
+def test_labels_count_where_they_may_be_used_and_weigh_and_are_some():
+  inputs, masks = np.ones((2, 1), np.float32), np.array([[255, 1], [255, 255]])
+
+  def counted(labelled, weight=None):
+    examples = data.from_arrays(inputs, masks, ignore=255, weight=weight)
+    made = data.on_device(examples, batch_size=1, data_seed=0, labelled=labelled)
+    return made.has_labels
+
+  assert counted(None)
+  assert counted([1, 0])
+  assert not counted([0, 1])
+  assert not counted([[1, 0], [1, 1]])
+  assert not counted(None, weight=[0.0, 1.0])
+  assert not counted(None, weight=[[1.0, 0.0], [1.0, 1.0]])

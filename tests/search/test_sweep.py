@@ -442,6 +442,10 @@ def test_product_and_seeds():
   assert POINTS[1] == {"temperature": 1, "soft_weight": 0.3, "learning_rate": 0.01}
 
 
+def sgd(momentum=0.9):
+  return train.optimizers.sgd(0.1, steps=2, momentum=momentum)
+
+
 @pytest.mark.parametrize(
   ("points", "options", "match"),
   [
@@ -452,6 +456,10 @@ def test_product_and_seeds():
     ([{"temperature": 4}, {"temperature": 4}], {}, "more than once"),
     ([{"seed": 4}], {}, "give seeds="),
     ([{"learning_rate": "high"}], {}, "learning_rate='high' for the optimizer"),
+    *[([{"learning_rate": r}], {}, "learning_rate must be") for r in (0.0, -0.1, float("nan"))],
+    ([{"momentum": 1.5}], {"optimizer": sgd}, "momentum=1.5 must be in"),
+    ([{"soft_weight": -0.5}], {}, "soft_weight must be at least 0"),
+    ([{"soft_weight": -0.5}], {"objective": recipes.kd}, "soft_weight must be at least 0"),
     ([{"temperature": 4}], {"seeds": [1, 1]}, "each of them once"),
     ([{"temperature": 4}], {"metric": "f1"}, "metric='f1' is not among"),
     ([{"temperature": 4}], {"steps": 0}, "steps=0"),

@@ -19,7 +19,15 @@ import pytest
 import small_networks
 from jaxdistill import data, evaluation, losses, recipes, runs, teachers, train
 from jaxdistill.runs import Checkpoints
-from jaxdistill.train import Intervals, _loop, deployed_variables, init_state, make_step, optimizers
+from jaxdistill.train import (
+  Intervals,
+  _loop,
+  _program,
+  deployed_variables,
+  init_state,
+  make_step,
+  optimizers,
+)
 from jaxdistill.types import Model, Objective, Term, as_objective, make_batch
 
 STEPS = 8
@@ -110,6 +118,51 @@ def test_pmap_is_jit_without_state_across_examples():
   for line, other in zip(jitted.history, mapped.history, strict=True):
     for name in ("loss", "soft", "labels", "hint", "accuracy"):
       assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, (0, 1)])
+def test_labels_that_nobody_may_use_are_said_before_the_first_step(monkeypatch, seed):
+  class BegunError(Exception):
+    pass
+
+  def begin(*_):
+    raise BegunError
+
+  monkeypatch.setattr(_program.Program, "initial", begin)
+  nobody = data.on_device(examples(), batch_size=8, data_seed=0, labelled=np.zeros(48))
+  with pytest.raises(ValueError, match="no label that may be used"):
+    distil(objective=recipes.labels(), data=nobody, teacher=None, seed=seed)
+  with pytest.raises(BegunError):  # the teacher knows something of all of them
+    distil(objective=recipes.kd(), data=nobody, seed=seed)
+
+
+def test_an_epoch_in_which_nothing_counted_is_said_once():
+  def line(log, count, end):
+    sums = {"a": (np.zeros(1), np.full(1, count)), "loss": (np.zeros(1), np.ones(1))}
+    log.write(sums, end - 1, end)
+
+  def log(at=0):
+    told = {"schedules": {}, "progress": None, "tracked": None, "callback": None}
+    return _loop.Log(None, steps=8, at=at, epoch=2, examples=1, select="accuracy", **told)
+
+  one, other, later = log(), log(), log(at=4)
+  line(one, 0.0, 1)  # a batch in which nothing counts is no fault
+  with pytest.warns(UserWarning, match="no term of the objective has counted an example"):
+    line(one, 0.0, 2)
+  line(one, 0.0, 3)
+  for count, end in ((1.0, 1), (0.0, 2)):
+    line(other, count, end)
+  line(later, 0.0, 6)  # what was before is not known here
+
+
+def test_a_schedule_hides_nothing_of_a_line():
+  schedules = {name: lambda step: 7.0 for name in ("a", "step", "temperature")}
+  told = {"schedules": schedules, "progress": None, "tracked": None, "callback": None}
+  log = _loop.Log(None, steps=8, at=0, epoch=2, examples=1, select="accuracy", **told)
+  log.write({name: (np.full(1, 2.0), np.ones(1)) for name in ("a", "loss")}, 0, 1)
+  line = log.history[0]
+  assert (line["a"], line["step"], line["temperature"]) == (2.0, 1, 7.0)
+  assert line["schedule/a"] == line["schedule/step"] == 7.0
 
 
 @pytest.mark.slow
