@@ -455,29 +455,34 @@ class Bench:
     )
 
 
-def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
-  """A method's students, with the factor that is best on validation."""
-  config, epochs, student = bench.config, bench.config.epochs, bench.student
+def prepared(bench: Bench, method: Method, teacher: Teacher) -> tuple[Any, Teacher | None, Any]:
+  """What is trained, by whom it is taught, and the objective."""
+  student = bench.student
   if method.grows is not None:
-    student = method.grows(student, config)
+    student = method.grows(student, bench.config)
   if method.shows is not None:
     student = method.shows(student)
     teacher = teachers.frozen(Model(method.shows(bench.teacher), teacher.variables))
   known = Known(
-    config,
-    bench.steps(epochs),
+    bench.config,
+    bench.steps(bench.config.epochs),
     bench.examples.labels,
     teacher.variables,
     functools.partial(bench.means, teacher),
   )
-  if method.taught_by is not None:
-    teacher = method.taught_by(bench)
-  objective = method.make(known)
+  taught_by = teacher if method.taught_by is None else method.taught_by(bench)
+  return student, taught_by, method.make(known)
+
+
+def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Trained:
+  """A method's students, with the factor that is best on validation."""
+  config, epochs = bench.config, bench.config.epochs
+  student, taught_by, objective = prepared(bench, method, teacher)
   before = max(1, epochs // 8)
   if method.first is not None and name != "factor_transfer":
-    return after_a_stage(bench, name, method, objective, before, teacher)
+    return after_a_stage(bench, name, method, objective, before, taught_by)
   if method.first is not None:
-    options = {"rate": 0.2 * config.rate, "teacher": teacher}  # RepDistiller's 0.01, paraphraser
+    options = {"rate": 0.2 * config.rate, "teacher": taught_by}  # RepDistiller's 0.01, paraphraser
     first = bench.fit(f"{name}/first", student, method.first(), before, **options)
     objective = dataclasses.replace(objective, start=({}, first.state.objective_params))
   points = scaled(objective, method.weights, config.factors)
@@ -487,7 +492,7 @@ def students(bench: Bench, name: str, method: Method, teacher: Teacher) -> Train
     objective,
     points,
     epochs,
-    teacher=teacher,
+    teacher=taught_by,
     augmentation=bench.twice if method.two_views else bench.plain,
     make=method.optimizer,
   )

@@ -1,6 +1,7 @@
 """`docs/losses.md` is what the docstrings say, and the docstrings say all that is needed."""
 
 import importlib.util
+import json
 import pathlib
 import re
 import sys
@@ -10,20 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdistill import losses
+from jaxdistill import losses, recipes
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def load():
-  spec = importlib.util.spec_from_file_location("docs_losses", ROOT / "docs" / "losses.py")
+def load(page):
+  spec = importlib.util.spec_from_file_location(f"docs_{page}", ROOT / "docs" / f"{page}.py")
   module = importlib.util.module_from_spec(spec)
   sys.modules[spec.name] = module  # where dataclasses look up annotations
   spec.loader.exec_module(module)
   return module
 
 
-docs = load()
+docs, methods = load("losses"), load("methods")
 ENTRIES = {entry.name: entry for _, entries in docs.families().values() for entry in entries}
 FUNCTIONS = [name for name, entry in ENTRIES.items() if entry.is_function]
 
@@ -98,6 +99,45 @@ def test_a_stale_page_is_refused_and_the_remedy_named(tmp_path, monkeypatch, cap
   assert docs.command in capsys.readouterr().err
   assert docs.main([]) == 0
   assert docs.main(["--check"]) == 0
+
+
+def test_every_method_has_a_row_with_what_was_measured_of_it(monkeypatch, tmp_path, capsys):
+  assert methods.main(["--check"]) == 0, f"docs/methods.md is stale: run `{methods.command}`"
+  assert set(methods.listed()) | methods.PARTS == set(recipes.__all__) - {"parts", "projectors"}
+  rows = re.findall(r"^\| `(\w+)` \|.*$", methods.page(), re.M)
+  assert sorted(rows) == sorted(methods.listed())
+  # A table of the comparison that got another form has no gains.
+  assert len(methods.gains()) >= 40
+  kd = methods.row("kd", "what", "where").split(" | ")
+  assert kd[3] == methods.gains()["kd"]
+  assert kd[4:] == ["1.00", "0", "0 |"]
+  assert methods.row("regression", "what", "where").count("not measured") == 4
+
+  stale = tmp_path / "methods.md"
+  stale.write_text(methods.page().replace("| `kd` |", "| `kdd` |"), "utf-8")
+  monkeypatch.setattr(methods, "PAGE", stale)
+  assert methods.main(["--check"]) == 1
+  assert methods.command in capsys.readouterr().err
+  assert methods.main([]) == methods.main(["--check"]) == 0
+  # A method that is new in the door, and a row whose method is gone.
+  logits = dict(methods.TAKE["Of logits"], gone="nowhere")
+  del logits["kd"]
+  monkeypatch.setitem(methods.TAKE, "Of logits", logits)
+  with pytest.raises(ValueError, match=r"lacks \['kd'\], and has \['gone'\]"):
+    methods.main([])
+
+
+@pytest.mark.slow
+def test_what_a_step_of_a_method_computes_is_counted_again(tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(ROOT / "benchmarks")
+  monkeypatch.syspath_prepend(ROOT / "experiments")
+  import costs
+
+  options = costs.Options(("kd", "fitnet"), data_dir=str(tmp_path))
+  found = costs.count(costs.methods.Config(), options)
+  assert found["labels alone"]["step_flops"] < found["kd"]["step_flops"]
+  record = json.loads((ROOT / "benchmarks" / "results" / "costs.json").read_text())["methods"]
+  assert found == {name: record[name] for name in found}
 
 
 def test_every_public_name_is_on_the_page_once_and_linked():
