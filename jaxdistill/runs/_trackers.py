@@ -59,7 +59,8 @@ class Tracker(Protocol):
 
     Args:
       config: what ``config.json`` holds, and as ``run`` a dict of its ``name``, its ``group`` (the
-        name of the folder that its own lies in, or None), its ``folder`` (a path, or None) and
+        name of its search, else of the folder that its own lies in, or None), its ``folder`` (a
+        path, or None), ``search`` (the folder of the search that it is a student of, or None) and
         ``resumed_from``, the step that it goes on from: later steps come again.
     """
 
@@ -88,6 +89,7 @@ class Tracked:
     config: what defines the run.
     name: its own.
     folder: where it is kept; None for memory.
+    search: the folder of the search that it is a student of; None where it is none, or for memory.
     resumed_from: the step that it goes on from.
 
   Attributes:
@@ -101,11 +103,14 @@ class Tracked:
     *,
     name: str,
     folder: pathlib.Path | None,
+    search: pathlib.Path | None = None,
     resumed_from: int = 0,
   ) -> None:
-    group = None if folder is None else folder.parent.name
-    about = {"name": name, "group": group, "resumed_from": resumed_from}
-    about["folder"] = None if folder is None else os.fspath(folder)
+    within = search or (None if folder is None else folder.parent)
+    about: dict[str, Any] = {"name": name, "resumed_from": resumed_from}
+    about["group"] = None if within is None else within.name
+    for what, path in (("folder", folder), ("search", search)):
+      about[what] = None if path is None else os.fspath(path)
     self.trackers = [copy.copy(one) for one in trackers]
     self._failed = {id(one): 0 for one in self.trackers}
     self._ended = False
@@ -338,7 +343,9 @@ class MLflow:
   """Runs of an MLflow experiment, on a server or in a database.
 
   A run that goes on goes on in the same run of MLflow, whose number lies in its folder as
-  ``mlflow.json``, and no step is there twice. The group is the tag ``jaxdistill.group``.
+  ``mlflow.json``, and no step is there twice. The group is the tag ``jaxdistill.group``. Students
+  of a search that has a folder are below its run (MLflow's nested runs), which begins with the
+  first of them.
 
   Args:
     tracking_uri: of the server, ``"http://localhost:5000"``, or of a database,
@@ -365,33 +372,54 @@ class MLflow:
     from mlflow.tracking import MlflowClient
 
     about = config["run"]
+    self._below = about["search"] is not None
     self._client: Any = MlflowClient(tracking_uri=self.tracking_uri)
-    self._note = _note(about, "mlflow")
-    self._run = _noted(self._note, "tracking_uri", self.tracking_uri).get("run", self._run)
-    self._last = -1
-    if self._run is not None and self._found(self._run):
-      return
-    tags = {"jaxdistill.group": about["group"] or "", "jaxdistill.folder": about["folder"] or ""}
-    experiment = self._experiment_id()
-    made = self._client.create_run(experiment, run_name=about["name"], tags=tags)
-    self._run = made.info.run_id
-    _keep(self._note, {"run": self._run, "tracking_uri": self.tracking_uri})
-    params = [Param(_key(name), str(value)) for name, value in _plain(config).items()]
-    for first in range(0, len(params), 100):  # the most that one request may have
-      self._client.log_batch(self._run, params=params[first : first + 100])
+    known = self._noted(about["folder"]) or self._run
+    found = None if known is None else self._found(known)
+    if known is None or found is None:
+      below = {}
+      if self._below:
+        below["mlflow.parentRunId"] = self._search(pathlib.Path(about["search"]))
+      run, self._last = self._made(about["name"], about["group"], about["folder"], below), -1
+    else:
+      run = known
+      self._client.update_run(run, status="RUNNING", name=about["name"])
+      steps = [m.step for n in found.metrics for m in self._client.get_metric_history(run, n)]
+      self._last = max(steps, default=-1)
+    self._run = run
+    if found is None or not found.params:  # a search's run is there before its configuration
+      params = [Param(_key(name), str(value)) for name, value in _plain(config).items()]
+      for first in range(0, len(params), 100):  # the most that one request may have
+        self._client.log_batch(run, params=params[first : first + 100])
 
-  def _found(self, run: str) -> bool:
-    """Whether a run is still there; it is opened again, and how far it came is looked up."""
+  def _noted(self, folder: str | None) -> str | None:
+    """The run that a folder names."""
+    note = _noted(_note({"folder": folder}, "mlflow"), "tracking_uri", self.tracking_uri)
+    return note.get("run")
+
+  def _found(self, run: str) -> Any:
+    """What a run holds; None where it was removed."""
     from mlflow.exceptions import MlflowException
 
     try:
-      metrics = self._client.get_run(run).data.metrics
-    except MlflowException:  # removed since
-      return False
-    self._client.update_run(run, status="RUNNING")
-    steps = [m.step for name in metrics for m in self._client.get_metric_history(run, name)]
-    self._last = max(steps, default=-1)
-    return True
+      return self._client.get_run(run).data
+    except MlflowException:
+      return None
+
+  def _made(self, name: str, group: str | None, folder: str | None, tags: Mapping[str, str]) -> str:
+    """A new run, which its folder names from now on."""
+    own = {"jaxdistill.group": group or "", "jaxdistill.folder": folder or "", **tags}
+    made = self._client.create_run(self._experiment_id(), run_name=name, tags=own)
+    run = str(made.info.run_id)
+    _keep(_note({"folder": folder}, "mlflow"), {"run": run, "tracking_uri": self.tracking_uri})
+    return run
+
+  def _search(self, folder: pathlib.Path) -> str:
+    """The run of a student's search, which may be the first to tell of it."""
+    known = self._noted(os.fspath(folder))
+    if known is not None and self._found(known) is not None:
+      return known
+    return self._made(folder.name, folder.parent.name, os.fspath(folder), {})
 
   def _experiment_id(self) -> Any:
     from mlflow.exceptions import MlflowException
@@ -418,7 +446,9 @@ class MLflow:
     """Uploads the files, and ends the run."""
     for path in files:
       self._client.log_artifact(self._run, str(path))
-    self._client.set_terminated(self._run)
+    # Two lines that MLflow prints of each run: those of a search will do for all of its students.
+    with contextlib.redirect_stdout(io.StringIO()) if self._below else contextlib.nullcontext():
+      self._client.set_terminated(self._run)
 
 
 class Wandb:

@@ -393,7 +393,7 @@ class Training:
       self.run.trackers,
       settings,
       folder=folder,
-      name=label or what,
+      name=label or (what if folder is None else folder.name),
       step=self.plan.steps,
       numbers=result.reached(),
       files=[] if folder is None else result.write(folder),

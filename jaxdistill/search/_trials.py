@@ -290,7 +290,9 @@ class Search:
       folder.mkdir(parents=True, exist_ok=True)
     config = {**self.values[index], "student_of_point": s, self.word: number}
     trackers = self.told.get(name, self.trackers)
-    tracked = runs.Tracked(trackers, config, name=name, folder=folder, resumed_from=begin)
+    tracked = runs.Tracked(
+      trackers, config, name=name, folder=folder, search=self.folder, resumed_from=begin
+    )
     for i, line in enumerate(history):
       own = {n: found[place] if isinstance(found, list) else found for n, found in line.items()}
       del own["step"], own["examples_per_second"]  # the latter is of all students together

@@ -163,6 +163,7 @@ def test_fit_tells_what_its_log_has_and_goes_on_in_the_same_run(tmp_path):
     "name": "a",
     "group": "runs",
     "folder": str(folder),
+    "search": None,
     "resumed_from": 0,
   }
   assert second["run"]["resumed_from"] == 3
@@ -204,6 +205,8 @@ def test_a_sweep_tells_of_each_student_as_a_run_of_its_own(tmp_path):
       assert lines[-1][0] == row.step
       assert lines[-1][1]["validation/accuracy"] == pytest.approx(row.metrics["accuracy"][s])
       assert np.isfinite(lines[0][1]["loss"])
+      (told,) = recorder.of("start", name)[:1]
+      assert told[0]["run"]["group"] == "sweep"
       written = table(tmp_path / "sweep" / "tracked" / name)
       assert [int(line["step"]) for line in written] == [step for step, _ in lines]
   assert recorder.of("finish", "sweep") == [
@@ -264,7 +267,7 @@ def test_mlflow_in_a_local_store(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_mlflow_server_shows_a_sweeps_students(tmp_path):
+def test_an_mlflow_server_shows_a_sweeps_students(tmp_path, capfd):
   pytest.importorskip("mlflow", reason="needs the extra: pip install '.[mlflow]'")
   pytest.importorskip("flask", reason="MLflow's server is in the package mlflow")
   with socket.socket() as probe:
@@ -298,9 +301,17 @@ def test_an_mlflow_server_shows_a_sweeps_students(tmp_path):
         tmp_path / "sweep", progress=None, trackers=[runs.MLflow(address, experiment="tests")]
       ),
     )
+    said = capfd.readouterr().out
+    assert "point" not in said, said  # MLflow's lines of each run are printed of the search alone
+    parent = json.loads((tmp_path / "sweep" / "mlflow.json").read_text())["run"]
+    whole, _, _ = found_in(address, "sweep")
+    assert (whole.info.run_id, whole.info.status) == (parent, "FINISHED")
+    assert whole.data.params["steps"] == "6"
     for point in range(2):
       one, steps, _ = found_in(address, f"point {point}, student 0")
       assert steps[-1] == 6
+      assert one.data.tags["mlflow.parentRunId"] == parent
+      assert one.data.tags["jaxdistill.group"] == "sweep"
       assert "validation/accuracy" in one.data.metrics
       assert one.data.params["rate"] == str([0.01, 0.1][point])
     runs.track(
@@ -311,8 +322,7 @@ def test_an_mlflow_server_shows_a_sweeps_students(tmp_path):
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=address)
-    run = json.loads((tmp_path / "sweep" / "mlflow.json").read_text())["run"]
-    files = {file.path for file in client.list_artifacts(run)}
+    files = {file.path for file in client.list_artifacts(parent)}
     assert files == {"table.md", "table.csv", "chosen.json", "sweep.png", "config.json"}
   finally:
     server.terminate()
