@@ -419,8 +419,8 @@ MUTANTS = [
   Mutant(
     "step: a gradient through the teacher",
     "types.py",
-    "return jax.lax.stop_gradient(self.apply(variables, batch))",
-    "return self.apply(variables, batch)",
+    "return jax.lax.stop_gradient(self.apply(variables, placed(batch, variables)))",
+    "return self.apply(variables, placed(batch, variables))",
     "whoever differentiates by the inputs gets the teacher's slope too",
     ("teachers/test_teachers.py::test_no_gradient_of_the_inputs_gets_past_a_teacher",),
   ),
