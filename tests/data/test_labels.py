@@ -318,7 +318,7 @@ def test_truth_values_are_as_many_classes_by_every_way():
     data.from_dicts(rows),
     data.from_dicts(iter(rows)),
     data.from_sequence(rows),
-    data.iterated(lambda epoch: rows, data.IMAGES, size=2, batch_size=1, data_seed=0),
+    data.iterated(lambda epoch: rows, data.Fields(), size=2, batch_size=1, data_seed=0),
   ]
   assert [one.num_classes for one in made] == [3] * 5
   np.testing.assert_array_equal(made[2].labels, several)
