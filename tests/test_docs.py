@@ -1,7 +1,6 @@
 """`docs/losses.md` is what the docstrings say, and the docstrings say all that is needed."""
 
 import importlib.util
-import json
 import pathlib
 import re
 import sys
@@ -125,19 +124,6 @@ def test_every_method_has_a_row_with_what_was_measured_of_it(monkeypatch, tmp_pa
   monkeypatch.setitem(methods.TAKE, "Of logits", logits)
   with pytest.raises(ValueError, match=r"lacks \['kd'\], and has \['gone'\]"):
     methods.main([])
-
-
-@pytest.mark.slow
-def test_what_a_step_of_a_method_computes_is_counted_again(tmp_path, monkeypatch):
-  monkeypatch.syspath_prepend(ROOT / "benchmarks")
-  monkeypatch.syspath_prepend(ROOT / "experiments")
-  import costs
-
-  options = costs.Options(("kd", "fitnet"), data_dir=str(tmp_path))
-  found = costs.count(costs.methods.Config(), options)
-  assert found["labels alone"]["step_flops"] < found["kd"]["step_flops"]
-  record = json.loads((ROOT / "benchmarks" / "results" / "costs.json").read_text())["methods"]
-  assert found == {name: record[name] for name in found}
 
 
 def test_every_public_name_is_on_the_page_once_and_linked():
