@@ -117,6 +117,43 @@ def test_masked_generation(masked):
   )
 
 
+@pytest.mark.parametrize(("width", "wanted"), [(5, 8), (8, 5), (6, 6)])
+def test_an_orthogonal_projector_in_its_codes_coordinates(width, wanted):
+  """VkD's projector is PyTorch's parametrisation, of other coordinates than the kernel of ours.
+
+  Every step of these is one along orthogonal matrices, of which either kernel's gradient knows all:
+  taken back through PyTorch's own map, ours is the gradient of its coordinates.
+  """
+  made = torch.nn.utils.parametrizations.orthogonal(
+    torch.nn.Linear(width, wanted, bias=False, dtype=torch.float64)
+  )
+  (coordinates,) = made.parameters()
+  with torch.no_grad():  # off the place where they begin; the diagonal has the columns' signs
+    coordinates += torch.tensor(numbers(31, *coordinates.shape, scale=0.3)).fill_diagonal_(0)
+  student, teacher = numbers(32, B, width), numbers(33, B, wanted)
+  given = torch.tensor(student, requires_grad=True)
+  normalized = torch.nn.functional.layer_norm(torch.tensor(teacher), (wanted,))
+  theirs = torch.nn.functional.smooth_l1_loss(made(given), normalized)
+  to_given, to_coordinates = torch.autograd.grad(theirs, (given, coordinates))
+  objective = recipes.vkd(soft_weight=None, hard_weight=None)
+  tall = wanted > width  # ours takes a square one by its columns
+
+  def ours(student, kernel):
+    outputs = (Outputs(jnp.zeros((B, 3)), {"pooled": x}) for x in (student, jnp.asarray(teacher)))
+    return total(objective, *outputs, params={"projector": {"kernel": kernel}})
+
+  with jax.enable_x64(True):
+    kernel = made.weight.detach().numpy()
+    value, (to_student, to_kernel) = jax.value_and_grad(ours, (0, 1))(
+      jnp.asarray(student), jnp.asarray(kernel if tall else kernel.T)
+    )
+  to_weight = torch.tensor(np.asarray(to_kernel if tall else to_kernel.T))
+  (taken_back,) = torch.autograd.grad(made.weight, coordinates, to_weight)
+  close(value, theirs.detach())
+  close(to_student, to_given, "the student's gradient")
+  close(taken_back, to_coordinates, "the projector's gradient")
+
+
 def test_softmax_regression_through_its_connector():
   head = {"kernel": numbers(21, 5, 3), "bias": numbers(22, 3)}
   objective = recipes.srrl(head, hard_weight=None)
