@@ -306,7 +306,7 @@ GOOD = {"image": [1.0, 2.0], "label": 0}
     ("cifar100", {}, "got the text 'cifar100'"),
     (7, {}, "needs an iterable of dicts, got int"),
     ([GOOD, {"image": [1.0, 2.0]}], {}, r"row 1 of 'rows' has no 'label'; it has \['image'\]"),
-    ([{"img": [1.0], "fine_label": 0}], {}, r"no 'image'.*Did you mean 'img'"),
+    ([{"img": [1.0], "label": 0}], {}, r"no 'image'.*Did you mean 'img'"),
     ([{"img": [1.0], "fine_label": 0}], {"inputs": "img"}, "Did you mean 'fine_label'"),
     ([GOOD, GOOD, {"image": [1.0], "label": 0}], {}, r"row 0 has \(2,\), row 2 has \(1,\)"),
     ([GOOD, {"image": [[1.0], [2.0, 3.0]], "label": 0}], {}, "row 1 of 'rows' cannot be made one"),
