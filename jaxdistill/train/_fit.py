@@ -226,7 +226,9 @@ def check_run(run: Any, kind: str | None = None) -> Run:
     return run
   runs.check_place(run.folder, kind)
   place = _check.folder("folder", run.folder)
-  for taken in (place / "checkpoints", place / "student"):
+  # A search within a budget keeps runs there, each of which is looked at by itself.
+  own = () if kind == "search within a budget" else ("checkpoints", "student")
+  for taken in map(place.joinpath, own):
     ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / runs.MANIFEST).is_file())
     if os.path.lexists(taken) and not ours:
       raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
