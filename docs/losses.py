@@ -12,7 +12,6 @@ more, to be typeset, and what each loss was compared with.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
@@ -21,6 +20,8 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterable, Sequence
+
+from generated import write_or_check
 
 __all__ = [
   "Docstring",
@@ -405,17 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit status: 1 where ``--check`` finds another page than would be written.
   """
-  parser = argparse.ArgumentParser(description="Writes docs/losses.md from the losses' docstrings.")
-  parser.add_argument("--check", action="store_true", help="write nothing, fail if it is stale")
-  check = parser.parse_args(arguments).check
-  wanted = page()
-  present = PAGE.read_text("utf-8") if PAGE.exists() else ""
-  if check and present != wanted:
-    print(f"docs/losses.md is not what the docstrings say: run `{command}`.", file=sys.stderr)
-    return 1
-  if not check:
-    PAGE.write_text(wanted, "utf-8")
-  return 0
+  about = "Writes docs/losses.md from the losses' docstrings."
+  return write_or_check(PAGE, page, command, about, arguments)
 
 
 if __name__ == "__main__":

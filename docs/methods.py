@@ -10,12 +10,13 @@ It imports nothing of the library, so that any Python runs it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 import re
 import sys
 from collections.abc import Sequence
+
+from generated import write_or_check
 
 __all__ = ["command", "listed", "main", "page"]
 
@@ -166,16 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   Returns:
     The exit status: 1 where ``--check`` finds another page than would be written.
   """
-  parser = argparse.ArgumentParser(description="Writes the tables of docs/methods.md.")
-  parser.add_argument("--check", action="store_true", help="write nothing, fail if it is stale")
-  check = parser.parse_args(arguments).check
-  wanted = page()
-  if check and PAGE.read_text("utf-8") != wanted:
-    print(f"docs/methods.md has stale tables: run `{command}`.", file=sys.stderr)
-    return 1
-  if not check:
-    PAGE.write_text(wanted, "utf-8")
-  return 0
+  about = "Writes the tables of docs/methods.md."
+  return write_or_check(PAGE, page, command, about, arguments)
 
 
 if __name__ == "__main__":

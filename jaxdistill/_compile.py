@@ -2,11 +2,11 @@
 
 `activations`, `available`, `limit_of` and `that_fit` are about memory, measured and not guessed.
 `quick`, `brief`, `long`, `by_work` and `for_work` are options of the compiler, and `compares` what
-the first of them gets wrong. What only looks at
-numbers compiles nothing where `host_view` shows them. A `BackgroundCompiled` function is compiled
-while Python traces what comes next; a `CompiledOnce` one likewise, and not at all where the same
-program was compiled before. A `Deferred` array is computed when it is first needed. `placed` brings
-what a program reads to where the rest of it lies.
+the first of them gets wrong. What only looks at numbers compiles nothing where `host_view` shows
+them. A `BackgroundCompiled` function is compiled while Python traces what comes next; a
+`CompiledOnce` one likewise, and not at all where the same program was compiled before. A `Deferred`
+array is computed when it is first needed. `placed` brings what a program reads to where the rest of
+it lies.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ __all__ = [
   "quickly",
   "shapes_of",
   "that_fit",
+  "weighed",
 ]
 
 # What is left to everything else: the compiler's own figure is exact for a program, not for what
@@ -267,8 +268,19 @@ def by_work(function: Callable[..., Any], *args: Any, calls: int) -> dict[str, A
   Returns:
     Those of ``jax.jit`` on a CPU; None elsewhere.
   """
+  each, exact = weighed(function, *args)
+  return for_work(each * calls, exact=exact)
+
+
+def weighed(function: Callable[..., Any], *args: Any) -> tuple[int, bool]:
+  """What `for_work` asks of one call: its `activations`, and whether it `compares`; of one trace.
+
+  Args:
+    function: traced, not run.
+    *args: its arguments, or their shapes.
+  """
   jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return for_work(_computed_bytes(jaxpr) * calls, exact=_compares(jaxpr))
+  return _computed_bytes(jaxpr), _compares(jaxpr)
 
 
 def for_work(work: float, *, exact: bool) -> dict[str, Any] | None:
@@ -352,9 +364,11 @@ def quickly(function: Callable[..., Any]) -> Callable[..., Any]:
   fast: Any = jax.jit(function, compiler_options=quick())
   exact: Any = jax.jit(function, compiler_options=brief())
 
+  # `jax.jit` keeps what it traced of arguments like these, which is then looked through once.
+  known = functools.lru_cache(maxsize=4)(_compares)
+
   def call(*args: Any) -> Any:
-    # `jax.jit` keeps what it traced of arguments like these.
-    return (exact if _compares(fast.trace(*args).jaxpr.jaxpr) else fast)(*args)
+    return (exact if known(fast.trace(*args).jaxpr.jaxpr) else fast)(*args)
 
   return call
 

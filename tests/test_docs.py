@@ -23,7 +23,11 @@ def load(page):
   return module
 
 
-docs, methods = load("losses"), load("methods")
+sys.path.insert(0, str(ROOT / "docs"))  # as for a script of that folder
+try:
+  docs, methods = load("losses"), load("methods")
+finally:
+  sys.path.remove(str(ROOT / "docs"))
 ENTRIES = {entry.name: entry for _, entries in docs.families().values() for entry in entries}
 FUNCTIONS = [name for name, entry in ENTRIES.items() if entry.is_function]
 

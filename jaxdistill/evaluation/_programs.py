@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxdistill._compile import BackgroundCompiled, activations, compares, for_work, host_view
+from jaxdistill._compile import BackgroundCompiled, for_work, host_view, weighed
 from jaxdistill.data import Batches
 from jaxdistill.types import Batch
 
@@ -61,12 +61,8 @@ class Kept:
     return self.traced.trace(*self._shapes).jaxpr
 
   @functools.cached_property
-  def _bytes(self) -> int:
-    return max(1, activations(self._own, *self._shapes))
-
-  @functools.cached_property
-  def _exact(self) -> bool:
-    return compares(self._own, *self._shapes)
+  def _weighed(self) -> tuple[int, bool]:
+    return weighed(self._own, *self._shapes)
 
   def compiled(self, calls: float) -> BackgroundCompiled:
     """The function under ``jax.jit``, which compiles it at its first call.
@@ -79,9 +75,10 @@ class Kept:
     """
     if self._plain and self._compiled is not None:
       return self._compiled
-    work = self._bytes * calls
-    options = for_work(max(work, self._work), exact=self._exact)
-    if self._compiled is None or options != for_work(self._work, exact=self._exact):
+    each, exact = self._weighed
+    work = max(1, each) * calls
+    options = for_work(max(work, self._work), exact=exact)
+    if self._compiled is None or options != for_work(self._work, exact=exact):
       self._compiled = BackgroundCompiled(jax.jit(self._own, compiler_options=options))
     self._work = max(work, self._work)
     return self._compiled

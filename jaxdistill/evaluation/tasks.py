@@ -35,6 +35,7 @@ from jaxdistill.evaluation import ranking
 from jaxdistill.types import Batch, Outputs, with_logits
 
 __all__ = [
+  "RESERVED",
   "Metric",
   "Shows",
   "Task",
@@ -71,8 +72,8 @@ _TAKES = {
 
 
 # What a report says of a model beside its metrics.
-_TAKEN = {"description", "instances", "per_seed", "parameters", "bytes", "flops", "xla_flops"}
-_TAKEN |= {"latency_ms", "throughput", "throughput_batch"}
+RESERVED = {"description", "instances", "per_seed", "parameters", "bytes", "flops", "xla_flops"}
+RESERVED |= {"latency_ms", "throughput", "throughput_batch"}
 
 
 class TaskError(ValueError):
@@ -317,10 +318,10 @@ class Task:
         f"task {self.name!r} needs metrics={{name: Metric('higher')}}, at least one."
       )
     for name in (*self.metrics, *self.others, *self.fidelity):
-      if not isinstance(name, str) or name in _TAKEN:
+      if not isinstance(name, str) or name in RESERVED:
         raise ValueError(
           f"task {self.name!r} has the metric {name!r}, which must be a text, and none of what a "
-          f"report says beside metrics, {sorted(_TAKEN)}: rename it."
+          f"report says beside metrics, {sorted(RESERVED)}: rename it."
         )
 
   @property

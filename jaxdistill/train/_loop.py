@@ -33,7 +33,7 @@ from jaxdistill.runs import Checkpoints, progress_bar
 from jaxdistill.train import _mesh
 from jaxdistill.train._program import Program, nothing_counts
 from jaxdistill.train._state import State, from_items, to_items
-from jaxdistill.train._step import RESERVED
+from jaxdistill.train._step import RESERVED, counts_of
 from jaxdistill.types import Model
 
 __all__ = [
@@ -377,8 +377,7 @@ def check_counted(sums: PyTree, has_labels: bool, source: str) -> None:
 
 def _counts_any(sums: PyTree) -> bool:
   """Whether an example counted in any term."""
-  counts = [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
-  return any(np.any(np.asarray(count)) for count in counts)
+  return any(np.any(np.asarray(count)) for count in counts_of(sums))
 
 
 def check_finite(sums: PyTree, begin: int) -> None:

@@ -33,7 +33,7 @@ from jaxdistill.train._plan import Plan
 from jaxdistill.train._sharding import Layout
 from jaxdistill.train._side_by_side import form_of, inputs_of, turns_must_be_known
 from jaxdistill.train._state import State, init_state, trained_variables
-from jaxdistill.train._step import make_step
+from jaxdistill.train._step import counts_of, make_step
 from jaxdistill.types import Batch, Model, Network, Objective, Teacher
 
 __all__ = [
@@ -459,8 +459,7 @@ class Program:
 
     def counts(given: tuple[State, Values, Any], batch: Batch) -> list[Any]:
       state, mine, teacher = given
-      sums = step_of(plan, optax.identity(), mine)(state, teacher, batch)[1]
-      return [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
+      return counts_of(step_of(plan, optax.identity(), mine)(state, teacher, batch)[1])
 
     def of_zeros(batch: Batch) -> list[Any]:
       return counts(

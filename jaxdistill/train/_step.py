@@ -39,7 +39,7 @@ from jaxdistill.types import (
   with_logits,
 )
 
-__all__ = ["RESERVED", "make_step", "mask_of", "reduce_terms", "right", "summed"]
+__all__ = ["RESERVED", "counts_of", "make_step", "mask_of", "reduce_terms", "right", "summed"]
 
 PyTree = Any
 # What a line of the log says beside the terms.
@@ -541,6 +541,11 @@ def reduce_terms(
       total = jax.lax.psum(total, axis_name)
     sums[name] = (total, count)
   return loss, sums
+
+
+def counts_of(sums: Mapping[str, Any]) -> list[Any]:
+  """How much counted in each term of what a step measured, ``{name: (sum, count)}``."""
+  return [count for name, (_, count) in sums.items() if name not in ("loss", "accuracy")]
 
 
 def summed(name: str, term: Term, batch: Batch) -> Summed:

@@ -484,6 +484,7 @@ def test_means_are_of_one_example_whatever_the_sums_were_replaced_by():
 def test_a_metric_may_not_be_called_as_a_cost():
   with pytest.raises(ValueError, match="'mine' has the metric 'bytes'.*rename it"):
     tasks.Task("mine", {"bytes": tasks.Metric("lower")}, lambda o, b: {"bytes": (0.0, 1.0)})
+  assert set(document._MODEL) == tasks.RESERVED  # what a report has is what a task may not have
 
 
 @pytest.mark.slow

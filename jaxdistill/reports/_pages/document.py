@@ -73,7 +73,7 @@ def about(task: Task, measured: Sequence[str]) -> dict[str, Any]:
   Raises:
     ValueError: a metric has the name of something else that a model has.
   """
-  taken = sorted(_MODEL.keys() & (task.metrics.keys() | set(measured)))
+  taken = sorted(tasks.RESERVED & set(measured))  # of those that it declares, a task has none
   if taken:
     raise ValueError(
       f"the metric {taken[0]!r} of the task {task.name!r} has the name of what every model of a "
