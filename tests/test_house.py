@@ -182,6 +182,12 @@ def test_a_function_is_at_most_sixty_lines_of_code():
   assert not found
 
 
+def test_no_two_files_of_tests_have_one_name():
+  """Pytest imports them by it, and stops at the second, but only where both are collected."""
+  names = [path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")]
+  assert len(names) == len(set(names)), {name for name in names if names.count(name) > 1}
+
+
 def test_nothing_is_left_to_be_done_in_the_code():
   for path in ROOT.rglob("*.py"):
     for word in ("TODO", "FIXME"):
