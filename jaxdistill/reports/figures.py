@@ -551,8 +551,8 @@ def training(
 
   Args:
     path: where the PNG goes; None writes none.
-    lines: by model ``(x [N], values [N, S])``, of which at least one is finite; what is not is a
-      gap.
+    lines: by model ``(x [N], values [N, S])``, of which at least one is `drawable`; what is not is
+      a gap.
     xlabel: what x is.
     words: what the models are called.
 
@@ -564,11 +564,12 @@ def training(
   >>> training(None, lines, xlabel="epochs").axes[0].get_lines()[0].get_ydata().tolist()
   [1.5, nan, 0.5]
   """
+  lines = {name: (drawable(x), drawable(values)) for name, (x, values) in lines.items()}
   every = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])
   if not every.size:
-    raise ValueError("lines has no finite value; leave out what was never measured.")
+    raise ValueError("lines has no value to draw; leave out what was never measured.")
   figure, axes = _small(190, xlabel=xlabel, left=46)
-  if every.min() > 0 and every.max() / every.min() > 20:
+  if every.min() > 0 and np.log(every.max()) - np.log(every.min()) > np.log(20):
     axes.set_yscale("log")
     ticks = _log_ticks(every.min() / 1.15, every.max() * 1.15)
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -576,7 +577,7 @@ def training(
   for name, (x, values) in lines.items():
     kept = np.unique(np.linspace(0, len(x) - 1, 160).round().astype(int))  # all that can be seen
     x, values = np.asarray(x, np.float64)[kept], values[kept]
-    whole = np.isfinite(values).all(axis=1)
+    whole = np.isfinite(values).all(axis=1) & np.isfinite(x)
     values = np.where(whole[:, None], values, np.nan)
     mean, low, high = values.mean(axis=1), values.min(axis=1), values.max(axis=1)
     colour, marker = _LOOKS[name]
@@ -797,6 +798,19 @@ def _text(value: Any) -> str:
   '\\$a\\$'
   """
   return clean(value).replace("$", r"\$")
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+  """The values that a picture has room for, float32's: NaN for what is larger, 0 for smaller ones.
+
+  What is beyond them comes of a training that has diverged, or of a file that says what nothing
+  measured; no other value could be told apart beside it, and ticks would overflow.
+
+  >>> drawable(np.array([1.0, 1e308, np.inf, 1e-308])).tolist()
+  [1.0, nan, nan, 0.0]
+  """
+  size, limits = np.abs(values), np.finfo(np.float32)
+  return np.where(size <= limits.max, np.where(size >= limits.tiny, values, 0.0), np.nan)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

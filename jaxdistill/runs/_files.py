@@ -212,17 +212,24 @@ def parse_json(content: bytes | str) -> Any:
   """What JSON says that anybody may have written.
 
   Raises:
-    ValueError: it is no JSON, nested so deeply that Python gives up, or would take more than ten
-      times its size in memory.
+    ValueError: it is no JSON, nested so deeply that Python gives up, would take more than ten times
+      its size in memory, or has an integer that no float is as large as.
   """
   content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
   # A list of nothing but empty lists takes twenty times its text; anything else, less than ten.
   if content.count(b"[") + content.count(b"{") > max(SMALL // 100, len(content) // 10):
     raise ValueError("is nested too deeply, or nearly all brackets")
   try:
-    return json.loads(content)
+    return json.loads(content, parse_int=_integer)
   except RecursionError as error:
     raise ValueError("is nested too deeply") from error
+
+
+def _integer(digits: str) -> int:
+  """What is read is compared, averaged and drawn as floats, of which the largest has 309 digits."""
+  if len(digits) > 308:
+    raise ValueError(f"has a number of {len(digits):,} digits")
+  return int(digits)
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -387,9 +394,24 @@ def within(folder: pathlib.Path, name: Any, *, links: bool = False) -> pathlib.P
   leads_out = any(path.anchor or ".." in path.parts for path in spelled)
   if not isinstance(name, str) or not name.strip("./") or "\0" in name or leads_out:
     raise ValueError(f"names {name!r}, which is no file of its folder")
+  try:
+    (folder / name).exists()
+  except OSError as error:  # longer than a name may be, which each later look at it would meet
+    raise ValueError(f"names {name[:80]!r}: {error.strerror}") from error
   if not links and _leads_out(folder / name, folder):
     raise ValueError(f"names {name!r}, which {_LINK}")
   return folder / name
+
+
+def check_links(folder: pathlib.Path) -> None:
+  """Sees that what is read by a library stays in the folder that it was given.
+
+  Raises:
+    ValueError: a link leads out of it; the message names it.
+  """
+  for path in folder.rglob("*"):
+    if path.is_symlink() and _leads_out(path, folder):
+      raise ValueError(f"{path} {_LINK}")
 
 
 def _leads_out(path: pathlib.Path, folder: pathlib.Path) -> bool:

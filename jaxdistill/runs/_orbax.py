@@ -29,7 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxdistill import _check
-from jaxdistill.runs._files import read_json
+from jaxdistill.runs._files import check_links, read_json
 from jaxdistill.runs._manifest import MANIFEST, CheckpointError, check_size, listing
 from jaxdistill.runs._shards import Together
 
@@ -259,11 +259,15 @@ def read_foreign_orbax(
   Raises:
     FileNotFoundError: there is nothing at ``path``.
     ValueError: it is no checkpoint of Orbax's, it is one of ours, or it lacks a collection.
-    CheckpointError: Orbax cannot read it.
+    CheckpointError: Orbax cannot read it, or a link in it leads elsewhere.
   """
   folder = _check.folder("path", path)
   _refuse_ours(folder)
   folder = _last_step(folder)
+  try:
+    check_links(folder)
+  except ValueError as error:
+    raise CheckpointError(str(error)) from error
   items = _items(folder)
   only = next(iter(items)) if len(items) == 1 else None
   with _ORBAX:

@@ -141,6 +141,15 @@ def test_orbax_reads_parameters_alone(foreign):
   assert_same(whole, {"batch_stats": PARAMS})
 
 
+def test_links_out_of_somebody_elses_checkpoint_are_not_followed(foreign, tmp_path):
+  shutil.copytree(foreign / "v1", tmp_path / "a")
+  inside = next(path for path in (tmp_path / "a").rglob("*") if path.name == "manifest.ocdbt")
+  inside.rename(tmp_path / "outside")
+  inside.symlink_to(tmp_path / "outside")
+  with pytest.raises(CheckpointError, match="manifest.ocdbt is a link out of"):
+    weights.orbax(tmp_path / "a")
+
+
 def test_orbax_does_not_read_the_optimizer(foreign, tmp_path):
   shutil.copytree(foreign / "apart", tmp_path / "apart")
   # The numbers are taken away, what says their shapes stays. Of one array only: Orbax closes its

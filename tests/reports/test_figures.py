@@ -81,8 +81,18 @@ def test_what_cannot_be_drawn_is_named():
     figures.intervals(None, {}, xlabel="accuracy")
   with pytest.raises(ValueError, match="rows is empty; give at least one class"):
     figures.groups(None, [], xlabel="accuracy")
-  with pytest.raises(ValueError, match="lines has no finite value"):
+  with pytest.raises(ValueError, match="lines has no value to draw"):
     figures.training(None, {"student": (np.zeros(1), np.full((1, 1), np.nan))}, xlabel="epochs")
+
+
+@pytest.mark.parametrize("huge", [1e39, 1.7e308])
+def test_numbers_that_no_training_has_are_gaps_in_its_curves(huge):
+  values = np.array([[1.0, 2.0], [huge, 1.0], [30.0, 0.5], [0.5, 5e-324]])
+  figure = figures.training(None, {"student": (np.array([0, 1, huge, 3]), values)}, xlabel="epochs")
+  (line,) = figure.axes[0].get_lines()[:1]
+  np.testing.assert_array_equal(line.get_xdata(), [0, 1, np.nan, 3])
+  np.testing.assert_array_equal(line.get_ydata(), [1.5, np.nan, 15.25, 0.25])
+  assert svg(figure, "loss")
 
 
 def test_a_figure_in_a_page_has_the_pages_colours_and_tells_its_marks():

@@ -38,14 +38,40 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
 
 @pytest.mark.parametrize(
   "name",
-  ["../a", "/etc/passwd", "b/../../a", "C:\\a", "..\\a", "", ".", "a\0b", 3, None, "out", "up/a"],
+  [
+    *(
+      "../a",
+      "/etc/passwd",
+      "b/../../a",
+      "C:\\a",
+      "..\\a",
+      "",
+      ".",
+      "a\0b",
+      3,
+      None,
+      "out",
+      "up/a",
+    ),
+    pytest.param("1" * 300, id="a long name"),
+    pytest.param("1/" * 3000, id="a long path"),
+  ],
 )
-def test_a_path_in_a_file_stays_in_its_folder(tmp_path, name):
+@pytest.mark.parametrize("links", [False, True])
+def test_a_path_in_a_file_stays_in_its_folder(tmp_path, name, links):
+  if links and name in ("out", "up/a"):
+    return  # those are the user's own
   (tmp_path / "here").mkdir()
   (tmp_path / "here" / "out").symlink_to(tmp_path / "a")
   (tmp_path / "here" / "up").symlink_to(tmp_path)
   with pytest.raises(ValueError, match="^names "):
-    runs.within(tmp_path / "here", name)
+    runs.within(tmp_path / "here", name, links=links)
+
+
+def test_an_integer_that_no_float_holds_is_refused():
+  assert runs.parse_json("[1" + "0" * 300 + ", -1]") == [10**300, -1]
+  with pytest.raises(ValueError, match="310 digits"):
+    runs.parse_json("1" + "0" * 309)
 
 
 def test_a_path_in_a_file_may_lie_deeper(tmp_path):

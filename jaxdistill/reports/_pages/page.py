@@ -698,7 +698,7 @@ def _series(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, n
     step if not epoch or np.isnan(epoch) else epoch
     for epoch, step in zip(epochs, steps, strict=True)
   ]
-  return np.array(x), np.array(found)
+  return np.array(x), figures.drawable(np.array(found))
 
 
 def _exports(exports: Mapping[str, Any] | None) -> Section:
