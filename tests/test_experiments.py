@@ -72,6 +72,7 @@ def digits(tmp_path_factory):
   return folder, data_dir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_was_promised(digits):
   folder, _ = digits
   files = {"report.json", "report.md", "report.html", "predictions.npz", "accuracy.png"}
@@ -85,6 +86,7 @@ def test_a_run_leaves_what_was_promised(digits):
   assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_report_satisfies_its_schema(digits):
   found = read(digits[0])
   schema = reports.report_schema()
@@ -128,6 +130,7 @@ def test_a_run_that_is_started_again_goes_on(digits, capsys):
   assert "Report: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_configuration_in_the_same_folder_is_refused(digits):
   folder, data_dir = digits
   with pytest.raises(ValueError, match="temperature: .* there, 9"):

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import functools
 import importlib
 import inspect
 import pathlib
@@ -131,22 +132,26 @@ def test_the_examples_of_docstrings_run(name):
   assert runner.failures == 0
 
 
+@functools.cache  # the library is parsed once
 def functions():
   """Every function of the library: ``(module.qualified name, node, is it public)``."""
-  for path in sorted(ROOT.rglob("*.py")):
-    module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+  return [one for path in sorted(ROOT.rglob("*.py")) for one in functions_of(path)]
 
-    def inside(node, name, public):
-      for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.ClassDef):
-          full, shown = f"{name}.{child.name}", public and not child.name.startswith("_")
-          if isinstance(child, ast.FunctionDef):
-            yield full, child, shown or (public and child.name == "__init__")
-          yield from inside(child, full, shown and isinstance(child, ast.ClassDef))
-        else:
-          yield from inside(child, name, public)
 
-    yield from inside(ast.parse(path.read_text()), module, True)
+def functions_of(path):
+  module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+
+  def inside(node, name, public):
+    for child in ast.iter_child_nodes(node):
+      if isinstance(child, ast.FunctionDef | ast.ClassDef):
+        full, shown = f"{name}.{child.name}", public and not child.name.startswith("_")
+        if isinstance(child, ast.FunctionDef):
+          yield full, child, shown or (public and child.name == "__init__")
+        yield from inside(child, full, shown and isinstance(child, ast.ClassDef))
+      else:
+        yield from inside(child, name, public)
+
+  yield from inside(ast.parse(path.read_text()), module, True)
 
 
 def lines_of_code(function):

@@ -8,6 +8,7 @@ import pytest
 README = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_examples_run(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   own, added, many, foreign = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -26,6 +26,7 @@ __all__ = [
   "classes",
   "colours",
   "curves",
+  "drawable",
   "frontier",
   "gap",
   "groups",

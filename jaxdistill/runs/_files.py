@@ -26,6 +26,7 @@ __all__ = [
   "SMALL",
   "WRITING",
   "altered",
+  "check_links",
   "digest",
   "entry",
   "parse_json",

@@ -240,6 +240,7 @@ def test_batches_on_the_device_and_streamed_are_equal():
     np.testing.assert_array_equal(first.inputs["segments"], examples.inputs["segments"][rows])
 
 
+@pytest.mark.slow
 def test_what_lies_in_padding_reaches_no_parameter():
   examples = data.from_text(TEXTS, tokenizers.utf8(), length=60)
   padding = examples.inputs["segments"] == 0

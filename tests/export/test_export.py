@@ -367,6 +367,7 @@ def test_files_of_another_student_do_not_stay(small, copied):
   assert not (copied / "exports" / "student.stablehlo").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_its_check_is_not_left(small, program, folder):
   _, _, images, labels, logits = small
   path = folder / "net.stablehlo"

@@ -101,6 +101,7 @@ def test_z_scores_of_the_largest_floats():
   assert np.isfinite(gradient(losses.standardize_logits, z)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_a_head_that_starts_at_zero_gets_no_gradient_from_a_ratio_of_nothing(dtype):
   """The formulas' own is 1e7 and more there, which float16 has not."""
@@ -177,6 +178,7 @@ def test_a_divergence_of_nearly_equal_logits_is_small_and_not_below_zero(name, a
   assert jnp.all(jnp.isfinite(gradient(lambda s, t: function(s, t, *labels), student, teacher)))
 
 
+@pytest.mark.slow
 def test_a_softmax_over_one_output_is_refused_by_every_loss_that_has_one():
   one, two = jnp.ones((4, 1)), jnp.ones((4, 2))
   labels = jnp.zeros(4, jnp.int32)

@@ -121,9 +121,9 @@ def eight(tmp_path_factory):
   return on(8, tmp_path_factory.mktemp("eight"))
 
 
-@pytest.mark.slow_but("2-contrastive_bank")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*LOSSES, "contrastive_bank"])
-@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [2, 8])
 def test_a_mesh_gives_one_devices_value_and_gradient(name, devices, request):
   one = on(1)[name]
   several = request.getfixturevalue("eight")[name] if devices == 8 else on(2)[name]

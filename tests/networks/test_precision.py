@@ -71,6 +71,7 @@ def test_training_stays_close_to_float32(trained):
   assert theirs[-1] < 0.9 * theirs[0]
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_float32(trained):
   _, mixed = trained
   state = mixed.state

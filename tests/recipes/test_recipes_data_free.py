@@ -55,6 +55,7 @@ def terms_of(variables, train=True):
   return terms, outputs, state, (kept, after)
 
 
+@pytest.mark.slow
 def test_the_terms_are_the_papers():
   teacher, _, _, variables = built()
   terms, outputs, state, (kept, after) = terms_of(variables)

@@ -82,6 +82,7 @@ def divergence(logits, taught, temperature):
   return temperature**2 * np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
 
 
+@pytest.mark.slow
 def test_the_terms_are_the_codes():
   objective = fcfd(TAILS, TAUGHT)
   params = small_networks.drawn(objective.init(KEY, *both())[0], seed=3)

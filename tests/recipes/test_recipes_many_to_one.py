@@ -171,6 +171,7 @@ def test_the_block_is_trained_with_the_student():
   assert fitted.history[-1]["norm"] < fitted.history[0]["norm"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused():
   with pytest.raises(ValueError, match="classifier='head' has a kernel None"):
     recipes.with_many_to_one(plain(), 5, segments=2, classifier="head").apply(

@@ -72,6 +72,7 @@ def moved(gradients, spared=()):
     assert np.any(leaf) or any(key.key in spared for key in path), path
 
 
+@pytest.mark.slow
 def test_cwd():
   terms, params, gradients = run(recipes.cwd(student_layer="map"))
   want = ref_cwd(connect(params["connector"], wide(STUDENT, "map"), True), wide(TEACHER, "map"), 4)

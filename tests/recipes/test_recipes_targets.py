@@ -344,6 +344,7 @@ def test_universal_self_distillation_has_an_exit_and_a_mean_over_who_counts(stri
     recipes.uskd().init(KEY, student, None)
 
 
+@pytest.mark.slow
 def test_scale_decoupled_distillation_pools_maps_of_logits(strict_promotion):
   student, teacher, batch = draw(np.float32)
   rng = np.random.default_rng(8)

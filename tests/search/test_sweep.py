@@ -292,6 +292,7 @@ def test_halving_drops_points_and_the_others_are_trained_as_ever(parts, plain):
       assert_same(result.students(index), plain.students(index), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on(parts, tmp_path, monkeypatch, plain):
   options = {"seeds": SEEDS, "memory": 60_000, "devices": jax.devices()[:1]}
   from jaxdistill.search import _trials

@@ -461,6 +461,7 @@ def tokenizers_of(*texts):
   return [data.tokenizers.characters(text) for text in texts]
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_cut_or_gets_columns_without_probability():
   logits = jnp.asarray(LOGITS, jnp.float32)  # [3, 4, 5]
   whole = Teacher({}, lambda variables, batch: Outputs(logits=logits, features={"mid": logits}))

@@ -149,6 +149,7 @@ def test_what_only_stands_still_is_not_frozen(name):
   assert not any(jax.tree.leaves(zero))
 
 
+@pytest.mark.slow
 def test_statistics_move_while_the_rate_is_0():
   first, last = after(NETWORKS["linen"](), optax.sgd(0.0))
   assert not any(moved(first.params, last.params).values())

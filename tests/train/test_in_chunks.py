@@ -249,10 +249,9 @@ def judged(objective, dtype, devices=None, ways=WAYS):
   return worst
 
 
+@pytest.mark.slow_but("objective1-float64")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize(
-  "objective", [pytest.param(as_objective(everything, temperature=2.0), marks=SLOW), LEARNING]
-)
+@pytest.mark.parametrize("objective", [as_objective(everything, temperature=2.0), LEARNING])
 def test_the_loss_in_chunks_and_all_its_gradients(dtype, objective):
   with jax.enable_x64(dtype == jnp.float64):
     assert max(judged(objective, dtype).values()) < WITHIN[dtype]

@@ -230,6 +230,7 @@ def test_what_is_no_objective_is_refused():
     as_objective("kd")
 
 
+@pytest.mark.slow
 def test_objectives_run_under_strict_promotion(strict_promotion):
   outputs = Outputs(logits=jnp.ones((2, 3), jnp.bfloat16), features={"f": jnp.ones((2, 4))})
   batch = make_batch(jnp.zeros((2, 1)), jnp.array([0, 1], jnp.int32))

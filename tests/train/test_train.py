@@ -343,6 +343,7 @@ def test_padded_evaluation_is_ragged_evaluation():
   assert whole["accuracy"] == np.mean(logits.argmax(1) == held_out.labels)
 
 
+@pytest.mark.slow
 def test_evaluation_over_seeds_is_each_alone():
   network, held_out = small_networks.dense(5, norm=True), examples(size=21)
   batches = data.evaluation_batches(held_out, batch_size=8)
