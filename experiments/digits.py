@@ -137,28 +137,29 @@ def train_all(config: Config, options: Options) -> None:
       ),
     )
 
-  # Teachers get seeds of their own, so that no student shares its data order with one.
-  members = fit(
-    "teacher",
-    teacher,
-    recipes.labels(),
-    range(100, 100 + config.teachers),
-    config.teacher_epochs,
-    config.teacher_rate,
-    config.teacher_shift,
-  )
   seeds = range(config.first_seed, config.first_seed + config.seeds)
-  fit("baseline", student, recipes.labels(), seeds, config.epochs, config.rate)
-  objective = recipes.combine(
-    recipes.kd(
-      temperature=config.temperature,
-      soft_weight=config.soft_weight,
-      hard_weight=config.hard_weight,
-    ),
-    recipes.hint("hidden", "0/hidden", hint_weight=config.hint_weight),
-  )
-  ensemble = teachers.ensemble(members.unstack(), rule=config.rule)
-  fit("student", student, objective, seeds, config.epochs, config.rate, teacher=ensemble)
+  with train.concurrently() as start:  # the baseline needs no teacher, and each leaves a core idle
+    start(fit, "baseline", student, recipes.labels(), seeds, config.epochs, config.rate)
+    # Teachers get seeds of their own, so that no student shares its data order with one.
+    members = fit(
+      "teacher",
+      teacher,
+      recipes.labels(),
+      range(100, 100 + config.teachers),
+      config.teacher_epochs,
+      config.teacher_rate,
+      config.teacher_shift,
+    )
+    objective = recipes.combine(
+      recipes.kd(
+        temperature=config.temperature,
+        soft_weight=config.soft_weight,
+        hard_weight=config.hard_weight,
+      ),
+      recipes.hint("hidden", "0/hidden", hint_weight=config.hint_weight),
+    )
+    ensemble = teachers.ensemble(members.unstack(), rule=config.rule)
+    fit("student", student, objective, seeds, config.epochs, config.rate, teacher=ensemble)
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:

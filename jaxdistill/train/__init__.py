@@ -22,13 +22,9 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   from jaxdistill.train._loop import (
     Intervals,
     Log,
-    Stopped,
     claimed_folder,
     run_steps,
     start_or_resume,
-    stop_signal,
-    stopped,
-    time_limit,
   )
   from jaxdistill.train._memory import Memory, memory
   from jaxdistill.train._mesh import (
@@ -61,6 +57,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
   )
   from jaxdistill.train._state import State, deployed_variables, init_state
   from jaxdistill.train._step import make_step, reduce_terms
+  from jaxdistill.train._stops import Stopped, concurrently, stop_signal, stopped, time_limit
 
 __all__ = [
   "AXIS",  # the name of the mesh's axis over which batches are split
@@ -91,6 +88,7 @@ __all__ = [
   "check_student",  # the network, and the variables that it starts from where a model is given
   "check_teacher",  # a teacher whose variables are arrays without NaN
   "claimed_folder",  # the run's folder
+  "concurrently",  # trains in a thread what the next trainings need nothing of
   "data_parallel",  # a one-axis mesh, named `AXIS`, over which batches are split
   "deployed_variables",  # the variables that are evaluated and deployed
   "describe",  # what a run's folder says of it, beside what is computed

@@ -28,7 +28,6 @@ from jaxdistill.train._loop import (
   claimed_folder,
   run_steps,
   start_or_resume,
-  stop_signal,
 )
 from jaxdistill.train._memory import of_program
 from jaxdistill.train._mesh import Dispatch
@@ -38,6 +37,7 @@ from jaxdistill.train._processes import together
 from jaxdistill.train._program import Program, with_teacher_placed
 from jaxdistill.train._shared_teacher import with_answers
 from jaxdistill.train._state import State
+from jaxdistill.train._stops import stop_signal
 from jaxdistill.types import (
   Model,
   Network,

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 
 from jaxdistill import _check, runs
-from jaxdistill.train._loop import Stopped
+from jaxdistill.train._stops import Stopped
 
 __all__ = ["distributed", "together"]
 

@@ -701,7 +701,7 @@ def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path
 @pytest.mark.slow
 def test_time_that_is_not_over_stops_nothing(tmp_path):
   handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
-  with _loop.time_limit(None), _loop.time_limit(1000):
+  with train.time_limit(None), _loop.time_limit(1000):
     fitted = distil(folder=tmp_path / "a", stop_after=1000)
   assert fitted.history[-1]["step"] == 8
   assert signal.getsignal(signal.SIGTERM) is handler
@@ -720,7 +720,7 @@ def test_a_time_limit_of_a_script_stops_what_is_under_way(tmp_path):
       time.sleep(1.5)  # the limit is over meanwhile
 
   def script():
-    with _loop.time_limit(None if not began.is_set() else 1.0):
+    with train.time_limit(None if not began.is_set() else 1.0):
       distil(folder=tmp_path / "first", log_every=1)
       return distil(folder=tmp_path / "second", seed=1, log_every=1, callback=wait)
 
@@ -877,13 +877,13 @@ def test_of_two_jobs_in_one_folder_the_second_is_refused_before_work(tmp_path):
 
 
 def test_a_time_limit_between_two_trainings_leaves_at_once():
-  with pytest.raises(train.Stopped, match="time limit"), _loop.time_limit(0.05):
+  with pytest.raises(train.Stopped, match="time limit"), train.time_limit(0.05):
     time.sleep(10)
 
 
 @pytest.mark.parametrize("seconds", [0, -1.0, float("nan")])
 def test_a_time_limit_that_is_none_is_refused(tmp_path, seconds):
-  with pytest.raises(ValueError, match="seconds"), _loop.time_limit(seconds):
+  with pytest.raises(ValueError, match="seconds"), train.time_limit(seconds):
     pass
   with pytest.raises(ValueError, match="stop_after"):
     distil(folder=tmp_path / "run", stop_after=seconds)
