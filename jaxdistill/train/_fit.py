@@ -537,7 +537,8 @@ def _save_deployed(
     missing = not (path / "student").is_dir()
     if not missing:
       there = runs.read_object(path / "student" / "student.json").get("outputs")
-      missing = sorted(there or ()) != _put_out(plan, program, outputs)
+      listed = sorted(map(str, there)) if isinstance(there, list) else None
+      missing = listed != _put_out(plan, program, outputs)
       if missing:
         _drop_deployed(path)
   missing = bool(_mesh.agree(int(missing)))
