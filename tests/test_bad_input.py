@@ -477,12 +477,10 @@ def of_four(j):
 
 
 def compared(j):
-  """Three numbers beside the teacher's four, in a task that knows no classes."""
-  batches = j.data.evaluation_batches(arrays(labels=np.eye(3)[Y])(j), batch_size=8)
-  made = j.types.Model(network(j, 7), variables())
-  return j.evaluation.evaluate(
-    made, batches, teacher=of_four(j), task=j.evaluation.tasks.multilabel()
-  )
+  """Three numbers beside the teacher's four, in a task that does not say what fits."""
+  compare = lambda s, t, b: {"a": (jnp.sum(s.logits - t.logits), 1.0)}  # noqa: E731
+  task = dataclasses.replace(own_task(j, lambda o, b: {}), compared=compare)
+  return evaluated(j, variables(), teacher=of_four(j), task=task)
 
 
 def own_task(j, sums):
@@ -609,6 +607,11 @@ PARTS = [
     "decoders=.* must be",
   ),
   (lambda j: j.evaluation.tasks.multilabel(threshold=2.0), "positive and at most 1, got 2.0"),
+  (lambda j: j.evaluation.tasks.dense(boundary=[1]), r"boundary=\[1\] must be an integer"),
+  (lambda j: j.evaluation.tasks.tokens(top_mass=3), "top_mass=3 must be a sequence"),
+  (lambda j: j.evaluation.tasks.regression(variance="no"), "variance='no' must be True"),
+  (lambda j: j.evaluation.tasks.embedding(["h"]), "feature=.* must be a feature's name"),
+  (lambda j: j.evaluation.tasks.retrieval("h", "h"), "are one tower"),
   (lambda j: of_task(j, j.evaluation.tasks.dense()), r"logits are \[8, 3\].*classification\(\)"),
   (
     lambda j: of_task(j, own_task(j, lambda o, b: 1 / 0)),
