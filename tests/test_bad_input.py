@@ -477,12 +477,10 @@ def of_four(j):
 
 
 def compared(j):
-  """Three numbers beside the teacher's four, in a task that knows no classes."""
-  batches = j.data.evaluation_batches(arrays(labels=np.eye(3)[Y])(j), batch_size=8)
-  made = j.types.Model(network(j, 7), variables())
-  return j.evaluation.evaluate(
-    made, batches, teacher=of_four(j), task=j.evaluation.tasks.multilabel()
-  )
+  """Three numbers beside the teacher's four, in a task that does not say what fits."""
+  compare = lambda s, t, b: {"a": (jnp.sum(s.logits - t.logits), 1.0)}  # noqa: E731
+  task = dataclasses.replace(own_task(j, lambda o, b: {}), compared=compare)
+  return evaluated(j, variables(), teacher=of_four(j), task=task)
 
 
 def own_task(j, sums):
@@ -609,6 +607,11 @@ PARTS = [
     "decoders=.* must be",
   ),
   (lambda j: j.evaluation.tasks.multilabel(threshold=2.0), "positive and at most 1, got 2.0"),
+  (lambda j: j.evaluation.tasks.dense(boundary=[1]), r"boundary=\[1\] must be an integer"),
+  (lambda j: j.evaluation.tasks.tokens(top_mass=3), "top_mass=3 must be a sequence"),
+  (lambda j: j.evaluation.tasks.regression(variance="no"), "variance='no' must be True"),
+  (lambda j: j.evaluation.tasks.embedding(["h"]), "feature=.* must be a feature's name"),
+  (lambda j: j.evaluation.tasks.retrieval("h", "h"), "are one tower"),
   (lambda j: of_task(j, j.evaluation.tasks.dense()), r"logits are \[8, 3\].*classification\(\)"),
   (
     lambda j: of_task(j, own_task(j, lambda o, b: 1 / 0)),
@@ -894,23 +897,40 @@ KINDS = {
   "sweep": {"config.json": {"points": [], "seeds": [], "retrain": []}},
   "study": {"config.json": {"space": {}, "seeds": [], "retrain": []}},
   "search within a budget": {"config.json": {"candidates": [], "budget": {}, "gap": 0.02}},
-  "network of export": {"config.json": {"library_name": "jaxdistill", "outputs": ["logits"]}},
+  "network of export.save_folder": {
+    "config.json": {"library_name": "jaxdistill", "outputs": ["logits"]}
+  },
   "pretrained model": {"config.json": {"architectures": ["LlamaForCausalLM"]}},
-  "cache": {"manifest.json": {"format": 1}},
-  "report": {"report.json": {}},
+  "cache": {"manifest.json": {"views": {}}},
+  "saved variables": {"manifest.json": {"items": {}}},
+  "checkpoints": {"10/manifest.json": {"items": {}, "step": 10}},
+  "deployed student": {"manifest.json": {"kind": "student"}},
+  "report of a run that is gone": {"report.json": {}},
+  "run's exports": {"exports.json": {}},
+  "series of generations": {"generation1/config.json": {}},
 }
 
 
 @pytest.mark.parametrize("there", KINDS)
-@pytest.mark.parametrize("asked", ["run", "sweep", "study", "search within a budget", "cache"])
-def test_a_folder_is_of_one_kind(j, tmp_path, there, asked):
+def test_a_folder_is_of_one_kind(j, tmp_path, there):
   for name, content in KINDS[there].items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(json.dumps(content))
-  if asked == there or (asked, there) == ("cache", "report"):  # of which a cache says it itself
-    j.runs.check_place(tmp_path, asked)
-  else:
-    with pytest.raises(FileExistsError, match=f"holds a {there}.* a {asked} needs a folder"):
+  of_runs = ("run", "sweep", "study", "search within a budget", "report of a run", "series of")
+  of_runs = there.startswith(of_runs) and there != "run's exports"
+  for asked in (*KINDS, "report"):
+    if asked == there or (of_runs and asked in ("report", "deployed student")):
       j.runs.check_place(tmp_path, asked)
+    else:
+      with pytest.raises(FileExistsError, match=f"holds a {there}.* a {asked} needs a folder"):
+        j.runs.check_place(tmp_path, asked)
+  if there in ("cache", "deployed student"):  # which these would remove, and claim, where it lies
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=f"path=.* holds a {there}"):
+      j.runs.save_variables(tmp_path, variables())
+    with pytest.raises(FileExistsError, match=f"holds a {there}"):
+      j.runs.claim(tmp_path, {"experiment": "mine"})
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_folder_holds_is_asked_before_anything_is_traced(j, tmp_path):
@@ -933,6 +953,15 @@ def test_what_a_folder_holds_is_asked_before_anything_is_traced(j, tmp_path):
     ),
     (lambda: j.teachers.cached(teacher(j), source(j), folder=run), "run"),
     (lambda: j.teachers.fill(teacher(j), source(j), run), "run"),
+    (lambda: j.train.born_again(small, unseen, generations=2, run=run, **options), "run"),
+    (lambda: j.search.preflight(small, unseen, data=source(j), folder=cache), "cache"),
+    (lambda: j.export.save_student(cache, model(j), stored=X[:1]), "cache"),
+    (
+      lambda: j.reports.compare_students(
+        cache, network=small, teacher=teacher(j), batches=labelled(j), examples=24
+      ),
+      "cache",
+    ),
   ):
     check(call, FileExistsError, f"holds a {there}")
 

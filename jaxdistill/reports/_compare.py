@@ -77,6 +77,7 @@ def compare_students(
       and ``examples`` is a number; or they are not of the teacher's tokenizer.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
+  runs.check_place(folder, "report")  # before the models are measured
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
@@ -120,7 +121,8 @@ def compare_students(
   )
 
   def write() -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with runs.writes(folder):
+      folder.mkdir(parents=True, exist_ok=True)
     if texts is not None and isinstance(examples, Examples):
       write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
     kept = found if found.models or found.details else None
