@@ -273,8 +273,8 @@ MUTANTS = [
   Mutant(
     "mask: objectives see padding of the teacher",
     "train/_step.py",
-    "_without_padding(target, batch),",
-    "target,",
+    "_without_padding(outputs, batch), _without_padding(target, batch)",
+    "_without_padding(outputs, batch), target",
     "garbage in padding reaches gradients",
     (PADDING + "test_padded_examples_count_nowhere[hint]",),
   ),

@@ -338,7 +338,7 @@ def streams(rows, limit=None, **fields):
 
 
 DATA = [
-  (arrays(labels=Y.astype(str)), "labels must be integers or floats, got <U"),
+  (arrays(labels=Y.astype(str)), "labels is text, namely '0': pass label_names="),
   (arrays(labels=np.where(Y == 1, np.nan, Y)), "not finite in row .*ignore="),
   (arrays(labels=Y[:5]), "labels must have the 16 examples"),
   (arrays(labels=Y, weight=-np.ones(16)), "weight of .*not negative"),
@@ -358,6 +358,8 @@ DATA = [
   (arrays({1: X, "1": X}), "inputs has the key 1, which must be a text"),
   (arrays(label_names=["a", "a", "b"]), "no two the same"),
   (arrays(label_names="abc"), "label_names='abc' must be texts"),
+  (arrays(label_names={"a", "b", "c"}), "must be texts in the order"),
+  (arrays(label_names=3), "label_names=3 must be texts"),
   (arrays(name=3), "name=3 must be a text"),
   (arrays(X * NAN), "hold NaN in 16 of 16 rows"),
   (arrays(X.astype(complex)), "must be real numbers"),
@@ -385,6 +387,7 @@ DATA = [
     r"fields='image' must be data\.Fields",
   ),
   (streams([{"image": [0.0], "label": "cat"}]), "pass label_names="),
+  (streams([{"image": [0.0], "label": "a"}], label_names="ab"), "label_names='ab' must be texts"),
   (streams([{"image": [0.0], "label": 0}], limit=1.5), "limit=1.5 must be an integer"),
   (streams([{"image": [0.0], "label": 0}], inputs=3), "row 0 of 'rows' has no '3'"),
   (streams([{"image": [0.0], "label": 0}], transform=3), "transform must be a function"),

@@ -226,7 +226,7 @@ def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
     raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
   read = task.reads(outputs)
   if not jax.tree.leaves(read):
-    raise TypeError(
+    raise tasks.TaskError(
       f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
       "network without logits the task says what it reads, evaluation.tasks.embedding('pooled')."
     )

@@ -205,10 +205,14 @@ def _columns(
   }
 
 
+def _there(batches: Batch, task: Task) -> np.ndarray:
+  """``[N · B]``, which examples of stacked batches `evaluation.examine` has something of."""
+  return (predictions.counted if task.shown.classes else predictions.present)(batches)
+
+
 def _index(batches: Batch, task: Task) -> np.ndarray:
-  """Which examples `evaluation.examine` has something of."""
-  there = predictions.counted if task.shown.classes else predictions.present
-  return np.asarray(batches.index).reshape(-1)[there(batches)]
+  """The numbers of those examples."""
+  return np.asarray(batches.index).reshape(-1)[_there(batches, task)]
 
 
 def gather_predictions(
@@ -247,6 +251,7 @@ def gather_predictions(
     "columns": dict(columns or {}),
   }
   index = _index(batches, task)
+  about["weight"] = predictions.weight_of(batches, _there(batches, task))
   source = batches if examples is None else examples
   if not task.shown.classes:
     names = [name for one in measured.values() for name in one.quality]

@@ -21,7 +21,13 @@ from jaxdistill.train import _optax
 from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.train._frozen import hold, without_moving
 from jaxdistill.train._optax import Transformation
-from jaxdistill.train._state import State, latest_variables, student_variables, teacher_now
+from jaxdistill.train._state import (
+  State,
+  latest_variables,
+  student_variables,
+  teacher_now,
+  with_what_is_there,
+)
 from jaxdistill.types import (
   Batch,
   Network,
@@ -201,15 +207,11 @@ class _Step:
     )
 
     def made(target: Outputs | None, batch: Batch) -> tuple[Terms, PyTree]:
-      found = self.objective.apply(
-        trained["objective"],
-        objective_state,
-        _without_padding(outputs, batch),
-        _without_padding(target, batch),
-        batch,
-        key=at.keys[1],
-        **at.keywords,
-      )
+      seen = _without_padding(outputs, batch), _without_padding(target, batch)
+      with with_what_is_there(*seen):
+        found = self.objective.apply(
+          trained["objective"], objective_state, *seen, batch, key=at.keys[1], **at.keywords
+        )
       return _checked(found, objective_state)
 
     if target is None or target.where is None:
