@@ -364,6 +364,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
   task = evaluation.tasks.tokens(token_bytes=tokenizer.bytes)
   asked = teachers.frozen(taught, tokenizer=tokenizer)
+  told = evaluation.taught(asked, batches, task=task)  # it is asked once for all students
   found = {"teacher": evaluation.examine(taught, batches, task=task)}
   rows = [{"name": "teacher", "text": "full"}]
   took = {}
@@ -373,7 +374,7 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
     for kind in KINDS[part]:
       name = f"{part}-{kind}"
       models[kind] = model = teachers.restore(folder / name, student)
-      found[name] = evaluation.examine(model, batches, task=task, teacher=asked)
+      found[name] = evaluation.examine(model, told, task=task)
       rows.append({"name": kind, "text": part})
     report_of(config, options, folder, part, examples, models, asked, task)
   for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
