@@ -252,8 +252,9 @@ def _checked(made: Any, tree: PyTree) -> tuple[PyTree, Any]:
     raise ValueError(
       f"the optimizer's update gives {_check.show(made)}; it must give (updates, state)."
     )
-  steps, wanted = made[0], jax.tree.structure(tree)
-  if jax.tree.structure(steps) != wanted:
+  steps: Any = made[0]
+  wanted, given = (str(jax.tree.structure(one)) for one in (tree, steps))
+  if given != wanted:
     raise ValueError(
       f"the optimizer's update gives {_check.show(steps)} as the updates; they must have the "
       f"parameters' structure, {wanted}."
