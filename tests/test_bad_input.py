@@ -195,6 +195,17 @@ OTHER = {"params": {"other": jnp.zeros(3)}}
 KERNEL = {"params": {"Dense_0": {"kernel": jnp.zeros((4, 9))}}}
 HALF = {"temperature": lambda step: 4.0 if step < 2 else 2.0}
 
+
+def term_of(values):
+  """An objective of one term, of the student's logits."""
+  return lambda j: {"objective": lambda s, t, b: {"a": j.types.Term(values(s.logits))}}
+
+
+def update_of(made):
+  """An optimiser whose update gives this of the gradient."""
+  return optax.GradientTransformation(lambda params: (), lambda g, state, params=None: made(g))
+
+
 FIT = [
   # the networks
   (lambda j: {"student": network(j, 5, 4)}, "4 classes.* and the teacher 3"),
@@ -232,6 +243,12 @@ FIT = [
   (told(objective=lambda s, t, b: None), "must return {name: Term}.*got None"),
   (told(objective=lambda s, t, b: {}), "with a term in it"),
   (told(objective=lambda s, t, b: {"a": s.logits}), "term 'a' is an array.*must be a Term"),
+  (term_of(lambda x: x.argmax(axis=1)), "no term of the objective has a gradient"),
+  (term_of(lambda x: x[:, 0] > 0), "no term of the objective has a gradient"),
+  (term_of(jax.lax.stop_gradient), "no term of the objective has a gradient"),
+  (told(optimizer=update_of(lambda g: None)), "update gives None; it must give"),
+  (told(optimizer=update_of(lambda g: (None, ()))), "None as the updates"),
+  (told(optimizer=update_of(lambda g: (jax.tree.map(jnp.mean, g), ()))), r"update gives \[\] for"),
   (lambda j: {"objective": term(lambda s: jnp.mean(s.logits))(j)}, r"values of shape \(\)"),
   (lambda j: {"objective": term(weight=jnp.ones(8))(j)}, "it must be one number"),
   (lambda j: {"objective": term(weight="1")(j)}, "it must be one number"),

@@ -73,8 +73,10 @@ _MARKS = {
 _PARTS = {"report", "deployed student"}
 _WHOLES = {"run", "sweep", "study", "search within a budget", *_MARKS.values()} - {"run's exports"}
 # Folders below that are the kind's own.
-_OWN = dict.fromkeys(("run", "sweep", "study"), ("checkpoints", "student"))
-_OWN["deployed student"] = ("student",)
+_OWN: dict[str, tuple[str, ...]] = {
+  **dict.fromkeys(("run", "sweep", "study"), ("checkpoints", "student")),
+  "deployed student": ("student",),
+}
 _BELOW = {"checkpoints": "checkpoints", "student": "deployed student"}
 _TOUCHED = 4  # seconds after which a lock's file is touched again
 
@@ -267,9 +269,9 @@ def claim(
       run began with; whether it is the same, nobody can tell.
   """
   folder, wanted = _check.folder("folder", folder), check_config(config)
-  other = None if (folder / "config.json").exists() else other_kind(folder, "run")
-  if other is not None:
-    raise FileExistsError(f"folder={os.fspath(folder)!r} holds a {other}; name another.")
+  besides = None if (folder / "config.json").exists() else other_kind(folder, "run")
+  if besides is not None:
+    raise FileExistsError(f"folder={os.fspath(folder)!r} holds a {besides}; name another.")
   traced = {} if traced is None else traced
   digests = {name: one.digest for name, one in traced.items()}
   longer = False
