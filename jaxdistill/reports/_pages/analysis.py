@@ -117,12 +117,13 @@ def groups(
     there = np.ones(len(found), bool)
   else:
     right, there, sign = _first_values(found, readings or {})
-  called = "accuracy" if found.models else "values"
+  called, weights = "accuracy" if found.models else "values", found.weights()
   rows: list[dict[str, Any]] = []
   for number, name in zip(numbers, names, strict=True):
     here = (column.codes == number) & there
-    weight = found.weights()[here]
-    shares = {model: _share(hits[:, here], weight) for model, hits in right.items() if here.any()}
+    shares = {
+      model: _share(hits[:, here], weights[here]) for model, hits in right.items() if here.any()
+    }
     rows.append({"name": name, "examples": int(here.sum()), called: shares, "changes": {}})
   known = [i for i, row in enumerate(rows) if row["examples"]]
   for reference in ("baseline", "teacher"):
