@@ -23,6 +23,7 @@ from jaxdistill.train import (
   Intervals,
   _loop,
   _program,
+  _stops,
   deployed_variables,
   init_state,
   make_step,
@@ -728,7 +729,7 @@ def test_a_run_stops_when_its_time_is_over_and_a_copy_goes_on_elsewhere(tmp_path
 @pytest.mark.slow
 def test_time_that_is_not_over_stops_nothing(tmp_path):
   handler, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
-  with train.time_limit(None), _loop.time_limit(1000):
+  with train.time_limit(None), train.time_limit(1000):
     fitted = distil(folder=tmp_path / "a", stop_after=1000)
   assert fitted.history[-1]["step"] == 8
   assert signal.getsignal(signal.SIGTERM) is handler
@@ -804,7 +805,7 @@ class Swallows:
 def test_a_swallowed_stop_is_heard_by_what_comes_next(tmp_path, monkeypatch, where, then):
   went_on = []
   if "run" in then:
-    monkeypatch.setattr(_loop, "_AGAIN", 1000)  # or the signal that is sent again ends it before
+    monkeypatch.setattr(_stops, "_AGAIN", 1000)  # or the signal that is sent again ends it before
 
   def swallow(phase, info):
     gc.callbacks.remove(swallow)
