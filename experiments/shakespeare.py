@@ -268,8 +268,14 @@ def seconds_of_answers(
   few = types.make_batch(
     jax.tree.map(lambda x: x[:256], windows.inputs)
   )  # as many as `fit` asks about at a time
-  once = evaluation.cost.latency(types.Teacher.__call__, teachers.frozen(taught), few, repeats=20)
+  once = evaluation.cost.latency(types.Teacher.__call__, teachers.frozen(taught), few, repeats=5)
   return once["median"] / 1000 * count / len(few.weight)
+
+
+def totals(took: dict[str, float]) -> dict[str, float]:
+  """Seconds of distilling where the teacher is there already, and where it is trained too."""
+  there = took["distilled"] + took["answers"]
+  return {"seconds": there, "taught": there + took["teacher"]}
 
 
 def equal_seconds(
@@ -288,10 +294,8 @@ def equal_seconds(
     names = {"labels": f"{part}-labels", "distilled": f"{part}-distilled", "teacher": "teacher"}
     took = {kind: steady(folder / name, config)["seconds"] for kind, name in names.items()}
     took["answers"] = seconds_of_answers(config, folder, teacher, windows)
-    there = took["distilled"] + took["answers"]  # seconds where the teacher is there already
-    seconds = {"seconds": there, "taught": there + took["teacher"]}
     a_step = took["labels"] / config.steps
-    steps = {kind: max(1, round(total / a_step)) for kind, total in seconds.items()}
+    steps = {kind: max(1, round(total / a_step)) for kind, total in totals(took).items()}
     runs.write_json(path, {"seconds": took, "steps": steps})
 
   command_line.first(write)  # where there are several processes, by the clock of one
@@ -342,10 +346,13 @@ def train_all(config: Config, options: Options) -> None:
   for name, source in sources.items():
     fit(f"{name}-labels", student, objective, source, seeds, config.steps)
     fit(f"{name}-distilled", student, soft, source, seeds, config.steps, asked)
-    found = equal_seconds(config, folder, name, teacher, windows[name])
-    for kind in (kind for kind in KINDS[name] if kind in found["steps"]):
-      some = seeds_of(config, kind)
-      fit(f"{name}-{kind}", student, objective, source, some, found["steps"][kind])
+  found = {part: equal_seconds(config, folder, part, teacher, windows[part]) for part in sources}
+  with train.concurrently() as start:  # nobody's clock counts any more
+    for name, source in sources.items():
+      for kind, steps in found[name]["steps"].items():
+        if kind in KINDS[name]:
+          some = seeds_of(config, kind)
+          start(fit, f"{name}-{kind}", student, objective, source, some, steps)
 
 
 def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.Path:
@@ -357,20 +364,25 @@ def measure(config: Config, options: Options, folder: pathlib.Path) -> pathlib.P
   (taught,) = teachers.restore(folder / "teacher", teacher).unstack()
   task = evaluation.tasks.tokens(token_bytes=tokenizer.bytes)
   asked = teachers.frozen(taught, tokenizer=tokenizer)
+  told = evaluation.taught(asked, batches, task=task)  # it is asked once for all students
   found = {"teacher": evaluation.examine(taught, batches, task=task)}
   rows = [{"name": "teacher", "text": "full"}]
+  took = {}
   for part in ("few", "full"):
     models = {}
+    took[part] = totals(runs.read_json(folder / f"{part}-seconds.json")["seconds"])
     for kind in KINDS[part]:
       name = f"{part}-{kind}"
       models[kind] = model = teachers.restore(folder / name, student)
-      found[name] = evaluation.examine(model, batches, task=task, teacher=asked)
+      found[name] = evaluation.examine(model, told, task=task)
       rows.append({"name": kind, "text": part})
     report_of(config, options, folder, part, examples, models, asked, task)
   for row, (name, (metrics, kept)) in zip(rows, found.items(), strict=True):
     bits = np.atleast_1d(metrics["bits_per_byte"])
     row["bits"], row["std"] = evaluation.metrics.mean_std(bits)
     row |= steady(folder / name, config)
+    # Those that stand for a time were trained beside each other, and say what they stand for.
+    row["seconds"] = took[row["text"]].get(row["name"], row["seconds"])
     row |= {one: np.mean(metrics[one]) for one in BESIDE if one in metrics}
     if row["name"] not in ("teacher", "distilled"):
       distilled, theirs = found[f"{row['text']}-distilled"]

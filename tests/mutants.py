@@ -273,8 +273,8 @@ MUTANTS = [
   Mutant(
     "mask: objectives see padding of the teacher",
     "train/_step.py",
-    "_without_padding(target, batch),",
-    "target,",
+    "_without_padding(outputs, batch), _without_padding(target, batch)",
+    "_without_padding(outputs, batch), target",
     "garbage in padding reaches gradients",
     (PADDING + "test_padded_examples_count_nowhere[hint]",),
   ),
@@ -956,10 +956,34 @@ MUTANTS = [
   Mutant(
     "resume: a folder of another kind",
     "runs/_folder.py",
-    "other = _kind_in(place, kind) if there == place else None",
+    "other = other_kind(place, kind)",
     "other = None",
     "a run is written into a teacher's cache",
     ("test_bad_input.py::test_a_folder_is_of_one_kind",),
+  ),
+  Mutant(
+    "checkpoint: variables over something else that has a manifest",
+    "runs/_checkpoints.py",
+    'check_place(path, "saved variables", name="path")',
+    "pass",
+    "a teacher's cache is removed for the variables",
+    ("test_bad_input.py::test_a_folder_is_of_one_kind",),
+  ),
+  Mutant(
+    "step: an objective without a gradient",
+    "train/_step.py",
+    "_check_reached(each, trained)",
+    "pass",
+    "a student of comparisons alone is trained, and stays as it was begun",
+    ("test_bad_input.py::test_fit_refuses_before_it_claims_a_folder",),
+  ),
+  Mutant(
+    "metrics: a teacher of one target beside a student of three",
+    "evaluation/tasks.py",
+    "fits = self.fits or (_same_logits if self.classes else None)",
+    "fits = None",
+    "its one number is broadcast, and a distance to it is measured",
+    ("evaluation/test_tasks.py::test_a_teacher_of_another_shape_is_refused_by_both",),
   ),
 ]
 

@@ -195,6 +195,17 @@ OTHER = {"params": {"other": jnp.zeros(3)}}
 KERNEL = {"params": {"Dense_0": {"kernel": jnp.zeros((4, 9))}}}
 HALF = {"temperature": lambda step: 4.0 if step < 2 else 2.0}
 
+
+def term_of(values):
+  """An objective of one term, of the student's logits."""
+  return lambda j: {"objective": lambda s, t, b: {"a": j.types.Term(values(s.logits))}}
+
+
+def update_of(made):
+  """An optimiser whose update gives this of the gradient."""
+  return optax.GradientTransformation(lambda params: (), lambda g, state, params=None: made(g))
+
+
 FIT = [
   # the networks
   (lambda j: {"student": network(j, 5, 4)}, "4 classes.* and the teacher 3"),
@@ -232,6 +243,12 @@ FIT = [
   (told(objective=lambda s, t, b: None), "must return {name: Term}.*got None"),
   (told(objective=lambda s, t, b: {}), "with a term in it"),
   (told(objective=lambda s, t, b: {"a": s.logits}), "term 'a' is an array.*must be a Term"),
+  (term_of(lambda x: x.argmax(axis=1)), "no term of the objective has a gradient"),
+  (term_of(lambda x: x[:, 0] > 0), "no term of the objective has a gradient"),
+  (term_of(jax.lax.stop_gradient), "no term of the objective has a gradient"),
+  (told(optimizer=update_of(lambda g: None)), "update gives None; it must give"),
+  (told(optimizer=update_of(lambda g: (None, ()))), "None as the updates"),
+  (told(optimizer=update_of(lambda g: (jax.tree.map(jnp.mean, g), ()))), r"update gives \[\] for"),
   (lambda j: {"objective": term(lambda s: jnp.mean(s.logits))(j)}, r"values of shape \(\)"),
   (lambda j: {"objective": term(weight=jnp.ones(8))(j)}, "it must be one number"),
   (lambda j: {"objective": term(weight="1")(j)}, "it must be one number"),
@@ -338,7 +355,7 @@ def streams(rows, limit=None, **fields):
 
 
 DATA = [
-  (arrays(labels=Y.astype(str)), "labels must be integers or floats, got <U"),
+  (arrays(labels=Y.astype(str)), "labels is text, namely '0': pass label_names="),
   (arrays(labels=np.where(Y == 1, np.nan, Y)), "not finite in row .*ignore="),
   (arrays(labels=Y[:5]), "labels must have the 16 examples"),
   (arrays(labels=Y, weight=-np.ones(16)), "weight of .*not negative"),
@@ -358,6 +375,8 @@ DATA = [
   (arrays({1: X, "1": X}), "inputs has the key 1, which must be a text"),
   (arrays(label_names=["a", "a", "b"]), "no two the same"),
   (arrays(label_names="abc"), "label_names='abc' must be texts"),
+  (arrays(label_names={"a", "b", "c"}), "must be texts in the order"),
+  (arrays(label_names=3), "label_names=3 must be texts"),
   (arrays(name=3), "name=3 must be a text"),
   (arrays(X * NAN), "hold NaN in 16 of 16 rows"),
   (arrays(X.astype(complex)), "must be real numbers"),
@@ -385,6 +404,7 @@ DATA = [
     r"fields='image' must be data\.Fields",
   ),
   (streams([{"image": [0.0], "label": "cat"}]), "pass label_names="),
+  (streams([{"image": [0.0], "label": "a"}], label_names="ab"), "label_names='ab' must be texts"),
   (streams([{"image": [0.0], "label": 0}], limit=1.5), "limit=1.5 must be an integer"),
   (streams([{"image": [0.0], "label": 0}], inputs=3), "row 0 of 'rows' has no '3'"),
   (streams([{"image": [0.0], "label": 0}], transform=3), "transform must be a function"),
@@ -477,12 +497,10 @@ def of_four(j):
 
 
 def compared(j):
-  """Three numbers beside the teacher's four, in a task that knows no classes."""
-  batches = j.data.evaluation_batches(arrays(labels=np.eye(3)[Y])(j), batch_size=8)
-  made = j.types.Model(network(j, 7), variables())
-  return j.evaluation.evaluate(
-    made, batches, teacher=of_four(j), task=j.evaluation.tasks.multilabel()
-  )
+  """Three numbers beside the teacher's four, in a task that does not say what fits."""
+  compare = lambda s, t, b: {"a": (jnp.sum(s.logits - t.logits), 1.0)}  # noqa: E731
+  task = dataclasses.replace(own_task(j, lambda o, b: {}), compared=compare)
+  return evaluated(j, variables(), teacher=of_four(j), task=task)
 
 
 def own_task(j, sums):
@@ -609,6 +627,11 @@ PARTS = [
     "decoders=.* must be",
   ),
   (lambda j: j.evaluation.tasks.multilabel(threshold=2.0), "positive and at most 1, got 2.0"),
+  (lambda j: j.evaluation.tasks.dense(boundary=[1]), r"boundary=\[1\] must be an integer"),
+  (lambda j: j.evaluation.tasks.tokens(top_mass=3), "top_mass=3 must be a sequence"),
+  (lambda j: j.evaluation.tasks.regression(variance="no"), "variance='no' must be True"),
+  (lambda j: j.evaluation.tasks.embedding(["h"]), "feature=.* must be a feature's name"),
+  (lambda j: j.evaluation.tasks.retrieval("h", "h"), "are one tower"),
   (lambda j: of_task(j, j.evaluation.tasks.dense()), r"logits are \[8, 3\].*classification\(\)"),
   (
     lambda j: of_task(j, own_task(j, lambda o, b: 1 / 0)),
@@ -894,23 +917,40 @@ KINDS = {
   "sweep": {"config.json": {"points": [], "seeds": [], "retrain": []}},
   "study": {"config.json": {"space": {}, "seeds": [], "retrain": []}},
   "search within a budget": {"config.json": {"candidates": [], "budget": {}, "gap": 0.02}},
-  "network of export": {"config.json": {"library_name": "jaxdistill", "outputs": ["logits"]}},
+  "network of export.save_folder": {
+    "config.json": {"library_name": "jaxdistill", "outputs": ["logits"]}
+  },
   "pretrained model": {"config.json": {"architectures": ["LlamaForCausalLM"]}},
-  "cache": {"manifest.json": {"format": 1}},
-  "report": {"report.json": {}},
+  "cache": {"manifest.json": {"views": {}}},
+  "saved variables": {"manifest.json": {"items": {}}},
+  "checkpoints": {"10/manifest.json": {"items": {}, "step": 10}},
+  "deployed student": {"manifest.json": {"kind": "student"}},
+  "report of a run that is gone": {"report.json": {}},
+  "run's exports": {"exports.json": {}},
+  "series of generations": {"generation1/config.json": {}},
 }
 
 
 @pytest.mark.parametrize("there", KINDS)
-@pytest.mark.parametrize("asked", ["run", "sweep", "study", "search within a budget", "cache"])
-def test_a_folder_is_of_one_kind(j, tmp_path, there, asked):
+def test_a_folder_is_of_one_kind(j, tmp_path, there):
   for name, content in KINDS[there].items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(json.dumps(content))
-  if asked == there or (asked, there) == ("cache", "report"):  # of which a cache says it itself
-    j.runs.check_place(tmp_path, asked)
-  else:
-    with pytest.raises(FileExistsError, match=f"holds a {there}.* a {asked} needs a folder"):
+  of_runs = ("run", "sweep", "study", "search within a budget", "report of a run", "series of")
+  of_runs = there.startswith(of_runs) and there != "run's exports"
+  for asked in (*KINDS, "report"):
+    if asked == there or (of_runs and asked in ("report", "deployed student")):
       j.runs.check_place(tmp_path, asked)
+    else:
+      with pytest.raises(FileExistsError, match=f"holds a {there}.* a {asked} needs a folder"):
+        j.runs.check_place(tmp_path, asked)
+  if there in ("cache", "deployed student"):  # which these would remove, and claim, where it lies
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match=f"path=.* holds a {there}"):
+      j.runs.save_variables(tmp_path, variables())
+    with pytest.raises(FileExistsError, match=f"holds a {there}"):
+      j.runs.claim(tmp_path, {"experiment": "mine"})
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_folder_holds_is_asked_before_anything_is_traced(j, tmp_path):
@@ -933,6 +973,15 @@ def test_what_a_folder_holds_is_asked_before_anything_is_traced(j, tmp_path):
     ),
     (lambda: j.teachers.cached(teacher(j), source(j), folder=run), "run"),
     (lambda: j.teachers.fill(teacher(j), source(j), run), "run"),
+    (lambda: j.train.born_again(small, unseen, generations=2, run=run, **options), "run"),
+    (lambda: j.search.preflight(small, unseen, data=source(j), folder=cache), "cache"),
+    (lambda: j.export.save_student(cache, model(j), stored=X[:1]), "cache"),
+    (
+      lambda: j.reports.compare_students(
+        cache, network=small, teacher=teacher(j), batches=labelled(j), examples=24
+      ),
+      "cache",
+    ),
   ):
     check(call, FileExistsError, f"holds a {there}")
 

@@ -1,6 +1,8 @@
 """The house's own rules: doors, limits, doctests; `lint-imports` holds the floors (pyproject)."""
 
 import ast
+import builtins
+import dis
 import doctest
 import functools
 import importlib
@@ -10,6 +12,7 @@ import pkgutil
 import re
 import sys
 import tomllib
+import types
 
 import pytest
 
@@ -185,6 +188,27 @@ def test_a_public_function_has_at_most_twelve_parameters():
 def test_a_function_is_at_most_sixty_lines_of_code():
   found = {name for name, node, _ in functions() if lines_of_code(node) > 60}
   assert not found
+
+
+def codes(code):
+  yield code
+  for constant in code.co_consts:
+    if isinstance(constant, types.CodeType):
+      yield from codes(constant)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_name_is_defined(name):
+  """Ruff and mypy cannot say it: shapes in annotations are names that are defined nowhere."""
+  module = importlib.import_module(name)
+  source = pathlib.Path(module.__file__).read_text()
+  read = {
+    step.argval
+    for code in codes(compile(source, module.__file__, "exec", dont_inherit=True))
+    for step in dis.get_instructions(code)
+    if step.opname == "LOAD_GLOBAL"
+  }
+  assert read <= {*vars(module), *dir(builtins)}
 
 
 def test_no_two_files_of_tests_have_one_name():

@@ -112,8 +112,8 @@ class Fields:
 
   Attributes:
     inputs: the key of the input, or a tuple of keys, for a dict of inputs.
-    labels: the key of the label: an integer, one of ``label_names``, or an array of numbers, of one
-      shape in all rows; None without labels.
+    labels: the key of the label: an integer, one of ``label_names``, or an array of either or of
+      other numbers, of one shape in all rows; None without labels.
     transform: makes the inputs (an array or a dict of arrays) of a whole row; ``inputs`` is not
       looked at then.
     num_classes: K; by default as many as there are names, or as truth values in a label. Where
@@ -365,19 +365,10 @@ class Records:
 
   def _label(self, example: Any, row: int) -> Any:
     value = self._feature(example, row, str(self.labels))
-    if isinstance(value, bytes):
-      value = value.decode("utf-8", "replace")
-    if isinstance(value, str):
-      if value in self.label_names:
-        return np.int32(self.label_names.index(value))
-      given = f"not one of label_names={self.label_names!r}" if self.label_names else "text"
-      raise ValueError(
-        f"{self.labels!r} of row {row} of {self.name!r} is {given}, namely {value!r}: pass "
-        "label_names=, all class names in the order of their numbers, e.g. "
-        f"sorted({{row[{self.labels!r}] for row in rows}})."
-      )
     if hasattr(value, "getbands"):  # a picture of classes; those with a palette hold their numbers
       return np.asarray(value)
+    where = f"{self.labels!r} of row {row} of {self.name!r}"
+    value = _numbered(_as_numpy(value, where), self.label_names, where)
     label = self._array(value, row, self.labels)
     # As TFDS decodes a mask, which has no channels to speak of.
     return label[..., 0] if self.prepared and label.ndim == 3 and label.shape[-1] == 1 else label
@@ -518,6 +509,49 @@ def ignored(labels: Any, ignore: float | None) -> Any:
   return labels != labels if math.isnan(ignore) else labels == ignore
 
 
+def _numbered(labels: np.ndarray, names: tuple[str, ...], what: str) -> np.ndarray:
+  """Labels that are texts as the numbers of their names, int32; all others as they are.
+
+  Raises:
+    ValueError: a text is none of the names.
+  """
+  if labels.dtype.kind not in "OSTU":
+    return labels
+  given = labels.ravel().tolist()
+  texts = [one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in given]
+  if not all(isinstance(one, str) for one in texts):
+    return labels  # who reads them says what is wrong
+  numbers = {name: number for number, name in enumerate(names)}
+  unknown = next((one for one in texts if one not in numbers), None)
+  if unknown is not None:
+    kind = f"not one of label_names={names!r}" if names else "text"
+    raise ValueError(
+      f"{what} is {kind}, namely {unknown!r}: pass label_names=, all class names in the order of "
+      "their numbers, the same for every split: sorted(set(labels)) of all labels, say."
+    )
+  return np.array([numbers[one] for one in texts], np.int32).reshape(labels.shape)
+
+
+def _names(label_names: Any) -> tuple[str, ...]:
+  """The names of classes as a tuple.
+
+  Raises:
+    ValueError: they are no texts, have no order, or two are the same.
+  """
+  ordered = not isinstance(label_names, str | bytes | set | frozenset | Mapping)
+  names = tuple(label_names) if ordered and isinstance(label_names, Iterable) else None
+  if (
+    names is None
+    or not all(isinstance(name, str) for name in names)
+    or len(set(names)) < len(names)
+  ):
+    raise ValueError(
+      f"label_names={_check.show(label_names)} must be texts in the order of the classes' numbers, "
+      "one a class, and no two the same."
+    )
+  return tuple(map(str, names))  # NumPy's texts are of another type
+
+
 def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
   """Labels as they are kept: integers, or float32.
 
@@ -554,8 +588,7 @@ def as_labels(labels: np.ndarray, of: Any, *, rows: Any = None) -> np.ndarray:
     return labels.astype(np.float32, copy=False)
   if labels.dtype.kind not in "iu":
     raise ValueError(
-      f"labels must be integers or floats, got {labels.dtype}. Names become numbers by "
-      "label_names, labels = np.unique(labels, return_inverse=True)."
+      f"labels must be integers or floats, or names that label_names= lists, got {labels.dtype}."
     )
   # A label beyond K would be a one-hot row of zeros: no error anywhere, and a loss of 0.
   most = of.num_classes or _MOST_CLASSES
@@ -656,14 +689,15 @@ def from_arrays(
     inputs: ``[N, ...]``, or a dict of such arrays; uint8 images are scaled to 0 .. 1 later,
       everything else stays.
     labels: ``[N]`` integers, 0 for an example without one, which a source's ``labelled`` then
-      marks; ``[N, ...]`` integers (a class for each token or pixel); floats or truth values of any
-      shape (a regression's targets, several labels at once); None where the set has no labels.
-    num_classes: K; by default one more than the largest of integer labels, the last axis of truth
-      values, and 0 for floats.
+      marks; ``[N, ...]`` integers (a class for each token or pixel); the same by names, of
+      ``label_names``; floats or truth values of any shape (a regression's targets, several labels
+      at once); None where the set has no labels.
+    num_classes: K; by default as many as there are names, or as truth values in a label. Where
+      there are neither, one more than the largest of integer labels, and 0 for floats.
     ids: ``[N]``; the row's number by default.
     name: for reports.
     split: for reports.
-    label_names: K names, or none.
+    label_names: K names in the order of their numbers, or none.
     weight: ``[N]``, or the leading axes of the labels: how much each counts; None for 1.
     ignore: the label that stands for none: 255 in many segmentations, NaN in a table of numbers.
 
@@ -673,11 +707,14 @@ def from_arrays(
   Raises:
     TypeError: a key of the inputs, or ``name``, is no text.
     ValueError: lengths differ, there is no example, an input is NaN, something is masked, a label
-      is out of range, or two classes have one name.
+      is out of range or none of the names, or two classes have one name.
 
   >>> examples = from_arrays(np.zeros((3, 2), np.float32), [0, 2, 1])
   >>> len(examples), examples.num_classes, examples.labels.dtype.name
   (3, 3, 'int32')
+  >>> names = ("cat", "dog")
+  >>> from_arrays(np.zeros((2, 2), np.float32), ["dog", "cat"], label_names=names).labels.tolist()
+  [1, 0]
   >>> from_arrays(np.zeros((3, 2), np.float32), [0.5, 2.0, 1.0]).labels.dtype.name
   'float32'
   """
@@ -692,25 +729,22 @@ def from_arrays(
         "num_classes, label_names and ignore are of labels, and labels is None: leave them out."
       )
     labels, num_classes = np.zeros(size, np.int32), 0
-  labels = _as_numpy(labels, "labels")
+  names = _names(label_names)
+  labels = _numbered(_as_numpy(labels, "labels"), names, "labels")
   if labels.shape[:1] != (size,):
     raise ValueError(
       f"labels must have the {size} examples of inputs on their first axis, got {labels.shape}."
     )
   if num_classes is None:
-    num_classes = count_classes(labels, ignore, len(label_names))
+    num_classes = count_classes(labels, ignore, len(names))
   _check.whole("num_classes", num_classes, least=0, most=_MOST_CLASSES)
   ids = np.arange(size).astype(str) if ids is None else np.asarray(ids).astype(str)
   if ids.shape != (size,):
     raise ValueError(f"ids must be of shape ({size},) like inputs, got {ids.shape}.")
-  if isinstance(label_names, str) or len(set(label_names)) < len(label_names):
-    raise ValueError(
-      f"label_names={_check.show(label_names)} must be texts, one a class, and no two the same."
-    )
   if not isinstance(name, str):
     raise TypeError(f"name={_check.show(name)} must be a text.")
-  if label_names and len(label_names) != num_classes:
-    raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(label_names)}.")
+  if names and len(names) != num_classes:
+    raise ValueError(f"label_names must be {num_classes} (num_classes), got {len(names)}.")
   examples = Examples(
     inputs=inputs,
     labels=labels,
@@ -718,7 +752,7 @@ def from_arrays(
     num_classes=num_classes,
     name=name,
     split=split,
-    label_names=tuple(label_names),
+    label_names=names,
     has_labels=has_labels,
     ignore=ignore,
   )
@@ -729,14 +763,14 @@ def from_arrays(
 
 
 def count_classes(labels: np.ndarray, ignore: float | None, names: int = 0) -> int:
-  """K where nobody said it."""
-  if labels.dtype.kind in "iu":
-    none = ignored(labels, ignore)
-    some = labels if none is None else labels[~none]
-    return max(0, int(some.max()) + 1) if some.size else 0
+  """K where nobody said it: of integers the largest is that of one split, so names come first."""
   if labels.dtype.kind == "b" and labels.ndim > 1:
     return int(labels.shape[-1])
-  return names
+  if names or labels.dtype.kind not in "iu":
+    return names
+  none = ignored(labels, ignore)
+  some = labels if none is None else labels[~none]
+  return max(0, int(some.max()) + 1) if some.size else 0
 
 
 def from_dicts(
@@ -828,7 +862,7 @@ def row_reader(rows: Any, fields: Fields, name: str) -> Records:
   """
   if not isinstance(fields, Fields):
     raise TypeError(f"fields={_check.show(fields)} must be data.Fields(inputs=..., labels=...).")
-  labels, num_classes, names = fields.labels, fields.num_classes, tuple(fields.label_names)
+  labels, num_classes, names = fields.labels, fields.num_classes, _names(fields.label_names)
   if labels is None and (num_classes or names):
     raise ValueError(
       "num_classes and label_names are of labels, and labels is None: leave them out."

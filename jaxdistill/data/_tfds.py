@@ -204,8 +204,11 @@ def _records(
 
 
 def _is_number(feature: Any) -> bool:
-  """Whether a feature is a class, a number or an array of numbers."""
-  tensor = isinstance(feature, tfds.features.Tensor)
+  """Whether a feature is a class, a number or an array of numbers, of one shape in all rows."""
+  inner = feature
+  while isinstance(inner, tfds.features.Sequence) and None not in feature.shape:
+    inner = inner.feature
+  tensor = isinstance(inner, tfds.features.Tensor)
   return tensor and np.dtype(feature.np_dtype).kind in "biuf"
 
 

@@ -97,7 +97,7 @@ def normalizer(normalize: Normalize) -> Callable[[Any], Any]:
 
   Raises:
     ValueError: ``(mean, std)`` is not two rows of one length, or a std is not positive; when it is
-      applied: to a dict, or to another number of channels.
+      applied: to a dict, to another number of channels, or to uint8 and it is of 0 .. 255.
 
   >>> float(normalizer(((0.5,), (0.25,)))(jnp.full((1, 2, 2, 1), 255, jnp.uint8))[0, 0, 0, 0])
   2.0
@@ -135,6 +135,11 @@ class _Standardized(Arithmetic):
         f"{inputs.shape[-1]} on their last axis: give as many, or one for all."
       )
     scale = 255.0 if inputs.dtype == jnp.uint8 else 1.0
+    if scale > 1 and max(self.mean + self.std) > 1:  # no numbers in 0 .. 1 have these
+      raise ValueError(
+        f"normalize={(self.mean, self.std)} is of numbers up to 255, and inputs of uint8 are "
+        "divided by 255 first: divide mean and std by 255, or give a function."
+      )
     shape = (1,) * (inputs.ndim - 1) + (-1,)
     # A difference and a quotient leave the compiler nothing to fuse into other bits.
     mean, std = (

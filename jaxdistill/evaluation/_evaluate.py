@@ -226,7 +226,7 @@ def _read(model: Model | Teacher, batch: Batch, task: Task) -> Outputs:
     raise TypeError(f"the model must put out Outputs, and gave {_check.show(outputs)}.")
   read = task.reads(outputs)
   if not jax.tree.leaves(read):
-    raise TypeError(
+    raise tasks.TaskError(
       f"the model must put out logits [B, K], and has {sorted(outputs.features)} alone: of a "
       "network without logits the task says what it reads, evaluation.tasks.embedding('pooled')."
     )
@@ -387,20 +387,6 @@ def _outputs(model: Model | Teacher, batch: Batch) -> Any:
   return with_logits(outputs).named() if isinstance(outputs, Outputs) else outputs
 
 
-def _check_beside(task: Task, ours: Outputs, theirs: Outputs) -> None:
-  """Raises where a model and its teacher do not know as many classes; their outputs are shapes."""
-  known = [tasks.of_shapes(dataclasses.replace(one, where=None)).logits for one in (ours, theirs)]
-  if not task.classes or any(one is None for one in known):
-    return
-  mine, other = (one.shape[-1] for one in known)
-  if mine != other:
-    raise ValueError(
-      f"the model puts out {mine} classes and the teacher {other}: compare it with what both know, "
-      "teachers.subset or teachers.grouped; or, of one tokenizer's tokens, with "
-      f"teachers.vocabulary(teacher, {mine})."
-    )
-
-
 def _seeds(model: Model | Teacher) -> int | None:
   return None if isinstance(model, Teacher) else model.seeds
 
@@ -507,7 +493,7 @@ class _Pass:
       elif first.teacher is not None:
         said = _said(self.task.reads(first.teacher), len(first.weight), first.teacher.where)
       if said is not self.mute:
-        _check_beside(task, of_one, said)
+        task.check_beside(of_one, said)
       if isinstance(self.batches, Batch):
         self._check_inputs(self.batches, axes=2)
       self.first = self._shown(first)

@@ -36,6 +36,7 @@ __all__ = [
   "present",
   "read_columns",
   "save",
+  "weight_of",
 ]
 
 FORMAT = 2  # of a task that has no classes; of classes it is 1, which earlier versions read
@@ -113,6 +114,7 @@ class Predictions:
     details: by the model's name, of any other task.
     truth: of some examples, by ``index``, what their label is, as `Details.said` has it.
     task: what the metrics are called and how they are read, as a report has it; empty for classes.
+    weight: ``[N]``, how much each counts, above 0; None where all count alike.
   """
 
   index: np.ndarray
@@ -128,9 +130,21 @@ class Predictions:
   details: dict[str, Details] = dataclasses.field(default_factory=dict)
   truth: dict[int, np.ndarray | str] = dataclasses.field(default_factory=dict)
   task: dict[str, Any] = dataclasses.field(default_factory=dict)
+  weight: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.index)
+
+  def weights(self) -> np.ndarray:
+    """How much each example counts, ``[N]`` float64."""
+    return np.ones(len(self)) if self.weight is None else self.weight.astype(np.float64)
+
+  def weighed(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``[S, M]`` of ``[S, N]``: those of some examples, whose plain mean is the weighted one."""
+    if self.weight is None or not rows.any():
+      return values[:, rows]
+    weight = self.weights()[rows]
+    return values[:, rows] * (weight / weight.mean())
 
   def values(self, model: str) -> dict[str, np.ndarray]:
     """Metrics of each example, ``[S, N]`` by name: of classes whether it is right."""
@@ -166,6 +180,7 @@ class Predictions:
       models=models,
       columns=columns,
       details=details,
+      weight=None if self.weight is None else self.weight[rows],
     )
 
 
@@ -186,8 +201,25 @@ def counted(batches: Batch) -> np.ndarray:
 
 def present(batches: Batch) -> np.ndarray:
   """Which examples of stacked batches are no padding, ``[N · B]``: some place of theirs counts."""
+  return _weight(batches) > 0
+
+
+def weight_of(batches: Batch, there: np.ndarray) -> np.ndarray | None:
+  """How much each of some examples counts, ``[N]`` float32; None where all count alike.
+
+  Args:
+    batches: stacked, ``[N, B, ...]``.
+    there: ``[N · B]``, which: from `counted` or `present`.
+  """
+  weight = _weight(batches)[there]
+  return None if not weight.size or (weight == weight[0]).all() else weight.astype(np.float32)
+
+
+def _weight(batches: Batch) -> np.ndarray:
+  """How much each example counts, ``[N · B]``: as much as that place of it which counts most."""
   host = tasks.on_host(batches)
-  return tasks.counted(host, np.zeros(host.weight.shape[:2]), labelled=False).reshape(-1) > 0
+  given = tasks.counted(host, np.zeros(host.weight.shape[:2]), labelled=False)
+  return np.asarray(given).reshape(-1)
 
 
 def column(name: str, values: Any, index: np.ndarray, size: int | None = None) -> Column:
@@ -334,6 +366,8 @@ def save(path: str | os.PathLike[str], found: Predictions) -> pathlib.Path:
       arrays[f"model/{name}/{field}"] = np.asarray(getattr(one, field), kind)
   for i, sliced in enumerate(found.columns.values()):
     arrays[f"column/{i}"] = np.asarray(sliced.codes, np.int32)
+  if found.weight is not None:
+    arrays["weight"] = np.asarray(found.weight, np.float32)
   texts = _told(found.shown, "shown", np.uint8, arrays)
   about = {
     "format": FORMAT if found.task else 1,
@@ -443,6 +477,11 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     if one.predicted.ndim != 2 or one.predicted.shape != one.confidence.shape:
       raise ValueError("a model's answers are not [S, N]")
     lengths += [one.predicted.shape[1], one.probability.shape[1]]
+  weight = parts.get("weight")
+  if weight is not None:
+    lengths.append(len(weight))
+    if weight.ndim != 1 or not (np.isfinite(weight) & (weight > 0)).all():
+      raise ValueError("a weight is not above 0")
   if set(lengths) - {size}:
     raise ValueError(f"its parts are of {sorted(set(lengths) | {size})} examples")
   said = [one.predicted for one in models.values()]
@@ -467,6 +506,7 @@ def _assembled(about: Mapping[str, Any], parts: Mapping[str, np.ndarray]) -> Pre
     details=details,
     truth=_heard(about.get("truth", {}), "truth", parts),
     task=dict(about.get("task", {})),
+    weight=weight,
   )
 
 

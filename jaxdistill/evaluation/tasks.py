@@ -22,7 +22,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,8 @@ __all__ = [
 
 # ``{name: (sum, count)}``.
 Sums = Mapping[str, Any]
+
+Given = ParamSpec("Given")
 
 
 _TAKES = {
@@ -196,6 +198,32 @@ class Metric:
     return 1 if self.better == "higher" else -1
 
 
+def _once(make: Callable[Given, Task]) -> Callable[Given, Task]:
+  """A task of the same arguments is the same one, and its programs are compiled once.
+
+  What cannot be hashed goes to the function, whose checks say what it must be.
+  """
+  kept: Any = functools.cache(make)
+
+  @functools.wraps(make)
+  def made(*args: Given.args, **named: Given.kwargs) -> Task:
+    try:
+      hash((args, *named.values()))
+    except TypeError:
+      return make(*args, **named)
+    task: Task = kept(*args, **named)
+    return task
+
+  return made
+
+
+def _wholes(name: str, value: Any, least: int = 1) -> tuple[int, ...]:
+  """Whole numbers, of any sequence."""
+  if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray) or not np.ndim(value):
+    raise TypeError(f"{name}={_check.show(value)} must be a sequence of whole numbers, as (1, 5).")
+  return tuple(_check.whole(name, one, least=least) for one in value)
+
+
 def _logits_alone(outputs: Outputs) -> Outputs:
   """What most tasks read."""
   return Outputs(logits=with_logits(outputs).logits)
@@ -270,6 +298,8 @@ class Task:
       the host, those of weight 0 left out. What ``each`` gives goes in.
     check: ``(batches, outputs)``: raises where labels and outputs do not fit, before anything is
       computed; outputs are shapes.
+    fits: ``(student, teacher)``: raises where what they put out cannot be compared, before anything
+      is computed; both are shapes. Left out, classes must be the same ones in the same places.
     classes: whether logits ``[B, ..., K]`` are of classes and labels ``[B, ...]`` one of them each:
       what is asked of probabilities and of chance (`search.preflight`) is asked then.
     unlabelled: whether ``metrics`` are measured of examples without a label too: a split that has
@@ -301,6 +331,7 @@ class Task:
   keeps: Callable[[Outputs, Batch], Mapping[str, Any]] | None = None
   shows: Shows | None = None
   leads: tuple[str, ...] = ()
+  fits: Callable[[Outputs, Outputs], None] | None = None
 
   def __post_init__(self) -> None:
     if not isinstance(self.name, str) or not self.name:
@@ -340,6 +371,22 @@ class Task:
         f"metric={name!r} is not among {sorted(self.metrics)}, those of the task {self.name!r}."
       )
     return self.metrics[name]
+
+  def check_beside(self, student: Outputs, teacher: Outputs) -> None:
+    """Raises where a teacher puts out what cannot be compared with what a student does.
+
+    Shapes that do not fit are otherwise JAX's to tell, or are broadcast and measured.
+
+    Args:
+      student: its outputs' shapes, as `reads` leaves them.
+      teacher: the teacher's.
+
+    Raises:
+      ValueError: they do not fit; names both shapes.
+    """
+    fits = self.fits or (_same_logits if self.classes else None)
+    if fits is not None:
+      fits(*(of_shapes(dataclasses.replace(one, where=None)) for one in (student, teacher)))
 
   @property
   def _of_means(self) -> bool:
@@ -431,6 +478,35 @@ def mean(values: Any, where: Any) -> tuple[jax.Array, jax.Array]:
   return jnp.sum(where * values), jnp.sum(where)
 
 
+def _same_logits(student: Outputs, teacher: Outputs) -> None:
+  """Raises where logits are of other places than the teacher's, or of other classes or targets."""
+  ours, theirs = student.logits, teacher.logits
+  if ours is None or theirs is None or ours.shape == theirs.shape:
+    return
+  both = f"{list(ours.shape)} and the teacher {list(theirs.shape)}"
+  if ours.shape[:-1] != theirs.shape[:-1]:
+    raise ValueError(
+      f"the model puts out logits {both}, which answer other places: compare it with a teacher "
+      "that answers the same examples, tokens, pixels or positions, or leave the teacher out."
+    )
+  count = ours.shape[-1]
+  raise ValueError(
+    f"the model puts out {count} classes and the teacher {theirs.shape[-1]} (logits {both}): "
+    "compare it with what both know, teachers.subset or teachers.grouped; or, of one tokenizer's "
+    f"tokens, with teachers.vocabulary(teacher, {count})."
+  )
+
+
+def _same_places(name: str, ours: Any, theirs: Any) -> None:
+  """Raises where a teacher's vectors, of any width, are of other places than a student's."""
+  if ours.shape[:-1] != theirs.shape[:-1]:
+    raise ValueError(
+      f"the model's {name} are {list(ours.shape)} and the teacher's {list(theirs.shape)}: to be "
+      "compared, both need one vector [B, D] an example, or [B, L, D] of the same positions; D may "
+      "differ. Name a feature of both that is one, or leave the teacher out."
+    )
+
+
 # Classes.
 
 
@@ -507,7 +583,7 @@ _FIDELITY = {
 }
 
 
-@functools.cache
+@_once
 def classification() -> Task:
   """One class an example: logits ``[B, K]``, labels ``[B]``.
 
@@ -572,12 +648,11 @@ def tokens(
     _check.whole(name, value, least=least)
   lengths = None
   if token_bytes is not None:
-    lengths = tuple(_check.whole("token_bytes", n, least=0) for n in token_bytes)
-  first = tuple(_check.whole("top_mass", k) for k in top_mass)
-  return _tokens(_Tokens(lengths, first, by_position, tokens_at_once))
+    lengths = _wholes("token_bytes", token_bytes, least=0)
+  return _tokens(_Tokens(lengths, _wholes("top_mass", top_mass), by_position, tokens_at_once))
 
 
-@functools.cache
+@_once
 def _tokens(measured: _Tokens) -> Task:
   known = {"nll": _CLASSES["nll"], "perplexity": Metric("lower"), **_CLASSES}
   if measured.token_bytes is not None:
@@ -796,7 +871,7 @@ def _by_position(kept: Kept) -> dict[str, dict[str, float]]:
   return {"position_nll": rows}
 
 
-@functools.cache
+@_once
 def dense(*, boundary: int = 1) -> Task:
   """One class a pixel: logits ``[B, H, W, K]``, labels ``[B, H, W]``; or a voxel, ``[B, D, H, W]``.
 
@@ -930,7 +1005,7 @@ def _near_boundary(labels: Any, there: Any, pixels: int) -> Any:
 # Several labels at once.
 
 
-@functools.cache
+@_once
 def multilabel(*, threshold: float = 0.5) -> Task:
   """Any number of K labels an example: logits ``[B, ..., K]``, labels of the same shape, 0 or 1.
 
@@ -986,6 +1061,7 @@ def multilabel(*, threshold: float = 0.5) -> Task:
     each=each,
     of_all=_mean_average_precision,
     check=_check_labels,
+    fits=_same_logits,
     others={
       "example_ap": Metric("higher", percent=True, title="average precision of an example"),
       "label_ap": Metric("higher", percent=True, title="average precision by label"),
@@ -1111,9 +1187,9 @@ def _mean_average_precision(
 def _check_labels(batches: Batch, outputs: Outputs) -> None:
   """Raises where labels are not of the logits' shape, or neither on nor off."""
   labels, logits = batches.labels, outputs.logits
-  if np.shape(labels)[1:] != logits.shape:
+  if logits.ndim < 2 or np.shape(labels)[1:] != logits.shape:
     raise TypeError(
-      "of the task 'multilabel' labels have the shape of the logits, "
+      "of the task 'multilabel' labels have the shape of the logits, [B, ..., K], which are "
       f"{list(logits.shape)} in a batch, and the batches' are {list(np.shape(labels)[1:])}."
     )
   if not np.isin(np.asarray(labels), (0, 1)).all():
@@ -1123,7 +1199,7 @@ def _check_labels(batches: Batch, outputs: Outputs) -> None:
 # Numbers.
 
 
-@functools.cache
+@_once
 def regression(*, variance: bool = False) -> Task:
   """Numbers: logits ``[B, D]`` are their predictions, labels ``[B, D]``, or ``[B]`` where D is 1.
 
@@ -1136,6 +1212,7 @@ def regression(*, variance: bool = False) -> Task:
   Args:
     variance: whether logits are ``[B, 2 D]``: predictions, and the logarithms of their variances.
   """
+  _check.switch("variance", variance)
 
   def parts(logits: Any) -> tuple[Any, Any]:
     split = logits.shape[-1] // 2 if variance else logits.shape[-1]
@@ -1207,11 +1284,12 @@ def regression(*, variance: bool = False) -> Task:
 
   def check(batches: Batch, outputs: Outputs) -> None:
     logits, labels = outputs.logits, np.shape(batches.labels)[1:]
-    wanted = (*logits.shape[:-1], logits.shape[-1] // 2 if variance else logits.shape[-1])
-    of_one = wanted[-1] == 1 and labels == wanted[:-1]
-    if variance and logits.shape[-1] % 2:
+    if variance and (logits.ndim < 2 or logits.shape[-1] % 2):
       raise TypeError(f"variance=True splits the logits {list(logits.shape)} in two halves.")
-    if logits.ndim > 1 and labels != wanted and not of_one:
+    shape = logits.shape if logits.ndim > 1 else (*logits.shape, 1)  # [B] is one target's
+    wanted = (*shape[:-1], shape[-1] // 2 if variance else shape[-1])
+    of_one = wanted[-1] == 1 and labels == wanted[:-1]
+    if labels != wanted and not of_one:
       raise TypeError(
         f"of the task 'regression' labels have the shape {list(wanted)} in a batch, and the "
         f"batches' are {list(labels)}."
@@ -1232,6 +1310,7 @@ def regression(*, variance: bool = False) -> Task:
     each=each,
     of_all=of_all,
     check=check,
+    fits=_same_logits,
     others={
       "squared_error": Metric("lower", title="squared error"),
       "target_rmse": Metric("lower", title="root mean squared error by target"),
@@ -1254,7 +1333,7 @@ def _targets(kept: Kept) -> list[np.ndarray]:
 _MANY = 1000  # classes, of which each would have too few examples to be told alone
 
 
-@functools.cache
+@_once
 def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
   """Vectors ``[B, D]`` in which what belongs together is near; labels ``[B]`` say what does.
 
@@ -1279,6 +1358,8 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
   Learning via Non-Parametric Instance Discrimination", 2018, for the votes and their 0.07.
   """
   _check.whole("neighbours", neighbours)
+  if feature is not None:
+    _check_name("feature", feature)
 
   def reads(outputs: Outputs) -> Outputs:
     if feature is None:
@@ -1342,6 +1423,7 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
     each=_each_vector,
     of_all=of_all,
     check=_check_vectors,
+    fits=lambda student, teacher: _same_places("vectors", student.logits, teacher.logits),
     others={"class_knn": Metric("higher", percent=True, title="k-NN accuracy by class")},
     fidelity={
       "neighbour_agreement": Metric("higher", percent=True, title="neighbours as the teacher has")
@@ -1350,9 +1432,17 @@ def embedding(feature: str | None = None, *, neighbours: int = 5) -> Task:
   )
 
 
+def _check_name(argument: str, name: Any) -> None:
+  if not isinstance(name, str) or not name:
+    raise TypeError(f"{argument}={_check.show(name)} must be a feature's name.")
+
+
 def _feature_of(outputs: Outputs, name: str, argument: str) -> Any:
   if name not in outputs.features:
-    raise ValueError(f"{argument}={name!r} is not among the network's, {sorted(outputs.features)}.")
+    raise ValueError(
+      f"{argument}={name!r} is not among the features that the model, or its teacher, puts out, "
+      f"{sorted(outputs.features)}."
+    )
   return outputs.features[name]
 
 
@@ -1393,8 +1483,8 @@ def _check_vectors(batches: Batch, outputs: Outputs) -> None:
     )
 
 
-@functools.cache
-def retrieval(first: str, second: str, *, at: tuple[int, ...] = (1, 5, 10)) -> Task:
+@_once
+def retrieval(first: str, second: str, *, at: Sequence[int] = (1, 5, 10)) -> Task:
   """Two towers: whether what is asked by one tower's vector finds its partner among the other's.
 
   By cosine similarity among all examples of the split: ``<first>_to_<second>_at_<k>`` and
@@ -1411,16 +1501,18 @@ def retrieval(first: str, second: str, *, at: tuple[int, ...] = (1, 5, 10)) -> T
     at: the k's.
 
   Raises:
-    TypeError, ValueError: a k is no whole number of at least 1, or there is none.
+    TypeError, ValueError: a k is no whole number of at least 1, or there is none; or the towers are
+      one.
   """
+  for argument, name in (("first", first), ("second", second)):
+    _check_name(argument, name)
+  if first == second:
+    raise ValueError(f"first={first!r} and second={second!r} are one tower, which finds itself.")
   ways = {(first, second): "there", (second, first): "back"}
-  if not at:
+  most = _wholes("at", at)
+  if not most:
     raise ValueError("at=() has no k; give (1, 5, 10).")
-  names = {
-    (way, _check.whole("at", k)): f"{one}_to_{other}_at_{k}"
-    for (one, other), way in ways.items()
-    for k in at
-  }
+  names = {(way, k): f"{one}_to_{other}_at_{k}" for (one, other), way in ways.items() for k in most}
 
   def reads(outputs: Outputs) -> Outputs:
     both = {"first": first, "second": second}
@@ -1467,7 +1559,14 @@ def retrieval(first: str, second: str, *, at: tuple[int, ...] = (1, 5, 10)) -> T
       )
     labels = np.asarray(batches.labels)
     if labels.dtype.kind not in "iu" or labels.ndim != 2:
-      raise TypeError("of the task 'retrieval' a label is one whole number an example, or none.")
+      raise TypeError(
+        "of the task 'retrieval' a label is one whole number an example, or none, and the batches' "
+        f"are {_check.show(labels)}."
+      )
+
+  def fits(student: Outputs, teacher: Outputs) -> None:
+    for name in (first, second):
+      _same_places(name, student.features[name], teacher.features[name])
 
   def tells(kept: Kept, i: int) -> tuple[str, str]:
     there, back = (int(rows[0][i]) + 1 for rows in found(kept).values())
@@ -1485,6 +1584,7 @@ def retrieval(first: str, second: str, *, at: tuple[int, ...] = (1, 5, 10)) -> T
     each=each,
     of_all=of_all,
     check=check,
+    fits=fits,
     unlabelled=True,
     fidelity=fidelity,
     shows=Shows(values=values, tells=tells),

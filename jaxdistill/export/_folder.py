@@ -55,9 +55,9 @@ def save_folder(
     ValueError: the program cannot take batches of any size, or the weights hold NaN.
   """
   _extras.need("export.save_folder", "safetensors")
+  runs.check_place(folder, "network of export.save_folder")
   target = _check.folder("folder", folder)
-  there = {path.name for path in target.iterdir()} if target.is_dir() else set()
-  if target.is_file() or (there and not _ours(target)):
+  if runs.listing(target) and not _ours(target):
     raise FileExistsError(
       f"folder={target} holds something that is no student of ours; take another."
     )

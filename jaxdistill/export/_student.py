@@ -94,12 +94,8 @@ def save_student(
   ...   load_student(run)([[1.0, 2.0], [3.0, 4.0]]).tolist()
   [[1.0, 2.0], [3.0, 4.0]]
   """
-  run = _check.folder("folder", folder)
-  if any(part.is_file() for part in (run, *run.parents)):
-    raise FileExistsError(f"folder={run} is a file, or lies below one; take another.")
-  target = run / _FOLDER
-  if target.is_file() or (runs.listing(target) and not (target / runs.MANIFEST).is_file()):
-    raise FileExistsError(f"{target} is no student of ours; move it, or take another folder.")
+  runs.check_place(folder, "deployed student")
+  target = _check.folder("folder", folder) / _FOLDER
   one = _of_one_seed(model) if isinstance(model, Model) else model  # else `untraced` says it
   program = _program.untraced(one, stored=stored, normalize=normalize, name=name, outputs=outputs)
   runs.check_nan("model.variables", model.variables)
@@ -333,6 +329,9 @@ def _absent(run: pathlib.Path) -> str:
   """Why a folder has no student, and what to do."""
   if not run.is_dir():
     return f"run={str(run)!r}: there is no such folder."
+  other = runs.other_kind(run, "run")
+  if other is not None:
+    return f"run={str(run)!r} holds a {other}, and no {_FOLDER}/: give a run's folder."
   if not (run / "config.json").is_file():
     return f"run={str(run)!r} is no run's folder: it has neither {_FOLDER}/ nor a config.json."
   with Checkpoints(run / "checkpoints") as saved:

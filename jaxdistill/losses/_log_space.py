@@ -25,6 +25,7 @@ __all__ = [
   "absolute",
   "bounded",
   "check_classes",
+  "check_there",
   "counted",
   "distribution",
   "float_arrays",
@@ -84,11 +85,25 @@ def counted(where: Any, shape: tuple[int, ...]) -> Bool[Array, ...]:
   return valid
 
 
+def check_there(**logits: Any) -> None:
+  """Raises for logits that a network does not put out, by the argument's name.
+
+  >>> check_there(student_logits=jnp.ones((2, 3)))
+  """
+  for name, one in logits.items():
+    if one is None:
+      raise ValueError(
+        f"{name} is None: that network puts out no logits. Compare features, by recipes.hint or "
+        "recipes.rkd, or say which of its outputs they are by logits= of networks.linen or nnx."
+      )
+
+
 def check_classes(logits: Any, name: str) -> None:
   """Raises for a single output, of which a softmax makes 1, whatever it is.
 
   >>> check_classes(jnp.ones((2, 3)), "logits")
   """
+  check_there(**{name: logits})
   if np.shape(logits)[-1:] == (1,):
     raise ValueError(
       f"{name} {np.shape(logits)} have one output, of which a softmax makes 1 whatever it is: the "
@@ -114,6 +129,7 @@ def pair(student_logits: Any, teacher_logits: Any) -> list[Array]:
   >>> [x.dtype.name for x in pair(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((2, 3)))]
   ['float32', 'float32']
   """
+  check_there(student_logits=student_logits, teacher_logits=teacher_logits)
   if np.shape(student_logits) != np.shape(teacher_logits):
     raise ValueError(
       f"student_logits {np.shape(student_logits)} and teacher_logits {np.shape(teacher_logits)} "

@@ -555,9 +555,8 @@ def save(
   """
   _extras.need("networks.pretrained.save", "safetensors")
   _check.whole("shard_bytes", shard_bytes)
+  runs.check_place(folder, "pretrained model")
   place = _check.folder("folder", folder)
-  if place.is_file():
-    raise NotADirectoryError(f"folder={place} is a file: give another.")
   runs.check_nan("variables", variables)
   leaves = traverse_util.flatten_dict(dict(variables))
   told = _told(config)
@@ -572,7 +571,8 @@ def save(
     count = len(shards)
     names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
   index = "model.safetensors.index.json"
-  place.mkdir(parents=True, exist_ok=True)
+  with runs.writes(place):
+    place.mkdir(parents=True, exist_ok=True)
   mine = {*names, *([index] if len(shards) > 1 else [])}
   there = {path.name for path in place.iterdir() if ".safetensors" in path.name}
   if there - mine:

@@ -14,7 +14,7 @@ from jaxdistill import _extras, export, runs
 from jaxdistill.reports._format import escaped, fenced
 from jaxdistill.reports._pages import evidence
 from jaxdistill.reports._pages.document import readings
-from jaxdistill.reports._pages.summary import agreement, gap_sentence, measured
+from jaxdistill.reports._pages.summary import agreement, gap_sentence, measured, over_seeds
 
 __all__ = ["write_model_folder"]
 
@@ -102,7 +102,7 @@ def _figures(report: Mapping[str, Any] | None) -> list[str]:
   lines += [escaped(report["verdict"] or "There is no verdict."), ""]
   lines += [gap_sentence(report["gap_closed"]), ""]
   many = f"{examples:,} examples. " if examples else ""
-  lines += [f"{many}Mean ± standard deviation over {len(report['seeds'])} seeds.", ""]
+  lines += [many + over_seeds(report), ""]
   lines += [measured(report).markdown(), ""]
   agree = agreement(report)
   if len(agree.head) > 1:

@@ -77,6 +77,7 @@ def compare_students(
       and ``examples`` is a number; or they are not of the teacher's tokenizer.
   """
   _extras.need("reports.compare_students", "matplotlib", "scipy", "jinja2", "jsonschema")
+  runs.check_place(folder, "report")  # before the models are measured
   folder = _check.folder("folder", folder)
   size = examples if isinstance(examples, int) else len(examples)
   task = tasks.classification() if task is None else task
@@ -120,7 +121,8 @@ def compare_students(
   )
 
   def write() -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with runs.writes(folder):
+      folder.mkdir(parents=True, exist_ok=True)
     if texts is not None and isinstance(examples, Examples):
       write_texts(folder, texts, {"teacher": teacher, **models}, examples, split=result["split"])
     kept = found if found.models or found.details else None
@@ -203,10 +205,14 @@ def _columns(
   }
 
 
+def _there(batches: Batch, task: Task) -> np.ndarray:
+  """``[N · B]``, which examples of stacked batches `evaluation.examine` has something of."""
+  return (predictions.counted if task.shown.classes else predictions.present)(batches)
+
+
 def _index(batches: Batch, task: Task) -> np.ndarray:
-  """Which examples `evaluation.examine` has something of."""
-  there = predictions.counted if task.shown.classes else predictions.present
-  return np.asarray(batches.index).reshape(-1)[there(batches)]
+  """The numbers of those examples."""
+  return np.asarray(batches.index).reshape(-1)[_there(batches, task)]
 
 
 def gather_predictions(
@@ -245,6 +251,7 @@ def gather_predictions(
     "columns": dict(columns or {}),
   }
   index = _index(batches, task)
+  about["weight"] = predictions.weight_of(batches, _there(batches, task))
   source = batches if examples is None else examples
   if not task.shown.classes:
     names = [name for one in measured.values() for name in one.quality]

@@ -49,6 +49,7 @@ if TYPE_CHECKING:  # what `lazy` imports when it is asked for
     differing,
     environment,
     hold,
+    other_kind,
     read_config,
     read_metrics,
     release,
@@ -135,6 +136,7 @@ __all__ = [
   "locate",  # the folder; or the complete one that a killed process had no time to rename
   "named_leaves",  # the leaves by their path, ``params/Dense_0/kernel``
   "nested_dicts",  # nested dictionaries from leaves by path
+  "other_kind",  # what else than a run, or another kind of ours, a folder holds
   "outline",  # the containers as JSON, so that a tree comes back without ``like``
   "parse_json",  # what JSON says that anybody may have written
   "progress_bar",  # a bar in a terminal or a notebook; elsewhere a line every few seconds

@@ -36,6 +36,7 @@ import numpy as np
 
 from jaxdistill import _check
 from jaxdistill.runs._files import WRITING, writes
+from jaxdistill.runs._folder import check_place
 from jaxdistill.runs._manifest import (
   MANIFEST,
   CheckpointError,
@@ -155,6 +156,7 @@ class Checkpoints:
       ValueError: a bad step, no items, a name that cannot be one, two leaves of one path, or an
         array on other processes' devices that lies on no mesh.
     """
+    check_place(self.folder, "checkpoints")
     step = _check.whole("step", step, least=0, most=_MOST_STEPS)
     if not isinstance(items, Mapping):
       raise TypeError(f"items must be pytrees by name, got {_check.show(items)}.")
@@ -377,8 +379,9 @@ def save_variables(path: str | os.PathLike[str], variables: PyTree) -> None:
   ...   load_variables(f"{folder}/teacher")["params"]["bias"].shape
   (2,)
   """
+  check_place(path, "saved variables", name="path")
   target = _check.folder("path", path)
-  if target.is_file() or (listing(target) and not (target / MANIFEST).is_file()):
+  if listing(target) and not (target / MANIFEST).is_file():
     raise FileExistsError(f"path={target} holds something that is no checkpoint; take another.")
   arrays, described = snapshot({_VARIABLES: variables})
   together = Together(arrays)

@@ -27,6 +27,7 @@ import numpy as np
 from jaxdistill import _check
 from jaxdistill._beside import beside
 from jaxdistill.runs._files import parse_json, read_object, read_text, write_text, writes
+from jaxdistill.runs._manifest import MANIFEST, listing
 from jaxdistill.runs._traced import Traced, difference
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
   "differing",
   "environment",
   "hold",
+  "other_kind",
   "read_config",
   "read_metrics",
   "release",
@@ -62,10 +64,20 @@ _KINDS = {
 }
 # And by a file, where there is no ``config.json``.
 _MARKS = {
-  "manifest.json": "cache of a teacher's outputs, or something saved",
   "report.json": "report of a run that is gone",
   "study.log": "study's journal",
+  "exports.json": "run's exports",
+  "generation1/config.json": "series of generations",
 }
+# What lies in the folder of one of these too: a report of a run, its deployed student.
+_PARTS = {"report", "deployed student"}
+_WHOLES = {"run", "sweep", "study", "search within a budget", *_MARKS.values()} - {"run's exports"}
+# Folders below that are the kind's own.
+_OWN: dict[str, tuple[str, ...]] = {
+  **dict.fromkeys(("run", "sweep", "study"), ("checkpoints", "student")),
+  "deployed student": ("student",),
+}
+_BELOW = {"checkpoints": "checkpoints", "student": "deployed student"}
 _TOUCHED = 4  # seconds after which a lock's file is touched again
 
 
@@ -257,6 +269,9 @@ def claim(
       run began with; whether it is the same, nobody can tell.
   """
   folder, wanted = _check.folder("folder", folder), check_config(config)
+  besides = None if (folder / "config.json").exists() else other_kind(folder, "run")
+  if besides is not None:
+    raise FileExistsError(f"folder={os.fspath(folder)!r} holds a {besides}; name another.")
   traced = {} if traced is None else traced
   digests = {name: one.digest for name, one in traced.items()}
   longer = False
@@ -286,52 +301,79 @@ def claim(
   return folder
 
 
-def check_place(folder: str | os.PathLike[str], kind: str) -> None:
+def check_place(folder: str | os.PathLike[str], kind: str, *, name: str = "folder") -> None:
   """Raises, before anything is traced, where something else lies in a folder, or none can be made.
 
   What a run of the same kind has there is `claim`'s to compare.
 
   Args:
     folder: where something is to be kept.
-    kind: what: ``"run"``, ``"sweep"``, ``"study"``, ``"search within a budget"``, ``"cache"``.
+    kind: what: ``"run"``, ``"sweep"``, ``"study"``, ``"search within a budget"``, ``"series of
+      generations"``, ``"cache"``, ``"saved variables"``, ``"checkpoints"``, ``"network of
+      export.save_folder"``, ``"pretrained model"``; or what lies in a run's or a search's folder
+      too, ``"report"``, ``"deployed student"``.
+    name: the argument's.
 
   Raises:
     FileExistsError: it is another kind's, or a link to nothing.
     OSError: it is a file, or lies below one, or you may not write there.
   """
-  place = _check.folder("folder", folder)
+  place = _check.folder(name, folder)
   there = next(one for one in (place, *place.parents) if os.path.lexists(one))
   if os.path.islink(there) and not os.path.exists(there):
     raise FileExistsError(
-      f"folder={os.fspath(place)!r}: {there} is a link to {os.readlink(there)!r}, which is not "
+      f"{name}={os.fspath(place)!r}: {there} is a link to {os.readlink(there)!r}, which is not "
       "there. Remove it, or make what it leads to."
     )
   if there == place and not place.is_dir():
     raise NotADirectoryError(
-      f"folder={os.fspath(place)!r} is a file; name a folder for the {kind}."
+      f"{name}={os.fspath(place)!r} is a file; name a folder for the {kind}."
     )
   if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
     with writes(place):
       raise OSError(errno.EACCES if there.is_dir() else errno.ENOTDIR, "")
-  other = _kind_in(place, kind) if there == place else None
+  if there != place:
+    return
+  other = other_kind(place, kind)
   if other is not None:
     raise FileExistsError(
-      f"folder={os.fspath(place)!r} holds a {other}: a {kind} needs a folder of its own."
+      f"{name}={os.fspath(place)!r} holds a {other}: a {kind} needs a folder of its own."
     )
+  for taken in map(place.joinpath, _OWN.get(kind, ())):
+    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / MANIFEST).is_file())
+    ours = ours and other_kind(taken, _BELOW[taken.name]) is None
+    if os.path.lexists(taken) and not ours:
+      raise FileExistsError(f"{taken} is not a {kind}'s; move it, or take another folder.")
 
 
-def _kind_in(place: pathlib.Path, kind: str) -> str | None:
-  """What else than this kind a folder holds, if it is one of ours."""
-  if not (place / "config.json").is_file():
-    marks = {} if kind == "cache" else _MARKS
-    return next((what for name, what in marks.items() if (place / name).is_file()), None)
+def other_kind(place: pathlib.Path, kind: str) -> str | None:
+  """What else than this kind a folder holds, if it is one of ours; see `check_place`."""
+  if (place / "config.json").is_file():
+    try:
+      settings = set(read_object(place / "config.json"))
+    except (OSError, ValueError):
+      return None  # whoever reads it says how it is damaged
+    if _KINDS.get(kind, {kind}) <= settings:  # settings of a user's may be called as another kind's
+      return None
+    found = next((other for other, known in _KINDS.items() if known <= settings), None)
+  else:
+    found = next((what for name, what in _MARKS.items() if (place / name).is_file()), None)
+    found = found or _saved_in(place, kind)
+  return None if found == kind or (kind in _PARTS and found in _WHOLES) else found
+
+
+def _saved_in(place: pathlib.Path, kind: str) -> str | None:
+  """What was saved as a folder with a manifest, or with a folder like that for each step."""
+  if not (place / MANIFEST).is_file():
+    steps = any(p.name.isdigit() and (p / MANIFEST).is_file() for p in listing(place))
+    return "checkpoints" if steps else None
   try:
-    settings = set(read_object(place / "config.json"))
-  except (OSError, ValueError):
-    return None  # whoever reads it says how it is damaged
-  if _KINDS.get(kind, {kind}) <= settings:  # settings of a user's may be called as another kind's
-    return None
-  return next((other for other, known in _KINDS.items() if known <= settings), None)
+    body = read_object(place / MANIFEST)
+  except (OSError, ValueError):  # the kind's own reader says how it is damaged
+    return None if kind in ("cache", "saved variables", *_PARTS) else "damaged manifest"
+  if "items" in body:
+    return "saved variables" if body.get("step") is None else "checkpoint of a run"
+  return "cache" if "views" in body else "deployed student" if "kind" in body else "manifest"
 
 
 def differing(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -161,13 +161,10 @@ def preflight(
 
 
 def _made(folder: str | os.PathLike[str]) -> pathlib.Path:
+  runs.check_place(folder, "report")
   place = _check.folder("folder", folder)
-  try:
+  with runs.writes(place):
     place.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise type(error)(
-      f"folder={os.fspath(folder)!r} cannot be made ({error}); name one that can."
-    ) from error
   return place
 
 

@@ -33,6 +33,8 @@ __all__ = ["Found", "Search"]
 
 PyTree = Any
 
+_LINES = 20  # of a student's curve: a dispatch may be all of a short search, and a line of it none
+
 
 @dataclasses.dataclass(frozen=True)
 class Found:
@@ -228,6 +230,7 @@ class Search:
         at=at,
         epoch=program.source.steps_per_epoch,
         examples=program.examples_per_step,
+        line=max(1, self.steps // _LINES),
         schedules={},
         progress=self.progress,
         tracked=None,

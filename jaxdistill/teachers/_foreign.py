@@ -79,11 +79,11 @@ def foreign(
   Args:
     function: ``inputs -> outputs``, NumPy arrays. Inputs are a batch's as the student sees them,
       ``[B, ...]`` or a pytree of these: augmented and normalised (where the teacher wants other
-      numbers, the function undoes it). Outputs are an array ``[B, ..., K]`` of the kind ``gives``;
-      or a mapping whose names say what each is: ``"logits"``, ``"probabilities"`` or
-      ``"binary_probabilities"``, any ``"features/<name>"``, and ``"where"`` ``[B]``, 0 for those
-      examples of which the teacher says nothing. They teach nothing, in no term that looks at the
-      teacher; their labels count as before.
+      numbers, the function undoes it). Outputs are an array ``[B, ..., K]`` of the kind ``gives``
+      (a regressor's ``[B]`` is one output); or a mapping whose names say what each is:
+      ``"logits"``, ``"probabilities"`` or ``"binary_probabilities"``, any ``"features/<name>"``,
+      and ``"where"`` ``[B]``, 0 for those examples of which the teacher says nothing. They teach
+      nothing, in no term that looks at the teacher; their labels count as before.
     gives: what an array is: ``"logits"``; ``"probabilities"``, a softmax's (``predict_proba``),
       which become ``log(max(p, floor))``; ``"binary_probabilities"``, of K yes-or-no questions
       (``[B, K]``, or K of ``[B, 2]``, of no and yes, as scikit-learn gives several labels), which

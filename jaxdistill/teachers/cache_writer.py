@@ -60,8 +60,9 @@ def outputs_of(
   Args:
     given: an array ``[B, ...]`` of the kind ``gives``; or a mapping of such arrays, whose names
       say what each is: one of ``"logits"``, ``"probabilities"`` and ``"binary_probabilities"``
-      ``[B, ..., K]``, any ``"features/<name>"``, and ``"where"`` ``[B]``, 0 for examples that the
-      teacher skipped (whatever stands in their rows).
+      ``[B, ..., K]`` (floats ``[B]`` of the first and last are one output), any
+      ``"features/<name>"``, and ``"where"`` ``[B]``, 0 for examples that the teacher skipped
+      (whatever stands in their rows).
     size: B.
     gives: what an array is. ``"probabilities"`` are a softmax's, whose rows add up to 1, and become
       ``log(max(p, floor))``: the same softmax, up to ``floor`` for each class. Those of K yes-or-no
@@ -132,12 +133,15 @@ def _array(name: str, value: Any, size: int) -> np.ndarray:
       f"the teacher's {name} have the shape {list(array.shape)} for {size} examples; it must be "
       f"[{size}, ...]."
     )
-  if name in GIVES[:3] and array.ndim < 2:
+  if name not in GIVES[:3] or array.ndim > 1:
+    return array
+  if name == "probabilities" or array.dtype.kind != "f":
     raise ValueError(
-      f"the teacher's {name} have the shape {list(array.shape)}; give [{size}, K], and [:, None] "
-      "where there is one output."
+      f"the teacher's {name} have the shape {list(array.shape)} of {array.dtype}; give "
+      f"[{size}, K], of a classifier what it makes of each class (predict_proba), not the class "
+      "that it chooses."
     )
-  return array
+  return array[:, None]  # one number an example, as a regressor's predict gives it
 
 
 def _logits(

@@ -207,13 +207,12 @@ def _chosen_by(watch: Watch) -> tuple[str, int]:
   return name, -1 if (watch.better or known) == "lower" else 1
 
 
-def check_run(run: Any, kind: str | None = None) -> Run:
+def check_run(run: Any, kind: str) -> Run:
   """A `Run`, of a folder's path too, whose folder is not another kind's.
 
   Args:
     run: a `Run`, a path, or None for a run that is not saved.
-    kind: what is kept in the folder, see `jaxdistill.runs.check_place`; None where each part of it
-      has a folder of its own below.
+    kind: what is kept in the folder, see `jaxdistill.runs.check_place`.
 
   Raises:
     TypeError: it is none of these.
@@ -222,16 +221,8 @@ def check_run(run: Any, kind: str | None = None) -> Run:
   if not isinstance(run, Run | str | os.PathLike | None):
     raise TypeError(f"run={_check.show(run)} must be a folder, or train.Run(folder, ...).")
   run = run if isinstance(run, Run) else Run(run)
-  if run.folder is None or kind is None:
-    return run
-  runs.check_place(run.folder, kind)
-  place = _check.folder("folder", run.folder)
-  # A search within a budget keeps runs there, each of which is looked at by itself.
-  own = () if kind == "search within a budget" else ("checkpoints", "student")
-  for taken in map(place.joinpath, own):
-    ours = taken.is_dir() and (taken.name == "checkpoints" or (taken / runs.MANIFEST).is_file())
-    if os.path.lexists(taken) and not ours:
-      raise FileExistsError(f"{taken} is not a run's; move it, or take another folder.")
+  if run.folder is not None:
+    runs.check_place(run.folder, kind)
   return run
 
 
@@ -537,7 +528,8 @@ def _save_deployed(
     missing = not (path / "student").is_dir()
     if not missing:
       there = runs.read_object(path / "student" / "student.json").get("outputs")
-      missing = sorted(there or ()) != _put_out(plan, program, outputs)
+      listed = sorted(map(str, there)) if isinstance(there, list) else None
+      missing = listed != _put_out(plan, program, outputs)
       if missing:
         _drop_deployed(path)
   missing = bool(_mesh.agree(int(missing)))

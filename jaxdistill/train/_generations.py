@@ -86,7 +86,7 @@ def born_again(
       f"student={_check.show(student)} must be a Network, which each generation begins anew: of a "
       "model, model.network."
     )
-  run = check_run(run)
+  run = check_run(run, "series of generations")
   seeds, sources = check_seeds(seed, data)
   stride = max(seeds) - min(seeds) + 1
   last = max(seeds) + (generations - 1) * stride

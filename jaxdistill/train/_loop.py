@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -164,7 +165,7 @@ Callback = Callable[[int, Mapping[str, Any]], None]
 
 
 class Log:
-  """Turns a chunk's sums into a line of the log, a place on the bar and a call of the callback.
+  """Turns a chunk's sums into lines of the log, a place on the bar and a call of the callback.
 
   Args:
     folder: the run's folder; None keeps the lines in memory alone.
@@ -172,6 +173,7 @@ class Log:
     at: the step that it goes on from.
     epoch: how many steps an epoch has.
     examples: how many examples a step has, over all seeds.
+    line: the most steps of a line, where a chunk has more; None for one line a chunk.
     schedules: the objective's keywords that follow a schedule.
     progress: the bar's label; None for no bar.
     tracked: the run's trackers; None for none.
@@ -187,6 +189,7 @@ class Log:
     at: int,
     epoch: int,
     examples: int,
+    line: int | None = None,
     schedules: Mapping[str, Callable[[int], Any]],
     progress: str | None,
     tracked: runs.Tracked | None,
@@ -196,7 +199,7 @@ class Log:
     self._metrics = runs.Metrics(folder, resumed_from=at)
     self._bar = progress_bar(steps, progress, unit="step", initial=at)
     self._steps, self._epoch, self._examples = steps, epoch, examples
-    self._schedules = schedules
+    self._line, self._schedules = line, schedules
     self._select, self._callback, self._tracked = select, callback, tracked
     self._clock = time.perf_counter()
     self._counted = at > 0  # whether any term counted an example until here, or that was said
@@ -209,7 +212,7 @@ class Log:
   def write(
     self, sums: PyTree, begin: int, end: int, validation: Mapping[str, Any] | None = None
   ) -> None:
-    """Writes the line of steps ``begin .. end``.
+    """Writes the line of steps ``begin .. end``, or several of about as many steps.
 
     Args:
       sums: ``{name: (sum, count)}`` on the host, with an axis over steps last.
@@ -217,16 +220,30 @@ class Log:
       end: the last step.
       validation: numbers of a validation at ``end``.
     """
-    record = _means(sums)
     now = time.perf_counter()
     rate = self._examples * (end - begin) / (now - self._clock)
     self._clock = now
+    lines = 1 if self._line is None else math.ceil((end - begin) / self._line)
+    cuts = [(end - begin) * i // lines for i in range(lines + 1)]
+    for first, last in itertools.pairwise(cuts):
+      part = {
+        name: (total[..., first:last], count[..., first:last])
+        for name, (total, count) in sums.items()
+      }
+      at = begin + last
+      self._write_line(part, at, last - first, rate, (validation or {}) if at == end else {})
+
+  def _write_line(
+    self, sums: PyTree, end: int, steps: int, rate: float, validation: Mapping[str, Any]
+  ) -> None:
+    """Writes the line of so many steps up to ``end``."""
+    record = _means(sums)
     for name, schedule in self._schedules.items():
       # A keyword may be called as a term is, or as what else a line has: neither hides the other.
       record[f"schedule/{name}" if name in sums or name in RESERVED else name] = float(
         schedule(end - 1)
       )
-    record |= {f"validation/{name}": value for name, value in (validation or {}).items()}
+    record |= {f"validation/{name}": value for name, value in validation.items()}
     record |= {"epoch": end / self._epoch, "examples_per_second": round(rate, 1)}
     self._metrics.write(end, record)
     self._counted = self._counted or _counts_any(sums)
@@ -240,9 +257,9 @@ class Log:
     if self._tracked is not None:
       self._tracked.log(end, record)
     shown = {"loss": record["loss"]}
-    if self._select in (validation or {}):
+    if self._select in validation:
       shown[f"validation {self._select}"] = record[f"validation/{self._select}"]
-    self._bar.update(end - begin, {name: f"{np.mean(value):.4f}" for name, value in shown.items()})
+    self._bar.update(steps, {name: f"{np.mean(value):.4f}" for name, value in shown.items()})
     if self._callback is not None:
       self._callback(end, self.history[-1])
 

@@ -232,7 +232,7 @@ def _called(
   given = {name: value for name, value in offered.items() if every or name in kinds}
   while True:
     try:
-      return optimizer.update(gradient, state, tree, **given)
+      made = optimizer.update(gradient, state, tree, **given)
     except _FAILURES as error:
       # A chain takes whatever comes, and one of its links may not: Python says what.
       refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
@@ -243,6 +243,30 @@ def _called(
         f"the gradient, its state, the parameters, and of {sorted(offered)} with what it takes "
         "(under a mask, mask_compatible_extra_args=True masks grad too)."
       ) from error
+    return _checked(made, tree)
+
+
+def _checked(made: Any, tree: PyTree) -> tuple[PyTree, Any]:
+  """What an update gave, if each parameter has one of its shape: another would be broadcast."""
+  if not isinstance(made, tuple) or len(made) != 2:
+    raise ValueError(
+      f"the optimizer's update gives {_check.show(made)}; it must give (updates, state)."
+    )
+  steps: Any = made[0]
+  wanted, given = (str(jax.tree.structure(one)) for one in (tree, steps))
+  if given != wanted:
+    raise ValueError(
+      f"the optimizer's update gives {_check.show(steps)} as the updates; they must have the "
+      f"parameters' structure, {wanted}."
+    )
+  pairs = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(steps), strict=True)
+  for (path, leaf), step in pairs:
+    if jnp.shape(step) != jnp.shape(leaf):
+      raise ValueError(
+        f"the optimizer's update gives {list(jnp.shape(step))} for the parameter "
+        f"{jax.tree_util.keystr(path)}, which is {list(jnp.shape(leaf))}: give each its own shape."
+      )
+  return made
 
 
 def evaluates_others(state: Any) -> bool:

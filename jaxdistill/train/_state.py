@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.errors
@@ -38,6 +39,7 @@ __all__ = [
   "teacher_now",
   "to_items",
   "trained_variables",
+  "with_what_is_there",
 ]
 
 PyTree = Any
@@ -188,7 +190,8 @@ def init_state(
   if objective.deployed is None:  # else the student's own logits are not what predicts
     _check_classes(seen, taught)
     _check_labels(seen, num_classes, student.name)
-  made = objective.init(objective_key, seen, taught)
+  with with_what_is_there(seen, taught):
+    made = objective.init(objective_key, seen, taught)
   if not (isinstance(made, tuple) and len(made) == 2):
     raise TypeError(f"the objective's init must return (params, state), got {_check.show(made)}.")
   objective_params, objective_state = made
@@ -266,6 +269,27 @@ def from_items(items: Mapping[str, PyTree], shapes: State, objective: Objective)
     average=None if shapes.average is None else averaged,
     teacher=items.get("teacher"),
   )
+
+
+@contextlib.contextmanager
+def with_what_is_there(student: Outputs | None, teacher: Outputs | None) -> Iterator[None]:
+  """Says of an objective that takes None for an array which network has no logits.
+
+  Raises:
+    ValueError: it fails for want of logits that a network does not put out.
+  """
+  try:
+    yield
+  except (AttributeError, TypeError) as error:
+    both = {"student": student, "teacher": teacher}
+    without = [n for n, one in both.items() if one and one.logits is None and one.hidden is None]
+    if not without or "NoneType" not in str(error):
+      raise
+    raise ValueError(
+      f"the objective fails on a {without[0]} without logits ({_check.short(error)}): compare "
+      "features, by recipes.hint or recipes.rkd, or say which of its outputs are logits, by "
+      "logits= of networks.linen or nnx."
+    ) from error
 
 
 def _seen_in_training(network: Network, variables: PyTree, inputs: Any) -> Outputs:

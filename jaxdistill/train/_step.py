@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,13 @@ from jaxdistill.train import _optax
 from jaxdistill.train._answered import terms_where_answered
 from jaxdistill.train._frozen import hold, without_moving
 from jaxdistill.train._optax import Transformation
-from jaxdistill.train._state import State, latest_variables, student_variables, teacher_now
+from jaxdistill.train._state import (
+  State,
+  latest_variables,
+  student_variables,
+  teacher_now,
+  with_what_is_there,
+)
 from jaxdistill.types import (
   Batch,
   Network,
@@ -201,15 +207,11 @@ class _Step:
     )
 
     def made(target: Outputs | None, batch: Batch) -> tuple[Terms, PyTree]:
-      found = self.objective.apply(
-        trained["objective"],
-        objective_state,
-        _without_padding(outputs, batch),
-        _without_padding(target, batch),
-        batch,
-        key=at.keys[1],
-        **at.keywords,
-      )
+      seen = _without_padding(outputs, batch), _without_padding(target, batch)
+      with with_what_is_there(*seen):
+        found = self.objective.apply(
+          trained["objective"], objective_state, *seen, batch, key=at.keys[1], **at.keywords
+        )
       return _checked(found, objective_state)
 
     if target is None or target.where is None:
@@ -281,7 +283,12 @@ class _Step:
     There is one gradient, but for an optimiser that wants some terms' apart: then one of each group
     of terms, from one pass forward and a pass back for each.
     """
-    share = lambda trained: self.losses(trained, at, target)  # noqa: E731
+
+    def share(trained: PyTree) -> tuple[list[jax.Array], Any]:
+      each, rest = self.losses(trained, at, target)
+      _check_reached(each, trained)
+      return each, rest
+
     each, back, (states, sums) = jax.vjp(share, at.trained, has_aux=True)
     ones = [[jnp.full_like(x, i == j) for j, x in enumerate(each)] for i in range(len(each))]
     parts, loss = [back(one)[0] for one in ones], _added(each)
@@ -373,6 +380,20 @@ def _transformed(new: Any, old: Batch) -> Batch:
       "must keep their number (give those that do not count the weight 0)."
     )
   return new
+
+
+def _check_reached(losses: Sequence[jax.Array], trained: PyTree) -> None:
+  """Raises, while a gradient is traced, where all of it is 0: that trains nothing, and passes.
+
+  What depends on a parameter is traced as the parameters are; what is cut off from them (a
+  comparison, an integer, `jax.lax.stop_gradient`) is not.
+  """
+  kinds = {type(leaf) for leaf in jax.tree.leaves(trained)}
+  if kinds and not any(type(loss) in kinds for loss in losses):
+    raise ValueError(
+      "no term of the objective has a gradient by what is trained: its values are constants, whole "
+      "numbers, comparisons, or behind a stop_gradient. Make a term of the student's outputs."
+    )
 
 
 def _checked(made: Any, state: PyTree) -> tuple[Terms, PyTree]:

@@ -179,7 +179,9 @@ def test_tensorflow_is_not_imported_even_where_it_is_installed(digits_dir, tmp_p
   ("arguments", "message"),
   [
     ({"labels": [0, 1]}, "labels must have the 3 examples"),
-    ({"labels": ["a", "b", "c"]}, "labels must be integers or floats"),
+    ({"labels": ["a", "b", "c"]}, "labels is text, namely 'a'.*label_names="),
+    ({"labels": ["a", None, "c"]}, "labels must be integers or floats"),
+    ({"labels": ["a", "b", "c"], "label_names": ("a", "c")}, "not one of label_names=.*'b'"),
     ({"labels": [0.0, np.inf, 2.0]}, "not finite in row 1"),
     ({"labels": [0, 255, 2], "num_classes": 3}, "row 1 has 255.*ignore="),
     ({"labels": [0, 1, 2], "weight": [1.0, -1.0, 1.0]}, "weight of .*not negative"),
@@ -187,7 +189,9 @@ def test_tensorflow_is_not_imported_even_where_it_is_installed(digits_dir, tmp_p
     ({"labels": [0, -1, 2]}, r"must lie in 0 .. 2 .* row 1 has -1"),
     ({"labels": [0, 1, 5], "num_classes": 3}, r"num_classes=3.* row 2 has 5"),
     ({"inputs": np.zeros((0, 2)), "labels": []}, "at least one example"),
-    ({"labels": [0, 1, 1], "label_names": ("a",)}, "label_names must be 2"),
+    ({"labels": [0, 1, 1], "label_names": ("a",)}, r"num_classes=1.* row 1 has 1"),
+    ({"labels": [0, 1, 1], "label_names": ("a",), "num_classes": 2}, "label_names must be 2"),
+    ({"labels": np.ones((3, 2), bool), "label_names": ("a",)}, "label_names must be 2"),
     ({"labels": [0, 1, 1], "ids": ["a"]}, r"ids must be of shape \(3,\)"),
   ],
 )

@@ -223,12 +223,15 @@ class MadeShapes(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     floats = tfds.features.Tensor(shape=(4, 3), dtype=np.float32)
+    kind = tfds.features.ClassLabel(names=["a", "b", "c"])
     features = {
       "image": tfds.features.Image(shape=(4, 3, 3)),
       "mask": tfds.features.Image(shape=(4, 3, 1)),
       "depth": floats,
       "sure": floats,
       "counts": tfds.features.Scalar(np.float32),
+      "sides": tfds.features.Sequence(kind, length=2),
+      "several": tfds.features.Sequence(kind),
     }
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
@@ -257,6 +260,8 @@ def made_shapes():
       "depth": np.full((4, 3), i, np.float32),
       "sure": rng.random((4, 3), np.float32),
       "counts": np.float32(i + 0.5),
+      "sides": [i % 3, 1],
+      "several": [0, 1, 2][:i],
     }
     for i in range(4)
   ]
@@ -282,6 +287,11 @@ def test_masks_numbers_and_weights_of_a_set_that_tfds_prepared(tmp_path):
   assert data.load("made_shapes", labels="depth", **given).weight is None
   again = data.load("made_shapes", labels="depth", weight="sure", **given)
   np.testing.assert_array_equal(again.weight, depth.weight)
+  sides = data.load("made_shapes", labels="sides", **given)
+  assert sides.labels.tolist() == [row["sides"] for row in rows]
+  assert sides.label_names == ("a", "b", "c")
+  with pytest.raises(ValueError, match="labels='several' of .* is no class, number, array"):
+    data.load("made_shapes", labels="several", **given)  # as many as an example has
   opened = data.records("made_shapes", data_dir=tmp_path, labels="depth", weight="sure")
   order = np.array([2, 0])
   np.testing.assert_array_equal(opened.read(order)["weight"], depth.weight[order])
@@ -340,3 +350,28 @@ def test_labels_count_where_they_may_be_used_and_weigh_and_are_some():
   assert not counted([[1, 0], [1, 1]])
   assert not counted(None, weight=[0.0, 1.0])
   assert not counted(None, weight=[[1.0, 0.0], [1.0, 1.0]])
+
+
+@pytest.mark.parametrize("texts", [str, bytes, object, "T"], ids=str)
+def test_labels_by_name_are_their_numbers_by_every_way(texts):
+  names = ("cow", "cat", "dog")
+  each = np.array([["dog", "cat"], ["cat", "cat"]])
+  labels = each.astype(bytes) if texts is bytes else each.astype(texts)
+  rows = [{"image": [float(i)], "label": one} for i, one in enumerate(labels)]
+  fields, where = data.Fields(label_names=names), np.arange(2)
+  made = [
+    data.from_arrays(np.ones((2, 1)), labels, label_names=list(names)),
+    data.from_dicts(rows, fields),
+    data.from_sequence(rows, fields),
+  ]
+  for examples in made:
+    found = examples.read(where)["labels"]
+    assert (found.dtype, found.tolist()) == (np.int32, [[2, 1], [1, 1]])
+    assert (examples.num_classes, examples.label_names) == (3, names)
+
+
+def test_names_say_how_many_classes_there_are():
+  x, names = np.ones((2, 1)), ("dark", "left", "far")
+  tags = data.from_arrays(x, [[1, 0, -1], [0, 0, 1]], label_names=names, ignore=-1)
+  classes = data.from_arrays(x, [0, 1], label_names=names)  # none of this split is the last
+  assert tags.num_classes == classes.num_classes == 3

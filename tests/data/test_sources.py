@@ -217,7 +217,7 @@ def test_arrays_without_labels_have_none():
   assert data.evaluation_batches(examples, batch_size=3).labelled.tolist() == [[0.0] * 3]
   with pytest.raises(ValueError, match="labels is None"):
     data.from_arrays(np.zeros((3, 1)), None, num_classes=3)
-  with pytest.raises(ValueError, match="labels must be integers.*return_inverse"):
+  with pytest.raises(ValueError, match="labels is text, namely 'cat'"):
     data.from_arrays(np.zeros((2, 1)), ["cat", "dog"])
 
 
@@ -233,6 +233,14 @@ def test_arrays_without_labels_have_none():
 def test_normalisation_explains(normalize, message):
   with pytest.raises(ValueError, match=message):
     untyped(data.normalizer)(normalize)(np.zeros((1, 2, 2, 3), np.float32))
+
+
+@pytest.mark.parametrize("normalize", [((123.7,), (58.4,)), ((0.0,), (16.0,))])
+def test_bytes_are_not_normalised_by_numbers_of_bytes(normalize):
+  scaled = data.normalizer(normalize)
+  with pytest.raises(ValueError, match="divide mean and std by 255"):
+    scaled(np.zeros((1, 2, 2, 3), np.uint8))
+  assert np.isfinite(scaled(np.ones((1, 2, 2, 3), np.float32))).all()  # floats may be anything
 
 
 def test_augmentations_of_one_choice_are_applied_and_none_changes_shapes():

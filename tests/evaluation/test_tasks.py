@@ -1,6 +1,7 @@
 """Every task's metrics against scikit-learn, or written anew in float64, however examples come."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
@@ -349,6 +350,40 @@ def test_what_would_be_counted_of_other_tokens_is_refused():
     theirs = np.zeros((*ours.shape[:-1], 7), np.float32)
     with pytest.raises(ValueError, match=r"5 classes and the teacher 7.*vocabulary\(teacher, 5\)"):
       measured(task, ours, labels if ours is logits else labels[:, 0], teacher=theirs)
+
+
+@pytest.mark.parametrize(
+  ("task", "ours", "theirs", "labels"),
+  [
+    # Of one target or label, which was broadcast over the student's and measured.
+    (tasks.regression(), (3,), (1,), np.zeros((4, 3))),
+    (tasks.multilabel(), (3,), (1,), np.zeros((4, 3), int)),
+    (tasks.regression(variance=True), (4,), (3,), np.zeros((4, 2))),
+    # Of other places.
+    (tasks.classification(), (3,), (5, 3), np.zeros(4, int)),
+    (tasks.tokens(), (5, 3), (6, 3), np.zeros((4, 5), int)),
+    (tasks.dense(), (4, 4, 3), (2, 2, 3), np.zeros((4, 4, 4), int)),
+    (tasks.embedding(), (3,), (5, 3), np.zeros(4, int)),
+  ],
+)
+def test_a_teacher_of_another_shape_is_refused_by_both(task, ours, theirs, labels):
+  mine, other = [(4, *one) for one in (ours, theirs)]
+  both = ".*and the teacher.*".join(re.escape(str(list(one))) for one in (mine, other))
+  with pytest.raises(ValueError, match=both):
+    measured(task, np.ones(mine), labels, batch_size=4, teacher=np.ones(other))
+
+
+def test_two_towers_beside_a_teacher_of_positions():
+  def towers(*shape):
+    both = {name: np.ones((4, *shape), np.float32) for name in ("image", "text")}
+    return Teacher(
+      both, lambda rows, b: Outputs(features={name: x[b.index] for name, x in rows.items()})
+    )
+
+  batches = data.evaluation_batches(data.from_arrays(np.zeros((4, 1))), batch_size=4)
+  task = tasks.retrieval("image", "text", at=[1])
+  with pytest.raises(ValueError, match=r"image are \[4, 3\] and the teacher's \[4, 5, 3\]"):
+    evaluation.evaluate(towers(3), batches, teacher=towers(5, 3), task=task)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])

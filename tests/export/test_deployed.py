@@ -430,7 +430,7 @@ def test_a_kill_before_the_rename_loses_nothing(copied):
 def test_a_foreign_folder_is_not_overwritten(tmp_path):
   (tmp_path / "student").mkdir()
   (tmp_path / "student" / "essay.txt").write_text("mine")
-  with pytest.raises(FileExistsError, match="no student of ours"):
+  with pytest.raises(FileExistsError, match="student is not a deployed student's"):
     export.save_student(tmp_path, Model(small_networks.dense(4), {"params": {}}), stored=VECTOR)
   assert (tmp_path / "student" / "essay.txt").read_text() == "mine"
 

@@ -12,6 +12,7 @@ import pytest
 from jaxdistill import data, evaluation, export, losses, networks, search, teachers, train
 from jaxdistill.export import _process
 from jaxdistill.types import Model, Term
+from small_networks import untyped
 
 QUICK = export.Check(seconds=0.02)
 RNG = np.random.default_rng(0)
@@ -62,9 +63,17 @@ def test_two_towers_from_arrays_to_the_loaded_student(tmp_path, pairs):
   examples = data.from_arrays(pairs, np.arange(50) % 5)
   source = data.on_device(examples, batch_size=16, data_seed=0)
   batches = data.evaluation_batches(examples, batch_size=16)
-  fitted = train.fit(
-    towers(), two_towers, data=source, optimizer=optax.adam(1e-2), steps=6, run=tmp_path / "run"
-  )
+
+  def fit():
+    return train.fit(
+      towers(), two_towers, data=source, optimizer=optax.adam(1e-2), steps=6, run=tmp_path / "run"
+    )
+
+  fit()
+  # What was deployed is made of what was trained: where it says no outputs, it is made anew.
+  path = tmp_path / "run" / "student" / "student.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | {"outputs": 2**63}))
+  fitted = fit()
   task = evaluation.tasks.embedding("image")
   found = evaluation.evaluate(fitted, batches, task=task)
   student = export.load_student(tmp_path / "run")
@@ -193,3 +202,27 @@ def test_a_module_says_that_it_has_no_logits():
   unsaid = networks.linen(Towers(), arguments=lambda x: (x, x))
   with pytest.raises(ValueError, match="logits=False that it has none"):
     unsaid.init(jax.random.key(0), x)
+
+
+def squared(student, teacher, batch):
+  return {"soft": Term(jnp.sum((student.logits - teacher.logits) ** 2, axis=-1))}
+
+
+@pytest.mark.parametrize("which", ["student", "teacher"])
+def test_an_objective_on_logits_names_the_network_without_them(which):
+  x = np.ones((4, 2), np.float32)
+  source = data.on_device(data.from_arrays(x, [0, 1, 2, 0]), batch_size=2, data_seed=0)
+  vectors = networks.linen(nn.Sequential([nn.Dense(3)]), logits=False, features=["layers_0"])
+  classes = networks.linen(nn.Dense(3))
+  pair = (vectors, classes) if which == "student" else (classes, vectors)
+  taught = Model(pair[1], pair[1].init(jax.random.key(0), x))
+  options = {"teacher": teachers.frozen(taught), "optimizer": optax.sgd(0.1), "steps": 2}
+  with pytest.raises(ValueError, match=f"{which}.*logits.* say which of its outputs"):
+    train.fit(pair[0], squared, data=source, **options)
+
+
+def test_a_loss_names_the_logits_that_are_none():
+  there = jnp.ones((2, 3))
+  for given, name in (((None, there), "student_logits"), ((there, None), "teacher_logits")):
+    with untyped(), pytest.raises(ValueError, match=f"{name} is None"):
+      losses.soft_target_kl(*given)

@@ -12,7 +12,7 @@ import fabricated
 from jaxdistill import data, evaluation, teachers
 from jaxdistill.evaluation import metrics, predictions
 from jaxdistill.evaluation.predictions import Answers, Column, Predictions
-from jaxdistill.reports._pages import analysis, exhibits
+from jaxdistill.reports._pages import analysis, evidence, exhibits
 from jaxdistill.types import Model, Network, Outputs
 
 
@@ -289,3 +289,40 @@ def test_a_class_of_many_that_fell_is_found_with_few_seeds():
   for reference in ("baseline", "teacher"):
     fell = [row["name"] for row in rows if row["changes"][reference]["beyond_noise"]]
     assert fell == ["7"]
+
+
+def test_an_example_that_weighs_twice_is_there_twice(tmp_path):
+  font = Column(np.arange(60, dtype=np.int32) % 3, ("serif", "sans", "mono"))
+  even = fabricated.gathered(60, columns={"font": font})
+  times = np.random.default_rng(0).integers(1, 4, 60)
+  heavy = dataclasses.replace(even, weight=(times / 2).astype(np.float32))
+  often = even.take(np.repeat(np.arange(60), times))
+  for name in even.models:
+    ours, wanted = (analysis.quality(one, name) for one in (heavy, often))
+    for metric, values in wanted.items():
+      np.testing.assert_allclose(ours[metric], values, rtol=1e-12, err_msg=metric)  # float64
+  fonts = zip(*(analysis.slices(one)["font"] for one in (heavy, often)), strict=True)
+  for ours, wanted in fonts:
+    for model, share in wanted["accuracy"].items():
+      assert ours["accuracy"][model]["mean"] == pytest.approx(share["mean"])
+      assert ours["accuracy"][model]["low"] <= share["low"] + 1e-9  # fewer examples know less
+    assert ours["changes"]["teacher"]["change"] == pytest.approx(
+      wanted["changes"]["teacher"]["change"]
+    )
+  gains = [[row["gain"] for row in analysis.paired(one, {})] for one in (heavy, often)]
+  np.testing.assert_allclose(*gains, rtol=1e-12)
+  assert not np.allclose(gains[0], [row["gain"] for row in analysis.paired(even, {})])
+  # What was kept weighs the same, and gives the report's own accuracy.
+  folder = fabricated.run(tmp_path / "a", heavy, pages=False)
+  read = evidence.read(folder)
+  np.testing.assert_array_equal(read.predictions.weight, heavy.weight)
+  assert not any("another accuracy" in problem for problem in read.problems)
+
+
+def test_weights_of_batches_are_those_of_the_examples_that_count():
+  x, weight = np.ones((5, 1), np.float32), np.array([1.0, 0, 2, 0.5, 1])
+  for given, wanted in ((weight, [1, 2, 0.5, 1]), (weight > 0, None), (None, None)):
+    examples = data.from_arrays(x, [0, 1, 0, 1, 1], weight=given)
+    batches = data.evaluation_batches(examples, batch_size=2)  # padded
+    found = predictions.weight_of(batches, predictions.counted(batches))
+    assert wanted is found if wanted is None else found.tolist() == wanted

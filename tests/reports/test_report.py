@@ -694,6 +694,7 @@ def test_the_decision_follows_its_rules(tmp_path):
   found = decided(worse, tmp_path / "d")
   assert found["word"] == "Do not ship it"
   assert "labels alone is" in found["sentence"]
+  assert any("closes none of the gap" in reason["text"] for reason in found["reasons"])
   same = fabricated.gathered()
   same.models["student"] = same.models["baseline"]
   assert decided(same, tmp_path / "e")["word"] == "No case for it"
@@ -710,6 +711,19 @@ def test_the_decision_follows_its_rules(tmp_path):
   assert found["word"] == "Ship it with care"
   texts = [reason["text"] for reason in found["reasons"] if reason["weight"] == "care"]
   assert any("lost beyond noise against labels alone: 2 (−" in text for text in texts)
+
+
+def test_a_report_of_one_seed_says_no_more_than_it_knows():
+  told = fabricated.built(fabricated.gathered(40, seeds=1))
+  told = {**told, "varied": "seeds", "commands": []}
+  told["models"] = {name: {**one, "description": ""} for name, one in told["models"].items()}
+  told["gap_closed"] = {"value": -1e-4}
+  text = reports.markdown(told)
+  assert "One seed" in text
+  assert "±" not in text.replace("there is no ±", "")
+  assert "What they are" not in text
+  assert "```" not in text
+  assert "closed: 0%" in text
 
 
 def sliced(student, size=6000):

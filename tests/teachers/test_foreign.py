@@ -169,7 +169,8 @@ WRONG = {
   "binary_probabilities of example 0 .* are no probabilities": ("binary_probabilities", ROWS),
   "features/output of example 9 .* hold NaN": ("features", with_row(ROWS, 9, NAN)),
   r"logits have the shape \[19, 3\] for 20 examples": ("logits", ROWS[:-1]),
-  r"logits have the shape \[20\]; give \[20, K\]": ("logits", ROWS[:, 0]),
+  r"logits have the shape \[20\] of int.*not the class that it chooses": ("logits", ROWS.argmax(1)),
+  r"probabilities have the shape \[20\]": ("probabilities", np.full(20, 0.5)),
   "logits are list object|no numbers": ("logits", [["a"] * 3] * SIZE),
   "gives .*'logit'.*may give one of logits": ("logits", {"logit": ROWS}),
   "gives .*'logits', 'probabilities'": ("logits", {"logits": ROWS, "probabilities": SOFT}),
@@ -193,6 +194,15 @@ def test_logits_that_lie_between_0_and_1_are_logits():
   for rows in (SOFT * 1.2, SOFT[:3], SOFT.sum(1, keepdims=True)):
     made = cache_writer.outputs_of(rows, len(rows))["logits"]
     np.testing.assert_array_equal(made, rows)
+
+
+@pytest.mark.parametrize("gives", ["logits", "binary_probabilities"])
+def test_a_number_an_example_is_one_output(gives):
+  one = SOFT[:, 0]
+  teacher = teachers.foreign(lambda inputs: one, gives=gives)
+  said = teacher(make_batch(np.zeros((SIZE, WIDTH), np.float32))).logits
+  wanted = one if gives == "logits" else scipy.special.logit(one)
+  np.testing.assert_allclose(said, wanted[:, None], rtol=1e-5)  # float32
 
 
 def test_arguments_that_are_none_are_refused():

@@ -165,6 +165,33 @@ def test_a_schedule_hides_nothing_of_a_line():
   assert line["schedule/a"] == line["schedule/step"] == 7.0
 
 
+def test_a_long_chunk_is_several_lines_of_the_log():
+  class Recorder:
+    def __init__(self):
+      self.told = {}
+
+    def log(self, step, numbers):
+      self.told[step] = numbers
+
+  recorder, quiet = Recorder(), {"schedules": {}, "progress": None, "callback": None}
+  log = _loop.Log(
+    None, steps=9, at=2, epoch=2, examples=1, line=3, select="accuracy", tracked=recorder, **quiet
+  )
+  total, count = np.array([[2.0, 4, 0, 9, 1, 2, 3], [1, 1, 1, 1, 1, 1, 1]]), np.ones(7)
+  count[2] = 0.0
+  log.write({"loss": (total, count)}, 2, 9, {"accuracy": np.array([0.5, 0.25])})
+  # Seven steps in three lines, of as many steps as can be: 2 to 4, to 6, to 9.
+  lines = {line["step"]: line for line in log.history}
+  assert {step: line["loss"] for step, line in lines.items()} == {
+    4: [3.0, 1.0],
+    6: [9.0, 2.0],  # of the two steps, one counted nothing
+    9: [2.0, 1.0],
+  }
+  assert [step for step, line in lines.items() if "validation/accuracy" in line] == [9]
+  assert {line["epoch"] for line in lines.values()} == {2.0, 3.0, 4.5}
+  assert list(recorder.told) == list(lines)
+
+
 @pytest.mark.slow
 def test_the_limit_of_pmap_batchnorm_sees_its_share_unless_it_has_the_axis():
   def run(dispatch, axis_name=None):

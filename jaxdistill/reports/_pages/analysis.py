@@ -50,12 +50,12 @@ def quality(found: Predictions, model: str) -> dict[str, np.ndarray]:
     ``accuracy``, ``nll`` (nats) and ``ece`` (15 bins), ``[S]``; nothing of no examples, and NaN
     where answers are not numbers.
   """
-  one, right = found.models[model], found.correct(model)
+  one, right, weight = found.models[model], found.correct(model), found.weights()
   with np.errstate(divide="ignore", invalid="ignore"):
     nll = -np.log(one.probability.astype(np.float64))
   bins = reliability(found, model)
   sums: dict[str, Any] = {f"bin_{name}": sums for name, sums in bins.items()}
-  sums |= {"examples": len(found), "correct": right.sum(axis=1), "nll": nll.sum(axis=1)}
+  sums |= {"examples": weight.sum(), "correct": right @ weight, "nll": nll @ weight}
   finished = metrics.finish(sums)
   # A confidence that is no number is in no bin, where it would count as an honest one.
   unclear = ~np.isfinite(one.confidence).all(axis=1)
@@ -70,20 +70,21 @@ def reliability(found: Predictions, model: str) -> dict[str, np.ndarray]:
     model: the model's name.
 
   Returns:
-    ``count``, ``confidence`` and ``correct``, ``[S, 15]`` sums over the examples of a bin; bins are
-    equal and closed on the right. A confidence that is not a number is in none.
+    ``count``, ``confidence`` and ``correct``, ``[S, 15]`` sums over the examples of a bin, by their
+    weights; bins are equal and closed on the right. A confidence that is not a number is in none.
 
   Source: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, 2017.
   """
   confidence, right = found.models[model].confidence, found.correct(model)
+  weight = found.weights()
   which = np.searchsorted(metrics.EDGES, confidence, side="left")
   sums = {
     name: np.zeros((len(confidence), metrics.BINS)) for name in ("count", "confidence", "correct")
   }
   for s, (bins, sure, hit) in enumerate(zip(which, confidence, right, strict=True)):
     there = np.isfinite(sure)
-    for name, values in (("count", None), ("confidence", sure[there]), ("correct", hit[there])):
-      sums[name][s] = np.bincount(bins[there], values, metrics.BINS)
+    for name, values in (("count", 1.0), ("confidence", sure[there]), ("correct", hit[there])):
+      sums[name][s] = np.bincount(bins[there], values * weight[there], metrics.BINS)
   return sums
 
 
@@ -116,18 +117,21 @@ def groups(
     there = np.ones(len(found), bool)
   else:
     right, there, sign = _first_values(found, readings or {})
-  called = "accuracy" if found.models else "values"
+  called, weights = "accuracy" if found.models else "values", found.weights()
   rows: list[dict[str, Any]] = []
   for number, name in zip(numbers, names, strict=True):
     here = (column.codes == number) & there
-    shares = {model: _share(hits[:, here]) for model, hits in right.items() if here.any()}
+    shares = {
+      model: _share(hits[:, here], weights[here]) for model, hits in right.items() if here.any()
+    }
     rows.append({"name": name, "examples": int(here.sum()), called: shares, "changes": {}})
   known = [i for i, row in enumerate(rows) if row["examples"]]
   for reference in ("baseline", "teacher"):
     if reference not in right or "student" not in right:
       continue
     sides = sign * right["student"], sign * right[reference]
-    pairs = [tuple(side[:, (column.codes == numbers[i]) & there] for side in sides) for i in known]
+    rows_of = [(column.codes == numbers[i]) & there for i in known]
+    pairs = [tuple(found.weighed(side, rows) for side in sides) for rows in rows_of]
     for i, one in zip(known, _changes(pairs), strict=True):
       rows[i]["changes"][reference] = {**one, "beyond_noise": one["p_value"] < significance.LEVEL}
   return rows
@@ -163,14 +167,20 @@ def _changes(pairs: Sequence[tuple[np.ndarray, ...]]) -> list[dict[str, Any]]:
   return [{**one, "p_value": p} for one, p in zip(changes, corrected, strict=True)]
 
 
-def _share(right: np.ndarray) -> dict[str, float]:
-  """Mean over seeds with the interval over examples."""
-  mean = float(right.mean())
+def _share(right: np.ndarray, weight: np.ndarray) -> dict[str, float]:
+  """Mean over seeds with the interval over examples.
+
+  Source: Kish, Survey Sampling, 1965, for how many examples of one weight those of several are
+  worth.
+  """
+  examples = right.mean(axis=0)
+  mean = float(np.average(examples, weights=weight))
+  size = weight.sum() ** 2 / (weight**2).sum()
   if right.dtype != bool:
-    examples = right.mean(axis=0)
-    error = 1.96 * examples.std(ddof=1) / np.sqrt(len(examples)) if len(examples) > 1 else 0.0
+    variance = np.average((examples - mean) ** 2, weights=weight)
+    error = 1.96 * np.sqrt(variance / (size - 1)) if size > 1 else 0.0
     return {"mean": mean, "low": float(mean - error), "high": float(mean + error)}
-  low, high = significance.wilson(mean * right.shape[1], right.shape[1])
+  low, high = significance.wilson(mean * size, size)
   return {"mean": mean, "low": float(low), "high": float(high)}
 
 
@@ -296,7 +306,7 @@ def paired(found: Predictions, readings: Mapping[str, Reading]) -> list[dict[str
       if not there.any():
         continue
       sign = readings[metric].gain(1.0) if metric in readings else 1.0
-      sides = (sign * side[:, there] for side in (ours, theirs))
+      sides = (found.weighed(sign * side, there) for side in (ours, theirs))
       draws = int(np.clip(_DRAWN // there.sum(), 200, _RESAMPLES))
       tested = significance.bootstrap(*sides, resamples=draws)
       about = {"metric": metric, "reference": reference, "examples": int(there.sum())}

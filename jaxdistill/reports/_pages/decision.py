@@ -186,11 +186,15 @@ def _accuracy(
   ours, theirs = student[judged.name]["mean"], teacher[judged.name]["mean"]
   gap = report["gap_closed"]
   if gap["value"] is not None:
-    ends = ""
+    share, ends = f"{100 * gap['value']:z.0f}%", ""
     if gap["low"] is not None:
-      ends = f" (95% interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)"
-    side = "for" if gap["value"] > 0 else "against"
-    add(side, f"It closes {100 * gap['value']:.0f}% of the gap to the teacher{ends}.")
+      ends = f"95% interval {100 * gap['low']:z.0f} to {100 * gap['high']:z.0f}%"
+    if gap["value"] > 0:
+      told = f" ({ends})" if ends else ""
+      add("for", f"It closes {share} of the gap to the teacher{told}.")
+    else:
+      told = f"share {share}, {ends}" if ends else f"share {share}"
+      add("against", f"It closes none of the gap to the teacher ({told}).")
   elif report["gain"] is not None and gap["note"]:
     add("unknown", gap["note"])
   if ours is not None and theirs is not None:

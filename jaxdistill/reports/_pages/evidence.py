@@ -260,11 +260,14 @@ def _other_measurement(models: Mapping[str, Any], found: Predictions) -> list[st
   """Whether the answers give another accuracy than the report: they are not of one making."""
   for name in sorted(models.keys() & found.models.keys()):
     there = models[name]["per_seed"].get("accuracy", [])
-    ours = found.correct(name).mean(axis=1) if len(found) else np.zeros(0)
+    weight = found.weights()
+    ours = found.correct(name) @ (weight / weight.sum()) if len(found) else np.zeros(0)
     if not there or None in there:
       continue
-    # The device's sums are of float32, exact as counts, and divided in float64.
-    if len(there) != len(ours) or not np.allclose(there, ours, atol=1e-6):
+    # The device's sums are of float32, exact as counts, and divided in float64; those of weights
+    # are rounded.
+    rounded = 1e-6 if found.weight is None else 1e-5
+    if len(there) != len(ours) or not np.allclose(there, ours, atol=rounded):
       return [
         f"The {name}'s answers on each example give another accuracy than the report has: they "
         "are of different measurements. Measure the run again."
@@ -293,7 +296,7 @@ def _rebuilt(found: Predictions | None, split: str) -> dict[str, Any]:
 def _means(found: Predictions, name: str) -> dict[str, np.ndarray]:
   """The means over the examples that have them: no metric of the whole split, but all that is."""
   return {
-    metric: np.nanmean(values, axis=1)
+    metric: np.nansum(values * found.weights(), axis=1) / (~np.isnan(values) @ found.weights())
     for metric, values in found.values(name).items()
     if np.isfinite(values).any(axis=1).all()
   }

@@ -47,6 +47,7 @@ __all__ = [
   "markdown",
   "measured",
   "of_example",
+  "over_seeds",
   "paired",
   "picture",
   "picture_name",
@@ -115,9 +116,10 @@ def verdict(
   change = reading.amount(student - baseline)
   where = f"({reading.called}{reading.value(student)} against {reading.value(baseline)})"
   if error is None:
-    word = "higher" if student > baseline else "lower or equal"
+    word = "higher" if student > baseline else "lower"
+    found = f"{change} {word}" if student != baseline else "the same as with labels alone"
     name = f"the distilled student's {reading.title}"
-    return f"One seed: {name} is {change} {word} {where}; no error known."
+    return f"One seed: {name} is {found} {where}; no error known."
   margin = f"standard error of the difference over seeds {reading.bare(error)}"
   beyond = abs(student - baseline) / error if error else float("inf")
   if beyond > 1 and student != baseline:
@@ -203,10 +205,20 @@ def gap_sentence(gap: Mapping[str, Any]) -> str:
   """The share of the gap closed, in a sentence."""
   if gap["value"] is None:
     return f"Share of the gap closed: undefined. {gap['note'] or ''}".strip()
-  share = f"Share of the gap closed: {100 * gap['value']:.0f}%"
+  share = f"Share of the gap closed: {100 * gap['value']:z.0f}%"  # z: never -0
   if gap["low"] is None:
     return f"{share}."
-  return f"{share} (95% bootstrap interval {100 * gap['low']:.0f} to {100 * gap['high']:.0f}%)."
+  ends = f"{100 * gap['low']:z.0f} to {100 * gap['high']:z.0f}%"
+  return f"{share} (95% bootstrap interval {ends})."
+
+
+def over_seeds(report: Mapping[str, Any]) -> str:
+  """What the ± of the tables is over, in a sentence."""
+  size, varied = len(report["seeds"]), report["varied"] or ""
+  if size == 1:
+    return "One seed, so that there is no ±."
+  what = f" ({escaped(varied)})" if varied not in ("", "seeds") else ""
+  return f"Mean ± standard deviation over {size} seeds{what}; no ± where there is one instance."
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -236,14 +248,17 @@ def text(told: Mapping[str, Any], pictured: str) -> str:
   lines += _by_groups(told)
   lines += _written(told["texts"])
   described = [
-    f"- **{name}**: {escaped(one['description'])}" for name, one in told["models"].items()
+    f"- **{name}**: {escaped(one['description'])}"
+    for name, one in told["models"].items()
+    if one["description"]
   ]
   lines += ["## What they are", "", *described, ""] if described else []
   judged = first(told)
   if any(one["per_seed"].get(judged.name) for one in told["models"].values()):
     lines += [f"![{escaped(judged.title)}]({pictured})", ""]
   where = {**dict.fromkeys(("python", "jax", "numpy"), DASH), **told["environment"]}
-  lines += ["## How to repeat it", "", *fenced(told["commands"]), ""]
+  lines += ["## How to repeat it", ""]
+  lines += [*fenced(told["commands"]), ""] if told["commands"] else []
   python, jax, numpy = (escaped(where[name]) for name in ("python", "jax", "numpy"))
   lines += [f"Python {python}, jax {jax}, numpy {numpy}.", ""]
   return "\n".join(lines)
@@ -271,9 +286,7 @@ def _numbers(report: Mapping[str, Any]) -> list[str]:
   size = "An unknown number of" if report["examples"] is None else f"{report['examples']:,}"
   batch = model(report, "student")["throughput_batch"] or DASH
   return [
-    f"{size} examples. Mean ± standard deviation over {len(report['seeds'])} seeds "
-    f"({escaped(report['varied'] or DASH)}); no ± where there is one instance. The last checkpoint "
-    "of every run.",
+    f"{size} examples. {over_seeds(report)} The last checkpoint of every run.",
     "",
     measured(report).markdown(),
     "",

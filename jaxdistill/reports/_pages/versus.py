@@ -225,7 +225,7 @@ def _paired(
     there = np.isfinite(ours[name]).all(axis=0) & np.isfinite(theirs[name]).all(axis=0)
     if there.any():
       sign = told[name].gain(1.0) if name in told else 1.0
-      pair = (sign * side[name][:, there] for side in (ours, theirs))
+      pair = (both.weighed(sign * side[name], there) for side in (ours, theirs))
       tested = significance.bootstrap(*pair, paired=paired, resamples=resamples)
       made[name] = {"gain": tested.pop("change"), **tested, "examples": int(there.sum())}
   return made
@@ -282,6 +282,8 @@ def _matched(
       f"{differing} of the {len(common)} examples that {names['a']} and {names['b']} share have "
       "different labels: they are not of the same data."
     )
+  if not np.array_equal(a.weights(), b.weights()):
+    notes.append(f"The runs weigh the examples differently: they count as in {names['a']}.")
   if a.seeds != b.seeds:
     notes.append("The runs have different seeds, which are therefore not paired.")
   return a, b, notes
