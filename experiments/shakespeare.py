@@ -8,25 +8,28 @@ Command:   python experiments/shakespeare.py --out runs/shakespeare
 Short:     python experiments/shakespeare.py --short --out runs/shakespeare-short
 Large:     python experiments/shakespeare.py --large --text TEXT --out runs/text
 Hardware:  two cores of an Intel Xeon at 2.5 GHz, no accelerator (Python 3.11, jax 0.10.2), commit
-           1ca3a21
-Time:      549 seconds, no compilation kept, 14 minutes of CPU time; it was to be eight minutes
+           738fca1
+Time:      443 seconds, no compilation kept, 12 minutes of CPU time
 Expected:  with few text a student that is distilled gains a quarter of a bit a byte or more over
            one of as many steps on the text alone; with all of it a few hundredths
 Got:       bits a byte on the 55,770 characters of the test split; teacher 2.591. Few text: alone
            3.386 ± 0.027, distilled 3.100 ± 0.025, a gain of 0.286 (standard error 0.016 over seeds,
-           0.005 over passages); alone for as many seconds (552 steps for 500) 3.350 ± 0.017, a gain
-           of 0.250 (0.013); for the teacher's training too (2,323 steps, two seeds) 3.267 ± 0.026,
-           a gain of 0.161 (0.019). All of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain
-           of 0.134 (0.015); alone for as many seconds (699 steps) 2.935 ± 0.020, a gain of -0.006
-           (0.012): where there is text that a student has not read yet, reading it is worth as
-           much as this teacher, whose training does not even count there.
+           0.005 over passages); alone for as many seconds (583 steps for 500) 3.340 ± 0.012, a gain
+           of 0.241 (0.012); for the teacher's training too (2,279 steps, two seeds) 3.338 ± 0.022,
+           a gain of 0.232 (0.016). All of it: alone 3.076 ± 0.028, distilled 2.941 ± 0.018, a gain
+           of 0.134 (0.015); alone for as many seconds (742 steps) 2.913 ± 0.016, a gain of -0.028
+           (0.011): where there is text that a student has not read yet, reading it is worth more
+           than this teacher, whose training does not even count there. The clock decides over steps
+           at equal seconds: another run of the same machine, at ff2bc51, gave 475, 2,048 and 711 of
+           them, and gains of 0.297, 0.155 and -0.018.
 
 Three comparisons, since distilling costs more: the same steps; the same seconds, of the distilled
 students' steps and the teacher's answers to them; and the same seconds with the teacher's training
 too. There the students without a teacher train for as many more steps as those seconds are worth,
 by what a step of theirs took in the same run. Seconds are measured without compilation, at the
 median rate of a run's log, and written in ``few-seconds.json`` and ``full-seconds.json``, so that a
-run which is stopped goes on with the steps that it had. Nothing is augmented, so `fit` asks the
+run which is stopped goes on with the steps that it had. Students that stand for as many seconds are
+trained beside each other, when no clock counts any more. Nothing is augmented, so `fit` asks the
 teacher once for each window of the text, and students of all seeds share its answers and its
 training, as they would in use; one that is trained alone bears all of it. With the teacher's
 training it is few text and two seeds alone that there is time for; with all of the text nothing is

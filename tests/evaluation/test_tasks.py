@@ -380,7 +380,7 @@ def test_two_towers_beside_a_teacher_of_positions():
       both, lambda rows, b: Outputs(features={name: x[b.index] for name, x in rows.items()})
     )
 
-  batches = data.evaluation_batches(data.from_arrays(np.zeros((4, 1))), batch_size=4)
+  batches = data.evaluation_batches(data.from_arrays(np.zeros((4, 1)), np.arange(4)), batch_size=4)
   task = tasks.retrieval("image", "text", at=[1])
   with pytest.raises(ValueError, match=r"image are \[4, 3\] and the teacher's \[4, 5, 3\]"):
     evaluation.evaluate(towers(3), batches, teacher=towers(5, 3), task=task)

@@ -82,6 +82,7 @@ LOGITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1e-3, 4.0, 1e6])
 @pytest.mark.parametrize("name", LOGITS)
 def test_the_largest_floats_give_finite_values_and_gradients(name, temperature):
@@ -154,6 +155,7 @@ def test_attention_of_huge_queries_is_finite():
 DIVERGENCES = ("soft_target_kl", "reverse_kl", "generalized_jsd", "skew_kl", "skew_reverse_kl")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [1e-1, 1e-3, 1e-5, 1e-7, 0.0])
 @pytest.mark.parametrize("name", [*DIVERGENCES, "decoupled_kd"])
 def test_a_divergence_of_nearly_equal_logits_is_small_and_not_below_zero(name, apart):

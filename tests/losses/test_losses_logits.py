@@ -474,6 +474,7 @@ def test_cross_entropies_are_least_at_the_target():
 
 @pytest.mark.device
 @NAMES
+@pytest.mark.slow
 def test_half_precision_batches_of_one_and_hyper_parameters_under_vmap(name, strict_promotion):
   student = jnp.asarray(random_logits(9, (2, 1, K)), jnp.bfloat16)
   teacher = jnp.asarray(random_logits(10, (2, 1, K)), jnp.float16)

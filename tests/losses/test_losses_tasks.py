@@ -247,6 +247,7 @@ def test_half_precision_is_computed_in_float32(name, strict_promotion):
 
 
 @NAMES
+@pytest.mark.slow
 def test_extremes_are_finite(name):
   given, rest, defaults, others, _ = FORMULAS[name]
   wild = [np.zeros_like, lambda x: 1e4 * np.sign(x), lambda x: 1e4 * x]

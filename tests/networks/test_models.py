@@ -77,6 +77,7 @@ def features_of(state):
   return {name: value for name, (value,) in state["intermediates"].items() if "_block" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_equal_the_published_ones(name):
   params = shapes_of(getattr(models, name)(num_classes=100), (1, 32, 32, 3))["params"]

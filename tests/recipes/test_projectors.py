@@ -235,6 +235,7 @@ def resampled(x, old, new):
   return np.concatenate([*(head[:, None] for head in heads), cells], axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("ours", "theirs", "old", "new"),
   [

@@ -123,6 +123,7 @@ def generate(params, x, keep):
   return x + params["conv2"]["bias"].reshape(1, 1, 1, -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("layer", "masked", "shape"),
   [
