@@ -465,12 +465,12 @@ def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path, 
   fetched, value = [], array.ArrayImpl._value
   noted = property(lambda self: (fetched.append(self), value.fget(self))[1])
   monkeypatch.setattr(array.ArrayImpl, "_value", noted)
-  unbroken = at("unbroken", 2)
+  unbroken = at("unbroken", 4)
   with pytest.raises(train.Stopped):
-    at("broken", 2, callback=lambda step, line: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
-  for copy in ("8x1", "4x2", "one"):
+    at("broken", 4, callback=lambda step, line: step == 2 and os.kill(os.getpid(), signal.SIGTERM))
+  for copy in ("8x1", "2x4", "one"):
     shutil.copytree(tmp_path / "broken", tmp_path / copy)
-  again = at("broken", 2)
+  again = at("broken", 4)
   monkeypatch.undo()
   # Neither a save nor a restore nor a look at the numbers takes the whole of what is in parts; the
   # teacher's outputs for all examples are another thing.
@@ -482,7 +482,7 @@ def test_a_checkpoint_in_parts_goes_on_to_the_bit_and_on_other_meshes(tmp_path, 
     if not runs.is_key(a):
       np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
   one = train.with_jit(train.data_parallel(jax.devices()[:1]))
-  others = [at("8x1", 8), at("4x2", 4)]
+  others = [at("8x1", 8), at("2x4", 2)]
   others.append(fitted("mlp", "float32", one, folder=tmp_path / "one", **options))
   for made in others:
     close(made.variables, jax.device_get(unbroken.variables), 2e-5)

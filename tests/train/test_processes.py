@@ -1,4 +1,4 @@
-"""Two processes of one program, over loopback: one run folder, and the numbers of one process."""
+"""Two or four processes of a program, over loopback: one run folder, the numbers of one process."""
 
 import contextlib
 import dataclasses
@@ -31,33 +31,43 @@ from jaxdistill.types import Model
 
 CHILD = """
 import os, sys
-port, process, folder, kind, devices = sys.argv[1:]
+port, process, processes, folder, kind, devices = sys.argv[1:]
 os.environ["XLA_FLAGS"] = (
   f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
-jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+jax.distributed.initialize(f"localhost:{port}", int(processes), int(process))
 jax.config.update("jax_enable_x64", True)
 import test_processes, test_processes_labels
 works = {
   "stopped": test_processes.stopped, "left": test_processes.left,
   "parts": test_processes.in_parts, "evaluated": test_processes.evaluated,
   "full": test_processes.full, "filled": test_processes.filled,
+  "restored": test_processes.restored,
   "labels": test_processes_labels.work,
 }
 works.get(kind.split()[0], test_processes.work)(folder, kind)
 """
 
+# Two halves of it, which are accumulated, are shared out over four processes of two devices.
+BATCH = 16
+# The axes of a mesh over all devices of two processes, or of four.
+SHAPES = {
+  "parts": {"data": 1, "fsdp": 4},
+  "parts both": {"data": 2, "fsdp": 2},
+  "parts of four": {"data": 2, "fsdp": 4},
+}
+
 
 def run(folder, kind, dispatch=None, **options):
-  """The same run for one process and for two; float64, so that only additions' order differs."""
+  """The same run for one process and for several; float64: only additions' order differs."""
   rng = np.random.default_rng(0)
   labels = rng.integers(0, 3, 48)
   inputs = rng.normal(size=(48, 4)) + np.eye(3, 4)[labels]
   examples = data.from_arrays(inputs, labels, num_classes=3)
   make = data.streamed if kind == "streamed" else data.on_device
-  sources = [make(examples, batch_size=8, data_seed=seed) for seed in (0, 1)]
+  sources = [make(examples, batch_size=BATCH, data_seed=seed) for seed in (0, 1)]
   network = small_networks.dense(7, param_dtype=jnp.float64)
   teacher = teachers.frozen(Model(network, network.init(jax.random.key(9), inputs[:1])))
   several = kind != "streamed"
@@ -82,7 +92,7 @@ class StopError(Exception):
 
 
 def work(folder, kind):
-  """What each of the two processes does: a run that breaks off, and the same run again."""
+  """What each of the processes does: a run that breaks off, and the same run again."""
 
   def stop(step, record):
     if step == 6:
@@ -100,7 +110,7 @@ def work(folder, kind):
     train.with_pmap()
   with pytest.raises(ValueError, match="another configuration"):
     run(folder, kind, config={"another": 1})
-  with pytest.raises(ValueError, match="of one process, and there are 2: start it in one"):
+  with pytest.raises(ValueError, match="of one process, and there are .: start it in one"):
     search.sweep(None, None, points=[], data=None, optimizer=None, steps=1, choice=None)
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
@@ -110,12 +120,12 @@ def work(folder, kind):
 
 
 def stopped(folder, kind):
-  """A run whose time is over in one of the two processes, or that one of them gets SIGTERM in."""
-  _, how, chunk = kind.split()
+  """A run whose time is over in one of the processes, or in which one of them gets SIGTERM."""
+  _, how, chunk, who = kind.split()
   options = {"log_every": int(chunk), "validate_every": 800, "steps": 800}
 
   def terminate(step, record):
-    if how == "signal" and jax.process_index() == 0:
+    if how == "signal" and jax.process_index() == int(who):
       os.kill(os.getpid(), signal.SIGTERM)
 
   def slowly(step, record):
@@ -157,12 +167,12 @@ def break_off(folder, dispatch):
 
 
 def in_parts(folder, kind):
-  """What each of two processes of two devices does: runs in parts, broken off and gone on with."""
+  """What each of several processes of two devices does: runs in parts, broken off and gone on."""
   fetched, value = [], array.ArrayImpl._value
   noted = property(lambda self: (fetched.append(self), value.fget(self))[1])
   array.ArrayImpl._value = noted
   folder = pathlib.Path(folder)
-  shape = {"parts": {"data": 1, "fsdp": 4}, "parts both": {"data": 2, "fsdp": 2}}[kind]
+  shape = SHAPES[kind]
   dispatch = of_parts(**shape)
   whole = run(folder / "whole", "parts", dispatch)
   break_off(folder / "broken", dispatch)
@@ -185,6 +195,14 @@ def in_parts(folder, kind):
   assert runs.lies_in_parts(found.variables)
   with pytest.raises(ValueError, match="lies on devices of other processes, and a file of weights"):
     export.as_program(whole.unstack()[0], stored=jax.ShapeDtypeStruct((4,), float))
+
+
+def restored(folder, kind):
+  """What each of two processes of four devices does: it goes on from what four of two saved."""
+  seen = []
+  dispatch = of_parts(**SHAPES["parts of four"])
+  run(folder, "parts", dispatch, callback=lambda step, line: seen.append(step))
+  assert seen == [6, 8], "it began anew"
 
 
 def everything(place, seeds=True):
@@ -290,7 +308,8 @@ def evaluated(folder, kind):
     found = everything(on_own_devices)
     network = small_networks.dense(3)
     model = Model(network, network.init(jax.random.key(0), np.zeros((1, 4))))
-    wanted = ValueError if jax.process_index() == 1 else RuntimeError
+    # Of more processes than batches the third and fourth take the two batches too.
+    wanted = ValueError if jax.process_index() % 2 else RuntimeError
     with pytest.raises(wanted, match="7" if wanted is ValueError else "process 1: .*7"):
       evaluation.evaluate(model, wrong_label())
     good = wrong_label().make(0)
@@ -301,8 +320,8 @@ def evaluated(folder, kind):
   np.savez(pathlib.Path(folder) / f"{jax.process_index()}.npz", **found)
 
 
-def two_processes(folder, kind, devices=1):
-  """Starts them, of so many devices each."""
+def begin(folder, kind, processes=2, devices=1):
+  """Starts so many processes, of so many devices each."""
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
@@ -312,22 +331,22 @@ def two_processes(folder, kind, devices=1):
   command = [sys.executable, "-W", "ignore", "-c", CHILD, str(port)]
   return [
     subprocess.Popen(
-      [*command, str(process), str(folder), kind, str(devices)],
+      [*command, str(process), str(processes), str(folder), kind, str(devices)],
       env=environment,
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for process in (0, 1)
+    for process in range(processes)
   ]
 
 
 def finish(children):
-  """Waits for both; what they printed."""
+  """Waits for all of them; what they printed."""
   outputs = []
   for child in children:
     try:
-      output, _ = child.communicate(timeout=240)
+      output, _ = child.communicate(timeout=600)
     finally:
       for other in children:
         if child.returncode != 0:
@@ -339,11 +358,18 @@ def finish(children):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "kind", ["stopped signal 1", "stopped signal 4", "stopped signal 100", "stopped time 4"]
+  ("kind", "processes"),
+  [
+    ("stopped signal 1 0", 2),
+    ("stopped signal 4 0", 2),
+    ("stopped signal 100 0", 2),
+    ("stopped time 4 0", 2),
+    ("stopped signal 4 2", 4),
+  ],
 )
-def test_two_processes_stop_at_the_same_step(tmp_path, kind):
+def test_processes_stop_at_the_same_step(tmp_path, kind, processes):
   """Whatever the chunks' length: the service that agrees on a step counts calls."""
-  outputs = finish(two_processes(tmp_path / "run", kind))
+  outputs = finish(begin(tmp_path / "run", kind, processes, processes // 2))
   steps = {int(re.search(r"stands at (\d+)", output)[1]) for output in outputs}
   with Checkpoints(tmp_path / "run" / "checkpoints") as saved:
     assert steps == {saved.latest()}
@@ -353,7 +379,7 @@ def test_two_processes_stop_at_the_same_step(tmp_path, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("leaves", [0, 1])
 def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves):
-  children = two_processes(tmp_path / "run", f"left {leaves}")
+  children = begin(tmp_path / "run", f"left {leaves}")
   try:
     outputs = [child.communicate(timeout=240)[0] for child in children]
   finally:
@@ -368,7 +394,7 @@ def test_an_error_in_one_process_ends_the_other_with_a_sentence(tmp_path, leaves
 @pytest.mark.slow
 def test_a_disk_that_is_full_for_one_process_ends_all_of_them(tmp_path):
   """Orbax's own barrier would hold the others for five minutes."""
-  children = two_processes(tmp_path / "run", "full", devices=2)
+  children = begin(tmp_path / "run", "full", devices=2)
   try:
     outputs = [child.communicate(timeout=200)[0] for child in children]
   finally:
@@ -381,21 +407,23 @@ def test_a_disk_that_is_full_for_one_process_ends_all_of_them(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["on device", pytest.param("streamed", marks=pytest.mark.slow)])
-def test_two_processes_are_one(tmp_path, kind):
-  children = two_processes(tmp_path / "two", kind)
+@pytest.mark.parametrize(
+  ("kind", "processes", "devices"), [("on device", 2, 1), ("streamed", 2, 1), ("streamed", 4, 2)]
+)
+def test_several_processes_are_one(tmp_path, kind, processes, devices):
+  children = begin(tmp_path / "several", kind, processes, devices)
   with jax.enable_x64(True):
     dispatch = train.with_jit(train.data_parallel(jax.devices()[:2]))
     one = run(tmp_path / "one", kind, dispatch=dispatch)
   finish(children)
-  with jax.enable_x64(True), Checkpoints(tmp_path / "two" / "checkpoints") as saved:
+  with jax.enable_x64(True), Checkpoints(tmp_path / "several" / "checkpoints") as saved:
     assert saved.steps() == [4, 8]
-    two = saved.restore(8)
+    several = saved.restore(8)
   expected = jax.tree.leaves(one.variables)
-  for a, b in zip(jax.tree.leaves(two["student"]), expected, strict=True):
+  for a, b in zip(jax.tree.leaves(several["student"]), expected, strict=True):
     # Eight steps in float64 in which only the order of additions differs.
     np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
-  lines = [json.loads(t) for t in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+  lines = [json.loads(t) for t in (tmp_path / "several" / "metrics.jsonl").read_text().splitlines()]
   assert [line["step"] for line in lines] == [2, 4, 6, 8]
   for line, other in zip(lines, one.history, strict=True):
     for name in ("loss", *(name for name in other if name.startswith("validation/"))):
@@ -437,22 +465,32 @@ def the_same(found, wanted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["parts", "parts both"])
-def test_two_processes_of_two_devices_in_parts_are_one(tmp_path, kind):
-  """To the bit when gone on with; by one process and back; each writes what it holds."""
+@pytest.mark.parametrize(
+  ("kind", "processes"), [("parts", 2), ("parts both", 2), ("parts of four", 4)]
+)
+def test_processes_of_two_devices_in_parts_are_one(tmp_path, kind, processes):
+  """To the bit when gone on with; by one process and back; each writes what it holds.
+
+  What four processes of two devices saved is gone on with by one of one, and by two of four.
+  """
   with jax.enable_x64(True):
     one = run(tmp_path / "one", "parts", train.with_jit(of_one()))
     break_off(tmp_path / "begun", of_parts(data=1, fsdp=2))
-    finish(two_processes(tmp_path, kind, devices=2))
+    finish(begin(tmp_path, kind, processes, devices=2))
     by_process = sorted(p.name for p in (tmp_path / "whole/checkpoints/8/student").glob("ocdbt.*"))
-    assert by_process == ["ocdbt.process_0", "ocdbt.process_1"]
+    assert by_process == [f"ocdbt.process_{process}" for process in range(processes)]
+    ended = ["whole", "broken", "begun"]
     shutil.copytree(tmp_path / "left", tmp_path / "left again")
+    if processes == 4:
+      shutil.copytree(tmp_path / "left", tmp_path / "left to two")
+      finish(begin(tmp_path / "left to two", "restored", devices=4))
+      ended.append("left to two")
     fewer = run(tmp_path / "left", "parts", of_parts(data=1, fsdp=2))
     alone = run(tmp_path / "left again", "parts", train.with_jit(of_one()))
     for made in (fewer, alone):
       the_same(made.variables, one.variables)
       np.testing.assert_allclose(losses(made), losses(one), rtol=1e-6)
-    for folder in ("whole", "broken", "begun"):
+    for folder in ended:
       with Checkpoints(tmp_path / folder / "checkpoints") as saved:
         the_same(saved.restore(8)["student"], one.variables)
       student = export.load_student(tmp_path / folder)
@@ -462,13 +500,15 @@ def test_two_processes_of_two_devices_in_parts_are_one(tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["evaluated", "evaluated parts"])
-def test_two_processes_evaluate_as_one(tmp_path, kind):
+@pytest.mark.parametrize(
+  ("kind", "processes"), [("evaluated", 2), ("evaluated parts", 2), ("evaluated", 4)]
+)
+def test_several_processes_evaluate_as_one(tmp_path, kind, processes):
   """Bit for bit where each batch is one process's; in parts, to float32's rounding of its sums."""
-  children = two_processes(tmp_path, kind, devices=2)
+  children = begin(tmp_path, kind, processes, devices=2)
   one = everything(on_own_devices, seeds=kind == "evaluated")
   finish(children)
-  for process in range(2):
+  for process in range(processes):
     with np.load(tmp_path / f"{process}.npz") as found:
       assert sorted(found) == sorted(one)
       for name, value in one.items():
@@ -479,9 +519,10 @@ def test_two_processes_evaluate_as_one(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_processes_that_talk_fill_one_cache(tmp_path):
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_that_talk_fill_one_cache(tmp_path, processes):
   """The files that one process of as many devices writes, and the student trained on them."""
-  children = two_processes(tmp_path, "filled", devices=2)
+  children = begin(tmp_path, "filled", processes, devices=2)
   (tmp_path / "alone").mkdir()
   source, teacher, place = cache_of(tmp_path / "alone")
   teachers.fill(teacher, source, place, batch_size=16, progress=None)
@@ -498,7 +539,7 @@ def test_processes_that_talk_fill_one_cache(tmp_path):
   fitted = small_networks.fit(
     small_networks.dense(5), recipes.kd(), data=cached, optimizer=optax.sgd(0.1), steps=30
   )
-  for process in range(2):
+  for process in range(processes):
     with np.load(tmp_path / f"{process}.npz") as leaves:
       for a, b in zip(leaves.values(), jax.tree.leaves(fitted.variables), strict=True):
         # Thirty steps in float32 in which only the order of additions differs.

@@ -110,7 +110,7 @@ def work(folder, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["on_device", "streamed"])
 def test_labels_of_every_shape_are_one_processes_in_two(tmp_path, kind):
-  test_processes.finish(test_processes.two_processes(tmp_path / "of", f"labels {kind}"))
+  test_processes.finish(test_processes.begin(tmp_path / "of", f"labels {kind}"))
   for task in METHODS:
     with jax.enable_x64(True):
       dispatch = train.with_jit(train.data_parallel(jax.devices()[:2]))
