@@ -176,7 +176,8 @@ def test_a_batch_can_bring_the_teachers_outputs_along():
   jitted = jax.jit(run)
   _, in_step = jitted(state, teacher, batch)
   _, brought = jitted(state, None, batch.replace(teacher=outputs))
-  np.testing.assert_array_equal(in_step["soft"][0], brought["soft"][0])
+  # To float32's rounding: what is fused with what differs between the two programs.
+  np.testing.assert_allclose(in_step["soft"][0], brought["soft"][0], rtol=1e-6)
 
 
 def test_an_unknown_keyword_names_those_there_are():
