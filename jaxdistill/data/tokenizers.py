@@ -32,7 +32,8 @@ class Tokenizer:
     decode: ``[T] -> text``; the library's own refuse a token that is none.
     vocabulary: V; tokens are 0 .. V-1.
     bytes: ``[V]`` int32, UTF-8 bytes of text that each stands for, 0 for special ones: bits a
-      byte are Σ nll / (ln 2 · Σ bytes). None where the tokenizer's kind does not tell.
+      byte are Σ nll / (ln 2 · Σ bytes). None where the tokenizer's kind does not tell, or where it
+      changes a text before it cuts it. One that puts a space in front has a byte more a text.
     digest: of all that decides what it does.
     definition: the content of its ``tokenizer.json``, which belongs beside a saved network; None
       where it has none.
@@ -203,10 +204,18 @@ def _bytes(told: Any, numbers: dict[str, int], vocabulary: int) -> np.ndarray | 
     inside = [*node.get("decoders", ()), *node.get("pretokenizers", ())]
     return {node.get("type", "")}.union(*map(kinds, inside))
 
+  def normalizers(node: Any) -> set[str]:
+    if not isinstance(node, dict):
+      return set()
+    return {node.get("type", "")}.union(*map(normalizers, node.get("normalizers", ())))
+
   there = kinds(told.get("decoder")) | kinds(told.get("pre_tokenizer"))
   special = {entry["content"]: entry["special"] for entry in told.get("added_tokens", ())}
-  if not there & {"ByteLevel", "ByteFallback", "Metaspace"}:
-    return None
+  changes = normalizers(told.get("normalizer")) - {"Prepend", "Replace", "Sequence"}
+  if changes or not there & {"ByteLevel", "ByteFallback", "Metaspace"}:
+    return (
+      None  # a text in small letters, or composed otherwise, has other bytes than what was read
+    )
   found = np.zeros(vocabulary, np.int32)
   for text, number in numbers.items():
     if text in special:

@@ -334,7 +334,8 @@ def over_documents(
       seeds is another: `difference`.
     documents: ``[N, L]`` integers, which document each token is of, as
       `jaxdistill.data.from_text` says it (``examples.documents``); any where nothing counts. Of a
-      single long text, numbers of passages that follow one another.
+      single long text, numbers of passages whose rows follow one another, as those of
+      ``data.from_text(split="pad")`` do and the shuffled ones of ``"cut"`` do not.
     beside: of another model, on the same examples; figures are then of ``kept`` − ``beside``.
     sizes: ``[N, L]``, the bytes of each label's text (``tokenizer.bytes[labels]``), for
       ``bits_per_byte`` too.

@@ -347,9 +347,18 @@ def test_bytes_of_sentencepiece_and_of_kinds_that_do_not_tell(tmp_path):
   made.save(str(tmp_path / "tokenizer.json"))
   assert tokenizers.load(tmp_path).bytes.tolist() == [0, 3, 2, 1, 2, 1]
   told = json.loads((tmp_path / "tokenizer.json").read_text())
-  told["decoder"] = None
-  (tmp_path / "tokenizer.json").write_text(json.dumps(told))
-  assert tokenizers.load(tmp_path).bytes is None
+  spaces = [
+    {"type": "Prepend", "prepend": "▁"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+  ]
+  for change, tells in (
+    ({"normalizer": {"type": "Sequence", "normalizers": spaces}}, True),
+    ({"normalizer": {"type": "Sequence", "normalizers": [*spaces, {"type": "Lowercase"}]}}, False),
+    ({"normalizer": {"type": "NFKC"}}, False),
+    ({"decoder": None}, False),
+  ):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**told, **change}))
+    assert (tokenizers.load(tmp_path).bytes is not None) is tells
 
 
 def test_batches_are_pytrees_of_tokens():
