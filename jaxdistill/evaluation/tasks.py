@@ -878,8 +878,8 @@ def dense(*, boundary: int = 1) -> Task:
   Measured are ``miou`` (the mean of intersection over union, over the classes that are there or
   were predicted), ``pixel_accuracy``, ``class_accuracy`` (the mean over the classes that are
   there), ``boundary_accuracy`` (of the pixels that have another class nearby), and ``nll``; beside
-  a teacher ``agreement`` and ``kl``. A pixel of weight 0, or without a label, counts nowhere. Of a
-  volume a report shows the slice in the middle of D.
+  a teacher ``agreement`` and ``kl``. A pixel of weight 0 counts nowhere, one without a label
+  beside the teacher alone, who needs none. Of a volume a report shows the slice in the middle of D.
 
   Args:
     boundary: how near, in pixels to each side.
