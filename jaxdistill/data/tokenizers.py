@@ -195,27 +195,25 @@ def _known(tokens: Any, vocabulary: int) -> list[int]:
   return [int(one) for one in numbers]
 
 
+# Where a step of `tokenizers` that is a sequence has its own.
+_PARTS = ("decoders", "pretokenizers", "normalizers")
+
+
 def _bytes(told: Any, numbers: dict[str, int], vocabulary: int) -> np.ndarray | None:
   """UTF-8 bytes of each token, by the way in which its text is written in the vocabulary."""
 
   def kinds(node: Any) -> set[str]:
     if not isinstance(node, dict):
       return set()
-    inside = [*node.get("decoders", ()), *node.get("pretokenizers", ())]
+    inside = [one for name in _PARTS for one in node.get(name, ())]
     return {node.get("type", "")}.union(*map(kinds, inside))
-
-  def normalizers(node: Any) -> set[str]:
-    if not isinstance(node, dict):
-      return set()
-    return {node.get("type", "")}.union(*map(normalizers, node.get("normalizers", ())))
 
   there = kinds(told.get("decoder")) | kinds(told.get("pre_tokenizer"))
   special = {entry["content"]: entry["special"] for entry in told.get("added_tokens", ())}
-  changes = normalizers(told.get("normalizer")) - {"Prepend", "Replace", "Sequence"}
+  # A text in small letters, or composed otherwise, has other bytes than what was read.
+  changes = kinds(told.get("normalizer")) - {"Prepend", "Replace", "Sequence"}
   if changes or not there & {"ByteLevel", "ByteFallback", "Metaspace"}:
-    return (
-      None  # a text in small letters, or composed otherwise, has other bytes than what was read
-    )
+    return None
   found = np.zeros(vocabulary, np.int32)
   for text, number in numbers.items():
     if text in special:

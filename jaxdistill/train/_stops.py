@@ -167,11 +167,7 @@ def concurrently() -> Iterator[Callable[..., Future[Any]]]:
   alone = jax.local_device_count() == jax.process_count() == 1
   started: list[Future[Any]] = []
 
-  def leave() -> None:
-    if not isinstance(sys.exception(), Stopped):  # else it is being left already
-      raise Stopped("stopped between two trainings (SIGTERM): start it again, and it goes on.")
-
-  notice = _Notice(leave)
+  notice = _Notice(_leaving("SIGTERM"))
   notice.called = []  # those outside of this are nothing to those inside
 
   def ended(future: Future[Any]) -> None:
@@ -179,12 +175,12 @@ def concurrently() -> Iterator[Callable[..., Future[Any]]]:
       notice.called.append(signal.SIGTERM)
 
   def start(function: Callable[..., T], *args: Any, **kwargs: Any) -> Future[T]:
-    future: Future[T] = Future()
-    if alone:
-      future = pool.submit(function, *args, **kwargs)
-      future.add_done_callback(ended)
-    else:
-      future.set_result(function(*args, **kwargs))
+    if not alone:
+      done: Future[T] = Future()
+      done.set_result(function(*args, **kwargs))
+      return done
+    future = pool.submit(function, *args, **kwargs)
+    future.add_done_callback(ended)
     started.append(future)
     return future
 
@@ -244,13 +240,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     return
   _check.number("seconds", seconds, above=0)
   end, several = time.monotonic() + seconds, jax.distributed.is_initialized()
-  why = f"SIGTERM, or the time limit of {seconds:g} s"
-  message = f"stopped between two trainings ({why}): start it again, and it goes on."
-
-  def leave() -> None:
-    if not isinstance(sys.exception(), Stopped):  # else it is being left already
-      raise Stopped(message)
-
+  leave = _leaving(f"SIGTERM, or the time limit of {seconds:g} s")
   notice = _Notice(leave)
 
   def insist(ended: threading.Event) -> None:
@@ -265,7 +255,17 @@ def time_limit(seconds: float | None) -> Iterator[None]:
   with notice.listening(*([] if several else [signal.SIGTERM])), beside(insist):
     yield
   if notice.heard or (several and _agreed()):
-    raise Stopped(message)
+    leave()
+
+
+def _leaving(why: str) -> Callable[[], None]:
+  """What leaves a script between two trainings, where there is nothing to save."""
+
+  def leave() -> None:
+    if not isinstance(sys.exception(), Stopped):  # else it is being left already
+      raise Stopped(f"stopped between two trainings ({why}): start it again, and it goes on.")
+
+  return leave
 
 
 def _terminate() -> None:

@@ -36,23 +36,26 @@ def test_a_file_is_the_old_one_until_the_new_one_is_whole(tmp_path):
   assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
 
 
+OUTSIDE = (
+  "../a",
+  "/etc/passwd",
+  "b/../../a",
+  "C:\\a",
+  "..\\a",
+  "",
+  ".",
+  "a\0b",
+  3,
+  None,
+  "out",
+  "up/a",
+)
+
+
 @pytest.mark.parametrize(
   "name",
   [
-    *(
-      "../a",
-      "/etc/passwd",
-      "b/../../a",
-      "C:\\a",
-      "..\\a",
-      "",
-      ".",
-      "a\0b",
-      3,
-      None,
-      "out",
-      "up/a",
-    ),
+    *OUTSIDE,
     pytest.param("1" * 300, id="a long name"),
     pytest.param("1/" * 3000, id="a long path"),
   ],
